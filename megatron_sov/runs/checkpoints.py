@@ -354,8 +354,13 @@ def _describe_unknown_folder(path: Path) -> tuple[str, str] | None:
 
 
 def check_run_folder(path: Path) -> None:
-    """Raise `UserError` if a folder has no `events.jsonl`."""
+    """Raise `UserError` if a folder does not exist or has no `events.jsonl`."""
     refuse_run_part(path)
+    if not path.exists():
+        fix = fix_missing(path)
+        near = ", ".join(map(str, find_runs(path.parent) or find_runs(Path()))) or "none"
+        raise UserError(f"{path}: does not exist; pass the folder of a training command's --run (runs there: "
+                        f"{near[:300]})", fix if fix and not fix.before else None)
     check_folder_kind(path, (RUN,), "a run")
     if not (path / EVENTS).is_file():
         raise UserError(f"{path}: contains no {EVENTS}, so it is not a run folder; "

@@ -18,7 +18,7 @@ from megatron_sov.base.outputs import refuse_unwritable
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
 from megatron_sov.model.families.adapters import adapter_identity
-from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, check_run_folder, find_runs
+from megatron_sov.runs.checkpoints import CHECKPOINTS_FOLDER, check_run_folder
 from megatron_sov.runs.launch_environment import has_launcher, is_first_rank, num_ranks, typed_command
 from megatron_sov.runs.lock import LOCK, find_living_holder
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
@@ -275,14 +275,6 @@ def read_command(run: Path) -> TypedCommand:
     files = [file for file in (run / COMMAND, *sorted(run.glob(f"{STAGES}/*/{COMMAND}"))) if file.is_file()]
     if not files:
         if not (run / CONFIG).is_file():
-            if not run.exists():
-                fix = fix_missing(run)
-                near = list(map(str, find_runs(run.parent) or find_runs(Path())))
-                raise UserError(
-                    f"{run}: does not exist; pass the folder of a training command's --run "
-                    + (f"(runs there: {', '.join(near)[:300]})" if near else
-                       "(`megatron-sov status FOLDER` lists the runs in a folder)"),
-                    fix if fix and not fix.before else None)
             check_run_folder(run)
         raise UserError(f"{run}: has no {COMMAND}: no command line of this version began it; type the whole "
                         "command again with --resume")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -229,37 +229,25 @@ def merge_routes(previous: np.ndarray | None, current: np.ndarray | None, num_re
 def check_token_manifest(path: str, content: dict[str, Any]) -> None:
     """Check the manifest `content` of the token shards in `path`. Raises `UserError`: a field is missing, or
     a shard is not inside the folder."""
-    if missing := list(_iter_missing_fields(content)):
+    missing, prefixes = _find_missing(content, ARTIFACT_FIELDS, ""), list[str]()
+    for i, source in enumerate(() if missing else content["sources"]):
+        absent = _find_missing(source, SOURCE_FIELDS, f"sources[{i}].")
+        for name, split in () if absent else {"train": {}, **source["splits"]}.items():
+            where = f"sources[{i}].splits.{name}."
+            absent += (absent_in_split := _find_missing(split, SPLIT_FIELDS, where))
+            for n, shard in enumerate(() if absent_in_split else split["shards"]):
+                absent += (absent_in_shard := _find_missing(shard, SHARD_FIELDS, f"{where}shards[{n}]."))
+                prefixes += [] if absent_in_shard else [shard["prefix"]]
+        missing += absent
+    if missing:
         raise UserError(f"{path}: its manifest lacks {', '.join(missing)}; pack the data again, or restore "
                         "it from a copy")
-    prefixes = [shard["prefix"] for source in content["sources"] for split in source["splits"].values()
-                for shard in split["shards"]]
     if outside := [prefix for prefix in prefixes if not is_inside(prefix)]:
         raise UserError(f"{path}: its manifest names the shard {outside[0]!r}, which is not inside the "
                         "folder; restore it from a copy")
-
-
-def _iter_missing_fields(content: dict[str, Any]) -> Iterator[str]:
-    yield from _find_missing(content, ARTIFACT_FIELDS, "")
-    for i, source in _iter_items(content, "sources"):
-        yield from _find_missing(source, SOURCE_FIELDS, f"sources[{i}].")
-        splits = source.get("splits") if isinstance(source, dict) else None
-        if not isinstance(splits, dict):
-            continue
-        for name, split in {"train": {}, **splits}.items():
-            where = f"sources[{i}].splits.{name}."
-            yield from _find_missing(split, SPLIT_FIELDS, where)
-            for n, shard in _iter_items(split, "shards"):
-                yield from _find_missing(shard, SHARD_FIELDS, f"{where}shards[{n}].")
 
 
 def _find_missing(block: Any, fields: Mapping[str, type], where: str) -> list[str]:
     """Return the names of fields that `block` lacks or has in another type, after `where`."""
     fields_present = block if isinstance(block, dict) else {}
     return [f"{where}{name}" for name, kind in fields.items() if type(fields_present.get(name)) is not kind]
-
-
-def _iter_items(block: Any, name: str) -> Iterator[tuple[int, Any]]:
-    """Yield index and item of the list `name` in a block; nothing if it is absent or has another type."""
-    items = block.get(name) if isinstance(block, dict) else None
-    yield from enumerate(items if isinstance(items, list) else ())

@@ -113,6 +113,8 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("megatron-sov submit pretrain --cluster h100 --time 2d --qos high tiny-qwen3 --data d --run r",
      ["tiny-qwen3 --data d --run r"]),
     ("megatron-sov resume missing", ["(runs there: run)"]),
+    ("megatron-sov status missing", ["(runs there: run)"]),
+    ("megatron-sov resume run/checkpoints/step-9", ["is a checkpoint of the run run", "resume run\n"]),
     ("megatron-sov pretrain tiny-qwen3 --bf16 --data d --run r --no-such-option d2 x",
      ["--no-such-option: nothing takes this"]),
     ("megatron-sov sft --from lfs --data chat.jsonl --run r",

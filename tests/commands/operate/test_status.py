@@ -197,7 +197,7 @@ def test_a_folder_without_runs_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is empty, so it is not a run; pass the folder given to --run"):
         find_runs(tmp_path)
     (tmp_path / "more").mkdir()
-    with pytest.raises(UserError, match="contains no run"):
+    with pytest.raises(UserError, match=r"contains no events\.jsonl"):
         find_runs(tmp_path)
     assert "none yet" in format_run_state(RunState(tmp_path))
 

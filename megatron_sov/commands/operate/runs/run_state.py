@@ -17,7 +17,7 @@ from megatron_sov.model import objectives
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.recipes.extension import PHASE
 from megatron_sov.runs.checkpoints import (
-    CHECKPOINTS_FOLDER, RUN, check_folder_kind, checkpoint_step, latest_checkpoint, refuse_run_part)
+    CHECKPOINTS_FOLDER, check_run_folder, checkpoint_step, latest_checkpoint)
 from megatron_sov.runs.folder import (
     ATTEMPTS, COMPLETION, CONFIG, JOBS, ROUNDS, STAGES, SUBMISSIONS, RunFolder, list_submitted_jobs,
     read_last_log_line)
@@ -140,10 +140,7 @@ def find_runs(path: Path) -> list[Path]:
             folders |= {file.parents[name.count("/")] for file in files}  # a name may have folders
         runs = sorted(filter(_is_run, folders))
     if not runs:
-        refuse_run_part(path)
-        check_folder_kind(path, (RUN,), "a run")
-        raise UserError(f"{path}: contains no run ({CONFIG} and {EVENTS}); pass the --run folder of a "
-                        "training command, or a parent folder")
+        check_run_folder(path)
     return runs
 
 
