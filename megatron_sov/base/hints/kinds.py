@@ -64,8 +64,7 @@ def list_run_tokenizers(run: Path) -> list[Path]:
 
 
 def classify_folder(path: Path) -> str:
-    """Return a folder's kind: run, checkpoint, hf, peft, tokens, tokenizer, megatron or other, also for
-    unreadable folders and damaged manifests."""
+    """Return a folder's kind: run, checkpoint, hf, peft, tokens, tokenizer, megatron or other."""
     try:
         names = set(os.listdir(path))
     except OSError:
