@@ -67,8 +67,7 @@ def check_copies(folder: HfWeights) -> None:
 
 # Safetensors files, several at a time; memory holds two tensors per file.
 def plan_shards(specs: Iterable[TensorSpec], max_shard_bytes: int) -> list[list[TensorSpec]]:
-    """Divide tensors, in order, into files of at most `max_shard_bytes`; a larger tensor gets its own
-    file."""
+    """Divide tensors, in order, into files of at most `max_shard_bytes`; a larger tensor has its own file."""
     shards: list[list[TensorSpec]] = [[]]
     filled_bytes = 0
     for spec in specs:

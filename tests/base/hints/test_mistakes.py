@@ -31,7 +31,7 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("megatron-sov inspect d/shard.bin", ["is part of d; pass d"]),
     ("sov-data sample d -n 5", ["sov-data sample d --count 5"]),
     ("sov-data run script.py --output o", ["`sources:`", "datatrove"]),
-    ("sov-data decontaminate --input t.jsonl --benchmarks mmlu,gsm8k --output o", ["by a benchmark's name"]),
+    ("sov-data decontaminate --input t.jsonl --benchmarks mine,gsm8k --output o", ["by a benchmark's name"]),
     ("sov-tokenizer import vocab.json --output o", ["merges.txt", "save_pretrained"]),
     ("sov-tokenizer compare gpt2 gpt2 --text en=t.txt", ["hf download gpt2"]),
     ("megatron-sov pretrain x --data 0.7 d 0.3 d --run r", ["--data d:1 --run r"]),
