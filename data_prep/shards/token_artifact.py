@@ -98,7 +98,7 @@ def iter_shards(data: Path, content: dict[str, Any], source: str | None = None,
         if source not in (None, source_record["name"]):
             continue
         for name in SPLITS if split is None else (split,):
-            for record in source_record["splits"][name]["shards"]:
+            for record in source_record["splits"].get(name, {"shards": []})["shards"]:
                 yield PackedShard(source_record, name, data / record["prefix"], record)
 
 
