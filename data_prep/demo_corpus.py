@@ -167,8 +167,7 @@ def build_chats(docstrings: list[Docstring]) -> list[dict[str, object]]:
 
 
 def build_question_pair(docstring: Docstring) -> tuple[str, str] | None:
-    """Return a question about a public name, and the docstring's first paragraph as answer; None if
-    unsuitable."""
+    """Return a question about a public name, and the docstring's first paragraph; None if unsuitable."""
     name = f"{docstring.module}.{docstring.name}" if docstring.name else docstring.module
     if any(part.startswith("_") for part in name.split(".")):
         return None
@@ -334,8 +333,7 @@ class _CommandRunner:
         self.folder, self.deadline_s = folder, deadline_s
 
     def run_command(self, command: list[str]) -> bytes:
-        """Run a command and return its output; raises `CorpusUnavailable` with the last line after a
-        failure."""
+        """Run a command and return its output; raises `CorpusUnavailable` with its last line if it fails."""
         remaining_s = max(0.1, self.deadline_s - time.monotonic())
         try:
             result = subprocess.run(command, cwd=self.folder, timeout=remaining_s, capture_output=True,

@@ -16,7 +16,7 @@ from megatron_sov.base.hints.lines import propose_line
 from megatron_sov.base.hints.removed import check_command
 from megatron_sov.commands import COMMANDS
 from megatron_sov.runs.launch_environment import (
-    export_command, has_launcher, process_started_s, set_command_start)
+    export_command, has_launcher, is_first_rank, process_started_s, set_command_start)
 
 PROGRAM = "megatron-sov"
 
@@ -74,6 +74,9 @@ def run_command(argv: list[str], began_s: float) -> int:
         return _run_once(argv)
     except UserError as e:
         if has_launcher():
+            if not is_first_rank() and e.fix and e.fix.line:
+                time.sleep(3)  # the first rank prints, and torchrun ends all ranks at the first exit
+                raise SystemExit(ExitCode.USER_ERROR) from None
             raise
         check = partial(_run_once, only_checks=True)
         raise propose_line(PROGRAM, argv, e, check, find_check) from None

@@ -100,8 +100,7 @@ def apply_superword_options(preset: Preset, args: TokenizerTrainOptions) -> Pres
 
 
 def make_plan(preset: Preset, args: TokenizerTrainOptions) -> CountPlan:
-    """Build the counting plan. Raises `UserError`: a number is out of range, or a pattern is not a regular
-    expression."""
+    """Build the counting plan. Raises `UserError`: a number out of range, or a bad regular expression."""
     if args.vocab_size < preset.smallest_vocab:
         raise UserError(f"--vocab-size {args.vocab_size}: must be at least {preset.smallest_vocab} "
                         f"({preset.num_special_ids} special ids + 256 bytes)")

@@ -74,8 +74,7 @@ class MediaRecordEncoder:
                 if codec is not None}
 
     def encode(self, parts: Sequence[MessagePart], banks: UnitBanks) -> dict[MessagePart, Medium | BadRecord]:
-        """Return part -> encoded medium or problem, and write records to `banks`; equal contents are encoded
-        once."""
+        """Return part -> encoded medium or problem; write records to `banks`, equal contents once."""
         encoded: dict[MessagePart, Medium | BadRecord] = {}
         names: dict[MessagePart, str] = {}
         for part in dict.fromkeys(parts):

@@ -1,5 +1,4 @@
-"""Pack media corpora with `sov-data pack`: a shard gets banks with the records named by the shard's
-documents."""
+"""Pack media corpora with `sov-data pack`: a shard gets banks with the records that its documents name."""
 
 from __future__ import annotations
 

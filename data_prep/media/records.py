@@ -1,5 +1,4 @@
-"""Parse records that name media, and format records for `sov-data pack`: text with media tokens, and bank
-rows."""
+"""Parse records that name media, and format records for `sov-data pack`: text with media tokens, banks."""
 
 from __future__ import annotations
 
@@ -79,8 +78,7 @@ class Medium:
 
 
 def parse_record(line: bytes) -> MediaRecord:
-    """Parse a line. Raises `BadRecord`: neither chat nor document, a malformed part, or a text with a media
-    token."""
+    """Parse a line. Raises `BadRecord`: no chat or document, a malformed part, or a media token in text."""
     try:
         record = json.loads(line.decode("utf-8"))
     except (ValueError, RecursionError) as e:

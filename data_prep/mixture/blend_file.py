@@ -86,8 +86,7 @@ class PhaseShares:
 
 
 def find_blend(name: str) -> Path:
-    """Return the file for `--blend`: a path, or a shipped blend's name. Raises `UserError`: neither
-    exists."""
+    """Return the file for `--blend`: a path, or a shipped blend's name. Raises `UserError`: none exists."""
     shipped = {file.stem: file for file in sorted(SHIPPED.glob("*.yaml"))}
     # the user's file takes precedence over a shipped blend
     if name in shipped and not Path(name).exists():

@@ -193,8 +193,7 @@ def _is_scored(record: dict[str, Any]) -> bool:
 
 def _join_scored_lines(lines: Iterable[tuple[str, dict[str, Any]]], tally: RecordTally
                        ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Join successive scored lines of a prompt to a record with `responses`; yield further records
-    unchanged."""
+    """Join successive scored lines of a prompt to a record with `responses`; yield further records as is."""
     def get_group_key(line: tuple[str, dict[str, Any]]) -> str:
         where, record = line
         # neighbours only: `score` writes in order, and files may exceed memory
@@ -222,8 +221,7 @@ def _join_scored_lines(lines: Iterable[tuple[str, dict[str, Any]]], tally: Recor
 
 
 def _read_reward(record: dict[str, Any], where: str) -> Any:
-    """Return a scored line's reward, or the label as 1 or 0. Raises `UserError` for a missing or malformed
-    label."""
+    """Return a scored line's reward, or the label as 1 or 0. Raises `UserError`: a missing or bad label."""
     if "reward" in record:
         return record["reward"]
     label = parse_label(record.get(LABEL))

@@ -105,8 +105,7 @@ class Encoder:
                                  self.feature_tokens)
 
     def prove_fast(self, samples: list[str]) -> tuple[bool, str]:
-        """Return whether tiktoken gives equal ids on `samples` and adversarial text, and a sentence for the
-        log."""
+        """Return whether tiktoken gives equal ids on `samples` and adversarial text, and a log sentence."""
         fast, sentence = load_fast_encoder(self.file, self.plain, samples)
         return fast is not None, sentence
 

@@ -321,8 +321,7 @@ def _write_sources(job: _PackJob, encoded: list[EncodedSource], artifact: Path
 
 
 def _survey_sources(job: _PackJob, encoded: list[EncodedSource]) -> None:
-    """Drop repeated documents and complete the held-out rule, which needs all sources before the first
-    write."""
+    """Drop repeated documents and complete the held-out rule, which needs all sources before writing."""
     for source in encoded:
         num_documents = survey_source(source, job.work, job.dtype, job.rule)
         if source.dropped and job.settings.on_bad == "refuse":

@@ -88,8 +88,7 @@ def count_tokens(content: dict[str, Any]) -> int:
 
 def iter_shards(data: Path, content: dict[str, Any], source: str | None = None,
                 split: str | None = None) -> Iterator[PackedShard]:
-    """Yield shards in order, optionally from a single source or split. Raises `UserError`: the source is
-    unknown."""
+    """Yield shards in order, optionally from a single source or split. Raises `UserError`: unknown source."""
     names = [s["name"] for s in content["sources"]]
     if source is not None and source not in names:
         nearest = names[0] if len(names) == 1 else find_nearest_name(source, names)
@@ -99,7 +98,7 @@ def iter_shards(data: Path, content: dict[str, Any], source: str | None = None,
         if source not in (None, source_record["name"]):
             continue
         for name in SPLITS if split is None else (split,):
-            for record in source_record["splits"][name]["shards"]:
+            for record in source_record["splits"].get(name, {"shards": []})["shards"]:
                 yield PackedShard(source_record, name, data / record["prefix"], record)
 
 
@@ -122,8 +121,7 @@ def choose_token_dtype(vocab_size: int) -> str:
 
 
 def open_split(prefix: Path) -> IndexedSplit:
-    """Memory-map a shard of an artifact. Raises `UserError`: a file is missing, or index and tokens
-    disagree."""
+    """Memory-map a shard of an artifact. Raises `UserError`: a missing file, or index and tokens disagree."""
     split, bounds = open_pair(prefix, "pack the data again or restore it from a copy")
     if not np.array_equal(bounds, np.arange(len(bounds))) or not (split.lengths_tokens > 0).all():
         raise UserError(f"{prefix}.idx: has documents of several sequences, or without tokens; pack the data "

@@ -106,8 +106,7 @@ class UnitEncoder:
         self._encoder: Encoder | None = None
 
     def encode(self, unit: Unit) -> UnitRecord:
-        """Encode a unit unless its folder exists. Raises `UserError`: a file is unreadable, or the disk is
-        full."""
+        """Encode a unit unless its folder exists. Raises `UserError`: an unreadable file, or a full disk."""
         key = compute_unit_key(unit, self.settings)
         folder, is_new = build_part(self.work, key, RECORD, partial(self._write_unit, unit, key))
         raw = json.loads((folder / RECORD).read_text(encoding="utf-8"))

@@ -50,8 +50,7 @@ VERIFY = DeclaredCommand(DataVerifyOptions, run_verify)
 
 
 def verify_shards(data: Path) -> tuple[list[str], list[str]]:
-    """Return problems, and notes about duplicates. Raises `UserError`: `data` is not an artifact of kind
-    "tokens"."""
+    """Return problems, and notes about duplicates. Raises `UserError`: `data` is no "tokens" artifact."""
     manifest = read_tokens_manifest(data)
     content, notes = manifest.content, []
     with create_bar("hashing", sum(record.size_bytes for record in manifest.files.values()), "B") as bar:

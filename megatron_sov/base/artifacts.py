@@ -427,6 +427,9 @@ def read_manifest(path: str | Path, kind: str | None = None) -> Manifest:
     """Read an artifact's manifest. Raises `UserError`: it is missing, damaged, newer, or not of `kind`."""
     file = Path(path) / MANIFEST
     try:
+        # opening a named pipe would wait for its writer
+        if file.exists() and not file.is_file():
+            raise ValueError("it is not a regular file")
         written = file.read_bytes()
         raw = json.loads(written.decode())
         # check the version before the fields: another format is not damage

@@ -295,8 +295,6 @@ def fix_missing(path: str | os.PathLike[str], *, is_bare: bool = False, is_data:
     same_stem = [other for other in neighbours if is_data and other.partition(".")[0] == name]
     if spelling := (same_stem[0] if len(same_stem) == 1 else find_spelling(name, neighbours)):
         return Fix(words={text: os.path.join(folder, spelling)})
-    if folder and not is_data and {"config.json", "checkpoints"} & {*neighbours}:
-        return Fix(words={text: folder})  # inside a model folder
     if not suggest_download(text, is_bare and not is_data, is_data):
         return None
     kind = " --repo-type dataset" if is_data else ""

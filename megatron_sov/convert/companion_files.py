@@ -132,8 +132,7 @@ def _find_special_ids(folder: Path, names: list[str]) -> dict[str, int]:
 
 
 def describe_split_conflict(folder: Path, split: str | None) -> str | None:
-    """Return a warning if tokenizer.json splits text unlike `split`, which transformers uses for the model
-    family."""
+    """Return a warning if tokenizer.json splits text unlike `split`, transformers' choice for the family."""
     tokenizer_file = folder / "tokenizer.json"
     if split is None or not tokenizer_file.is_file() or (
             json.dumps(split) in json.dumps(read_json(tokenizer_file).get("pre_tokenizer"))):

@@ -313,8 +313,7 @@ def _write_readme(export: Path, source: Path) -> None:
 
 
 def _iter_provenance(source: Path) -> Iterator[str]:
-    """Yield Markdown list items: recipe, stage and step of a checkpoint, and the artifacts in its
-    provenance."""
+    """Yield Markdown list items: recipe, stage and step of a checkpoint, and artifacts in its provenance."""
     manifest = read_manifest(source)
     settings = manifest.settings
     objective = settings.get("objective")

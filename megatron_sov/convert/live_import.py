@@ -111,8 +111,7 @@ class LiveImport:
         for shard in list_local_shards(model):
             shards.setdefault(_get_group(shard.key, shard.offset), []).append(shard)
         self._extents: dict[str, tuple[int, ...]] = {}
-        """Hugging Face name -> extent in the global tensor, for tensors with consecutive rows in the
-        block."""
+        """Hugging Face name -> extent in the global tensor, for tensors with consecutive rows."""
         self._regions: dict[str, list[_Region]] = {}
         """Hugging Face name -> local regions. Interleaved tensors (query, key, value) share the entry of the
         first name in their block."""

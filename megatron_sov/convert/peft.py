@@ -22,7 +22,7 @@ from megatron_sov.convert.dtypes import convert_tensor
 from megatron_sov.convert.sources import (
     FLOATS, CheckpointWeights, HfWeights, Weights, check_shapes, resolve_run)
 from megatron_sov.model.config import LoraConfig, ModelConfig
-from megatron_sov.model.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD, TARGETS
+from megatron_sov.model.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD
 from megatron_sov.model.families.adapters import (
     MAGNITUDE, A, AdaptedModule, AdapterPlace, B, find_adaptable_modules, find_adapted_modules,
     find_adapter_places, resolve_targets)
@@ -180,8 +180,9 @@ def _find_targets(names: set[str], model: ModelConfig, dora: bool, where: object
         raise UserError(f"{where}: {vocabulary[0]} with use_dora = True: DoRA is not supported for "
                         f"{' and '.join(tables)}; merge the adapter with PEFT, and convert the merged model")
     if unknown:
+        similar = sorted(names_by_target.get("".join(unknown[0].split(".")[-3:-2]), names_by_target))[:4]
         raise UserError(f"{where}: {unknown[0]} ({len(unknown)} such tensors) is not an adapter "
-                        f"of a supported target ({', '.join(TARGETS[1:])})")
+                        f"of a module of --base, which has {', '.join(similar)}; pass the adapter's own base")
     targets = tuple(target for target, tensors in names_by_target.items() if tensors & names)
     for target in targets:
         missing = sorted(names_by_target[target] - names)

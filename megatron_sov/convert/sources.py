@@ -369,8 +369,7 @@ def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> di
 
 def _split_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
                   ) -> dict[str, StoredTensor]:
-    """Replace stacked expert tensors by a tensor per expert, if the model's `shapes` list experts
-    separately."""
+    """Replace stacked expert tensors by a tensor per expert, if `shapes` list experts separately."""
     tensors: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
         match = STACK.fullmatch(name)

@@ -70,8 +70,7 @@ class Machines:
 
 
 def load_machines(name: str, nodes: int | None) -> Machines:
-    """Load a cluster profile; `nodes` defaults to 1. Raises `UserError`: an unknown profile, or invalid
-    `nodes`."""
+    """Load a cluster profile; `nodes` defaults to 1. Raises `UserError`: unknown profile or bad `nodes`."""
     number = 1 if nodes is None else nodes
     if not 1 <= number <= MAX_NODES:
         raise UserError(f"--nodes {number}: must be at least 1"

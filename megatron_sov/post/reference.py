@@ -174,7 +174,7 @@ class Reference:
         file = self._folder / IDENTITY
         try:
             return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-        except (ValueError, TypeError) as e:
+        except (ValueError, TypeError, RecursionError) as e:
             raise UserError(f"{file}: is damaged ({e}); delete the folder") from None
 
 

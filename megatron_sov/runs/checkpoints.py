@@ -307,7 +307,7 @@ def fix_adapter(path: Path) -> Fix:
     try:
         config = json.loads((path / ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base = str(config["base_model_name_or_path"] or "HF_DIR")
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         base = "HF_DIR"
     is_hub_name = bool(suggest_download(base))
     folder, adapter = Path(base).name, choose_free_path(f"{path.name}-checkpoint")

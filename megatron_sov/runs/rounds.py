@@ -53,7 +53,7 @@ def record_or_check_settings(folder: Path, file: Path, settings: dict[str, Any],
         raise UserError(f"{folder}: is not empty and holds no {noun}; choose another {option}")
     try:
         recorded = dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as e:
+    except (ValueError, TypeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({e}); restore it, or choose another {option}") from None
     current = json.loads(format_json(settings))  # JSON turns tuples into lists, as in the file
     changed = {name: value for name, value in current.items() if recorded.get(name) != value}

@@ -144,11 +144,7 @@ class Sandbox:
 
 
 def _check_environment(worker: Worker, packages: Mapping[str, str]) -> None:
-    """Run a program that reads the standard library and `packages`, without which correct programs fail.
-
-    Raises:
-        EnclosureUnavailable: the program cannot read a file.
-    """
+    """Raise `EnclosureUnavailable` if a program cannot read the standard library or `packages`."""
     files = [os.__file__, *[f"{folder}/__init__.py" for folder in packages.values()]]
     outcome = worker.run(Program(f"for file in {files!r}:\n    open(file).close()"), DEFAULT_LIMITS)
     if outcome.status != "ok":

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
+from urllib.parse import urlsplit
 
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.infer.request import STOP
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused, parse_json_answer, read_error_text
 from megatron_sov.work.endpoints.transport import Transport
@@ -44,7 +45,10 @@ def find_chat_model(url: str, key_env: str, name: str = "", key: str = "") -> Ch
             raise BadAnswer(read_error_text(response.body) or f"it answered HTTP {response.status}")
         cards = {str(card["id"]): card for card in parse_json_answer(response.body)["data"]}
     except (BadAnswer, TimeoutError, LookupError, TypeError) as e:
-        raise UserError(f"{url}: the models cannot be listed ({e}); check the address and the key") from None
+        is_closed = urlsplit(url).hostname in ("localhost", "127.0.0.1") and "ConnectError" in str(e)
+        fix = Fix(f"megatron-sov serve MODEL --port {urlsplit(url).port}") if is_closed else None
+        remedy = "start a server there, in another terminal" if is_closed else "check the address and the key"
+        raise UserError(f"{url}: the models cannot be listed ({e}); {remedy}", fix) from None
     if not name and len(cards) != 1:
         raise UserError(f"{url}: has {len(cards)} models ({', '.join([*cards][:8])}); name one with --model")
     name = name or next(iter(cards))

@@ -30,8 +30,7 @@ MAX_BODY_BYTES = 8 << 20
 BODY_S, TAKES_S, IDLE_S = 60.0, 60.0, 75.0
 """Time for a client to send a body, to receive a chunk, and between two requests."""
 LINGERS_S, CLOSING_S = 2.0, 10.0
-"""Time to read an unwanted body, so that its sender reads the response; and to send last answers at the
-end."""
+"""Time to read an unwanted body, so that its sender reads the response; and to send last answers."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'",  # the page sets further policies
                 "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",

@@ -181,8 +181,7 @@ class AnswerText:
 
 def parse_partial_turn(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
                        form: CallForm | None = None) -> ServedTurn:
-    """Parse an unfinished turn to the stable beginning of the result of `parse_served_turn`, without
-    calls."""
+    """Parse an unfinished turn to the stable start of the result of `parse_served_turn`, without calls."""
     # Llama 3's calls have no mark: only the end shows whether the text is a call
     if form == LLAMA and tools and text.lstrip()[:1] in ("{", ""):
         return ServedTurn("", "")

@@ -338,6 +338,12 @@ def test_manifest_refuses_files_outside_folder(tmp_path: Path, files: dict[str, 
         read_manifest(tmp_path)
 
 
+def test_a_named_pipe_is_no_manifest(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "manifest.json")
+    with pytest.raises(UserError, match=r"manifest\.json: is damaged \(it is not a regular file\)"):
+        read_manifest(tmp_path)
+
+
 def test_deeply_nested_manifest_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "manifest.json").write_text("[" * 200_000)
     with pytest.raises(UserError, match=r"manifest\.json: is damaged"):

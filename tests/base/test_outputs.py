@@ -78,6 +78,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.deep
 @pytest.mark.each("name", COMMANDS)
 def test_every_command_refuses_unwritable_output(
         name: str, packed_data: Any, capsys: pytest.CaptureFixture[str]) -> None:

@@ -173,6 +173,8 @@ GOOD = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}
     ({}, NAMES[2:], "adapts q_proj in some layers only"),
     ({}, [*NAMES, "base_model.model.score.lora_A.weight"],
      "score.lora_A.weight (1 such tensors) is not an adapter"),
+    ({}, ["base_model.model.model.layers.0.experts.q_proj.lora_A.weight"],
+     "--base, which has base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"),
     ({}, [], "has no adapter tensors"),
 ])
 def test_unsupported_adapters_are_rejected(config: dict[str, Any], names: list[str], message: str) -> None:

@@ -123,8 +123,7 @@ def parse_text(argument: str) -> tuple[str, Path]:
 
 
 def read_text(name: str, path: Path, max_bytes: int) -> NamedText:
-    """Read at most about `max_bytes` of text at a path. Raises `UserError`: a missing path, or a file without
-    text."""
+    """Read at most about `max_bytes` of text at a path. Raises `UserError`: a missing path or no text."""
     units = list(plan_units(list_files(path, print), UNIT_BYTES))
     on_disk = sum(span.size_bytes for unit in units for span in unit)
     step = max(1, round(on_disk / max_bytes))

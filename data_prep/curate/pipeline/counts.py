@@ -95,8 +95,7 @@ class DocumentCounts:
 
 
 def hash_sample_id(sample: dict[str, Any]) -> bytes:
-    """Hash a document id for sample selection. Every step uses the same hash, so you can follow a
-    document."""
+    """Hash a document id for sample selection. Every step uses the same hash, which follows a document."""
     return hashlib.blake2b(sample["id"].encode(), digest_size=8).digest()
 
 

@@ -173,8 +173,7 @@ def _read_plan(file: Path) -> PipelinePlan:
 
 @lru_cache(maxsize=2)
 def _load_step(plan_file: Path, number: int, output: Path, *, loads_inputs: bool) -> Step:
-    """Return the process's instance of a step. Raises `UserError`: a file of the step changed after the plan
-    was made."""
+    """Return the process's instance of a step. Raises `UserError`: a step's file changed after the plan."""
     plan = _read_plan(plan_file)
     step = plan.steps[number - 1].entry.build_step(plan.pipeline.folder)
     if loads_inputs:

@@ -38,8 +38,7 @@ def parse_tagged_texts(reply: str, names: Sequence[str]) -> dict[str, str] | Non
 
 
 def parse_json_list(reply: str, names: Sequence[str]) -> list[dict[str, str]] | None:
-    """Parse a JSON list with objects that hold the texts `names`; omit incomplete objects and repeated first
-    texts."""
+    """Parse a JSON list with objects that hold the texts `names`; omit incomplete objects and repeats."""
     try:
         items = parse_json(reply.strip())
     except Refused:

@@ -44,8 +44,7 @@ DrawnCall = tuple[Tables, str, dict[str, Any]]
 
 
 def parse_json_object(reply: str) -> dict[str, Any] | str:
-    """Parse the JSON object in a reply, with or without words around; return a problem sentence on
-    failure."""
+    """Parse the JSON object in a reply, with or without words around; return a sentence on failure."""
     if getattr(reply, "cut", False):
         return "the answer was cut off at its limit of tokens"
     begin, end = reply.find("{"), reply.rfind("}")

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -45,9 +45,11 @@ PER_DOCUMENT = ".documents"
 ROUTES = "routes"
 """Ending for the routes sidecar, and key for the routes' shape in a source's record."""
 NARROW, WIDE = "uint8", "uint16"
-ARTIFACT_FIELDS = ("tokenizer_sha256", "vocab_size", "sources")
-SOURCE_FIELDS = ("name", "format", "splits")
-SPLIT_FIELDS = ("num_tokens", "shards")
+ARTIFACT_FIELDS = {"tokenizer_sha256": str, "vocab_size": int, "sources": list}
+SOURCE_FIELDS = {"name": str, "format": str, "splits": dict}
+SPLIT_FIELDS = {"num_tokens": int, "shards": list}
+SHARD_FIELDS = {"prefix": str}
+"""Fields of a manifest of token shards that readers need -> type."""
 _ROUTE_TOKENS = 1 << 10
 """Tokens checked at a time: few enough for the processor's cache."""
 
@@ -227,30 +229,25 @@ def merge_routes(previous: np.ndarray | None, current: np.ndarray | None, num_re
 def check_token_manifest(path: str, content: dict[str, Any]) -> None:
     """Check the manifest `content` of the token shards in `path`. Raises `UserError`: a field is missing, or
     a shard is not inside the folder."""
-    try:
-        missing = list(_iter_missing_fields(content))
-    except (TypeError, AttributeError, KeyError) as e:
-        missing = [f"readable sources ({e})"]
+    missing, prefixes = _find_missing(content, ARTIFACT_FIELDS, ""), list[str]()
+    for i, source in enumerate(() if missing else content["sources"]):
+        absent = _find_missing(source, SOURCE_FIELDS, f"sources[{i}].")
+        for name, split in () if absent else {"train": {}, **source["splits"]}.items():
+            where = f"sources[{i}].splits.{name}."
+            absent += (absent_in_split := _find_missing(split, SPLIT_FIELDS, where))
+            for n, shard in enumerate(() if absent_in_split else split["shards"]):
+                absent += (absent_in_shard := _find_missing(shard, SHARD_FIELDS, f"{where}shards[{n}]."))
+                prefixes += [] if absent_in_shard else [shard["prefix"]]
+        missing += absent
     if missing:
         raise UserError(f"{path}: its manifest lacks {', '.join(missing)}; pack the data again, or restore "
                         "it from a copy")
-    prefixes = [shard["prefix"] for source in content["sources"] for split in source["splits"].values()
-                for shard in split["shards"]]
     if outside := [prefix for prefix in prefixes if not is_inside(prefix)]:
         raise UserError(f"{path}: its manifest names the shard {outside[0]!r}, which is not inside the "
                         "folder; restore it from a copy")
 
 
-def _iter_missing_fields(content: dict[str, Any]) -> Iterator[str]:
-    yield from (name for name in ARTIFACT_FIELDS if name not in content)
-    for i, source in enumerate(content.get("sources", ())):
-        where = f"sources[{i}]"
-        yield from (f"{where}.{name}" for name in SOURCE_FIELDS if name not in source)
-        splits = source.get("splits", {})
-        for split in sorted({"train", *splits} if splits else ()):
-            for name in SPLIT_FIELDS:
-                if name not in splits.get(split, {}):
-                    yield f"{where}.splits.{split}.{name}"
-            yield from (f"{where}.splits.{split}.shards[{n}].prefix"
-                        for n, shard in enumerate(splits.get(split, {}).get("shards", ()))
-                        if not isinstance(shard.get("prefix"), str))
+def _find_missing(block: Any, fields: Mapping[str, type], where: str) -> list[str]:
+    """Return the names of fields that `block` lacks or has in another type, after `where`."""
+    fields_present = block if isinstance(block, dict) else {}
+    return [f"{where}{name}" for name, kind in fields.items() if type(fields_present.get(name)) is not kind]

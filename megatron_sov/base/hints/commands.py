@@ -87,7 +87,7 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
         # the last candidate with a typed setting, otherwise the first candidate
         step = next((name for name in reversed(candidates) if settings[name]), candidates[0])
         if required_step := load_table()["needed_steps"].get(step):
-            steps.setdefault(required_step, "")
+            steps.setdefault(required_step, _format_step_settings(required_step, values))
         if step in ("sources", "output"):  # parts of every pipeline, which also needs a step
             steps.setdefault("exact_dedup", "")
         else:
@@ -111,8 +111,8 @@ def _format_step_settings(step: str, values: Mapping[str, str]) -> str:
     index = index_words("steps")
     settings = []
     for option, value in values.items():
-        settings += [f"{key.rpartition('.')[2]}: {value}" for key in index.get(f"{step}.{option}", ())]
-    return ", ".join(settings)
+        settings += [key.partition(".")[2].format(value) for key in index.get(f"{step}.{option}", ())]
+    return ", ".join(settings).replace("}, thresholds: {", ", ")
 
 
 def _index_command_notes(program: str, word: str, typed: Sequence[str]) -> Mapping[str, str]:

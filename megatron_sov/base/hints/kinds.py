@@ -65,7 +65,10 @@ def list_run_tokenizers(run: Path) -> list[Path]:
 
 def classify_folder(path: Path) -> str:
     """Return a folder's kind: run, checkpoint, hf, peft, tokens, tokenizer, megatron or other."""
-    names = set(os.listdir(path)) if os.path.isdir(path) else set()
+    try:
+        names = set(os.listdir(path))
+    except OSError:
+        return "other"
     if "events.jsonl" in names:
         return "run"
     if "adapter_config.json" in names:
@@ -74,9 +77,10 @@ def classify_folder(path: Path) -> str:
         return "megatron"
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         return "hf"
-    if "manifest.json" in names:
+    # opening a named pipe would wait for its writer
+    if os.path.isfile(path / "manifest.json"):
         try:
             return str(json.loads((path / "manifest.json").read_text(encoding="utf-8"))["kind"])
-        except (OSError, ValueError, TypeError, KeyError):
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
             return "other"
     return "tokenizer" if "tokenizer.json" in names else "other"

@@ -14,8 +14,9 @@ from itertools import pairwise
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, check_only, choose_free_path, fix_missing
-from megatron_sov.base.hints.kinds import find_only_folder, list_models
+from megatron_sov.base.hints.kinds import classify_folder, find_only_folder, list_models
 from megatron_sov.base.hints.paths import find_path_faults, use_typed_tokenizer
+from megatron_sov.base.hints.table import load_table
 from megatron_sov.base.hints.values import find_value
 
 MAX_FAULTS = 8
@@ -88,12 +89,25 @@ class _Proposal:
         """Return the first fault of a path that `message` names, or does not name; run no check."""
         fault = next((fault for path, fault in find_path_faults(self.program, self.line, self.typed)
                       if _names_word(message, path) == is_named and path not in self.new_paths), None)
+        fault = fault or (self._find_artifact_fault(message) if is_named else None)
         if fault is not None or not is_named or "does not exist" not in message:
             return fault
         # a misspelt path without an option
         fixes = [fix_missing(word, is_data=True) for word in self.line[1:]
                  if _names_word(message, word) and not os.path.exists(word)]
         return next((UserError(message, fix) for fix in fixes if fix and not fix.before), None)
+
+    def _find_artifact_fault(self, message: str) -> UserError | None:
+        """Return the fault of a named path in an artifact, if the check accepts the artifact in its place."""
+        words = [word for word in self.line[1:] if _names_word(message, word) and not os.path.isdir(word)
+                 and not re.search(r"/step-\d+\Z", word)]  # a run is not taken for its missing checkpoint
+        for word, folder in [(path, folder) for path in words for folder in Path(path).parents[:-1]]:
+            kind, fix = load_table()["kinds"].get(classify_folder(folder)), Fix(words={word: str(folder)})
+            line = apply_fix(self.program, self.line, fix) if kind else None
+            after = replace(self, line=line).run_check() if line else None
+            if line and (after is None or not _names_word(after.sentence, str(folder))):
+                return UserError(f"{word}: is in {folder}, {kind}; pass the folder", fix)
+        return None
 
     def find_independent_fault(self, fault: UserError) -> UserError | None:
         """Return a further fault, found by checking the line without the option that `fault` names."""

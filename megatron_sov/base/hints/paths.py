@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing
-from megatron_sov.base.hints.foreign import MAX_BYTES, find_shards, read_merge
+from megatron_sov.base.hints.foreign import MAX_BYTES, find_shards, parse_object, read_merge
 from megatron_sov.base.hints.kinds import (
     DATA_SUFFIXES, classify_folder, find_only_folder, list_run_tokenizers)
 from megatron_sov.base.hints.table import load_table, normalize_word
@@ -75,7 +75,15 @@ def find_path_faults(program: str, line: Sequence[str], typed: Sequence[str] = (
         if value.startswith("-") or _PLACEHOLDER.fullmatch(path):
             continue
         fault = None
-        if option in INPUT_OPTIONS:
+        if line[0] == "pack" and os.path.isfile(f"{path}.idx"):
+            fault = UserError(f"{option} {path}: is data of Megatron-LM; `sov-data adopt` takes it over",
+                              Fix(command="adopt", arguments=(path,), left_out=(f"{option} {path}",)))
+        elif os.path.basename(path) == "dataset_info.json" and os.path.isfile(path):
+            settings = parse_object(Path(path).read_text(encoding="utf-8")).items()
+            files = [name for key, name in settings if key.endswith("file_name")] or ["FILE.jsonl"]
+            fault = UserError(f"{option} {path}: lists the files {', '.join(files)}; pass one of them",
+                              Fix(words={path: os.path.join(os.path.dirname(path), files[0])}))
+        elif option in INPUT_OPTIONS:
             fault = _find_input_fault(program, [*line, *typed], option, path)
         elif option == "--run" and program == "megatron-sov":
             fault = _find_output_fault(path)

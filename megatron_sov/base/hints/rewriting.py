@@ -132,7 +132,7 @@ class Rewrite:
 
         An existing option of the command takes only rows with `value`.
         """
-        value = values[0] if values else ""
+        value = ",".join(values) if normalize_word(option).endswith("betas") else "".join(values[:1])
         row = next((row for row in load_table()["in_command"]
                     if _matches_row(row, self.command, option, value, is_existing)
                     and not any(fnmatch(word, row.get("unless", "-")) for word in self.typed)
@@ -172,7 +172,7 @@ class Rewrite:
 
     def _list_holes(self, value: str) -> dict[str, str]:
         """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {nodes}, {run},
-        {output}, {folder}, {tokens}, {share}."""
+        {output}, {folder}, {tokens}, {share}, {first}, {second} (of two numbers)."""
         thousands = re.fullmatch(r"(\d+)[kK]", value)
         value = str(1024 * int(thousands[1])) if thousands and self.command == "extend" else value
         run = re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)
@@ -187,7 +187,9 @@ class Rewrite:
             folder = fix.words[folder]
         gpus = re.search(r"(?:\A|:)(\d+)(?:x|\Z)", value)  # 16, 8xH100, h100:8
         nodes = str(-(-int(gpus[1]) // GPUS_PER_NODE)) if gpus else "N"
-        return {"value": value, "nodes": nodes, "stem": Path(value).stem, "run": run,
+        numbers = re.findall(r"[\d.]+(?:e-?\d+)?", value)
+        return {"value": value, "nodes": nodes, "first": "".join(numbers[:1]),
+                "second": "".join(numbers[1:2]), "stem": Path(value).stem, "run": run,
                 "cluster": parse_cluster(value), "folder": folder,
                 "tokens": multiply_context(find_value(self.typed, "--from", "--model"), value),
                 "output": find_value(self.typed, "--output") or "DIR", "share": compute_share(value)}
@@ -334,7 +336,7 @@ class Rewrite:
             text = f"{key}={value}"
         find = self.find
         assert find is not None
-        setting = translate_setting(key, [value], find, self.typed) if equals and find(key) else ""
+        setting = self._translate(key, [value]) if equals and find(key) else ""
         if self.apply_row(key, [value]) or (
                 not self.is_setting(key) and self.apply_row(get_last_part(key), [value])):
             return

@@ -267,8 +267,9 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], following: 
     if translated:
         rewrite.add_words(f"{option} {values[0]} is {translated} here", option, str(translated))
         return 1
-    if len(files := _split_files(option, values)) > 1:
-        rewrite.add_words(f"{option} is given once for each",
+    files = _split_files(option, values)
+    if files and files != list(values[:1]):
+        rewrite.add_words(f"{option} is given once for each, as FOLDER:WEIGHT",
                           *(word for path in files for word in (option, path)))
         return 1
     if option == "--data" and (blend := parse_blend(following)):
@@ -333,6 +334,9 @@ def _add_foreign_config(rewrite: Rewrite, option: str, file: str, config: Mappin
             if has_data and added[:1] == ["--data"]:  # the typed shards win
                 del rewrite.words[num_words:]
             renamed.append(f"{key} is {' '.join(added).removeprefix('--set ')}")
+        elif values and any(rewrite.apply_row(part, values)
+                            for part in (".".join(key.split(".")[-2:]), get_last_part(key))):
+            messages.append(rewrite.messages[-1])
         if len(rewrite.words) == num_words and len(rewrite.first) == num_first:
             untranslated.append(key)
     rewrite.messages, rewrite.is_changed = messages, True
@@ -351,10 +355,10 @@ def _count_values(words: Sequence[str]) -> int:
 
 
 def _split_files(option: str, values: Sequence[str]) -> list[str]:
-    """Return the files in a comma-separated list, FILE[:WEIGHT] each; empty unless every file exists."""
+    """Return FILE[:WEIGHT] for each item of FILE[:WEIGHT],WEIGHT:FILE,...; empty unless every file exists."""
     if not values or option not in ("", "--data", "--input", "--prompts") or os.path.exists(values[0]):
         return []
-    items = values[0].split(",")
+    items = [re.sub(r"\A([\d.]+):(?!\d)(.+)", r"\2:\1", item) for item in values[0].split(",")]
     files = [re.sub(r":[\d.]+$", "", item) for item in items]
     return items if all(map(os.path.exists, files)) else []
 
@@ -453,7 +457,7 @@ def _add_companions(rewrite: Rewrite) -> None:
     """Write settings and processes that written settings require: two processes for parallel.tp=2."""
     changes = [change for option, change in pairwise(rewrite.words) if option == "--set"]
     values = dict(change.partition("=")[::2] for change in changes)
-    if "--config" in rewrite.words or not values:
+    if "--config" in rewrite.words:
         return
     for name, required in load_table()["acts_with"].items():
         if name in values and required.partition("=")[0] not in values:
@@ -464,9 +468,11 @@ def _add_companions(rewrite: Rewrite) -> None:
     if "--nproc" in rewrite.words or not all(size.isdigit() for size in sizes):
         return
     tp, pp, cp, ep, etp = map(int, sizes)
-    num_processes = pp * max(tp * cp, ep * etp)
+    num_local = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's processes on this machine
+    num_started = int(num_local) if num_local == os.environ.get("WORLD_SIZE") else 1
+    num_processes = max(num_started, pp * max(tp * cp, ep * etp))
     if num_processes > 1:
-        rewrite.add_words(f"this layout needs {num_processes} processes", "--nproc", str(num_processes))
+        rewrite.add_words(f"{num_processes} processes are started by --nproc", "--nproc", str(num_processes))
 
 
 def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError:
@@ -548,7 +554,7 @@ def _join_messages(rewrite: Rewrite) -> str:
     options: dict[tuple[str, str], list[str]] = {}
     for message in dict.fromkeys([*rewrite.messages, *rewrite.unknown_settings.values()]):
         word, colon, reason = message.partition(": ")
-        key = (colon + reason, "" if word.startswith("-") else word)
+        key = (colon + reason, "" if colon or word.startswith("-") else word)
         options.setdefault(key, []).append(word)
     return "; ".join(f"{', '.join(words)}{reason}" for (reason, _), words in options.items())
 

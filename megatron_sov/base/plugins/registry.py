@@ -1,5 +1,4 @@
-"""Registries of plug-ins by kind and name, and serialisable requests from which any process builds an equal
-plug-in."""
+"""Registries of plug-ins by kind and name, and requests from which any process builds an equal plug-in."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ class WorkersOptions:
     """Parallelism for conversions."""
 
     workers: AtLeastOne = DEFAULT_WORKERS
-    """Files processed at a time; a file holds two tensors in memory."""
+    """Files processed at a time; a file holds two tensors in memory (default: one per core, at most 4)."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,8 +23,7 @@ DELTA_RULE_CHUNK = 64
 QUERY_BLOCK = 1024
 """Queries per mask in sliding-window attention without a fused kernel (`engine.model.attention`)."""
 FLOATS_PER_SCORE = 5
-"""Saved float32 numbers per router score: logits, scores, shares, weights and the balancing loss's.
-Measured."""
+"""Saved float32 numbers per router score: logits, scores, shares, weights and balancing loss. Measured."""
 
 
 @dataclass(frozen=True)

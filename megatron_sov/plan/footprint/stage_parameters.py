@@ -113,8 +113,7 @@ def _list_encoders(m: ModelConfig) -> tuple[LayerParameters, ...]:
 
 
 def _build_table(m: ModelConfig, p: ParallelConfig, key: str) -> LocalParameter:
-    """Return the embedding or head, with rows padded to a multiple of `tp`; a tied head has the key
-    `EMBEDDING`."""
+    """Return the embedding or head, with rows padded to a multiple of `tp`; a tied head is `EMBEDDING`."""
     # Both copies need the summed gradient, so each copy has its own bucket.
     is_copied = key == EMBEDDING and p.pp > 1 and (m.tied_embeddings or m.num_mtp_layers > 0)
     return LocalParameter(key, (-(-m.vocab_size // p.tp), m.hidden_size), is_copied=is_copied)

@@ -72,8 +72,7 @@ def leaves_layout_open(request: RecipeRequest) -> bool:
 
 def choose_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str]
                   ) -> tuple[tuple[str, ...], DefaultLayout | None]:
-    """Return `DefaultLayout.settings` and the `DefaultLayout`; if the search fails, the recommended settings
-    and None."""
+    """Return `DefaultLayout.settings` and the `DefaultLayout`; if it fails, recommended settings and None."""
     default = find_layout(config, machines, user_settings)
     if default is None:
         return get_cluster_recommendation(config, machines, user_settings), None

@@ -139,7 +139,7 @@ def _check_models(file: Path, current: Mapping[str, str], message: str) -> None:
     try:
         recorded = {name: str(digest)
                     for name, digest in json.loads(file.read_text(encoding="utf-8")).items()}
-    except (ValueError, TypeError, AttributeError) as e:
+    except (ValueError, TypeError, AttributeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({type(e).__name__}: {e}); restore it from a copy") from None
     if recorded != current:
         raise UserError(f"{file}: " + message.format(recorded=_format_digests(recorded),

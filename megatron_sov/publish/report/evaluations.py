@@ -49,7 +49,7 @@ def _read_evaluation(file: Path, step: int, task: str) -> ExportEvaluation:
         if file.suffix == ".failed":
             return ExportEvaluation(step, task, {}, text.strip() or f"{file.name} is empty")
         figures = json.loads(text)
-    except (OSError, ValueError) as e:
+    except (OSError, ValueError, RecursionError) as e:
         return ExportEvaluation(step, task, {}, f"{file.name} cannot be read ({e})")
     if not isinstance(figures, dict):
         return ExportEvaluation(step, task, {}, f"{file.name} contains no figures")

@@ -164,7 +164,7 @@ def _read_config(file: Path) -> dict[str, Any]:
         return {}
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise UserError(f"{file}: is not valid JSON ({e}); restore it from a copy") from None
     if not isinstance(config, dict):
         raise UserError(f"{file}: contains a {type(config).__name__} instead of the run's settings; "

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megatron_sov.base.artifacts import read_manifest
+from megatron_sov.base.documents.shard_files import check_token_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.model.config import PhaseConfig, RunConfig
@@ -186,6 +187,7 @@ def apply_data_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
     [path] = config.data.paths
     try:
         content = read_manifest(split_source_name(path)[1], "tokens").content
+        check_token_manifest(path, content)
     except UserError:
         return config  # `open_sources` reports the error, with other problems of the data
     names = name_sources(path, content)

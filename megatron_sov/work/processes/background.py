@@ -39,8 +39,7 @@ class BackgroundProcess:
     """A low-priority command with its output in a log file."""
 
     def __init__(self, command: list[str], log: Path) -> None:
-        """Start the command; its text becomes the first line in the log. Raises `OSError`: the command cannot
-        be started."""
+        """Start the command; its text starts the log. Raises `OSError`: the command cannot be started."""
         self._log = log
         self.began_s = time.monotonic()
         """Start time by the monotonic clock."""

@@ -1,10 +1,12 @@
 """Typical first mistakes: the message names everything that the next command line needs to work."""
 
+import os
 from pathlib import Path
 
 import pytest
 
 from megatron_sov.base.errors import suggest_name
+from megatron_sov.base.hints.kinds import classify_folder
 from tests.base.hints.test_words import answer
 
 PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
@@ -31,7 +33,7 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("megatron-sov inspect d/shard.bin", ["is part of d; pass d"]),
     ("sov-data sample d -n 5", ["sov-data sample d --count 5"]),
     ("sov-data run script.py --output o", ["`sources:`", "datatrove"]),
-    ("sov-data decontaminate --input t.jsonl --benchmarks mmlu,gsm8k --output o", ["by a benchmark's name"]),
+    ("sov-data decontaminate --input t.jsonl --benchmarks mine,gsm8k --output o", ["by a benchmark's name"]),
     ("sov-tokenizer import vocab.json --output o", ["merges.txt", "save_pretrained"]),
     ("sov-tokenizer compare gpt2 gpt2 --text en=t.txt", ["hf download gpt2"]),
     ("megatron-sov pretrain x --data 0.7 d 0.3 d --run r", ["--data d:1 --run r"]),
@@ -370,3 +372,13 @@ def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: 
     ("qwen3-8", ["qwen3-8b"], "; did you mean 'qwen3-8b'?"), ("h10", ["h100"], "; did you mean 'h100'?")])
 def test_a_different_number_is_not_proposed(name: str, known: list[str], meant: str) -> None:
     assert suggest_name(name, known) == meant
+
+
+def test_hostile_folders_have_no_kind(tmp_path: Path) -> None:
+    """A mistyped command looks at all folders around it."""
+    for name, text in {"deep": "[" * 200_000, "list": "[]", "bytes": "\0"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(text)
+    (tmp_path / "pipe").mkdir()
+    os.mkfifo(tmp_path / "pipe/manifest.json")
+    assert {classify_folder(path) for path in [*tmp_path.iterdir(), tmp_path / "absent"]} == {"other"}

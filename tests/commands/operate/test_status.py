@@ -18,6 +18,7 @@ from megatron_sov.commands.operate.runs.run_state import (
     RunStart, RunState, find_runs, format_run_state, read_run_state)
 from megatron_sov.commands.operate.runs.status_run import format_runs
 from megatron_sov.model.config import apply_settings
+from megatron_sov.runs.checkpoints import fix_adapter
 from megatron_sov.runs.obs.history import UNFINISHED
 
 NOW_S = 10_000.0
@@ -314,3 +315,19 @@ def test_one_run_is_followed_and_not_as_json(tmp_path: Path, capsys: pytest.Capt
     assert cli.main(["status", str(tmp_path / "a"), "--follow", "--json"]) == 2
     assert "--json" in (printed := capsys.readouterr().err) and "goes without --follow" in printed
     assert cli.main(["status", str(tmp_path / "none"), "--follow"]) == 2
+
+
+DEEP_JSON = "[" * 200_000
+
+
+def test_deeply_nested_files_of_a_run_are_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Folders of runs may hold a stranger's."""
+    run = write_run(tmp_path / "run", *step_events(0, 3, 20.0))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text(DEEP_JSON)
+    assert find_runs(tmp_path) == [run]
+    (run / "config.json").write_text(DEEP_JSON)
+    assert cli.main(["report", str(run)]) == 2
+    assert f"{run}/config.json: is not valid JSON" in capsys.readouterr().err
+    (tmp_path / "adapter_config.json").write_text(DEEP_JSON)
+    assert fix_adapter(tmp_path).before

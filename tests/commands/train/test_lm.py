@@ -113,7 +113,7 @@ def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_comman
         assert main(argv) == 2 and not (tmp_path / "no").exists()
         return capsys.readouterr().err
 
-    assert "set objective.text_coeff (e.g. 0.1) or leave the text out" in run_refused_command(results)
+    assert "--set objective.text_coeff=0.1" in run_refused_command(results).splitlines()[-1]
     assert "contains conversations; pack some with `sov-data pack" in run_refused_command([packed_data.text])
     assert "use `megatron-sov pretrain`" in run_refused_command([packed_data.chats], "objective.name=lm")
     assert main(["sft", "tiny-solar-open", "--data", str(packed_data.chats), "--run",

@@ -29,6 +29,20 @@ def test_every_missing_part_is_named(place: tuple[Any, ...], message: str) -> No
         check_token_manifest("shards", content)
 
 
+@pytest.mark.each(("content", "message"), [
+    ({}, "lacks tokenizer_sha256, vocab_size, sources;"), (WHOLE | {"sources": 5}, "lacks sources;"),
+    (WHOLE | {"sources": [5]}, r"lacks sources\[0\]\.name, "),
+    (WHOLE | {"vocab_size": "9"}, "lacks vocab_size;"),
+    (WHOLE | {"sources": [{"name": ["a"], "format": "text", "splits": []}]},
+     r"lacks sources\[0\]\.name, sources\[0\]\.splits;"),
+    (WHOLE | {"sources": [{"name": "a", "format": "text",
+                           "splits": {"train": {"num_tokens": 1, "shards": [7]}}}]},
+     r"lacks sources\[0\]\.splits\.train\.shards\[0\]\.prefix;")])
+def test_a_part_of_another_type_is_refused(content: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=f"shards: its manifest {message}"):
+        check_token_manifest("shards", content)
+
+
 @pytest.mark.each("prefix", ["../other/train-00000", "/data/train-00000", "a/../../b", ""])
 def test_a_shard_outside_of_the_folder_is_refused(prefix: str) -> None:
     content = copy.deepcopy(WHOLE)

@@ -160,7 +160,10 @@ SHARES = {"1": {"en-basic": 0.9, "ko-basic": 0.1}, "2.C": {"ko-L3": 1.0}}
 @pytest.fixture
 def mixed_data(tmp_path: Path) -> Path:
     with create_artifact(tmp_path / "mixed", "tokens") as artifact:
-        artifact.content = {"sources": [{"name": n} for n in ("en-basic", "ko-basic", "ko-L3")],
+        artifact.content = {"tokenizer_sha256": "", "vocab_size": 1,
+                            "sources": [{"name": n, "format": "text", "splits": {
+                                "train": {"num_tokens": 1, "shards": []}}}
+                                for n in ("en-basic", "ko-basic", "ko-L3")],
                             "phases": [{"name": name, "tokens": 10, "blend": blend}
                                        for name, blend in SHARES.items()]}
     return tmp_path / "mixed"

@@ -73,8 +73,11 @@ def check_plan(options: PlanOptions) -> PlanRequest:
                        else (f"--nodes {options.nodes}", ", or pass --nproc"))
         raise UserError(f"{option}: needs a cluster; add --cluster{fix}", Fix(options=("--cluster", "h100")))
     if options.cluster is not None and options.nproc is not None:
-        raise UserError(f"--nproc {options.nproc}: --cluster {options.cluster} and --nodes decide; leave it "
-                        "out", Fix(left_out=(f"--nproc {options.nproc}",)))
+        profile = cluster.load_profile(options.cluster, needs_account=False)
+        nodes = max(options.nodes or 1, -(-options.nproc // profile.tasks_per_node))
+        raise UserError(f"--nproc {options.nproc}: the processes are those of --nodes {nodes} of --cluster "
+                        f"{options.cluster}; leave --nproc out",
+                        Fix(options=("--nodes", str(nodes)), left_out=(f"--nproc {options.nproc}",)))
     _check_model(options)
     if options.days is not None or options.budget is not None:
         _check_budget(options)

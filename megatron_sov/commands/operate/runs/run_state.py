@@ -150,7 +150,7 @@ def _is_run(path: Path) -> bool:
         return True
     try:
         return "recipe" in json.loads((path / CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return False
 
 

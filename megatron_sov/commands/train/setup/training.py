@@ -186,8 +186,8 @@ def check_chats(config: RunConfig, sources: list[Source]) -> None:
                         Fix(options=("--data", local[0])) if local else Fix(command="pretrain"))
     if texts and config.objective.text_coeff <= 0:
         raise UserError(f"objective.text_coeff = {config.objective.text_coeff}, but only the text term "
-                        f"learns from the text in --data ({', '.join(texts)}); set objective.text_coeff "
-                        "(e.g. 0.1) or leave the text out")
+                        f"learns from the text in --data ({', '.join(texts)}); set "
+                        "objective.text_coeff=0.1, or leave the text out")
     if not texts and config.objective.text_coeff > 0:
         raise UserError(f"objective.text_coeff = {config.objective.text_coeff} needs text in addition to "
                         "conversations; add --data with packed text")
