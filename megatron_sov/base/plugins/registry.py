@@ -131,7 +131,9 @@ class Registry(Generic[T]):
             raise UserError(f"{self.kind} {name!r}: is {meant} here; write {meant}", Fix(words={name: meant}))
         sentence = self._explain_unknown(name, recorded)
         if nearest:
-            question = "" if repr(nearest) in sentence else f"; did you mean {nearest!r}?"
+            # another family is another architecture: only `_explain_unknown` suggests one, for a misspelling
+            is_suggested = repr(nearest) in sentence or self.kind in UNKNOWN_WORDINGS
+            question = "" if is_suggested else f"; did you mean {nearest!r}?"
             raise UserError(sentence + question, Fix(words={name: nearest}))
         if self.kind == "recipe" and re.search(r"\d", name) and not is_reference(name):  # a model's name
             nearest = _find_nearest_size(name, names)
