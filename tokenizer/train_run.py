@@ -67,8 +67,8 @@ def _write_artifact(artifact: ArtifactWriter, trained: Tokenizer, plan: CountPla
     trained.save(str(artifact.path / TOKENIZER_JSON), pretty=False)
     (artifact.path / CONFIG_JSON).write_text(format_json(build_preset_config(preset)), encoding="utf-8")
     samples = learned.samples
-    checked = check_round_trip(trained, preset, learned.vocabulary, learned.stage_1_tokens, artifact.path,
-                               list(samples.values()))
+    checked = check_round_trip(trained, preset, vocabulary=learned.vocabulary, stage_1=learned.stage_1_tokens,
+                               folder=artifact.path, samples=list(samples.values()))
     print(checked.sentence)
     ratios = dict(zip(samples, checked.bytes_per_token, strict=True))
     for name, ratio in ratios.items():

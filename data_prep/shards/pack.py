@@ -141,11 +141,11 @@ def check_pack(options: PackOptions) -> PackRequest:
     if options.bucket_by == "":
         raise UserError("--bucket-by '': is no field; name one, or leave it out")
     tag_fields, tags = parse_tags(options.tags)
-    reading = RecordReading(options.format, options.text_field, options.max_document_bytes, options.columns,
-                            options.bucket_by or "", tag_fields, parse_renames(options.renames),
-                            options.lines)
-    settings = PackSettings(options.heldout, reading, options.bos, options.eod, options.on_bad,
-                            options.shard_tokens, tags)
+    reading = RecordReading(options.format, options.text_field, max_document_bytes=options.max_document_bytes,
+                            columns=options.columns, bucket_by=options.bucket_by or "", tags=tag_fields,
+                            renames=parse_renames(options.renames), by_line=options.lines)
+    settings = PackSettings(options.heldout, reading, bos=options.bos, eod=options.eod, on_bad=options.on_bad,
+                            shard_tokens=options.shard_tokens, tags=tags)
     return PackRequest(options, parse_sources(options.input), settings)
 
 

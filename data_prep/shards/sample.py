@@ -39,8 +39,8 @@ class SampleOptions:
 
 
 def print_samples(options: SampleOptions) -> int:
-    for line in sample_documents(options.data, options.source, options.split, options.count,
-                                 options.max_tokens, options.seed):
+    for line in sample_documents(options.data, options.source, split=options.split, count=options.count,
+                                 max_tokens=options.max_tokens, seed=options.seed):
         print(line)
     return 0
 

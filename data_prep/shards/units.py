@@ -335,6 +335,6 @@ def open_unit(work: Path, key: str, dtype: str) -> StoredUnit:
     columns = map_file("columns", "<f4")
     assert sequences is not None and tokens is not None
     columns = np.zeros(0, "<f4") if columns is None else columns
-    return StoredUnit(sequences, tokens, map_file("kinds", "u1"),
-                      columns.reshape(len(sequences), len(columns) // max(1, len(sequences))), folder,
-                      map_file(FEATURES, "<i8"))
+    return StoredUnit(sequences, tokens, kinds=map_file("kinds", "u1"),
+                      columns=columns.reshape(len(sequences), len(columns) // max(1, len(sequences))),
+                      folder=folder, media=map_file(FEATURES, "<i8"))

@@ -150,7 +150,7 @@ def prepare_run(options: SynthOptions) -> SynthRun:
         digests={f"{generator.name}.yaml": definition.digest},
         files={str(file): hash_file(file) for file in generator.list_files()})
     _check_folder(output, options.redo)
-    return SynthRun(options, output, writer, judge, generator, record)
+    return SynthRun(options, output, writer=writer, judge=judge, generator=generator, record=record)
 
 
 def build_models(options: SynthOptions) -> tuple[Model, Model]:

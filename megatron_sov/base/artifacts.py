@@ -297,8 +297,8 @@ class ArtifactWriter:
             fsync_path(file)
         for folder in (p for p in entries if p.is_dir()):
             fsync_path(folder)
-        manifest = Manifest(self.kind, self.content, self.settings, self.inputs, files, time.time(),
-                            sha256=_NO_HASH)
+        manifest = Manifest(self.kind, self.content, settings=self.settings, inputs=self.inputs, files=files,
+                            created_s=time.time(), sha256=_NO_HASH)
         # replace the placeholder by the hash; `sha256` is the last field, hence the last run of zeros
         head, _, tail = format_json(manifest).rpartition(_NO_HASH)
         sha256 = _hash_around(head.encode(), tail.encode())

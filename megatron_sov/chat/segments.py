@@ -239,7 +239,7 @@ def _find_generation_spans(template: ChatTemplate, conversation: Conversation, a
     indices = list(itertools.accumulate(map(len, parts[:-1:2])))
     spans = {}
     for turn, begin, end in zip(turns, indices[::2], indices[1::2], strict=True):
-        spans[turn] = (_find_turn_begin(template, conversation, turn, text, begin, end),
+        spans[turn] = (_find_turn_begin(template, conversation, number=turn, text=text, begin=begin, end=end),
                        _find_turn_end(text, begin, end, ends))
     return spans
 

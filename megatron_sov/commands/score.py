@@ -58,8 +58,8 @@ def score_rows(options: ScoreOptions) -> int:
         raise UserError(f"--output {options.output}: is the --input; name another file")
     num_rows = check_rows(options.input)
     with create_bar("score", num_rows, "row") as bar:
-        summary = score_file(reward_order, reward, options.input, options.output, options.workers, bar.update,
-                             redo=options.redo)
+        summary = score_file(reward_order, reward, source=options.input, output=options.output,
+                             workers=options.workers, progress=bar.update, redo=options.redo)
     print_summary(summary, num_rows, options.reward, reward.version, options.output)
     if options.run is not None:
         events.add("score", step=events.last_step(), reward=reward_order.name,

@@ -286,8 +286,8 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str
         rounding.measure_weight(name, source_tensor, spec.dtype)
         return tensor
 
-    write_unfinished(artifact, files, read, [source], lambda spec: [source_names[spec.name]], "to-hf",
-                     workers)
+    write_unfinished(artifact, files, read=read, sources=[source],
+                     list_source_names=lambda spec: [source_names[spec.name]], label="to-hf", workers=workers)
     if loss := rounding.format_loss():
         warn(f"{source.path}: {loss}; pass --dtype float32 to keep the trained values")
 

@@ -170,7 +170,7 @@ def read_prompts(path: Path, renames: Renames = (), option: str = OPTION, *, is_
     are checked by their environments. Raises `UserError`: the file cannot be read, has no rows, or bad
     rows."""
     problems, columns = RowProblems(), list[str]()
-    rows = _iter_prompts(path, renames, option, is_asked, problems, columns)
+    rows = _iter_prompts(path, renames, option=option, is_asked=is_asked, problems=problems, columns=columns)
     prompts = PromptList.from_prompts(rows, option)
     if problems:
         is_renamed = bool(columns) and not len(prompts)  # else other rows have the fields

@@ -132,7 +132,7 @@ class Sandbox:
         if self._is_closed:
             raise RuntimeError("this sandbox has been closed")
         if reason := program.find_problem():
-            return Outcome("refused", None, "", "", reason, 0.0, 0.0)
+            return Outcome("refused", None, stdout="", stderr="", reason=reason, wall_s=0.0, cpu_s=0.0)
         # waits for an idle worker
         worker = self._idle_workers.get()
         try:
@@ -265,8 +265,8 @@ class Worker:
             return Outcome(**receive_message(channel))
         except (EOFError, OSError, EnclosureUnavailable) as e:
             self.stop()
-            return Outcome("infrastructure", None, "", "",
-                           f"the sandbox's server failed ({e or 'it ended'})", 0.0, 0.0)
+            return Outcome("infrastructure", None, stdout="", stderr="",
+                           reason=f"the sandbox's server failed ({e or 'it ended'})", wall_s=0.0, cpu_s=0.0)
 
     def stop(self) -> None:
         """End the server and its program."""

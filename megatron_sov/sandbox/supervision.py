@@ -216,8 +216,8 @@ class _Supervisor:
         stdout, stderr = (self._received[fd].decode(errors="replace") for fd in (pipes.stdout, pipes.stderr))
         status, reason = self._violation or _explain_exit(exit_code, stderr, cpu_s, self._program.limits)
         exited = self._violation is None and exit_code >= 0
-        return Outcome(status, exit_code if exited else None, stdout, stderr, reason, wall_s, cpu_s,
-                       self._time.starved_s)
+        return Outcome(status, exit_code if exited else None, stdout=stdout, stderr=stderr, reason=reason,
+                       wall_s=wall_s, cpu_s=cpu_s, starved_s=self._time.starved_s)
 
 
 def _explain_exit(exit_code: int, stderr: str, cpu_s: float, limits: Limits) -> tuple[Status, str]:

@@ -103,9 +103,9 @@ class Trainer:
         self.guards.step_guard.compares_losses = has_comparable_loss(self.objective)
         self.checkpointer = Checkpointer(config, folder, sources, self.model, self.optimizer, self.batches,
                                          self._list_stateful_parts(), self._handle_saved)
-        self.forward_backward = ForwardBackward(config, self.model, self.optimizer, self.expert_load,
-                                                len(sources), self.guards.faults,
-                                                self.guards.stragglers.clock)
+        self.forward_backward = ForwardBackward(config, self.model, optimizer=self.optimizer,
+                                                expert_load=self.expert_load, num_sources=len(sources),
+                                                faults=self.guards.faults, clock=self.guards.stragglers.clock)
         self.side_jobs: SideJobs | None = None
         """Exports and evaluations; created by `open_records`, on rank 0 only."""
         self.garbage = GarbageCollector(config.gpu.gc_every_steps)

@@ -79,8 +79,8 @@ def gather_words(files: list[Path], work: Path, max_bytes: int | None) -> WordTa
         raw = np.frombuffer(words.buffers()[2], np.uint8)[: int(lengths.sum())]
     text_bytes, dropped = levels.counts * levels.num_bytes, levels.counts < min_count
     dropped_share = int(text_bytes[dropped].sum()) / max(int(text_bytes.sum()), 1)
-    return WordTable(raw, lengths[order], counts[order], min_count, int(levels.num_words[dropped].sum()),
-                     dropped_share)
+    return WordTable(raw, lengths[order], counts=counts[order], min_count=min_count,
+                     dropped_words=int(levels.num_words[dropped].sum()), dropped_share=dropped_share)
 
 
 @dataclass(frozen=True)

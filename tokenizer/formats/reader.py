@@ -182,10 +182,10 @@ def _read_template(config: dict[str, Any], file: Path) -> str | None:
 
 def _open_tiktoken(file: Path, rules_file: Path) -> ForeignTokenizer:
     ranks, rules = tiktoken_format.read_ranks(file), tiktoken_format.read_rules(rules_file)
-    return ForeignTokenizer(
-        file, "tiktoken", tiktoken_format.from_tiktoken(ranks, rules),
-        tiktoken_format.build_encoder(ranks, rules), tiktoken_format.build_encoding(ranks, rules).decode,
-        {name: getattr(rules, name) for name in SPECIAL_NAMES})
+    return ForeignTokenizer(file, "tiktoken", raw=tiktoken_format.from_tiktoken(ranks, rules),
+                            encode=tiktoken_format.build_encoder(ranks, rules),
+                            decode=tiktoken_format.build_encoding(ranks, rules).decode,
+                            named_tokens={name: getattr(rules, name) for name in SPECIAL_NAMES})
 
 
 def _fix_by_neighbour(file: Path) -> Fix | None:
@@ -209,8 +209,8 @@ def _open_sentencepiece(file: Path) -> ForeignTokenizer:
         raise UserError(f"{file}: is no tokenizer (or a damaged one); pass {FORMS}",
                         _fix_by_neighbour(file)) from None
     raw = sentencepiece_format.from_sentencepiece(proto, str(file))
-    return ForeignTokenizer(file, "sentencepiece", raw, processor.encode, processor.decode,
-                   sentencepiece_format.get_special_tokens(proto))
+    return ForeignTokenizer(file, "sentencepiece", raw=raw, encode=processor.encode, decode=processor.decode,
+                            named_tokens=sentencepiece_format.get_special_tokens(proto))
 
 
 class LoadedTokenizer(ABC):

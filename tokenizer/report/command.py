@@ -98,8 +98,8 @@ def check_digits(tokenizer: LoadedTokenizer) -> TokenizerCheck:
     for n, splits in shapes.items():
         examples = [f"{_format_shape(s)} ({number})" for s, number in splits.items()]
         rows.append([str(n), f"{len(splits)}", "; ".join(examples[:4])])
-    return TokenizerCheck("digits", "Digits", verdict, summary, numbers,
-                          [PageTable(["digits", "ways", "groups, with an example"], rows)])
+    return TokenizerCheck("digits", "Digits", verdict=verdict, summary=summary, numbers=numbers,
+                          tables=[PageTable(["digits", "ways", "groups, with an example"], rows)])
 
 
 def _format_shape(shape: tuple[int, ...]) -> str:
@@ -146,8 +146,8 @@ def check_whitespace(tokenizer: LoadedTokenizer) -> TokenizerCheck:
                "not_given_back": [format_token(t) for t in lost],
                "tokens_more_for_spaces": cost[" "], "tokens_more_for_tabs": cost["\t"]}
     rows = [[format_token(text), format_tokens(get_token_bytes(tokenizer, text))] for text in EXAMPLES]
-    return TokenizerCheck("whitespace", "Indentation and white space", verdict, summary, numbers,
-                          [PageTable(["text", "tokens"], rows)])
+    return TokenizerCheck("whitespace", "Indentation and white space", verdict=verdict, summary=summary,
+                          numbers=numbers, tables=[PageTable(["text", "tokens"], rows)])
 
 
 def check_neutral(tokenizer: LoadedTokenizer) -> TokenizerCheck:

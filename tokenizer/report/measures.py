@@ -221,8 +221,8 @@ def check_texts(tokenizer: LoadedTokenizer, measured: list[TokenizerMeasures]) -
                f"({worst.bytes_per_token:.3f}); ")
     summary += (f"decoding does not return {num_changed} chunks of text" if num_changed
                 else "decoding returns all text")
-    return TokenizerCheck("texts", "Texts", "bad" if num_changed else "good", summary, {"texts": numbers},
-                          [build_measures_table(measured)])
+    return TokenizerCheck("texts", "Texts", verdict="bad" if num_changed else "good", summary=summary,
+                          numbers={"texts": numbers}, tables=[build_measures_table(measured)])
 
 
 def build_measures_table(measured: list[TokenizerMeasures]) -> PageTable:
@@ -272,8 +272,8 @@ def check_inventory(tokenizer: LoadedTokenizer) -> TokenizerCheck:
         rows = [[format_token(t), f"{i:,}", "special" if i in tokenizer.special else "added"]
                 for i, t in added[:3 * NUM_EXAMPLES]]
         tables.insert(0, PageTable(["special and added tokens", "id", "kind"], rows))
-    return TokenizerCheck("inventory", "Vocabulary", "note" if unused_ids or duplicates else "good", summary,
-                          numbers, tables)
+    return TokenizerCheck("inventory", "Vocabulary", verdict="note" if unused_ids or duplicates else "good",
+                          summary=summary, numbers=numbers, tables=tables)
 
 
 def count_words(token: bytes) -> int:
@@ -372,5 +372,5 @@ def check_scalars(tokenizer: LoadedTokenizer) -> TokenizerCheck:
     rows = [[f"U+{c:04X}", unicodedata.name(chr(c), "–"), chr(c) if chr(c).isprintable() else "–"]
             for c in results.lost[:NUM_SCALARS_SHOWN]]
     tables = [PageTable(["lost", "name", "character"], rows)] if rows else []
-    return TokenizerCheck("scalars", "All of Unicode", choose_verdict(bad, results.changed),
-                          summary, numbers, tables)
+    return TokenizerCheck("scalars", "All of Unicode", verdict=choose_verdict(bad, results.changed),
+                          summary=summary, numbers=numbers, tables=tables)

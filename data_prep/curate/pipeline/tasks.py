@@ -126,7 +126,7 @@ def run_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) ->
     place = f"source {task[0]}, shard {task[1]}" if task[0] else f"pass {stage.pass_name}, task {task[1]}"
     try:
         with translate_disk_errors(mark):
-            _run_open_task(plan, plan_file, output, stage, task, mark)
+            _run_open_task(plan, plan_file, output=output, stage=stage, task=task, mark=mark)
     except UserError as e:
         raise UserError(f"{place}, {stage.kind}: {e}") from e
     except FileNotFoundError as e:
@@ -160,7 +160,7 @@ def _run_open_task(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pip
     elif stage.kind == OUTPUT:
         writing = write_output_shard(plan, source, layer, output, task[1])
     else:
-        writing = _write_layer(plan, plan_file, output, stage, ShardRef(*task), mark)
+        writing = _write_layer(plan, plan_file, output=output, stage=stage, shard=ShardRef(*task), file=mark)
     # The counts are written before the rows get their final name, which marks the shard as done.
     with writing as counts:
         write_sealed_json(layer.get_counts_file(output, task[1]), counts.to_dict())

@@ -285,9 +285,9 @@ def _parse_record(message: dict[str, Any], limits: EncodingLimits) -> RawDocumen
     """Raise `KeyError`, `TypeError`, `ValueError` or `BadRecord` for an invalid message."""
     if "broken" in message:
         values = message["broken"]
-        return BrokenRecord(str(values["file"]), str(values["place"]), str(values["code"]),
-                            str(values["reason"]), str(values["content"])[:MAX_CONTENT_CHARS],
-                            values["is_left_out"] is True)
+        return BrokenRecord(str(values["file"]), str(values["place"]), code=str(values["code"]),
+                            reason=str(values["reason"]), content=str(values["content"])[:MAX_CONTENT_CHARS],
+                            is_left_out=values["is_left_out"] is True)
     text, place, columns = message["text"], message["place"], message["columns"]
     if not (isinstance(text, str) and isinstance(place, str) and isinstance(columns, dict)):
         raise TypeError("a document without text, place or columns")

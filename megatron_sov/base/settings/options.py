@@ -495,9 +495,9 @@ def _iter_options(cls: Any, above: tuple[str, ...] = ()) -> Iterator[_Option]:
                 raise TypeError(f"{cls.__name__}.{field.name}: the defaults are those of {hint}")
             yield from _iter_options(hint, path)
             continue
-        yield _Option(path, flag, hint, repeats, field.default,
-                      field.default is dataclasses.MISSING and not has_factory,
-                      docs.get(field.name) or _format_help(flag.help))
+        yield _Option(path, flag, hint=hint, repeats=repeats, default=field.default,
+                      is_required=field.default is dataclasses.MISSING and not has_factory,
+                      help=docs.get(field.name) or _format_help(flag.help))
 
 
 def _unwrap_hint(hint: Any) -> tuple[Flag, Any, bool]:

@@ -132,8 +132,8 @@ def _build_task(name: str, loaded: LoadedTasks, lm: EvaluatedLM, settings: LmEva
                         "definition and its data") from e
     if not requests:
         raise UserError(f"task {name}: has no items; check its data")
-    return BuiltTask(name, task, judge, loaded.files[name], num_fewshot, requests,
-                     hash_prompts(task.instances))
+    return BuiltTask(name, task, judge=judge, files=loaded.files[name], num_fewshot=num_fewshot,
+                     requests=requests, prompt_hash=hash_prompts(task.instances))
 
 
 def _set_num_fewshot(task: Any, option: int | None) -> int:

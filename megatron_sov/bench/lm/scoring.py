@@ -127,9 +127,9 @@ def _build_items(task: BuiltTask, samples: Sequence[Mapping[str, Any]], lm: Eval
         question, answer = format_question(task.task, sample["doc"])
         metadata = get_sov_metadata(task.task.get_config("metadata"))
         cluster = sample["doc"].get(str(metadata.get("cluster_field")))
-        items[number] = ResultItem(task.name, str(number), hash_document(sample["doc"]),
-                                   None if cluster is None else str(cluster), question, answer, scores,
-                                   answers, failed)
+        items[number] = ResultItem(task.name, str(number), doc_sha256=hash_document(sample["doc"]),
+                                   cluster=None if cluster is None else str(cluster), question=question,
+                                   answer=answer, scores=scores, samples=answers, failed=failed)
     return [items[number] for number in sorted(items)]
 
 
@@ -227,8 +227,8 @@ def _get_sampling(requests: Sequence[Request]) -> TaskSampling:
     if not generations:
         return TaskSampling(max_tokens=0)
     first = generations[0]
-    return TaskSampling(first.temperature, first.top_p, first.top_k, first.max_tokens, first.seed,
-                        1 + max(request.sample for request in generations))
+    return TaskSampling(first.temperature, first.top_p, top_k=first.top_k, max_tokens=first.max_tokens,
+                        seed=first.seed, samples=1 + max(request.sample for request in generations))
 
 
 def _compute_mean(values: Sequence[Any]) -> float:

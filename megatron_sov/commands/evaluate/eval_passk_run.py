@@ -188,8 +188,8 @@ def _judge(run: PasskRun, responses: Path, folder: Path) -> dict[str, Any]:
     scored = folder.parent / "scored.jsonl"
     # `redo`: rewards from different settings are useless
     with create_bar("score", check_rows(responses, "--input"), "row") as bar:
-        summary = score_file(request.order, request.reward, responses, scored, options.workers, bar.update,
-                             redo=True)
+        summary = score_file(request.order, request.reward, source=responses, output=scored,
+                             workers=options.workers, progress=bar.update, redo=True)
     for message in summary.tally.examples:
         print(escape_controls(message), file=sys.stderr)
     figures = read_scored_responses(scored, PROMPT_INDEX, options.right_from).figures(options.k)

@@ -40,8 +40,8 @@ def run_extension(request: ExtensionRequest) -> None:
         start = convert_start(start, options.run)
     try:
         objective = get_factory(last, load_objective(kind, last))
-        run_stages(stages, start, objective, options.nproc, options.resume, request.faults,
-                   dry_run=options.dry_run,
+        run_stages(stages, start, objective=objective, nproc=options.nproc, resume=options.resume,
+                   faults=request.faults, dry_run=options.dry_run,
                    memory=[estimate_memory(stage.config, num_ranks(options.nproc)) for stage in stages])
     finally:
         # after a failed start, remove empty folders; a dry run leaves the disk unchanged

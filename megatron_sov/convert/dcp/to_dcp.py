@@ -54,8 +54,8 @@ def to_dcp(checkpoint: str | Path, out: str | Path, *, weights_only: bool = Fals
         config = family.to_hf_config(source.settings.model, str(dtype).removeprefix("torch."), tokens)
         write_atomically(folder / CONFIG, format_json(config))
 
-    write_export(Path(out), KIND, source, planner, f"step-{source.step}", write_companions, workers=workers,
-                 overwrite=overwrite)
+    write_export(Path(out), KIND, source=source, planner=planner, subfolder=f"step-{source.step}",
+                 write_companions=write_companions, workers=workers, overwrite=overwrite)
     return source
 
 

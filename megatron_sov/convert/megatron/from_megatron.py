@@ -447,8 +447,8 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     origin = {"path": str(iteration_folder), "iteration": iteration, "index_sha256": index_sha256}
     loop = None if training is None else {
         "step": training.step, "tokens": 0, "wall_s": 0.0, "num_updates": training.num_updates, "data": {}}
-    source = ImportSource(weights, "from-megatron", tokenizer, TokenIds(), {FROM_MEGATRON: origin}, states,
-                          loop)
+    source = ImportSource(weights, "from-megatron", tokenizer=tokenizer, tokens=TokenIds(),
+                          content={FROM_MEGATRON: origin}, states=states, loop=loop)
     write_imported(out, source, dtype, workers=workers, overwrite=overwrite, redo=redo)
     tensors = weights.tensors
     num_padded_rows = max(tensors.get_shape(key)[0] - model.vocab_size

@@ -62,8 +62,8 @@ def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool =
         write_atomically(folder / subfolder / FORMAT, json.dumps({"sharded_backend": BACKEND,
                                                                   "sharded_backend_version": VERSIONS[0]}))
 
-    write_export(Path(out), KIND, source, planner, subfolder, write_companions, workers=workers,
-                 overwrite=overwrite)
+    write_export(Path(out), KIND, source=source, planner=planner, subfolder=subfolder,
+                 write_companions=write_companions, workers=workers, overwrite=overwrite)
     return source, problem
 
 

@@ -85,13 +85,13 @@ class DocumentAttention(MegatronModule):
                     pieces, packed_seq_params.get_piece_bounds(window), strict=True):
                 # gathered keys may begin before the first key that the documents of this piece reach
                 offset = find_first_keys(documents, window)[0] - first
-                outputs.append(attend_documents(queries, keys[offset:], values[offset:], bounds,
-                                                self.softmax_scale, self.window_tokens))
+                outputs.append(attend_documents(queries, keys[offset:], value=values[offset:], bounds=bounds,
+                                                scale=self.softmax_scale, window_tokens=self.window_tokens))
         else:
             for queries, (keys, values, first), documents in pieces:
                 outputs += attend_document_list(
-                    list(_split_by_document(queries, keys, values, documents,
-                                            find_first_keys(documents, window), first)),
+                    list(_split_by_document(queries, keys, values=values, documents=documents,
+                                            begins=find_first_keys(documents, window), first=first)),
                     self.softmax_scale, self.window_tokens)
         return torch.cat(outputs).reshape(len(query), -1)
 

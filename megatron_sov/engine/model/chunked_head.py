@@ -191,8 +191,8 @@ def _add_product(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> None:
 def _sweep_chunks(states: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, chunking: Chunking,
                   gradients: HeadGradients, temperature: float = 1.0) -> torch.Tensor:
     """Return label log-probabilities [n] in float32 or wider, and accumulate gradients."""
-    return torch.cat([_process_chunk(part, states[part], weight, labels[part], chunking, gradients,
-                                     temperature)
+    return torch.cat([_process_chunk(part, states[part], weight=weight, labels=labels[part],
+                                     chunking=chunking, gradients=gradients, temperature=temperature)
                       for part in chunking.split_tokens(len(states))])
 
 

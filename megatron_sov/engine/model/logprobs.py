@@ -141,8 +141,8 @@ class Head:
                            ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the K most probable tokens [T, K] int64 after each position of a row and their
         log-probabilities [T, K] float32 (float64 under fp64), on every process, from [local tokens, 1, H]."""
-        best = [find_most_probable(s, self.weight, k, self._chunking.token_rows, temperature,
-                                   self.logits_softcap)
+        best = [find_most_probable(s, self.weight, k=k, token_rows=self._chunking.token_rows,
+                                   temperature=temperature, softcap=self.logits_softcap)
                 for s in prepare_head_input(hidden, self.config).split(self.chunk_tokens)]
         token, logprobs = (context.gather_row(torch.cat(parts)) for parts in zip(*best, strict=True))
         return token, logprobs

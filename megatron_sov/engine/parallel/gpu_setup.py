@@ -137,7 +137,7 @@ def select_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,
             problem = (f"has {free_bytes / GIB:.1f} of {total_bytes / GIB:.1f} GiB free, and the run takes "
                        f"{needs_bytes / GIB:.1f}; end the other processes on it (`nvidia-smi` names them), "
                        "or choose other GPUs by CUDA_VISIBLE_DEVICES")
-    check_all_gpus(store, rank, size, uuid, problem, timeout)
+    check_all_gpus(store, rank, size=size, uuid=uuid, problem=problem, timeout=timeout)
     return device
 
 

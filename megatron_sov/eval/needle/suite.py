@@ -130,8 +130,8 @@ class NeedleSuite:
 
 def build_suite(config: NeedleConfig, haystacks: Sequence[Haystack], *, seed: int = 0) -> NeedleSuite:
     """Build the `NeedleSuite` for a `NeedleConfig` over held-out text. Raises `UserError`: invalid values."""
-    return NeedleSuite(tuple(haystacks), config.kinds, config.lengths_tokens, config.depths, config.samples,
-                       config.distractor_share, seed)
+    return NeedleSuite(tuple(haystacks), config.kinds, lengths=config.lengths_tokens, depths=config.depths,
+                       samples=config.samples, distractor_share=config.distractor_share, seed=seed)
 
 
 def run_suite(suite: NeedleSuite, engine: Engine,

@@ -111,9 +111,9 @@ class ServerEngine:
         """
         requests: list[TokenRequest] = []
         for ids, sampling in zip(prompts, samplings, strict=True):
-            request = TokenRequest("", [int(token) for token in ids], sampling.max_new_tokens,
-                                   sampling.temperature, sampling.top_k, sampling.top_p, end_ids,
-                                   sampling.with_routes)
+            request = TokenRequest("", [int(token) for token in ids], max_new_tokens=sampling.max_new_tokens,
+                                   temperature=sampling.temperature, top_k=sampling.top_k,
+                                   top_p=sampling.top_p, stop_ids=end_ids, with_routes=sampling.with_routes)
             # vLLM rejects several greedy answers to a prompt, because the answers would be equal
             max_count = min(GROUP, self.fleet.requests) if request.temperature else 1
             is_short = request.max_new_tokens <= GROUPED_TOKENS

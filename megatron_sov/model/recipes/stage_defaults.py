@@ -66,8 +66,8 @@ _LORA_PAIRS = (Rate(1e-5, REGRET),)
 
 
 def _pair_defaults(*rates: Rate) -> StageDefaults:
-    return StageDefaults(rates, _LORA_PAIRS, 1.0, "linear", 0.1, 128,
-                         f"one epoch, linear, 10 % warm-up, batch 128: {TULU}")
+    return StageDefaults(rates, _LORA_PAIRS, epochs=1.0, schedule="linear", warmup_share=0.1, batch_size=128,
+                         source=f"one epoch, linear, 10 % warm-up, batch 128: {TULU}")
 
 
 DEFAULTS: dict[str, StageDefaults] = {

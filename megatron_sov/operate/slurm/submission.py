@@ -273,8 +273,8 @@ def prepare_stage(request: SubmitRequest, commands: Commands,
     # submissions of the same code share a copy
     code = None if request.ready else work.records / _compute_code_name(ROOT)
     script = request.ready.script if request.ready else work.records / f"{request.stage}.sbatch"
-    base = SlurmJob(work, request.profile, Path.cwd(), code, script, layouts, needs=request.needs,
-                    time_limit=_choose_time_limit(request, work), ready=request.ready,
+    base = SlurmJob(work, request.profile, cwd=Path.cwd(), code=code, script=script, layouts=layouts,
+                    needs=request.needs, time_limit=_choose_time_limit(request, work), ready=request.ready,
                     engine_nodes=request.engine_nodes, cluster=_resolve_cluster(request))
     # in submission order: each job waits for the previous job
     jobs = _split_array(base, request.array) if request.array else (base,)

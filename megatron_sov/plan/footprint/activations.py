@@ -116,8 +116,8 @@ def estimate_saved(config: RunConfig, row_tokens: int, kind: LayerKind) -> Saved
     p = config.parallel
     # `auto` may lack kernels, and plain torch saves more.
     by_kernels = config.gpu.linear_attention == "fla" and config.train.precision == "bf16"
-    return _estimate_saved(config.model, config.train.precision, count_tokens(config, row_tokens), p.tp,
-                           p.etp, p.cp, kind, by_kernels)
+    return _estimate_saved(config.model, config.train.precision, tokens=count_tokens(config, row_tokens),
+                           tp=p.tp, etp=p.etp, cp=p.cp, kind=kind, by_kernels=by_kernels)
 
 
 @lru_cache(maxsize=1 << 14)

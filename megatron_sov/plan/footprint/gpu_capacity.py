@@ -185,7 +185,7 @@ def refuse_on_nodes(config: RunConfig, count: int, per_node: int, memory_bytes: 
     if config.gpu.optimizer_offload:
         nodes = [range(first, min(first + per_node, count)) for first in range(0, count, per_node)]
         fullest = max(nodes, key=lambda ranks: count_node_bytes(config, count, ranks))
-        _refuse_offload(config, count, fullest, memory_bytes, "has", gpu)
+        _refuse_offload(config, count, ranks=fullest, memory_bytes=memory_bytes, has="has", gpu=gpu)
 
 
 def refuse_on_this_node(config: RunConfig, nproc: int | None, gpu: Gpu | None) -> None:

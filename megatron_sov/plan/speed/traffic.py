@@ -71,10 +71,10 @@ def list_products(w: Workload, block: Block) -> list[Product]:
     tokens, cut, groups = count_local_tokens(w), w.tp, 1.0
     if block == "expert":
         tokens, cut, groups = count_expert_rows(w), w.etp, w.shape.num_experts / w.ep
-    return [Product(tokens / w.tp if matrix.cut == "tokens" else tokens,
-                    matrix.rows / cut if matrix.cut == "rows" else matrix.rows,
-                    matrix.columns / cut if matrix.cut == "columns" else matrix.columns,
-                    groups, matrix.quantized, matrix.part) for matrix in w.shape.list_matrices(block)]
+    return [Product(tokens=tokens / w.tp if matrix.cut == "tokens" else tokens,
+                    n=matrix.rows / cut if matrix.cut == "rows" else matrix.rows,
+                    k=matrix.columns / cut if matrix.cut == "columns" else matrix.columns, groups=groups,
+                    quantized=matrix.quantized, part=matrix.part) for matrix in w.shape.list_matrices(block)]
 
 
 def count_expert_rows(w: Workload) -> float:
@@ -240,7 +240,7 @@ def build_tensor_message(w: Workload) -> TrafficMessage:
     activations = count_local_tokens(w) * s.hidden_size * item
     volume = blocks / w.pp * pairs * activations * (tp - 1) / tp * w.num_micro_batches
     count = 0 if tp == 1 else blocks / w.pp * pairs * w.num_micro_batches
-    return _build_ring_message("tp", w, volume, count, tp, 1)
+    return _build_ring_message("tp", w, volume=volume, count=count, size=tp, stride=1)
 
 
 def build_expert_message(w: Workload) -> TrafficMessage:
@@ -250,7 +250,7 @@ def build_expert_message(w: Workload) -> TrafficMessage:
     s, size, choices = w.shape, w.ep * w.etp, w.shape.num_experts_per_token
     moe = s.num_moe_layers + (s.num_predictions if s.mtp_moe else 0)
     if not moe or size == 1:
-        return TrafficMessage("ep", 0, 1, 1, 0, 0)
+        return TrafficMessage("ep", 0, inside_share=1, bytes_per_s=1, count=0, latency_s=0)
     times = moe / w.pp * 2 * count_passes(w, "moe") * w.num_micro_batches
     token_bytes = count_local_tokens(w) / w.tp * s.expert_width * ACTIVATION_BYTES * w.imbalance
     # Fractional: a group slightly larger than a domain has few partners outside.
@@ -265,8 +265,8 @@ def build_expert_message(w: Workload) -> TrafficMessage:
     # Both kinds of links work at the same time: the slower link counts.
     seconds = max(inside_s, outside / w.links.between_bytes_per_s) if outside else inside_s
     latency = w.links.between_latency_s if outside else w.links.inside_latency_s
-    return TrafficMessage("ep", times * token_bytes * copies, 1 - outside / max(copies, 1e-9),
-                          copies / seconds, times, latency * 4)
+    return TrafficMessage("ep", times * token_bytes * copies, inside_share=1 - outside / max(copies, 1e-9),
+                          bytes_per_s=copies / seconds, count=times, latency_s=latency * 4)
 
 
 def build_context_message(w: Workload) -> TrafficMessage:
@@ -292,7 +292,7 @@ def build_context_message(w: Workload) -> TrafficMessage:
                            else count_local_tokens(w)) for window, number in windows) / w.pp
     volume = rounds * (cp - 1) * tokens * keys * ACTIVATION_BYTES * w.num_micro_batches
     messages += layers * rounds * (cp - 1) * w.num_micro_batches
-    return _build_ring_message("cp", w, volume + exchanged, messages, cp, w.tp)
+    return _build_ring_message("cp", w, volume=volume + exchanged, count=messages, size=cp, stride=w.tp)
 
 
 def _count_linear_exchange(w: Workload) -> tuple[float, float]:
@@ -310,7 +310,7 @@ def _count_linear_exchange(w: Workload) -> tuple[float, float]:
 def build_pipeline_message(w: Workload) -> TrafficMessage:
     """Return hidden states to the next stage and gradients to the previous stage."""
     if w.pp == 1:
-        return TrafficMessage("pp", 0, 1, 1, 0, 0)
+        return TrafficMessage("pp", 0, inside_share=1, bytes_per_s=1, count=0, latency_s=0)
     times = w.num_micro_batches * w.vpp * 2
     volume = times * count_local_tokens(w) / (w.tp if w.sp else 1) * w.shape.hidden_size * ACTIVATION_BYTES
     # Stages are the outermost groups: neighbours share a domain only if all GPUs do.
@@ -347,7 +347,7 @@ def build_data_messages(w: Workload) -> list[TrafficMessage]:
         if shard < size:
             volume += params * w.grad_bytes / shard * 2 * (1 - shard / size)
         count = 0 if size == 1 else times * 3 * count_layers_per_gpu(w)
-        messages.append(_build_ring_message(name, w, volume, count, size, stride))
+        messages.append(_build_ring_message(name, w, volume=volume, count=count, size=size, stride=stride))
     return messages
 
 
@@ -370,7 +370,7 @@ def _build_ring_message(group: Group, w: Workload, volume: float, count: float, 
     """Return the message in a ring whose members are `stride` ranks apart; members in an NVLink domain share
     its network adapters (NCCL's rings)."""
     if size == 1 or not volume:
-        return TrafficMessage(group, 0, 1, 1, 0, 0)
+        return TrafficMessage(group, 0, inside_share=1, bytes_per_s=1, count=0, latency_s=0)
     members = max(1, w.links.domain // stride)
     if size <= members:
         return TrafficMessage(group, volume, 1, w.links.inside_bytes_per_s, count, w.links.inside_latency_s)

@@ -114,8 +114,8 @@ class SampleOrder:
             cursor = self.state.cursors.setdefault(name, Cursor())
             source = self.sources[index]
             packing = self._chat_packing if source.is_chat else self._packing
-            self._streams[name] = DocumentStream(name, self.open_documents(index), self._seed,
-                                                 packing, cursor, source.group)
+            self._streams[name] = DocumentStream(name, self.open_documents(index), seed=self._seed,
+                                                 packing=packing, cursor=cursor, group=source.group)
         return self._streams[name]
 
     def count_epochs(self) -> dict[str, float]:

@@ -39,9 +39,9 @@ class DataBatches:
         self.ledger = order.ledger
         self._step = order.state.step
         self._state: dict[str, Any] = order.state.to_dict()
-        self._stream = BatchStream(self._config, order, self._world.dp_rank, self._world.dp_size,
-                                   self._config.num_steps(), self._columns,
-                                   [source.routes for source in self._sources])
+        self._stream = BatchStream(self._config, order, dp_rank=self._world.dp_rank,
+                                   dp_size=self._world.dp_size, num_steps=self._config.num_steps(),
+                                   columns=self._columns, routes=[source.routes for source in self._sources])
         self.epochs: dict[str, float] = {}
         """Source -> passes over the source, up to the last returned batch."""
 

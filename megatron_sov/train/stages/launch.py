@@ -125,8 +125,8 @@ def _print_plan(stage: Stage, data: StageData, num_processes: int) -> None:
     steps = range(checkpoints.checkpoint_step(newest) if newest else 0, stage.config.num_steps())
     if stage.notes:
         print(_format_defaults(stage))
-    print(format_banner(stage.config, num_processes, stage.folder.path, steps, data.planned, data.sources,
-                        stage.memory))
+    print(format_banner(stage.config, num_processes, run=stage.folder.path, steps=steps, entries=data.planned,
+                        sources=data.sources, memory=stage.memory))
     start = newest or stage.start_from or f"initial weights, train.seed = {stage.config.train.seed}"
     print(f"  start      {start}")
     hf_folder, run = stage.start_from, stage.folder.path

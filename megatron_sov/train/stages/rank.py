@@ -89,9 +89,9 @@ def run_rank(stage: Stage, data: StageData, launch: LaunchState) -> int:
 
 
 def _print_banner(stage: Stage, trainer: Trainer) -> None:
-    text = format_banner(stage.config, trainer.world.size, stage.folder.path,
-                         range(trainer.step, trainer.num_steps), trainer.batches.ledger.entries,
-                         trainer.sources, stage.memory, torch.get_num_threads())
+    text = format_banner(stage.config, trainer.world.size, run=stage.folder.path,
+                         steps=range(trainer.step, trainer.num_steps), entries=trainer.batches.ledger.entries,
+                         sources=trainer.sources, memory=stage.memory, num_threads=torch.get_num_threads())
     print(f"{text}\n", end="", file=sys.stderr, flush=True)
 
 

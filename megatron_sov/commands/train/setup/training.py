@@ -99,8 +99,8 @@ def check_stage(options: StageOptions, *, num_prompts: int = 0, complete: Comple
         RunFolder(options.run).enter(config, options.resume)
     check_benchmarks(config)
     options.check_settings(config)
-    return TrainingRequest(options, config, start, faults, completed.notes,
-                           estimate_memory(config, num_ranks(options.nproc)))
+    return TrainingRequest(options, config, start=start, faults=faults, notes=completed.notes,
+                           memory=estimate_memory(config, num_ranks(options.nproc)))
 
 
 @dataclass(frozen=True)
