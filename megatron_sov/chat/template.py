@@ -46,7 +46,7 @@ class _Namespace(Namespace):
     """Jinja's `namespace()` without underscore names, which would expose Python internals."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
-        self, *arguments = args
+        self, *arguments = args  # no parameter `self`: a template may use it as a name
         names = dict(*arguments, **kwargs)
         if hidden := [name for name in names if str(name).startswith("_")]:
             raise SecurityError(f"a namespace may not hold {hidden[0]!r}")

@@ -32,9 +32,9 @@ class ResponseSpans:
     """Learned labels in the R documents of a micro-batch with T tokens, padding excluded."""
 
     index: torch.Tensor
-    """[T] int64: document index for learned labels, R for labels without learning."""
+    """[T] int64: index of a learned label's document; R for labels that are not learned."""
     lengths: torch.Tensor
-    """[R] float64: learned labels per document; 0 if the row cut the document before the response."""
+    """[R] float64: number of learned labels per document; 0 if the row ends before the response."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -111,7 +111,7 @@ class SupervisedFineTuning(DataObjective):
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the denominators over the global batch, in units of `objective.loss_per`."""
-        # Weights first: the denominators sum the weights in `loss`.
+        # Scale the weights first: the denominators must sum the weights that `loss` uses.
         batch = self._scale_label_weights(batch)
         micro_batches = tuple(map(self._weigh_responses, batch.micro_batches))
         batch = dataclasses.replace(batch, micro_batches=micro_batches)
@@ -153,7 +153,7 @@ def weigh_per_unit(batch: MicroBatch, unit: Literal["turn", "sample"], dtype: to
     `sample` (the responses in a conversation); leave other weights unchanged."""
     is_learned, number = find_learned_labels(batch), compute_segments(batch)
     if unit == "turn":
-        # A turn begins at a learned label after a label without learning or at the start of a sample.
+        # A turn begins at a learned label that follows an unlearned label or starts a sample.
         continues = torch.zeros_like(is_learned)
         continues[1:] = is_learned[:-1] & (number[1:] == number[:-1])
         number = ((is_learned & ~continues).cumsum(0) - 1).clamp(min=0)

@@ -29,7 +29,7 @@ from megatron_sov.train.objectives.objective import (
     GlobalBatch, LossSums, Objective, compute_total_loss, get_meters)
 
 BY_SOURCE, METERS, ROUTES = "by source", "all meters", "all routes"
-"""Keys of the all-reduced sums besides loss terms, with a space, which no term's name contains."""
+"""Keys of the all-reduced sums besides the loss terms; a space keeps them apart from names of terms."""
 REPLAYED = "replayed_routes"
 """Meter for data with recorded expert routes: share of expert choices that are replayed, not computed."""
 
@@ -122,7 +122,7 @@ class ForwardBackward:
                             forward_only=False)
 
     def _end_local_passes(self) -> None:
-        """Stop the clock before gradients are summed over ranks."""
+        """Inject due faults and stop the clock, before gradients are summed over ranks."""
         # before the clock stops: an injected delay has to count as computing time
         time.sleep(self._faults.delay_s(self._step))
         self._inject_miscompute(self._step)
@@ -135,6 +135,7 @@ class ForwardBackward:
             replica_checks.flip_bit(replica_checks.list_gradients(self._model)[0], fault.options.get("bit"))
 
     def _list_shapes(self, objective: Objective) -> Shapes:
+        """Return key -> shape of the sums, in their order in a flat tensor."""
         return {**dict.fromkeys(sorted(objective.coefficients), ()), BY_SOURCE: (self._num_sources, 2),
                 METERS: (len(get_meters(objective)), 2)}
 
@@ -172,7 +173,7 @@ def _stack_meters(sums: LossSums, names: tuple[str, ...]) -> torch.Tensor:
 
 
 def _count_replayed_routes(micro_batches: Sequence[MicroBatch]) -> torch.Tensor:
-    """Return [2] float64: recorded and total expert choices in rows with routes."""
+    """Return [2] float64: (token, layer) pairs with recorded expert choices, and all pairs with routes."""
     counts = torch.zeros(2, dtype=torch.float64)
     for inputs in (micro_batch.host.inputs for micro_batch in micro_batches):
         if inputs.routes is None:

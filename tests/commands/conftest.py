@@ -1,4 +1,4 @@
-"""A trained teacher checkpoint for commands with a teacher."""
+"""Fixtures for commands: settings of a tiny model, and a trained run as a teacher."""
 
 from pathlib import Path
 from typing import Any

@@ -42,8 +42,8 @@ KILLED_CONVERSIONS = f"""
         print(-os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
         sys.stdin.readline()
 """
-"""Run each conversion in a child process that dies after it has started `kill_after` files; the child waits
-for a signal to continue."""
+"""Run each conversion in a child process that is killed after it has started `kill_after` files; then print
+the signal, and wait for a line of input before the next conversion."""
 
 
 def read_content(folder: Path) -> dict[str, object]:
@@ -95,6 +95,7 @@ def test_killed_conversion_resumes_to_equal_bytes(solar_dir: Path, tmp_path: Pat
             getattr(convert, action)(source, out, "float64", **arguments)
         written_files.clear()
         getattr(convert, action)(source, out, **arguments)
+        # finished files are not written again
         assert written_files and not second & {p.relative_to(work).as_posix() for p in written_files}
         getattr(convert, action)(source, uninterrupted, **arguments)
         assert read_content(out) == read_content(uninterrupted)

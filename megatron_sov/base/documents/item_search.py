@@ -2,11 +2,11 @@
 
 An item of at least `ngram` words matches if the text contains one of its runs of `ngram` words. A shorter
 item matches if the text contains all of it; items below `min_words` are not searched. A text's runs are first
-looked up in a table of one byte per hash prefix, and only the few candidates among the sorted hashes of all
+looked up in a table of one byte per hash prefix; only the hits are then searched in the sorted hashes of all
 items.
 
-`plain` computes a second form of a text: the visible text without markup, escapes and look-alike letters. It
-is searched in addition to the original text, so that it cannot hide a match. Entities and escapes are
+`to_plain_form` computes a second form: the visible text without markup, escapes and look-alike letters. It
+is searched besides the original text, so that the conversion hides no match. Entities and escapes are
 decoded; tags inside words, TeX and Markdown commands and accents are removed; and letters of other scripts
 that look like Latin letters become Latin (Unicode Technical Standard 39, confusables).
 """
@@ -131,7 +131,7 @@ def list_search_forms(text: str) -> list[str]:
 
 def _replace_matches(text: str, pattern: re.Pattern[str], value: Callable[[re.Match[str]], str]
                      ) -> tuple[str, _Step]:
-    """Replace matches of a pattern; return the new text, and new position -> old position."""
+    """Replace matches of a pattern; return the new text and the `_Step` that computes origins."""
     parts: list[str] = []
     begins, stops = [0], []  # origins of the parts, alternately unchanged and replaced
     start = 0  # of the unchanged part
@@ -261,18 +261,19 @@ class ItemSearch:
         self.items, self.ngram, self.min_words = items, ngram, min_words
         self.too_short: list[int] = []
         """Indices of unsearched items, shorter than `min_words`."""
-        # `runs`: hash of a run -> items; `_whole`: hash of a short item's first run -> (units, hash, item)
+        # `runs`: hash of a run -> item indices; `_whole`: of a short item's start -> (units, hash, item)
         runs: dict[int, list[int]] = defaultdict(list)
         self._whole: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for number, item in enumerate(items):
             self._index_item(number, find_units(item.text), runs)
+            # the plain form too, unless the original is too short
             if (other := to_plain_form(item.text)) and (not self.too_short or self.too_short[-1] != number):
                 self._index_item(number, find_units(other.text), runs)
         self._owners = runs
         self._runs, self._beginnings = _Keys(list(runs)), _Keys(list(self._whole))
 
     def _index_item(self, number: int, units: Units, runs: dict[int, list[int]]) -> None:
-        """Index an item's plain form."""
+        """Index one form of an item, the original or the plain text; add its runs to `runs`."""
         if units.size >= self.ngram * TWELFTHS:
             # record an item once per run, even if the run occurs twice or in both forms
             for run in np.unique(units.runs(self.ngram)).tolist():

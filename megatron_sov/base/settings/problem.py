@@ -17,9 +17,9 @@ from megatron_sov.base.errors import Fix, UserError, format_problems, suggest_na
 from megatron_sov.base.hints.table import load_table
 
 LEFT_OUT = "leave it out for the default"
-"""Fix for a word that stands for a default in other programs, such as -1 or auto."""
+"""Advice for a value that means "the default" in other programs, such as -1 or auto."""
 TOKENS_KEY = "train.tokens="
-"""Begin of a value to write that stands in place of its setting too."""
+"""Prefix of a `value_to_write` that replaces the whole setting: train.steps=N becomes train.tokens=N."""
 UNSET: Any = object()
 """`SettingsProblem.value` if the problem has no value."""
 MAX_VALUE_CHARS = 80
@@ -64,7 +64,7 @@ class SettingsProblem:
     """The broken rule, as the sentence continues after key and value: "must be at least 1"."""
     value: Any = UNSET
     way_out: str = ""
-    """The fix, if the rule does not name the fix."""
+    """Advice that ends the message; "" if the rule itself says what to write."""
     line: int = 0
     """Line in the file, from 1; 0: unknown."""
     value_to_write: str = ""
@@ -72,7 +72,7 @@ class SettingsProblem:
     fix: str | Fix = ""
     """`key=value` that satisfies the rule, or another change to the command line."""
     other: str = ""
-    """The compared setting in the same class; the setting's name ends the rule's sentence."""
+    """Setting in the same class that the rule compares with; its name follows `rule` in the sentence."""
     other_value: Any = UNSET
     """Value of `other`, if the sentence shows it."""
 
@@ -122,7 +122,7 @@ def find_broken_rules(settings: Any, prefix: str, *rules: tuple[bool, str, str] 
 
 def use_option_names(problems: Sequence[SettingsProblem], **options: str) -> list[SettingsProblem]:
     """Return settings problems with command-line options in place of field names; `options`: field -> option
-    unless it is the field's name with hyphens."""
+    for each option that is not the field's name with hyphens."""
     def option(key: str) -> str:
         return options.get(key, f"--{key.replace('_', '-')}")
 
@@ -143,7 +143,7 @@ class SettingsError(UserError):
         """Format the message; it begins with `where`, a file, option or class; "": the command line."""
         self.where, self.problems = where, tuple(problems)
         fixes = [(problem.code, problem.fix or _fix_value(problem)) for problem in problems]
-        # one broken rule may cause the next: only the first is mended
+        # one broken rule may cause the next: of the fixes for rules, keep only the first
         rules = [fix for code, fix in fixes if fix and code == ProblemCode.RULE]
         fix = _join_fixes([fix for code, fix in fixes if code != ProblemCode.RULE or fix in rules[:1]])
         if len(problems) == 1:
@@ -161,6 +161,7 @@ class SettingsError(UserError):
 
 
 def _fix_value(problem: SettingsProblem) -> str | Fix:
+    """Derive a fix from the problem's rule, code and `value_to_write`; "": no fix is known."""
     bound = re.match(r"must be at (?:least|most) (\d[\d.]*)(?::|\Z)", problem.rule)
     key, value = problem.key, problem.value_to_write or (bound[1] if bound else "")
     if problem.code == ProblemCode.INERT and (needed := load_table()["acts_with"].get(key)):
@@ -169,7 +170,7 @@ def _fix_value(problem: SettingsProblem) -> str | Fix:
         option = f"--set {key}=" if not key.startswith("--") else f"{key} "
         typed = (str(problem.value), json.dumps(problem.value, default=str))
         return Fix(left_out=tuple(f"{option}{value}" for value in typed))
-    if "=" in value:  # another setting; the typed one goes
+    if "=" in value:  # `value` sets another setting, which replaces the typed one
         return Fix(words={f"{key}={problem.value}": value})
     if not key.startswith("--"):
         return f"{key}={value}" if value and "." in key else ""
@@ -262,6 +263,7 @@ class Relation:
     """Whether the field's own default is compatible with every value of the other field."""
 
     def find_problem(self, settings: Any, name: str) -> SettingsProblem | None:
+        """Return the problem if field `name` of `settings` breaks the relation, else None."""
         value, bound = getattr(settings, name), getattr(settings, self.other)
         is_default = value == type(settings).__dataclass_fields__[name].default
         if value is None or (is_default and self.holds_default) or self.holds(value, bound):

@@ -21,7 +21,7 @@ from megatron_sov.model.pretrained import CONFIG, is_hf_folder
 POLL_S = 1.0
 """Interval between two looks at a server, or at the model's folder."""
 RESTART_S = 10.0
-"""Pause before a restart: the trainer must notice the failure to send its weights to the new server."""
+"""Pause before a restart, long enough for the trainer to notice: only then it sends weights again."""
 
 
 def keep_servers(options: RlEnginesOptions) -> None:

@@ -26,7 +26,7 @@ class LocalShard:
     key: str
     """Global tensor's name."""
     data: torch.Tensor
-    """View into live memory, shaped like the block's last axes."""
+    """View of live memory; it may lack leading axes of size 1, which `shape` adds."""
     global_shape: tuple[int, ...]
     """Global tensor's shape."""
     offset: tuple[int, ...]
@@ -79,7 +79,7 @@ def list_declared_blocks(model: LanguageModel) -> list[LocalShard]:
     for chunk in model.chunks:
         with quantized_weights.use_placeholders(chunk, model.fp8_placeholders):
             declared = chunk.sharded_state_dict(metadata={})
-        apply_factories(declared)  # splits fused gate-and-up weights, which are split along each half
+        apply_factories(declared)  # separates fused gate and up weights: each half is sharded
         blocks += [
             LocalShard(t.key, t.data, tuple(t.global_shape), tuple(t.global_offset), tuple(t.replica_id))
             for t in nested_values(declared) if isinstance(t, ShardedTensor)]

@@ -26,7 +26,7 @@ MOMENTUM = "momentum"
 
 
 class Muon:
-    """Muon over local matrix shards, in cooperation with the processes that hold the remaining parts.
+    """Muon for the local pieces of matrices, together with the processes that hold the other pieces.
 
     Same step as torch.optim.Muon: momentum, Newton-Schulz, decoupled weight decay. The momentum is stored
     with the shards.
@@ -43,7 +43,7 @@ class Muon:
             model: model whose blocks locate the shards.
             shards: shards of matrices.
             param_groups: the same shards as torch parameter groups with `params`, `lr`, `weight_decay`.
-            group: processes that together hold all parts of these matrices.
+            group: processes that together hold all pieces of these matrices.
         """
         self.param_groups = param_groups
         self.state: dict[torch.Tensor, dict[str, torch.Tensor]] = defaultdict(dict)
@@ -81,7 +81,7 @@ class Muon:
                            self._dtype)
 
     def _compute_direction(self, number: int) -> torch.Tensor:
-        """Return a piece's update before orthogonalization: momentum, or Nesterov's combination."""
+        """Return a piece's update before orthogonalization: m, or with Nesterov (1 - mu) g + mu m."""
         piece = self._pieces[number]
         main = piece.shard.main
         momentum = piece.slice_shard(self.state[main][MOMENTUM])
@@ -99,6 +99,7 @@ class Muon:
         return result
 
     def _apply_update(self, number: int, update: torch.Tensor) -> None:
+        """Subtract lr * row scale * `update` from local piece `number`."""
         piece, position = self._pieces[number], self._positions[number]
         main = piece.shard.main
         scale = self._get_row_scales(position.matrix)[position.row:position.row + position.shape[0],
@@ -241,7 +242,7 @@ class MatrixExchange:
         self._positions, self._group = positions, group
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         positions_by_rank: list[list[PiecePosition]] = gather_objects(positions, group)
-        # sorted by cost, then name: equal on all processes, and matrices of a round take equally long
+        # by cost, then name: the order is equal on all processes, and a round's matrices cost about the same
         matrices = sorted({p.matrix for rank_positions in positions_by_rank for p in rank_positions},
                           key=lambda m: (-m.cost, m))
         largest = max((m.rows * m.columns for m in matrices), default=1)
@@ -343,7 +344,7 @@ class _MatrixPiece:
 
 
 def get_matrix_group(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
-    """Return the processes that together hold all parts of the local matrices. Collective over the world.
+    """Return the processes that together hold all pieces of the local matrices. Collective over the world.
 
     For tensor-parallel experts (`parallel.etp`) under ZeRO-1 Megatron-Core has no such group; it is created
     here.
@@ -359,8 +360,8 @@ def get_matrix_group(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
                    parallel_state.get_expert_model_parallel_rank())
     # not `gather_objects` as imported above: `tests.meta_memory` replaces that name, and this call must stay
     coordinates_by_rank = values.gather_objects(coordinates)
-    ranks = [[rank for rank,
-              other_coordinates in enumerate(coordinates_by_rank) if other_coordinates == group_coordinates]
+    ranks = [[rank for rank, other_coordinates in enumerate(coordinates_by_rank)
+              if other_coordinates == group_coordinates]
              for group_coordinates in sorted(set(coordinates_by_rank))]
     group, _ = dist.new_subgroups_by_enumeration(ranks)
     return group

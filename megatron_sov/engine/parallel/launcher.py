@@ -105,8 +105,8 @@ class RestartPolicy:
 
 
 def run_in_fork(work: Callable[[], Any]) -> int:
-    """Run `work` in a forked process, without ranks or GPU, and return its exit code. Threads that torch
-    starts there would be missing in ranks forked from this process.
+    """Run `work` in a forked process, without ranks or GPU, and return its exit code. A fork, because threads
+    that torch starts in this process would be missing in ranks that are forked later.
 
     Under torchrun or Slurm this process runs it itself.
     """
@@ -151,7 +151,7 @@ def _run_round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _
     children: list[int] = []
     with write_plan_file(main,
                          torch.get_num_threads()) if new_processes else contextlib.nullcontext() as plan:
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until `_wait` can pass them on
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until `_wait_for_ranks` forwards them
         sys.stdout.flush()
         sys.stderr.flush()
         for rank in range(count):

@@ -1,8 +1,8 @@
 """Recipes for K-EXAONE 236B-A23B and K-EXAONE 2.0 750B-A37B.
 
 Architecture, tokens, kind of optimizer, peak learning rate, context lengths and post-training stages of
-K-EXAONE are published (`policies` has reinforcement learning); other values are our choice, marked as such.
-Pretraining uses FP8, as published.
+K-EXAONE are published; other values are our choice, marked as such. The recipe for reinforcement learning is
+in `policies`. Pretraining uses FP8, as published.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def model() -> ModelConfig:
 
 
 def k_exaone_236b() -> RunConfig:
-    """Return pretraining: 11 T tokens in three stages at 8K, Muon, WSD schedule with peak 3e-4."""
+    """Return the pretraining recipe: 11 T tokens in three phases at 8K, Muon, WSD schedule with peak 3e-4."""
     return RunConfig(
         recipe="k-exaone-236b", model=model(),
         parallel=ParallelConfig(ep=16, zero1=True, overlap_grad_reduce=True, overlap_param_gather=True),
@@ -134,10 +134,10 @@ TOKENS_2 = 2_000_000_000_000
 def model_2() -> ModelConfig:
     """Return the architecture: two dense layers (the second with a 4,096-token window), then blocks of three
     layers with 128-token windows and a global layer without positions; SwiGLU clamped in the last 16 layers;
-    a sliding prediction layer, applied four times."""
+    an MTP layer with a sliding window, applied four times."""
     return replace(
         model(), num_layers=NUM_LAYERS, num_dense_layers=2, num_experts=256,
-        attention_pattern=LAYERS[:-1],  # the pattern repeats: its first G serves the last layer
+        attention_pattern=LAYERS[:-1],  # the pattern repeats, so the last layer gets its first letter, G
         layer_windows=(0, 4096, *(128 if kind == "L" else 0 for kind in LAYERS[2:])),
         swiglu_limits=tuple(7.0 if i >= FIRST_BOUNDED else 0.0 for i in range(NUM_LAYERS)),
         mtp_attention="L", mtp_depths=4)

@@ -70,7 +70,8 @@ class RoundLoader:
         """
         seq_len = view.config.data.phases[0].seq_len
         read = partial(self.documents.read, number, seq_len, self.rollout.steps_per_round)
-        run_on_each_rank(partial(self.documents.verify, number))  # all processes raise an error
+        run_on_each_rank(partial(self.documents.verify, number))  # an error on one process is raised on all
+        # Rank 0 reads first: its error is raised on every rank; the result is dropped.
         run_on_main(view.world, lambda: read() and None)
         opened = read()
         # Rank 0 decides: processes that skip different steps would wait for one another forever.
@@ -111,8 +112,8 @@ class RoundLoader:
         self.samples.record(view, RolloutStore.open(store), number, version)
 
     def _find_idle_steps(self, view: FeedView, number: int, opened: PublishedRound) -> frozenset[int]:
-        """Find the steps in a round, from 0, without gradient: no documents, or only advantages 0, no
-        text, and no other term with a gradient (`has_auxiliary_gradients`)."""
+        """Find the steps in a round, from 0, without gradient: no text, and either no documents, or only
+        advantages of 0 and no other term with a gradient (`has_auxiliary_gradients`)."""
         policy, first = view.config.policy, (number - 1) * self.rollout.steps_per_round + 1
         learns_anyway = has_auxiliary_gradients(view.config)
         idle = []
@@ -124,6 +125,7 @@ class RoundLoader:
         return frozenset(idle)
 
     def _skip_idle_steps(self, view: FeedView, number: int, opened: PublishedRound) -> None:
+        """Skip the idle steps that are still ahead, each with a warning."""
         first = (number - 1) * self.rollout.steps_per_round
         for step in sorted(first + i for i in opened.idle):
             if step < view.step:

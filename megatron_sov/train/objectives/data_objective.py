@@ -59,7 +59,7 @@ class TypedLosses:
 
     def compute_meters(self, losses: torch.Tensor,
                        batch: MicroBatch) -> Mapping[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Return meter -> sum of its unweighted `losses` [n], and their count; learned labels only."""
+        """Return meter -> (sum of the unweighted `losses` [n] over its learned labels, their count)."""
         if not self._blocks:
             return {}
         learned = batch.weights > 0
@@ -100,7 +100,7 @@ class DataObjective:
 
     def _compute_mtp_sum(self, hidden: list[torch.Tensor], head: Head,
                          batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Return the MTP term's sum over a micro-batch, see `Objective.loss`."""
+        """Return the MTP term's cross-entropy, summed over depths and labels; {} without MTP."""
         total = torch.zeros((), device=batch.weights.device)
         for depth in self._mtp_depths:
             shifted = shift_labels(batch, depth)

@@ -55,6 +55,8 @@ CALL_MESSAGES = [*QUESTION, {"role": "assistant", "content": "", "tool_calls": [
     {"type": "function", "function": {"name": "add", "arguments": {"a": "1"}}},
     {"type": "function", "function": {"name": "find", "arguments": {"f": "x"}}}]},
     {"role": "tool", "content": "1"}, {"role": "tool", "content": "2"}, *ANSWER]
+# layout -> (--format, record)
+# layout -> (document kind, record)
 RECORDS: dict[str, tuple[str, dict[str, Any]]] = {
     "text": ("text", ROWS[0]), "messages": ("chat", {"messages": [*QUESTION, *ANSWER]}),
     "tools": ("chat", {"messages": CALL_MESSAGES, "tools": TOOLS,
@@ -123,7 +125,7 @@ def test_written_nulls_stay(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("renames", [(), (("messages", ("dialog",)), ("tools", ("functions",)))])
 def test_table_padding_nulls_are_removed(tmp_path: Path, renames: Any) -> None:
-    """Nulls in JSON lines, and in JSON inside a string, are not padding and stay."""
+    """Tables fill missing fields with nulls, which are removed; nulls in JSON lines or JSON text stay."""
     city, unit = build_tool(city={"type": "string"}), build_tool(unit={"type": "string", "default": "K"})
     rows = [build_call_record({"city": "Seoul"}, [city], reasoning_content="hm"),
             build_call_record({"unit": "C", "flat": ["x"]}, [unit])]
@@ -283,8 +285,8 @@ def test_text_with_brackets_is_text(tmp_path: Path, content: str) -> None:
 ])
 def test_damaged_json_list_names_record(tmp_path: Path, content: str, messages: str, num_good: int) -> None:
     (tmp_path / "a.json").write_text(content)
-    items = [item for span in iter_spans(tmp_path / "a.json") for item in read_span(span,
-                                                                                  RecordReading("text"))]
+    items = [item for span in iter_spans(tmp_path / "a.json")
+             for item in read_span(span, RecordReading("text"))]
     bad = [item for item in items if isinstance(item, BadRecord)]
     assert sum(isinstance(item, Document) for item in items) == num_good
     assert (bad and messages in bad[0].reason) if messages else not items
@@ -334,8 +336,8 @@ PAIR = {"prompt": "p", "chosen": "a", "rejected": "b"}
     ({"chosen_avg_rating": 0.1 + 0.2, "rejected_avg_rating": 0.3}, "'chosen_avg_rating' = 0.3"),
     ({"chosen_reward": 0, "rejected_reward": 0, "chosen_score": 1, "rejected_score": 1},
      "'chosen_score' = 1"),
-                                       ({"chosen_reward": 0, "rejected_reward": 0, "chosen_score": 2,
-                                         "rejected_score": 1}, ""),
+    ({"chosen_reward": 0, "rejected_reward": 0, "chosen_score": 2,
+      "rejected_score": 1}, ""),
     ({"chosen_score": 8, "rejected_score": 7}, ""), ({"chosen_score": 7, "rejected_score": 8}, ""),
     ({"chosen_score": None, "rejected_score": None}, ""), ({"chosen_score": 7}, ""),
     ({"chosen_score": "7", "rejected_score": "7"}, ""), ({"score": 7, "rejected_score": 7}, ""),

@@ -1,4 +1,4 @@
-"""Stored teacher outputs: rows by document and offset, with few open files."""
+"""Stored teacher outputs: packed rows keep every bit, and every process reports a damaged file."""
 
 from pathlib import Path
 from typing import Any
@@ -26,17 +26,17 @@ def test_a_flipped_bit_is_reported_on_every_process(write_teacher_states: Any, p
     sources = open_sources({str(packed_data.chats): 1.0}, 368)
     files = StateFiles(tmp_path / "kept", sources)
     teacher = distill.StoredTeacher([files], DistillationConfig(), sources, 368)
-    said: list[float] = []
+    numbers_by_rank: list[float] = []
 
-    def of_all_ranks(mine: float) -> list[float]:
-        said.append(mine)
-        return said
+    def gather_from_ranks(number: float) -> list[float]:
+        numbers_by_rank.append(number)
+        return numbers_by_rank
 
-    monkeypatch.setattr(distill.collectives, "gather_numbers", of_all_ranks)
+    monkeypatch.setattr(distill.collectives, "gather_numbers", gather_from_ranks)
 
     def verify() -> None:
         """Act as two processes in turn."""
-        said.clear()
+        numbers_by_rank.clear()
         for rank in range(2):
             teacher.verify(ParallelWorld(rank, 2, rank, 2, True, True))
 

@@ -111,8 +111,8 @@ def test_gate_passes_from_the_stages_min_steps_on(build_gate: Any, capsys: Any) 
     assert not gate.passed and run.records == []
     assert "gate at step 4 passes, and the stage continues to step 7\n" in capsys.readouterr().out
     check_gate_at(run, (7, 20))
-    assert gate.passed and run.list_gate_checks() == [(4, False),
-                                                      (7, True)] and run.records == [("after", 7, 20)]
+    assert gate.passed and run.list_gate_checks() == [(4, False), (7, True)]
+    assert run.records == [("after", 7, 20)]
     assert capsys.readouterr().out == "gate at step 7 passes\n"
 
 
@@ -273,6 +273,7 @@ class Folder:
         return {"step": 4} if self._complete else None
 
 
+# The first incomplete stage starts with the command, a later one when the previous stage has ended.
 @pytest.mark.each(("num_complete", "start_times_s"),
                   [(0, [1000, 5000, 6000]), (1, [1000, 1000, 6000]), (3, [1000] * 3)])
 def test_start_times_of_stages(num_complete: int, start_times_s: list[float],

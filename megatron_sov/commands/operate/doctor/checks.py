@@ -81,7 +81,7 @@ def run_checks() -> list[MachineCheck]:
     """Run the checks in display order: required parts, then accelerators, cluster and machine."""
     checks = [*iter_python_checks(), *iter_package_checks(), *iter_shadow_checks(), *iter_torch_checks(),
               *iter_transformer_engine_checks(), *iter_contract_checks()]
-    # `megatron_sov.engine` imports torch, reported above, and megatron-core
+    # the engine checks import torch, whose absence is reported above, and megatron-core
     if _import_torch() is not None:
         try:
             iter_engine_checks = import_reference(ENGINE_CHECKS)
@@ -266,7 +266,7 @@ def iter_optional_checks() -> Iterator[MachineCheck]:
 
 
 def iter_sandbox_checks() -> Iterator[MachineCheck]:
-    """Start a program in the sandbox."""
+    """Check that a program can start in the sandbox."""
     try:
         enclosure = detect_enclosure()
     except UserError as e:

@@ -1,4 +1,4 @@
-"""Pending pieces in rounds, and the claims that generating jobs have on them.
+"""Pieces of rounds that are still to be generated, and the claims of generating jobs on them.
 
 A piece is a number of consecutive prompts of a round, with all their responses. A job can be killed at any
 moment: published pieces stay, and any job generates the remaining pieces.
@@ -27,7 +27,7 @@ from megatron_sov.work.progress.locks import POLL_S, Claims, IdleTimeout
 from megatron_sov.work.tables.table import AlreadyPublished
 
 LOOKUPS_PER_CLAIM = 64
-"""Open pieces per call of `claim_attempts` to look up in the store, on average."""
+"""Average number of open pieces that a call of `claim_attempts` looks up in the store."""
 NEWER, FRESH, SAME, STUCK = range(4)
 """Attempt ranks, best first: continued by a newer policy; a fresh piece; continued by the same policy;
 continued although the previous attempt added no token."""
@@ -36,7 +36,7 @@ FurtherPieces = Callable[[int], tuple[int, bool]]
 
 
 class PendingPieces:
-    """Pieces that the store lacks in `rounds`, and this job's claims."""
+    """Pieces of `rounds` that are not complete in the store, and this job's claims on them."""
 
     def __init__(self, *, store: RolloutStore, claims: Claims, prompts: PromptList, rollout: RolloutConfig,
                  rounds: range, find_policy: Callable[[int], Policy | None],
@@ -58,12 +58,12 @@ class PendingPieces:
         self._find_policy, self._sampling_digest = find_policy, sampling_digest
         self._further = further or (lambda number: (0, True))
         self._open: dict[int, dict[str, PromptPiece]] = {number: {} for number in rounds}
-        self._continued_names: set[str] = set()
-        self._claimed_pieces: dict[str, str] = {}
+        self._continued_names: set[str] = set()  # open pieces with a published, unfinished attempt
+        self._claimed_pieces: dict[str, str] = {}  # attempt name -> piece name
         self._num_calls = 0
-        self._num_listed: dict[int, int] = {}
+        self._num_listed: dict[int, int] = {}  # round -> pieces added to `_open` so far
         self._states: dict[str, _PieceState] = {}
-        self._refused_names: list[str] = []
+        self._refused_names: list[str] = []  # attempts that other jobs had claimed, in the last call
         self._is_idle = False
         self._open_claims: dict[str, contextlib.ExitStack] = {}
         self.plan = StorePlan(rollout.rounds, -(-rollout.prompts_per_round // rollout.piece_prompts),
@@ -129,13 +129,14 @@ class PendingPieces:
         return self._num_calls * LOOKUPS_PER_CLAIM >= sum(map(len, self._open.values()))
 
     def _claim_next(self, num_rows: int, *, reads_all: bool) -> tuple[SampleAttempt, ...]:
+        """Update the ready rounds from the store and claim the best attempts, see `claim_attempts`."""
         self._refused_names = []
         ready = list(self._iter_ready_rounds())
         for number, _ in ready:
             self._update_round(number, reads_all=reads_all)
         if reads_all:
             self._num_calls = 0
-        # Released pieces have been looked up after the release.
+        # Forget released attempts: the update above has looked up their pieces.
         self._claimed_pieces = {name: piece for name, piece in self._claimed_pieces.items()
                                 if name in self._open_claims}
         attempts: list[SampleAttempt] = []
@@ -143,7 +144,7 @@ class PendingPieces:
         max_rows = num_rows or self._rollout.piece_prompts * self._rollout.samples_per_prompt
         num_claimed, self._is_idle = 0, False
         for rank, piece, policy in self._iter_candidates(ready):
-            # Attempts in a batch share the policy, and the rank, which decides whether to yield.
+            # A batch has one policy and, without `num_rows`, one rank, which decides whether to yield.
             if batch is not None and (policy != batch[1] or (rank != batch[0] and not num_rows)):
                 break
             # The same policy continues cut-off responses only without better work.
@@ -242,7 +243,7 @@ class PendingPieces:
             if all(row.finish_reason != UNFINISHED for row in rows):
                 del self._states[piece.part()]
                 return False
-            # Rows have the tokens of all attempts: with an equal number, the attempt added no token.
+            # Continued rows include earlier attempts' tokens: an equal number means that none was added.
             num_tokens = sum(len(row.versions) for row in rows)
             state.is_stuck = state.next_attempt > 0 and num_tokens == state.open_tokens
             state.open_tokens = sum(len(row.versions) for row in rows if row.finish_reason == UNFINISHED)
@@ -296,7 +297,7 @@ class PieceQueue:
     pending: PendingPieces
     store: RolloutStore
     wait_s: float
-    """Time to wait without work before the job ends. Possibly dead jobs' claims always extend the wait."""
+    """Longest wait for work before the job ends; claims of possibly dead jobs always extend it."""
     provenance: Mapping[str, Any]
     """Manifest fields for every part."""
     patience: IdleTimeout = field(default_factory=IdleTimeout)
