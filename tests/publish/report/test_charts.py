@@ -206,7 +206,7 @@ def test_needles_and_samples_are_the_newest(tmp_path: Path) -> None:
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"contains no events.jsonl.*--run"):
+    with pytest.raises(UserError, match="does not exist; pass the folder of a training command's --run"):
         read_run(tmp_path / "missing")
     (tmp_path / "events.jsonl").touch()
     (tmp_path / "config.json").write_text('{"recipe": ')

@@ -239,7 +239,7 @@ def test_the_command_writes_into_the_last_run(runs: list[Path], tmp_path: Path,
 def test_mistakes_end_with_one_sentence(runs: list[Path], tmp_path: Path,
                                         capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path / "nowhere")]) == 2
-    assert "is not a run folder" in capsys.readouterr().err
+    assert "does not exist; pass the folder of a training command's --run" in capsys.readouterr().err
     assert main(["report", str(runs[0]), "--output", str(tmp_path)]) == 2
     assert "is a folder; name the file" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
