@@ -13,9 +13,8 @@ from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.plan.speed.step import estimate_extra_layers, estimate_router_s, estimate_step
 from megatron_sov.plan.speed.traffic import count_local_params, list_messages
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, build_workload
-from megatron_sov.work.clusters.chips import CHIPS
+from megatron_sov.work.clusters.chips import CHIPS, default_links
 from tests.plan.published import published_shapes
-from tests.plan.vendor_links import build_links
 
 LLAMA = published_shapes()["llama3-8b"]
 QWEN = published_shapes()["qwen3-30b-a3b"]
@@ -24,7 +23,7 @@ H100 = CHIPS["h100"]
 
 def build_dense(**settings: object) -> Workload:
     """Return the workload of Llama 3 8B on 64 H100."""
-    return replace(Workload(LLAMA, H100, build_links(H100), num_gpus=64, seq_len=8192, micro_batch_size=1,
+    return replace(Workload(LLAMA, H100, default_links(H100), num_gpus=64, seq_len=8192, micro_batch_size=1,
                             global_batch_size=512, sharding="zero1"), **settings)  # type: ignore[arg-type]
 
 
@@ -82,7 +81,7 @@ def test_no_run_is_faster_than_its_peak() -> None:
         for precision in ("bf16", "fp8", "mxfp8"):
             if precision != "bf16" and not chip.fp8_flops_per_s:
                 continue
-            time = estimate_step(build_dense(chip=chip, links=build_links(chip), precision=precision))
+            time = estimate_step(build_dense(chip=chip, links=default_links(chip), precision=precision))
             assert time.mfu < (1 if precision == "bf16" else 2), key
 
 
@@ -132,7 +131,7 @@ def test_expert_messages_overlap_at_most_the_computation() -> None:
     assert plain.ep_s > 1.5 * computed_s
     assert overlapped.ep_s == pytest.approx(plain.ep_s - computed_s)
     config = apply_settings(recipes.get("solar-open-102b"), ["parallel.expert_overlap=micro_batches"])
-    assert build_workload(config, PhaseConfig("one"), 480, H100, build_links(H100)).overlap_ep
+    assert build_workload(config, PhaseConfig("one"), 480, H100, default_links(H100)).overlap_ep
 
 
 def test_pipeline_bubble_equals_the_formula() -> None:
@@ -189,7 +188,7 @@ def test_a_stage_with_more_layers_sends_more() -> None:
 
 def build_published(name: str, **settings: object) -> Workload:
     """Return a micro-batch of 4,096 tokens of a published model on 16 GPUs."""
-    return replace(Workload(published_shapes()[name], H100, build_links(H100), num_gpus=16, seq_len=4096,
+    return replace(Workload(published_shapes()[name], H100, default_links(H100), num_gpus=16, seq_len=4096,
                             global_batch_size=16), **settings)  # type: ignore[arg-type]
 
 
@@ -245,7 +244,7 @@ def test_the_fullest_rank_has_more_rows() -> None:
 # Sizes derived from a workload's settings, and workloads of recipes.
 
 
-LINKS = build_links(H100)
+LINKS = default_links(H100)
 W = Workload(ModelShape(2, 64, 4, 16, 2, 100), H100, LINKS, 64, 4096, 2, 128, tp=2, pp=4, cp=2, ep=4)
 
 
@@ -282,7 +281,7 @@ MOE = replace(DENSE, num_experts=64, num_experts_per_token=4, expert_ffn_dim=512
 
 def build_step(shape: ModelShape = DENSE, **settings: object) -> Workload:
     """Return the workload of 8 GPUs with one row of 2,048 tokens each."""
-    return replace(Workload(shape, H100, build_links(H100), num_gpus=8, seq_len=2048, global_batch_size=8),
+    return replace(Workload(shape, H100, default_links(H100), num_gpus=8, seq_len=2048, global_batch_size=8),
                    **settings)  # type: ignore[arg-type]
 
 

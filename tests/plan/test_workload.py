@@ -16,9 +16,8 @@ from megatron_sov.model.families.count import (
 from megatron_sov.plan.speed import traffic
 from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, build_shape, build_workload
-from megatron_sov.work.clusters.chips import CHIPS
+from megatron_sov.work.clusters.chips import CHIPS, default_links
 from tests.plan.published import published_shapes
-from tests.plan.vendor_links import build_links
 
 ONE_OF_EACH = {recipes.get(name).model: name for name in recipes.names() if not name.startswith("tiny-")}
 """Architecture -> a recipe that has it."""
@@ -55,7 +54,7 @@ def test_recipe_flops_match_its_weight_map(name: str) -> None:
 def test_a_runs_attention_is_that_which_serves(settings: list[str], kernel: str, exchanges: bool) -> None:
     """As `engine.model.gpu_settings.own_attention_serves` has it where Transformer Engine is."""
     run = apply_settings(recipes.get("solar-open-102b"), settings)
-    workload = build_workload(run, run.data.phases[0], 512, CHIPS["b200"], build_links(CHIPS["b200"]))
+    workload = build_workload(run, run.data.phases[0], 512, CHIPS["b200"], default_links(CHIPS["b200"]))
     assert (workload.attention_kernel, workload.exchanges_heads) == (kernel, exchanges)
 
 
@@ -64,7 +63,7 @@ def test_exchanged_heads_by_hand() -> None:
     either pass: 2 x 64 heads of queries and 2 x 8 of keys in bf16, in all 48 layers."""
     run = apply_settings(recipes.get("solar-open-102b"), ["parallel.cp=4", "gpu.attention=fused",
                                                           "train.recompute=false"])
-    work = build_workload(run, run.data.phases[0], 480, CHIPS["b200"], build_links(CHIPS["b200"]))
+    work = build_workload(run, run.data.phases[0], 480, CHIPS["b200"], default_links(CHIPS["b200"]))
     once = 3 / 4 * (4096 / 4) * (2 * 64 + 2 * 8) * 128 * 2
     assert traffic.build_context_message(work).num_bytes == 2 * 48 * once * work.num_micro_batches
     narrow = replace(work, tp=4)  # 2 heads of keys: each of 4 processes has a copy of one
@@ -76,7 +75,7 @@ def test_rows_of_linear_attention_are_exchanged_by_hand() -> None:
     """Solar Open 2: 64 heads of 384 channels, 128 decays and a rate in bf16 there, of 128 in float32 back."""
     run = apply_settings(recipes.get("solar-open2-250b"), [
         "parallel.cp=4", "parallel.pp=1", "train.recompute=false"])
-    work = build_workload(run, run.data.phases[0], 32, CHIPS["h100"], build_links(CHIPS["h100"]))
+    work = build_workload(run, run.data.phases[0], 32, CHIPS["h100"], default_links(CHIPS["h100"]))
     found = traffic.build_context_message(work), traffic.build_context_message(
         replace(work, shape=replace(work.shape, linear=None)))
     tokens = work.seq_len * work.micro_batch_size / 4
@@ -127,7 +126,7 @@ def test_a_forward_pass_has_the_flops_that_torch_counts() -> None:
 
 H100 = CHIPS["h100"]
 W = Workload(ModelShape(2, 64, 4, 16, 2, 100, dense_ffn_dim=128, num_experts=8, num_experts_per_token=2,
-                        expert_ffn_dim=32, num_shared_experts=1), H100, build_links(H100), 4, seq_len=10)
+                        expert_ffn_dim=32, num_shared_experts=1), H100, default_links(H100), 4, seq_len=10)
 RESIDUAL = 5 * 10 * 64 * 2
 
 

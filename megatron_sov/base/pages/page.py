@@ -38,9 +38,6 @@ class Chart:
     """Remark about omitted or changed points; may be empty."""
 
 
-# Contents of a page: chapters of sections with text, charts and tables.
-
-
 @dataclass(frozen=True)
 class PageTable:
     """A table; cells are text, which is escaped, or `Markup`."""

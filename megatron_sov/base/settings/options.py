@@ -45,9 +45,6 @@ _VALUES: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 """Type -> value placeholder in help."""
 
 
-# `--dry-run` for a command that writes: describe inputs and outputs from the options.
-
-
 def format_dry_run(read: Sequence[Path], written: Sequence[Path], said: Sequence[tuple[str, Any]], *,
                    overwrite: bool) -> str:
     """Format a command's plan: input paths, output paths, and (option, value) of `said` options that differ

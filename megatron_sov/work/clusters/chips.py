@@ -140,3 +140,9 @@ def find_device_chip(name: str) -> Chip | None:
     """Return the `Chip` for CUDA's device name; None for unknown devices, e.g. PCIe variants."""
     key = _aliases.get(_normalize_name(name))
     return CHIPS[key] if key else None
+
+
+def default_links(chip: Chip) -> Links:
+    """Return the `Links` of the vendor's servers: NVLink within a domain, an InfiniBand adapter per GPU."""
+    return Links(chip.nvlink_domain, chip.nvlink_bytes_per_s, chip.network_bytes_per_s,
+                 INSIDE_LATENCY_S, INFINIBAND_LATENCY_S)
