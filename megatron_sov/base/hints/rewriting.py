@@ -272,7 +272,7 @@ class Rewrite:
             self.messages += [f"{', '.join(rest)}: not needed, or an option of its own"] * bool(rest)
         if not name.startswith("-"):
             self.first += translated
-            self.first_by_name[name] = translated
+            self.first_by_name[name] = [*self.first_by_name.get(name, ()), *translated]
             plain = re.sub(r"\[.*?\]", "", name)  # DIR[:WEIGHT], [NAME=]PREFIX
             self.add_words(f"{option} is {plain} here, without an option")
             return

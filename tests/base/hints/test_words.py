@@ -91,6 +91,7 @@ def answer(line: str, capsys: pytest.CaptureFixture[str]) -> str:
     ("sov-data pack --tokenizer T --input x --output o --format sharegpt",
      "sov-data pack --tokenizer T --input x --output o --format chat"),
     ("sov-data mix --input A B --weights 0.7 0.3 --output O", "sov-data mix A:0.7 B:0.3 --output O"),
+    ("sov-data mix --input A:0.7 --input B:0.3 --output O", "sov-data mix A:0.7 B:0.3 --output O"),
 ])
 def test_all_unknown_words_are_translated_into_one_command(typed: str, write: str,
                                                            capsys: pytest.CaptureFixture[str]) -> None:
