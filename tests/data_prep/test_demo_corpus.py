@@ -13,10 +13,6 @@ from data_prep.demo_corpus import (
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import list_files, read_documents
 
-# Korean text out of pages, and machines that have none.
-
-# Docstrings, cleaning and questions.
-
 SOURCE = '''
 """Module words."""
 class A:

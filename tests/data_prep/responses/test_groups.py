@@ -17,9 +17,21 @@ def write(path: Path, *records: Any) -> Path:
     return path
 
 
+COUNTED = {"num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alone": 1, "num_unfinished": 0,
+           "num_passed_over": 0}
+
+
 def build_group(*rewards: Any, prompt: Any = "2 + 2?") -> dict[str, Any]:
     return {"prompt": prompt, "responses": [{"content": f"answer {i}", "reward": r}
                                             for i, r in enumerate(rewards)]}
+
+
+def run_step(step: str, file: Path, *more: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
+    """Run `groups` or `pairs`; return the rows that it writes, and the counts in its manifest."""
+    folder = file.parent / "-".join([step, *more])
+    assert main([step, "--input", str(file), "--output", str(folder), *more]) == 0
+    rows = [json.loads(row) for row in (folder / f"{step}.jsonl").read_text().splitlines()]
+    return rows, read_manifest(folder, "corpus").content["groups"]
 
 
 def test_each_response_becomes_a_chat_with_advantage(tmp_path: Path, capsys) -> None:
@@ -29,17 +41,13 @@ def test_each_response_becomes_a_chat_with_advantage(tmp_path: Path, capsys) -> 
                   {"messages": [{"role": "assistant", "content": "Hm."}], "rewards": {"rule": 0}},
                   {"content": "Because.", "reward": 1.0}]}
     file = write(tmp_path / "in.jsonl", judged, build_group(0.5, 0.5), build_group(1))
-    assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
-    chats = [json.loads(line)
-             for line in (tmp_path / "out/groups.jsonl").read_text().splitlines()]
+    chats, counted = run_step("groups", file)
     assert [c["messages"][-1]["content"] for c in chats] == ["So.", "Hm.", "Because."]
     assert {len(c["messages"]) for c in chats} == {3}
     assert all(c["tools"] == [] for c in chats)
     assert [c["advantage"] for c in chats] == pytest.approx([1.0, -1.0, 1 / 3])
     assert [c["group_share"] for c in chats] == pytest.approx([1 / 3] * 3)
-    assert read_manifest(tmp_path / "out", "corpus").content["groups"] == {
-        "num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alone": 1,
-        "num_unfinished": 0, "num_passed_over": 0}
+    assert counted == COUNTED
     assert ("6 responses read: 3 written, 3 set aside (2 equal rewards, 1 only response to its prompt)\n"
             in capsys.readouterr().out)
 
@@ -49,10 +57,10 @@ def test_packed_groups_learn_responses_only(tokenizers: dict[str, Path], tmp_pat
              {"role": "user", "content": "2 + 2?"}]
     file = write(tmp_path / "in.jsonl", build_group(1, 0, prompt=turns) | {"id": "q7"},
                  build_group(0, 1) | {"id": 8})
-    assert main(["groups", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
+    run_step("groups", file)
     assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", "chat", "--heldout", "0",
                  "--column", "advantage", "--column", "group_share", "--workers", "1",
-                 "--input", str(tmp_path / "out/groups.jsonl"), "--output", str(tmp_path / "packed")]) == 0
+                 "--input", str(tmp_path / "groups/groups.jsonl"), "--output", str(tmp_path / "packed")]) == 0
     tokenizer = Tokenizer.from_file(str(tmp_path / "packed/tokenizer/tokenizer.json"))
     [source] = open_sources({str(tmp_path / "packed"): 1.0}, 10**6)
     documents = source.open_split("train")
@@ -88,8 +96,7 @@ def test_rewards_are_summed_exactly(tmp_path: Path) -> None:
                                            for i, rewards in enumerate(parts)]}
     file = write(tmp_path / "in.jsonl", judged, build_group(0.1 + 0.2, 0.3), build_group(1, 0))
     for step in ("pairs", "groups"):
-        assert main([step, "--input", str(file), "--output", str(tmp_path / step)]) == 0
-        counted = read_manifest(tmp_path / step, "corpus").content["groups"]
+        _, counted = run_step(step, file)
         assert (counted["num_groups"], counted["num_equal_rewards"]) == (1, 2)
 
 
@@ -104,28 +111,22 @@ def test_scored_lines_become_groups_and_pairs(tmp_path: Path, capsys) -> None:
               format_scored_line("a", " ", -2), format_scored_line("a", "late", None),
               format_scored_line("b", "same", 1), format_scored_line("b", "other", 1),
               format_scored_line("c", "alone", 1)]
-    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, scored)))
-    assert main(["pairs", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 0
-    assert [json.loads(row) for row in (tmp_path / "out/pairs.jsonl").read_text().splitlines()] == [
+    file = write(tmp_path / "in.jsonl", *scored)
+    pairs, counted = run_step("pairs", file)
+    assert pairs == [
         {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "best"}],
          "rejected": [{"role": "assistant", "content": "bad"}]}]
-    assert read_manifest(tmp_path / "out", "corpus").content["groups"] == {
-        "num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alone": 1,
-        "num_unfinished": 0, "num_passed_over": 0}
+    assert counted == COUNTED
     assert ("8 responses read: 2 written, 6 set aside (2 equal rewards, 1 neither best nor worst, "
             "1 no reward, 1 no text, 1 only response to its prompt)\n") in capsys.readouterr().out
-    assert main(["groups", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "groups")]) == 0
-    chats = [json.loads(row) for row in (tmp_path / "groups/groups.jsonl").read_text().splitlines()]
-    assert [chat["advantage"] for chat in chats] == [0.5, 1.0, -1.0]
+    assert [chat["advantage"] for chat in run_step("groups", file)[0]] == [0.5, 1.0, -1.0]
 
 
 def test_equal_texts_with_two_rewards_give_no_pair(tmp_path: Path) -> None:
     """Two different token sequences may decode to the same text, and have different rewards."""
-    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, [
-        format_scored_line("a", "x", 1), format_scored_line("a", "x", 0), format_scored_line("b", "x", 1),
-        format_scored_line("b", "y", 0)])))
-    assert main(["pairs", "--input", str(tmp_path / "in.jsonl"), "--output", str(tmp_path / "out")]) == 0
-    assert len((tmp_path / "out/pairs.jsonl").read_text().splitlines()) == 1
+    file = write(tmp_path / "in.jsonl", format_scored_line("a", "x", 1), format_scored_line("a", "x", 0),
+                 format_scored_line("b", "x", 1), format_scored_line("b", "y", 0))
+    assert len(run_step("pairs", file)[0]) == 1
 
 
 def test_a_truncated_response_is_never_preferred(tmp_path: Path, capsys) -> None:
@@ -137,33 +138,27 @@ def test_a_truncated_response_is_never_preferred(tmp_path: Path, capsys) -> None
               format_scored_line("c", "as good but cut", 1, finish_reason="length"),
               format_scored_line("c", "whole", 1),
               format_scored_line("c", "no", 0)]
-    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, scored)))
-
-    def paired(step: str, *more: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
-        folder = tmp_path / "-".join([step, *more])
-        assert main([step, "--input", str(tmp_path / "in.jsonl"), "--output", str(folder), *more]) == 0
-        rows = [json.loads(row) for row in (folder / f"{step}.jsonl").read_text().splitlines()]
-        return rows, read_manifest(folder, "corpus").content["groups"]
+    file = write(tmp_path / "in.jsonl", *scored)
 
     def texts(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
         return [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
 
-    rows, counted = paired("pairs")
+    rows, counted = run_step("pairs", file)
     assert texts(rows) == [("whole", "cut"), ("whole", "no")]
     assert (counted["num_groups"], counted["num_unfinished"], counted["num_passed_over"]) == (3, 5, 2)
     assert ("3 groups of 2.7 responses, of which 5 did not end\n8 responses read: 4 written, 4 set aside "
             "(4 did not end)\n") in capsys.readouterr().out
-    rows, counted = paired("pairs", "--keep-unfinished")
+    rows, counted = run_step("pairs", file, "--keep-unfinished")
     assert texts(rows) == [("cut but best", "cut"), ("all cut", "too"), ("as good but cut", "no")]
     assert (counted["num_unfinished"], counted["num_passed_over"]) == (5, 0)
 
     # in a group its reward has its place, and its text is learned where it is a bad one only
-    rows, counted = paired("groups")
+    rows, counted = run_step("groups", file)
     assert [(row["messages"][-1]["content"], row["advantage"], round(1 / row["group_share"]))
             for row in rows] == [("whole", 0.0, 3), ("cut", -1.0, 3), ("too", -1.0, 2), ("whole", 1.0, 3),
                                  ("no", -1.0, 3)]
     assert (counted["num_responses"], counted["num_passed_over"]) == (8, 3)
-    assert len(paired("groups", "--keep-unfinished")[0]) == 8
+    assert len(run_step("groups", file, "--keep-unfinished")[0]) == 8
 
 
 @pytest.mark.each(("judged", "shown"), [
@@ -189,6 +184,4 @@ def test_labelled_responses_become_pairs(good: Any, bad: Any, name: str, tmp_pat
         ("user", "a"), ("assistant", "a1"), ("assistant", "a2")))
     file = write(tmp_path / "in.jsonl", {"prompt": prompt, "completion": worse, name: bad},
                  {"prompt": prompt, "completion": "a1", name: good})
-    assert main(["pairs", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
-    assert json.loads((tmp_path / "out/pairs.jsonl").read_text()) == {
-        "prompt": prompt, "chosen": better, "rejected": worse}
+    assert run_step("pairs", file)[0] == [{"prompt": prompt, "chosen": better, "rejected": worse}]

@@ -11,16 +11,11 @@ from data_prep.responses.trajectories import (
     Solution, TrajectorySettings, choose_diverse, format_document, read_queries)
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents.accounting import RecordTally
-from megatron_sov.base.errors import UserError
+from tests.data_prep.responses.test_groups import write
 
 SAME = "Let a be two m plus one and b be two n plus one"
 QUERY = {"query": "Is odd plus odd even?",
          "solutions": [SAME, SAME + "!", {"thinking": "3 + 5 = 8", "answer": "Yes, it is."}]}
-
-
-def write(path: Path, *records: Any) -> Path:
-    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in records))
-    return path
 
 
 def test_query_with_solutions_becomes_a_document(tmp_path: Path, capsys) -> None:
@@ -60,6 +55,9 @@ def test_thoughts_have_three_formats(think: Any, solution: str) -> None:
      "solutions[1] is {\"thinking\": \"c\"}, must be a string"),
     ("{", [], "in.jsonl:1: is not valid JSON"),
     ({"query": "a", "solutions": ["b", "b"]}, [], "none of 1 queries has 2 different solutions"),
+    ({"messages": "x"}, [], "in.jsonl:1: 'messages' must be"),
+    ({"messages": [{"role": "user", "content": "a"}]}, [],
+     "in.jsonl:1: has turns of user; a chat that is a"),
     (QUERY, ["--least", "3", "--most", "2"], "--least 3: must be at most --most = 2"),
     (QUERY, ["--heading", "Solution"], "must hold {} once"),
     (QUERY, ["--max-similarity", "2"], "--max-similarity 2: must be at most 1"),
@@ -85,12 +83,3 @@ def test_successive_chats_of_a_question_are_joined(tmp_path: Path) -> None:
     assert [query for query, _ in queries] == ["One and one?", "Why?", QUERY["query"], "One and one?"]
     assert queries[0][1] == [Solution("Two.", "Fingers."), Solution("It is two.")]
     assert [len(solutions) for _, solutions in queries] == [2, 1, 3, 1]
-
-
-@pytest.mark.parametrize(("record", "message"), [
-    ({"messages": "x"}, "in.jsonl:1: 'messages' must be"),
-    ({"messages": [{"role": "user", "content": "a"}]}, "in.jsonl:1: has turns of user; a chat that is a"),
-])
-def test_chat_with_more_turns_is_rejected(record: Any, message: str, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=message):
-        list(read_queries(write(tmp_path / "in.jsonl", record), RecordTally()))

@@ -28,17 +28,21 @@ is the id of another text in another file."""
 REPEATED = (1, 8)
 
 
+@pytest.fixture
+def chosen(tokenizers: dict[str, Path]) -> UnitSettings:
+    return UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
+                        EncodingSettings())
+
+
 @pytest.fixture(params=[1, 10**9], ids=["a unit a file", "one unit"])
-def source(request: pytest.FixtureRequest, tokenizers: dict[str, Path],
+def source(request: pytest.FixtureRequest, chosen: UnitSettings,
            tmp_path: Path) -> tuple[EncodedSource, Path]:
     """Nine documents in three files, and the folder of their units."""
     for number in range(3):
         rows = [{"text": f"document {i}"} | ({} if IDS[i] is None else {"id": IDS[i]})
                 for i in range(3 * number, 3 * number + 3)]
         (tmp_path / f"{number}.jsonl").write_text("\n".join(["{", *map(json.dumps, rows)]))
-    settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
-                            EncodingSettings())
-    encoder = UnitEncoder(settings, tmp_path / "work")
+    encoder = UnitEncoder(chosen, tmp_path / "work")
     encoded_source = EncodedSource("s", "text", tmp_path)
     encoded_source.units += [(unit, encoder.encode(unit))
                              for unit in plan_units(sorted(tmp_path.glob("*.jsonl")), request.param)]
@@ -83,13 +87,11 @@ def test_repeated_documents_equal_plain_search(rows: list[tuple[int, int, int]])
     assert assemble.find_repeated_documents(ids, files_, hashes).tolist() == expected
 
 
-def test_line_numbers_continue_over_spans(tokenizers: dict[str, Path], tmp_path: Path,
+def test_line_numbers_continue_over_spans(chosen: UnitSettings, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.dumps({"text": f"line {i}"}) if i % 40 else "bad" for i in range(1, 400)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    settings = UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
-                            EncodingSettings())
-    encoder = UnitEncoder(settings, tmp_path / "work")
+    encoder = UnitEncoder(chosen, tmp_path / "work")
     encoded = EncodedSource("s", "text", tmp_path)
     monkeypatch.setattr(files, "WHOLE_FILE_BYTES", 0)
     encoded.units += [(unit, encoder.encode(unit)) for unit in plan_units([tmp_path / "a.jsonl"], 700)]
@@ -134,12 +136,6 @@ def test_shards_keep_order_limit_and_groups(lengths: list[int], shard_tokens: in
 
 
 LINES = [json.dumps({"id": f"id {i}", "text": f"line {i} 한국어"}) for i in range(50)]
-
-
-@pytest.fixture
-def chosen(tokenizers: dict[str, Path]) -> UnitSettings:
-    return UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
-                        EncodingSettings())
 
 
 def write_lines(folder: Path, name: str = "a.jsonl", lines: list[str] = LINES) -> Path:
@@ -211,8 +207,7 @@ def test_bad_record_without_text_is_stored(chosen: UnitSettings, tmp_path: Path)
     assert row["code"] == "fields" and "(fields: ?)" in row["reason"]
 
 
-def test_document_rejected_by_template_is_found_in_batch(tokenizers: dict[str, Path], chosen: UnitSettings,
-                                                         tmp_path: Path,
+def test_document_rejected_by_template_is_found_in_batch(chosen: UnitSettings, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.chat.template import ChatTemplate
 

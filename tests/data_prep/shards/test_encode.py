@@ -228,13 +228,9 @@ def open_encoder_tokenizer(file: Path) -> Tokenizer:
 Pair = tuple[FastBpe, Tokenizer]
 
 
-@pytest.fixture(scope="module", params=["solar-open", "k-exaone"])
-def file(request: pytest.FixtureRequest, tokenizers: dict[str, Path]) -> Path:
-    return tokenizers[request.param] / "tokenizer.json"
-
-
 @pytest.fixture(scope="module")
-def pair(file: Path) -> Pair:
+def pair(folder: Path) -> Pair:
+    file = folder / "tokenizer.json"
     return FastBpe(file, open_encoder_tokenizer(file)), open_encoder_tokenizer(file)
 
 
@@ -303,7 +299,8 @@ def test_unsupported_tokenizer_is_not_fast(tokenizers: dict[str, Path], tmp_path
     assert fast is None and sentence.startswith("encoding with tokenizers, because") and reason in sentence
 
 
-def test_supported_tokenizer_is_fast(file: Path) -> None:
+def test_supported_tokenizer_is_fast(folder: Path) -> None:
+    file = folder / "tokenizer.json"
     tokenizer = open_encoder_tokenizer(file)
     # as in Llama's tokenizer; documents are encoded without it
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from data_prep.cli import main
 from data_prep.shards.pack import PackSettings, PackSource, parse_sources
 from data_prep.shards.pack_run import pack_sources
-from data_prep.shards.token_artifact import open_split
+from data_prep.shards.token_artifact import iter_shards, open_split
 from megatron_sov.base.artifacts import FileRecord, manifest_sha256, read_manifest
 from megatron_sov.base.documents import RecordReading, files
 from megatron_sov.base.errors import UserError
@@ -149,15 +149,14 @@ def test_preference_pairs_stay_in_one_split_and_shard(tokenizers: dict[str, Path
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     prompts: dict[str, set[str]] = {}
     found = []
-    for split in ("train", "heldout"):
-        for shard in source["splits"][split]["shards"]:
-            texts = [tokenizer.decode(d) for d in open_split(tmp_path / "out" / shard["prefix"]).documents()]
-            assert len(texts) % 2 == 0
-            for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
-                prompt = re.findall(r"How much is \d+ \+ 1\?", chosen + rejected)
-                assert prompt[0] == prompt[1] and "It is" in chosen and "No idea" in rejected
-                prompts.setdefault(prompt[0], set()).add(split)
-                found.append(rejected)
+    for shard in iter_shards(tmp_path / "out", {"sources": [source]}):
+        texts = [tokenizer.decode(d) for d in shard.open().documents()]
+        assert len(texts) % 2 == 0
+        for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
+            prompt = re.findall(r"How much is \d+ \+ 1\?", chosen + rejected)
+            assert prompt[0] == prompt[1] and "It is" in chosen and "No idea" in rejected
+            prompts.setdefault(prompt[0], set()).add(shard.split)
+            found.append(rejected)
     assert len(set(found)) == 60 and all(len(splits) == 1 for splits in prompts.values())
     assert main(["verify", str(tmp_path / "out")]) == 0
 
@@ -168,15 +167,12 @@ def test_prompts_keep_reward_fields(tokenizers: dict[str, Path], tmp_path: Path)
     pack_sources(tokenizers["solar-open"], [PackSource("asked", tmp_path / "asked.jsonl")], tmp_path / "out",
          PackSettings(0.2, RecordReading("prompt"), shard_tokens=200))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
-    [source] = read_manifest(tmp_path / "out").content["sources"]
     answers = []
-    for split in ("train", "heldout"):
-        for shard in source["splits"][split]["shards"]:
-            prefix = tmp_path / "out" / shard["prefix"]
-            lines = [json.loads(line) for line in Path(f"{prefix}.extra.jsonl").read_text().splitlines()]
-            for ids, line in zip(open_split(prefix).documents(), lines, strict=True):
-                assert f"{line['answer'] - 1} + 1?" in tokenizer.decode(ids) and ids[-1] != 2
-                answers.append(line["answer"])
+    for shard in iter_shards(tmp_path / "out", read_manifest(tmp_path / "out").content):
+        lines = [json.loads(line) for line in Path(f"{shard.prefix}.extra.jsonl").read_text().splitlines()]
+        for ids, line in zip(shard.open().documents(), lines, strict=True):
+            assert f"{line['answer'] - 1} + 1?" in tokenizer.decode(ids) and ids[-1] != 2
+            answers.append(line["answer"])
     assert sorted(answers) == list(range(1, 31))
     assert main(["verify", str(tmp_path / "out")]) == 0
 

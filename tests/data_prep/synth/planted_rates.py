@@ -20,11 +20,9 @@ def draw_problem(rng: random.Random) -> tuple[str, float]:
     return text, 6.0 - 1.1 * count - 0.9 * digits - 1.2 * product
 
 
-def write_measurements(folder: Path, num_problems: int, *, num_answers: int = 8, num_pairs: int = 0,
-                       seed: int = 0) -> tuple[list[str], dict[str, float]]:
-    """Write what `synth answers` and `synth comparisons` would; return the arguments of `difficulty label`,
-    and text -> mean true pass rate."""
-    rng = random.Random(seed)
+def write_measurements(folder: Path, num_problems: int, *, num_pairs: int = 0) -> list[str]:
+    """Write what `synth answers` and `synth comparisons` write; return arguments of `difficulty label`."""
+    rng = random.Random(0)
     problems = [draw_problem(rng) for _ in range(num_problems)]
     words = ["--answers"]
     for name, ability in CONFIGURATIONS.items():
@@ -32,8 +30,8 @@ def write_measurements(folder: Path, num_problems: int, *, num_answers: int = 8,
         rows = []
         for number, (text, logit) in enumerate(problems):
             rate = 1 / (1 + math.exp(-logit - ability))
-            rows.append({"prompt": text, "problem_id": f"p{number}", "num_answers": num_answers,
-                         "num_right": sum(rng.random() < rate for _ in range(num_answers))})
+            rows.append({"prompt": text, "problem_id": f"p{number}", "num_answers": 8,
+                         "num_right": sum(rng.random() < rate for _ in range(8))})
         write(folder / name / "kept.jsonl", rows)
         words.append(str(folder / name))
     if num_pairs:
@@ -43,9 +41,7 @@ def write_measurements(folder: Path, num_problems: int, *, num_answers: int = 8,
             pairs.append({"easier": f"p{one}", "harder": f"p{other}"})
         write(folder / "pairs.jsonl", pairs)
         words += ["--comparisons", str(folder / "pairs.jsonl")]
-    truth = {text: sum(1 / (1 + math.exp(-logit - a)) for a in CONFIGURATIONS.values()) / len(CONFIGURATIONS)
-             for text, logit in problems}
-    return words, truth
+    return words
 
 
 def write(file: Path, rows: list[dict[str, object]]) -> Path:

@@ -22,7 +22,7 @@ from megatron_sov.base.artifacts import read_manifest
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return a folder with labels of 400 problems, and a scorer trained on the labels."""
     folder = tmp_path_factory.mktemp("difficulty")
-    words, _ = write_measurements(folder, 400, num_pairs=300)
+    words = write_measurements(folder, 400, num_pairs=300)
     assert main(["difficulty", "label", *words, "--output", str(folder / "labels")]) == 0
     assert main(["scorer", "train", "--kind", "regressor", "--labels", str(folder / "labels/labels.jsonl"),
                  "--output", str(folder / "model")]) == 0
@@ -87,9 +87,7 @@ def test_rows_are_graded_and_filtered_by_pass_rate(made: Path, tmp_path: Path,
 def test_mistakes_give_one_sentence_and_no_output(words: list[str], message: str, made: Path, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     write(tmp_path / "rows.jsonl", [{"prompt": "What is 977 times 3 times 88?"}])
-    write(tmp_path / "bad.jsonl", [{"x": 1}])
-    places = {"@rows": tmp_path / "rows.jsonl", "@bad": tmp_path / "bad.jsonl", "@out": tmp_path / "out",
-              "@none": tmp_path / "none"}
+    places = {"@rows": tmp_path / "rows.jsonl", "@out": tmp_path / "out"}
     argv = [str(places.get(word, made / word[1:])) if word.startswith("@") else word for word in words]
     assert main(["difficulty", *argv]) == 2
     assert message in capsys.readouterr().err

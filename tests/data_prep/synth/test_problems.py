@@ -48,7 +48,7 @@ def test_the_problem_is_the_text_of_the_user(record: Any, found: str) -> None:
     assert get_problem_text(record, "a.jsonl:1") == found
 
 
-@pytest.mark.parametrize(("record", "message"), [
+@pytest.mark.each(("record", "message"), [
     ({"a": 1}, "has a problem in none of the fields"), ({"problem": "x" * 20_001}, "has 20,001 characters"),
     ({"problem": "a", "answer": ["4"]}, "must be text or a number"),
     ({"problem": "a", "answer": True}, "must be text or a number"),
@@ -61,12 +61,9 @@ def test_a_malformed_problem_is_refused_by_line(record: Any, message: str, tmp_p
         read(tmp_path, record)
 
 
-def test_an_answer_may_be_needed(tmp_path: Path) -> None:
+def test_an_answer_may_be_needed_and_one_id_is_one_problem(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"in.jsonl:2: has no answer; because"):
         read(tmp_path, {"problem": "a", "answer": 0}, {"problem": "b"}, needs_answer="because")
-
-
-def test_one_id_is_one_problem(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"in.jsonl:2: has the id 1 of .*in.jsonl:1 and says something else"):
         read(tmp_path, {"id": 1, "problem": "a"}, {"id": 1, "problem": "b"})
 

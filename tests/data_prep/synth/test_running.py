@@ -242,26 +242,20 @@ def test_an_unreachable_endpoint_ends_the_run_with_exit_code_75(run: Run, endpoi
     assert len(run.kept()) == 6
 
 
-def test_without_patience_each_request_is_sent_max_attempts_times(
-        run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
-    run.write([{"id": "a", "text": "line a"}, {"id": "b", "text": "line b"}])
-    endpoint.next = ["503"] * 1000
-    assert run(endpoint, "--patience", "0", "--max-attempts", "2", "--threads", "1") == 75
-    assert "2 items got no answer, the last: b: the endpoint answered HTTP 503" in capsys.readouterr().err
-    assert 1000 - len(endpoint.next) == 2 * 2 * 2, "two answers to each item"
-    endpoint.next = []
-    assert run(endpoint) == 0 and len(run.kept()) == 4
-
-
-def test_items_without_an_answer_are_retried_by_the_next_command(run: Run, endpoint: ScriptedEndpoint,
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    run.write([{"id": "a", "text": "line a"}])
-    endpoint.next = ["400"] * 4
-    assert run(endpoint, "--max-attempts", "2") == 75
-    assert "1 items got no answer, the last: a: the endpoint answered HTTP 400" in capsys.readouterr().err
+@pytest.mark.parametrize(("status", "ids", "options"), [
+    ("503", "ab", ["--patience", "0", "--threads", "1"]), ("400", "a", [])])
+def test_items_without_an_answer_are_retried_by_the_next_command(
+        run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str], status: str, ids: str,
+        options: list[str]) -> None:
+    run.write([{"id": id_, "text": f"line {id_}"} for id_ in ids])
+    endpoint.next = [status] * 1000
+    assert run(endpoint, "--max-attempts", "2", *options) == 75
+    assert (f"{len(ids)} items got no answer, the last: {ids[-1]}: the endpoint answered HTTP {status}"
+            in capsys.readouterr().err)
+    assert 1000 - len(endpoint.next) == len(ids) * 2 * 2, "two answers to each item"
     assert run.candidates() == []
-    assert run(endpoint) == 0
-    assert len(run.kept()) == 2
+    endpoint.next = []
+    assert run(endpoint) == 0 and len(run.kept()) == 2 * len(ids)
 
 
 def test_a_wrong_key_is_one_message_without_the_key(run: Run, endpoint: ScriptedEndpoint,

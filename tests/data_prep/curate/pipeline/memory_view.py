@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from data_prep.curate.pipeline.step import KEPT, Doc, ShardRef, Step, StepOutcome
+from data_prep.curate.pipeline.step import Doc, ShardRef, Step, StepOutcome
 
 
 def doc(text: str, row: int = 0, *, source: str = "web", shard: int = 0, **columns: Any) -> Doc:
@@ -75,13 +75,6 @@ def run_step(make: type[Step], settings: Any, view: MemoryView) -> dict[str, Ste
     unknown = {name for outcome in found.values() for name in outcome.values} - set(make.added_columns)
     assert not unknown, f"{make.kind} gives columns that it does not name in `adds`: {sorted(unknown)}"
     return found
-
-
-def apply_outcomes(documents: Sequence[Doc], found: Mapping[str, StepOutcome]) -> list[Doc]:
-    """Return the documents that a step keeps, as the next step sees them."""
-    return [dataclasses.replace(d, text=d.text if made.text is None else made.text,
-                                columns={**d.columns, **made.values})
-            for d in documents if not (made := found.get(d.id, KEPT)).reason]
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

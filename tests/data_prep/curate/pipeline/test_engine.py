@@ -25,7 +25,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress.locks import lock_folder
 from megatron_sov.work.submit import array_job
 from megatron_sov.work.submit.arrays import MAX_RESTARTS, WORK_FILE, Jobs
-from tests.data_prep.curate.pipeline.test_running import read_outputs
+from tests.data_prep.curate.pipeline.memory_view import read_files
 
 OWN = """import dataclasses, os, pathlib
 from megatron_sov.base.documents import LeftOut
@@ -59,7 +59,7 @@ def build_command(small_run: Path, *words: str) -> list[str]:
 @pytest.mark.deep
 def test_a_run_killed_in_a_task_resumes_to_the_same_bytes(own_step_pipeline: Path) -> None:
     assert cli.main(build_command(own_step_pipeline, "--workers", "1")) == 0
-    undisturbed = read_outputs(own_step_pipeline / "out")
+    undisturbed = read_files(own_step_pipeline / "out/text")
     shutil.rmtree(own_step_pipeline / "out")
     (own_step_pipeline / "killed").touch()
     finished_tasks = subprocess.run([sys.executable, "-m", "data_prep.cli",
@@ -69,7 +69,7 @@ def test_a_run_killed_in_a_task_resumes_to_the_same_bytes(own_step_pipeline: Pat
     assert not (own_step_pipeline / "out/manifest.json").exists()
     (leftover,) = (own_step_pipeline / "out/shards").glob("web/01-code-*/.*.tmp-*")
     assert cli.main(build_command(own_step_pipeline, "--workers", "1")) == 0
-    assert not leftover.exists() and read_outputs(own_step_pipeline / "out") == undisturbed
+    assert not leftover.exists() and read_files(own_step_pipeline / "out/text") == undisturbed
 
 
 @pytest.mark.deep

@@ -14,6 +14,7 @@ from data_prep.curate.sources.formats import FORMATS
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.hints.removed import PIPELINE
+from tests.data_prep.curate.pipeline.test_running import run_pipeline
 
 WRONG = """nmae: x
 shard_bytes: 10
@@ -214,11 +215,10 @@ def test_columns_are_listed_without_the_libraries_of_steps(small_run: Path, no_l
 def test_a_run_and_not_a_dry_run_needs_the_libraries_of_its_steps(
         small_run: Path, no_libraries: None, capsys: pytest.CaptureFixture[str]) -> None:
     (small_run / "pipeline.yaml").write_text(STEPS_WITH_LIBRARIES)
-    words = ["run", str(small_run / "pipeline.yaml"), "--output", str(small_run / "out")]
-    assert cli.main([*words, "--dry-run"]) == 0
+    run_pipeline(small_run, "--dry-run")
     stdout = capsys.readouterr().out
     assert "step encoding needs ftfy, which is not installed" in stdout and "03-pii: 0 of 1 shards" in stdout
-    assert cli.main(words) == 2 and not (small_run / "out").exists()
+    assert not run_pipeline(small_run, code=2).exists()
     stderr = capsys.readouterr().err
     for library in ("encoding needs ftfy", "language needs py3langid", "pii needs phonenumbers"):
         assert f"step {library}, which is not installed" in stderr
@@ -228,6 +228,4 @@ def test_pii_needs_a_library_for_phone_numbers_alone(small_run: Path, no_librari
     (small_run / "web/mail.txt").write_text("Write to ann@sea.kr, who answers within a day.")
     (small_run / "pipeline.yaml").write_text("name: x\nsources: [{name: web, path: web}]\n"
                                              "steps: [{pii: {mask: [email]}}]\n")
-    assert cli.main(["run", str(small_run / "pipeline.yaml"), "--output", str(small_run / "out"), "--workers",
-                     "1"]) == 0
-    assert read_manifest(small_run / "out", "corpus").content["num_documents"] == 7
+    assert read_manifest(run_pipeline(small_run), "corpus").content["num_documents"] == 7

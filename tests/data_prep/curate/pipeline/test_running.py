@@ -11,6 +11,7 @@ import pytest
 from data_prep import cli
 from data_prep.curate.inspect_run import iter_step_lines
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
+from tests.data_prep.curate.pipeline.memory_view import read_files
 
 Done = list[tuple[str, str, int]]
 
@@ -34,12 +35,6 @@ def read_first_words(output: Path) -> dict[str, list[str]]:
     return {folder.name: [" ".join(text.split()[:2]) for file in sorted(folder.glob("*.parquet"))
                           for text in pq.read_table(file)["text"].to_pylist()]
             for folder in sorted((output / "text").iterdir())}
-
-
-def read_outputs(output: Path) -> dict[str, bytes]:
-    """Return name -> bytes of the output's files."""
-    return {str(file.relative_to(output)): file.read_bytes()
-            for file in sorted((output / "text").rglob("*.*"))}
 
 
 def test_documents_go_through_the_steps_to_their_names(small_run: Path) -> None:
@@ -68,33 +63,33 @@ def test_documents_go_through_the_steps_to_their_names(small_run: Path) -> None:
 def test_complete_stages_are_not_repeated(small_run: Path, finished_tasks: Done,
                                           capsys: pytest.CaptureFixture[str]) -> None:
     output = run_pipeline(small_run)
-    before, number = read_outputs(output), len(finished_tasks)
+    before, number = read_files(output / "text"), len(finished_tasks)
     run_pipeline(small_run)
     assert len(finished_tasks) == number and "complete from before" in capsys.readouterr().out
     manifest = read_manifest(output, "corpus")
     assert find_damaged_files(output) == [] and manifest.content["num_documents"] == 8
     assert not any(name.startswith(("shards/", "logs/")) for name in manifest.files)
-    assert read_outputs(output) == before
+    assert read_files(output / "text") == before
     shutil.rmtree(output / "text")
     run_pipeline(small_run)
     assert len(finished_tasks) == number and "complete from before" not in capsys.readouterr().out
-    assert read_outputs(output) == before, "what was deleted is there again"
+    assert read_files(output / "text") == before, "what was deleted is there again"
 
 
 def test_a_changed_setting_repeats_its_step_and_later_ones(small_run: Path, finished_tasks: Done) -> None:
     output = run_pipeline(small_run)
-    everything, first = sorted(finished_tasks), read_outputs(output)
+    everything, first = sorted(finished_tasks), read_files(output / "text")
     finished_tasks.clear()
     change_pipeline(small_run, "longest: 300", "longest: 200")
     run_pipeline(small_run)
     assert {stage for stage, _, _ in finished_tasks} == {"03-shorten", "04-output"}
     assert sorted(finished_tasks) == [task for task in everything if task[0] in ("03-shorten", "04-output")]
-    assert read_outputs(output) != first
+    assert read_files(output / "text") != first
     finished_tasks.clear()
     change_pipeline(small_run, "longest: 200", "longest: 300")
     run_pipeline(small_run)
     assert finished_tasks == [], "the folders of the first run still stand"
-    assert read_outputs(output) == first
+    assert read_files(output / "text") == first
 
 
 def test_a_changed_source_repeats_its_stages_and_global_steps(small_run: Path, finished_tasks: Done) -> None:
@@ -186,8 +181,7 @@ def test_leftovers_of_earlier_runs_and_kills_are_not_in_the_corpus(small_run: Pa
 
 def run_dry(small_run: Path, capsys: pytest.CaptureFixture[str]) -> str:
     capsys.readouterr()
-    assert cli.main(["run", str(small_run / "pipeline.yaml"), "--output", str(small_run / "out"),
-                     "--dry-run"]) == 0
+    run_pipeline(small_run, "--dry-run")
     return capsys.readouterr().out
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import cli
 from data_prep.curate.pipeline.pipeline_file import load_pipeline
 from data_prep.curate.pipeline.step import READY
 from data_prep.mixture.blend_file import SHIPPED as BLENDS, read_blend
@@ -18,31 +17,20 @@ SHIPPED = sorted(READY.glob("*.yaml"))
 QUESTION = json.dumps({"question": "How many apples are left when four of the eleven on a table are eaten?"})
 
 
-@pytest.fixture(scope="session")
-def scorers(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A classifier and a regressor, trained on clearly different texts."""
-    folder = tmp_path_factory.mktemp("scorers")
-    for name, kind, best in (("quality", "classifier", 1), ("education", "regressor", 5)):
-        texts = ("Buy cheap pills now", "Cells take in light")
-        rows = [{"text": f"{texts[i % 2]} {i}", "label": best * (i % 2)} for i in range(80)]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-        assert cli.main(["scorer", "train", "--labels", str(folder / f"{name}.jsonl"), "--kind", kind,
-                         "--output", str(folder / name)]) == 0
-    return folder
-
-
 def test_there_is_one_for_each_curriculum() -> None:
     assert [file.stem for file in SHIPPED] == ["k-exaone", "solar-open", "tiny"]
 
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
-def test_it_loads_where_its_files_are(shipped: Path, scorers: Path, tmp_path: Path) -> None:
+def test_it_loads_where_its_files_are(shipped: Path, scorers: dict[str, Path], tmp_path: Path) -> None:
     file = Path(shutil.copy(shipped, tmp_path))
     for path in re.findall(r"path: ([\w/-]+)", file.read_text()):
         (tmp_path / path).mkdir(parents=True)
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks/sums.jsonl").write_text(QUESTION)
-    (tmp_path / "models").symlink_to(scorers)
+    (tmp_path / "models").mkdir()
+    for name, kind in (("quality", "classifier"), ("education", "regressor")):
+        (tmp_path / "models" / name).symlink_to(scorers[kind])
     pipeline = load_pipeline(file)
     assert pipeline.name == shipped.stem and len(pipeline.steps) >= 7
 

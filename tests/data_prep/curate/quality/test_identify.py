@@ -55,27 +55,16 @@ PROSE = """The quick brown fox jumps over the lazy dog; then it sleeps.
 """
 
 
-@pytest.mark.parametrize("text", [C, CPP, GO, SHELL, JAVASCRIPT, inspect.getsource(ast),
-                                  inspect.getsource(textwrap)],
-                         ids=["c", "c++", "go", "shell", "javascript", "ast.py", "textwrap.py"])
-def test_programs_are_code(text: str) -> None:
-    assert detect_form(text) == "code"
-
-
-@pytest.mark.parametrize("text", [HTML, TEX, json.dumps({"a": [1, 2], "b": {"c": "d"}}, indent=1),
-                                  "name: x\nsteps:\n  - run: a\n    with: b\n",
-                                  "[core]\nbare = false\nurl = x\n"],
-                         ids=["html", "tex", "json", "yaml", "ini"])
-def test_markup_and_data_are_markup(text: str) -> None:
-    assert detect_form(text) == "markup"
-
-
-@pytest.mark.parametrize("text", [
-    PROSE, "", "제1조 모든 인간은 자유롭다.\n제2조 모든 사람은 평등하다.\n", "今日は良い天気です;\nまた明日;",
-    "Dear all,\n\nif you come, bring bread.\nReturn by five.\n\nYours, A.",
-    inspect.getdoc(ast.NodeVisitor) * 3])
-def test_ordinary_text_is_prose(text: str) -> None:
-    assert detect_form(text) == "prose"
+@pytest.mark.each(("form", "texts"), [
+    ("code", [C, CPP, GO, SHELL, JAVASCRIPT, inspect.getsource(ast), inspect.getsource(textwrap)]),
+    ("markup", [HTML, TEX, json.dumps({"a": [1, 2], "b": {"c": "d"}}, indent=1),
+                "name: x\nsteps:\n  - run: a\n    with: b\n", "[core]\nbare = false\nurl = x\n"]),
+    ("prose", [PROSE, "", "제1조 모든 인간은 자유롭다.\n제2조 모든 사람은 평등하다.\n",
+               "今日は良い天気です;\nまた明日;",
+               "Dear all,\n\nif you come, bring bread.\nReturn by five.\n\nYours, A.",
+               inspect.getdoc(ast.NodeVisitor) * 3])])
+def test_the_form_of_a_text_is_detected(form: str, texts: list[str]) -> None:
+    assert [text for text in texts if detect_form(text) != form] == []
 
 
 def test_code_has_the_language_of_its_comments_and_markup_of_its_text() -> None:
@@ -171,21 +160,18 @@ def test_each_document_gets_its_language_and_form() -> None:
         "language": "en", "language_score": pytest.approx(0.97, abs=0.03), "form": "prose"}
 
 
-@pytest.mark.parametrize(("text", "reason"), [
-    (KOREAN, ""), (ENGLISH, "language en"), ("12 + 30 = 42", "no language"), (PYTHON, ""),
-    (KOREAN * 2 + ENGLISH * 2, "language not sure")])
-def test_documents_in_other_languages_are_dropped_except_code(text: str, reason: str) -> None:
-    assert judge_text(text, keep=("ko", "th"), min_score=0.6).reason == reason
+ASIAN: dict[str, Any] = {"keep": ("ko", "th"), "min_score": 0.6}
 
 
-def test_forms_can_be_left_out() -> None:
-    assert judge_text(PYTHON, forms=("prose",)).reason == "form code"
-    assert judge_text("<ul><li>One<li>Two</ul>", forms=("prose", "code")).reason == "form markup"
-
-
-def test_without_a_list_every_identified_language_is_accepted() -> None:
-    assert judge_text("Москва — столица России.").reason == ""
-    assert judge_text("12 + 30 = 42", min_score=0).reason == ""
+@pytest.mark.each(("text", "settings", "reason"), [
+    (KOREAN, ASIAN, ""), (ENGLISH, ASIAN, "language en"), ("12 + 30 = 42", ASIAN, "no language"),
+    (PYTHON, ASIAN, ""), (KOREAN * 2 + ENGLISH * 2, ASIAN, "language not sure"),
+    (PYTHON, {"forms": ("prose",)}, "form code"),
+    ("<ul><li>One<li>Two</ul>", {"forms": ("prose", "code")}, "form markup"),
+    ("Москва — столица России.", {}, ""), ("12 + 30 = 42", {"min_score": 0}, "")])
+def test_documents_of_other_languages_and_forms_are_dropped(text: str, settings: dict[str, Any],
+                                                            reason: str) -> None:
+    assert judge_text(text, **settings).reason == reason
 
 
 def test_tables_and_model_are_listed_as_input_files() -> None:

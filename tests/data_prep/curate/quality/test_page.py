@@ -13,14 +13,10 @@ from data_prep.curate.pipeline.step import load_step_class
 from data_prep.curate.quality.pii.step import FINDERS
 from data_prep.curate.quality.rules.step import RULE_SETS, Thresholds, list_languages, load_language_rules
 from megatron_sov.base.settings import find_all_problems
-from tests.pages_typed import page_text
+from tests.pages_typed import blocks, page_text
 
 PAGE = page_text("data_quality.md").partition("\n## Duplicates\n")[0]
 THRESHOLDS = page_text("filter_rules.md")
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 
 
 def language_row(code: str) -> str:
@@ -52,7 +48,7 @@ def test_every_threshold_is_listed_with_its_default(name: str) -> None:
 
 
 def test_every_step_on_the_page_has_valid_settings() -> None:
-    steps = [step for block in blocks("yaml") for step in yaml.safe_load(block)["steps"]]
+    steps = [step for block in blocks(PAGE, "yaml") for step in yaml.safe_load(block)["steps"]]
     kinds = []
     for step in steps:
         (kind, raw), = [item for item in step.items() if item[0] != "only"]
@@ -65,7 +61,7 @@ def test_every_step_on_the_page_has_valid_settings() -> None:
 
 
 def test_the_example_runs() -> None:
-    code = "\n".join(blocks("python"))
+    code = "\n".join(blocks(PAGE, "python"))
     example = doctest.DocTestParser().get_doctest(code, {}, "data_quality.md", None, 0)
     assert len(example.examples) > 5
     assert doctest.DocTestRunner().run(example).failed == 0

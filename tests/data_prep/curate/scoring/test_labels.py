@@ -103,6 +103,7 @@ def split_units(ngrams: Ngrams, text: str) -> list[str]:
     ("Python의 길", ["python", "의", "길"]),
     ("x\u0301y  \n z", ["x\u0301y", "z"]),
     ("\u200b ", ["\u200b"]),
+    ("a\ud800b", ["a", "?", "b"]),
     ("", []),
 ])
 def test_a_text_is_cut_into_units(text: str, units: list[str]) -> None:
@@ -154,10 +155,6 @@ def test_the_dot_product_equals_that_of_the_row_when_repeated() -> None:
 def test_a_text_is_read_to_max_chars() -> None:
     ngrams = Ngrams(NgramSettings(num_buckets=BUCKETS, max_chars=5))
     assert split_units(ngrams, "ab cd ef") == ["ab", "cd"]
-
-
-def test_half_of_a_surrogate_pair_is_replaced() -> None:
-    assert split_units(NGRAMS[1], "a\ud800b") == ["a", "?", "b"]
 
 
 @pytest.mark.parametrize("settings", [

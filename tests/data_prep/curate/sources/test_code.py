@@ -46,19 +46,18 @@ def test_languages_and_licences_can_be_chosen(read) -> None:
     assert [getattr(one, "code", "kept") for one in records] == ["kept", "language", "licence"]
 
 
-@pytest.mark.parametrize(("head", "expected"), [
+HEADS = [
     ("/* SPDX-License-Identifier: GPL-2.0 WITH Linux-syscall-note */", "GPL-2.0 WITH Linux-syscall-note"),
     ('# Licensed under the Apache License, Version 2.0 (the "License");', "Apache-2.0"),
     (" * it under the terms of the GNU General Public License as published by\n * the Free Software "
      "Foundation; either version 2 of the License, or", "GPL-2.0-or-later"),
     ("// GNU General Public License version 2 for more information", "GPL-2.0-only"),
     ("// Permission is hereby granted, free of charge, to any person obtaining\n// a copy of this", "MIT"),
-    ("# just a comment", "")])
-def test_the_licence_is_found_in_the_head_of_a_file(head: str, expected: str) -> None:
-    assert find_header_licence(f"#!/bin/sh\n{head}\n{CODE}") == expected
+    ("# just a comment", "")]
 
 
-@pytest.mark.parametrize(("text", "expected"), [
+@pytest.mark.each(("text", "expected"), [
+    *((f"#!/bin/sh\n{head}\n{CODE}", licence) for head, licence in HEADS),
     *((text, name) for name, text in TEXTS.items()),
     ("  GNU GENERAL PUBLIC LICENSE\n    Version 2, June 1991\n\n Everyone is permitted to copy", "GPL-2.0"),
     ("Copyright Some Body\n\nMozilla Public License Version 2.0\n=====\n\n1. Definitions\n" + "-" * 14
@@ -70,7 +69,7 @@ def test_the_licence_is_found_in_the_head_of_a_file(head: str, expected: str) ->
      "is hereby granted, provided that", "ISC"),
     ("This is free and unencumbered software released into the public domain.", "Unlicense"),
     ("All rights reserved.", "")])
-def test_the_licence_is_found_in_the_head_of_a_licence_file(text: str, expected: str) -> None:
+def test_the_licence_is_found_in_the_head_of_a_file(text: str, expected: str) -> None:
     assert find_header_licence(text) == expected
 
 

@@ -6,20 +6,16 @@ from pathlib import Path
 import pytest
 
 from data_prep.synth.checks.settings import DEFAULTS, SOURCES, find_check_problems
-from tests.pages_typed import page_section
+from tests.pages_typed import blocks, page_section
 
 PAGE = page_section("synth.md", "Checks on all samples")
-
-
-def block(language: str) -> str:
-    found, = re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
-    return str(found)
 
 
 def test_the_steps_of_the_page_are_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks.jsonl").write_text('{"question": "Who?"}\n')
-    (tmp_path / "steps.yaml").write_text(block("yaml"))
+    steps, = blocks(PAGE, "yaml")
+    (tmp_path / "steps.yaml").write_text(steps)
     assert find_check_problems(tmp_path / "steps.yaml") == []
 
 

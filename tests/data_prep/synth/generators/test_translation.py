@@ -1,6 +1,5 @@
 """Generator `translation`: accepted translations, and the check that rejects each fault."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.records import parse_record
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import find_all_problems
+from tests.data_prep.synth.planted_rates import write
 from tests.data_prep.synth.scripted import ScriptedRequester, build_generator, build_model, collect_samples
 
 SOURCE = ("The tide gauge at the old harbour was built in 1911. Two keepers note the height of the water "
@@ -41,13 +41,6 @@ def test_each_planted_fault_is_rejected_by_its_check(reply: Any, back: str, grad
     assert sample.reason == reason
 
 
-def write(folder: Path, *records: dict[str, Any]) -> Path:
-    """Write records."""
-    file = folder / "input.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return file
-
-
 def dictionary(request: Any) -> str:
     """Translate what the test says, forth and back."""
     words = {"What is a token?": "토큰이란 무엇인가?", "A piece of a text.": "글의 한 조각이다."}
@@ -63,28 +56,32 @@ CHAT = [{"role": "user", "content": "What is a token?"},
         {"role": "assistant", "content": "A piece of a text."}]
 
 
-def test_chats_keep_their_roles(tmp_path: Path) -> None:
-    generator = build_generator("translation", form="chat", **KOREAN)
-    item, = generator.read_items([write(tmp_path, {"messages": CHAT})])
+def translate(form: str, folder: Path, record: dict[str, Any]) -> Any:
+    """Return the accepted translation of a record."""
+    generator = build_generator("translation", form=form, **KOREAN)
+    item, = generator.read_items([write(folder / "input.jsonl", [record])])
     sample, = collect_samples(generator, item, dictionary)
-    assert sample.reason == ""
+    assert (sample.reason, generator.kind) == ("", form)
+    return sample
+
+
+def test_chats_keep_their_roles(tmp_path: Path) -> None:
+    sample = translate("chat", tmp_path, {"messages": CHAT})
     assert sample.record["messages"] == [{"role": "user", "content": "토큰이란 무엇인가?"},
                                          {"role": "assistant", "content": "글의 한 조각이다."}]
     assert parse_record(dict(sample.record), "x", 1, RecordReading(kind="chat")).kind == "chat"
 
 
 def test_prompts_keep_the_fields_of_their_reward(tmp_path: Path) -> None:
-    generator = build_generator("translation", form="prompt", **KOREAN)
-    item, = generator.read_items([write(tmp_path, {"prompt": "What is a token?", "answer": "12"})])
-    sample, = collect_samples(generator, item, dictionary)
-    assert sample.reason == "" and sample.record["answer"] == "12" and generator.kind == "prompt"
+    sample = translate("prompt", tmp_path, {"prompt": "What is a token?", "answer": "12"})
+    assert sample.record["answer"] == "12"
     assert sample.record["prompt"] == [{"role": "user", "content": "토큰이란 무엇인가?"}]
 
 
 def test_chats_with_tools_are_not_translated(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
     generator = build_generator("translation", form="chat", **KOREAN)
-    item, = generator.read_items([write(tmp_path, {"messages": CHAT, "tools": tools})])
+    item, = generator.read_items([write(tmp_path / "input.jsonl", [{"messages": CHAT, "tools": tools}])])
     ask = ScriptedRequester(dictionary)
     sample, = generator.make_samples(item, ask)
     assert (sample.reason, ask.calls) == ("plain messages", 0)
@@ -101,7 +98,7 @@ def test_problems_of_settings(tmp_path: Path) -> None:
     settings = load_generator("translation").Settings
     assert find_all_problems(settings(language="ko")) == []
     with pytest.raises(UserError, match="name the language"):
-        list(build_generator("translation").read_items([write(tmp_path, {"text": SOURCE})]))
+        list(build_generator("translation").read_items([write(tmp_path / "input.jsonl", [{"text": SOURCE}])]))
 
 
 @pytest.mark.parametrize(("source", "made", "quotes", "reason"), [

@@ -98,25 +98,14 @@ def find_differences(step, judge) -> tuple[list[tuple[str, str, str]], set[str]]
     return different, seen
 
 
-def test_gopher_quality_rules_equal_datatrove() -> None:
+@pytest.mark.each(("step", "judge", "num_seen"), [
+    (GopherQualityFilter, judge_quality, 8), (GopherRepetitionFilter, judge_repetition, 9),
+    (FineWebQualityFilter, judge_fineweb, 4)])
+def test_rules_equal_datatrove(step, judge, num_seen: int) -> None:
     different, seen = find_differences(
-        GopherQualityFilter(), lambda text: judge_quality(text, RuleWords(text, "words", 1.0), ENGLISH))
+        step(), lambda text: judge(text, RuleWords(text, "words", 1.0), ENGLISH))
     assert different == []
-    assert len(seen) >= 8
-
-
-def test_gopher_repetition_rules_equal_datatrove() -> None:
-    different, seen = find_differences(
-        GopherRepetitionFilter(), lambda text: judge_repetition(text, RuleWords(text, "words", 1.0), ENGLISH))
-    assert different == []
-    assert len(seen) >= 9
-
-
-def test_fineweb_rules_equal_datatrove() -> None:
-    different, seen = find_differences(
-        FineWebQualityFilter(), lambda text: judge_fineweb(text, RuleWords(text, "words", 1.0), ENGLISH))
-    assert different == []
-    assert len(seen) >= 4
+    assert len(seen) >= num_seen
 
 
 def strip_lines(text: str) -> list[str]:

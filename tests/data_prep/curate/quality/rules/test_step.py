@@ -90,6 +90,5 @@ def test_shares_of_ngrams_can_be_written_in_a_pipeline_file() -> None:
     settings, problems = try_parse_settings(RulesSettings, written)
     assert problems == [] and find_all_problems(settings) == []
     korean = " ".join([KOREAN.replace("\n", " ")] * 2)
-    document = Doc("a:0:0", korean, "a", 0, 0, {"language": "ko", "form": "prose"})
-    assert Rules(RulesSettings()).judge_document(document).reason == "repetition: 5-grams"
-    assert Rules(settings).judge_document(document).reason == ""
+    assert judge_text(korean, "ko").reason == "repetition: 5-grams"
+    assert judge_text(korean, "ko", thresholds=settings.thresholds).reason == ""

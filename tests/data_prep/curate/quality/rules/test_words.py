@@ -10,23 +10,16 @@ from tests.data_prep.curate.quality.test_identify import SENTENCES
 from tests.typed_words import keys_of
 
 
-def tokens(text: str, unit: str = "words") -> list[str]:
+@pytest.mark.each(("unit", "text", "expected"), [
+    ("words", "It's 3.14, isn't it?", ["It's", "3.14", ",", "isn't", "it", "?"]),
+    ("words", "a_b file.txt (x)--y", ["a_b", "file.txt", "(", "x", ")--", "y"]),
+    ("words", "हिन्दी में लिखें।", ["हिन्दी", "में", "लिखें", "।"]),
+    ("words", "", []),
+    ("characters", "ที่นี่ GPU 2 ตัว", ["ที่", "นี่", "GPU", "2", "ตั", "ว"]),
+    ("characters", "東京でAIを。", ["東", "京", "で", "AI", "を", "。"])])
+def test_text_is_split_into_words_or_graphemes(unit: str, text: str, expected: list[str]) -> None:
     words = RuleWords(text, unit, 2.0)
-    return [words.vocabulary[i] for i in words.ids]
-
-
-@pytest.mark.parametrize(("text", "expected"), [
-    ("It's 3.14, isn't it?", ["It's", "3.14", ",", "isn't", "it", "?"]),
-    ("a_b file.txt (x)--y", ["a_b", "file.txt", "(", "x", ")--", "y"]),
-    ("हिन्दी में लिखें।", ["हिन्दी", "में", "लिखें", "।"]),
-    ("", [])])
-def test_words_are_split_at_spaces_and_punctuation(text: str, expected: list[str]) -> None:
-    assert tokens(text) == expected
-
-
-def test_languages_without_spaces_are_split_into_graphemes() -> None:
-    assert tokens("ที่นี่ GPU 2 ตัว", "characters") == ["ที่", "นี่", "GPU", "2", "ตั", "ว"]
-    assert tokens("東京でAIを。", "characters") == ["東", "京", "で", "AI", "を", "。"]
+    assert [words.vocabulary[i] for i in words.ids] == expected
 
 
 def test_characters_count_as_shares_of_words() -> None:
