@@ -128,15 +128,21 @@ def test_comparison_includes_chat_format(where: str, bpe: Path, tmp_path: Path) 
 PROBES = ("the fox <end> jumps", "The\u0301 fox12 34<end>", "<pad> the\n\nfoxes", "a dove over <pad>dog f")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
+def train_tokenizer(text: str, vocab_size: int, *special_tokens: str) -> Tokenizer:
+    """Return byte-level BPE that is trained on a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(["the fox jumps over the dogs"] * 4, trainers.BpeTrainer(
-        vocab_size=280, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<end>", "<pad>"]))
+    tokenizer.train_from_iterator([text] * 4, trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(special_tokens)))
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    tokenizer = train_tokenizer("the fox jumps over the dogs", 280, "<end>", "<pad>")
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -325,12 +331,7 @@ TEXT = "The 가나다 fox — 한국어 문장입니다. naïve 🦊 jumps\n\tov
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<|end|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    tokenizer = train_tokenizer(TEXT, 330, "<|end|>")
     tokenizer.add_tokens([AddedToken("한 fox", special=False)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
