@@ -90,6 +90,8 @@ def test_turn_parses_equally_in_every_family(
     ("<|tool_call:begin|>x<|tool_call:end|>", "unclosed"),
     (solar_call("", "{"), "json"),
     ("<|tool_calls_section_begin|><|tool_call_begin|>f:0 {}", "unclosed"),
+    ('<tool_call>{"name": "f", "arguments": {}}', "unclosed"), ("<tool_call>{", "unclosed"),
+    ("<tool_call>", "unclosed"),
 ])
 def test_malformed_call_is_neither_call_nor_answer(text: str, code: str) -> None:
     (call,) = parse_turn(text).calls

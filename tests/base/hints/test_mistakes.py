@@ -344,7 +344,7 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
      ["--set train.checkpoint_every_steps=2"]),
     ("sov-data sample d --n 2 --split validation", ["sov-data sample d --count 2 --split heldout"]),
     ("sov-tokenizer train --files t.txt --vocab_size 9 --output o", ["--preset is missing"]),
-    ("sov-data pack --tokenizer tok2 --input c.jsonl --heldout 5% --output o",
+    ("sov-data pack --tokenizer tok2 --input content.jsonl --heldout 5% --output o",
      ["--heldout 0.05 --output o --text-field content"]),
     ("megatron-sov serve hf --tensor-parallel-size 2 --max-model-len 9",
      ["in one process", "write\n  megatron-sov serve hf --max-length 9"]),
@@ -393,7 +393,6 @@ def test_answer_names_the_words_to_type(typed: str, parts: list[str],
                  "hf/tokenizer.json": '{"model": {"vocab": {"a": 2}}, "added_tokens": [{"id": 3}]}',
                  "script.py": "from datatrove import x", "t.jsonl": '{"text": "a"}', "t.txt": "a",
                  "vocab.json": '{"a": 0}', "merges.txt": "a b",
-                 "c.jsonl": '{"content": "x"}',
                  "own.yml": "train: {steps: 2, lr: 3e-4, warmup: 3}\noptim: {learning_rate: 3e-4}",
                  "axolotl.yml": "base_model: hf\nlora_r: 8\ndatasets: [{path: t.jsonl, type: x}]"})
     message = answer(typed, capsys)
@@ -402,8 +401,10 @@ def test_answer_names_the_words_to_type(typed: str, parts: list[str],
 
 @pytest.mark.parametrize(("name", "known", "meant"), [
     ("fp16", ["fp64", "fp32"], ""), ("llama-3.1-70b", ["llama-3.1-8b"], ""),
-    ("qwen3-8", ["qwen3-8b"], "; did you mean 'qwen3-8b'?"), ("h10", ["h100"], "; did you mean 'h100'?")])
-def test_a_different_number_is_not_proposed(name: str, known: list[str], meant: str) -> None:
+    ("qwen3-8", ["qwen3-8b"], "; did you mean 'qwen3-8b'?"), ("h10", ["h100"], "; did you mean 'h100'?"),
+    ("--model", ["--help"], ""), ("--gpus", ["--no-cache"], ""), ("--days", ["--data"], ""),
+    ("prepare", ["report"], ""), ("data", ["tag"], "")])
+def test_another_number_or_a_distant_word_is_not_proposed(name: str, known: list[str], meant: str) -> None:
     assert suggest_name(name, known) == meant
 
 

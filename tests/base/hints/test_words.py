@@ -13,7 +13,7 @@ import tokenizer.cli
 from megatron_sov import cli
 from megatron_sov.base.documents.files import list_files
 from megatron_sov.base.documents.rows import fix_records
-from megatron_sov.base.errors import Fix, UserError, suggest_name
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.hints import words
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.base.settings.problem import ProblemCode, SettingsProblem
@@ -111,13 +111,6 @@ def test_all_unknown_words_are_translated_into_one_command(typed: str, write: st
 def test_a_word_without_similar_names_gets_no_suggestion(line: str,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean" not in answer(line, capsys)
-
-
-@pytest.mark.parametrize(("word", "known"), [
-    ("--model", ["--help"]), ("--gpus", ["--no-cache"]), ("--days", ["--data"]), ("prepare", ["report"]),
-    ("data", ["tag"])])
-def test_a_distant_word_is_not_proposed(word: str, known: list[str]) -> None:
-    assert suggest_name(word, known) == ""
 
 
 @pytest.mark.parametrize(("files", "command", "write"), [
