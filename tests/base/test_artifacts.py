@@ -276,6 +276,7 @@ def test_another_manifest_format_is_refused(tmp_path: Path, version: int, fix: s
 
 @pytest.mark.each("text", [
     "", "{", "[]", "{}", "null", '{"files": {}, "format_version": "x"}', '{"files": 3, "format_version": 2}',
+    "[" * 200_000,
 ])
 def test_damaged_manifest_is_refused(tmp_path: Path, text: str) -> None:
     path = write_artifact(tmp_path / "a")
@@ -341,12 +342,6 @@ def test_manifest_refuses_files_outside_folder(tmp_path: Path, files: dict[str, 
 def test_a_named_pipe_is_no_manifest(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "manifest.json")
     with pytest.raises(UserError, match=r"manifest\.json: is damaged \(it is not a regular file\)"):
-        read_manifest(tmp_path)
-
-
-def test_deeply_nested_manifest_is_damaged(tmp_path: Path) -> None:
-    (tmp_path / "manifest.json").write_text("[" * 200_000)
-    with pytest.raises(UserError, match=r"manifest\.json: is damaged"):
         read_manifest(tmp_path)
 
 

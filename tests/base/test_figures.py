@@ -3,6 +3,7 @@
 import math
 import random
 import re
+from collections.abc import Callable
 
 import pytest
 
@@ -11,15 +12,25 @@ from megatron_sov.base.figures import (
     format_size, format_value)
 
 
-@pytest.mark.each(("count", "text"), [
-    (0, "0"), (1, "1"), (0.5, "0.5"), (412, "412"), (999, "999"), (999.6, "1,000"), (999.96, "1 K"),
-                                             (1000, "1 K"),
-    (1234, "1.23 K"), (819_200, "819.2 K"), (999_499, "999.5 K"), (999_960, "1 M"), (999_800_000, "999.8 M"),
-                                             (999_960_000, "1 B"),
-    (8_190_735_360, "8.19 B"), (102_700_000_000, "102.7 B"), (999_960_000_000, "1 T"), (2e13, "20 T"),
-    (1.5e15, "1,500 T"), (-8.19e9, "-8.19 B"), (math.nan, "–"), (math.inf, "inf")])
-def test_format_count(count: float, text: str) -> None:
-    assert format_count(count) == text
+@pytest.mark.each(("format_figure", "texts"), [
+    (format_count, [
+        (0, "0"), (1, "1"), (0.5, "0.5"), (412, "412"), (999, "999"), (999.6, "1,000"), (999.96, "1 K"),
+        (1000, "1 K"),
+        (1234, "1.23 K"), (819_200, "819.2 K"), (999_499, "999.5 K"), (999_960, "1 M"),
+        (999_800_000, "999.8 M"),
+        (999_960_000, "1 B"),
+        (8_190_735_360, "8.19 B"), (102_700_000_000, "102.7 B"), (999_960_000_000, "1 T"), (2e13, "20 T"),
+        (1.5e15, "1,500 T"), (-8.19e9, "-8.19 B"), (math.nan, "–"), (math.inf, "inf")]),
+    (format_money, [
+        (0, "$0.00"), (4.214, "$4.21"), (9.996, "$10"), (244, "$244"), (12_300.4, "$12,300"),
+        (999_999.6, "$1 M"), (4_210_000, "$4.21 M"), (1.2e9, "$1.2 B")]),
+    (format_share, [
+        (0, "0 %"), (0.43, "43 %"), (0.227, "22.7 %"), (0.004, "0.4 %"), (1, "100 %"), (0.9999, "100 %"),
+        (1.358, "136 %"), (12.5, "1,250 %"), (-0.034, "-3.4 %"), (math.nan, "–")]),
+])
+def test_format_counts_money_and_shares(format_figure: Callable[[float], str],
+                                        texts: list[tuple[float, str]]) -> None:
+    assert [(value, format_figure(value)) for value, _ in texts] == texts
 
 
 @pytest.mark.each(("num_bytes", "size", "memory"), [
@@ -42,20 +53,6 @@ def test_format_size_and_memory(num_bytes: float, size: str, memory: str) -> Non
     (1188.9 * 86400, "102,720,960 s", "1188 d 21 h", "1,189 days")])
 def test_format_times(seconds: float, step: str, span: str, job: str) -> None:
     assert (format_seconds(seconds), format_duration(seconds), format_days(seconds)) == (step, span, job)
-
-
-@pytest.mark.each(("amount", "text"), [
-    (0, "$0.00"), (4.214, "$4.21"), (9.996, "$10"), (244, "$244"), (12_300.4, "$12,300"),
-    (999_999.6, "$1 M"), (4_210_000, "$4.21 M"), (1.2e9, "$1.2 B")])
-def test_format_money(amount: float, text: str) -> None:
-    assert format_money(amount) == text
-
-
-@pytest.mark.each(("share", "text"), [
-    (0, "0 %"), (0.43, "43 %"), (0.227, "22.7 %"), (0.004, "0.4 %"), (1, "100 %"), (0.9999, "100 %"),
-    (1.358, "136 %"), (12.5, "1,250 %"), (-0.034, "-3.4 %"), (math.nan, "–")])
-def test_format_share(share: float, text: str) -> None:
-    assert format_share(share) == text
 
 
 def test_formats_never_print_exponents_or_thousands() -> None:

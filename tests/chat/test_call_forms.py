@@ -14,6 +14,7 @@ from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import (
     BadCall, ServedTurn, ToolCall, WrittenTurn, parse_served_turn, parse_turn)
 from megatron_sov.serve.replies import parse_partial_turn
+from tests.chat.byte_tokenizer import build_byte_tokenizer
 
 ARGUMENTS = {"city": '서울\n<b> "x" & </y>', "nights": 3, "price": 1.5, "smoking": True,
              "guests": ["Kim", "Lee"], "address": {"zip": "04524"}, "code": "007"}
@@ -99,14 +100,7 @@ CALLS: dict[CallForm, str] = {
 
 
 def create_encoder(template: str, *more: str) -> ChatEncoder:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in (*SPECIAL, *more)])
-    return ChatEncoder(ChatTemplate(template, "", "", "tok"), tokenizer)
+    return ChatEncoder(ChatTemplate(template, "", "", "tok"), build_byte_tokenizer(*SPECIAL, *more))
 
 
 @pytest.mark.parametrize("form", CALLS)

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from megatron_sov.base.documents import BadRecord, Conversation, Message
@@ -12,6 +13,7 @@ from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.marks import KIND_NONE, KINDS
 from megatron_sov.chat.template import ChatTemplate
+from tests.chat.byte_tokenizer import build_byte_tokenizer
 from tests.pages_typed import blocks, page_section
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
@@ -108,13 +110,8 @@ def test_end_tokens_of_turns(tokenizer: PreTrainedTokenizerFast) -> None:
     assert create_encoder(tokenizer, "{{ raise_exception('no') }}").end_ids() == ()
 
 
-def test_token_absorbing_spaces_is_rejected(tmp_path: Path) -> None:
-    from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers
-
-    letters = {c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    greedy = Tokenizer(models.BPE(letters, []))
-    greedy.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    greedy.add_special_tokens([AddedToken("<|user|>", rstrip=True, special=True)])
+def test_token_absorbing_spaces_is_rejected() -> None:
+    greedy = build_byte_tokenizer(AddedToken("<|user|>", rstrip=True, special=True))
     template = "{% for m in messages %}<|user|>{{ m.content }}{% endfor %}"
     chats = ChatEncoder(ChatTemplate(template, "", "", "tok"), greedy)
     assert len(chats.encode(Conversation.of(("user", "hi"))).ids) == 3

@@ -5,6 +5,7 @@ from random import Random
 from typing import Any
 
 import pytest
+from tokenizers import Tokenizer
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
@@ -16,6 +17,7 @@ from megatron_sov.chat.tool_calls import (
     BadCall, ServedTurn, ToolCall, WrittenTurn, parse_served_turn, parse_turn)
 from megatron_sov.judge.rewards.reward import get_content, get_text
 from megatron_sov.serve.replies import parse_partial_turn
+from tests.chat.byte_tokenizer import build_byte_tokenizer
 from tokenizer.presets import PRESETS
 
 NOW = ToolCall("now", {})
@@ -88,6 +90,8 @@ def test_turn_parses_equally_in_every_family(
     ("<|tool_call:begin|>x<|tool_call:end|>", "unclosed"),
     (solar_call("", "{"), "json"),
     ("<|tool_calls_section_begin|><|tool_call_begin|>f:0 {}", "unclosed"),
+    ('<tool_call>{"name": "f", "arguments": {}}', "unclosed"), ("<tool_call>{", "unclosed"),
+    ("<tool_call>", "unclosed"),
 ])
 def test_malformed_call_is_neither_call_nor_answer(text: str, code: str) -> None:
     (call,) = parse_turn(text).calls
@@ -111,23 +115,10 @@ def test_long_texts_of_marks_take_linear_time() -> None:
             to_hermes_form(text)
 
 
-def build_byte_tokenizer(name: str, *more: str) -> Any:
-    """Return a tokenizer of single bytes with a preset's special tokens."""
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    byte_tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    byte_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    byte_tokenizer.decoder = decoders.ByteLevel()
-    byte_tokenizer.add_special_tokens([AddedToken(text, normalized=False)
-                                       for text in [*PRESETS[name].special_tokens, *more]])
-    return byte_tokenizer
-
-
 @pytest.fixture(scope="module", params=["k-exaone", "solar-open"])
 def response_decoder(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Return a preset's name, its encoder and its response decoder."""
-    byte_tokenizer = build_byte_tokenizer(request.param)
+    byte_tokenizer = build_byte_tokenizer(*PRESETS[request.param].special_tokens)
     file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
     byte_tokenizer.save(str(file))
     text_decoder = build_text_decoder(file, [byte_tokenizer.token_to_id(PRESETS[request.param].eos_token)],
@@ -176,7 +167,7 @@ LLAMA = '{"name": "{{ c.function.name }}", "parameters": {{ c.function.arguments
 
 
 def test_template_with_unknown_call_form_is_rejected() -> None:
-    byte_tokenizer = build_byte_tokenizer("solar-open")
+    byte_tokenizer = build_byte_tokenizer(*PRESETS["solar-open"].special_tokens)
 
     def build_turn_encoder(call: str) -> TurnEncoder:
         return TurnEncoder(ChatEncoder(ChatTemplate(SOLAR.replace("CALL", call), "", "", "tok"),
@@ -214,14 +205,8 @@ FAMILY_FORMS: dict[str, tuple[tuple[str, ...], str, str]] = {  # special tokens,
 
 @pytest.mark.each("family", FAMILY_FORMS)
 def test_calls_come_from_mark_tokens_only(family: str) -> None:
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-
     mark_tokens, opening_text, call = FAMILY_FORMS[family]
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    marks_tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    marks_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    marks_tokenizer.decoder = decoders.ByteLevel()
-    marks_tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in mark_tokens])
+    marks_tokenizer = build_byte_tokenizer(*mark_tokens)
     text_tokenizer = Tokenizer.from_str(marks_tokenizer.to_str())
     text_tokenizer.encode_special_tokens = True
     added = {token.content: id_ for id_, token in marks_tokenizer.get_added_tokens_decoder().items()}

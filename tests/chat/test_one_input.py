@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from data_prep.shards.encode import Encoder
@@ -19,6 +18,7 @@ from megatron_sov.infer.prompts import PromptEncoder
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.serve.bodies import RequestEncoder, parse_chat_body
 from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn
+from tests.chat.byte_tokenizer import build_byte_tokenizer
 from tokenizer.cli import main
 
 QWEN3 = (Path(__file__).parent / "qwen3.jinja").read_text()
@@ -58,13 +58,10 @@ ANSWER = message("assistant", "    indented", reasoning_content="So: cold.")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
     path, imported = tmp_path_factory.mktemp("tokenizer"), tmp_path_factory.mktemp("imported") / "tokenizer"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", chat_template=QWEN3,
-                            extra_special_tokens=["<|im_start|>", "<|endoftext|>"]).save_pretrained(path)
+    PreTrainedTokenizerFast(
+        tokenizer_object=build_byte_tokenizer(), eos_token="<|im_end|>", chat_template=QWEN3,
+        extra_special_tokens=["<|im_start|>", "<|endoftext|>"]).save_pretrained(path)
     assert main(["import", str(path), "--output", str(imported)]) == 0
     return imported
 

@@ -57,11 +57,13 @@ def test_missing_tokenizer_skips_comparison(tmp_path: Path) -> None:
     check_same_tokens(data, tmp_path)
 
 
-@pytest.mark.each("content", ["{", "[]", '{"model": {}}'])
+@pytest.mark.each("content", ["{", "[]", "{}", '{"model": {}}'])
 def test_damaged_tokenizer_raises_user_error(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=r"tokenizer.json: cannot be read as a tokenizer"):
         read_tokenizer(tmp_path)
+    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
+        count_token_bytes(tmp_path, 10)
 
 
 @pytest.fixture(scope="module")
@@ -128,15 +130,21 @@ def test_comparison_includes_chat_format(where: str, bpe: Path, tmp_path: Path) 
 PROBES = ("the fox <end> jumps", "The\u0301 fox12 34<end>", "<pad> the\n\nfoxes", "a dove over <pad>dog f")
 
 
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
+def train_tokenizer(text: str, vocab_size: int, *special_tokens: str) -> Tokenizer:
+    """Return byte-level BPE that is trained on a text."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(["the fox jumps over the dogs"] * 4, trainers.BpeTrainer(
-        vocab_size=280, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<end>", "<pad>"]))
+    tokenizer.train_from_iterator([text] * 4, trainers.BpeTrainer(
+        vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=list(special_tokens)))
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    tokenizer = train_tokenizer("the fox jumps over the dogs", 280, "<end>", "<pad>")
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -325,12 +333,7 @@ TEXT = "The 가나다 fox — 한국어 문장입니다. naïve 🦊 jumps\n\tov
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=330, special_tokens=["<|end|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator([TEXT] * 4, trainer)
+    tokenizer = train_tokenizer(TEXT, 330, "<|end|>")
     tokenizer.add_tokens([AddedToken("한 fox", special=False)])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     return tmp_path
@@ -368,9 +371,3 @@ def test_special_and_unused_ids_have_no_text(folder: Path) -> None:
     assert sizes[tokenizer.token_to_id("<|end|>")] == 0
     assert (sizes[tokenizer.get_vocab_size():] == 0).all()
     assert len(count_token_bytes(folder, 100)) == 100
-
-
-def test_invalid_tokenizer_file_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(UserError, match="cannot be read as a tokenizer"):
-        count_token_bytes(tmp_path, 10)

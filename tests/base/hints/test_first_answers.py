@@ -9,7 +9,7 @@ import pytest
 
 from megatron_sov import cli
 from tests.base.hints.test_lines import CHAT, list_proposed_commands
-from tests.base.hints.test_words import answer
+from tests.base.hints.test_words import answer, write_files
 
 SFT = "megatron-sov sft --from hf --data t.jsonl --run r"
 DISTILL = "megatron-sov distill --from hf --teacher hf --data t.jsonl --run r"
@@ -63,20 +63,14 @@ FILES = {"hf/model.safetensors": "", "hf/config.json": "{}", "hf/tokenizer.json"
      "megatron-sov plan llama-3.1-8b --cluster a100-40.yaml"),
     ("megatron-sov chat http://localhost:9/v1", "megatron-sov serve MODEL --port 9"),
 ])
-def test_one_answer_has_the_complete_line(typed: str, write: str, tmp_path: Path,
-                                          monkeypatch: pytest.MonkeyPatch,
+def test_one_answer_has_the_complete_line(typed: str, write: str,
                                           capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, text in FILES.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    write_files(FILES)
     message = answer(typed, capsys)
     assert "\n".join(list_proposed_commands(message)) == write, message
 
 
-def test_benchmarks_are_downloaded_by_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_benchmarks_are_downloaded_by_their_names(capsys: pytest.CaptureFixture[str]) -> None:
     Path("t.jsonl").write_text(CHAT)
     download, line = list_proposed_commands(answer(
         "sov-data decontaminate --input t.jsonl --against gsm8k,mmlu --output o", capsys))

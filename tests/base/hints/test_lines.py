@@ -7,7 +7,7 @@ import pytest
 
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.hints.lines import apply_fix, propose_line
-from tests.base.hints.test_words import answer
+from tests.base.hints.test_words import answer, write_files
 
 CHAT = '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'
 
@@ -46,9 +46,7 @@ def test_faults_of_consecutive_checks_share_one_message() -> None:
                           "  megatron-sov sft --set one=1 --set two=1 --set three=1")
 
 
-def test_an_empty_document_is_no_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_an_empty_document_is_no_fault(capsys: pytest.CaptureFixture[str]) -> None:
     Path("t.jsonl").write_text('{"text": ""}\n{"text": "a"}\n')
     said = answer("sov-data tokenize --input t.jsonl --tokenizer-model tok --output o", capsys)
     assert "this line still has a fault: tok: does not exist" in said
@@ -82,6 +80,8 @@ def test_an_empty_document_is_no_fault(tmp_path: Path, monkeypatch: pytest.Monke
     ("megatron-sov continue run", ["megatron-sov resume run"]),
     ("megatron-sov sft --from hf --data t.jsonl --run o lora.rank=8",
      ["megatron-sov sft --from hf --data t.jsonl --run o --set lora.rank=8"]),
+    ("megatron-sov pretrain tiny-llama --data d --run r --resume done/checkpoints/step-9",
+     ["megatron-sov pretrain tiny-llama --data d --run r --from done/checkpoints/step-9"]),
     # values
     ("megatron-sov recipes qwen3-8b --set optim.lr=0,1 --set optim.schedule=Cosine",
      ["megatron-sov recipes qwen3-8b --set optim.lr=0.1 --set optim.schedule=cosine"]),
@@ -93,14 +93,10 @@ def test_an_empty_document_is_no_fault(tmp_path: Path, monkeypatch: pytest.Monke
     ("sov-data pack --tokenizer hf --input t.jsonl --output o",
      ["sov-tokenizer import hf --output hf-tokenizer",
       "sov-data pack --tokenizer hf-tokenizer --input t.jsonl --output o --format chat"])])
-def test_the_proposed_line_has_all_that_was_typed(typed: str, write: list[str], tmp_path: Path,
-                                                  monkeypatch: pytest.MonkeyPatch,
+def test_the_proposed_line_has_all_that_was_typed(typed: str, write: list[str],
                                                   capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "hf/tokenizer.json": "{}",
-                       "t.jsonl": CHAT, "t.txt": "a", "run/events.jsonl": "",
-                       "run/config.json": "{}",
-                       "tokens/manifest.json": json.dumps({"kind": "tokens"})}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    write_files({"hf/model.safetensors": "", "hf/config.json": "{}", "hf/tokenizer.json": "{}",
+                 "t.jsonl": CHAT, "t.txt": "a", "run/events.jsonl": "", "run/config.json": "{}",
+                 "tokens/manifest.json": json.dumps({"kind": "tokens"}), "done/complete.json": "{}",
+                 "d/manifest.json": "{}"})
     assert list_proposed_commands(answer(typed, capsys)) == write

@@ -7,7 +7,7 @@ import pytest
 
 from megatron_sov.base.errors import suggest_name
 from megatron_sov.base.hints.kinds import classify_folder
-from tests.base.hints.test_words import answer
+from tests.base.hints.test_words import answer, write_files
 
 PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
 
@@ -319,58 +319,92 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
      ["--config_file ds.json: is another program's", "--set train.micro_batch_size=2"]),
     ("megatron-sov sft --config theirs.yml --run r --from hf",
      ["optim.weight_decay=0.1", "optim.warmup_steps=5"]),
+    ("megatron-sov recipes qwen3-8b --set train.tokens=2B", ["write 2000000000"]),
+    ("megatron-sov recipes qwen3-8b --set data.phases.0.seq_len=8k", ["write 8192 or 8000"]),
+    ("megatron-sov recipes qwen3-8b --set optim.warmup_steps=0.1", ["steps are counted"]),
+    ("megatron-sov recipes qwen3-8b --set optim.weight_decay=5%", ["write 0.05"]),
+    ("megatron-sov recipes qwen3-8b --set train.precision=fp16", ["it is bf16 here"]),
+    ("megatron-sov recipes Qwen/Qwen3-8B", ["'qwen3-8b' has its architecture"]),
+    ("sov-tokenizer train --preset k-exaone --vocab-size 32k --input x --output o", ["write 32000 or 32768"]),
+    (f"megatron-sov convert --foo {'x' * 5000}", ["an action comes before the options"]),
+    ("megatron-sov sft --from M --data D --run R --clip-gradient-norm 1",
+     ["--run R --set optim.clip_grad=1"]),
+    ("megatron-sov sft --from M --data D --run R --set train.clip_gradient_norm=1",
+     ["no such setting", "optim.clip_grad"]),
+    ("megatron-sov pretrain --resume run", ["write\n  megatron-sov resume run"]),
+    ("megatron-sov trl sft --model_name_or_path hf --dataset_name chat.jsonl --output_dir r",
+     ["write\n  megatron-sov sft --from hf --data chat.jsonl --run r"]),
+    ("megatron-sov sft --config axolotl.yml --run r", ["--from hf", "--data t.jsonl --run r"]),
+    ("megatron-sov pretrain tiny-llama --config own.yml --data d --run r",
+     ["train.lr is optim.lr=3e-4", "--set train.steps=2 --set optim.lr=3e-4"]),
+    ("sov-tokenizer export tokk --format hf --output o", ["tokk: does not exist", "cp -r tok o"]),
+    ("sov-tokenizer tok report --output r.html", ["sov-tokenizer report tok --output r.html"]),
+    ("megatron-sov recipes tiny-llama --set train.steps=1B", ["--set train.tokens=1000000000"]),
+    ("megatron-sov recipes tiny-llama --set checkpoint.every_steps=2",
+     ["--set train.checkpoint_every_steps=2"]),
+    ("sov-data sample d --n 2 --split validation", ["sov-data sample d --count 2 --split heldout"]),
+    ("sov-tokenizer train --files t.txt --vocab_size 9 --output o", ["--preset is missing"]),
+    ("sov-data pack --tokenizer tok2 --input content.jsonl --heldout 5% --output o",
+     ["--heldout 0.05 --output o --text-field content"]),
+    ("megatron-sov serve hf --tensor-parallel-size 2 --max-model-len 9",
+     ["in one process", "write\n  megatron-sov serve hf --max-length 9"]),
+    ("megatron-sov serve hf --host 0.0.0.0", ["serve hf --host 0.0.0.0 --api-key-env VARIABLE"]),
+    ("megatron-sov submit --cluster h100 --account a -- megatron-sov sft --from hf --data d --run r",
+     ["--account a sft --from hf --data d --run r"]),
+    ("megatron-sov convert from-hf new hf", ["write\n  megatron-sov convert from-hf hf new"]),
+    ("sov-tokenizer compare tok hf t.txt", ["write\n  sov-tokenizer compare tok hf --text t.txt"])
 ])
-def test_answer_names_the_words_to_type(typed: str, parts: list[str], tmp_path: Path,
-                                        monkeypatch: pytest.MonkeyPatch,
+def test_answer_names_the_words_to_type(typed: str, parts: list[str],
                                         capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "d/manifest.json": "{}",
-                       "d/shard.bin": "x", "m.gguf": "GGUF", "cut.parquet": "PAR1",
-                       "peft/adapter_config.json": '{"base_model_name_or_path": "hf"}',
-                       "pipe.yaml": "name: w\nsteps:\n- LanguageFilter: {languages: [en]}",
-                       "chat.jsonl": '{"messages": [{"role": "user", "content": "a"}, '
-                                     '{"role": "assistant", "content": "b"}]}',
-                       "t.pdf": "%PDF", "d/web/train.bin": "x", "d/web/train.idx": "x",
-                       "judged1.jsonl": '{"prompt": "a", "completion": "b", "label": 1}',
-                       "lfs/model.safetensors": "version https://git-lfs", "lfs/config.json": "{}",
-                       "scored.jsonl": '{"prompt": "a", "responses": ["b", "c"], "scores": [9, 2]}',
-                       "table.csv": "nr,title,body\n1,a," + 9 * "long text ",
-                       "content.jsonl": '{"id": "1", "content": "long text"}',
-                       "z.json": '{"zero_optimization": {"stage": 2}}',
-                       "array.jsonl": '[\n {"text": "a"}\n]', "quoted.jsonl": '{"messages": "[]"}',
-                       "bin/config.json": "{}", "bin/pytorch_model.bin": "x",
-                       "prompts.jsonl": '{"prompt": "a"}', "d2/manifest.json": '{"kind": "tokens"}',
-                       "answers.jsonl": '{"prompt": "a", "response": "b", "answer": "b"}',
-                       "old/vocab.json": "{}", "old/merges.txt": "", "run2/tokenizer/tokenizer.json": "{}",
-                       **{f"run3/checkpoints/step-{step}/tokenizer/tokenizer.json": "{}" for step in (9, 10)},
-                       "tok/manifest.json": '{"kind": "tokenizer"}',
-                       "judged.jsonl": '{"prompt": "a", "completion": "b", "label": true}\n'
-                                       '{"prompt": "a", "completion": "c", "label": false}',
-                       "ds.json": '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}, '
-                                  '"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}',
-                       "run/events.jsonl": "", "run/config.json": '{"recipe": "tiny-solar-open"}',
-                       "theirs.yml": "base_model: M\nmicro_batch_size: 2\ngradient_accumulation_steps: 4\n"
-                                     "weight_decay: 0.1\nwarmup_steps: 5\nbf16: auto",
-                       "merge.yml": "models:\n- {model: hf, parameters: {weight: 0.5}}\n"
-                                    "- {model: run, parameters: {weight: 2}}\nmerge_method: linear",
-                       "t.xlsx": "PK",
-                       "t-tokenizer/a": "", "t-tokens/a": "",
-                       "spm.vocab": "<unk>\t0", "spm.model": "x", "mega.idx": "x", "mega.bin": "x",
-                       "mega_ckpt/latest_checkpointed_iteration.txt": "9",
-                       "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}',
-                       "hf/tokenizer.json": '{"model": {"vocab": {"a": 2}}, "added_tokens": [{"id": 3}]}',
-                       "script.py": "from datatrove import x", "t.jsonl": '{"text": "a"}', "t.txt": "a",
-                       "vocab.json": '{"a": 0}', "merges.txt": "a b"}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+    write_files({"hf/model.safetensors": "", "hf/config.json": "{}", "d/manifest.json": "{}",
+                 "d/shard.bin": "x", "m.gguf": "GGUF", "cut.parquet": "PAR1",
+                 "peft/adapter_config.json": '{"base_model_name_or_path": "hf"}',
+                 "pipe.yaml": "name: w\nsteps:\n- LanguageFilter: {languages: [en]}",
+                 "chat.jsonl": '{"messages": [{"role": "user", "content": "a"}, '
+                               '{"role": "assistant", "content": "b"}]}',
+                 "t.pdf": "%PDF", "d/web/train.bin": "x", "d/web/train.idx": "x",
+                 "judged1.jsonl": '{"prompt": "a", "completion": "b", "label": 1}',
+                 "lfs/model.safetensors": "version https://git-lfs", "lfs/config.json": "{}",
+                 "scored.jsonl": '{"prompt": "a", "responses": ["b", "c"], "scores": [9, 2]}',
+                 "table.csv": "nr,title,body\n1,a," + 9 * "long text ",
+                 "content.jsonl": '{"id": "1", "content": "long text"}',
+                 "z.json": '{"zero_optimization": {"stage": 2}}',
+                 "array.jsonl": '[\n {"text": "a"}\n]', "quoted.jsonl": '{"messages": "[]"}',
+                 "bin/config.json": "{}", "bin/pytorch_model.bin": "x",
+                 "prompts.jsonl": '{"prompt": "a"}', "d2/manifest.json": '{"kind": "tokens"}',
+                 "answers.jsonl": '{"prompt": "a", "response": "b", "answer": "b"}',
+                 "old/vocab.json": "{}", "old/merges.txt": "", "run2/tokenizer/tokenizer.json": "{}",
+                 **{f"run3/checkpoints/step-{step}/tokenizer/tokenizer.json": "{}" for step in (9, 10)},
+                 "tok/manifest.json": '{"kind": "tokenizer"}',
+                 "judged.jsonl": '{"prompt": "a", "completion": "b", "label": true}\n'
+                                 '{"prompt": "a", "completion": "c", "label": false}',
+                 "ds.json": '{"zero_optimization": {"stage": 2}, "bf16": {"enabled": true}, '
+                            '"train_micro_batch_size_per_gpu": 2, "gradient_accumulation_steps": 4}',
+                 "run/events.jsonl": "", "run/config.json": '{"recipe": "tiny-solar-open"}',
+                 "theirs.yml": "base_model: M\nmicro_batch_size: 2\ngradient_accumulation_steps: 4\n"
+                               "weight_decay: 0.1\nwarmup_steps: 5\nbf16: auto",
+                 "merge.yml": "models:\n- {model: hf, parameters: {weight: 0.5}}\n"
+                              "- {model: run, parameters: {weight: 2}}\nmerge_method: linear",
+                 "t.xlsx": "PK",
+                 "t-tokenizer/a": "", "t-tokens/a": "",
+                 "spm.vocab": "<unk>\t0", "spm.model": "x", "mega.idx": "x", "mega.bin": "x",
+                 "mega_ckpt/latest_checkpointed_iteration.txt": "9",
+                 "pairs.jsonl": '{"prompt": "a", "chosen": "b", "rejected": "c"}',
+                 "hf/tokenizer.json": '{"model": {"vocab": {"a": 2}}, "added_tokens": [{"id": 3}]}',
+                 "script.py": "from datatrove import x", "t.jsonl": '{"text": "a"}', "t.txt": "a",
+                 "vocab.json": '{"a": 0}', "merges.txt": "a b",
+                 "own.yml": "train: {steps: 2, lr: 3e-4, warmup: 3}\noptim: {learning_rate: 3e-4}",
+                 "axolotl.yml": "base_model: hf\nlora_r: 8\ndatasets: [{path: t.jsonl, type: x}]"})
     message = answer(typed, capsys)
     assert [part for part in parts if part not in message] == [], message
 
 
 @pytest.mark.parametrize(("name", "known", "meant"), [
     ("fp16", ["fp64", "fp32"], ""), ("llama-3.1-70b", ["llama-3.1-8b"], ""),
-    ("qwen3-8", ["qwen3-8b"], "; did you mean 'qwen3-8b'?"), ("h10", ["h100"], "; did you mean 'h100'?")])
-def test_a_different_number_is_not_proposed(name: str, known: list[str], meant: str) -> None:
+    ("qwen3-8", ["qwen3-8b"], "; did you mean 'qwen3-8b'?"), ("h10", ["h100"], "; did you mean 'h100'?"),
+    ("--model", ["--help"], ""), ("--gpus", ["--no-cache"], ""), ("--days", ["--data"], ""),
+    ("prepare", ["report"], ""), ("data", ["tag"], "")])
+def test_another_number_or_a_distant_word_is_not_proposed(name: str, known: list[str], meant: str) -> None:
     assert suggest_name(name, known) == meant
 
 

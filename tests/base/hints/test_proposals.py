@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -11,8 +10,8 @@ from megatron_sov.base.errors import Fix, RowProblems, UserError
 from megatron_sov.base.hints.commands import unwrap_launcher
 from megatron_sov.base.hints.lines import apply_fix, propose_line
 from megatron_sov.base.hints.paths import find_path_faults
-from tests.base.hints.test_lines import CHAT, list_proposed_commands
-from tests.base.hints.test_words import answer
+from tests.base.hints.test_lines import list_proposed_commands
+from tests.base.hints.test_words import write_files
 
 
 def propose(typed: str, check: Callable[[list[str]], None], fault: UserError) -> str:
@@ -83,17 +82,13 @@ def test_an_option_leaves_with_its_value(removed: list[str]) -> None:
         "sov-data pack --tokenizer tokenizer-tokenizer --input p.jsonl --heldout 0.5 --format preference "
         "--output p-tokens"))]),
     ("sft --from=hf --data DIR --run new", [])])
-def test_paths_are_judged_without_running_anything(line: str, fixes: list[Fix], tmp_path: Path,
-                                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, text in {"tokens/manifest.json": json.dumps({"kind": "tokens"}), "texts/a.txt": "a",
-                       "tok/manifest.json": json.dumps({"kind": "tokenizer"}),
-                       "run/checkpoints/step-9/tokenizer/tokenizer.json": "{}",
-                       "run/checkpoints/step-10/tokenizer/tokenizer.json": "{}",
-                       "p.jsonl": json.dumps({"instruction": "a", "chosen": "b", "rejected": "c"}),
-                       "hf/config.json": "{}"}.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
+def test_paths_are_judged_without_running_anything(line: str, fixes: list[Fix]) -> None:
+    write_files({"tokens/manifest.json": json.dumps({"kind": "tokens"}), "texts/a.txt": "a",
+                 "tok/manifest.json": json.dumps({"kind": "tokenizer"}),
+                 "run/checkpoints/step-9/tokenizer/tokenizer.json": "{}",
+                 "run/checkpoints/step-10/tokenizer/tokenizer.json": "{}",
+                 "p.jsonl": json.dumps({"instruction": "a", "chosen": "b", "rejected": "c"}),
+                 "hf/config.json": "{}"})
     found = [fault.fix for _, fault in find_path_faults("megatron-sov", line.split())]
     assert sorted(map(repr, found)) == sorted(map(repr, fixes))
 
@@ -130,45 +125,3 @@ def test_equal_problems_of_rows_are_one_line() -> None:
     assert problems.format("f.jsonl", "correct them") == (
         "f.jsonl: 21 bad rows; correct them\n  lines 1, 2, 3 and 17 more: has no 'prompt'\n"
         "  line 30: is not JSON")
-
-
-@pytest.mark.parametrize(("typed", "parts"), [
-    ("megatron-sov pretrain --resume run", ["write\n  megatron-sov resume run"]),
-    ("megatron-sov trl sft --model_name_or_path hf --dataset_name t.jsonl --output_dir r",
-     ["write\n  megatron-sov sft --from hf --data t.jsonl --run r"]),
-    ("megatron-sov sft --config axolotl.yml --run r", ["--from hf", "--data t.jsonl --run r"]),
-    ("megatron-sov pretrain tiny-llama --config own.yml --data d --run r",
-     ["train.lr is optim.lr=3e-4", "--set train.steps=2 --set optim.lr=3e-4"]),
-    ("sov-tokenizer export tokk --format hf --output o", ["tokk: does not exist", "cp -r tok o"]),
-    ("sov-tokenizer tok report --output r.html", ["sov-tokenizer report tok --output r.html"]),
-    ("megatron-sov recipes tiny-llama --set train.steps=1B", ["--set train.tokens=1000000000"]),
-    ("megatron-sov recipes tiny-llama --set checkpoint.every_steps=2",
-     ["--set train.checkpoint_every_steps=2"]),
-    ("sov-data sample d --n 2 --split validation", ["sov-data sample d --count 2 --split heldout"]),
-    ("sov-tokenizer train --files t.txt --vocab_size 9 --output o", ["--preset is missing"]),
-    ("sov-data pack --tokenizer tok2 --input c.jsonl --heldout 5% --output o",
-     ["--heldout 0.05 --output o --text-field content"]),
-    ("megatron-sov serve hf --tensor-parallel-size 2 --max-model-len 9",
-     ["in one process", "write\n  megatron-sov serve hf --max-length 9"]),
-    ("megatron-sov serve hf --host 0.0.0.0", ["serve hf --host 0.0.0.0 --api-key-env VARIABLE"]),
-    ("megatron-sov submit --cluster h100 --account a -- megatron-sov sft --from hf --data d --run r",
-     ["--account a sft --from hf --data d --run r"]),
-    ("megatron-sov convert from-hf new hf", ["write\n  megatron-sov convert from-hf hf new"]),
-    ("megatron-sov pretrain tiny-llama --data d --run r --resume done/checkpoints/step-9",
-     ["--run r --from done/checkpoints/step-9"]),
-    ("sov-tokenizer compare tok hf t.txt", ["write\n  sov-tokenizer compare tok hf --text t.txt"])])
-def test_the_answer_has_every_fault_and_the_line(typed: str, parts: list[str], tmp_path: Path,
-                                                 monkeypatch: pytest.MonkeyPatch,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    for name, text in {"hf/model.safetensors": "", "hf/config.json": "{}", "t.jsonl": CHAT,
-                       "t.txt": "a", "tok/manifest.json": json.dumps({"kind": "tokenizer"}),
-                       "d/manifest.json": "{}", "c.jsonl": '{"content": "x"}',
-                       "run/events.jsonl": "", "run/config.json": "{}", "done/complete.json": "{}",
-                       "own.yml": "train: {steps: 2, lr: 3e-4, warmup: 3}\noptim: {learning_rate: 3e-4}",
-                       "axolotl.yml": "base_model: hf\nlora_r: 8\ndatasets: [{path: t.jsonl, type: x}]",
-                       }.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    message = answer(typed, capsys)
-    assert [part for part in parts if part not in message] == [], message

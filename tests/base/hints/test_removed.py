@@ -109,10 +109,8 @@ def test_an_artifact_of_a_removed_kind_is_refused(kind: str, tmp_path: Path,
     (["tools", "run", "mcp"], "mcp"), (["tools", "run", "openenv"], "openenv"),
     (["tools", "run", "nemo_gym"], "nemo_gym"), (["tools", "run", "functions"], "functions"),
     (["tools", "run", "tickets"], "tickets")])
-def test_a_removed_value_is_refused_with_its_replacement(words: list[str], value: str, tmp_path: Path,
-                                                         monkeypatch: pytest.MonkeyPatch,
+def test_a_removed_value_is_refused_with_its_replacement(words: list[str], value: str,
                                                          capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
     if words[0] == "tools":
         Path("t.jsonl").write_text('{"question": "1?", "answer": "1"}\n')
         words += ["model", "--output", "out", "--tasks", "t.jsonl"]

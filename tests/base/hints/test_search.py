@@ -4,7 +4,6 @@ import pytest
 
 from megatron_sov.base.hints.table import find_by_parts
 from megatron_sov.model.recipes.requested import RecipeOptions
-from tests.base.hints.test_words import answer
 
 NAMES = RecipeOptions.list_settings()
 
@@ -20,10 +19,3 @@ def test_finds_the_setting_with_all_parts_of_the_word(word: str, setting: str) -
 
 def test_settings_of_list_items_have_their_place() -> None:
     assert "data.phases.0.seq_len" in NAMES
-
-
-def test_answer_has_the_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    message = answer("megatron-sov sft --from M --data D --run R --clip-gradient-norm 1", capsys)
-    assert "--run R --set optim.clip_grad=1" in message
-    message = answer("megatron-sov sft --from M --data D --run R --set train.clip_gradient_norm=1", capsys)
-    assert "no such setting" in message and "optim.clip_grad" in message

@@ -105,7 +105,18 @@ echo "17 $STATE"
 """
 
 
-def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path,
+@pytest.fixture
+def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return a double of `squeue` that says that a job is pending, or what STATE says."""
+    (file := tmp_path / "bin/squeue").parent.mkdir()
+    file.write_text(SQUEUE)
+    file.chmod(0o755)
+    monkeypatch.setenv("STATE", "PENDING")
+    monkeypatch.setenv("PATH", f"{file.parent}:{os.environ['PATH']}")
+    return file
+
+
+def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path, squeue: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run", start_event(300), *step_events(1, 9, 290), start_event(100, 4),
                     *step_events(5, 9, 95))
@@ -115,11 +126,6 @@ def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path,
                 "time_s": NOW_S - 150}]
     (run / "slurm/jobs.jsonl").write_text(json.dumps(records[0]) + "\n")
     (run / "slurm/attempts.jsonl").write_text(json.dumps(records[1]) + "\n")
-    (squeue := tmp_path / "bin/squeue").parent.mkdir()
-    squeue.write_text(SQUEUE)
-    squeue.chmod(0o755)
-    monkeypatch.setenv("STATE", "PENDING")
-    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
     state = read_run_state(run, NOW_S)
     assert (state.state, state.why) == ("waiting", "job 17 is pending")
     assert [start.outcome for start in state.starts] == ["cut_off: node-3 went down", UNFINISHED]
@@ -130,17 +136,13 @@ def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path,
     assert read_run_state(run, NOW_S).state == "ended"
 
 
-def test_a_run_that_was_only_submitted_has_a_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_a_run_that_was_only_submitted_has_a_state(tmp_path: Path, squeue: Path,
+                                                   monkeypatch: pytest.MonkeyPatch,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     records = tmp_path / "runs/first/slurm"
     records.mkdir(parents=True)
     (records / "jobs.jsonl").write_text(
         json.dumps({"event": "submitted", "job": "17", "time_s": NOW_S}) + "\n")
-    (squeue := tmp_path / "bin/squeue").parent.mkdir()
-    squeue.write_text(SQUEUE)
-    squeue.chmod(0o755)
-    monkeypatch.setenv("STATE", "PENDING")
-    monkeypatch.setenv("PATH", f"{squeue.parent}:{os.environ['PATH']}")
     assert find_runs(tmp_path) == find_runs(records.parent) == [records.parent]
     assert cli.main(["status", str(records.parent)]) == 0
     assert "  state       waiting (job 17 is pending)\n" in capsys.readouterr().out
