@@ -94,13 +94,19 @@ def test_write_index_rejects_gaps_and_overlaps(tmp_path_factory,
             write_index(folder, "model", [index])
 
 
-def test_write_index_rejects_a_gap_hidden_by_an_overlap(tmp_path: Path) -> None:
-    """The element count equals that of the tensor, but one element is missing."""
-    writer = TensorWriter(tmp_path, "model")
-    for start in (0, 1):
-        writer.add("w", torch.zeros(2), (4,), (start,))
-    with pytest.raises(ValueError, match="covered by 0 to"):
-        write_index(tmp_path, "model", [writer.finish()])
+@pytest.mark.each(("blocks", "message"), [
+    # as many elements as the tensor has, but one is missing
+    ([(0, torch.zeros(2), 0), (0, torch.zeros(2), 1)], "covered by 0 to"),
+    ([(0, torch.zeros(3), 2)], "reaches beyond"),
+    ([(0, torch.zeros(2), 0), (1, torch.zeros(2).bfloat16(), 2)], "written as float32")])
+def test_write_index_rejects_wrong_blocks(tmp_path: Path, blocks: list[tuple[int, torch.Tensor, int]],
+                                          message: str) -> None:
+    writers = [TensorWriter(tmp_path, "model", rank) for rank in range(2)]
+    for rank, block, start in blocks:
+        writers[rank].add("w", block, (4,), (start,))
+    indices = [writer.finish() for writer in writers]
+    with pytest.raises(ValueError, match=message):
+        write_index(tmp_path, "model", indices)
 
 
 def test_many_overlapping_blocks_are_rejected_early() -> None:
@@ -109,23 +115,6 @@ def test_many_overlapping_blocks_are_rejected_early() -> None:
     assert (count_owners([20_000], single_elements) == 1).all()
     with pytest.raises(ValueError, match="40000 blocks overlap"):
         count_owners([20_000], single_elements + [{"offset": [0], "shape": [20_000]}] * 20_000)
-
-
-def test_block_outside_its_tensor_is_rejected(tmp_path: Path) -> None:
-    writer = TensorWriter(tmp_path, "model")
-    writer.add("w", torch.zeros(3), (4,), (2,))
-    with pytest.raises(ValueError, match="reaches beyond"):
-        write_index(tmp_path, "model", [writer.finish()])
-
-
-def test_different_dtypes_of_processes_are_rejected(tmp_path: Path) -> None:
-    indices = []
-    for rank, dtype in enumerate((torch.float32, torch.bfloat16)):
-        writer = TensorWriter(tmp_path, "model", rank)
-        writer.add("w", torch.zeros(2, dtype=dtype), (4,), (2 * rank,))
-        indices.append(writer.finish())
-    with pytest.raises(ValueError, match="written as float32"):
-        write_index(tmp_path, "model", indices)
 
 
 def test_large_parts_use_several_files_and_close_them(tmp_path: Path,

@@ -3,6 +3,10 @@
 from typing import Any
 
 import pytest
+import torch
+
+from megatron_sov.engine.router import BalancedRouter
+from tests.tiny import tiny_model
 
 EXPERTS, TOKENS, SEQ_LEN = 8, 24, 8
 CASES = [
@@ -16,8 +20,6 @@ CASES = [
 
 def build_kernel_doubles(calls: list[str]) -> dict[str, Any]:
     """Return plain torch doubles of Transformer Engine's simple kernels."""
-    import torch
-
     def scores_of(logits: torch.Tensor, score_function: str) -> torch.Tensor:
         assert logits.dtype == torch.float32 and logits.is_contiguous()
         return logits.softmax(-1) if score_function == "softmax" else logits.sigmoid()
@@ -55,23 +57,14 @@ def compare_fused_routing(score: str, norm: bool, top_k: int, biased: bool) -> d
     Returns the calls of the doubles, whether the chosen experts agree, and the largest differences of
     weights, choices, gradients of the logits and balancing loss.
     """
-    import torch
     from megatron.core.extensions import transformer_engine
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    from megatron_sov import recipes
-    from megatron_sov.engine.model.language_model import build_model
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.engine.router import BalancedRouter
-    from megatron_sov.model.config import ParallelConfig, apply_settings
-
-    config = apply_settings(recipes.get("tiny-solar-open"), [
-        f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={top_k}", "model.num_layers=1",
-        f"model.router_score={score}", f"model.router_bias={str(biased).lower()}",
-        f"model.norm_topk_prob={str(norm).lower()}",
-        "model.routed_scaling_factor=2.5", "model.seq_aux_loss_coeff=0.3"])
-    world.join_world(ParallelConfig())
-    model = build_model(config.model, ParallelConfig(), config.train)
+    _, model = tiny_model(
+        "tiny-solar-open", f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={top_k}",
+        "model.num_layers=1", f"model.router_score={score}", f"model.router_bias={str(biased).lower()}",
+        f"model.norm_topk_prob={str(norm).lower()}", "model.routed_scaling_factor=2.5",
+        "model.seq_aux_loss_coeff=0.3", layout={})
     router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
     step = model.config.routing_step
     step.seq_len, step.num_sequences = SEQ_LEN, TOKENS // SEQ_LEN

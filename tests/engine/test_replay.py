@@ -9,15 +9,14 @@ import pytest
 import torch
 
 from megatron_sov.base.documents.shard_files import RouteShape
-from megatron_sov.engine.decode import forward_only
 from megatron_sov.engine.model.chunk import ModelInputs
 from megatron_sov.engine.model.expert_load import ExpertLoad
-from megatron_sov.engine.model.logprobs import build_head
 from megatron_sov.engine.model.replica_checks import list_gradients
 from megatron_sov.engine.optimizer.optimizer import Optimizer
-from megatron_sov.engine.parallel import collectives, world
+from megatron_sov.engine.parallel import world
 from megatron_sov.engine.route_replay import RouteTable, replay_routes
 from megatron_sov.engine.router import BalancedRouter
+from tests.engine.decode.test_forward_only import Row, compute_gradients
 from tests.tiny import tiny_model
 
 EXPERTS, TOP_K, SEQ_LEN = 8, 2, 8
@@ -122,13 +121,6 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
     Returns:
         "losses" and gradient "norms" of the three steps; "same": whether the first two have equal bits.
     """
-
-    @dataclasses.dataclass
-    class Row:
-        inputs: ModelInputs
-        labels: torch.Tensor
-        weights: torch.Tensor
-
     config, model = tiny_model("tiny-k-exaone", *SETTINGS, *settings, layout=layout)
     optimizer, load = Optimizer(model, config.optim, gpu=config.gpu), ExpertLoad(model)
     model.config.finalize_model_grads_func = load.finalize_gradients
@@ -146,39 +138,26 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
                              padding)
         rows.append(Row(inputs, torch.randint(96, (ROW_TOKENS,), generator=generator), (~padding).double()))
 
-    def loss(hidden: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        head = build_head(model, 7)
-        total = -sum((head.logprobs(h, row.labels) * row.weights).sum()
-                     for h in hidden.chunk(1 + config.model.num_mtp_layers))
-        return total / 121, total.detach().double()
-
-    dp_rank, dp_size = collectives.get_data_rank()
-
-    def compute_gradients(routes: Any) -> tuple[float, torch.Tensor]:
+    def compute_routed(routes: Any) -> tuple[float, torch.Tensor]:
         """Return the loss and all gradients, flat, of a step; rows with routes None use the router's own."""
         routed_rows = [dataclasses.replace(row, inputs=dataclasses.replace(row.inputs, routes=row_routes))
                        for row, row_routes in zip(rows, routes, strict=True)]
-        optimizer.zero_grad()
         step.aux_loss = {}
-        losses = forward_only.run_pipeline(optimizer.wrapped, routed_rows[dp_rank::dp_size], loss, ROW_TOKENS,
-                                           forward_only=False)
+        loss = compute_gradients(config, model, optimizer, routed_rows)
         load.restore_biases()
-        local_loss = torch.stack(losses).sum() if losses else torch.zeros((), dtype=torch.float64)
-        return (float(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local_loss))),
-                torch.cat([gradient.flatten().clone() for gradient in list_gradients(model)]))
+        return loss, torch.cat([gradient.flatten().clone() for gradient in list_gradients(model)])
 
     num_layers = config.model.num_moe_layers()
     if records:
         step.record = {}
-    live = compute_gradients([None] * ROWS)
+    live = compute_routed([None] * ROWS)
     if records:
         by_layer = [np.stack([routes.numpy() for routes in step.record[layer]])
                     for layer in sorted(step.record)]
         np.save(recorded, np.stack(by_layer, 2).astype(np.uint8))
         step.record = None
-    replayed = compute_gradients(list(np.load(recorded)))
-    random = compute_gradients([None,
-                                *(draw_random_routes(ROW_TOKENS, num_layers, i) for i in range(1, ROWS))])
+    replayed = compute_routed(list(np.load(recorded)))
+    random = compute_routed([None, *(draw_random_routes(ROW_TOKENS, num_layers, i) for i in range(1, ROWS))])
     world.leave_world()
     return {"losses": [live[0], replayed[0], random[0]], "layers": num_layers,
             "norms": [float(gradients.norm()) for _, gradients in (live, replayed, random)],

@@ -5,12 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov import recipes
 from megatron_sov.engine.model.chunk import ModelInputs
-from megatron_sov.engine.model.language_model import build_model
-from megatron_sov.engine.parallel import context, world
+from megatron_sov.engine.parallel import context
 from megatron_sov.engine.router import BalancedRouter
-from megatron_sov.model.config import ParallelConfig, apply_settings
 from tests.tiny import tiny_model
 
 EXPERTS, TOP_K, SEQ_LEN, SEQUENCES, FACTOR, COEFF = 8, 2, 8, 3, 2.5, 0.3
@@ -25,6 +22,12 @@ def draw_inputs() -> tuple[Any, Any, Any]:
     return logits, bias, torch.randn(SEQ_LEN * SEQUENCES, EXPERTS, generator=generator)
 
 
+def build_first_router(*settings: str, layout: dict[str, Any]) -> tuple[Any, Any, Any]:
+    """Inside ranks: return the config of a tiny model, the model, and its first router."""
+    config, model = tiny_model("tiny-solar-open", *settings, layout=layout)
+    return config, model, next(m for m in model.modules() if isinstance(m, BalancedRouter))
+
+
 def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = False) -> dict[str, Any]:
     """Route this process's tokens through the first router of a tiny model.
 
@@ -32,12 +35,9 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     """
     from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
-    config = apply_settings(recipes.get("tiny-solar-open"), [
-        f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}",
-        f"model.routed_scaling_factor={FACTOR}", f"model.seq_aux_loss_coeff={COEFF}", "model.num_layers=1"])
-    world.join_world(ParallelConfig(**layout))
-    model = build_model(config.model, ParallelConfig(**layout), config.train)
-    router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
+    _, model, router = build_first_router(
+        f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}", "model.num_layers=1",
+        f"model.routed_scaling_factor={FACTOR}", f"model.seq_aux_loss_coeff={COEFF}", layout=layout)
     step = model.config.routing_step
     step.seq_len, step.num_sequences = SEQ_LEN, SEQUENCES
     logits, bias, upstream = draw_inputs()
@@ -60,10 +60,7 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
 
 def gate_bf16() -> dict[str, Any]:
     """Return the first router's logits for bf16 hidden states in a bf16 model."""
-    config = apply_settings(recipes.get("tiny-solar-open"), ["train.precision=bf16", "model.num_layers=1"])
-    world.join_world(ParallelConfig())
-    model = build_model(config.model, ParallelConfig(), config.train)
-    router = next(m for m in model.modules() if isinstance(m, BalancedRouter))
+    config, _, router = build_first_router("train.precision=bf16", "model.num_layers=1", layout={})
     generator = torch.Generator().manual_seed(3)
     router.weight.data.copy_(torch.randn(router.weight.shape, generator=generator) * 0.1)
     hidden = torch.randn(16, 1, config.model.hidden_size, generator=generator).bfloat16()
@@ -128,14 +125,12 @@ def route_in_groups() -> list[Any]:
     """
     from transformers.models.solar_open.modeling_solar_open import SolarOpenConfig, SolarOpenTopkRouter
 
-    world.join_world(ParallelConfig())
     cases, generator = [], torch.Generator().manual_seed(5)
     for num_groups, num_kept, top_k in ((4, 2, 3), (2, 1, 4), (8, 3, 5)):
-        config = apply_settings(recipes.get("tiny-solar-open"), [
+        config, _, router = build_first_router(
             "model.num_experts=16", f"model.num_experts_per_token={top_k}",
-            f"model.num_expert_groups={num_groups}", f"model.num_groups_per_token={num_kept}"])
-        router = next(m for m in build_model(config.model, ParallelConfig(), config.train).modules()
-                      if isinstance(m, BalancedRouter)).eval()
+            f"model.num_expert_groups={num_groups}", f"model.num_groups_per_token={num_kept}", layout={})
+        router.eval()
         hidden, weight = (torch.randn(n, config.model.hidden_size, generator=generator) for n in (200, 16))
         reference = SolarOpenTopkRouter(SolarOpenConfig(
             hidden_size=config.model.hidden_size, n_routed_experts=16, num_experts_per_tok=top_k,

@@ -133,26 +133,20 @@ def test_a_run_ends_after_the_configured_step() -> None:
     assert run_loop(RecordingTrainer(5), until=5)[0]
 
 
-def test_evaluations_and_checkpoints_come_when_they_are_due_and_at_the_end() -> None:
-    complete_and_actions = run_loop(RecordingTrainer(7, eval_every_steps=3, checkpoint_every_steps=2))
-    assert complete_and_actions == (True,
-                                    ["save 2", "evaluate 3", "save 4", "evaluate 6", "save 6", "evaluate 7",
-                                     "save 7",
-                                     "saved 7", "run_end 7"])
-
-
-@pytest.mark.parametrize("step", [1, 2])
-def test_a_stop_saves_once_and_leaves(step: int) -> None:
-    assert run_loop(RecordingTrainer(5, checkpoint_every_steps=2), step) == (
-        False, [f"save {step}", f"saved {step}", f"stop {step}"])
-
-
-def test_a_stop_at_the_last_step_completes_the_run() -> None:
-    assert run_loop(RecordingTrainer(3), 3) == (True, ["evaluate 3", "save 3", "saved 3", "run_end 3"])
-
-
-def test_a_run_killed_after_its_last_step_only_finishes() -> None:
-    assert run_loop(RecordingTrainer(3, step=3)) == (True, ["saved 3", "run_end 3"])
+@pytest.mark.each(("trainer", "stop_after", "complete", "actions"), [
+    # evaluations and checkpoints when they are due, and at the end
+    (RecordingTrainer(7, eval_every_steps=3, checkpoint_every_steps=2), 10 ** 9, True,
+     ["save 2", "evaluate 3", "save 4", "evaluate 6", "save 6", "evaluate 7", "save 7", "saved 7",
+      "run_end 7"]),
+    # a stop saves once and leaves
+    (RecordingTrainer(5, checkpoint_every_steps=2), 1, False, ["save 1", "saved 1", "stop 1"]),
+    (RecordingTrainer(5, checkpoint_every_steps=2), 2, False, ["save 2", "saved 2", "stop 2"]),
+    # a stop at the last step, and a run killed after its last step
+    (RecordingTrainer(3), 3, True, ["evaluate 3", "save 3", "saved 3", "run_end 3"]),
+    (RecordingTrainer(3, step=3), 10 ** 9, True, ["saved 3", "run_end 3"])])
+def test_a_run_evaluates_saves_and_ends_when_it_is_due(trainer: RecordingTrainer, stop_after: int,
+                                                       complete: bool, actions: list[str]) -> None:
+    assert run_loop(trainer, stop_after) == (complete, actions)
 
 
 def test_a_passing_gate_ends_the_run_like_the_last_step() -> None:

@@ -211,23 +211,17 @@ def test_weights_go_back_and_the_data_go_on(monkeypatch: pytest.MonkeyPatch) -> 
                            "are restored from step 20, and the samples of steps 21 to 33 are skipped"}
 
 
-def test_a_second_rollback_goes_further_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = TrainerDouble(monkeypatch, [5, 10, 20, 33], step=37, num_rejections=4,
-                            rollbacks=[{"at": 33, "to": 20}])
+@pytest.mark.each(("checkpoints", "step", "rollbacks", "back_to"), [
+    ([5, 10, 20, 33], 37, [{"at": 33, "to": 20}], 10),
+    ([5, 10, 37], 41, [{"at": 33, "to": 20}, {"at": 37, "to": 10}], 5),
+    # after steps that were learned, the newest checkpoint is good again
+    ([10, 20, 33, 40], 47, [{"at": 33, "to": 20}], 40)])
+def test_a_second_rollback_goes_further_back(checkpoints: list[int], step: int,
+                                             rollbacks: list[dict[str, int]], back_to: int,
+                                             monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = TrainerDouble(monkeypatch, checkpoints, step, 4, rollbacks)
     recovery.rollback_weights(trainer)  # type: ignore[arg-type]
-    assert trainer.guard.rollbacks == [{"at": 33, "to": 20}, {"at": 37, "to": 10}]
-    next_trainer = TrainerDouble(monkeypatch, [5, 10, 37], step=41, num_rejections=4,
-                                 rollbacks=trainer.guard.rollbacks)
-    recovery.rollback_weights(next_trainer)  # type: ignore[arg-type]
-    assert next_trainer.guard.rollbacks[-1] == {"at": 41, "to": 5}
-
-
-def test_after_steps_that_were_learned_the_newest_checkpoint_is_good_again(
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    trainer = TrainerDouble(monkeypatch, [10, 20, 33, 40], step=47, num_rejections=4,
-                            rollbacks=[{"at": 33, "to": 20}])
-    recovery.rollback_weights(trainer)  # type: ignore[arg-type]
-    assert trainer.guard.rollbacks[-1] == {"at": 47, "to": 40}
+    assert trainer.guard.rollbacks == [*rollbacks, {"at": step, "to": back_to}]
 
 
 @pytest.mark.parametrize(("checkpoints", "rollbacks", "message"), [

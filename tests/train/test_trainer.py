@@ -6,25 +6,25 @@ from typing import Any
 
 import torch
 
+from megatron_sov import recipes
+from megatron_sov.base.errors import UserError
+from megatron_sov.engine.parallel import world
+from megatron_sov.model.config import apply_settings
+from megatron_sov.runs.folder import RunFolder
+from megatron_sov.runs.obs.events import EVENTS, read_events
+from megatron_sov.train.data.sources import open_sources
+from megatron_sov.train.loop import train_step
+from megatron_sov.train.objectives.data_objective import LanguageModelling
+from megatron_sov.train.trainer import Trainer
+from tests.tiny import RUN
+
 
 def train_and_fail(data: str, run: str) -> dict[str, Any]:
     """Inside a rank: take a step, resume from its checkpoint, then resume with other data and take a NaN
     step."""
-    from megatron_sov import recipes
-    from megatron_sov.base.errors import UserError
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import apply_settings
-    from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.runs.obs.events import EVENTS, read_events
-    from megatron_sov.train.data.sources import open_sources
-    from megatron_sov.train.loop import train_step
-    from megatron_sov.train.objectives.data_objective import LanguageModelling
-    from megatron_sov.train.trainer import Trainer
-
     config = apply_settings(recipes.get("tiny-solar-open"), [
-        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
-        'data.phases=[{"name": "main", "seq_len": 32}]', "train.global_batch_size=2",
-        "train.micro_batch_size=2", "train.steps=10", "guards.skip=false"])
+        *RUN, "model.num_layers=1", "train.global_batch_size=2", "train.micro_batch_size=2", "train.steps=10",
+        "guards.skip=false"])
     imported_before = set(sys.modules)
     place = world.join_world(config.parallel)
     folder = RunFolder(Path(run))
@@ -92,8 +92,6 @@ def train_and_fail(data: str, run: str) -> dict[str, Any]:
 
 
 def take_nan_step(trainer: Any) -> None:
-    from megatron_sov.train.loop import train_step
-
     with torch.no_grad():
         next(trainer.model.parameters()).fill_(float("nan"))
     train_step(trainer)

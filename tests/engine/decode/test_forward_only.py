@@ -18,15 +18,33 @@ from tests.tiny import tiny_model
 SELECTIVE = ["train.recompute=selective", 'gpu.recompute_modules=["core_attn", "mlp", "moe"]']
 
 
+@dataclasses.dataclass
+class Row:
+    """A micro-batch of 32 tokens."""
+
+    inputs: ModelInputs
+    labels: torch.Tensor
+    weights: torch.Tensor
+
+
+def compute_gradients(config: Any, model: Any, optimizer: Any, rows: list[Row]) -> float:
+    """Inside ranks: compute the gradients of a step with 121 targets; return the sum of all losses."""
+
+    def loss(hidden: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
+        head = build_head(model, 7)
+        total = -sum((head.logprobs(h, row.labels) * row.weights).sum()
+                     for h in hidden.chunk(1 + config.model.num_mtp_layers))
+        return total / 121, total.detach().double()
+
+    optimizer.zero_grad()
+    dp_rank, dp_size = collectives.get_data_rank()
+    parts = forward_only.run_pipeline(optimizer.wrapped, rows[dp_rank::dp_size], loss, 32, forward_only=False)
+    local = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
+    return float(collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local)))
+
+
 def take_step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) -> dict[str, Any]:
     """Inside ranks: take one optimizer step on four micro-batches with two sequences each."""
-
-    @dataclasses.dataclass
-    class Row:
-        inputs: ModelInputs
-        labels: torch.Tensor
-        weights: torch.Tensor
-
     config, model = tiny_model(recipe, "model.num_experts=4", "model.seq_aux_loss_coeff=0.01",
                                "optim.eps=1e-3", *settings, layout=layout)
     optimizer = Optimizer(model, config.optim, gpu=config.gpu)
@@ -43,17 +61,7 @@ def take_step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = (
                                     bounds, 16, padding),
                         torch.randint(96, (32,), generator=generator), (~padding).float()))
 
-    def loss(hidden: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
-        head = build_head(model, 7)
-        total = -sum((head.logprobs(h, row.labels) * row.weights).sum()
-                     for h in hidden.chunk(1 + config.model.num_mtp_layers))
-        return total / 121, total.detach().double()
-
-    optimizer.zero_grad()
-    dp_rank, dp_size = collectives.get_data_rank()
-    parts = forward_only.run_pipeline(optimizer.wrapped, rows[dp_rank::dp_size], loss, 32, forward_only=False)
-    local = torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)
-    total = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local))
+    loss = compute_gradients(config, model, optimizer, rows)
     norm = optimizer.step(1e-3)
     biases = torch.zeros(config.model.num_layers + 1, config.model.num_experts, dtype=torch.float64)
     for module in model.modules():
@@ -61,7 +69,7 @@ def take_step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = (
             biases[module.layer_number] = module.expert_bias.double()
     num_processes = torch.distributed.get_world_size()
     biases = collectives.all_reduce_world(biases) / (num_processes // layout.get("pp", 1))
-    return {"loss": float(total), "norm": norm, "load": load.gather().tolist(),
+    return {"loss": loss, "norm": norm, "load": load.gather().tolist(),
             "gradients": str(optimizer.wrapped[0].buffers[0].grad_dtype),
             "rate": config.model.router_bias_update_rate, "bias": biases.tolist()}
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_sov.engine.model.divergence import Divergence, TeacherStates, TeacherTopK
 from megatron_sov.engine.model.logprobs import Head
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import ParallelConfig
+from tests.engine.model.test_chunked_head import ProductCounter
 from tests.head_config import head_config
 
 TOKENS, HIDDEN, TEACHER_HIDDEN, VOCABULARY, K = 12, 8, 6, 40, 5
@@ -129,20 +129,6 @@ def check_relative(result: Any, expected: torch.Tensor, tolerance: float, name: 
     assert difference <= tolerance, f"{name}: {difference:.1e}"
 
 
-class LargestTensor(TorchDispatchMode):
-    """Records the largest tensor that an operation creates."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_elements = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if torch.is_tensor(out):
-            self.num_elements = max(self.num_elements, out.numel())
-        return out
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_no_tensor_is_larger_than_a_chunks_logits(one_process: None, kind: str) -> None:
     random = torch.Generator().manual_seed(0)
@@ -152,11 +138,11 @@ def test_no_tensor_is_larger_than_a_chunks_logits(one_process: None, kind: str) 
     teacher = (TeacherStates(tensors["teacher states"], tensors["teacher weight"]) if kind == "states"
                else TeacherTopK(top.indices, top.values, kind == "top-k with the rest"))
     head = Head(tensors["weight"].requires_grad_(), head_config(), 50, VOCABULARY)
-    with LargestTensor() as largest:
+    with ProductCounter() as counter:
         sums, _ = head.divergence(tensors["states"][:, None].requires_grad_(), teacher,
                                   {"sum": torch.ones(200)}, Divergence(0.5))
         sums["sum"].backward()
-    assert largest.num_elements == 50 * VOCABULARY
+    assert counter.max_elements == 50 * VOCABULARY
 
 
 @pytest.mark.parametrize("beta", BETAS)

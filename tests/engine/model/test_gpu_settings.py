@@ -3,7 +3,8 @@
 import dataclasses
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -26,6 +27,8 @@ from megatron_sov.model.config import GpuConfig, RunConfig, TrainConfig, apply_s
 def simulate_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Transformer Engine, which is not installed, reports a kernel for every query."""
     monkeypatch.setattr(attention_kernels, "_query_backends", lambda *query: (False, ""))
+    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():  # set by Megatron-Core with each model
+        monkeypatch.delenv(name, raising=False)
 
 
 # FP8: Megatron-Core's settings, refusals before the start, checkpoints of experts
@@ -225,6 +228,18 @@ def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: p
         gpu_settings.check_gpu_settings(apply_settings(config, ["gpu.linear_attention=fla"]), te=True)
 
 
+@contextmanager
+def import_anew(package: str, find_problem: Any) -> Iterator[None]:
+    """Import a package, and look for its problem, without remembering either."""
+    find_problem.cache_clear()
+    try:
+        yield
+    finally:
+        find_problem.cache_clear()
+        for name in [name for name in sys.modules if name.partition(".")[0] == package]:
+            del sys.modules[name]
+
+
 @pytest.mark.each(("version", "message"), [
     ("0.4.2", "version 0.4.2 is older than 0.6"), ("0.5.1", "version 0.5.1 is older than 0.6"),
     ("", "version unknown"), ("0.6.0", ""), ("0.10.0", ""), ("1.0.dev1", "")])
@@ -235,14 +250,9 @@ def test_older_kernels_do_not_serve(version: str, message: str, tmp_path: Path,
     (tmp_path / "fla/ops/__init__.py").write_text("")
     (tmp_path / "fla/__init__.py").write_text(f"__version__ = {version!r}\n" if version else "")
     monkeypatch.syspath_prepend(str(tmp_path))
-    gpu_libraries.find_fla_problem.cache_clear()
-    try:
+    with import_anew("fla", gpu_libraries.find_fla_problem):
         problem = gpu_libraries.find_fla_problem()
         assert problem.startswith(message) and bool(problem) == bool(message)
-    finally:
-        gpu_libraries.find_fla_problem.cache_clear()
-        for name in [name for name in sys.modules if name.partition(".")[0] == "fla"]:
-            del sys.modules[name]
 
 
 def test_a_run_records_the_resolved_auto_settings() -> None:
@@ -285,8 +295,6 @@ def test_a_run_records_the_resolved_auto_settings() -> None:
 def test_unsupported_gpu_settings_are_refused(changes: str, te: bool, environment: dict[str, str], keys: str,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: te)
-    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():  # set by Megatron-Core with each model
-        monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(SettingsError) as error:
@@ -297,8 +305,6 @@ def test_unsupported_gpu_settings_are_refused(changes: str, te: bool, environmen
 def test_overlap_that_frees_inputs_of_bf16_layers_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_settings, "find_deep_ep_problem", lambda name: "")
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
-    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
-        monkeypatch.delenv(name, raising=False)
     overlap = ["parallel.ep=2", "parallel.expert_overlap=micro_batches", "train.fp8=mxfp8",
                "parallel.expert_dispatcher=hybridep"]
     gpu_settings.check_gpu_settings(change_config(overlap), te=True)
@@ -319,18 +325,13 @@ def test_a_broken_deep_ep_is_reported_with_its_own_error(import_code: str, messa
     (package / "utils.py").write_text("class EventHandle: pass\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
-    gpu_libraries.find_deep_ep_problem.cache_clear()
-    try:
+    with import_anew("deep_ep", gpu_libraries.find_deep_ep_problem):
         with pytest.raises(UserError, match=rf"expert_dispatcher .* DeepEP does not import \({message}.*; "
                                             r"install the commit that containers/install\.sh names"):
             gpu_settings.check_gpu_settings(change_config(["parallel.expert_dispatcher=deepep"]), te=True)
         gpu_libraries.hide_broken_deep_ep()  # otherwise importing Megatron-Core fails
         with pytest.raises(ImportError):
             from deep_ep.utils import EventOverlap  # noqa: F401
-    finally:
-        gpu_libraries.find_deep_ep_problem.cache_clear()
-        for name in ("deep_ep", "deep_ep.utils"):
-            sys.modules.pop(name, None)
 
 
 @pytest.mark.each(("capability", "cudnn", "changes", "is_local", "message"), [
@@ -349,8 +350,6 @@ def test_attention_that_cannot_be_fused_is_our_own(capability: tuple[int, int], 
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
-    for name in gpu_settings.TE_ATTENTION_VARIABLES.values():
-        monkeypatch.delenv(name, raising=False)
     config = change_config(changes.split())
     assert gpu_settings.resolve_auto_settings(config,
                                               te=True)["attention"] == ("local" if is_local else "auto")

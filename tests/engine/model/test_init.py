@@ -1,5 +1,8 @@
 """Initial weights depend on (seed, name, index) only, and are equal at every layout."""
 
+import hashlib
+import itertools
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -8,15 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_sov import recipes
 from megatron_sov.checkpoint import initial_weights
 from megatron_sov.checkpoint.initial_weights import find_init_rule, generate_normals
-from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.model.local_shards import list_local_shards
-from megatron_sov.engine.parallel import world
-from megatron_sov.model.config import ParallelConfig, apply_settings
-
-SETTINGS = ["model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8", "model.expert_ffn_dim=16"]
+from tests.tiny import tiny_model
 
 
 def compare_normals() -> dict[str, Any]:
@@ -41,9 +39,7 @@ def initialize_model(recipe: str, layout: dict[str, Any], folder: str, *,
 
     With `reference`, this rank has the whole model, and writes its tensors to a file in `folder`.
     """
-    config = apply_settings(recipes.get(recipe), SETTINGS)
-    world.join_world(ParallelConfig(**layout))
-    model = build_model(config.model, ParallelConfig(**layout), config.train)
+    config, model = tiny_model(recipe, layout=layout)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
@@ -65,12 +61,6 @@ def initialize_model(recipe: str, layout: dict[str, Any], folder: str, *,
 
 def initialize_with_threads(num_threads: int) -> dict[str, Any]:
     """Return a hash of a model's initial weights, and the number of threads that generated them."""
-    import hashlib
-    import itertools
-    import threading
-
-    config = apply_settings(recipes.get("tiny-k-exaone"), SETTINGS)
-    world.join_world(ParallelConfig())
     torch.set_num_threads(num_threads)
     threads, normals = set(), initial_weights.generate_normals
     calls, barrier = itertools.count(), threading.Barrier(num_threads)
@@ -82,8 +72,7 @@ def initialize_with_threads(num_threads: int) -> dict[str, Any]:
         return normals(*args)
 
     initial_weights.generate_normals, initial_weights._PART_VALUES = record_thread, 1000
-    model = build_model(config.model, ParallelConfig(), config.train)
-    initial_weights.initialize_weights(model, config.model, 11)
+    _, model = tiny_model("tiny-k-exaone", layout={}, seed=11)
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()
     return {"digest": digest, "threads": len(threads)}
 

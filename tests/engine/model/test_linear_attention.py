@@ -30,9 +30,8 @@ class LocalLinear(torch.nn.Linear):
 
 
 @pytest.fixture(params=[KIMI_SIZES, SOLAR_SIZES], ids=["Kimi", "Solar Open 2"])
-def layer(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> LinearAttention:
+def layer(one_process: None, request: pytest.FixtureRequest) -> LinearAttention:
     """A float64 layer of one process with random weights."""
-    monkeypatch.setattr(context, "get_cp_size", lambda: 1)
     return build_attention(request.param)
 
 

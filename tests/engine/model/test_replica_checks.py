@@ -5,16 +5,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov import recipes
 from megatron_sov.base.errors import SilentCorruption
-from megatron_sov.checkpoint import initial_weights
 from megatron_sov.engine.model import replica_checks
-from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.model.replica_checks import compute_checksum, flip_bit
 from megatron_sov.engine.parallel import world
-from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.train.loop import train_step
-from tests.tiny import tiny_trainer
+from tests.tiny import tiny_model, tiny_trainer
 
 
 @pytest.mark.each("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -43,12 +39,9 @@ def find_flipped_replicas(layout: dict[str, int], flipped_on: list[int], expert:
 
     The weight is one of a routed expert, or a shared one.
     """
-    config = apply_settings(recipes.get("tiny-solar-open"), ["model.vocab_size=368", "model.num_layers=1"])
-    place = world.join_world(ParallelConfig(**layout))
-    model = build_model(config.model, ParallelConfig(**layout), config.train)
-    initial_weights.initialize_weights(model, config.model, 1)
+    _, model = tiny_model("tiny-solar-open", "model.num_layers=1", layout=layout)
     differing_ranks = [replica_checks.find_differing_replicas(model)]
-    if place.rank in flipped_on:
+    if torch.distributed.get_rank() in flipped_on:
         replica_checks.flip_bit(next(p for p in model.parameters()
                                      if p.dim() == 2 and getattr(p, "allreduce", True) != expert))
     differing_ranks.append(replica_checks.find_differing_replicas(model))

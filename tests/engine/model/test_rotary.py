@@ -1,6 +1,8 @@
 """Rotary embeddings: angles and YaRN's factor against transformers, rotations against Megatron-Core."""
 
+import inspect
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,14 +20,17 @@ from megatron_sov.model.config import ParallelConfig, apply_settings
 YARN = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'
 
 
+def compute_table(recipe: str, *settings: str) -> torch.Tensor:
+    """Return a model's table of rotary angles for a row of 4,096 tokens."""
+    config = apply_settings(recipes.get(recipe), list(settings))
+    world.join_world(ParallelConfig())
+    table = build_model(config.model, ParallelConfig(), config.train).chunks[0].rotary_pos_emb(4096)
+    return table[0] if isinstance(table, tuple) else table
+
+
 def compute_angles(precision: str, changes: list[str]) -> list[list[float]]:
     """Return angles [4 positions, channels] of Megatron-Core's embedding in a model of this precision."""
-    config = apply_settings(recipes.get("tiny-solar-open"),
-                            [*changes, f"train.precision={precision}", "model.num_layers=1"])
-    world.join_world(ParallelConfig())
-    embedding = build_model(config.model, ParallelConfig(), config.train).chunks[0].rotary_pos_emb
-    angles = embedding(4096)
-    angles = angles[0] if isinstance(angles, tuple) else angles
+    angles = compute_table("tiny-solar-open", *changes, f"train.precision={precision}", "model.num_layers=1")
     return angles[[0, 1, 7, 4095], 0, 0].tolist()
 
 
@@ -42,11 +47,8 @@ def test_float64_models_rotate_by_float64_angles(ranks: Any, job: Any) -> None:
 
 
 def get_table_shape(recipe: str) -> list[int]:
-    """Return the shape of a model's table of rotary angles for a row of 4,096 tokens."""
-    config = apply_settings(recipes.get(recipe), ["train.precision=fp64"])
-    world.join_world(ParallelConfig())
-    table = build_model(config.model, ParallelConfig(), config.train).chunks[0].rotary_pos_emb(4096)
-    return list((table[0] if isinstance(table, tuple) else table).shape)
+    """Return the shape of a model's table of rotary angles."""
+    return list(compute_table(recipe, "train.precision=fp64").shape)
 
 
 @pytest.mark.distributed
@@ -125,16 +127,9 @@ def test_yarn_factor_is_applied_in_the_softmax_scale(ranks: Any, job: Any) -> No
 
 def compare_rotations() -> dict[str, Any]:
     """Compare our rotation of a packed row with Megatron-Core's loop over documents."""
-    import inspect
-
     from megatron.core.models.common.embeddings import rope_utils
 
-    class OneProcessGroup:
-        """A process group of one."""
-
-        size = staticmethod(lambda: 1)
-        rank = staticmethod(lambda: 0)
-
+    one_process = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
     megatron_rotation = rope_utils._apply_rotary_pos_emb_thd
     patch_packed_rotation()
     our_rotation = rope_utils._apply_rotary_pos_emb_thd
@@ -142,11 +137,10 @@ def compare_rotations() -> dict[str, Any]:
     angles_by_position = torch.arange(7.0)[:, None, None, None] * compute_frequencies(
         recipes.get("tiny-solar-open").model).float()[:4].repeat(2)
     positions = torch.cat([torch.arange(n) for n in (5, 7)])
-    expected = megatron_rotation(states, torch.tensor([0, 5, 12]), angles_by_position,
-                                 cp_group=OneProcessGroup)
+    expected = megatron_rotation(states, torch.tensor([0, 5, 12]), angles_by_position, cp_group=one_process)
     # A meta tensor as lengths: our rotation must not read them, which would wait for the GPU.
     result = our_rotation(states, torch.empty(3, device="meta"), angles_by_position[positions],
-                          cp_group=OneProcessGroup)
+                          cp_group=one_process)
     return {"same": torch.equal(result, expected), "is_rotated": not torch.equal(result, states),
             "signatures": [list(inspect.signature(f).parameters) for f in (megatron_rotation, our_rotation)]}
 

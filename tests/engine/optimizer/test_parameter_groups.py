@@ -17,7 +17,7 @@ from megatron_sov.engine.optimizer.optimizer import Optimizer
 from megatron_sov.engine.optimizer.parameter_groups import assign_shards, find_rule
 from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import OptimConfig, apply_settings
-from tests.tiny import tiny_model
+from tests.tiny import SIZES, tiny_model
 
 # Overlapped communication: buckets are in flight during a step, and evaluation waits for gathered weights.
 
@@ -91,10 +91,7 @@ def test_layouts_of_zero1_are_those_of_megatron_core(ranks: Any, job: Any) -> No
         assert results[2][0] and results[2][1] > 2 and not results[2][2]
 
 
-SMALL_SETTINGS = ("model.vocab_size=96", "model.hidden_size=32", "model.head_dim=8",
-                  "model.expert_ffn_dim=16",
-                  "model.dense_ffn_dim=40", "train.precision=fp64", "optim.clip_grad=0.0",
-                  "optim.weight_decay=0.2")
+SMALL_SETTINGS = (*SIZES, "model.dense_ffn_dim=40", FP64, "optim.clip_grad=0.0", "optim.weight_decay=0.2")
 GROUPS = ('optim.groups=[{"pattern": "*linear_proj.weight", "lr_scale": 0.5}, '
           '{"pattern": "decoder.layers.1.*", "weight_decay": 0.0}, {"pattern": "*final_layernorm.weight", '
           '"weight_decay": 0.3}, {"pattern": "output_layer.weight", "lr_scale": 0.0}]')

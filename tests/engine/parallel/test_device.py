@@ -23,11 +23,10 @@ from megatron_sov.engine.parallel import gpu_setup, rng, world
 from megatron_sov.engine.parallel.gpu_setup import DETERMINISM_VARIABLES, enable_determinism
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.loop import train_step
-from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 from megatron_sov.work.clusters.units import GIB
+from tests.tiny import tiny_trainer
 
 
 @pytest.fixture(autouse=True)
@@ -72,29 +71,22 @@ def test_started_cuda_is_too_late(monkeypatch: pytest.MonkeyPatch) -> None:
 STEPS, STEPS_BEFORE_RESUME = 2, 1
 
 
-def train_with_resume(data: str, run: str, layout: dict[str, Any], dropout: float,
-                      recompute: bool = False) -> dict[str, Any]:
+def train_with_resume(data: str, run: str, dropout: float, recompute: bool = False) -> dict[str, Any]:
     """Train without interruption, then again with a checkpoint and a second trainer that resumes from it.
 
     Returns:
         "steps": loss and gradient norm of each uninterrupted step; "same": whether the resumed run has the
         same; "differing": keys of parameters and optimizer states that differ at the end.
     """
-    config = apply_settings(recipes.get("tiny-solar-open"), [
-        "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
-        "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
-        "train.global_batch_size=4", "train.micro_batch_size=2", f"train.steps={STEPS}",
-        f"train.hidden_dropout={dropout}", f"train.recompute={str(recompute).lower()}",
-        *(f"parallel.{k}={str(v).lower()}" for k, v in layout.items())])
-    place = world.join_world(ParallelConfig(**layout))
-    folder = RunFolder(Path(run))
-    if place.is_main:
-        folder.create()
-        folder.declare(config)
-    dist.barrier()
+    place = world.join_world(ParallelConfig())
 
     def build_trainer() -> Trainer:
-        return Trainer(config, place, folder, open_sources({data: 1.0}, 368), LanguageModelling)
+        trainer: Trainer = tiny_trainer(
+            data, "model.num_layers=2", "model.head_dim=8", "model.expert_ffn_dim=16",
+            "train.global_batch_size=4", "train.micro_batch_size=2", f"train.steps={STEPS}",
+            f"train.hidden_dropout={dropout}", f"train.recompute={str(recompute).lower()}", run=run,
+            place=place)
+        return trainer
 
     def train(trainer: Trainer, num_steps: int) -> list[tuple[float, float]]:
         results = [train_step(trainer) for _ in range(num_steps)]
@@ -111,7 +103,7 @@ def train_with_resume(data: str, run: str, layout: dict[str, Any], dropout: floa
     saving.save()
     saving.checkpointer.finish()
     resumed = build_trainer()
-    checkpoint = folder.checkpoint(STEPS_BEFORE_RESUME)
+    checkpoint = RunFolder(Path(run)).checkpoint(STEPS_BEFORE_RESUME)
     assert load.find_damage(checkpoint) is None
     resumed.resume(checkpoint)
     steps += train(resumed, STEPS - STEPS_BEFORE_RESUME)
@@ -128,7 +120,7 @@ def test_dropout_resumes_to_the_bit(ranks: Any, job: Any, packed_data: Any, tmp_
             "no dropout": {"dropout": 0.0}}
     results = ranks(*(
         job(__file__, "train_with_resume", 1, {
-            "data": str(packed_data.text), "run": str(tmp_path / name), "layout": {}, **arguments})
+            "data": str(packed_data.text), "run": str(tmp_path / name), **arguments})
         for name, arguments in runs.items()))
     losses = {}
     for name, (result,) in zip(runs, results, strict=True):

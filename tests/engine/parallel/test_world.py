@@ -1,10 +1,12 @@
 """`world.join_world`: a process's rank in each dimension of the layout, and its process groups."""
 
+import datetime
 from typing import Any
 from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from megatron_sov.base.errors import UserError
@@ -22,10 +24,6 @@ def join_second_layout(layout: dict[str, int]) -> list[int | bool]:
 
 
 def test_store_keys_of_one_join_do_not_affect_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
-    import datetime
-
-    import torch.distributed as dist
-
     store = dist.HashStore()
     monkeypatch.delenv(world.STORE_PORT, raising=False)
     monkeypatch.delenv("TORCHELASTIC_USE_AGENT_STORE", raising=False)
@@ -87,8 +85,6 @@ def create_groups(num_ranks: int, layout: dict[str, int], tested_ranks: list[int
     Returns, for each tested rank, the number of created groups that contain it, and the members of its
     Megatron-Core groups.
     """
-    from torch import distributed as dist
-
     results = []
     for rank in tested_ranks:
         dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
@@ -104,7 +100,6 @@ def create_groups(num_ranks: int, layout: dict[str, int], tested_ranks: list[int
 def get_group_members() -> dict[str, list[int]]:
     """Return the ranks in each of this process's groups, by the name of the variable in `parallel_state`."""
     from megatron.core import parallel_state
-    from torch import distributed as dist
 
     return {name: dist.get_process_group_ranks(group) for name, group in sorted(vars(parallel_state).items())
             if name.endswith(("_GROUP", "_GROUP_WITH_CP")) and isinstance(group, dist.ProcessGroup)}
@@ -116,7 +111,6 @@ def create_megatron_groups(num_ranks: int, layout: dict[str, int], tested_ranks:
     Megatron-Core creates one group per variable, even if two variables have the same members.
     """
     from megatron.core import parallel_state
-    from torch import distributed as dist
 
     members = []
     for rank in tested_ranks:

@@ -106,16 +106,11 @@ def test_policies_stay_as_long_as_a_generator_may_ask_for_them() -> None:
     assert add_rounds(stale).train.keep_checkpoints == 1, "a run that writes itself asks for none"
 
 
-def test_rows_that_do_not_hold_a_response_are_refused() -> None:
-    with pytest.raises(UserError, match="20 = 30 tokens; make"):
-        add_rounds(apply_data_settings("data.phases.0.seq_len=29"))
-    with pytest.raises(UserError, match="seq_len = 64:"):
-        add_rounds(apply_data_settings("data.phases.0.seq_len=64", "rollout.max_new_tokens=4090",
-                          "model.max_position_tokens=4096"))
-    with pytest.raises(UserError, match=r"rollout.rounds = 0: nothing"):
-        add_rounds(apply_data_settings("rollout.rounds=0"))
-
-
-def test_a_rate_of_the_phase_is_not_passed_over_in_silence() -> None:
-    with pytest.raises(UserError, match=r"0.001 and .*rounds use optim.lr"):
-        add_rounds(apply_data_settings("data.phases.0.lr=1e-3"))
+@pytest.mark.each(("settings", "message"), [
+    ("data.phases.0.seq_len=29", "20 = 30 tokens; make"),
+    ("data.phases.0.seq_len=64 rollout.max_new_tokens=4090 model.max_position_tokens=4096", "seq_len = 64:"),
+    ("rollout.rounds=0", r"rollout.rounds = 0: nothing"),
+    ("data.phases.0.lr=1e-3", r"0.001 and .*rounds use optim.lr")])
+def test_settings_that_rounds_cannot_follow_are_refused(settings: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        add_rounds(apply_data_settings(*settings.split()))

@@ -4,9 +4,10 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 
 from megatron_sov.base.settings import SettingsError
-from megatron_sov.model.config import LoraConfig
+from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.adapters import (
     find_adaptable_modules, find_adapted_modules, find_adapter_places, resolve_targets)
@@ -53,18 +54,21 @@ RECIPE_BY_ARCHITECTURE = {get(name).model: name for name in reversed(names())}
 """Architecture -> one recipe of it; the stages of a model share their architecture."""
 
 
-@pytest.mark.tier1_cases(6)
-@pytest.mark.parametrize("recipe", sorted(RECIPE_BY_ARCHITECTURE.values()))
-def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
-    """transformers builds the trunk (it has no multi-token prediction layers) on meta tensors,
-    which take no memory."""
-    torch = pytest.importorskip("torch")
+def build_on_meta(recipe: str) -> tuple[ModelConfig, torch.nn.Module]:
+    """Return a model's config, and its trunk as transformers builds it (which has no multi-token prediction
+    layers), on meta tensors, which take no memory."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = get(recipe).model
     config = models.get_family(model.family).to_hf_config(model, "bfloat16", TokenIds())
     with torch.device("meta"):
-        reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+        return model, AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+
+
+@pytest.mark.tier1_cases(6)
+@pytest.mark.parametrize("recipe", sorted(RECIPE_BY_ARCHITECTURE.values()))
+def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
+    model, reference = build_on_meta(recipe)
     assert count_params(model).total == sum(p.numel() for p in reference.parameters())
 
 
@@ -73,13 +77,7 @@ def test_total_equals_the_model_class_of_transformers(recipe: str) -> None:
 
 @pytest.mark.each("recipe", sorted(r for r in RECIPE_BY_ARCHITECTURE.values() if r.startswith("tiny-")))
 def test_adapter_targets_are_all_linear_layers_and_embeddings(recipe: str) -> None:
-    torch = pytest.importorskip("torch")
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    model = get(recipe).model
-    config = models.get_family(model.family).to_hf_config(model, "bfloat16", TokenIds())
-    with torch.device("meta"):
-        reference = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config))
+    model, reference = build_on_meta(recipe)
     hf_named_modules = [(name.rpartition(".")[2], module) for name, module in reference.named_modules()]
     hf_modules = {name for name, module in hf_named_modules
                   if name == "experts" or isinstance(module, torch.nn.Linear | torch.nn.Embedding)}
@@ -120,7 +118,6 @@ SEQ_LEN = 64
 @pytest.mark.parametrize("recipe", ["tiny-solar-open", "tiny-k-exaone", "tiny-qwen3", "tiny-deepseek-v3"])
 def test_torch_counts_as_many_in_transformers(recipe: str) -> None:
     """Eager attention multiplies each query with all keys, so the expected count includes masked keys."""
-    torch = pytest.importorskip("torch")
     from torch.utils.flop_counter import FlopCounterMode
     from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -133,16 +133,12 @@ def build_latent_config(**fields: Any) -> dict[str, Any]:
     return models.get_family("deepseek_v3").to_hf_config(model, "bfloat16", TokenIds()) | fields
 
 
-def read_latent(config: dict[str, Any]) -> ModelConfig:
-    return models.get_family("deepseek_v3").from_hf_config(config)
-
-
 def test_widths_that_transformers_writes_are_those_that_follow() -> None:
     from transformers import AutoConfig
 
     hf_config = json.loads(AutoConfig.for_model(**build_latent_config()).to_json_string())
     assert (hf_config["head_dim"], hf_config["qk_head_dim"]) == (16, 32)
-    assert read_latent(hf_config) == read_latent(build_latent_config())
+    assert read(hf_config) == read(build_latent_config())
 
 
 def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> None:
@@ -153,14 +149,14 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
     from megatron_sov.engine.model.rotary import compute_frequencies, compute_softmax_scale
 
     config = build_latent_config(rope_parameters=YARN)
-    model, hf_config = read_latent(config), AutoConfig.for_model(**config)
+    model, hf_config = read(config), AutoConfig.for_model(**config)
     assert model.yarn == YarnConfig(40.0, 4096, mscale=0.7)
-    assert compute_softmax_scale(model,
-                                 "full_attention") == pytest.approx(DeepseekV3Attention(hf_config, 0).scaling)
+    assert compute_softmax_scale(model, "full_attention") == pytest.approx(
+        DeepseekV3Attention(hf_config, 0).scaling)
     rotary = DeepseekV3RotaryEmbedding(hf_config)
     assert rotary.attention_scaling == 1.0, "cosine and sine have no factor"
     assert rotary.inv_freq.tolist() == pytest.approx(compute_frequencies(model).tolist(), rel=1e-6)
-    assert read_latent(models.get_family("deepseek_v3").to_hf_config(model, "float32", TokenIds())) == model
+    assert read(models.get_family("deepseek_v3").to_hf_config(model, "float32", TokenIds())) == model
 
 
 @pytest.mark.each(("fields", "message"), [
@@ -180,7 +176,7 @@ def test_yarns_factor_is_in_the_scale_of_the_softmax_as_in_transformers() -> Non
 ])
 def test_other_attention_is_refused_by_its_field(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        read_latent(build_latent_config(**fields))
+        read(build_latent_config(**fields))
 
 
 def test_only_deepseek_v3_has_latent_attention() -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_sov import recipes
+from megatron_sov.base.documents.shard_files import IndexedWriter
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import AudioEncoderConfig, VisionEncoderConfig
 from megatron_sov.model.modality import (
@@ -18,7 +19,7 @@ from megatron_sov.train.data.order import OrderedSample
 from megatron_sov.train.data.rows import build_row, join_rows
 from megatron_sov.train.data.sources import Source
 from megatron_sov.train.data.streams import PackedSegment
-from megatron_sov.train.data.token_shards import IDX_MAGIC, ShardChain
+from megatron_sov.train.data.token_shards import ShardChain
 from megatron_sov.train.data.views import DocumentPieces, LongDocuments
 
 IMAGE_PAD, AUDIO_PAD = 5, 6
@@ -34,17 +35,12 @@ DOCUMENTS = [  # of (token id, feature index; -1: the token is no placeholder)
 
 def write_shard(prefix: Path, documents: list[list[tuple[int, int]]]) -> None:
     """Write a shard with banks of three images and two sounds, whose values identify them."""
-    lengths = np.array([len(d) for d in documents], np.int32)
-    flat = np.array([pair for document in documents for pair in document])
-    flat[:, 0].astype(np.uint16).tofile(prefix.with_suffix(".bin"))
-    flat[:, 1].astype(np.int64).tofile(prefix.with_suffix(".media"))
+    with IndexedWriter(prefix, "uint16", {"media": "int64"}) as writer:
+        for document in documents:
+            tokens, features = np.array(document).T
+            writer.write(np.array([len(document)]), {"bin": tokens, "media": features})
     (np.arange(3, dtype=np.uint8).repeat(48)).tofile(prefix.with_suffix(".pictures"))
     (np.arange(2, dtype=np.float16).repeat(16)).tofile(prefix.with_suffix(".sounds"))
-    pointers = (np.concatenate([[0], np.cumsum(lengths)[:-1]]) * 2).astype(np.int64)
-    head = (IDX_MAGIC + np.uint64(1).tobytes() + bytes([8]) + np.uint64(len(lengths)).tobytes()
-            + np.uint64(len(lengths) + 1).tobytes())
-    prefix.with_suffix(".idx").write_bytes(
-        head + lengths.tobytes() + pointers.tobytes() + np.arange(len(lengths) + 1, dtype=np.int64).tobytes())
 
 
 @pytest.fixture

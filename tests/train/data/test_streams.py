@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,9 +31,10 @@ class DocumentLengths:
         self.lengths = np.array(lengths, np.int32)
 
 
-def create_stream(corpus: list[int], packing: Packing, cursor: Cursor | None = None,
-                  seed: int = 1) -> DocumentStream:
-    return DocumentStream("web", DocumentLengths(corpus), seed, packing, cursor or Cursor())  # type: ignore[arg-type]
+def create_stream(corpus: list[int], packing: Packing, cursor: Cursor | None = None, seed: int = 1,
+                  name: str = "web", group: int = 1) -> DocumentStream:
+    documents: Any = DocumentLengths(corpus)
+    return DocumentStream(name, documents, seed, packing, cursor or Cursor(), group=group)
 
 
 @given(corpora, packings, st.lists(st.sampled_from([5, 16, 33]), min_size=1, max_size=60))
@@ -67,14 +69,12 @@ def test_pairs_stay_together_at_changing_lengths_and_after_kills(pairs: list[tup
                                                                  killed_before: int) -> None:
     corpus = [n for pair in [*pairs, (2, 3)] for n in pair]
 
-    def create_pair_stream(cursor: Cursor) -> DocumentStream:
-        return DocumentStream("pairs", DocumentLengths(corpus), 1, packing, cursor, group=2)  # type: ignore[arg-type]
-
-    source = create_pair_stream(Cursor())
+    source = create_stream(corpus, packing, name="pairs", group=2)
     counts_by_epoch: dict[int, Counter[int]] = {}
     for number, seq_len in enumerate(seq_lens):
         if number == killed_before:
-            source = create_pair_stream(Cursor(**json.loads(json.dumps(dataclasses.asdict(source.cursor)))))
+            cursor = Cursor(**json.loads(json.dumps(dataclasses.asdict(source.cursor))))
+            source = create_stream(corpus, packing, cursor, name="pairs", group=2)
         row = source.next_sample(seq_len)
         assert sum(s.count for s in row) <= seq_len
         for chosen, rejected in zip(row[::2], row[1::2], strict=True):
@@ -109,9 +109,7 @@ def test_the_order_depends_on_seed_name_and_epoch() -> None:
     epochs = [read_documents(first, 20), read_documents(first, 20)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(20)) and epochs[0] != epochs[1]
     assert read_documents(create_stream(corpus, "best_fit", seed=2), 20) != epochs[0]
-    assert (read_documents(DocumentStream("code", DocumentLengths(corpus), 1, "best_fit", Cursor()),
-                      20)  # type: ignore[arg-type]
-            != epochs[0])
+    assert read_documents(create_stream(corpus, "best_fit", name="code"), 20) != epochs[0]
 
 
 def test_windows_are_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:

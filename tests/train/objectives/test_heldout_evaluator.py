@@ -3,9 +3,11 @@
 import itertools
 import json
 import math
+import random
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -92,8 +94,6 @@ def count_drafts() -> list[list[float]]:
 
     Returns both counts: [accepted drafts, drafts].
     """
-    from types import SimpleNamespace
-
     generator = torch.Generator().manual_seed(3)
     bounds = [0, 7, 8, 20, 24]
     n = bounds[-1]
@@ -129,8 +129,6 @@ def test_accepted_drafts_are_those_that_the_trunk_then_chooses(ranks: Any, job: 
 
 def evaluate_turns(data: str) -> dict[str, Any]:
     """Inside a rank: evaluate a model for which the loss of a token is its id, modulo 7."""
-    from types import SimpleNamespace
-
     head = SimpleNamespace(logprobs=lambda hidden, labels: -(labels % 7).float())
     policy: Any = SimpleNamespace(map=lambda batches, work: [work([None], head, batch) for batch in batches])
     place = world.join_world(ParallelConfig())
@@ -231,8 +229,6 @@ def train_after_evaluation(data: str) -> dict[str, Any]:
     Returns the bits of losses and gradient norms, and whether the evaluation leaves the random states
     unchanged.
     """
-    import random
-
     losses, same_state = [], []
     for evaluates in (False, True):
         trainer = tiny_trainer(

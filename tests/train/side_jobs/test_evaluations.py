@@ -209,19 +209,14 @@ def test_wrong_benchmarks_are_refused_before_the_run(options: list[str], reason:
 def test_evaluation_jobs_are_valid_submit_commands(tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
     config = build_config(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "evaluate.background.where=slurm",
-                          "evaluate.background.cluster=local")
-    argv = build_eval_command(config, EvalJob(10, "needle"), tmp_path / "step-10", tmp_path / "out.json")
-    assert argv[1:4] == ["-m", "megatron_sov", "submit"]
-    assert cli.main([*argv[3:], "--dry-run"]) == 0
-    script = capsys.readouterr().out
-    assert ("megatron_sov eval needle" in script.replace("\\\n", "")
-            and f"--output {tmp_path / 'out.json'}" in script)
-    config = apply_settings(config, ['evaluate.lm.tasks=["quiz"]'])
-    argv = build_eval_command(config, EvalJob(10, "lm"), tmp_path / "step-10", tmp_path / "out.json")
-    assert cli.main([*argv[3:], "--dry-run"]) == 0
-    script = capsys.readouterr().out
-    assert ("megatron_sov eval lm" in script.replace("\\\n", "")
-            and f"--output={tmp_path / 'out.json'}" in script)
+                          "evaluate.background.cluster=local", 'evaluate.lm.tasks=["quiz"]')
+    for task, separator in (("needle", " "), ("lm", "=")):
+        argv = build_eval_command(config, EvalJob(10, task), tmp_path / "step-10", tmp_path / "out.json")
+        assert argv[1:4] == ["-m", "megatron_sov", "submit"]
+        assert cli.main([*argv[3:], "--dry-run"]) == 0
+        script = capsys.readouterr().out
+        assert f"megatron_sov eval {task}" in script.replace("\\\n", "")
+        assert f"--output{separator}{tmp_path / 'out.json'}" in script
 
 
 def write_capitals_task(folder: Path) -> Path:
