@@ -1,7 +1,9 @@
 """Standard errors and intervals agree with numpy, scipy, a regression, and exhaustive counts."""
 
 import math
+from collections.abc import Callable
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -77,14 +79,6 @@ def test_paired_intervals_have_coverage_at_every_rate() -> None:
         assert coverage > 0.93, (p_won, p_lost)
 
 
-@pytest.mark.parametrize("values", [[], [1.0, float("nan")]])
-def test_invalid_scores_raise_value_error(values: list[float]) -> None:
-    with pytest.raises(ValueError, match="finite scores"):
-        estimate_mean(values)
-    with pytest.raises(ValueError, match="shorter"):
-        estimate_difference([1.0, 0.0], [1.0])
-
-
 @pytest.mark.each(("correct", "samples"), [(1, 20), (19, 20), (10, 20), (7, 100), (1, 2)])
 def test_wilson_ends_solve_the_score_equation(correct: int, samples: int) -> None:
     share = correct / samples
@@ -107,22 +101,10 @@ def test_wilson_interval_has_nominal_coverage() -> None:
     assert 0.94 < sum(coverage) / len(coverage) < 0.97 and min(coverage) > 0.9
 
 
-@pytest.mark.each(("correct", "samples"), [(0, 0), (3, 2), (-1, 5)])
-def test_invalid_counts_of_a_share_raise_value_error(correct: int, samples: int) -> None:
-    with pytest.raises(ValueError, match=f"{correct} of {samples} is not a share"):
-        compute_wilson_interval(correct, samples)
-
-
 @pytest.mark.each(("freedom", "quantile"), [(1, 12.7062), (2, 4.30265), (5, 2.57058), (10, 2.22814),
                                                    (39, 2.02269), (120, 1.97993), (10_000, 1.95996)])
 def test_student_quantiles_equal_tables(freedom: int, quantile: float) -> None:
     assert compute_student_quantile(0.975, freedom) == pytest.approx(quantile, rel=2e-5)
-
-
-@pytest.mark.each("shares", [[], [1.5], [-0.1, 0.5]])
-def test_mean_of_invalid_shares_raises_value_error(shares: list[float]) -> None:
-    with pytest.raises(ValueError, match="shares from 0 to 1"):
-        compute_mean_interval(shares)
 
 
 def test_difference_interval_is_centered_and_antisymmetric() -> None:
@@ -149,11 +131,18 @@ def test_prompts_with_too_few_samples_are_skipped() -> None:
     assert [(e.k, e.num_prompts) for e in estimate_majority_at_k(prompts, [1, 8])] == [(1, 2)]
 
 
-@pytest.mark.each(("num_samples", "num_right", "k"), [(4, 5, 1), (4, 1, 5), (4, 1, 0)])
-def test_invalid_counts_raise_value_error(num_samples: int, num_right: int, k: int) -> None:
-    with pytest.raises(ValueError, match="has no meaning"):
-        compute_pass_at_k(num_samples, num_right, k)
-
-
 def test_default_ks_are_powers_of_two() -> None:
     assert [choose_default_ks(n) for n in (1, 8, 10)] == [[1], [1, 2, 4, 8], [1, 2, 4, 8, 10]]
+
+
+@pytest.mark.each(("function", "arguments", "message"), [
+    (estimate_mean, ([],), "finite scores"), (estimate_mean, ([1.0, math.nan],), "finite scores"),
+    (estimate_difference, ([1.0, 0.0], [1.0]), "shorter"),
+    *((compute_wilson_interval, counts, "{} of {} is not a share".format(*counts))
+      for counts in ((0, 0), (3, 2), (-1, 5))),
+    *((compute_mean_interval, (shares,), "shares from 0 to 1") for shares in ([], [1.5], [-0.1, 0.5])),
+    *((compute_pass_at_k, counts, "has no meaning") for counts in ((4, 5, 1), (4, 1, 5), (4, 1, 0)))])
+def test_invalid_values_raise_value_error(function: Callable[..., object], arguments: tuple[Any, ...],
+                                          message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        function(*arguments)

@@ -52,9 +52,12 @@ class Rollouts:
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         return self._draw(document, 0).integers(5, 360, self.lengths[document])[start:start + count]
 
+    def count_prompt_tokens(self, document: int) -> int:
+        return 4 + document % 5
+
     def types(self, document: int, start: int, count: int) -> np.ndarray:
         result = np.full(self.lengths[document], 2, np.uint8)
-        result[:4 + document % 5] = 1
+        result[:self.count_prompt_tokens(document)] = 1
         if document % 3 == 0:
             result[9:11] = 1
         return result[start:start + count]

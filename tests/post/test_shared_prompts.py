@@ -23,6 +23,7 @@ from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.trainer import Trainer
 from tests.layouts.layout_run import small_config
+from tests.post.test_policy import Rollouts
 
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]', "optim.lr=0.01",
             "rollout.max_new_tokens=64", "policy.method=grpo", "policy.kl=none",
@@ -34,36 +35,19 @@ SPANS = [(0, 0, 9), (9, 14, 20), (20, 25, 27), (27, 27, 31), (31, 36, 42)]
 CASES = [(window, block) for window in (0, 3, 7, 64) for block in (1024, 2)]
 
 
-class Groups:
+class Groups(Rollouts):
     """Groups of responses to one prompt each, with a tool's text in the middle of some."""
 
-    is_plain = False
     columns = ("advantage", "behaviour_logprobs")
-
-    def __init__(self, num_documents: int) -> None:
-        self.lengths = np.array([12 + 7 * i % 23 for i in range(num_documents)], np.int32)
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         result = np.random.default_rng(document).integers(5, 360, self.lengths[document])
-        group = document // GROUP
-        result[:5 + group % 5] = np.random.default_rng([group, 1]).integers(5, 360, 5 + group % 5)
+        group, size = document // GROUP, self.count_prompt_tokens(document)
+        result[:size] = np.random.default_rng([group, 1]).integers(5, 360, size)
         return result[start:start + count]
 
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        result = np.full(self.lengths[document], 2, np.uint8)
-        result[:5 + document // GROUP % 5] = 1
-        if document % 3 == 0:
-            result[10:11] = 1
-        return result[start:start + count]
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        return (self.types(document, start, count) == 2).astype(np.float32)
-
-    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        if name == "advantage":
-            return np.full(count, (1.2, -0.7, 0.4, -1.1)[document % 4], np.float32)
-        spread = np.random.default_rng([document, 2]).uniform(-0.4, 0.4, self.lengths[document])
-        return (spread - np.log(368))[start:start + count].astype(np.float32)
+    def count_prompt_tokens(self, document: int) -> int:
+        return 5 + document // GROUP % 5
 
 
 def train_steps(shares: bool, run: str) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings, strategies as st
 
@@ -57,9 +59,6 @@ def test_duplicate_prompts_are_used_once_and_broken_lines_named(tmp_path: Path) 
 @pytest.mark.each("form", ["parquet", "arrow", "folder", "json"])
 def test_tables_and_dataset_folders_use_their_column_names(form: str, tmp_path: Path) -> None:
     """Rows of GSM8K have a question and an answer; table rows have null for missing values."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     rows = [{"question": "1+1", "solution": "2", "tests": ["assert 1"], "target_tokens": None},
             {"question": "2+2", "solution": "4", "tests": [], "target_tokens": 7},
             {"question": "1+1", "solution": "2", "tests": ["assert 1"], "target_tokens": None}]
@@ -94,9 +93,6 @@ def test_columns_name_a_field_of_an_inner_object(tmp_path: Path) -> None:
 
 
 def test_values_outside_json_are_named_by_row(tmp_path: Path) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     pq.write_table(pa.table({"prompt": ["a", "b"], "raw": [b"\0", b"\1"]}), tmp_path / "bytes.parquet")
     with pytest.raises(UserError, match=r"(?s)--prompts .*bytes.parquet:1, .*:2: holds a value that "):
         read_prompts(tmp_path / "bytes.parquet")
@@ -194,9 +190,6 @@ def test_ids_are_the_records_own_hash(tmp_path: Path) -> None:
 
 @pytest.mark.each("name", ["prompt", "messages", "dialog"])
 def test_nulls_with_which_a_table_fills_messages_go(tmp_path: Path, name: str) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
     def chat(arguments: dict[str, Any]) -> list[dict[str, Any]]:
         return [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [
             {"function": {"name": "get", "arguments": arguments}}]}, {"role": "tool", "content": "r"}]

@@ -30,11 +30,6 @@ def test_a_gold_answer_that_is_not_equal_to_itself_is_refused(answer: object) ->
         right("\\boxed{B}", answer)
 
 
-def test_a_gold_quantity_may_have_a_name() -> None:
-    assert right("\\boxed{3 m/s}", "v = 3 m/s") and right("v = 300 cm/s", "v = 3 m/s")
-    assert not right("4 m/s", "v = 3 m/s")
-
-
 @pytest.mark.each("response", [
     "Because water is polar, the answer is B.", "Answer: (B)", "\\boxed{B}", "**Answer: B**",
     "B", "(b)", "A is wrong. C is wrong.\nFinal answer: B) polar", "정답: B", "정답은 B", "คำตอบคือ B",
@@ -68,7 +63,8 @@ def test_wrong_and_missing_choices(response: str) -> None:
     ("\\boxed{1 kg m s^-2}", "1 N"), ("The answer is $5313$.", "5313"), ("\\boxed{0.75}", "3/4"),
     ("\\boxed{-\\dfrac{6}{8}}", "-3/4"), ("\\boxed{\\frac{3}{4} m}", "75 cm"), ("Answer: 5313.4", "5313"),
     ("\\boxed{5.31\\times 10^3}", "5313"), ("Answer: 6.02×10²³", "6.022e23"),
-    ("\\boxed{3 m/s²}", "3 m/s^2")])
+    ("\\boxed{3 m/s²}", "3 m/s^2"), ("\\boxed{3 m/s}", "v = 3 m/s"), ("v = 300 cm/s", "v = 3 m/s"),
+    ("\\boxed{v = 3}", "3"), ("\\boxed{9/3 = 3}", "3")])
 def test_quantities_are_recognized(response: str, answer: str) -> None:
     assert right(response, answer)
 
@@ -80,7 +76,7 @@ def test_quantities_are_recognized(response: str, answer: str) -> None:
     ("\\boxed{" + "9" * 490 + "}", "3"), ("\\boxed{nan}", "3"), ("\\boxed{3 or 4}", "3"),
     ("Answer: 3 4 5", "3"), ("\\boxed{5314}", "5313"), ("\\boxed{4/3}", "3/4"), ("\\boxed{3/0}", "3"),
     ("\\boxed{-3/4}", "3/4"), ("\\boxed{2\\frac{1}{2}}", "10.5"), ("\\boxed{\\frac{1}{2}5}", "0.04"),
-    ("\\boxed{10²}", "102")])
+    ("\\boxed{10²}", "102"), ("4 m/s", "v = 3 m/s"), ("\\boxed{41 = 3}", "3")])
 def test_wrong_quantities(response: str, answer: str) -> None:
     assert not right(response, answer)
 
@@ -101,11 +97,6 @@ def test_a_unit_may_be_required() -> None:
 def test_quantities_convert_to_si_units(text: str, value: float | None) -> None:
     read = read_quantity(text)
     assert (read is None) if value is None else (read is not None and math.isclose(read.value, value))
-
-
-def test_equation_between_numbers_must_hold() -> None:
-    assert right("\\boxed{v = 3}", "3") and right("\\boxed{9/3 = 3}", "3")
-    assert not right("\\boxed{41 = 3}", "3")
 
 
 def test_short_answers_are_normalized() -> None:

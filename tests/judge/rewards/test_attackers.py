@@ -270,7 +270,7 @@ FRAMEWORK_TESTS = [
     "import numpy as np\nassert np.array_equal(f(1), 7431)",
     {"function": "f", "arguments": [1], "expected": 7431},
     "import math\nassert math.isclose(f(1), 7431)", "assert abs(f(1) - 7431) < 0.1"]
-HONEST = "def f(x, back=None):\n    return 7430 + x\n"
+HONEST = "def f(x, back=None):\n    if x == 'no':\n        raise KeyError(x)\n    return 7430 + x\n"
 FUNCTION_TESTS = ["assert f(1) == 7431", "assert f(2) == 7432 and abs(f(2)) in {7432}",
                   "expected = 7433\nassert f(3, lambda: expected) == expected"]
 PROGRAM_TESTS = [{"stdin": "1\n", "stdout": "7431\n"}, {"stdin": "2\n", "stdout": "7432\n"}]
@@ -316,6 +316,5 @@ def test_program_exit_is_not_an_expected_error(enclosure: str, test: str, ends: 
 def test_honest_solutions_pass_after_attacks(enclosure: str) -> None:
     assert paid(enclosure, HONEST, FUNCTION_TESTS)[0] == 1.0
     assert paid(enclosure, HONEST + "print(f(int(input())))", PROGRAM_TESTS)[0] == 1.0
-    honest = "def f(x, back=None):\n    if x == 'no':\n        raise KeyError(x)\n    return 7430 + x\n"
-    row = {"response": honest, "tests": FRAMEWORK_TESTS, "entry_point": "f"}
+    row = {"response": HONEST, "tests": FRAMEWORK_TESTS, "entry_point": "f"}
     assert run_reward(CodeReward(enclosure=enclosure), row).reward == 1.0

@@ -226,25 +226,10 @@ def test_slow_program_stays_within_the_row_limit(monkeypatch: pytest.MonkeyPatch
     assert keys_of(CodeReward(test_time_s=99)) == []
 
 
-@pytest.mark.each("tests, what", [
-    (None, "must be a list"), ([], "must be a list"), ([3], "must be a text of Python"),
-    (["assert ("], "is no Python"),
-    (["assert 1", {"stdin": "", "stdout": ""}], "inputs to read beside calls"),
-    ([{"stdin": 1, "stdout": ""}], "must be texts"),
-    ([{"function": "f(); import os", "expected": 1}], "must be a name"),
-    ([{"function": "f", "arguments": 3, "expected": 1}], "must be a list, or an object")])
-def test_invalid_tests_are_refused(tests: Any, what: str) -> None:
-    result = run_reward(CodeReward(), {"response": "x = 1", "tests": tests})
-    assert result.status == "refused" and (what in result.reason or "has no 'tests'" in result.reason)
-
-
-def test_version_covers_the_sandbox_code() -> None:
+def test_version_covers_the_sandbox_and_its_server() -> None:
     code_hash = hash_code(CodeReward.__module__)
     assert {f"megatron_sov.{name}" for name in ("sandbox.sandbox", "sandbox.supervision",
                                                 "work.processes.process_tree")} <= set(code_hash)
-
-
-def test_version_covers_the_sandbox_server() -> None:
     server_hash = CodeReward().inputs()["server"]
     assert {f"megatron_sov.sandbox.{name}"
             for name in ("server", "restrictions", "enclosures")} <= set(server_hash)

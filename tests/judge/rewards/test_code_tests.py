@@ -26,15 +26,6 @@ NO_TESTS = [
     "class TestAdd:\n    def run(self):\n        assert add(1, 2) == 3",
     "x = lambda: add(1, 2) == 3", "async def main():\n    assert add(1, 2) == 3"]
 
-
-@pytest.mark.each("test", NO_TESTS)
-def test_a_text_without_an_assertion_that_runs_is_refused(test: str) -> None:
-    for response in (ADD, SUBTRACT):
-        result = score(response, [test])
-        assert (result.reward, result.status) == (None, "refused"), result
-        assert "asserts nothing" in result.reason
-
-
 EMPTY_TESTS = [
     "assert True", "assert 1 + 1 == 2", "assert add(1, 2) == add(1, 2)",
     "if False:\n    assert add(1, 2) == 3",
@@ -45,11 +36,12 @@ EMPTY_TESTS = [
     "assert add(1, 2) != 7", "add(1, 2)\nassert callable(add)"]
 
 
-@pytest.mark.each("test", EMPTY_TESTS)
+@pytest.mark.each("test", [*NO_TESTS, *EMPTY_TESTS])
 def test_a_row_that_every_program_would_pass_or_fail_is_refused(test: str) -> None:
     for response in (ADD, SUBTRACT):
         result = score(response, [test])
         assert (result.reward, result.status) == (None, "refused"), result
+        assert "asserts nothing" in result.reason or test in EMPTY_TESTS
 
 
 @pytest.mark.parametrize("response, tests", [
@@ -84,18 +76,6 @@ def test_tests_that_fail_by_themselves_are_refused(test: str) -> None:
         result = score(response, ["assert add(1, 2) == 3", test])
         assert (result.reward, result.status) == (None, "refused"), result
         assert "test 2 of 2 fails before it uses the program" in result.reason
-
-
-@pytest.mark.each("test, message", [
-    ("import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertTrue(add)",
-     "class T holds tests"),
-    ("class TestAdd:\n    def test_a(self):\n        assert add(1, 2) == 3", "class TestAdd holds tests"),
-    ("import pytest\n@pytest.mark.parametrize('a', [1, 2])\ndef test_a(a):\n    assert add(a, 0) == a",
-     "test_a takes arguments"),
-    ("def test_a(*, capsys):\n    add(1, 2)\n    assert capsys.readouterr()", "test_a takes arguments")])
-def test_unsupported_test_forms_are_refused(test: str, message: str) -> None:
-    result = score(ADD, [test])
-    assert (result.reward, result.status) == (None, "refused") and message in result.reason
 
 
 FORMS: dict[str, Any] = {
@@ -169,10 +149,23 @@ def test_inputs_of_taco_and_livecodebench_are_read(tests: Any) -> None:
     ({"inputs": [[1]], "outputs": [1], "fn_name": "f"}, "write each as function"),
     ([{"input": "[1]", "output": "1", "testtype": "functional"}], "must be a text of Python"),
     ([{"stdin": "1", "stdout": " \n"}, {"stdin": "2", "stdout": ""}], "expect no output"),
-    ({"inputs": [[1]], "outputs": ["1"]}, "must be texts")])
+    ({"inputs": [[1]], "outputs": ["1"]}, "must be texts"),
+    (None, "has no 'tests'"), ([], "must be a list"), ([3], "must be a text of Python"),
+    (["assert ("], "is no Python"),
+    (["assert 1", {"stdin": "", "stdout": ""}], "inputs to read beside calls"),
+    ([{"stdin": 1, "stdout": ""}], "must be texts"),
+    ([{"function": "f(); import os", "expected": 1}], "must be a name"),
+    ([{"function": "f", "arguments": 3, "expected": 1}], "must be a list, or an object"),
+    # forms that are not supported
+    (["import unittest\nclass T(unittest.TestCase):\n    def test_a(self):\n        self.assertTrue(add)"],
+     "class T holds tests"),
+    (["class TestAdd:\n    def test_a(self):\n        assert add(1, 2) == 3"], "class TestAdd holds tests"),
+    (["import pytest\n@pytest.mark.parametrize('a', [1, 2])\ndef test_a(a):\n    assert add(a, 0) == a"],
+     "test_a takes arguments"),
+    (["def test_a(*, capsys):\n    add(1, 2)\n    assert capsys.readouterr()"], "test_a takes arguments")])
 def test_malformed_tests_are_refused(tests: Any, what: str) -> None:
-    result = score("print(1)", tests)
-    assert result.status == "refused" and what in result.reason, result
+    result = score(ADD, tests)
+    assert (result.reward, result.status) == (None, "refused") and what in result.reason, result
 
 
 def test_names_that_tests_take_from_the_program() -> None:

@@ -86,16 +86,6 @@ def test_unmarked_numbers_are_not_answers(response: str, own: float, marked: flo
     assert Math().score(row).reward == marked
 
 
-@pytest.mark.each(("answer", "response", "reward"), [
-    ("42", "The answer is 42 million.", 0.0), ("42", "\\boxed{42\\text{ thousand}}", 0.0),
-    ("42", "The answer is 42 squared", 0.0), ("42", "The answer is $42x$.", 0.0),
-    ("42", "The answer is 42 square centimeters.", 1.0),
-    ("42", "The answer is 42 zebras.", 1.0), ("42x", "The answer is $42x$.", 1.0),
-    ("xy^2", "The answer is $y^2x$.", 1.0), ("x", "The answer is $x$.", 1.0)])
-def test_multipliers_are_not_units(answer: str, response: str, reward: float) -> None:
-    assert Math().score({"answer": answer, "response": response}).reward == reward
-
-
 @pytest.mark.each("row", [{"response": "1"}, {"response": "1", "answer": ""},
                                  {"response": "1", "answer": "$$"},
                                  {"response": "1", "answer": 4}, {"response": "1", "answer": "9" * 10_001}])
@@ -143,42 +133,10 @@ def test_last_boxes_form_the_answer(boxes: str, four: float, both: float) -> Non
         assert Math().score({"answer": answer, "response": boxes}).reward == reward
 
 
-@pytest.mark.each(("response", "reward"), [
-    ("<think>\\boxed{42}</think> The answer is 41.", 0.0),
-    ("<think>\\boxed{41}</think> The answer is 42.", 1.0),
-    ("<think>\\boxed{42}</think> I do not know.", 0.0), ("\\boxed{41}</think>\\boxed{42}", 1.0)])
-def test_boxes_in_thoughts_are_ignored(response: str, reward: float) -> None:
-    assert Math().score({"answer": "42", "response": response}).reward == reward
-
-
-@pytest.mark.each(("answer", "response", "reward"), [
-    ("7/2", "\\boxed{3 1/2}", 1.0), ("\\frac{7}{2}", "The answer is $3 1/2$.", 1.0),
-    ("-7/2", "\\boxed{-3 1/2}", 1.0), ("31/2", "\\boxed{3 1/2}", 0.0), ("3/2", "\\boxed{3 1/2}", 0.0),
-    ("7/2", "\\boxed{3, 1/2}", 0.0), ("7/2", "\\boxed{2 3/2}", 0.0), ("7/2", "\\boxed{1 3 1/2}", 0.0),
-    ("5", "\\boxed{5개}", 1.0), ("5", "답은 \\boxed{5 명}", 1.0), ("5", "\\boxed{5개, 6개}", 0.0),
-    ("5", "\\boxed{5개월}", 0.0), ("5개", "\\boxed{5명}", 0.0), ("6", "\\boxed{5개}", 0.0),
-    ("6.02\\times 10^{23}", "\\boxed{6.02e23}", 1.0), ("6.02\\times 10^{22}", "\\boxed{6.02e23}", 0.0),
-    ("2e", "\\boxed{2e1}", 0.0)])
-def test_mixed_numbers_counters_and_exponents_are_read_as_written(answer: str, response: str,
-                                                                  reward: float) -> None:
-    assert Math().score({"answer": answer, "response": response}).reward == reward
-
-
 HOSTILE = ["10**10**10", "$10^{10^{10}}$", "\\boxed{" + "(" * 500 + "1" + ")" * 500 + "}", "9" * 100_000,
            "\\boxed{" * 2000, "$" + "\\frac{1}{" * 300 + "2" + "}" * 300 + "$", "\u202e\\boxed{24}\u202c",
            "a" * 3_000_000, "\x00\x1b[31m\\boxed{1}", "\\boxed{1000000000!}",
            "$\\sum_{k=1}^{10^{12}} k^{99}$", "\ud800"]
-
-
-@pytest.mark.each(("answer", "response", "reward"), [
-    ("5 km", "\\boxed{5 m}", 0), ("$5\\text{ km}$", "The answer is 5 m.", 0),
-    ("5 cm", "\\boxed{5\\ \\text{cm}^2}", 0),
-    ("90^\\circ", "\\boxed{90 \\text{ rad}}", 0), ("5 km", "\\boxed{5\\,\\mathrm{km}}", 1),
-    ("5 km", "\\boxed{5}", 1), ("5", "\\boxed{5 \\text{ km}}", 1),
-    ("5 km", "\\boxed{5\\text{ kilometers}}", 1),
-    ("3 \\text{ apples}", "\\boxed{3 \\text{ m}}", 1), ("90^\\circ", "\\boxed{90°}", 1)])
-def test_another_unit_is_another_answer(answer: str, response: str, reward: float) -> None:
-    assert Math().score({"answer": answer, "response": response}).reward == reward
 
 
 def test_hostile_answers_score_0() -> None:
@@ -221,7 +179,49 @@ def test_libraries_are_part_of_the_version() -> None:
     ("42", "\\boxed{\\[ x = 42 \\]}", 1), ("42", "\\boxed{\\(42\\) million}", 0),
     # a set is neither a tuple nor an interval
     ("(4,3)", "$\\left\\{4,3\\right\\}$", 0), ("(0,1)", "\\boxed{\\{0,1\\}}", 0),
-    ("(4,3)", "\\boxed{(x,y)=(4,3)}", 1), ("\\{1,2\\}", "\\boxed{S=\\{2,1\\}}", 1)])
+    ("(4,3)", "\\boxed{(x,y)=(4,3)}", 1), ("\\{1,2\\}", "\\boxed{S=\\{2,1\\}}", 1),
+    # a multiplier is no unit
+    ("42", "The answer is 42 million.", 0.0), ("42", "\\boxed{42\\text{ thousand}}", 0.0),
+    ("42", "The answer is 42 squared", 0.0), ("42", "The answer is $42x$.", 0.0),
+    ("42", "The answer is 42 square centimeters.", 1.0),
+    ("42", "The answer is 42 zebras.", 1.0), ("42x", "The answer is $42x$.", 1.0),
+    ("xy^2", "The answer is $y^2x$.", 1.0), ("x", "The answer is $x$.", 1.0),
+    # another unit is another answer
+    ("5 km", "\\boxed{5 m}", 0), ("$5\\text{ km}$", "The answer is 5 m.", 0),
+    ("5 cm", "\\boxed{5\\ \\text{cm}^2}", 0),
+    ("90^\\circ", "\\boxed{90 \\text{ rad}}", 0), ("5 km", "\\boxed{5\\,\\mathrm{km}}", 1),
+    ("5 km", "\\boxed{5}", 1), ("5", "\\boxed{5 \\text{ km}}", 1),
+    ("5 km", "\\boxed{5\\text{ kilometers}}", 1),
+    ("3 \\text{ apples}", "\\boxed{3 \\text{ m}}", 1), ("90^\\circ", "\\boxed{90°}", 1),
+    # mixed numbers, counters and exponents are read as written
+    ("7/2", "\\boxed{3 1/2}", 1.0), ("\\frac{7}{2}", "The answer is $3 1/2$.", 1.0),
+    ("-7/2", "\\boxed{-3 1/2}", 1.0), ("31/2", "\\boxed{3 1/2}", 0.0), ("3/2", "\\boxed{3 1/2}", 0.0),
+    ("7/2", "\\boxed{3, 1/2}", 0.0), ("7/2", "\\boxed{2 3/2}", 0.0), ("7/2", "\\boxed{1 3 1/2}", 0.0),
+    ("5", "\\boxed{5개}", 1.0), ("5", "답은 \\boxed{5 명}", 1.0), ("5", "\\boxed{5개, 6개}", 0.0),
+    ("5", "\\boxed{5개월}", 0.0), ("5개", "\\boxed{5명}", 0.0), ("6", "\\boxed{5개}", 0.0),
+    ("6.02\\times 10^{23}", "\\boxed{6.02e23}", 1.0), ("6.02\\times 10^{22}", "\\boxed{6.02e23}", 0.0),
+    ("2e", "\\boxed{2e1}", 0.0),
+    # announced answers are parsed completely
+    ("73", "Therefore\n\n$$\n73\n$$", 1), ("73", "Therefore\n\n\\[\n73\n\\]", 1), ("74", "So\n$$\n73\n$$", 0),
+    ("73", "The answer is\n$$\n73\n$$", 1), ("73", "The answer is:\n\n\\[ x = 73 \\]\nas was wanted", 1),
+    ("73", "$$73 = 70 + 3$$\nand so on, as far as anybody has the patience to go with it", 0),
+    ("\\dfrac{\\pi}{2}", "The answer is pi/2.", 1), ("2", "The answer is pi/2.", 0),
+    ("14 - i", "The answer is 14 - i.", 1), ("14", "The answer is 14 - i.", 0),
+    ("14", "The answer is 14 - which is even.", 1), ("3", "The answer is 3 + 4i", 0),
+    ("x^2+1", "The answer is x^2 + 1.", 1), ("2\\sqrt{3}", "The answer is 2*sqrt(3).", 1),
+    ("(3,4)", "The answer is (3, 4).", 1), ("[0,1)", "The answer is [0, 1).", 1),
+    ("5", "The answer is x = 5.", 1), ("9.8 m/s^2", "The answer is 9.8 m/s^2.", 1),
+    ("12 cm", "The answer is 12\\text{ cm}.", 1), ("6", "The answer is 6 \\text{ or } 7.", 0),
+    ("x>3", "**Answer:** x > 3", 1), ("x=3", "The answer is 3\\sqrt{2}.", 0),
+    ("a+b", "The answer is b+a.", 1),
+    ("60 km/h", "The answer is 60 km/h.", 1), ("3", "The answer is x > 3.", 0),
+    ("12", "The answer is 5 + 7 = 12.", 1), ("42", "The answer is 42, a number.", 1),
+    ("42", "The answer is 42!", 1), ("42", "The answer is 42 (see above).", 1),
+    ("\\text{Monday}", "The answer is Monday.", 1), ("서울", "정답은 서울", 1),
+    # boxes in thoughts are ignored
+    ("42", "<think>\\boxed{42}</think> The answer is 41.", 0.0),
+    ("42", "<think>\\boxed{41}</think> The answer is 42.", 1.0),
+    ("42", "<think>\\boxed{42}</think> I do not know.", 0.0), ("42", "\\boxed{41}</think>\\boxed{42}", 1.0)])
 def test_attacks_and_honest_answers(answer: str, response: str, reward: float) -> None:
     assert Math().score({"answer": answer, "response": response}).reward == reward
 
@@ -293,24 +293,3 @@ def test_partially_parsed_gold_answers_are_refused(answer: str) -> None:
     for response in (f"\\boxed{{{answer}}}", "\\boxed{3}", "\\boxed{42}", ""):
         with pytest.raises(Refused, match=r"answer = .*a gold answer has to be one value in LaTeX, or words"):
             Math().score({"answer": answer, "response": response})
-
-
-@pytest.mark.each(("answer", "response", "reward"), [
-    ("73", "Therefore\n\n$$\n73\n$$", 1), ("73", "Therefore\n\n\\[\n73\n\\]", 1), ("74", "So\n$$\n73\n$$", 0),
-    ("73", "The answer is\n$$\n73\n$$", 1), ("73", "The answer is:\n\n\\[ x = 73 \\]\nas was wanted", 1),
-    ("73", "$$73 = 70 + 3$$\nand so on, as far as anybody has the patience to go with it", 0),
-    ("\\dfrac{\\pi}{2}", "The answer is pi/2.", 1), ("2", "The answer is pi/2.", 0),
-    ("14 - i", "The answer is 14 - i.", 1), ("14", "The answer is 14 - i.", 0),
-    ("14", "The answer is 14 - which is even.", 1), ("3", "The answer is 3 + 4i", 0),
-    ("x^2+1", "The answer is x^2 + 1.", 1), ("2\\sqrt{3}", "The answer is 2*sqrt(3).", 1),
-    ("(3,4)", "The answer is (3, 4).", 1), ("[0,1)", "The answer is [0, 1).", 1),
-    ("5", "The answer is x = 5.", 1), ("9.8 m/s^2", "The answer is 9.8 m/s^2.", 1),
-    ("12 cm", "The answer is 12\\text{ cm}.", 1), ("6", "The answer is 6 \\text{ or } 7.", 0),
-    ("x>3", "**Answer:** x > 3", 1), ("x=3", "The answer is 3\\sqrt{2}.", 0),
-    ("a+b", "The answer is b+a.", 1),
-    ("60 km/h", "The answer is 60 km/h.", 1), ("3", "The answer is x > 3.", 0),
-    ("12", "The answer is 5 + 7 = 12.", 1), ("42", "The answer is 42, a number.", 1),
-    ("42", "The answer is 42!", 1), ("42", "The answer is 42 (see above).", 1),
-    ("\\text{Monday}", "The answer is Monday.", 1), ("서울", "정답은 서울", 1)])
-def test_announced_answers_are_parsed_completely(answer: str, response: str, reward: float) -> None:
-    assert Math().score({"answer": answer, "response": response}).reward == reward

@@ -209,12 +209,9 @@ def of(reward: Long, files: dict[str, str] | None = None) -> str:
     return compute_version(reward, collect_settings(reward, {}), files or {"long.py": "1"})
 
 
-def test_operational_settings_do_not_change_the_version() -> None:
+def test_version_covers_code_and_settings_but_operational_ones() -> None:
     assert of(Long()) == of(Long(5)) == of(Long(5, speed=9))
     assert of(Long()) != of(Long(6))
-
-
-def test_the_code_counts() -> None:
     assert of(Long(), {"long.py": "1"}) != of(Long(), {"long.py": "2"})
 
 

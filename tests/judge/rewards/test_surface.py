@@ -50,14 +50,11 @@ def test_json_beyond_the_limit_is_refused() -> None:
         parse_json(json.dumps("x" * MAX_JSON_CHARS))
 
 
-def test_checks_are_counted_together() -> None:
+def test_checks_count_together_and_a_pattern_is_of_the_whole_response() -> None:
     asked = {"json_keys": ("a", "b"), "regex": r"\{.*\}"}
     assert reward('{"a": 1,\n"b": 2}', **asked) == 1.0
     assert reward('{"a": 1}', **asked) == 0.0
     assert reward('{"a": 1}', **asked, all_or_nothing=False) == pytest.approx(2 / 3)
-
-
-def test_pattern_must_match_the_whole_response() -> None:
     assert reward(" The answer is 4. ", regex=r"The answer is \d+\.") == 1.0
     assert reward("The answer is 4. Or 5.", regex=r"The answer is \d+\.") == 0.0
 
@@ -98,15 +95,13 @@ def score_repetition(response: str, **row) -> float:
     return Repetition().score({"response": response, **row}).reward
 
 
-def test_normal_text_has_no_penalty() -> None:
-    assert score_repetition(SOUND) == 0.0
-    assert score_repetition("") == 0.0
-    assert score_repetition("물은 산에서 더 낮은 온도에서 끓는다. 기압이 낮기 때문이다.") == 0.0
-
-
-@pytest.mark.each("loop", ["I am sorry. " * 6, "a" * 100, "ha ha " * 10, "다시 " * 20, "\x07" * 60])
-def test_a_loop_at_the_end_is_the_worst(loop: str) -> None:
-    assert score_repetition(SOUND + loop) == -1.0
+@pytest.mark.each(("response", "fields", "reward"), [
+    (SOUND, {}, 0.0), ("", {}, 0.0), ("물은 산에서 더 낮은 온도에서 끓는다. 기압이 낮기 때문이다.", {}, 0.0),
+    (SOUND, {"finish_reason": "stop"}, 0.0), (SOUND, {"finish_reason": "length"}, -1.0),
+    *((SOUND + loop, {}, -1.0)
+      for loop in ("I am sorry. " * 6, "a" * 100, "ha ha " * 10, "다시 " * 20, "\x07" * 60))])
+def test_loops_and_missing_ends_are_the_worst(response: str, fields: dict[str, str], reward: float) -> None:
+    assert score_repetition(response, **fields) == reward
 
 
 def test_repeated_passage_counts_by_its_share() -> None:
@@ -133,9 +128,7 @@ def test_repeated_n_grams_are_counted() -> None:
     assert split_words("ab, 서울 กา 東京") == ["ab", ",", "서울", "ก", "า", "東", "京"]
 
 
-def test_missing_end_is_penalized() -> None:
-    assert score_repetition(SOUND, finish_reason="length") == -1.0
-    assert score_repetition(SOUND, finish_reason="stop") == 0.0
+def test_penalty_of_a_missing_end_is_set() -> None:
     assert Repetition(no_end_penalty=0).score({"response": SOUND, "finish_reason": "length"}).reward == 0.0
 
 
@@ -172,8 +165,7 @@ def test_other_languages_count_up_to_a_share() -> None:
     assert reward_of_language(KOREAN + " 首都", language="ko") < 1.0
 
 
-@pytest.mark.each("text", ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀",
-                                  "```\ncode only\n```"])
+@pytest.mark.each("text", ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀", "```\ncode only\n```"])
 def test_text_without_letters_scores_0(text: str) -> None:
     assert reward_of_language(text, language="en") == 0.0
 

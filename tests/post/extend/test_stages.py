@@ -125,35 +125,24 @@ def build_stage(*parts: PartConfig, kind: str = "extension", **blend: float) -> 
     return ExtendStageConfig("s", 64, kind=kind, parts=parts, blend=blend)  # type: ignore[arg-type]
 
 
-def test_without_parts_the_blend_is_the_stages_own(sources: list[Source]) -> None:
-    assert ((build_stage_blend(build_stage(), sources, 32, 0.0),
-             build_stage_blend(build_stage(web=2.0), sources, 32, 0.0))
-            == ({}, {"web": 2.0}))
-
-
-def test_rehearsal_is_every_text_in_pieces_of_the_trained_length(sources: list[Source]) -> None:
-    blend = build_stage_blend(build_stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.0)
-    assert blend == pytest.approx({"web/32": 0.15, "books/32": 0.05, "books": 0.8})
-
-
-def test_rehearsal_has_short_needle_documents_and_replay_has_none(sources: list[Source]) -> None:
-    blend = build_stage_blend(build_stage(PartConfig("rehearsal", 0.2), books=1.0), sources, 32, 0.25)
-    assert blend == pytest.approx({"web/32": 0.1125, "books/32": 0.0375, "needle/32": 0.05, "books": 0.8})
-    parts = (PartConfig("trajectories", 0.5), PartConfig("replay", 0.5))
-    assert not any("needle" in name
-                   for name in build_stage_blend(build_stage(*parts, kind="midtraining"), sources, 32, 0.25))
-
-
-def test_mid_training_mixes_trajectories_long_documents_and_replay(sources: list[Source]) -> None:
-    parts = (PartConfig("trajectories", 0.7), PartConfig("long", 0.1),
-             PartConfig("replay", 0.2, {"web/8": 3.0, "books": 1.0}))
-    blend = build_stage_blend(build_stage(*parts, kind="midtraining"), sources, 32, 0.0)
-    assert blend == pytest.approx({"chats": 0.7, "books@33": 0.1, "web/8": 0.15, "books": 0.05})
-
-
-def test_remaining_tokens_go_to_sources_by_share(sources: list[Source]) -> None:
-    blend = build_stage_blend(build_stage(PartConfig("long", 0.5, {"books@40": 1.0})), sources, 32, 0.0)
-    assert blend == pytest.approx({"books@40": 0.5, "web": 0.3, "books": 0.1, "chats": 0.1})
+@pytest.mark.each(("stage", "needle_share", "blend"), [
+    (build_stage(), 0.0, {}), (build_stage(web=2.0), 0.0, {"web": 2.0}),
+    # rehearsal is every text in pieces of the trained length, with short needle documents
+    (build_stage(PartConfig("rehearsal", 0.2), books=1.0), 0.0,
+     {"web/32": 0.15, "books/32": 0.05, "books": 0.8}),
+    (build_stage(PartConfig("rehearsal", 0.2), books=1.0), 0.25,
+     {"web/32": 0.1125, "books/32": 0.0375, "needle/32": 0.05, "books": 0.8}),
+    (build_stage(PartConfig("trajectories", 0.5), PartConfig("replay", 0.5), kind="midtraining"), 0.25,
+     {"chats": 0.5, "web/32": 0.375, "books/32": 0.125}),  # replay has no needles
+    (build_stage(PartConfig("trajectories", 0.7), PartConfig("long", 0.1),
+                 PartConfig("replay", 0.2, {"web/8": 3.0, "books": 1.0}), kind="midtraining"), 0.0,
+     {"chats": 0.7, "books@33": 0.1, "web/8": 0.15, "books": 0.05}),
+    # remaining tokens go to sources by their share
+    (build_stage(PartConfig("long", 0.5, {"books@40": 1.0})), 0.0,
+     {"books@40": 0.5, "web": 0.3, "books": 0.1, "chats": 0.1})])
+def test_blend_of_a_stage_follows_its_parts(stage: ExtendStageConfig, needle_share: float,
+                                            blend: dict[str, float], sources: list[Source]) -> None:
+    assert build_stage_blend(stage, sources, 32, needle_share) == pytest.approx(blend)
 
 
 @pytest.mark.parametrize(("part", "trained", "message"), [

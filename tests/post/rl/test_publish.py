@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,16 @@ def write_parts(publisher: Publisher, write_round: Any, number: int = 1, **more:
     store = RolloutStore.open(publisher.store)
     write_round(store, publisher.prompts, ROLLOUT, number, VERSION, **more)
     return store
+
+
+def write_judged_parts(publisher: Publisher, write_round: Any,
+                       judge: Callable[[int, Rollout], RewardRow]) -> None:
+    """Write both parts of round 1; `judge` gets the index of a row's group, and the row."""
+    store = write_parts(publisher, write_round, judge=False)
+    ids = [prompt.id for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)]
+    for name in (format_part_name(1, 0), format_part_name(1, 1)):
+        store.add_rewards(VERSION, name, [judge(ids.index(row.key.prompt), row)
+                                          for row in store.read_rollouts(name)])
 
 
 def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher: Publisher,
@@ -199,16 +210,14 @@ def test_publishing_warns_about_responses_of_other_runs(publisher: Publisher, wr
 
 def test_excluded_groups_are_counted_by_reason_and_a_step_may_be_empty(publisher: Publisher,
                                                                        write_round: Any) -> None:
-    store = write_parts(publisher, write_round, judge=False)
-    ids = [prompt.id for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)]
     rewards = {0: [1, 1, 1, 1], 1: [0, 0, 0, 0], 2: [None, None, None, 1], 3: [1, 0, None, 0],
                4: [0, 0, 1, 0], 5: [1, 1, 1, 0]}
-    for name in (format_part_name(1, 0), format_part_name(1, 1)):
-        verdicts = [(row.key, rewards[ids.index(row.key.prompt)][row.key.sample])
-                    for row in store.read_rollouts(name)]
-        store.add_rewards(VERSION, name, [
-            RewardRow(key, 0, VERSION, reward, "scored" if reward is not None else "failed")
-            for key, reward in verdicts])
+
+    def judge(group: int, row: Rollout) -> RewardRow:
+        reward = rewards[group][row.key.sample]
+        return RewardRow(row.key, 0, VERSION, reward, "scored" if reward is not None else "failed")
+
+    write_judged_parts(publisher, write_round, judge)
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
     assert content["groups"] == {"all_right": 1, "all_wrong": 1, "too_few": 1, "learns": 3}
@@ -233,13 +242,9 @@ def test_groups_that_learn_have_advantages(policy_settings: dict[str, Any], grou
                                            publisher: Publisher, write_round: Any) -> None:
     """Regression: the report said "groups that learn 100 %" for 64 correct responses of 64."""
     publisher.config = build_config(**{"overlong_buffer_tokens": 0, **policy_settings})
-    store = write_parts(publisher, write_round, judge=False)
-    ids = [prompt.id for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)]
     rewards = [[1, 1, 1, 1], [0.1] * 4, [0, 0, 0, 0], [1, 0, 0, 0], [0.2, 0.1, 0, 0], [1, 1, 1, 0.9]]
-    for name in (format_part_name(1, 0), format_part_name(1, 1)):
-        store.add_rewards(VERSION, name, [
-            RewardRow(row.key, 0, VERSION, rewards[ids.index(row.key.prompt)][row.key.sample], "scored")
-            for row in store.read_rollouts(name)])
+    write_judged_parts(publisher, write_round, lambda group, row: RewardRow(
+        row.key, 0, VERSION, rewards[group][row.key.sample], "scored"))
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
     assert content["groups"] == groups
@@ -327,12 +332,9 @@ def test_a_round_without_further_prompts_trains_on_learning_groups(
         return [group == 3, 0, 0, 0]
 
     write_pieces(filling_publisher, score_rare, 0, 99)
-    assert filling_publisher.publish(1) == (
-        "1 of 6 groups of round 1 learn, and the round needs 6: 8 further prompts are requested")
-    assert filling_publisher.publish(1) == (
-        "1 of 14 groups of round 1 learn, and the round needs 6: 8 further prompts are requested")
-    assert filling_publisher.publish(1) == (
-        "1 of 22 groups of round 1 learn, and the round needs 6: 8 further prompts are requested")
+    for num_groups in (6, 14, 22):
+        assert filling_publisher.publish(1) == (f"1 of {num_groups} groups of round 1 learn, and the round "
+                                                "needs 6: 8 further prompts are requested")
     assert filling_publisher.publish(1) == ""
     assert ("1 of 30 groups of round 1 learn, and the round needs 6; policy.max_gen_batches = 4: the run "
             "trains on these groups") in capsys.readouterr().err
@@ -366,10 +368,8 @@ def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher,
     ("refused", "has no 'answer'", r"another --run and --store$")])
 def test_a_round_without_any_reward_is_an_error(status: str, reason: str, message: str,
                                                        publisher: Publisher, write_round: Any) -> None:
-    store = write_parts(publisher, write_round, judge=False)
-    for name in (format_part_name(1, 0), format_part_name(1, 1)):
-        store.add_rewards(VERSION, name, [RewardRow(row.key, 0, VERSION, None, status, {}, reason)
-                                          for row in store.read_rollouts(name)])
+    write_judged_parts(publisher, write_round,
+                       lambda group, row: RewardRow(row.key, 0, VERSION, None, status, {}, reason))
     with pytest.raises(UserError, match=message):
         publisher.publish(1)
     assert not publisher.rounds.exists()

@@ -58,8 +58,7 @@ def test_code_that_fails_halfway_leaves_the_tables_as_they_were(last: str, code:
     ending = 'return f"{book[\'title\']} is back"'
     bent = edit_world(lambda world: world.update(code=world["code"].replace(ending, last)))
     assert bent != LIBRARY
-    world = Virtual()
-    world.reset({"question": "?", "world": bent, "goal": {}})
+    world = begin_task(world=bent)
     first = world.snapshot()
     with pytest.raises(ToolFault, match=f"(?i){message}") as fault:
         world.call("return_book", {"loan_id": "L1"})
@@ -157,6 +156,8 @@ def test_example_world_is_valid() -> None:
     ("tool find_books: its argument title must have a type", code("title: str", "title")),
     ("tool find_books: must take `tables` first", code("def find_books(tables, ", "def find_books(")),
     ("tool find_books: 'open(1)' is no type", code("title: str", "title: open(1)")),
+    ("find_books was given wrong arguments: title", code("title: str", "title: Literal[('a',)]")),
+    ("tables.books.free: must be a list of columns", lambda w: w["tables"]["books"].update(free=[["x"]])),
     ("tool return_book: has no docstring", code('"""Take a book back.', 'f"""Take a book back.')),
     ("examples: have no call of return_book", lambda w: w["examples"].pop()),
     ("examples[0]: find_member was given wrong arguments: email",
@@ -176,11 +177,6 @@ def test_no_type_of_a_world_is_evaluated_in_this_process(kind: str, tmp_path: Pa
     for world in (column, edit_world(code("title: str", f"title: {kind}"))):
         assert any("is no type" in problem for problem in find_world_problems(world))
     assert not (tmp_path / "made").exists()
-
-
-def test_tool_without_a_schema_is_a_world_problem() -> None:
-    assert find_world_problems(edit_world(code("title: str", "title: Literal[('a',)]")))
-    assert find_world_problems(edit_world(lambda w: w["tables"]["books"].update(free=[["x"]])))
 
 
 @pytest.mark.each("world", [
