@@ -3,7 +3,6 @@
 import json
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import find_damaged_files
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.cli import main
-from megatron_sov.convert.dcp import writer
 from megatron_sov.convert.dcp.to_dcp import list_parts, to_dcp
 from megatron_sov.model import recipes
 from megatron_sov.model.families import supported as models
@@ -98,12 +96,3 @@ def test_written_files_have_the_weights_of_the_checkpoint(solar_dir: Path, tmp_p
     dcp.load({"model.model.layers.1.mlp.experts.down_proj": experts}, checkpoint_id=out / "step-0")
     for expert in range(8):
         assert experts[expert].equal(weights.read(f"model.layers.1.mlp.experts.{expert}.down_proj.weight"))
-
-
-def test_damage_and_interruption_leave_no_folder(solar_dir: Path, tmp_path: Path,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
-    convert.from_hf(solar_dir, tmp_path / "ours")
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(writer, "sha256_file", Mock(side_effect=KeyboardInterrupt))
-        to_dcp(tmp_path / "ours", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["ours"]

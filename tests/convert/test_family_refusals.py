@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron_sov import convert, recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
+from tests.convert.hf_folders import check_refused, edit_tensors, write_folder
 
 SIZES = ["model.vocab_size=16", "model.hidden_size=8", "model.num_heads=2", "model.num_kv_heads=1",
          "model.head_dim=4", "model.num_layers=2", "model.dense_ffn_dim=8"]
@@ -79,13 +80,7 @@ def test_unsupported_folders_name_the_tensor_or_field(recipe: str,
     tensors = {name: torch.ones(shape) for link in family.links(model)
                for name, shape in link.hf_shapes().items()}
     damage(tensors, config)
-    hf = tmp_path / "hf"
-    hf.mkdir()
-    (hf / "config.json").write_text(json.dumps(config))
-    save_file(tensors, hf / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=expected):
-        convert.from_hf(hf, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    check_refused(write_folder(tmp_path / "hf", tensors, config), expected)
 
 
 def write_folder_without(name: str, folder: Path, **config: Any) -> Path:
@@ -100,11 +95,7 @@ def write_folder_without(name: str, folder: Path, **config: Any) -> Path:
                for link in family.links(model) for key, shape in link.hf_shapes().items()}
     tensors |= {copy: tensors[other].clone() for copy, other in family.find_copies(model).items()}
     tensors = {key: tensor for key, tensor in tensors.items() if not name or not key.startswith(name)}
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(
-        family.to_hf_config(model, "float32", TokenIds()) | config))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
+    return write_folder(folder, tensors, family.to_hf_config(model, "float32", TokenIds()) | config)
 
 
 def test_prediction_layer_round_trip_is_bit_exact(tmp_path: Path) -> None:
@@ -143,18 +134,13 @@ def test_prediction_layer_is_detected_from_tensors(tmp_path: Path) -> None:
 ])
 def test_unsupported_prediction_layer_is_named(missing: str, config: dict[str, Any], expected: str,
                                                tmp_path: Path) -> None:
-    folder = write_folder_without(missing, tmp_path / "hf", **config)
-    with pytest.raises(UserError, match=expected):
-        convert.from_hf(folder, tmp_path / "out")
+    check_refused(write_folder_without(missing, tmp_path / "hf", **config), expected)
 
 
 def test_differing_duplicate_is_rejected(tmp_path: Path) -> None:
     folder = write_folder_without("", tmp_path / "hf")
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.2.embed_tokens.weight"][3, 4] += 1
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"2\.embed_tokens\.weight differs from model\.embed_tokens\.weight"):
-        convert.from_hf(folder, tmp_path / "out")
+    edit_tensors(folder, lambda tensors: tensors["model.layers.2.embed_tokens.weight"][3, 4].add_(1))
+    check_refused(folder, r"2\.embed_tokens\.weight differs from model\.embed_tokens\.weight")
     assert [check for check in convert.verify(folder, folder, load=False).checks
             if not check.passed and "copies that differ" in check.name]
 

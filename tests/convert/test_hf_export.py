@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from huggingface_hub import ModelCard
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from megatron_sov import convert
@@ -18,27 +18,19 @@ from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.convert.hf_export import ConversionProof, TensorRecord
+from tests.convert.hf_folders import edit_tensors, round_trip, set_config
 
 
 @pytest.fixture
 def pair(exaone_dir: Path, tmp_path: Path) -> tuple[Path, Path]:
-    convert.from_hf(exaone_dir, tmp_path / "ckpt")
-    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
-    return tmp_path / "ckpt", tmp_path / "hf"
+    hf = round_trip(exaone_dir, tmp_path)
+    return tmp_path / "ckpt", hf
 
 
 def list_failed_checks(proof: ConversionProof) -> dict[str, float]:
     checks = proof.checks
     assert all(check.passed == (check.value <= check.limit) for check in checks)
     return {check.name: check.value for check in checks if not check.passed}
-
-
-def edit(folder: Path, name: str, value: torch.Tensor | None) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors.pop(name)
-    if value is not None:
-        tensors[name] = value
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def test_verify_accepts_all_forms_of_one_model(pair, exaone_dir: Path) -> None:
@@ -87,9 +79,7 @@ def test_export_has_all_files_for_the_hub(imported: dict[str, Path], tmp_path: P
 def test_verify_finds_and_measures_a_changed_weight(pair) -> None:
     checkpoint, hf = pair
     name = "model.layers.2.mlp.experts.6.up_proj.weight"
-    weight = load_file(hf / "model.safetensors")[name]
-    weight[3, 4] += 0.5
-    edit(hf, name, weight)
+    edit_tensors(hf, lambda tensors: tensors[name][3, 4].add_(0.5))
     proof = convert.verify(checkpoint, hf, load=False)
     assert [c.detail for c in proof.checks if c.name == "tensors whose values differ"] == [name]
     assert [n for n, record in proof.tensors.items() if len(set(record.sha256)) == 2] == [name]
@@ -107,19 +97,16 @@ def test_verify_accepts_a_cast_copy_after_rounding(pair, tmp_path: Path) -> None
 
 def test_verify_finds_a_changed_config_field(pair) -> None:
     checkpoint, hf = pair
-    config = json.loads((hf / "config.json").read_text())
-    (hf / "config.json").write_text(json.dumps(config | {"routed_scaling_factor": 1.0}))
+    set_config(hf, routed_scaling_factor=1.0)
     result = list_failed_checks(convert.verify(checkpoint, hf, load=False))
     assert result == {f"{hf}: files that differ from the manifest": 1, "config fields that differ": 1}
 
 
 def test_verify_distinguishes_negative_zero(solar_dir: Path, tmp_path: Path) -> None:
     shutil.copytree(solar_dir, tmp_path / "b")
-    edit(tmp_path / "b", "model.norm.weight",
-         load_file(solar_dir / "model.safetensors")["model.norm.weight"] * 0)
+    edit_tensors(tmp_path / "b", lambda tensors: tensors["model.norm.weight"].zero_())
     shutil.copytree(tmp_path / "b", tmp_path / "c")
-    edit(tmp_path / "c", "model.norm.weight",
-         -load_file(tmp_path / "b/model.safetensors")["model.norm.weight"])
+    edit_tensors(tmp_path / "c", lambda tensors: tensors["model.norm.weight"].neg_())
     assert list_failed_checks(convert.verify(tmp_path / "b", tmp_path / "c", load=False)) == {
         "tensors whose values differ": 1}
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron_sov import convert, recipes
 from megatron_sov.base.artifacts import read_manifest
@@ -16,6 +16,7 @@ from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.model.config import LatentAttentionConfig, from_dict
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
+from tests.convert.hf_folders import round_trip, write_folder
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -105,9 +106,8 @@ def test_float32_routers_of_transformers_round_trip(solar_dir: Path, tmp_path: P
         router = model.get_parameter(name)
         router.data = router.data.float() * 1.003  # numbers that bfloat16 does not hold
     model.save_pretrained(tmp_path / "saved")
-    convert.from_hf(tmp_path / "saved", tmp_path / "ckpt")
-    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
-    saved, exported = read_tensors(tmp_path / "saved"), read_tensors(tmp_path / "hf")
+    saved, exported = (read_tensors(folder) for folder in (
+        tmp_path / "saved", round_trip(tmp_path / "saved", tmp_path)))
     assert_same_bits(exported, saved)
     float32_names = {name for name, tensor in saved.items() if tensor.dtype == torch.float32}
     assert float32_names == {*routers,
@@ -133,10 +133,5 @@ def test_stacked_experts_are_split_on_import(tmp_path: Path) -> None:
         gate, up, down = (torch.stack([separate[f"{prefix}{e}.{projection}_proj.weight"] for e in range(4)])
                           for projection in ("gate", "up", "down"))
         stacked |= {f"{prefix}gate_up_proj": torch.cat([gate, up], 1), f"{prefix}down_proj": down}
-    (tmp_path / "hf").mkdir()
-    save_file(stacked, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
-    (tmp_path / "hf/config.json").write_text(json.dumps(family.to_hf_config(model, "float32", TokenIds())))
-
-    convert.from_hf(tmp_path / "hf", tmp_path / "ckpt")
-    convert.to_hf(tmp_path / "ckpt", tmp_path / "back")
-    assert_same_bits(read_tensors(tmp_path / "back"), separate)
+    hf = write_folder(tmp_path / "hf", stacked, family.to_hf_config(model, "float32", TokenIds()))
+    assert_same_bits(read_tensors(round_trip(hf, tmp_path)), separate)

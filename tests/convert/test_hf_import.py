@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import GenerationConfig
 
 from megatron_sov import convert
@@ -29,6 +29,7 @@ from megatron_sov.model.modality import PICTURES, SOUNDS, take_records
 from megatron_sov.model.recipes import get
 from megatron_sov.omni.modality import build_processor_files
 from megatron_sov.runs.checkpoints import read_checkpoint_settings
+from tests.convert.hf_folders import check_refused, round_trip, save_tensors, set_config, write_folder
 from tests.omni_model import NUM_PICTURE_TOKENS, save_omni_model
 
 
@@ -37,12 +38,11 @@ def test_companion_files_are_copied(solar_dir: Path, tmp_path: Path) -> None:
     for file in solar_dir.iterdir():
         shutil.copy(file, source)
     (source / "modeling.py").write_text("raise SystemExit('code of strangers')")
-    convert.from_hf(source, tmp_path / "ckpt")
-    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
+    back = round_trip(source, tmp_path)
     for name in ("chat_template.jinja", "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        assert (tmp_path / "hf" / name).read_bytes() == (solar_dir / name).read_bytes()
-    assert not (tmp_path / "hf/modeling.py").exists()
-    config = json.loads((tmp_path / "hf/config.json").read_text())
+        assert (back / name).read_bytes() == (solar_dir / name).read_bytes()
+    assert not (back / "modeling.py").exists()
+    config = json.loads((back / "config.json").read_text())
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
 
 
@@ -51,38 +51,36 @@ def test_companion_files_are_copied(solar_dir: Path, tmp_path: Path) -> None:
 def test_damaged_companion_file_is_named(name: str, content: str, solar_dir: Path, tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source")
     (source / name).write_text(content)
-    with pytest.raises(UserError, match=f"source/{name}: .*; restore it from its source"):
-        convert.from_hf(source, tmp_path / "ckpt")
-    assert not (tmp_path / "ckpt").exists()
+    check_refused(source, f"source/{name}: .*; restore it from its source")
 
 
 def test_links_to_outside_the_folder_are_rejected(solar_dir: Path, tmp_path: Path) -> None:
     source = shutil.copytree(solar_dir, tmp_path / "source")
     (tmp_path / "secret").write_text("secret")
     (source / "added_tokens.json").symlink_to("../secret")
-    with pytest.raises(UserError, match=r"added_tokens\.json: is a link"):
-        convert.from_hf(source, tmp_path / "ckpt")
-    assert not (tmp_path / "ckpt").exists()
+    check_refused(source, r"added_tokens\.json: is a link")
+
+
+def add_turn_end(folder: Path, template: str) -> None:
+    """Give a folder the special token <end>, id 3, with which its chat template ends each message."""
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"] = [
+        {"id": 3, "content": "<end>", "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    (folder / "chat_template.jinja").write_text(template)
 
 
 def test_turn_ends_are_stop_tokens_of_the_export(solar_dir: Path, tmp_path: Path) -> None:
     """Engines take their stop tokens from generation_config.json."""
     source = shutil.copytree(solar_dir, tmp_path / "source",
                              ignore=shutil.ignore_patterns("generation_config.json"))
-    tokenizer = json.loads((source / "tokenizer.json").read_text())
-    tokenizer["added_tokens"] = [
-        {"id": 3, "content": "<end>", "single_word": False, "lstrip": False, "rstrip": False,
-         "normalized": False, "special": True}]
-    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (source / "chat_template.jinja").write_text(
-        "{% for m in messages %}{{ m.content }}<end>{% endfor %}{{ eos_token }}")
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-    (source / "config.json").write_text(json.dumps(json.loads((source / "config.json").read_text()) | ids))
-    convert.from_hf(source, tmp_path / "ckpt")
-    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
-    written = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    add_turn_end(source, "{% for m in messages %}{{ m.content }}<end>{% endfor %}{{ eos_token }}")
+    set_config(source, bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    back = round_trip(source, tmp_path)
+    written = json.loads((back / "generation_config.json").read_text())
     assert written == {"bos_token_id": 0, "eos_token_id": [1, 3]}
-    assert json.loads((tmp_path / "hf/config.json").read_text())["eos_token_id"] == 1
+    assert json.loads((back / "config.json").read_text())["eos_token_id"] == 1
 
 
 GENERATION, CONFIG = "generation_config.json", "config.json"
@@ -152,16 +150,15 @@ def test_missing_ids_are_added_to_generation_config(defaults: dict[str, Any] | N
     source = shutil.copytree(solar_dir, tmp_path / "source", ignore=shutil.ignore_patterns(GENERATION))
     if defaults is not None:
         (source / GENERATION).write_text(json.dumps(defaults))
-    convert.from_hf(source, tmp_path / "ckpt")
-    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
-    generation, config = (json.loads((tmp_path / "hf" / name).read_text()) for name in (GENERATION, CONFIG))
+    back = round_trip(source, tmp_path)
+    generation, config = (json.loads((back / name).read_text()) for name in (GENERATION, CONFIG))
     assert generation == (defaults or {}) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
     assert (config["bos_token_id"], config["eos_token_id"], config["pad_token_id"]) == (1, 2, 2)
-    assert GenerationConfig.from_pretrained(tmp_path / "hf").eos_token_id == 2
-    verification = convert.verify(tmp_path / "ckpt", tmp_path / "hf", load=False)
+    assert GenerationConfig.from_pretrained(back).eos_token_id == 2
+    verification = convert.verify(tmp_path / "ckpt", back, load=False)
     assert verification.passed, verification.checks
-    (tmp_path / "hf" / GENERATION).write_text(json.dumps(generation | {"eos_token_id": 1}))
-    failed_checks = [check for check in convert.verify(source, tmp_path / "hf", load=False).checks
+    (back / GENERATION).write_text(json.dumps(generation | {"eos_token_id": 1}))
+    failed_checks = [check for check in convert.verify(source, back, load=False).checks
                      if check.name == "special token ids that differ" and not check.passed]
     assert [check.detail for check in failed_checks] == ["eos ([2] and [1])"]
 
@@ -169,16 +166,11 @@ def test_missing_ids_are_added_to_generation_config(defaults: dict[str, Any] | N
 def test_turn_ends_are_added_to_base_defaults(solar_dir: Path, tmp_path: Path) -> None:
     """As after fine-tuning a base whose defaults stop at eos only."""
     source = shutil.copytree(solar_dir, tmp_path / "source")
-    tokenizer = json.loads((source / "tokenizer.json").read_text())
-    tokenizer["added_tokens"] = [{"id": 3, "content": "<end>", "single_word": False, "lstrip": False,
-                                  "rstrip": False, "normalized": False, "special": True}]
-    (source / "tokenizer.json").write_text(json.dumps(tokenizer))
-    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}<end>{% endfor %}")
+    add_turn_end(source, "{% for m in messages %}{{ m.content }}<end>{% endfor %}")
     before = json.loads((source / GENERATION).read_text())
-    convert.from_hf(source, tmp_path / "ckpt")
+    back = round_trip(source, tmp_path)
     assert json.loads((tmp_path / "ckpt/tokenizer" / GENERATION).read_text()) == before
-    convert.to_hf(tmp_path / "ckpt", tmp_path / "hf")
-    assert json.loads((tmp_path / "hf" / GENERATION).read_text()) == before | {"eos_token_id": [2, 3]}
+    assert json.loads((back / GENERATION).read_text()) == before | {"eos_token_id": [2, 3]}
 
 
 def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path,
@@ -335,18 +327,15 @@ def vision_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_renamed_folder(folder: Path, spelling: str, out: Path,
                          change: Callable[[dict[str, Any]], Any] = bool) -> Path:
     """Write a model's folder with tensor names in a spelling of `PREFIXES` and a changed config.json."""
-    out.mkdir()
     tensors = {}
     for name, tensor in load_file(folder / "model.safetensors").items():
         old, new = next((prefix, new_prefix) for prefixes in PREFIXES.values()
                         for prefix, new_prefix in zip(prefixes, PREFIXES[spelling], strict=True)
                         if name.startswith(prefix))
         tensors[new + name.removeprefix(old)] = tensor
-    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((folder / "config.json").read_text())
     change(config)
-    (out / "config.json").write_text(json.dumps(config))
-    return out
+    return write_folder(out, tensors, config)
 
 
 @pytest.mark.parametrize("spelling", PREFIXES)
@@ -398,10 +387,7 @@ def set_text(name: str, value: Any) -> Callable[[dict[str, Any]], Any]:
 def test_unsupported_multimodal_folders_raise_user_error(vision_model: Path,
                                                          change: Callable[[dict[str, Any]], Any],
                                                          expected: str, tmp_path: Path) -> None:
-    source = write_renamed_folder(vision_model, "as released", tmp_path / "hf", change)
-    with pytest.raises(UserError, match=expected):
-        convert.from_hf(source, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    check_refused(write_renamed_folder(vision_model, "as released", tmp_path / "hf", change), expected)
 
 
 def test_duplicate_and_unknown_tensors_are_rejected(vision_model: Path, tmp_path: Path) -> None:
@@ -410,7 +396,6 @@ def test_duplicate_and_unknown_tensors_are_rejected(vision_model: Path, tmp_path
     norm = tensors["language_model.model.norm.weight"]
     for name, expected in (("model.language_model.norm.weight", "are both model.norm.weight of the text"),
                            ("audio_tower.norm.weight", r"1 unexpected \(audio_tower\.norm\.weight\)")):
-        save_file(tensors | {name: norm.clone()}, source / "model.safetensors", metadata={"format": "pt"})
-        with pytest.raises(UserError, match=expected):
-            convert.from_hf(source, tmp_path / "out")
+        save_tensors(source, tensors | {name: norm.clone()})
+        check_refused(source, expected)
 

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import time
@@ -144,26 +145,23 @@ INDEX_CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
 def test_malformed_index_is_rejected(name: str) -> None:
     value, sentence = OBJECTS[name]
     for protocol in (2, 4):
-        with pytest.raises(ValueError, match=r".") as error:
+        with pytest.raises(ValueError, match=re.escape(sentence)):
             read_index(pickle.dumps(value, protocol, fix_imports=False))
-        assert sentence in str(error.value)
     assert not CANARY.exists()
 
 
 @pytest.mark.parametrize("name", PICKLES)
 def test_malformed_pickle_is_rejected(name: str) -> None:
     raw, sentence = PICKLES[name]
-    with pytest.raises(ValueError, match=r".") as error:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         read_index(raw)
-    assert sentence in str(error.value)
 
 
 @pytest.mark.each("name", INDEX_CHANGES)
 def test_index_with_an_invalid_part_is_rejected(name: str, tmp_path: Path) -> None:
     change, sentence = INDEX_CHANGES[name]
-    with pytest.raises(ValueError, match=r".") as error:
+    with pytest.raises(ValueError, match=re.escape(sentence)):
         read_index(change_index(change)(tmp_path / "from"))
-    assert sentence in str(error.value)
 
 
 def test_truncated_index_is_rejected(tmp_path: Path) -> None:
@@ -201,9 +199,9 @@ def save_to_bytes(value: Any) -> bytes:
 ])
 def test_malformed_stored_tensor_is_rejected(raw: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"before" + raw + b"behind")
-    with pytest.raises(ValueError, match=r".") as error:
+    with pytest.raises(ValueError, match=re.escape(message)):
         find_tensor(tmp_path / "x", 6, len(raw))
-    assert message in str(error.value) and not CANARY.exists()
+    assert not CANARY.exists()
 
 
 def test_settings_reject_callable_names() -> None:
@@ -294,20 +292,16 @@ def write_changed_index(change: Callable[[Any], None]) -> Callable[[Path], None]
     return lambda folder: (folder / ".metadata").write_bytes(change_index(change)(folder)) and None
 
 
+def write_with(name: str, **content: Any) -> Callable[[Path], None]:
+    def write(folder: Path) -> None:
+        made_by_hand.checkpoint(folder)
+        (folder / name).write_text(json.dumps(content))
+
+    return write
+
+
 def write_integrity(files: Any) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        made_by_hand.checkpoint(folder)
-        (folder / "integrity.json").write_text(json.dumps({"algorithm": "sha256", "files": files}))
-
-    return write
-
-
-def write_with_backend(metadata: str) -> Callable[[Path], None]:
-    def write(folder: Path) -> None:
-        made_by_hand.checkpoint(folder)
-        (folder / "metadata.json").write_text(metadata)
-
-    return write
+    return write_with("integrity.json", algorithm="sha256", files=files)
 
 
 @pytest.mark.parametrize(("write_checkpoint", "message"), [
@@ -323,9 +317,9 @@ def write_with_backend(metadata: str) -> Callable[[Path], None]:
     (write_integrity({".metadata": "0" * 64}), "must list the hash of each file"),
     (write_integrity({made_by_hand.FILE: "0" * 64, "../x": "0" * 64}), "must list the hash of each file"),
     (write_integrity({made_by_hand.FILE: None}), "its content differs"),
-    (write_with_backend('{"sharded_backend": "zarr", "sharded_backend_version": 1}'),
+    (write_with("metadata.json", sharded_backend="zarr", sharded_backend_version=1),
      "'zarr' version 1 is not supported"),
-    (write_with_backend('{"sharded_backend": "torch_dist", "sharded_backend_version": 9}'),
+    (write_with("metadata.json", sharded_backend="torch_dist", sharded_backend_version=9),
      "version 9 is not supported"),
     (lambda folder: (folder / "mp_rank_00").mkdir(parents=True), "files of single ranks"),
     (lambda folder: folder.mkdir(), "it is not a torch_dist checkpoint"),

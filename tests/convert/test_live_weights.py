@@ -18,7 +18,7 @@ from megatron_sov.convert.live_import import LiveImport
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.model.local_shards import list_local_shards
 from megatron_sov.engine.parallel import world
-from megatron_sov.model.config import LoraConfig, ParallelConfig, apply_settings
+from megatron_sov.model.config import LoraConfig, RunConfig
 from tests.checkpoints import save_checkpoint
 from tests.tiny import tiny_model
 
@@ -42,6 +42,17 @@ def describe_tensor(tensor: Any) -> str:
     return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(raw).hexdigest()}"
 
 
+def build_random_model(recipe: str, precision: str, layout: dict[str, Any]) -> tuple[RunConfig, Any]:
+    """Inside ranks: return the config of a tiny model, and the model with router biases other than zero."""
+    experts = ["model.num_experts=4"] if recipes.get(recipe).model.num_experts else []
+    config, model = tiny_model(recipe, "model.vocab_size=95", *experts, f"train.precision={precision}",
+                               layout=layout)
+    for block in list_local_shards(model):
+        if block.key.endswith("expert_bias"):
+            block.data.copy_(torch.arange(block.data.numel()) / 7)
+    return config, model
+
+
 def export_live_weights(recipe: str, precision: str, layout: dict[str, Any], path: str) -> dict[str, Any]:
     """Inside ranks: save a random model, and export it without files.
 
@@ -49,12 +60,7 @@ def export_live_weights(recipe: str, precision: str, layout: dict[str, Any], pat
         Exports to rank 0 ("main"), to all ranks ("everywhere") and in bfloat16; the names of an export that
         stops after three tensors; and whether exported tensors are copies of the parameters.
     """
-    experts = ["model.num_experts=4"] if recipes.get(recipe).model.num_experts else []
-    config, model = tiny_model(recipe, "model.vocab_size=95", *experts, f"train.precision={precision}",
-                               layout=layout)
-    for block in list_local_shards(model):
-        if block.key.endswith("expert_bias"):
-            block.data.copy_(torch.arange(block.data.numel()) / 7)
+    config, model = build_random_model(recipe, precision, layout)
     save_checkpoint(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
     result = {"main": {name: describe_tensor(t) for name, t in export_weights(model)},
               "bf16": {name: str(t.dtype) for name, t in export_weights(model, "bfloat16")}}
@@ -120,19 +126,9 @@ def import_live_weights(recipe: str, layout: dict[str, Any], precision: str) -> 
 
     Returns whether the weights agree at each point, and the errors of invalid imports.
     """
-    sizes = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8"]
-    if recipes.get(recipe).model.num_experts:
-        sizes += ["model.expert_ffn_dim=16", "model.num_experts=4"]
-    config = apply_settings(recipes.get(recipe), [*sizes, f"train.precision={precision}"])
-    world.join_world(ParallelConfig(**layout))
-    models = []
-    for seed in (1, 2):
-        models.append(build_model(config.model, ParallelConfig(**layout), config.train))
-        initial_weights.initialize_weights(models[-1], config.model, seed)
-    source, target = models
-    for block in list_local_shards(source):
-        if block.key.endswith("expert_bias"):
-            block.data.copy_(torch.arange(block.data.numel()) / 7)
+    config, source = build_random_model(recipe, precision, layout)
+    target = build_model(config.model, config.parallel, config.train)
+    initial_weights.initialize_weights(target, config.model, 2)
 
     def compare_shards() -> list[bool]:
         return [torch.equal(a.data, b.data)

@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from megatron_sov import convert
 from megatron_sov.base.errors import UserError
 from megatron_sov.convert.sources import HfWeights
+from tests.convert.hf_folders import edit_tensors, write_folder
 
 WEIGHTS = {"num_bits": 8, "type": "float", "symmetric": True, "dynamic": False, "strategy": "tensor"}
 FIELD = {"quant_method": "compressed-tensors", "format": "float-quantized",
@@ -21,7 +22,6 @@ FIELD = {"quant_method": "compressed-tensors", "format": "float-quantized",
 def write_fp8_copy(source: Path, folder: Path, field: Any = FIELD) -> dict[str, torch.Tensor]:
     """Write a copy of a Hugging Face folder with FP8 projections, one scale each; return values times
     scale."""
-    folder.mkdir()
     tensors = {name: t for file in source.glob("*.safetensors") for name, t in load_file(file).items()}
     products = {}
     for name in [n for n in tensors if n.endswith("_proj.weight")]:
@@ -29,9 +29,8 @@ def write_fp8_copy(source: Path, folder: Path, field: Any = FIELD) -> dict[str, 
         numbers = (tensors[name].float() / scale).to(torch.float8_e4m3fn)
         tensors |= {name: numbers, f"{name}_scale": scale}
         products[name] = (numbers.float() * scale).bfloat16()
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((source / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": field}))
+    write_folder(folder, tensors,
+                 json.loads((source / "config.json").read_text()) | {"quantization_config": field})
     return products
 
 
@@ -69,10 +68,7 @@ def test_other_compressed_tensors_formats_are_rejected(field: Any, solar_dir: Pa
     (lambda t, name: t.update({name: t[name].flatten()}), "an FP8 weight is a matrix")])
 def test_incomplete_fp8_weight_is_named(change: Any, expected: str, solar_dir: Path, tmp_path: Path) -> None:
     name = next(iter(write_fp8_copy(solar_dir, tmp_path / "fp8")))
-    file = tmp_path / "fp8/model.safetensors"
-    tensors = load_file(file)
-    change(tensors, name)
-    save_file(tensors, file, metadata={"format": "pt"})
+    edit_tensors(tmp_path / "fp8", lambda tensors: change(tensors, name))
     with pytest.raises(UserError, match=expected) as error:
         HfWeights(tmp_path / "fp8")
     assert name in str(error.value)

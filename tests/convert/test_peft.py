@@ -267,7 +267,7 @@ SPACING = {"float32": 2**-23, "bfloat16": 2**-8, "float16": 2**-11}
 
 def save_merge_by_peft(folder: Path, kind: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
     """Write FOLDER/hf, a random model in `dtype`, FOLDER/peft, an adapter with updates below the bfloat16
-    spacing, and FOLDER/reference, merged by PEFT in float32."""
+    spacing, FOLDER/reference, merged by PEFT in float32, and the imported FOLDER/base and FOLDER/adapter."""
     import peft
     import transformers
 
@@ -287,6 +287,8 @@ def save_merge_by_peft(folder: Path, kind: str, settings: dict[str, Any], dtype:
                 parameter.mul_(1 + 1e-4 * torch.randn_like(parameter))
     model.save_pretrained(folder / "peft")
     model.merge_and_unload().save_pretrained(folder / "reference")
+    convert.from_hf(folder / "hf", folder / "base")
+    from_peft(folder / "peft", folder / "adapter", folder / "base")
 
 
 def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -299,8 +301,6 @@ def test_merge_rounds_once_to_the_written_dtype(case: str, tmp_path: Path,
                                                 capfd: pytest.CaptureFixture[str]) -> None:
     kind, settings = MERGES[case]
     save_merge_by_peft(tmp_path, kind, settings, torch.bfloat16)
-    convert.from_hf(tmp_path / "hf", tmp_path / "base")
-    from_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")
     base, reference = read_tensors(tmp_path / "hf"), read_tensors(tmp_path / "reference")
     for dtype, spacing in SPACING.items():
         convert.to_hf(tmp_path / "adapter", tmp_path / dtype, dtype)
@@ -325,8 +325,6 @@ def test_merge_rounds_once_to_the_written_dtype(case: str, tmp_path: Path,
 
 def test_adapter_with_a_missing_part_is_rejected(tmp_path: Path) -> None:
     save_merge_by_peft(tmp_path, "Llama", {"target_modules": ["q_proj"]}, torch.float32)
-    convert.from_hf(tmp_path / "hf", tmp_path / "base")
-    from_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")
     index = tmp_path / "adapter/adapter.index.json"
     tensors = json.loads(index.read_text())
     key = min(tensors)
@@ -339,8 +337,6 @@ def test_adapter_with_a_missing_part_is_rejected(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_verify_reports_rounding_of_the_update(dtype: torch.dtype, tmp_path: Path) -> None:
     save_merge_by_peft(tmp_path, "Llama", {"target_modules": ["q_proj", "up_proj"]}, dtype)
-    convert.from_hf(tmp_path / "hf", tmp_path / "base")
-    from_peft(tmp_path / "peft", tmp_path / "adapter", tmp_path / "base")
     for dtype_option in ("keep", "bfloat16"):
         convert.to_hf(tmp_path / "adapter", tmp_path / dtype_option, dtype_option)
         verification = convert.verify(tmp_path / "adapter", tmp_path / dtype_option, load=False)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from megatron_sov import convert, recipes
-from megatron_sov.base.errors import UserError
+from megatron_sov import recipes
 from megatron_sov.model.config import LatentAttentionConfig, ModelConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
+from tests.convert.hf_folders import check_refused, edit_tensors, round_trip, write_folder
 
 RELEASED_QUANTIZATION = {"activation_scheme": "dynamic", "fmt": "e4m3", "quant_method": "fp8",
                          "weight_block_size": [128, 128]}
@@ -47,18 +47,14 @@ def write_released_folder(folder: Path,
         stored |= {name: weight.to(torch.float8_e4m3fn), f"{name}_scale_inv": scales}
         expected[name] = stored[name].float() * scales.repeat_interleave(128, 0).repeat_interleave(128, 1)[
             :shape[0], :shape[1]]
-    folder.mkdir()
-    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
-    config = family.to_hf_config(model, "bfloat16", TokenIds())
-    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": quantization}))
+    write_folder(folder, stored, family.to_hf_config(model, "bfloat16", TokenIds())
+                 | {"quantization_config": quantization})
     return expected
 
 
 def test_fp8_weights_are_scaled_per_block(tmp_path: Path) -> None:
     expected = write_released_folder(tmp_path / "hf")
-    convert.from_hf(tmp_path / "hf", tmp_path / "checkpoint")
-    convert.to_hf(tmp_path / "checkpoint", tmp_path / "back")
-    exported = load_file(tmp_path / "back/model.safetensors")
+    exported = load_file(round_trip(tmp_path / "hf", tmp_path) / "model.safetensors")
     assert RAGGED in expected and not any("scale" in name for name in exported)
     for name, expected_weight in expected.items():
         assert torch.equal(exported[name], expected_weight.bfloat16()), name
@@ -75,9 +71,7 @@ def test_fp8_weights_are_scaled_per_block(tmp_path: Path) -> None:
 ])
 def test_other_quantizations_are_rejected(quantization: Any, expected: str, tmp_path: Path) -> None:
     write_released_folder(tmp_path / "hf", quantization)
-    with pytest.raises(UserError, match=expected):
-        convert.from_hf(tmp_path / "hf", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    check_refused(tmp_path / "hf", expected)
 
 
 @pytest.mark.each(("change", "expected"), [
@@ -91,10 +85,5 @@ def test_other_quantizations_are_rejected(quantization: Any, expected: str, tmp_
 ])
 def test_invalid_scales_are_named(change: Any, expected: str, tmp_path: Path) -> None:
     write_released_folder(tmp_path / "hf")
-    tensors = load_file(tmp_path / "hf/model.safetensors")
-    change(tensors)
-    save_file(tensors, tmp_path / "hf/model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(UserError, match=expected):
-        convert.from_hf(tmp_path / "hf", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    check_refused(edit_tensors(tmp_path / "hf", change), expected)
 

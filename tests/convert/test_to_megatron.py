@@ -3,6 +3,7 @@
 import errno
 import re
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_sov.base.artifacts import find_damaged_files
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.convert.dcp import writer
+from megatron_sov.convert.dcp.to_dcp import to_dcp
 from megatron_sov.convert.megatron.to_megatron import build_common_state, to_megatron
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
@@ -165,16 +167,17 @@ def test_weights_come_back_with_equal_bits(solar_dir: Path, tmp_path: Path,
     assert re.search(r"__5_0\.distcp: its content differs.*\(it holds \S+\)", capsys.readouterr().err)
 
 
-def test_damage_and_interruption_leave_no_folder(solar_dir: Path, tmp_path: Path,
-                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.each("export", [to_megatron, to_dcp])
+def test_damage_and_interruption_leave_no_folder(export: Callable[[Path, Path], Any], solar_dir: Path,
+                                                 tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     convert.from_hf(solar_dir, tmp_path / "ours")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(writer, "sha256_file", Mock(side_effect=KeyboardInterrupt))
-        to_megatron(tmp_path / "ours", tmp_path / "out")
+        export(tmp_path / "ours", tmp_path / "out")
     file = next((tmp_path / "ours").rglob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:-1] + b"\x7f")
     with pytest.raises(UserError, match=rf"{file.name}.*changed|{file.name}.*differs"):
-        to_megatron(tmp_path / "ours", tmp_path / "out")
+        export(tmp_path / "ours", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 

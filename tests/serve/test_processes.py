@@ -2,7 +2,6 @@
 
 import json
 import os
-import shlex
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +12,7 @@ import openai
 import pytest
 
 from megatron_sov.cli import main
-from tests.pages_typed import ROOT, list_commands
-
-PROMPTS = ["def parse(self", "The ", "import argparse", "한국어 "]
+from tests.serve.test_serve import PROMPTS, TYPED
 
 
 def test_two_processes_answer_like_one_and_end_with_their_parent(serving: Any, imported: dict[str, Path],
@@ -26,11 +23,9 @@ def test_two_processes_answer_like_one_and_end_with_their_parent(serving: Any, i
         assert main(["generate", str(imported["solar_open"]), "--prompt", prompt, "--samples", "2", "--json",
                      "--temperature", "1", "--seed", str(number), "--max-new-tokens", str(6 + number)]) == 0
         expected.append([found["text"] for found in json.loads(capsys.readouterr().out)])
-    typed = [shlex.split(line)[3:] for line in list_commands((ROOT / "docs/serve.md").read_text())
-             if " serve my-checkpoint " in line]
     monkeypatch.setenv("SERVE_KEY", "sesame")
     parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    with serving(imported["solar_open"], *typed[1], "--parent-pid", str(parent.pid),
+    with serving(imported["solar_open"], *TYPED[1], "--parent-pid", str(parent.pid),
                  "--set", "train.num_threads=1") as two:
         client = openai.OpenAI(base_url=two.url, api_key="sesame", max_retries=0)
         assert [model.id for model in client.models.list()] == ["solar_open"]

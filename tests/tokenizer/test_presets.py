@@ -75,32 +75,21 @@ def test_chat_templates_may_use_transformers_jinja_extensions(tmp_path: Path) ->
     assert load_preset("custom", file).chat_template == template
 
 
-def test_unknown_and_misplaced_presets(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="did you mean 'solar-open'"):
-        load_preset("solar", None)
-    with pytest.raises(UserError, match="needs --config"):
-        load_preset("custom", None)
-    with pytest.raises(UserError, match="belongs to --preset custom"):
-        load_preset("solar-open", tmp_path / "rules.json")
-    with pytest.raises(UserError, match="cannot be read"):
-        load_preset("custom", tmp_path / "rules.json")
-    (tmp_path / "rules.json").write_text("{")
-    with pytest.raises(UserError, match="is not valid YAML"):
-        load_preset("custom", tmp_path / "rules.json")
-    (tmp_path / "rules.json").write_text("[1]")
-    with pytest.raises(UserError, match="must be an object of settings"):
-        load_preset("custom", tmp_path / "rules.json")
-
-
-def test_a_duplicate_name_is_refused(tmp_path: Path) -> None:
-    file = tmp_path / "rules.json"
-    file.write_text('{"special_tokens": {"<s>": 0, "</s>": 1, "<s>": 2}}')
-    with pytest.raises(UserError, match=r"special_tokens.<s>.*twice"):
-        load_preset("custom", file)
-    file = tmp_path / "rules.yaml"
-    file.write_text("special_tokens:\n  <s>: 0\n  <s>: 2\n")
-    with pytest.raises(UserError, match=r"special_tokens.<s>.*twice"):
-        load_preset("custom", file)
+@pytest.mark.each(("name", "file", "content", "message"), [
+    ("solar", "", "", "did you mean 'solar-open'"), ("custom", "", "", "needs --config"),
+    ("solar-open", "rules.json", "", "belongs to --preset custom"),
+    ("custom", "rules.json", "", "cannot be read"), ("custom", "rules.json", "{", "is not valid YAML"),
+    ("custom", "rules.json", "[1]", "must be an object of settings"),
+    ("custom", "rules.json", '{"special_tokens": {"<s>": 0, "</s>": 1, "<s>": 2}}',
+     r"special_tokens.<s>.*twice"),
+    ("custom", "rules.yaml", "special_tokens:\n  <s>: 0\n  <s>: 2\n", r"special_tokens.<s>.*twice"),
+])
+def test_presets_without_valid_rules_are_refused(name: str, file: str, content: str, message: str,
+                                                 tmp_path: Path) -> None:
+    if content:
+        (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_preset(name, tmp_path / file if file else None)
 
 
 def test_yaml_is_read_as_json_is(tmp_path: Path) -> None:

@@ -165,23 +165,22 @@ def test_mistakes_give_one_sentence_and_no_output(corpus: Path, tmp_path: Path,
     (tmp_path / "tiny.txt").write_text("tiny")
     (tmp_path / "latin.txt").write_bytes("für".encode("latin-1"))
     base = ["train", "--output", str(output)]
-    small = ["--vocab-size", "384", "--input", str(corpus)]
+
+    def of_size(num_tokens: int, source: object = corpus) -> list[str]:
+        return ["--vocab-size", str(num_tokens), "--input", str(source)]
+
+    small = of_size(384)
     solar, exaone = ["--preset", "solar-open"], ["--preset", "k-exaone"]
     mistakes = {
-        "error: --vocab-size 9000: the text is too small for it, only": [*solar, "--vocab-size", "9000",
-                                                                         "--input", str(corpus)],
-        "(pairs must occur at least 2 times); give it about": [*exaone, "--vocab-size", "9000", "--input",
-                                                               str(corpus)],
-        "error: --vocab-size 300: must be at least 320": [*solar, "--vocab-size", "300", "--input",
-                                                          str(corpus)],
-        f"error: {tmp_path}/none: does not exist": [*solar, "--vocab-size", "384", "--input",
-                                                    f"{tmp_path}/none"],
-        "error: --input 'x:0': weight 0 must be": [*solar, "--vocab-size", "384", "--input", "x:0"],
+        "error: --vocab-size 9000: the text is too small for it, only": [*solar, *of_size(9000)],
+        "(pairs must occur at least 2 times); give it about": [*exaone, *of_size(9000)],
+        "error: --vocab-size 300: must be at least 320": [*solar, *of_size(300)],
+        f"error: {tmp_path}/none: does not exist": [*solar, *of_size(384, f"{tmp_path}/none")],
+        "error: --input 'x:0': weight 0 must be": [*solar, *of_size(384, "x:0")],
         "empty.txt holds no text": [*solar, *small, "--input", f"{tmp_path}/empty.txt"],
         "latin.txt: is not UTF-8 (byte 0xfc at offset 1)": [*solar, *small, "--input",
                                                             f"{tmp_path}/latin.txt"],
-        "asks for its": [*solar, "--vocab-size", "384", "--input", f"{corpus}/prose.txt:1", "--input",
-                         f"{tmp_path}/tiny.txt:1"],
+        "asks for its": [*solar, *of_size(384, f"{corpus}/prose.txt:1"), "--input", f"{tmp_path}/tiny.txt:1"],
         "--superword-share 0.2: preset solar-open has no superword_pattern": [*solar, *small,
                                                                               "--superword-share", "0.2"],
         "--superword-share 1: must be below 1": [*exaone, *small, "--superword-share", "1"],

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov import recipes
 from megatron_sov.checkpoint import initial_weights
 from megatron_sov.convert import export_weights
 from megatron_sov.engine.decode.cached_decoder import CachedDecoder
@@ -21,7 +20,7 @@ from megatron_sov.infer.engines.load import load_forward_model
 from megatron_sov.infer.engines.target import build_inference_config
 from megatron_sov.infer.engines.transformers_engine import load_hf
 from megatron_sov.infer.request import Batching, GenerationBounds, Sampling, StopRule
-from megatron_sov.model.config import ParallelConfig, apply_settings
+from megatron_sov.model.config import ParallelConfig
 from tests.tiny import tiny_model
 
 WINDOW, MAX_TOKENS = 8, 8
@@ -187,11 +186,8 @@ def compare_logprobs(layout: dict[str, Any], family: str, methods: list[str]) ->
         Way -> largest difference and other figures; "updated" -> for an engine of another model, its version
         and whether it generates the same as this model, before and after it gets this model's weights.
     """
-    parallel = ParallelConfig(**layout)
-    config = apply_settings(recipes.get(f"tiny-{family}"), [*FAMILY_SETTINGS[family], "train.precision=fp32"])
-    world.join_world(parallel)
-    model = build_model(config.model, parallel, config.train)
-    initial_weights.initialize_weights(model, config.model, 1)
+    config, model = tiny_model(f"tiny-{family}", *FAMILY_SETTINGS[family], "train.precision=fp32",
+                               layout=layout)
     policy = ForwardModel(model, 7)
 
     def compute_trainer_logprobs(row: list[int], temperature: float) -> torch.Tensor:
@@ -223,7 +219,7 @@ def compare_logprobs(layout: dict[str, Any], family: str, methods: list[str]) ->
     sampling_by_method = {"greedy": Sampling(MAX_TOKENS), "T 1": Sampling(MAX_TOKENS, 1.0, seed=3),
                           "T 0.7": Sampling(MAX_TOKENS, 0.7, seed=3)}
     results: dict[str, Any] = {name: generate_and_compare(sampling_by_method[name]) for name in methods}
-    other_model = build_model(config.model, parallel, config.train)
+    other_model = build_model(config.model, config.parallel, config.train)
     initial_weights.initialize_weights(other_model, config.model, 2)
     engine = MegatronEngine(ForwardModel(other_model, 7))
     versions = []

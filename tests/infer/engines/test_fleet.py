@@ -122,8 +122,10 @@ def test_an_abort_ends_all_answers_of_a_request(fleets: Callable[..., Fleet]) ->
                                                                         for answer in waiting_answers)
 
 
-def count_running(fleet: Fleet) -> int:
-    return sum(member.server is not None for member in fleet._members)
+def wait_for_servers(fleet: Fleet, keeper: DoubleKeeper, starts: int = 1) -> None:
+    """Wait until all servers run, and the keeper has started one `starts` times."""
+    while len(keeper.doubles) < starts or any(member.server is None for member in fleet._members):
+        time.sleep(0.01)
 
 
 def test_requests_of_a_dead_server_move_and_it_restarts(fleets: Callable[..., Fleet]) -> None:
@@ -135,8 +137,7 @@ def test_requests_of_a_dead_server_move_and_it_restarts(fleets: Callable[..., Fl
     keepers[0].doubles[0].is_dead = True
     for request, future in futures:
         assert future.result(20)[0].tokens == compute_answer(request, version=4)
-    while len(keepers[0].doubles) < 2 or count_running(fleet) < 2:
-        time.sleep(0.01)
+    wait_for_servers(fleet, keepers[0], starts=2)
     # a restarted server gets the newest weights before requests
     assert (keepers[0].doubles[1].weights, keepers[0].doubles[1].version) == ("/first", "4")
 
@@ -144,14 +145,12 @@ def test_requests_of_a_dead_server_move_and_it_restarts(fleets: Callable[..., Fl
 def test_group_transfer_reaches_restarted_servers(fleets: Callable[..., Fleet], tmp_path: Path) -> None:
     keepers = [DoubleKeeper(settings=EngineServers(answer_s=20, transfer="collective")) for _ in range(2)]
     fleet = fleets(keepers)
-    while count_running(fleet) < 2:
-        time.sleep(0.01)
+    wait_for_servers(fleet, keepers[0])
     engine = ServerEngine(fleet, tmp_path, tmp_path / "w", 4)
     engine.update(iter({"w": torch.arange(3.0), "b": torch.ones(1, dtype=torch.bfloat16)}.items()), 5)
     assert engine.generate([[3, 1]], Sampling(6)).version == 5
     keepers[0].doubles[0].is_dead = True
-    while len(keepers[0].doubles) < 2 or count_running(fleet) < 2:
-        time.sleep(0.01)
+    wait_for_servers(fleet, keepers[0], starts=2)
     for double in (keepers[0].doubles[0], keepers[0].doubles[1], keepers[1].doubles[0]):
         assert double.version == "5" and not double.weights, "weights were read from files"
         assert torch.equal(double.received["w"], torch.arange(3.0))
@@ -189,8 +188,7 @@ def test_server_that_cannot_score_is_skipped(fleets: Callable[..., Fleet], monke
                                              capsys: pytest.CaptureFixture[str]) -> None:
     keepers = [DoubleKeeper(), DoubleKeeper()]
     fleet = fleets(keepers)
-    while count_running(fleet) < 2:
-        time.sleep(0.01)
+    wait_for_servers(fleet, keepers[0])
     assert len(fleet.score([5, 6])) == 2
     monkeypatch.setattr(keepers[0].doubles[0], "_generate", lambda body: (500, {}))
     assert len(fleet.score([5, 6])) == 1

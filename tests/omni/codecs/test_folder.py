@@ -51,7 +51,10 @@ def test_saved_codec_opens_with_the_same_weights(codec: Path) -> None:
     ({"codec": "ta-tok", "config": {"code_wdith": 8}}, "code_wdith: no such setting; did you mean"),
     ({"codec": "ta-tok", "config": {"code_width": 10**30}}, "code_width"),
     ({"codec": "ta-tok", "config": {"codebook_size": 10**12}},
-     "codebook_size = 1000000000000 must be at most 1,048,576")])
+     "codebook_size = 1000000000000 must be at most 1,048,576"),
+    *(({"codec": removed, "config": {}},
+       f"'{removed}' is not a kind of codec; it was removed in this version: import a codec")
+      for removed in ("simvq", "fsq", "dit", "unit-bigvgan", "janus-vq"))])
 def test_hostile_manifests_are_refused(tmp_path: Path, content: Any, message: str) -> None:
     folder = write_codec(tmp_path / "bad", content, {"a": torch.zeros(1)})
     with pytest.raises(UserError, match=re.escape(message)) as caught:

@@ -264,18 +264,9 @@ def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
     assert not (tmp_path / "out").exists()
 
 
-def _write_ranks(line: bytes) -> Callable[[Path, Path], Path]:
+def _write_tiktoken(more_ranks: bytes = b"", **rules: Any) -> Callable[[Path, Path], Path]:
     def write(root: Path, trained: Path) -> Path:
-        (root / "a.tiktoken").write_bytes(format_ranks(learned_ranks()) + line + b"\n")
-        (root / "a.tiktoken.json").write_text(json.dumps(
-            {"pat_str": ".", "special_tokens": {"<e>": 900}, "eos_token": "<e>"}))
-        return root / "a.tiktoken"
-    return write
-
-
-def _write_rules(**rules: Any) -> Callable[[Path, Path], Path]:
-    def write(root: Path, trained: Path) -> Path:
-        (root / "a.tiktoken").write_bytes(format_ranks(learned_ranks()))
+        (root / "a.tiktoken").write_bytes(format_ranks(learned_ranks()) + more_ranks)
         (root / "a.tiktoken.json").write_text(json.dumps(
             {"pat_str": ".", "special_tokens": {"<e>": 900}, "eos_token": "<e>"} | rules))
         return root / "a.tiktoken"
@@ -295,10 +286,10 @@ def _truncate(file: str) -> Callable[[Path, Path], Path]:
 
 
 @pytest.mark.each("write", [
-    _write_ranks(b"YWI= 3000000000"),
-    _write_rules(special_tokens={"<e>": 2**32}),
-    _write_rules(pat_str=""),
-    _write_rules(pat_str="(?=(a+))*"),
+    _write_tiktoken(b"YWI= 3000000000\n"),
+    _write_tiktoken(special_tokens={"<e>": 2**32}),
+    _write_tiktoken(pat_str=""),
+    _write_tiktoken(pat_str="(?=(a+))*"),
     _edit_trained("tokenizer.json", lambda raw: raw["added_tokens"].append(raw["added_tokens"][0] | {
         "id": 3 * 10**9, "content": "<far>"})),
     _edit_trained("tokenizer.json", lambda raw: raw["model"]["vocab"].update(abc="x")),

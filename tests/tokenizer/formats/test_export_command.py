@@ -2,7 +2,6 @@
 
 import base64
 import json
-import shutil
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ import tiktoken
 from hypothesis import given, settings, strategies as st
 from tokenizers import Tokenizer
 
+from tests.tokenizer.formats.test_commands import edit_tokenizer
 from tokenizer.cli import main
 
 PROSE = ("The quick brown fox doesn't jump over 12 lazy dogs.\n\n  다람쥐 헌 쳇바퀴에 타고파. "
@@ -73,14 +73,6 @@ def test_raw_bytes_and_special_tokens_keep_their_ids(
     assert {t: encoding.encode_single_token(t) for t in rules["special_tokens"]} == {
         token.content: id_ for id_, token in tokenizer.get_added_tokens_decoder().items()}
     assert rules["eos_token"] in rules["special_tokens"]
-
-
-def edit_tokenizer(folder: Path, target: Path, edit: Callable[[dict[str, Any]], Any]) -> Path:
-    shutil.copytree(folder, target)
-    raw = json.loads((target / "tokenizer.json").read_text())
-    edit(raw)
-    (target / "tokenizer.json").write_text(json.dumps(raw))
-    return target
 
 
 def unmatched_text(raw: dict[str, Any]) -> None:

@@ -61,16 +61,15 @@ def test_a_good_one_passes(learn: Callable[..., Vocabulary], tmp_path: Path) -> 
         "transformers give the same ids")
 
 
-def test_text_that_does_not_round_trip_is_detected(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
-    with pytest.raises(CheckFailed, match="decoding does not give back"):
-        run(SOLAR_OPEN, learn(SOLAR_OPEN, 290, CHECKED), tmp_path,
-            built=replace(SOLAR_OPEN, normalization="nfc"))
-
-
-def test_a_different_split_is_detected(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
-    with pytest.raises(CheckFailed, match="tiktoken and transformers differ on"):
-        run(K_EXAONE, learn(K_EXAONE, 320, CHECKED, transition=290), tmp_path,
-            built=replace(K_EXAONE, superword_pattern=r"\S|\s"))
+@pytest.mark.each(("preset", "sizes", "built", "message"), [
+    (SOLAR_OPEN, {"num_tokens": 290}, replace(SOLAR_OPEN, normalization="nfc"),
+     "decoding does not give back"),
+    (K_EXAONE, {"num_tokens": 320, "transition": 290}, replace(K_EXAONE, superword_pattern=r"\S|\s"),
+     "tiktoken and transformers differ on")])
+def test_other_rules_are_detected(learn: Callable[..., Vocabulary], preset: Preset, sizes: dict[str, int],
+                                  built: Preset, message: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckFailed, match=message):
+        run(preset, learn(preset, texts=CHECKED, **sizes), tmp_path, built)
 
 
 def test_a_different_file_is_detected(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import tiktoken
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from megatron_sov.base.errors import UserError
+from tests.tokenizer.formats.test_commands import CL100K
 from tokenizer.formats.reader import open_tokenizer
 from tokenizer.formats.tiktoken_format import convert_to_oniguruma
 
@@ -92,9 +93,6 @@ def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
             open_tokenizer(tmp_path / name)
 
 
-CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
-          r"|\s++$|\s*[\r\n]"
-          r"|\s+(?!\S)|\s")
 O200K_PART = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{M}]*[\p{Ll}\p{M}]+(?i:'s|'t)?"
               r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{M}]*(?i:'s|'t)?|\p{N}{1,3}"
               r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+(?!\S)|\s+")
