@@ -35,28 +35,24 @@ def test_warm_up_is_linear_and_ends_at_the_peak(schedule: str) -> None:
     assert rates(20, schedule=schedule)[:4] == pytest.approx([0.25, 0.5, 0.75, 1.0])
 
 
-def test_cosine_is_torchs_annealing_and_ends_at_the_minimum() -> None:
+@pytest.mark.each(("schedule", "scheduler", "settings"), [
+    ("cosine", torch.optim.lr_scheduler.CosineAnnealingLR, {"T_max": 16, "eta_min": 0.1}),
+    ("linear", torch.optim.lr_scheduler.LinearLR,
+     {"start_factor": 1.0, "end_factor": 0.1, "total_iters": 16})])
+def test_cosine_and_linear_are_torchs(schedule: str, scheduler: Any, settings: dict[str, float]) -> None:
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    torchs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=16, eta_min=0.1)
+    torchs = scheduler(optimizer, **settings)
     expected = []
     for _ in range(16):
         optimizer.step()
         torchs.step()
         expected.append(torchs.get_last_lr()[0])
-    assert rates(20, schedule="cosine")[4:] == pytest.approx(expected)
+    assert rates(20, schedule=schedule)[4:] == pytest.approx(expected)
+
+
+def test_cosine_ends_at_the_minimum() -> None:
     assert rates(20, schedule="cosine")[-1] == pytest.approx(0.1)
     assert rates(20, schedule="cosine")[11] == pytest.approx(0.55)  # half way down: cos(pi / 2) = 0
-
-
-def test_linear_is_torchs() -> None:
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
-    torchs = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=1.0, end_factor=0.1, total_iters=16)
-    expected = []
-    for _ in range(16):
-        optimizer.step()
-        torchs.step()
-        expected.append(torchs.get_last_lr()[0])
-    assert rates(20, schedule="linear")[4:] == pytest.approx(expected)
 
 
 @pytest.mark.each(("form", "left"), [("linear", [0.8, 0.6, 0.4, 0.2, 0.0]),

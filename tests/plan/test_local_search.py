@@ -9,9 +9,10 @@ from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
-from megatron_sov.plan.pricing import build_pricing, load_machines
+from megatron_sov.plan.pricing import load_machines
 from megatron_sov.plan.search.local_search import SPARE_SHARE, LocalSearch, find_layout, leaves_layout_open
 from megatron_sov.plan.search.sweep import search_layouts
+from tests.plan.test_quotes import get_pricing
 
 
 @pytest.mark.deep
@@ -22,8 +23,8 @@ from megatron_sov.plan.search.sweep import search_layouts
 def test_default_layout_is_as_fast_as_a_sweep_with_spare_memory(recipe: str, gpu: str,
                                                                 settings: tuple[str, ...]) -> None:
     config, where = apply_settings(recipes.get(recipe), list(settings)), load_machines(gpu, 1)
-    prices, found = build_pricing(where), find_layout(config, where, settings)
-    assert prices is not None and found is not None
+    prices, found = get_pricing(where), find_layout(config, where, settings)
+    assert found is not None
     swept = search_layouts(LocalSearch(config, prices, settings).config, prices)
     roomy = [one for one in swept.best if one.needs_bytes <= (1 - SPARE_SHARE) * prices.limit_bytes]
     assert found.seconds <= 1.05 * (roomy or swept.best)[0].seconds
@@ -59,8 +60,7 @@ def test_a_model_that_fills_the_gpus_gets_the_fastest_layout_that_fits() -> None
     config = apply_settings(recipes.get("solar-open-102b"), ["parallel.expert_dispatcher=alltoall"])
     where = load_machines("h100", 4)
     result = find_layout(config, where)
-    prices = build_pricing(where)
-    assert prices is not None
+    prices = get_pricing(where)
     if result is None:
         assert not search_layouts(config, prices).best
     else:

@@ -10,15 +10,14 @@ from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.cluster_plan import plan_on_cluster, quote_run
 from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
 from megatron_sov.plan.pages.quotes import Quote
-from megatron_sov.plan.pricing import Machines, Pricing, build_pricing, load_machines
+from megatron_sov.plan.pricing import Machines, Pricing, load_machines
 from megatron_sov.plan.speed.workload import build_shape
+from tests.plan.test_quotes import get_pricing
 
 
 def gpus(num_gpus: int = 8) -> Pricing:
     profile = load_machines("h100", 1).profile
-    pricing = build_pricing(Machines("h100", replace(profile, gpus_per_node=num_gpus), 1))
-    assert pricing is not None
-    return pricing
+    return get_pricing(Machines("h100", replace(profile, gpus_per_node=num_gpus), 1))
 
 
 def price_example(name: str, *settings: str) -> Quote:

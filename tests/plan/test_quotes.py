@@ -13,7 +13,6 @@ from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.model.config import apply_settings
-from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.cluster_plan import plan_on_cluster, plan_with_sweep
 from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
 from megatron_sov.plan.pages import layout_report, quotes as quote_tables
@@ -26,12 +25,12 @@ from megatron_sov.plan.pricing import (
 from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.units import GIB
+from tests.plan.test_cluster_plan import request
 
 
 @pytest.fixture(scope="module")
 def quotes() -> list[Quote]:
-    pricing = build_pricing(load_machines("b200", 60))
-    assert pricing is not None
+    pricing = get_pricing(load_machines("b200", 60))
     return [quote_stage(stage, pricing)
             for stage in list_run_stages(recipes.get("solar-open-102b"), pricing.num_ranks)]
 
@@ -128,6 +127,7 @@ def test_notes_are_printed_once_with_the_price_range() -> None:
 
 
 def get_pricing(where: Machines) -> Pricing:
+    """Return the pricing of a cluster whose GPUs are known."""
     pricing = build_pricing(where)
     assert pricing is not None
     return pricing
@@ -300,15 +300,11 @@ def test_fewer_than_one_node_is_refused(nodes: int) -> None:
 # A run on a cluster: the layout that it uses, and the fields that scripts read.
 
 
-def request_recipe(recipe: str, *settings: str) -> RecipeRequest:
-    return RecipeRequest(recipes.get(recipe), settings, from_file=False)
-
-
 @pytest.mark.deep
 def test_a_set_layout_is_kept_and_an_open_one_recommended() -> None:
     where = load_machines("h100", 64)
-    open_ = plan_on_cluster(request_recipe("k-exaone-236b"), where)
-    fixed = plan_on_cluster(request_recipe("k-exaone-236b", "parallel.pp=16"), where)
+    open_ = plan_on_cluster(request("k-exaone-236b"), where)
+    fixed = plan_on_cluster(request("k-exaone-236b", "parallel.pp=16"), where)
     assert (open_.config.parallel.pp, open_.config.parallel.ep) == (2, 64)
     assert fixed.config.parallel.pp == 16
     assert fixed.config.parallel.ep == recipes.get("k-exaone-236b").parallel.ep
@@ -316,4 +312,4 @@ def test_a_set_layout_is_kept_and_an_open_one_recommended() -> None:
 
 def test_a_search_needs_known_gpus() -> None:
     with pytest.raises(UserError, match="--sweep with --cluster one-node: gpu is empty in the profile"):
-        plan_with_sweep(request_recipe("tiny-solar-open"), load_machines("one-node", 1), ["tiny-solar-open"])
+        plan_with_sweep(request("tiny-solar-open"), load_machines("one-node", 1), ["tiny-solar-open"])

@@ -20,7 +20,7 @@ from megatron_sov.operate.slurm.stages import build_stage_work
 from megatron_sov.plan.pages.layout_report import (
     MAX_RULES, SweepReport, describe_broken_rules, describe_too_large, format_layout, format_recompute,
     format_set_options, format_sizes, format_submit_command)
-from megatron_sov.plan.pricing import Pricing, RunStage, build_pricing, list_run_stages, load_machines
+from megatron_sov.plan.pricing import Pricing, RunStage, list_run_stages, load_machines
 from megatron_sov.plan.search.space import (
     LEAST_GAIN, LayoutChoice, LayoutSpace, build_space, find_uneven_split, get_current_choice, iter_choices,
     iter_layouts)
@@ -28,11 +28,7 @@ from megatron_sov.plan.search.sweep import (
     Sweep, SweepResult, SweepSearch, find_common_layouts, find_fewest_nodes, format_node_advice,
     has_fitting_layout, search_layouts, sweep_stage)
 from megatron_sov.work.clusters.units import GIB
-
-
-def build_pricing_for(nodes: int) -> Pricing:
-    """Return the pricing of H100 nodes."""
-    return Pricing(load_machines("h100", nodes))
+from tests.plan.test_quotes import get_pricing
 
 
 @pytest.mark.each(("nodes", "message"), [
@@ -45,11 +41,11 @@ def test_nodes_in_words(nodes: int | None, message: str) -> None:
 @pytest.mark.deep
 def test_fewest_nodes_are_minimal() -> None:
     config = recipes.get("k-exaone-236b")
-    assert find_fewest_nodes(config, build_pricing_for(2)) == 8
-    assert has_fitting_layout(config, build_pricing_for(8))
-    assert not has_fitting_layout(config, build_pricing_for(2))
+    assert find_fewest_nodes(config, get_pricing(load_machines("h100", 2))) == 8
+    assert has_fitting_layout(config, get_pricing(load_machines("h100", 8)))
+    assert not has_fitting_layout(config, get_pricing(load_machines("h100", 2)))
     in_bf16 = apply_settings(config, ["train.fp8=none"])  # without quantized copies of weights
-    assert find_fewest_nodes(in_bf16, build_pricing_for(2)) == 6
+    assert find_fewest_nodes(in_bf16, get_pricing(load_machines("h100", 2))) == 6
 
 
 # The command that a plan proposes is accepted by `submit`.
@@ -80,19 +76,20 @@ def test_settings_are_quoted_for_a_shell() -> None:
 
 
 CONFIG = recipes.get("qwen3-8b")
-FAST = LayoutChoice(ParallelConfig(zero1=True), 1, (False, ()))
+PLAIN = LayoutChoice(ParallelConfig(zero1=True), 1, (False, ()))
+STAGE = list_run_stages(CONFIG, 8)[0]
 
 
 def build_report(*layouts: tuple[LayoutChoice, int, float]) -> SweepReport:
     """Return the report of a single-stage search with (layout, bytes, seconds per step) results."""
-    sweep = Sweep(list_run_stages(CONFIG, 8)[0], num_looked_at=9,
+    sweep = Sweep(STAGE, num_looked_at=9,
                   ranked=[SweepResult(choice, needs, {"dense": s}, s) for choice, needs, s in layouts])
     search = SweepSearch(CONFIG, [sweep], ["pretrain"], find_common_layouts([sweep]))
     return SweepReport(search, load_machines("h100", 1), [], "megatron-sov submit")
 
 
 def test_speed_in_table_and_json_follows_from_the_step_time() -> None:
-    report = build_report((FAST, 60 * GIB, 2.0))
+    report = build_report((PLAIN, 60 * GIB, 2.0))
     assert report.list_lines() == ["looked at 9 layouts on 8 GPUs: 1 fit"]
     (sweep,) = report.search.sweeps
     tokens = sweep.stage.global_batch_size * sweep.stage.phase.seq_len
@@ -104,10 +101,6 @@ def test_speed_in_table_and_json_follows_from_the_step_time() -> None:
 
 
 # Layouts in words, and reasons for excluding others.
-
-
-PLAIN = LayoutChoice(ParallelConfig(zero1=True), 1, (False, ()))
-STAGE = list_run_stages(recipes.get("qwen3-8b"), 8)[0]
 
 
 def change_layout(**changes: int) -> LayoutChoice:
@@ -304,12 +297,6 @@ SMALL = LayoutSpace(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), 
                     expert_overlap=("none", "micro_batches"))
 
 
-def build_sweep_pricing(cluster: str, nodes: int) -> Pricing:
-    pricing = build_pricing(load_machines(cluster, nodes))
-    assert pricing is not None
-    return pricing
-
-
 def try_all_layouts(stage: RunStage, pricing: Pricing) -> dict[Any, tuple[float, float]]:
     """Return layout -> (seconds of a step, bytes) for every combination of `SMALL` that is valid and fits,
     computed independently of the search."""
@@ -335,7 +322,7 @@ def try_all_layouts(stage: RunStage, pricing: Pricing) -> dict[Any, tuple[float,
 @pytest.mark.parametrize(("cluster", "nodes"), [
     ("h100", 12), pytest.param("b200", 4, marks=pytest.mark.deep)])
 def test_the_best_layout_is_the_best_of_all_combinations(cluster: str, nodes: int) -> None:
-    pricing = build_sweep_pricing(cluster, nodes)
+    pricing = get_pricing(load_machines(cluster, nodes))
     stage = list_run_stages(recipes.get("solar-open-102b"), pricing.num_ranks)[0]
     sweep, expected = sweep_stage(stage, SMALL, pricing), try_all_layouts(stage, pricing)
     assert len(expected) > 20
@@ -356,7 +343,7 @@ def test_the_best_layout_is_the_best_of_all_combinations(cluster: str, nodes: in
     ("tiny-k-exaone-extend", "h100", 1), ("qwen3-8b", "h100", 2), ("tiny-solar-open", "gb200", 2),
     pytest.param("qwen3-moe-30b", "b200", 1, marks=pytest.mark.deep)])
 def test_training_accepts_every_proposed_layout(recipe: str, cluster: str, nodes: int) -> None:
-    pricing, config = build_sweep_pricing(cluster, nodes), recipes.get(recipe)
+    pricing, config = get_pricing(load_machines(cluster, nodes)), recipes.get(recipe)
     result = search_layouts(config, pricing)
     assert result.best
     for proposal in result.best[::max(1, len(result.best) // 10)]:
@@ -368,7 +355,7 @@ def test_training_accepts_every_proposed_layout(recipe: str, cluster: str, nodes
 
 
 def test_each_broken_rule_is_reported_once() -> None:
-    pricing = build_sweep_pricing("h100", 12)
+    pricing = get_pricing(load_machines("h100", 12))
     result = sweep_stage(list_run_stages(recipes.get("solar-open-102b"), pricing.num_ranks)[0], SMALL,
                          pricing)
     assert sum(result.broken.values()) > 100
@@ -379,7 +366,7 @@ def test_each_broken_rule_is_reported_once() -> None:
 
 
 def test_set_values_are_kept() -> None:
-    pricing = build_sweep_pricing("h100", 2)
+    pricing = get_pricing(load_machines("h100", 2))
     config = apply_settings(recipes.get("qwen3-8b"), ["parallel.tp=4", "parallel.sp=true",
                                                       "train.recompute=true"])
     result = search_layouts(config, pricing, {"parallel.tp", "train.recompute"})

@@ -294,15 +294,39 @@ def test_one_gpu_sends_nothing() -> None:
     assert not list_messages(build_step(num_gpus=1, global_batch_size=1))
 
 
-def test_tensor_parallel_bytes_equal_the_paper() -> None:
-    """arXiv 2205.05198, section 4.2.2: four all-gathers and four reduce-scatters of s b h a layer, in both
-    passes, one of each backward gathered again for the weights' gradients."""
-    activations = 2048 * 1024 * 2
-    ring = 7 / 8 * activations
-    assert count_sent_bytes(build_step(tp=8, sp=False,
-                                       global_batch_size=1))["tp"] == pytest.approx(4 * 2 * 2 * 2 * ring)
-    assert count_sent_bytes(build_step(tp=8, sp=True,
-                                       global_batch_size=1))["tp"] == pytest.approx(4 * 2 * 5 * ring)
+HIDDEN = 2048 * 1024 * 2
+"""Bytes of a row's hidden states."""
+BOTH_PASSES = 4 * 2 * 2 * HIDDEN
+"""Bytes that four layers dispatch and combine, forward and backward, with one copy of each token."""
+WINDOWED = replace(DENSE, window=128, global_every=4)
+
+
+@pytest.mark.each(("group", "shape", "settings", "num_bytes"), [
+    # arXiv 2205.05198, section 4.2.2: four all-gathers and four reduce-scatters of s b h a layer, in both
+    # passes, one of each backward gathered again for the weights' gradients
+    ("tp", DENSE, {"tp": 8, "sp": False, "global_batch_size": 1}, 4 * 2 * 2 * 2 * 7 / 8 * HIDDEN),
+    ("tp", DENSE, {"tp": 8, "sp": True, "global_batch_size": 1}, 4 * 2 * 5 * 7 / 8 * HIDDEN),
+    # all-to-all sends a copy per chosen expert; DeepEP one per rank: 8 (1 - (7/8)^4) of 8 ranks
+    ("ep", MOE, {"ep": 8}, BOTH_PASSES * 4 * 7 / 8),
+    ("ep", MOE, {"ep": 8, "dispatcher": "deepep"}, BOTH_PASSES * 8 * (1 - (7 / 8) ** 4) * 7 / 8),
+    # the 2 processes of an expert gather all received tokens, 4 rows per token
+    ("ep", MOE, {"ep": 4, "etp": 2}, BOTH_PASSES * (4 * 3 / 4 + 4)),
+    ("ep", MOE, {"ep": 1, "etp": 2}, BOTH_PASSES * 4),
+    # other dispatchers: each visited expert rank is two processes, without the token's own
+    ("ep", MOE, {"ep": 4, "etp": 2, "dispatcher": "deepep"},
+     BOTH_PASSES * 4 * (1 - (3 / 4) ** 4) * 2 * 7 / 8),
+    ("ep", MOE, {"ep": 4, "etp": 2, "dispatcher": "allgather"}, BOTH_PASSES * 7),
+    # keys and values go around a ring: one round forward, two backward
+    ("cp", DENSE, {"cp": 8, "global_batch_size": 1}, 4 * 7 * 3 * 2 * HIDDEN / 8),
+    # of windows each of 4 processes has two chunks of 256 tokens and sends the last 127 of each; three of
+    # four layers slide
+    ("cp", WINDOWED, {"cp": 4, "global_batch_size": 2}, 3 * 3 * (1 * 512 + 3 * 2 * 127) * 2 * 1024 * 2),
+    ("cp", replace(WINDOWED, window=2048), {"cp": 4, "global_batch_size": 2}, 3 * 3 * 4 * 512 * 2 * 1024 * 2),
+    # hidden states of 8 micro-batches go both ways
+    ("pp", DENSE, {"pp": 4, "vpp": 1, "global_batch_size": 16}, 2 * 8 * HIDDEN)])
+def test_sent_bytes_equal_the_formulas(group: str, shape: ModelShape, settings: dict[str, object],
+                                       num_bytes: float) -> None:
+    assert count_sent_bytes(build_step(shape, **settings))[group] == pytest.approx(num_bytes)
 
 
 def test_recomputing_everything_sends_a_forward_pass_more() -> None:
@@ -335,59 +359,12 @@ def test_weights_are_sharded_over_their_groups() -> None:
     assert whole + experts == pytest.approx(MOE.count_params())
 
 
-def test_experts_get_a_copy_for_each_rank_that_a_token_visits() -> None:
-    """All-to-all sends a copy per chosen expert; DeepEP one per rank: 8 (1 - (7/8)^4) of 8 ranks."""
-    token = 1024 * 2
-    passes = 4 * 2 * 2  # layers, dispatch and combination, both passes
-    assert count_sent_bytes(build_step(MOE, ep=8))["ep"] == pytest.approx(passes * 2048 * token * 4 * 7 / 8)
-    visited = 8 * (1 - (7 / 8) ** 4) * 7 / 8
-    assert count_sent_bytes(build_step(MOE, ep=8, dispatcher="deepep"))["ep"] == pytest.approx(
-        passes * 2048 * token * visited)
-
-
-def test_expert_tensor_parallel_processes_all_receive_tokens() -> None:
-    """The 2 processes of an expert gather all received tokens, 4 rows per token."""
-    unit = 4 * 2 * 2 * 2048 * 1024 * 2
-    assert count_sent_bytes(build_step(MOE, ep=4, etp=2))["ep"] == pytest.approx(unit * (4 * 3 / 4 + 4))
-    assert count_sent_bytes(build_step(MOE, ep=1, etp=2))["ep"] == pytest.approx(unit * 4)
-    # other dispatchers: each visited expert rank is two processes, without the token's own
-    visited = 4 * (1 - (3 / 4) ** 4)
-    assert count_sent_bytes(build_step(MOE, ep=4, etp=2, dispatcher="deepep"))["ep"] == pytest.approx(
-        unit * visited * 2 * 7 / 8)
-    assert count_sent_bytes(build_step(MOE, ep=4, etp=2,
-                                       dispatcher="allgather"))["ep"] == pytest.approx(unit * 7)
-
-
-def test_context_parallelism_sends_keys_and_values_around_a_ring() -> None:
-    w = build_step(cp=8, global_batch_size=1)
-    keys_and_values = 2048 / 8 * 2 * 1024 * 2
-    # one round forward, two backward
-    assert count_sent_bytes(w)["cp"] == pytest.approx(4 * 7 * 3 * keys_and_values)
-
-
-def test_sliding_window_layers_send_only_the_ends_of_chunks() -> None:
-    """Each of 4 processes has two chunks of 256 tokens and sends the
-    last 127 of each; three of four layers slide."""
-    windowed = replace(DENSE, window=128, global_every=4)
-    token = 2 * 1024 * 2
-    assert count_sent_bytes(build_step(windowed, cp=4, global_batch_size=2))["cp"] == pytest.approx(
-        3 * 3 * (1 * 512 + 3 * 2 * 127) * token)
-    wide = replace(windowed, window=2048)
-    assert count_sent_bytes(build_step(wide, cp=4,
-                                       global_batch_size=2))["cp"] == pytest.approx(3 * 3 * 4 * 512 * token)
-
-
 def test_copies_of_sharded_weights_are_fewer_of_experts() -> None:
     """HSDP over 4 of 8 processes: with ep 2 each expert is on 4 processes, sharded over 2 of them."""
     w = build_step(MOE, sharding="fsdp", sharding_group=4, ep=2)
     dense, experts = count_local_params(w)
     assert count_sent_bytes(w)["dp"] == pytest.approx(dense * ((4 + 2 * 2) * 3 / 4 + 4 / 4 * 2 * 1 / 2))
     assert count_sent_bytes(w)["edp"] == pytest.approx(experts * ((4 + 2 * 2) * 1 / 2 + 4 / 2 * 2 * 1 / 2))
-
-
-def test_pipelines_pass_hidden_states_both_ways() -> None:
-    w = build_step(pp=4, vpp=1, global_batch_size=16)
-    assert count_sent_bytes(w)["pp"] == pytest.approx(2 * w.num_micro_batches * 2048 * 1024 * 2)
 
 
 def test_inter_node_rings_use_all_network_adapters() -> None:

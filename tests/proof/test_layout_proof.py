@@ -50,42 +50,27 @@ def reference(miniature: Miniature) -> Any:
     return layout_proof.run_reference(miniature)
 
 
-def prove_with_fault(miniature: Miniature, reference: Any, kind: str, group: str, function: str,
-                     spoil: Callable[[Sequence[Any]], None]) -> Any:
-    """Prove the layout while `spoil` corrupts every collective of `kind` in `group` called by `function`."""
-    def plant_fault(site: Any, parts: Sequence[Any], run_call: Callable[[Any], None]) -> bool:
-        if site.kind != kind or group not in site.group or function not in site.where:
+@pytest.mark.parametrize(("kind", "group", "function", "place", "site"), [
+    # the embedding's sum comes first, then each layer's
+    ("reduce_scatter", "TENSOR", "_reduce_scatter_along_first_dim", "forward of embedding.word_embeddings",
+     "reduce_scatter over TENSOR_MODEL_PARALLEL_GROUP at mappings.py"),
+    # groups of a single process share one group, named after the first; values through modules are correct
+    ("allreduce", "GROUP", "start_grad_sync", "gradient of decoder.final_layernorm.weight",
+     "start_grad_sync")])
+def test_a_wrong_collective_is_located(miniature: Miniature, reference: Any, kind: str, group: str,
+                                       function: str, place: str, site: str) -> None:
+    """The output of every collective of `kind` in `group` called by `function` is halved."""
+    def plant_fault(called: Any, parts: Sequence[Any], run_call: Callable[[Any], None]) -> bool:
+        if called.kind != kind or group not in called.group or function not in called.where:
             return False
         run_call(parts)
-        spoil(parts)
+        for part in parts:
+            part.outputs[0].mul_(0.5)
         return True
 
-    return layout_proof.prove_miniature(miniature, plant_fault, reference)
-
-
-def halve_outputs(parts: Sequence[Any]) -> None:
-    for part in parts:
-        part.outputs[0].mul_(0.5)
-
-
-def test_a_wrong_reduce_scatter_is_located_in_its_module(miniature: Miniature, reference: Any) -> None:
-    verdict = prove_with_fault(miniature, reference, "reduce_scatter", "TENSOR",
-                               "_reduce_scatter_along_first_dim", halve_outputs)
-
-    assert verdict.outcome == DIFFERS
-    # the embedding's sum comes first, then each layer's
-    assert verdict.places[0] == "step 1: forward of embedding.word_embeddings"
-    assert any("reduce_scatter over TENSOR_MODEL_PARALLEL_GROUP at mappings.py" in s for s in verdict.sites)
-
-
-def test_missing_data_parallel_reduction_is_detected(miniature: Miniature, reference: Any) -> None:
-    # groups of a single process share one group, named after the first
-    verdict = prove_with_fault(miniature, reference, "allreduce", "GROUP", "start_grad_sync", halve_outputs)
-
-    assert verdict.outcome == DIFFERS
-    # values that pass through modules are correct
-    assert verdict.places[0] == "step 1: gradient of decoder.final_layernorm.weight"
-    assert any("start_grad_sync" in site for site in verdict.sites)
+    verdict = layout_proof.prove_miniature(miniature, plant_fault, reference)
+    assert (verdict.outcome, verdict.places[0]) == (DIFFERS, f"step 1: {place}")
+    assert any(site in line for line in verdict.sites)
 
 
 def test_a_step_rejected_only_in_the_layout_is_a_difference(miniature: Miniature, reference: Any,
@@ -139,23 +124,16 @@ def test_a_miniature_has_every_kind_of_attention(recipe: str, kinds: set[tuple[s
         *kinds, ("full_attention", 0)}
 
 
-def test_a_fault_of_global_attention_layers_only_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("is_global", "cp"), [(True, 2), (False, 4)], ids=["global", "sliding"])
+def test_a_fault_of_one_kind_of_attention_layers_is_detected(monkeypatch: pytest.MonkeyPatch, is_global: bool,
+                                                             cp: int) -> None:
     """Global layers exchange keys of the whole row; sliding layers only send the ends of chunks."""
     summed = context._reduce_scatter
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
-        context.select_local(row) if len(row) == ROW_TOKENS else summed(row)))
+        context.select_local(row) if (len(row) == ROW_TOKENS) == is_global else summed(row)))
 
-    _, verdict = layout_proof.prove_run(apply_settings(recipes.get("tiny-exaone4"), CUT_ROW), 2)
-    assert verdict.outcome == DIFFERS
-
-
-def test_a_fault_of_sliding_attention_layers_only_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
-    summed = context._reduce_scatter
-    monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
-        summed(row) if len(row) == ROW_TOKENS else context.select_local(row)))
-
-    assert layout_proof.prove_run(apply_settings(recipes.get("tiny-exaone4"), [
-        *CUT_ROW, "parallel.cp=4"]), 4)[1].outcome == DIFFERS
+    config = apply_settings(recipes.get("tiny-exaone4"), [*CUT_ROW, f"parallel.cp={cp}"])
+    assert layout_proof.prove_run(config, cp)[1].outcome == DIFFERS
 
 
 def test_a_deadlock_refutes_a_layout(miniature: Miniature, reference: Any,

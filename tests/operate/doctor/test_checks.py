@@ -8,6 +8,7 @@ from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate.doctor import checks as doctor, gpu_checks
@@ -71,8 +72,6 @@ def test_a_foreign_distribution_that_owns_our_name_is_a_warning(monkeypatch: pyt
 
 
 def test_torch_without_gpu_works_on_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     found = {c.name: c.status for c in doctor.iter_torch_checks()}
     assert found == {"torch": "ok", "gloo": "ok", "GPU": "missing"}
@@ -81,8 +80,6 @@ def test_torch_without_gpu_works_on_gloo(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_gpus_are_listed_with_memory_and_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     gpu = namedtuple("gpu", "name total_memory major minor")("Test GPU", 141 * 2**30, 9, 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -153,8 +150,6 @@ def test_signatures_are_read_from_every_folder_of_a_namespace_package(
 
 def test_a_machine_with_gpus_cannot_train_without_transformer_engine(site: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     module(site, "transformer_engine", pytorch="raise OSError('libcublas.so.13: cannot open')")
     assert [(c.status, c.detail) for c in doctor.iter_transformer_engine_checks()] == [
@@ -167,8 +162,6 @@ def test_a_machine_with_gpus_cannot_train_without_transformer_engine(site: Path,
 def test_two_cudnn_versions_in_one_process_are_reported(site: Path, monkeypatch: pytest.MonkeyPatch,
                                                         loaded: tuple[int, ...], status: str) -> None:
     """Of an H200 with one in the system and one in torch's environment: `SUBLIBRARY_LOADING_FAILED`."""
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     module(site, "transformer_engine", pytorch=f"def get_cudnn_version(): return {loaded}")
@@ -190,8 +183,6 @@ def test_two_cudnn_versions_in_one_process_are_reported(site: Path, monkeypatch:
            "not nvfp4 (Device compute capability 10.0+ required.)")])
 def test_the_recipes_that_the_gpu_can_take_are_listed(site: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool,
                                                       text: str, status: str, detail: str) -> None:
-    import torch
-
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
     module(site, "transformer_engine", pytorch=text)
     check = only(gpu_checks.iter_quantization_checks())

@@ -42,6 +42,7 @@ ARGUMENTS = {
                     "--run", "runs/b", "--set", "rollout.rounds=3", "--wait", "3600"),
     "rl-reward": ("--store", "store", "--reward", "math", "--wait", "3600"),
 }
+H100, LOCAL = load_profile("h100", account="me"), load_profile("local")
 NASTY = "it's $HOME `id` \"x\" \\ & | ; > * ? # ! ~ {} ()\t한국어"
 
 
@@ -95,8 +96,7 @@ def test_a_real_slurm_takes_every_template(site: Path, name: str,
                          [*itertools.product(("pretrain", "data"), ("apptainer", "enroot", "pyxis"))])
 def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
     box = ContainerConfig(kind, "/images/my image.sif", ("/shared", "/raid:/scratch"))
-    profile = dataclasses.replace(cluster.load_profile("h100", account="me"), container=box,
-                                  environment={"NCCL_DEBUG": "WARN"})
+    profile = dataclasses.replace(H100, container=box, environment={"NCCL_DEBUG": "WARN"})
     text = script(stage, profile)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     expected = {
@@ -126,8 +126,7 @@ def test_request_overrides_stage_and_stage_overrides_profile() -> None:
 
 @pytest.mark.each(("stage", "loads"), [*itertools.product(("pretrain", "data"), ("true", "false"))])
 def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, loads: str) -> None:
-    profile = dataclasses.replace(cluster.load_profile("h100", account="me"), setup=('echo "$UNSET_BY_ALL"',),
-                                  modules=("cuda/13.0",))
+    profile = dataclasses.replace(H100, setup=('echo "$UNSET_BY_ALL"',), modules=("cuda/13.0",))
     head = script(stage, profile).partition("# -- where things are")[0]
     shell = f"module() {{ {loads}; }}\n{head}\necho went on; echo $UNSET_BY_ALL; echo not reached"
     completed = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
@@ -139,8 +138,7 @@ def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, 
 
 
 def test_jobs_with_a_shared_store_are_one_array() -> None:
-    profile = cluster.load_profile("h100", account="me")
-    ((text,), (alone,)) = (prepare_job("rl-generate", ARGUMENTS["rl-generate"], profile, array=count).texts
+    ((text,), (alone,)) = (prepare_job("rl-generate", ARGUMENTS["rl-generate"], H100, array=count).texts
                            for count in (3, 0))
     assert "#SBATCH --array=0-2" in text and "#SBATCH --array" not in alone
     assert read_bash_array(text) == read_bash_array(alone) == ["-m", "megatron_sov", "rl", "generate",
@@ -150,38 +148,34 @@ def test_jobs_with_a_shared_store_are_one_array() -> None:
     assert re.search(r"store\.rl-generate\.slurm/complete-[0-9a-f]{8}\.json", done[0][1])
     assert "records=$records/task-$SLURM_ARRAY_TASK_ID" in text
     assert "--write-done" in text
-    more = prepare_job("rl-generate", (*ARGUMENTS["rl-generate"], "--rounds", "4"), profile)
-    assert more.work.completion != prepare_job("rl-generate", ARGUMENTS["rl-generate"],
-                                               profile).work.completion
+    more = prepare_job("rl-generate", (*ARGUMENTS["rl-generate"], "--rounds", "4"), H100)
+    assert more.work.completion != prepare_job("rl-generate", ARGUMENTS["rl-generate"], H100).work.completion
     with pytest.raises(UserError, match="leave it out for convert"):
-        prepare_job("convert", ARGUMENTS["convert"], profile, array=2)
+        prepare_job("convert", ARGUMENTS["convert"], H100, array=2)
 
 
 @pytest.mark.parametrize("stage", ["rl-run", "rl-train"])
 def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> None:
-    (text,), work = (found := prepare_job(stage, ARGUMENTS[stage],
-                                          cluster.load_profile("h100", account="me"))).texts, \
-        found.work
+    prepared = prepare_job(stage, ARGUMENTS[stage], H100)
+    (text,), work = prepared.texts, prepared.work
     assert read_bash_array(text) == ["-m", "megatron_sov", *stage.split("-"), *ARGUMENTS[stage], "--resume"]
     assert "#SBATCH --ntasks-per-node=8" in text and work.completion == Path.cwd() / "runs/b/complete.json"
     assert {path.name for path in work.inputs} == {"a", "p.jsonl"}, "the store need not be there yet"
     assert work.config is not None and [p.name for p in work.config.data.phases] == [
         "round-0001", "round-0002", "round-0003"]
     with pytest.raises(UserError, match=r"rollout\.rounds = 0: nothing to train"):
-        prepare_job(stage, (*ARGUMENTS[stage], "--set", "rollout.rounds=0"),
-                    cluster.load_profile("h100", account="me"))
+        prepare_job(stage, (*ARGUMENTS[stage], "--set", "rollout.rounds=0"), H100)
 
 
 def test_user_arguments_reach_the_program_unchanged(tmp_path: Path) -> None:
     words = ("tiny-solar-open", "--data", NASTY, "--run", str(tmp_path / "a b'c"),
              "--set", 'data.phases=[{"name": "$x", "seq_len": 8}]')
-    text = prepare_job("pretrain", words, cluster.load_profile("local")).texts[0]
+    text = prepare_job("pretrain", words, LOCAL).texts[0]
     assert read_bash_array(text) == ["-m", "megatron_sov", "pretrain", *words, "--resume"]
 
 
 def test_a_profile_is_quoted_too(site: Path, cluster: Any) -> None:
-    profile = dataclasses.replace(load_profile("local"), environment={"X": NASTY}, modules=(NASTY,),
-                                  scratch=NASTY)
+    profile = dataclasses.replace(LOCAL, environment={"X": NASTY}, modules=(NASTY,), scratch=NASTY)
     text = script("pretrain", profile)
     (line,) = [line for line in text.splitlines() if line.startswith("export X=")]
     assert subprocess.run(["bash", "-c", f'{line}; printf "%s" "$X"'], capture_output=True, text=True,
@@ -192,9 +186,7 @@ def test_a_profile_is_quoted_too(site: Path, cluster: Any) -> None:
 def test_slurm_reads_odd_paths_as_they_are(site: Path, cluster: Any) -> None:
     folder = site / "it's \"odd\" $HOME & `co`"
     work = ("pack", "--tokenizer", "t", "--input", "i", "--output", str(folder / "tokens"))
-    from megatron_sov.work.clusters.cluster import load_profile
-
-    header = [line for line in prepare_job("data", work, load_profile("local")).texts[0].splitlines()
+    header = [line for line in prepare_job("data", work, LOCAL).texts[0].splitlines()
               if line.startswith("#SBATCH")]
     folder.mkdir()
     (folder / "tokens.slurm").mkdir()
@@ -206,19 +198,17 @@ def test_slurm_reads_odd_paths_as_they_are(site: Path, cluster: Any) -> None:
 
 def test_a_path_that_slurm_would_rewrite_is_refused() -> None:
     with pytest.raises(UserError, match="placeholder"):
-        prepare_job("pretrain", ("tiny-solar-open", "--data", "d", "--run", "runs/100%j"),
-                    cluster.load_profile("local"))
+        prepare_job("pretrain", ("tiny-solar-open", "--data", "d", "--run", "runs/100%j"), LOCAL)
 
 
 def test_scripts_contain_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "hush-hush")
-    assert "hush-hush" not in script("pretrain", cluster.load_profile("local"))
+    assert "hush-hush" not in script("pretrain", LOCAL)
 
 
 def test_settings_change_with_the_number_of_nodes() -> None:
-    profile = dataclasses.replace(cluster.load_profile("local"), ranks_per_node=1)
-    text = script("pretrain", profile, "--set", "parallel.ep=4", nodes=4, min_nodes=1,
-                  settings={2: ("parallel.ep=2",), 1: ("parallel.ep=1",)})
+    text = script("pretrain", dataclasses.replace(LOCAL, ranks_per_node=1), "--set", "parallel.ep=4", nodes=4,
+                  min_nodes=1, settings={2: ("parallel.ep=2",), 1: ("parallel.ep=1",)})
     assert "#SBATCH --nodes=1-4\n" in text
 
     def chosen(count: int) -> str:
@@ -252,10 +242,9 @@ def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dic
         subprocess.run(["bash", "-uc", lines], env=environment, check=False, capture_output=True, timeout=60)
         return calls.read_text().splitlines()
 
-    (trap,) = [line for line in _step_lines(cluster.load_profile("local"), tmp_path, 1, 1)
-               if line.startswith("trap")]
+    (trap,) = [line for line in _step_lines(LOCAL, tmp_path, 1, 1) if line.startswith("trap")]
     assert run_lines(f"{trap}\nkill -USR1 $$\ntrue") == [f"scontrol requeue {name}"]
-    text = script("data", cluster.load_profile("local"), array=2)
+    text = script("data", LOCAL, array=2)
     answer = text[text.index("answer() {"):text.index("# -- signals")].replace("sleep 300", "true")
     assert run_lines(f"{answer}\nanswer 'requeue n2,n3'") == [
         f"scontrol requeue {name}", f"scontrol update JobId={name} ExcNodeList=n2,n3"]
@@ -265,7 +254,7 @@ def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dic
 
 @pytest.mark.parametrize(("resolves", "address"), [(True, "n7"), (False, "10.0.0.7")])
 def test_master_address_is_the_first_node_or_its_ip(tmp_path: Path, resolves: bool, address: str) -> None:
-    text = script("pretrain", cluster.load_profile("local"))
+    text = script("pretrain", LOCAL)
     lines = text[text.index("MASTER_ADDR=${nodes%%,*}"):text.index("MASTER_PORT=")]
     answer = 'echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=10.0.0.7 NodeHostName=n7"'
     (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{answer}\n")
@@ -280,9 +269,7 @@ def test_master_address_is_the_first_node_or_its_ip(tmp_path: Path, resolves: bo
 
 def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -> None:
     """Slurm gives a rank /tmp where the folder of TMPDIR is not on its node, before the rank can make it."""
-    profile = dataclasses.replace(cluster.load_profile("h100", account="me"),
-                                  scratch=str(tmp_path / "no such/folder"))
-    text = script("pretrain", profile)
+    text = script("pretrain", dataclasses.replace(H100, scratch=str(tmp_path / "no such/folder")))
     (as_rank,) = re.findall(r"^as_rank='.*?'$", text, re.MULTILINE | re.DOTALL)
     exported = next(line for line in text.splitlines() if line.startswith("export TMPDIR="))
     carried = next(line for line in text.splitlines() if line.startswith("export JOB_TMPDIR="))
@@ -294,9 +281,8 @@ def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -
 
 
 def test_engine_servers_get_whole_nodes(site: Path) -> None:
-    profile = cluster.load_profile("h100", account="me")
     vllm = ("--engine", "vllm", "--engine-set", "tp=4")
-    text = script("rl-run", profile, *vllm, nodes=2, engine_nodes=2)
+    text = script("rl-run", H100, *vllm, nodes=2, engine_nodes=2)
     assert "#SBATCH --nodes=4" in text and "tail -n 2" in text and "i < 2" in text
     client.check_script(text)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
@@ -305,12 +291,12 @@ def test_engine_servers_get_whole_nodes(site: Path) -> None:
     assert engines[-6:-2] == ["--engine-set", "servers=2", "--engine-set",
                               'devices=["0", "1", "2", "3", "4", "5", "6", "7"]']
     assert "settings=(--engine-set weights=" in text and '--engine-url "http://$address:' in text
-    own = script("rl-run", profile, *vllm, "--engine-set", "weights=/shared/w", nodes=2, engine_nodes=1)
+    own = script("rl-run", H100, *vllm, "--engine-set", "weights=/shared/w", nodes=2, engine_nodes=1)
     assert "engine_settings=()" in own
-    sent = script("rl-run", profile, *vllm, "--engine-set", "transfer=collective", nodes=2, engine_nodes=1)
+    sent = script("rl-run", H100, *vllm, "--engine-set", "transfer=collective", nodes=2, engine_nodes=1)
     assert "engine_settings=()" in sent, "no files need to be seen by both"
     for words, told in (((), "are for `submit rl-run ... --engine vllm`"),
                         (("--engine", "vllm", "--engine-url", "http://n9:8000"), "without --engine-url"),
                         (("--engine", "vllm", "--engine-set", "tp=16"), "must divide the 8 of a node")):
         with pytest.raises(UserError, match=re.escape(told)):
-            script("rl-run", profile, *words, nodes=2, engine_nodes=1)
+            script("rl-run", H100, *words, nodes=2, engine_nodes=1)

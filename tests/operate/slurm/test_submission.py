@@ -21,6 +21,7 @@ from megatron_sov.runs.folder import list_submitted_jobs
 from megatron_sov.work.clusters import client
 from megatron_sov.work.clusters.client import environment_outside_jobs
 from megatron_sov.work.clusters.cluster import load_profile
+from tests.operate.slurm.test_script import prepare_job
 
 PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "--workers", "2", "--input",
         "c", "--output", "out")
@@ -29,8 +30,7 @@ PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "
 def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    parts, join = submission.prepare_stage(
-        submission.SubmitRequest("data", PACK, load_profile("local"), array=2), STAGE_PARSERS).jobs
+    parts, join = prepare_job("data", PACK, load_profile("local"), array=2).jobs
     assert parts.array_inputs == ("a=x.jsonl", "b.jsonl", "c")
     assert parts.work.arguments == ("pack", "--tokenizer", "t", "--workers", "2")
     made = [tmp_path / "out.parts/part-0", tmp_path / "out.parts/part-1"]
@@ -42,27 +42,23 @@ def test_a_script_that_slurm_refuses_is_reported(monkeypatch: pytest.MonkeyPatch
     refused = subprocess.CompletedProcess([], 1, "", "sbatch: error: Invalid account\n")
     monkeypatch.setattr(client, "check_partition", lambda partition: None)
     monkeypatch.setattr(client, "run_slurm_program", lambda *words, **script: refused)
-    request = submission.SubmitRequest("data", PACK, load_profile("local"))
-    stage = submission.prepare_stage(request, STAGE_PARSERS)
     with pytest.raises(UserError, match=r"Slurm refuses the job: .*Invalid account"):
-        submission.check_with_slurm(stage)
+        submission.check_with_slurm(prepare_job("data", PACK, load_profile("local")))
 
 
 SOLAR = ("solar-open-102b", "--data", "tokens", "--run", "run")
+H100 = load_profile("h100", account="me")
 
 
 def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str, ...]]:
     """Return the settings by number of nodes that a submission to H100s gets."""
-    profile = load_profile("h100", account="me")
-    submit_request = submission.SubmitRequest("pretrain", (*SOLAR, *more), profile, nodes, **request)
-    return submission.prepare_stage(submit_request, STAGE_PARSERS).jobs[0].layouts
+    return prepare_job("pretrain", (*SOLAR, *more), H100, nodes=nodes, **request).jobs[0].layouts
 
 
 @pytest.mark.deep
 def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     """A user who has other kernels gets another layout; a layout that the user set stays."""
-    result = find_layout(recipes.get("solar-open-102b"),
-                         Machines("h100", load_profile("h100", account="me"), 64))
+    result = find_layout(recipes.get("solar-open-102b"), Machines("h100", H100, 64))
     assert result is not None and "parallel.expert_dispatcher=hybridep" in result.settings
     assert layouts()[64] == result.settings
     portable = layouts("--set", "parallel.expert_dispatcher=alltoall", "--set", "gpu.attention=local")[64]
@@ -70,9 +66,7 @@ def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     assert layouts("--set", "parallel.pp=8") == {64: ()}
     assert layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
         64: ("parallel.pp=4", "train.micro_batch_size=3")}
-    script = submission.prepare_stage(submission.SubmitRequest("pretrain", SOLAR,
-                                                         load_profile("h100", account="me"), 64),
-                                STAGE_PARSERS).jobs[0]
+    script = prepare_job("pretrain", SOLAR, H100, nodes=64).jobs[0]
     stages = next(setting for setting in result.settings if setting.startswith("parallel.pp="))
     assert script.resources.startswith("Asks for 64 x 8 GPUs; layout: ")
     assert f"pp {stages.removeprefix('parallel.pp=')}, " in script.resources
@@ -81,27 +75,24 @@ def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
 @pytest.mark.deep
 def test_a_job_with_fewer_nodes_keeps_its_layout_if_it_fits() -> None:
     config = recipes.get("qwen3-8b")
-    profile = load_profile("h100", account="me")
-    submit_request = submission.SubmitRequest("pretrain", ("qwen3-8b", *SOLAR[1:]), profile, 4, min_nodes=1)
-    found = submission.prepare_stage(submit_request, STAGE_PARSERS).jobs[0].layouts
+    found = prepare_job("pretrain", ("qwen3-8b", *SOLAR[1:]), H100, nodes=4, min_nodes=1).jobs[0].layouts
     assert {1, 2, 4} <= set(found) and found[2] == found[4]
     for nodes, settings in found.items():
-        assert not apply_settings(config, list(settings)).problems(nodes * profile.tasks_per_node)
+        assert not apply_settings(config, list(settings)).problems(nodes * H100.tasks_per_node)
 
 
 def test_a_layout_too_large_for_the_gpus_is_refused_with_a_fitting_one() -> None:
     with pytest.raises(UserError, match=r"needs 111\.3 GiB on each process .* the nearest layout that fits: "
                                         r"--set parallel\.pp=2$"):
         layouts("--set", "parallel.ep=8", "--set", "train.fp8=none", nodes=60)
-    other = dataclasses.replace(load_profile("h100", account="me"), gpu="")
-    submit_request = submission.SubmitRequest("pretrain", (*SOLAR, "--set", "parallel.ep=8"), other, 60)
-    assert submission.prepare_stage(submit_request, STAGE_PARSERS).jobs[0].layouts == {60: ()}
+    unknown = prepare_job("pretrain", (*SOLAR, "--set", "parallel.ep=8"), dataclasses.replace(H100, gpu=""),
+                          nodes=60)
+    assert unknown.jobs[0].layouts == {60: ()}
 
 
 def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = submission.prepare_stage(submission.SubmitRequest("data", PACK, load_profile("local"), array=2),
-                              STAGE_PARSERS).texts[0]
+    text = prepare_job("data", PACK, load_profile("local"), array=2).texts[0]
     block = text[text.index("inputs=("):text.index("run_step \"$attempt/srun.log\"")]
 
     def inputs(task: int) -> list[str]:
@@ -116,8 +107,7 @@ def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "submit_script", lambda script, after: "17")
     words = ("to-hf", str(tmp_path / "run"), str(tmp_path / "hf"))
-    prepared = submission.prepare_stage(submission.SubmitRequest("convert", words, load_profile("local")),
-                                  STAGE_PARSERS)
+    prepared = prepare_job("convert", words, load_profile("local"))
     assert submission.submit_jobs(prepared, []) == ["17"]
     assert submission.submit_jobs(prepared, []) == ["17"], "the same code is not copied twice"
     (code,) = (tmp_path / "hf.slurm").glob("code-*")
@@ -134,9 +124,7 @@ def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    words = ("to-hf", "run", str(tmp_path / "hf"))
-    prepared = submission.prepare_stage(submission.SubmitRequest("convert", words, load_profile("local")),
-                                  STAGE_PARSERS)
+    prepared = prepare_job("convert", ("to-hf", "run", str(tmp_path / "hf")), load_profile("local"))
     copies = submission.shutil.copyfile
     monkeypatch.setattr(submission.shutil, "copyfile", lambda a, b: copies(a, b) and b.write_text("#")
                         if b.name == "cli.py" else copies(a, b))

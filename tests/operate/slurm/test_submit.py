@@ -10,6 +10,7 @@ import pytest
 
 from megatron_sov import cli
 from megatron_sov.model.config import RunConfig
+from megatron_sov.work.clusters.cluster import load_profile
 from tests.pages_typed import blocks, page_text, shell_lines
 
 RUN = ("tiny-solar-open", "--data", "tokens", "--run", "runs/a", "--set", "train.steps=5", "--set",
@@ -189,8 +190,6 @@ def test_commands_of_the_page_write_scripts(site: Path, capsys: pytest.CaptureFi
 
 
 def test_the_profile_on_the_page_is_sound(site: Path) -> None:
-    from megatron_sov.work.clusters.cluster import load_profile
-
     (profile,) = (block for block in blocks(PAGE, "yaml") if "partition:" in block)
     (site / "mine.yaml").write_text(profile)
     assert load_profile("mine.yaml").container.kind == "apptainer"

@@ -13,12 +13,13 @@ from megatron_sov.model.families.count import TABLES, count_params
 from megatron_sov.plan.footprint.gpu_capacity import (
     find_fullest_stage, find_nearest_layout, fits_gpu, list_changed_settings, refuse_too_large)
 from megatron_sov.plan.footprint.stage_parameters import list_stage_parameters as held_by
-from megatron_sov.plan.pricing import build_pricing, list_run_stages, load_machines
+from megatron_sov.plan.pricing import list_run_stages, load_machines
 from megatron_sov.plan.search.recommended_layouts import (
     RECOMMENDED, find_recommended, get_recommended_settings, sets_layout)
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.units import GIB
 from tests.plan.stage_counts import count_stage_params
+from tests.plan.test_quotes import get_pricing
 
 BIG = [name for name in RECOMMENDED if count_params(recipes.get(name).model).total > 1e11]
 SIZES = (512, 1024)
@@ -89,8 +90,7 @@ def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(rec
                                                                              share: float) -> None:
     """With the default account; without HybridEP a layout without it is recommended."""
     where = load_machines(gpu, nodes)
-    prices = build_pricing(where)
-    assert prices is not None
+    prices = get_pricing(where)
     reached = []
     for said in ([], ["parallel.expert_dispatcher=alltoall"]):
         config = apply_settings(recipes.get(recipe), said)

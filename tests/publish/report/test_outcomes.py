@@ -16,17 +16,15 @@ from megatron_sov.runs.obs.meters import LOSS, Meter, build_headline_fields
 
 def write(folder: Path, objective: str, **start: Any) -> Path:
     """Write a run of an objective with the meters of all built-in ones."""
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps({"objective": {"name": objective}}), encoding="utf-8")
-    log = EventLog(folder / EVENTS)
-    log.write("run_start", resumed_from=0, num_ranks=1, **start)
+    events: list[dict[str, Any]] = []
     for step in range(1, 5):
-        log.write("round", step=step - 1, round=step, groups={"learns": step, "all_right": 4 - step},
-                  means={"reward": step / 4, "response_tokens": 10.0, "domains": {"a": {"reward": 1}}})
-        log.write("step", step=step, loss=0.01 * step, tokens=step * 10,
-                  meters={"pairs_right": step / 4, "margin": 0.5 * step, "kl": 1 / step, "mine": step})
-    log.close()
-    return folder
+        means = {"reward": step / 4, "response_tokens": 10.0, "domains": {"a": {"reward": 1}}}
+        meters = {"pairs_right": step / 4, "margin": 0.5 * step, "kl": 1 / step, "mine": step}
+        events += [{"event": "round", "step": step - 1, "round": step, "means": means,
+                    "groups": {"learns": step, "all_right": 4 - step}},
+                   {"event": "step", "step": step, "loss": 0.01 * step, "tokens": step * 10,
+                    "meters": meters}]
+    return log_stage(folder, objective, *events, **start)
 
 
 RL = (Meter("reward", "mean reward", better="higher"), Meter("response_tokens", "response length", "tokens"))
