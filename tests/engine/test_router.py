@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_sov.engine.model.chunk import ModelInputs
-from megatron_sov.engine.parallel import context
+from megatron_sov.engine.parallel import context, world
 from megatron_sov.engine.router import BalancedRouter
 from tests.tiny import tiny_model
 
@@ -142,6 +142,7 @@ def route_in_groups() -> list[Any]:
         ours, _ = router.routing(logits[:, None])
         cases.append([num_groups, num_kept, ours.tolist(),
                       torch.zeros_like(logits).scatter(1, index, weights).tolist()])
+        world.leave_world()
     return cases
 
 
