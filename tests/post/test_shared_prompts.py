@@ -40,6 +40,9 @@ class Groups(Rollouts):
 
     columns = ("advantage", "behaviour_logprobs")
 
+    def __init__(self, num_documents: int) -> None:
+        self.lengths = np.array([12 + 7 * i % 23 for i in range(num_documents)], np.int32)
+
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         result = np.random.default_rng(document).integers(5, 360, self.lengths[document])
         group, size = document // GROUP, self.count_prompt_tokens(document)
