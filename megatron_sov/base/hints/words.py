@@ -20,7 +20,8 @@ from megatron_sov.base.hints.kinds import classify_folder, classify_word, find_r
 from megatron_sov.base.hints.missing import choose_placeholder, split_positionals
 from megatron_sov.base.hints.paths import fix_address, fix_columns
 from megatron_sov.base.hints.rewriting import FOLDER, Rewrite
-from megatron_sov.base.hints.table import get_last_part, index_words, load_table, normalize_word
+from megatron_sov.base.hints.table import (
+    find_our_value, get_last_part, index_words, load_table, normalize_word)
 from megatron_sov.base.hints.values import find_value
 
 RECIPE_COMMANDS = ("pretrain", "extend", "plan")
@@ -263,9 +264,8 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], following: 
         return 1
     if rewrite.apply_row(option, values, is_existing=True):
         return len(values[:1])
-    translated = load_table()["values"].get(option, {}).get("".join(values[:1]).lower())
-    if translated:
-        rewrite.add_words(f"{option} {values[0]} is {translated} here", option, str(translated))
+    if translated := find_our_value("".join(values[:1]), option):
+        rewrite.add_words(f"{option} {values[0]} is {translated} here", option, translated)
         return 1
     files = _split_files(option, values)
     if files and files != list(values[:1]):

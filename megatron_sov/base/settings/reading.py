@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 from megatron_sov.base.errors import find_nearest_name, suggest_name
 from megatron_sov.base.hints.removed import suggest_successor
-from megatron_sov.base.hints.table import find_note, load_table
+from megatron_sov.base.hints.table import find_note, find_our_value, load_table
 from megatron_sov.base.settings.problem import (
     LEFT_OUT, TOKENS_KEY, UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, to_problem)
 
@@ -350,9 +350,7 @@ def _suggest_equivalent(key: str, value: str) -> str:
 
 def _find_equivalent(key: str, value: str) -> str:
     """Return our value for another program's value of a setting or option; "": unknown."""
-    values = load_table()["values"]
-    translations = {**values.get(key.rpartition(".")[2].lstrip("-"), {}), **values.get(key, {})}
-    return str(translations.get(value.lower(), ""))
+    return find_our_value(value, key, key.rpartition(".")[2].lstrip("-"))
 
 
 def _suggest_value(expected: str, value: Any, key: str) -> str:
