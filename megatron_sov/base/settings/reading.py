@@ -298,7 +298,8 @@ def _bound_problem(key: str, value: Any, kind: str, ctx: Mapping[str, Any]) -> S
 def _type_problem(key: str, value: Any, expected: str) -> SettingsProblem:
     """Return the problem for a value of a wrong type; `expected` is a key in `_TYPES`."""
     numbers = _suggest_numbers(expected, value.strip(), key) if isinstance(value, str) else []
-    advice, value_to_write = _suggest_value(expected, value, key), "".join(numbers[:1])
+    advice = f"write {' or '.join(numbers)}" if numbers else _suggest_value(expected, value, key)
+    value_to_write = "".join(numbers[:1])
     if key.rpartition(".")[2] == "steps" and len(value_to_write) >= MIN_TOKEN_DIGITS:
         value_to_write = f"{TOKENS_KEY}{value_to_write}"
         advice = f"a step is a batch; the tokens of the whole run are {value_to_write}"
@@ -354,11 +355,9 @@ def _find_equivalent(key: str, value: str) -> str:
 
 
 def _suggest_value(expected: str, value: Any, key: str) -> str:
-    """Suggest how to write a value with a wrong type; `expected` is a key in `_TYPES`."""
+    """Suggest how to write a value that stands for no number; `expected` is a key in `_TYPES`."""
     if value is None:
         return "give it a value, or leave it out"
-    if isinstance(value, str) and (numbers := _suggest_numbers(expected, value.strip(), key)):
-        return f"write {' or '.join(numbers)}"
     if expected == "float" and isinstance(value, str) and (match := _SHORT_NUMBER.fullmatch(value)) and (
             not float(match[1])):
         # typed as $50k, arrived as 0k
