@@ -239,7 +239,7 @@ def fix_columns(command: str, typed: Sequence[str]) -> Fix | None:
         target = re.sub(r"_(column|field|key|col)s?\Z", "", normalize_word(option))
         if option.startswith("--") and target in _FIELDS:
             fields[target] = value
-            typed_fields += [f"{option} {value}", f"{option}={value}"]
+            typed_fields.append(f"{option} {value}")
     if not fields or not os.path.isfile(file) or command not in ("pretrain", "extend", "sft", "prefer"):
         return None
     text, columns = fields.pop("text", ""), fields.pop("columns", "")
