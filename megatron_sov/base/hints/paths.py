@@ -115,7 +115,7 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     description = load_table()["kinds"].get(classify_folder(source), "")
     if description and option in ("--prompts", "--input", "--validation"):
         kind = "prompt" if option == "--prompts" else "text"
-        files = [*list_records(kind), *list_records("chat"), "FILE.jsonl"]
+        files = list_records(kind) or list_records("chat") or ["FILE.jsonl"]
         return UserError(f"{option} {path}: is {description}; pass a file of records or text",
                          Fix(options=(option, files[0])))
     return _find_unpacked_data(line, path) if option == "--data" and program == "megatron-sov" else None
@@ -190,12 +190,20 @@ def list_chats() -> list[str]:
 
 def list_records(kind: str) -> list[str]:
     """Return the files of JSON lines in the current folder whose records `sov-data pack` reads as `kind`."""
-    return [path.name for path in sorted(Path().glob("*.jsonl")) if choose_pack_options(path)[1:] == [kind]]
+    return [path.name for path in sorted(Path().glob("*.jsonl"))
+            if _read_pack_options(path) == ["--format", kind]]
 
 
 def choose_pack_options(file: Path) -> list[str]:
-    """Return the options with which `sov-data pack` reads a file of JSON lines or a text table, by its first
-    record; [] for records with `text`."""
+    """Return the options that `sov-data pack` needs for a file of JSON lines or a text table; []: none, or
+    another file."""
+    options = _read_pack_options(file)
+    return [] if options == ["--format", "text"] else options
+
+
+def _read_pack_options(file: Path) -> list[str]:
+    """Return --format or --text-field for a file of JSON lines or a text table, by its first record; []:
+    another file."""
     # not at the top: needed after a mistake only
     from megatron_sov.base.documents.layouts import convert_layout, propose_columns
     from megatron_sov.base.documents.messages import BadRecord
@@ -207,7 +215,7 @@ def choose_pack_options(file: Path) -> list[str]:
         record = next(csv.DictReader(f, delimiter=separator)) if separator else (
             json.loads(f.readline(MAX_BYTES)))
         if kinds := list_kinds(convert_layout(record, None)):
-            return [] if kinds[0] == "text" else ["--format", kinds[0]]
+            return ["--format", kinds[0]]
         columns = propose_columns(record, "text").split()
         return columns if columns[1] in record else []
     return []
