@@ -32,6 +32,7 @@ _SHARD_COMMANDS = ("stats", "verify", "sample", "mix", "inspect")
 """Commands of sov-data whose arguments are folders of token shards."""
 _FIELDS = ("columns", "text", "prompt", "chosen", "rejected", "response")
 """Words for fields of records in options."""
+_TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 _PLACEHOLDER = re.compile(r"[A-Z]+(?:_[A-Z]+)*(?:\.[a-z]+)?")
 
 
@@ -108,10 +109,12 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     is_pack = line[0] == "pack"
     takes_text = is_pack or line[0] in ("train", "pretrain", "extend")
     has_columns = bool({"--format", "--text-field", "--columns"} & {*line})
-    if os.path.isfile(source) and (table := fix_table(source, takes_text and not has_columns)):
-        form = choose_pack_options(source) if is_pack and not has_columns else []
+    is_table = os.path.isfile(source) and source.suffix.lower() in _TABLE_SUFFIXES
+    form = choose_pack_options(source) if is_table and takes_text and not has_columns else []
+    if is_table and (table := fix_table(source, form)):
+        options = form if is_pack and "--format" in form else []
         return UserError(f"{option} {path}: is a table; JSON lines or Parquet are read",
-                         replace(table, options=tuple(form) if form[:1] == ["--format"] else ()))
+                         replace(table, options=tuple(options)))
     description = load_table()["kinds"].get(classify_folder(source), "")
     if description and option in ("--prompts", "--input", "--validation"):
         kind = "prompt" if option == "--prompts" else "text"
@@ -298,18 +301,17 @@ def fix_prompts(file: Path, faults: Iterable[str]) -> Fix | None:
     return Fix(words={str(file): target}, before=(command,)) if program else None
 
 
-def fix_table(file: Path, takes_text: bool = False) -> Fix | None:
-    """Return the commands that convert a spreadsheet or text table to Parquet; None for other files.
-    `takes_text`: the column with the texts becomes `text`."""
+def fix_table(file: Path, form: Sequence[str] = ()) -> Fix | None:
+    """Return the commands that convert a spreadsheet or text table to Parquet; None for other files. `form`:
+    its `choose_pack_options`; the column in --text-field becomes `text`."""
     suffix, target = file.suffix.lower(), str(file.with_suffix(".parquet"))
-    if suffix not in (".csv", ".tsv", ".xlsx", ".xls", ".ods"):
+    if suffix not in _TABLE_SUFFIXES:
         return None
     is_text = suffix in (".csv", ".tsv")
     table = file if is_text else Path(f"{file.stem}.csv")
     commands = [] if is_text else [f"soffice --headless --convert-to csv {shlex.quote(str(file))}"]
     options = ", parse_options=c.ParseOptions('\\t')" if suffix == ".tsv" else ""
-    columns = choose_pack_options(file) if is_text and takes_text else []
-    renaming = f".select([{columns[1]!r}]).rename_columns(['text'])" if "--text-field" in columns else ""
+    renaming = f".select([{form[1]!r}]).rename_columns(['text'])" if "--text-field" in form else ""
     code = ("import pyarrow.csv as c, pyarrow.parquet as p; "
             f"p.write_table(c.read_csv({str(table)!r}{options}){renaming}, {target!r})")
     commands.append(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")
