@@ -138,8 +138,8 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
     """Run a command's checks with parsed arguments, until its first write or long work (`stop_check`).
     Raises `UserError`: a fault of a value that is no placeholder."""
     # not at the top: `base.settings` imports this module
-    from megatron_sov.base.settings import ActionGroup, DeclaredCommand, SettingsError, read_options
-    from megatron_sov.base.settings.reading import find_rule_problems
+    from megatron_sov.base.settings import (
+        ActionGroup, DeclaredCommand, SettingsError, read_options, set_dry_run)
 
     try:
         options_class = getattr(parsed, "options_class", None)
@@ -150,7 +150,7 @@ def check_arguments(parsed: argparse.Namespace, command: Any) -> None:
         if isinstance(action, DeclaredCommand):
             action.run_checks(options)
         else:  # `submit`, up to its first write
-            parsed.dry_run = not find_rule_problems(dataclasses.replace(options, dry_run=True))
+            parsed.dry_run = set_dry_run(options).dry_run
             command.run(parsed)
     except SettingsError as e:
         problems = [problem for problem in e.problems if not is_placeholder(str(problem.value))]

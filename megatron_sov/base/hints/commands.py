@@ -120,9 +120,10 @@ def _index_command_notes(program: str, word: str, typed: Sequence[str]) -> Mappi
     file, selects a note of its own."""
     rows = load_table()["commands"].get(program, {})
     notes = {name: note for words, note in rows.items() for name in words.split()}
-    if _names_model(typed):
+    config = _read_configurations(typed)
+    if _names_model(typed, config):
         notes |= {name: notes[f"{name}+model"] for name in [*notes] if f"{name}+model" in notes}
-    if (stage := _find_stage(typed)) in notes and word.lower() in notes:
+    if (stage := _find_stage(config)) in notes and word.lower() in notes:
         notes[word.lower()] = notes[stage]
     return notes
 
@@ -299,17 +300,17 @@ def _append_typed(line: str, typed: Sequence[str]) -> str:
     return f"{line} {shlex.join(appended)}".strip()
 
 
-def _names_model(typed: Sequence[str]) -> bool:
-    """Return whether an option, or a key of a foreign configuration file in `typed`, names a model."""
+def _names_model(typed: Sequence[str], config: Iterable[str]) -> bool:
+    """Return whether an option in `typed`, or a key of a foreign configuration file, names a model."""
     words = [normalize_word(name) for name, value in pair_words([*typed, ""])
              if name.startswith("-") and not (classify_word(value) == "recipe" and not os.path.exists(value))]
-    words += [key.lower() for key in _read_configurations(typed)]
+    words += [key.lower() for key in config]
     return any(word == "from" or "--from" in index_words("options").get(word, ()) for word in words)
 
 
-def _find_stage(typed: Sequence[str]) -> str:
+def _find_stage(config: Mapping[str, list[str]]) -> str:
     """Return the training stage in a foreign configuration file, e.g. "dpo"; "": none."""
-    stages = [values[0].lower() for key, values in _read_configurations(typed).items()
+    stages = [values[0].lower() for key, values in config.items()
               if key.lower() in _STAGE_KEYS and values]
     return _STAGE_COMMANDS.get(stages[0], stages[0]) if stages else ""
 

@@ -6,7 +6,8 @@ import argparse
 import os
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_sov.base.errors import choose_free_path
 from megatron_sov.base.hints.kinds import find_only_folder
@@ -18,19 +19,18 @@ _TEXT_OPTIONS = ("--prompts", "--input", "--text", "--data", "--prompt")
 def complete_line(parser: argparse.ArgumentParser, typed: Sequence[str], names: str) -> tuple[str, str]:
     """Return (choices of the missing arguments as the end of a message, line with a placeholder for each
     missing argument). `names`: the missing arguments as argparse lists them in its message."""
-    rows = load_table()["missing"]
     choices, new_positionals, new_options = list[str](), list[str](), list[str]()
     for action in parser._actions:
         is_typed = bool(set(action.option_strings) & set(typed))
         if not action.required or is_typed or not _is_listed(action, names):
             continue
         name = "".join(action.option_strings[:1]) or str(action.metavar or action.dest)
-        if text := rows.get(name, {}).get("takes") or ", ".join(map(str, action.choices or ())):
+        row = find_missing_row(parser.prog, name)
+        if text := row.get("takes") or ", ".join(map(str, action.choices or ())):
             choices.append(f"; {name} takes {text}")
         if action.option_strings:
             new_options.append(f"{name} {choose_placeholder(action, parser.prog)}")
         else:
-            row = rows.get(f"{parser.prog.partition(' ')[2]} {name}", {})
             new_positionals.append(row.get("write", name))
     # argparse fills positional arguments in their order
     positionals, options = split_positionals(parser, typed)
@@ -62,10 +62,17 @@ def find_text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence
                  and (option == "--prompt" or os.path.exists(word))), "")
 
 
-def choose_placeholder(action: argparse.Action, program: str = "") -> str:
+def find_missing_row(program: str, name: str) -> Mapping[str, Any]:
+    """Return the row of the table `missing` for an option or argument of a program and command, else the row
+    for every command; {}: none."""
+    rows = load_table()["missing"]
+    row: Mapping[str, Any] = rows.get(f"{program} {name}", rows.get(name, {}))
+    return row
+
+
+def choose_placeholder(action: argparse.Action, program: str) -> str:
     """Return the value to write for a missing option: a new folder, the first choice, or the value's name."""
-    rows, name = load_table()["missing"], action.option_strings[0]
-    row = rows.get(f"{program} {name}", rows.get(name, {}))
+    row = find_missing_row(program, action.option_strings[0])
     if new := row.get("new"):
         return choose_free_path(new)
     if folder := find_only_folder(row["kind"]) if "kind" in row else "":

@@ -32,6 +32,7 @@ _SHARD_COMMANDS = ("stats", "verify", "sample", "mix", "inspect")
 """Commands of sov-data whose arguments are folders of token shards."""
 _FIELDS = ("columns", "text", "prompt", "chosen", "rejected", "response")
 """Words for fields of records in options."""
+_TABLE_SUFFIXES = (".csv", ".tsv", ".xlsx", ".xls", ".ods")
 _PLACEHOLDER = re.compile(r"[A-Z]+(?:_[A-Z]+)*(?:\.[a-z]+)?")
 
 
@@ -108,14 +109,16 @@ def _find_input_fault(program: str, line: Sequence[str], option: str, path: str)
     is_pack = line[0] == "pack"
     takes_text = is_pack or line[0] in ("train", "pretrain", "extend")
     has_columns = bool({"--format", "--text-field", "--columns"} & {*line})
-    if os.path.isfile(source) and (table := fix_table(source, takes_text and not has_columns)):
-        form = choose_pack_options(source) if is_pack and not has_columns else []
+    is_table = os.path.isfile(source) and source.suffix.lower() in _TABLE_SUFFIXES
+    form = choose_pack_options(source) if is_table and takes_text and not has_columns else []
+    if is_table and (table := fix_table(source, form)):
+        options = form if is_pack and "--format" in form else []
         return UserError(f"{option} {path}: is a table; JSON lines or Parquet are read",
-                         replace(table, options=tuple(form) if form[:1] == ["--format"] else ()))
+                         replace(table, options=tuple(options)))
     description = load_table()["kinds"].get(classify_folder(source), "")
     if description and option in ("--prompts", "--input", "--validation"):
         kind = "prompt" if option == "--prompts" else "text"
-        files = [*list_records(kind), *list_records("chat"), "FILE.jsonl"]
+        files = list_records(kind) or list_records("chat") or ["FILE.jsonl"]
         return UserError(f"{option} {path}: is {description}; pass a file of records or text",
                          Fix(options=(option, files[0])))
     return _find_unpacked_data(line, path) if option == "--data" and program == "megatron-sov" else None
@@ -190,12 +193,20 @@ def list_chats() -> list[str]:
 
 def list_records(kind: str) -> list[str]:
     """Return the files of JSON lines in the current folder whose records `sov-data pack` reads as `kind`."""
-    return [path.name for path in sorted(Path().glob("*.jsonl")) if choose_pack_options(path)[1:] == [kind]]
+    return [path.name for path in sorted(Path().glob("*.jsonl"))
+            if _read_pack_options(path) == ["--format", kind]]
 
 
 def choose_pack_options(file: Path) -> list[str]:
-    """Return the options with which `sov-data pack` reads a file of JSON lines or a text table, by its first
-    record; [] for records with `text`."""
+    """Return the options that `sov-data pack` needs for a file of JSON lines or a text table; []: none, or
+    another file."""
+    options = _read_pack_options(file)
+    return [] if options == ["--format", "text"] else options
+
+
+def _read_pack_options(file: Path) -> list[str]:
+    """Return --format or --text-field for a file of JSON lines or a text table, by its first record; []:
+    another file."""
     # not at the top: needed after a mistake only
     from megatron_sov.base.documents.layouts import convert_layout, propose_columns
     from megatron_sov.base.documents.messages import BadRecord
@@ -207,7 +218,7 @@ def choose_pack_options(file: Path) -> list[str]:
         record = next(csv.DictReader(f, delimiter=separator)) if separator else (
             json.loads(f.readline(MAX_BYTES)))
         if kinds := list_kinds(convert_layout(record, None)):
-            return [] if kinds[0] == "text" else ["--format", kinds[0]]
+            return ["--format", kinds[0]]
         columns = propose_columns(record, "text").split()
         return columns if columns[1] in record else []
     return []
@@ -239,7 +250,7 @@ def fix_columns(command: str, typed: Sequence[str]) -> Fix | None:
         target = re.sub(r"_(column|field|key|col)s?\Z", "", normalize_word(option))
         if option.startswith("--") and target in _FIELDS:
             fields[target] = value
-            typed_fields += [f"{option} {value}", f"{option}={value}"]
+            typed_fields.append(f"{option} {value}")
     if not fields or not os.path.isfile(file) or command not in ("pretrain", "extend", "sft", "prefer"):
         return None
     text, columns = fields.pop("text", ""), fields.pop("columns", "")
@@ -290,18 +301,17 @@ def fix_prompts(file: Path, faults: Iterable[str]) -> Fix | None:
     return Fix(words={str(file): target}, before=(command,)) if program else None
 
 
-def fix_table(file: Path, takes_text: bool = False) -> Fix | None:
-    """Return the commands that convert a spreadsheet or text table to Parquet; None for other files.
-    `takes_text`: the column with the texts becomes `text`."""
+def fix_table(file: Path, form: Sequence[str] = ()) -> Fix | None:
+    """Return the commands that convert a spreadsheet or text table to Parquet; None for other files. `form`:
+    its `choose_pack_options`; the column in --text-field becomes `text`."""
     suffix, target = file.suffix.lower(), str(file.with_suffix(".parquet"))
-    if suffix not in (".csv", ".tsv", ".xlsx", ".xls", ".ods"):
+    if suffix not in _TABLE_SUFFIXES:
         return None
     is_text = suffix in (".csv", ".tsv")
     table = file if is_text else Path(f"{file.stem}.csv")
     commands = [] if is_text else [f"soffice --headless --convert-to csv {shlex.quote(str(file))}"]
     options = ", parse_options=c.ParseOptions('\\t')" if suffix == ".tsv" else ""
-    columns = choose_pack_options(file) if is_text and takes_text else []
-    renaming = f".select([{columns[1]!r}]).rename_columns(['text'])" if "--text-field" in columns else ""
+    renaming = f".select([{form[1]!r}]).rename_columns(['text'])" if "--text-field" in form else ""
     code = ("import pyarrow.csv as c, pyarrow.parquet as p; "
             f"p.write_table(c.read_csv({str(table)!r}{options}){renaming}, {target!r})")
     commands.append(f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}")

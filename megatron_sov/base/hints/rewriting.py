@@ -18,7 +18,7 @@ from megatron_sov.base.errors import find_nearest_name, fix_missing
 from megatron_sov.base.hints.foreign import multiply_context, parse_blend, parse_object
 from megatron_sov.base.hints.kinds import classify_word
 from megatron_sov.base.hints.table import (
-    find_by_parts, find_note, get_last_part, index_words, load_table, normalize_word)
+    find_by_parts, find_note, find_our_value, get_last_part, index_words, load_table, normalize_word)
 from megatron_sov.base.hints.values import (
     GPUS_PER_NODE, SWITCHES, FindSetting, compute_share, find_value, parse_cluster, translate_setting,
     translate_value)
@@ -147,8 +147,7 @@ class Rewrite:
         self.target = value.rpartition("=")[2] if "target" in row else self.target
         if "step" in row:
             self.target = f"{holes['folder']}/checkpoints/step-{value}"
-        ours = load_table()["values"]["--reward"]
-        rewards = [ours.get(name, name)
+        rewards = [find_our_value(name, "--reward") or name
                    for name in re.split(r"[,+]", find_value(self.typed, "--reward", "--reward_funcs"))]
         for name, item in zip(rewards, re.split(r"[,+]", value), strict=False) if "each" in row else ():
             written += [word.format(name=name, item=item) for word in row["each"].split()]
@@ -279,7 +278,7 @@ class Rewrite:
         if name in self.typed and name not in (*self.repeated, *self.many):
             self.add_words(f"{option}: {name} is there already; leave it out")
             return
-        default = load_table()["values"].get(word, {}).get("")
+        default = find_our_value("", word)
         translated = translated or ([default] if default else [])
         if name == "--nodes" and values and values[0].isdigit() and int(values[0]) % GPUS_PER_NODE:
             self.messages.append(f"{values[0]} GPUs are no whole nodes of {GPUS_PER_NODE}: "

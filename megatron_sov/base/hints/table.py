@@ -77,6 +77,14 @@ def explain_key(word: str) -> str:
     return f"it is the option {option} here, and no setting" if option else ""
 
 
+def find_our_value(value: str, *names: str) -> str:
+    """Return our value for another program's value of an option or setting, by the first of its `names` that
+    has one in the table `values`; "": none."""
+    table = load_table()["values"]
+    translations = (table.get(name, {}).get(value.lower()) for name in names)
+    return str(next(filter(None, translations), ""))
+
+
 @cache
 def _index_notes(section: str) -> dict[str, str]:
     """Return word -> sentence for the section `notes`, `instead` or `no_need`."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 
 from megatron_sov.base.hints.foreign import find_shards
-from megatron_sov.base.hints.table import get_last_part, load_table, translate_to_settings
+from megatron_sov.base.hints.table import find_our_value, get_last_part, load_table, translate_to_settings
 
 SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
             "off": False, "none": False, "full": False}
@@ -22,9 +22,9 @@ def translate_setting(word: str, values: list[str], find: FindSetting, typed: Se
     values are computed from several options in `typed`."""
     last_part = get_last_part(word)
     value = values[0] if values else ""
-    translated = load_table()["values"].get(last_part, {}).get(value.lower()) if value else None
-    if "=" in str(translated):
-        return str(translated)
+    translated = find_our_value(value, last_part) if value else ""
+    if "=" in translated:
+        return translated
     name = find(word)
     if not name:
         return ""
@@ -44,8 +44,8 @@ def translate_setting(word: str, values: list[str], find: FindSetting, typed: Se
         values = [part.strip() for part in value.split(",")]
     if len(values) > 1:
         return f"{name}={json.dumps(values)}"
-    translated = load_table()["values"].get(name, {}).get(value.lower()) or translated or value or "VALUE"
-    return str(translated) if "=" in str(translated) else f"{name}={translated}"
+    translated = find_our_value(value, name) or translated or value or "VALUE"
+    return translated if "=" in translated else f"{name}={translated}"
 
 
 def translate_value(word: str, option: str, value: str) -> str:
@@ -59,8 +59,7 @@ def translate_value(word: str, option: str, value: str) -> str:
         return find_shards(value)
     if option == "--nodes" and ("gpu" in word or word == "world_size") and value.isdigit():
         return str(-(-int(value) // GPUS_PER_NODE))
-    values = load_table()["values"]
-    return str({**values.get(option, {}), **values.get(word, {})}.get(value.lower(), value))
+    return find_our_value(value, word, option) or value
 
 
 def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:

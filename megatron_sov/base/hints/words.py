@@ -17,10 +17,11 @@ from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.hints.commands import PROGRAMS, propose_pipeline, unwrap_launcher
 from megatron_sov.base.hints.foreign import find_word, parse_blend, read_foreign_config, read_recipe_name
 from megatron_sov.base.hints.kinds import classify_folder, classify_word, find_recipe_option
-from megatron_sov.base.hints.missing import choose_placeholder, split_positionals
+from megatron_sov.base.hints.missing import choose_placeholder, find_missing_row, split_positionals
 from megatron_sov.base.hints.paths import fix_address, fix_columns
 from megatron_sov.base.hints.rewriting import FOLDER, Rewrite
-from megatron_sov.base.hints.table import get_last_part, index_words, load_table, normalize_word
+from megatron_sov.base.hints.table import (
+    find_our_value, get_last_part, index_words, load_table, normalize_word)
 from megatron_sov.base.hints.values import find_value
 
 RECIPE_COMMANDS = ("pretrain", "extend", "plan")
@@ -263,9 +264,8 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], following: 
         return 1
     if rewrite.apply_row(option, values, is_existing=True):
         return len(values[:1])
-    translated = load_table()["values"].get(option, {}).get("".join(values[:1]).lower())
-    if translated:
-        rewrite.add_words(f"{option} {values[0]} is {translated} here", option, str(translated))
+    if translated := find_our_value("".join(values[:1]), option):
+        rewrite.add_words(f"{option} {values[0]} is {translated} here", option, translated)
         return 1
     files = _split_files(option, values)
     if files and files != list(values[:1]):
@@ -537,7 +537,7 @@ def _find_missing_positionals(parser: argparse.ArgumentParser, rewrite: Rewrite,
     first = []
     for name in missing:
         if name != "RECIPE":
-            first.append(load_table()["missing"].get(f"{rewrite.command} {name}", {}).get("write", name))
+            first.append(find_missing_row(parser.prog, name).get("write", name))
         elif recipe or "--from" not in options:  # for a model that is not a run the command proposes a recipe
             first.append(recipe or name)
     if missing and "RECIPE" in [*first, *missing[1:]]:

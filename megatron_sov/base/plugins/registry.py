@@ -15,7 +15,7 @@ from megatron_sov.base.errors import (
     Fix, UserError, choose_free_path, find_nearest_name, format_install_command, suggest_name,
     suggest_spelling)
 from megatron_sov.base.hints.removed import suggest_successor
-from megatron_sov.base.hints.table import load_table
+from megatron_sov.base.hints.table import find_our_value, load_table
 from megatron_sov.base.plugins.loading import (
     Kind, LoadedPlugin, PluginCode, is_reference, load_plugin, report_plugin_errors)
 from megatron_sov.base.settings import SettingsError, find_rule_problems, parse_arguments
@@ -127,7 +127,7 @@ class Registry(Generic[T]):
         names = [*self._built_in, *self._known]
         part = next((other for other in names if other in re.split(r"[_-]", name)), "")  # length_penalty
         nearest = find_nearest_name(name, names) or _find_same_size(name, names) or part
-        if meant := load_table()["values"].get(f"--{self.kind}", {}).get(name.lower()):
+        if meant := find_our_value(name, f"--{self.kind}"):
             raise UserError(f"{self.kind} {name!r}: is {meant} here; write {meant}", Fix(words={name: meant}))
         sentence = self._explain_unknown(name, recorded)
         if nearest:

@@ -5,7 +5,8 @@ from megatron_sov.base.settings.conditions import (
     DECIDING_FACTS, ActsWhen, AllOf, AnyOf, Condition, When, find_inert_settings, get_setting, is_none_of,
     is_one_of, is_set, is_unset, iter_conditions)
 from megatron_sov.base.settings.options import (
-    NO_FLAG, ActionGroup, DeclaredCommand, Flag, add_options, count_cores, read_command_options, read_options)
+    NO_FLAG, ActionGroup, DeclaredCommand, Flag, add_options, count_cores, read_command_options, read_options,
+    set_dry_run)
 from megatron_sov.base.settings.problem import (
     ASCENDING_PAIR, UNIQUE_ITEMS, AboveZero, AtLeastOne, Bound, Finite, Fraction, NotBlank, NotNegative,
     NotNegativeInt, ProblemCode, Relation, SettingsError, SettingsProblem, Share, Violation, at_most_field,
@@ -31,4 +32,4 @@ __all__ = [
     "iter_leaves", "list_fields", "multiple_of_field", "parse_arguments", "parse_changes",
     "parse_located_yaml", "parse_nested", "parse_percent", "parse_settings", "parse_settings_yaml",
     "read_command_options", "read_options", "read_settings_file", "read_settings_text", "requires_field",
-    "split_key", "to_plain_values", "to_problem", "try_parse_settings", "use_option_names"]
+    "set_dry_run", "split_key", "to_plain_values", "to_problem", "try_parse_settings", "use_option_names"]

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, cast, get_args, get_
 
 from megatron_sov.base.errors import find_nearest_name, suggest_name
 from megatron_sov.base.hints.removed import suggest_successor
-from megatron_sov.base.hints.table import find_note, load_table
+from megatron_sov.base.hints.table import find_note, find_our_value, load_table
 from megatron_sov.base.settings.problem import (
     LEFT_OUT, TOKENS_KEY, UNSET, ProblemCode, Relation, SettingsError, SettingsProblem, to_problem)
 
@@ -298,7 +298,8 @@ def _bound_problem(key: str, value: Any, kind: str, ctx: Mapping[str, Any]) -> S
 def _type_problem(key: str, value: Any, expected: str) -> SettingsProblem:
     """Return the problem for a value of a wrong type; `expected` is a key in `_TYPES`."""
     numbers = _suggest_numbers(expected, value.strip(), key) if isinstance(value, str) else []
-    advice, value_to_write = _suggest_value(expected, value, key), "".join(numbers[:1])
+    advice = f"write {' or '.join(numbers)}" if numbers else _suggest_value(expected, value, key)
+    value_to_write = "".join(numbers[:1])
     if key.rpartition(".")[2] == "steps" and len(value_to_write) >= MIN_TOKEN_DIGITS:
         value_to_write = f"{TOKENS_KEY}{value_to_write}"
         advice = f"a step is a batch; the tokens of the whole run are {value_to_write}"
@@ -350,17 +351,13 @@ def _suggest_equivalent(key: str, value: str) -> str:
 
 def _find_equivalent(key: str, value: str) -> str:
     """Return our value for another program's value of a setting or option; "": unknown."""
-    values = load_table()["values"]
-    translations = {**values.get(key.rpartition(".")[2].lstrip("-"), {}), **values.get(key, {})}
-    return str(translations.get(value.lower(), ""))
+    return find_our_value(value, key, key.rpartition(".")[2].lstrip("-"))
 
 
 def _suggest_value(expected: str, value: Any, key: str) -> str:
-    """Suggest how to write a value with a wrong type; `expected` is a key in `_TYPES`."""
+    """Suggest how to write a value that stands for no number; `expected` is a key in `_TYPES`."""
     if value is None:
         return "give it a value, or leave it out"
-    if isinstance(value, str) and (numbers := _suggest_numbers(expected, value.strip(), key)):
-        return f"write {' or '.join(numbers)}"
     if expected == "float" and isinstance(value, str) and (match := _SHORT_NUMBER.fullmatch(value)) and (
             not float(match[1])):
         # typed as $50k, arrived as 0k

@@ -352,6 +352,7 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("megatron-sov submit --cluster h100 --account a -- megatron-sov sft --from hf --data d --run r",
      ["--account a sft --from hf --data d --run r"]),
     ("megatron-sov convert from-hf new hf", ["write\n  megatron-sov convert from-hf hf new"]),
+    ("sov-data pack --tokenizer tok --input run --output o", ["is a run", "--output o --input t.jsonl"]),
     ("sov-tokenizer compare tok hf t.txt", ["write\n  sov-tokenizer compare tok hf --text t.txt"])
 ])
 def test_answer_names_the_words_to_type(typed: str, parts: list[str],
