@@ -446,7 +446,7 @@ class CheckpointWeights(BlockWeights):
     def _read_block(self, link: Link) -> torch.Tensor:
         return self._reader.read(link.key, link.offset, link.extent).reshape(link.block_shape)
 
-    def read_stored(self, key: str, offset: tuple[int, ...], extent: tuple[int, ...]) -> torch.Tensor:
+    def read_stored(self, key: str, offset: Sequence[int], extent: Sequence[int]) -> torch.Tensor:
         """Read a checkpoint tensor's block, without conversion."""
         return self._reader.read(key, offset, extent)
 

@@ -60,7 +60,7 @@ def take_records(places: np.ndarray, feature_numbers: np.ndarray, records: Seque
 
     Args:
         places: [k] placeholder positions, ascending.
-        numbers: [k] feature numbers in the bank.
+        feature_numbers: [k] feature numbers in the bank.
         records: the bank.
         slots: features per record.
     """

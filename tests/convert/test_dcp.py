@@ -12,6 +12,7 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import find_damaged_files
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.cli import main
+from megatron_sov.convert.dcp import writer
 from megatron_sov.convert.dcp.to_dcp import list_parts, to_dcp
 from megatron_sov.model import recipes
 from megatron_sov.model.families import supported as models
@@ -84,8 +85,10 @@ def test_names_are_those_of_the_transformers_class(recipe: str, tmp_path: Path) 
     assert {key: tuple(tensor.shape) for key, tensor in theirs.items()}.items() <= ours.items()
 
 
-def test_written_files_have_the_weights_of_the_checkpoint(solar_dir: Path, tmp_path: Path,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_written_files_have_the_weights_of_the_checkpoint(
+        solar_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+        ) -> None:
+    monkeypatch.setattr(writer, "MAX_BLOCK_BYTES", 4 << 10)  # 2 of 8 experts, 64 rows of other matrices
     convert.from_hf(solar_dir, tmp_path / "ours")
     out = tmp_path / "out"
     assert main(["convert", "to-dcp", str(tmp_path / "ours"), str(out)]) == 0
@@ -93,6 +96,10 @@ def test_written_files_have_the_weights_of_the_checkpoint(solar_dir: Path, tmp_p
     assert find_damaged_files(out) == []
     weights = convert.open_weights(solar_dir)
     experts = torch.zeros(8, 32, 24, dtype=torch.bfloat16)
-    dcp.load({"model.model.layers.1.mlp.experts.down_proj": experts}, checkpoint_id=out / "step-0")
+    names = ("model.embed_tokens.weight", "model.layers.1.self_attn.q_proj.weight")
+    matrices = {f"model.{name}": torch.zeros_like(weights.read(name)) for name in names}
+    dcp.load({"model.model.layers.1.mlp.experts.down_proj": experts, **matrices},
+             checkpoint_id=out / "step-0")
+    assert all(matrices[f"model.{name}"].equal(weights.read(name)) for name in names)
     for expert in range(8):
         assert experts[expert].equal(weights.read(f"model.layers.1.mlp.experts.{expert}.down_proj.weight"))

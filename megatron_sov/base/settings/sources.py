@@ -259,7 +259,7 @@ def parse_changes(changes: Iterable[str], option: str = "--set") -> dict[str, An
     Values are JSON if they parse as JSON (`true`, `1e-4`, `{"en": 1}`, `null`), otherwise text.
 
     Args:
-        given: arguments of the option, in order.
+        changes: arguments of the option, in order.
         option: its name, for error messages.
 
     Raises:

@@ -61,23 +61,22 @@ def to_dcp(checkpoint: str | Path, out: str | Path, *, weights_only: bool = Fals
 
 @dataclass(frozen=True)
 class Part:
-    """A block of a written tensor."""
+    """A tensor to write: all of a Megatron tensor, or a Hugging Face tensor inside it."""
 
     key: str
-    names: tuple[str, ...]
-    """Hugging Face tensors: a single one, or all of the link."""
+    name: str
+    """Hugging Face tensor; the first one for stacked experts."""
     tensor_shape: tuple[int, ...]
-    expert: int | None = None
-    """Index along the leading axis; None: the block is the whole tensor."""
 
 
 def list_parts(link: Link) -> list[Part]:
-    """Return the blocks with a link's Hugging Face tensors, under the names of transformers' class."""
-    shapes = link.hf_shapes()
+    """Return the tensors of a link under the names of transformers' class, which stacks experts as
+    Megatron-Core does: the link of the first expert stands for all experts."""
     if expert := _EXPERT.fullmatch(link.hf_names[0]):
-        name = "gate_up_proj" if len(shapes) > 1 else "down_proj"
-        return [Part(f"{expert[1]}.{name}", link.hf_names, link.shape, int(expert[2]))]
-    return [Part(name.replace(MOVED_BIAS, PLACE_IN_CLASS), (name,), shape) for name, shape in shapes.items()]
+        name = "gate_up_proj" if len(link.hf_names) > 1 else "down_proj"
+        return [] if link.offset[0] else [Part(f"{expert[1]}.{name}", link.hf_names[0], link.shape)]
+    return [Part(name.replace(MOVED_BIAS, PLACE_IN_CLASS), name, shape)
+            for name, shape in link.hf_shapes().items()]
 
 
 class _ExportContent:
@@ -85,7 +84,6 @@ class _ExportContent:
 
     def __init__(self, source: TrainedModel) -> None:
         self._source, self.tensors = source, dict[str, DcpTensor]()
-        self._parts: dict[str, list[tuple[Part, Link]]] = {}
         self.objects: dict[str, Any] = {}
         self.aliases: dict[str, list[str]] = {}
         self._add_weights(CheckpointWeights(source.path))
@@ -95,14 +93,15 @@ class _ExportContent:
     def _add_weights(self, weights: CheckpointWeights) -> None:
         """Add weights; torch's optimizers update them directly, so masters take precedence."""
         model = self._source.settings.model
+        origins = {link.hf_names: (link, weights) for link in weights.links}
+        if self._source.num_updates is not None:
+            masters = CheckpointWeights(self._source.path, MASTER)
+            origins |= {link.hf_names: (link, masters) for link in masters.links}
         keys: dict[str, str] = {}
-        masters = None if self._source.num_updates is None else CheckpointWeights(self._source.path, MASTER)
-        master_names = set() if masters is None else set(masters.list_names())
-        for link in weights.links:
-            origin = masters if masters is not None and link.hf_names[0] in master_names else weights
+        for link, origin in origins.values():
             for part in list_parts(link):
                 self._add_part(f"model.{part.key}", part, link, origin)
-                keys |= dict.fromkeys(part.names, part.key)
+                keys[part.name] = part.key
         copies = get_duplicates(weights) | ({HEAD: EMBEDDING} if model.tied_embeddings else {})
         for copy, name in copies.items():
             self.aliases.setdefault(f"model.{keys[name]}", []).append(f"model.{copy}")
@@ -118,7 +117,7 @@ class _ExportContent:
                 rule = find_rule(optim, link.key.partition("/")[2], len(link.block_shape))
                 for part in list_parts(link):
                     self._add_part(f"optimizer.state.{part.key}.{theirs}", part, link, moments)
-                    if part.expert or state == "exp_avg_sq":
+                    if state == "exp_avg_sq":
                         continue
                     if state == "exp_avg":
                         steps.append(f"optimizer.state.{part.key}.step")
@@ -133,20 +132,15 @@ class _ExportContent:
         self.objects["lr_scheduler.last_epoch"] = step
 
     def _add_part(self, key: str, part: Part, link: Link, origin: CheckpointWeights) -> None:
-        """Add a part of tensor `key`; experts are added in order."""
-        parts = self._parts.setdefault(key, [])
-        parts.append((part, link))
-        self.tensors[key] = DcpTensor(part.tensor_shape, origin.get_dtype(part.names[0]),
-                                      partial(_read_rows, origin, parts))
+        read = partial(origin.read_stored, link.key)
+        if part.tensor_shape != link.shape:
+            read = partial(_read_rows, origin, part.name)
+        self.tensors[key] = DcpTensor(part.tensor_shape, origin.get_dtype(part.name), read)
 
 
-def _read_rows(origin: CheckpointWeights, parts: list[tuple[Part, Link]], offset: Sequence[int],
-               extent: Sequence[int]) -> torch.Tensor:
-    rows = slice(offset[0], offset[0] + extent[0])
-    if parts[0][0].expert is None:
-        return origin.read(parts[0][0].names[0])[rows].contiguous()
-    return torch.stack([link.join({name: origin.read(name) for name in part.names})
-                        for part, link in parts[rows]])
+def _read_rows(origin: CheckpointWeights, name: str, offset: Sequence[int], extent: Sequence[int]
+               ) -> torch.Tensor:
+    return origin.read(name)[offset[0]:offset[0] + extent[0]].contiguous()
 
 
 def _describe_group(optim: OptimConfig, rule: GroupRule, rate: float) -> dict[str, Any]:

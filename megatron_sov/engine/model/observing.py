@@ -159,7 +159,7 @@ def _merge_ranks(sums_by_rank: Sequence[Mapping[str, Sums]], observed: Sequence[
         for process, rank_sums in zip(observed, sums_by_rank, strict=True):
             if name in rank_sums:
                 groups[process.expert_group if ".experts" in name else process.group].append(rank_sums[name])
-        totals = [_merge_group(sums_by_rank) for sums_by_rank in groups.values()]
+        totals = [_merge_group(group_sums) for group_sums in groups.values()]
         merged[name] = sum(t[0] for t in totals), sum(t[1] for t in totals)
     return merged
 

@@ -191,7 +191,7 @@ def infer_model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
         try:
             fields |= infer(stated)
         except (TypeError, ValueError, KeyError, IndexError, ArithmeticError) as e:
-            problems.append(str(e) if type(e) is ValueError  # raised by `part`, with a sentence
+            problems.append(str(e) if type(e) is ValueError  # raised by `infer`, with a sentence
                             else f"a value cannot be read ({type(e).__name__}: {e})")
     for name in ("vocab_size", "padded_vocab_size"):
         if stated.get(name) is not None:

@@ -162,9 +162,10 @@ def build_heldout_samples(documents: Documents, source: int, seq_len: int,
 
 
 def _iter_windows(beginning: PackedSegment, length: int, seq_len: int) -> Iterator[tuple[PackedSegment, int]]:
-    """Yield windows with at most `seq_len` tokens over `part`, and the number of labels in earlier windows.
+    """Yield windows with at most `seq_len` tokens over `beginning`, and the number of labels in earlier
+    windows.
 
-    `part` begins a document of `length` tokens.
+    `beginning` starts a document of `length` tokens.
     """
     if beginning.count <= seq_len:
         yield beginning, 0
