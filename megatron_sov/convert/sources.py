@@ -36,6 +36,8 @@ PART = "model"
 """Checkpoint part with the weights."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Accepted weight dtypes."""
+
+
 def find_low_bit_weights(config: Mapping[str, Any], shards: Mapping[str, TensorFile]) -> dict[str,
                          LowBitWeight]:
     """Return name -> weight for a folder's FP8 weights; {} without `quantization_config`. Raises `UserError`:

@@ -64,6 +64,7 @@ MAX_LISTED_SETTINGS = 8
 MAX_LISTED_CHARS = 160
 """Maximum length in characters for old plus new value in an event."""
 
+
 class RunFolder:
     """Paths and state files in `RUN/`."""
 

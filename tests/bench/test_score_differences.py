@@ -17,6 +17,7 @@ from megatron_sov.eval.statistics import estimate_difference
 
 Written = Callable[..., Path]
 
+
 def test_pairs_are_items_of_one_name_and_clusters_are_theirs(written_scores: Written, tmp_path: Path) -> None:
     before, after = [1, 0, 0, 1, 0, None], [1, 1, 0, 1, 1, 1]
     clusters = ["x", "x", "y", "y", "z", "z"]

@@ -13,6 +13,7 @@ import triton_interpreter
 
 GPU = Path(triton_interpreter.__file__).parent
 
+
 @pytest.fixture(scope="module")
 def path() -> str:
     """PYTHONPATH with which Triton can be imported."""

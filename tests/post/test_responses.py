@@ -1,5 +1,6 @@
 """`ResponseSpans`: learned labels per document, with padding between joined samples."""
 
+
 def test_a_pair_without_one_response_is_excluded() -> None:
     import torch
 

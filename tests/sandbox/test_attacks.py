@@ -233,6 +233,7 @@ print("HELD")
 """, held=1),
 }
 
+
 class World:
     """Files and processes outside the sandbox, which must not change."""
 

@@ -140,7 +140,6 @@ class _ExportContent:
                                       partial(_read_rows, origin, parts))
 
 
-
 def _read_rows(origin: CheckpointWeights, parts: list[tuple[Part, Link]], offset: Sequence[int],
                extent: Sequence[int]) -> torch.Tensor:
     rows = slice(offset[0], offset[0] + extent[0])

@@ -321,7 +321,6 @@ class MatrixExchange:
         return list(received.split(counts))
 
 
-
 def _concatenate(tensors: Iterable[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """Concatenate all elements; the result may be empty."""
     return torch.cat([torch.empty(0, dtype=dtype, device=get_local_device()),

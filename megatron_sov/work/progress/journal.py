@@ -296,7 +296,6 @@ def _iter_records(file: Path, begin: int = 0) -> Iterator[tuple[Item, bytes, int
             yield *record, f.tell()
 
 
-
 def _read_record(f: IO[bytes]) -> tuple[Item, bytes] | None:
     """Read the next record, or return None at the end or at an incomplete record."""
     header = f.readline(_MAX_HEADER_BYTES)

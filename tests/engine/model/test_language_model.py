@@ -16,6 +16,7 @@ from megatron_sov.model.config import ParallelConfig, apply_settings
 
 # Every weight must be on its process's device; the meta device reveals weights created on other devices.
 
+
 def devices(recipe: str, precision: str) -> dict[str, list[str]]:
     """Build as on a GPU, with the meta device in its place; return the devices of all weights and of the
     rotary frequencies."""

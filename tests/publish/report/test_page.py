@@ -15,6 +15,7 @@ from megatron_sov.runs.obs.events import EventLog
 
 # The first screen: model, data, scores and samples.
 
+
 def panels(*paths: Path) -> dict[str, Panel]:
     return {panel.title: panel for panel in build_opening([read_run(path) for path in paths])}
 

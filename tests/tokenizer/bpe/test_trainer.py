@@ -26,6 +26,7 @@ from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 # Merging by ranks against tiktoken, and the last merge that produces a token.
 
+
 def draw_vocabulary(seed: int) -> dict[bytes, int]:
     """Bytes, and random strings over three letters in random order, many of which merging can never reach."""
     draw = random.Random(seed)

@@ -19,6 +19,7 @@ from tokenizer.report.measures import (
 
 # Held-out texts: their figures, read limits, and pieces.
 
+
 def build_text(*chunks: str) -> NamedText:
     return NamedText("t", "t", list(chunks), True)
 

@@ -23,6 +23,8 @@ and <code>code()</code>.</p><h2>List</h2><ul><li>one<ul><li>inner</li></ul></li>
     return 1
 </pre></div><p hidden>unseen</p><p style="display: none">unseen</p></main>
 <footer>Copyright by everybody</footer></body></html>"""
+
+
 def test_a_page_becomes_its_main_text_with_structure() -> None:
     text, facts = extract_page_text(PAGE)
     lines = [line.strip() for line in text.split("\n") if line.strip()]
