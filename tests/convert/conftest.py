@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
+
+from tests.convert.hf_folders import save_tensors
 
 SIZES = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2,
          "head_dim": 16, "moe_intermediate_size": 24, "num_experts_per_tok": 2,
@@ -59,8 +61,7 @@ def exaone_dir(tmp_path_factory) -> Path:
              for name, t in tensors.items() if ".layers.0." in name}
     norms = {f"mtp.{name}.weight": torch.randn(32).bfloat16()
              for name in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")}
-    save_file(tensors | layer | norms | {"mtp.fc.weight": torch.randn(32, 64).bfloat16()},
-              folder / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder, tensors | layer | norms | {"mtp.fc.weight": torch.randn(32, 64).bfloat16()})
     return folder
 
 

@@ -19,6 +19,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.convert import averaging, hf_import
 from megatron_sov.convert.averaging import choose_checkpoints, compute_weights
 from megatron_sov.convert.peft import from_peft
+from tests.convert.hf_folders import save_tensors
 
 
 def read_hf_tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -41,9 +42,9 @@ def experts(exaone_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     for seed in range(3):
         generator = torch.Generator().manual_seed(seed)
         shutil.copytree(exaone_dir, folder / f"hf-{seed}")
-        save_file({name: t + torch.randn(t.shape, generator=generator).to(t.dtype) * 0.1
-                   for name, t in tensors.items()}, folder / f"hf-{seed}/model.safetensors",
-                  metadata={"format": "pt"})
+        save_tensors(folder / f"hf-{seed}", {
+            name: t + torch.randn(t.shape, generator=generator).to(t.dtype) * 0.1
+            for name, t in tensors.items()})
         convert.from_hf(folder / f"hf-{seed}", folder / f"{seed}")
     return [folder / str(seed) for seed in range(3)]
 

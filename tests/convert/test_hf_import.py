@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -31,6 +30,7 @@ from megatron_sov.omni.modality import build_processor_files
 from megatron_sov.runs.checkpoints import read_checkpoint_settings
 from tests.convert.hf_folders import check_refused, round_trip, save_tensors, set_config, write_folder
 from tests.omni_model import NUM_PICTURE_TOKENS, save_omni_model
+from tests.pages_typed import blocks, page_text
 
 
 def test_companion_files_are_copied(solar_dir: Path, tmp_path: Path) -> None:
@@ -206,9 +206,6 @@ def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path
 # the same values.
 
 
-PAGE = (Path(__file__).parents[2] / "docs/omni.md").read_text(encoding="utf-8")
-
-
 def compute_logits(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:
     """Compute our logits of a row.
 
@@ -243,8 +240,7 @@ def test_multimodal_export_equals_our_model(tmp_path: Path, packed_data: Any, on
     save_omni_model(tmp_path / "model", packed_data.tokenizer, ("model.init_std=0.1",))
     to_hf("model", "omni-hf")
     page_names: dict[str, Any] = {}
-    blocks = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-    [code] = [block for block in blocks if "def logits" in block]
+    [code] = [block for block in blocks(page_text("omni.md"), "python") if "def logits" in block]
     exec(compile(code, "docs/omni.md", "exec"), page_names)
     media, random = page_names["media"], np.random.default_rng(0)
     assert media["pictures"]["placeholders"] == ["<|IMAGE_PAD|>", "<|VIDEO_PAD|>"]

@@ -4,7 +4,6 @@ requests; shutdown."""
 import contextlib
 import io
 import json
-import re
 import shlex
 import signal
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from megatron_sov.cli import main
 from megatron_sov.infer.engines.target import find_target
 from megatron_sov.serve.bodies import RequestEncoder, parse_completion_body
 from megatron_sov.work.processes.children import STOP_SIGNALS
-from tests.pages_typed import ROOT, list_commands
+from tests.pages_typed import ROOT, blocks, list_commands
 
 WARM = ["--temperature", "0.9", "--top-p", "0.95", "--top-k", "50"]
 SAMPLED: dict[str, Any] = {"temperature": 0.9, "top_p": 0.95, "extra_body": {"top_k": 50}}
@@ -191,7 +190,7 @@ def test_unsupported_parameters_that_change_answers_are_refused(server: Any) -> 
 
 
 def test_the_page_shows_a_client_that_gets_an_answer(server: Any, written: Any) -> None:
-    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    (block,) = blocks(PAGE, "python")
     string_io = io.StringIO()
     with contextlib.redirect_stdout(string_io):
         exec(block.replace("http://127.0.0.1:8000/v1", server.url), {})

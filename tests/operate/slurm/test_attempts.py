@@ -73,15 +73,20 @@ def test_a_complete_stage_ends_the_job(question: Question, run: Path) -> None:
     assert question("begin", restart=1) == "exit 0", "an attempt too many finds nothing to do"
 
 
+def test_an_exit_code_alone_does_not_make_a_stage_complete(question: Question, run: Path) -> None:
+    question("begin")
+    checkpoint(run, 10)
+    assert question("end", "--code", "0") == "requeue"
+    assert get_last_record(run)["outcome"] == "stopped"
+
+
 @pytest.mark.parametrize(("code", "says", "rank_log", "answer", "record"), [
-    ("0", "", "", "requeue", {"outcome": "stopped"}),  # an exit code alone makes no stage complete
     ("3", "srun: error: n2: task 1: Exited with exit code 3\n", "NOT verified: see above\n", "exit 3",
      {"outcome": "gate", "reason": "NOT verified: see above", "blamed": []}),
-    # ranks that stood still
     ("76", "srun: error: n1: task 0: Exited with exit code 76\n", "", "requeue",
      {"outcome": "hang", "blamed": []})])
-def test_an_end_without_blame(question: Question, run: Path, code: str, says: str, rank_log: str, answer: str,
-                              record: dict[str, Any]) -> None:
+def test_a_failed_gate_and_a_hang_blame_no_node(question: Question, run: Path, code: str, says: str,
+                                                rank_log: str, answer: str, record: dict[str, Any]) -> None:
     question("begin")
     assert question("end", "--code", code, *srun_says(run, says, rank_log)) == answer
     assert get_last_record(run).items() >= record.items()

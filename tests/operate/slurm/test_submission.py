@@ -20,8 +20,7 @@ from megatron_sov.plan.search.local_search import find_layout
 from megatron_sov.runs.folder import list_submitted_jobs
 from megatron_sov.work.clusters import client
 from megatron_sov.work.clusters.client import environment_outside_jobs
-from megatron_sov.work.clusters.cluster import load_profile
-from tests.operate.slurm.test_script import prepare_job
+from tests.operate.slurm.test_script import H100, LOCAL, prepare_job
 
 PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "--workers", "2", "--input",
         "c", "--output", "out")
@@ -30,7 +29,7 @@ PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "
 def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    parts, join = prepare_job("data", PACK, load_profile("local"), array=2).jobs
+    parts, join = prepare_job("data", PACK, LOCAL, array=2).jobs
     assert parts.array_inputs == ("a=x.jsonl", "b.jsonl", "c")
     assert parts.work.arguments == ("pack", "--tokenizer", "t", "--workers", "2")
     made = [tmp_path / "out.parts/part-0", tmp_path / "out.parts/part-1"]
@@ -43,11 +42,10 @@ def test_a_script_that_slurm_refuses_is_reported(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(client, "check_partition", lambda partition: None)
     monkeypatch.setattr(client, "run_slurm_program", lambda *words, **script: refused)
     with pytest.raises(UserError, match=r"Slurm refuses the job: .*Invalid account"):
-        submission.check_with_slurm(prepare_job("data", PACK, load_profile("local")))
+        submission.check_with_slurm(prepare_job("data", PACK, LOCAL))
 
 
 SOLAR = ("solar-open-102b", "--data", "tokens", "--run", "run")
-H100 = load_profile("h100", account="me")
 
 
 def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str, ...]]:
@@ -92,7 +90,7 @@ def test_a_layout_too_large_for_the_gpus_is_refused_with_a_fitting_one() -> None
 
 def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    text = prepare_job("data", PACK, load_profile("local"), array=2).texts[0]
+    text = prepare_job("data", PACK, LOCAL, array=2).texts[0]
     block = text[text.index("inputs=("):text.index("run_step \"$attempt/srun.log\"")]
 
     def inputs(task: int) -> list[str]:
@@ -107,7 +105,7 @@ def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.Monkey
 def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client, "submit_script", lambda script, after: "17")
     words = ("to-hf", str(tmp_path / "run"), str(tmp_path / "hf"))
-    prepared = prepare_job("convert", words, load_profile("local"))
+    prepared = prepare_job("convert", words, LOCAL)
     assert submission.submit_jobs(prepared, []) == ["17"]
     assert submission.submit_jobs(prepared, []) == ["17"], "the same code is not copied twice"
     (code,) = (tmp_path / "hf.slurm").glob("code-*")
@@ -124,7 +122,7 @@ def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
-    prepared = prepare_job("convert", ("to-hf", "run", str(tmp_path / "hf")), load_profile("local"))
+    prepared = prepare_job("convert", ("to-hf", "run", str(tmp_path / "hf")), LOCAL)
     copies = submission.shutil.copyfile
     monkeypatch.setattr(submission.shutil, "copyfile", lambda a, b: copies(a, b) and b.write_text("#")
                         if b.name == "cli.py" else copies(a, b))

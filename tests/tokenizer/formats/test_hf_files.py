@@ -66,8 +66,9 @@ def test_a_good_one_passes(learn: Callable[..., Vocabulary], tmp_path: Path) -> 
      "decoding does not give back"),
     (K_EXAONE, {"num_tokens": 320, "transition": 290}, replace(K_EXAONE, superword_pattern=r"\S|\s"),
      "tiktoken and transformers differ on")])
-def test_other_rules_are_detected(learn: Callable[..., Vocabulary], preset: Preset, sizes: dict[str, int],
-                                  built: Preset, message: str, tmp_path: Path) -> None:
+def test_files_with_other_rules_fail_the_check(learn: Callable[..., Vocabulary], preset: Preset,
+                                               sizes: dict[str, int], built: Preset, message: str,
+                                               tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match=message):
         run(preset, learn(preset, texts=CHECKED, **sizes), tmp_path, built)
 

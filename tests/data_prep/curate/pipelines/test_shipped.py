@@ -17,12 +17,13 @@ SHIPPED = sorted(READY.glob("*.yaml"))
 QUESTION = json.dumps({"question": "How many apples are left when four of the eleven on a table are eaten?"})
 
 
-def test_there_is_one_for_each_curriculum() -> None:
+def test_each_curriculum_has_a_shipped_pipeline() -> None:
     assert [file.stem for file in SHIPPED] == ["k-exaone", "solar-open", "tiny"]
 
 
 @pytest.mark.parametrize("shipped", SHIPPED, ids=lambda file: file.stem)
-def test_it_loads_where_its_files_are(shipped: Path, scorers: dict[str, Path], tmp_path: Path) -> None:
+def test_a_shipped_pipeline_loads_next_to_its_files(shipped: Path, scorers: dict[str, Path],
+                                                    tmp_path: Path) -> None:
     file = Path(shutil.copy(shipped, tmp_path))
     for path in re.findall(r"path: ([\w/-]+)", file.read_text()):
         (tmp_path / path).mkdir(parents=True)
