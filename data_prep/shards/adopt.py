@@ -17,11 +17,10 @@ from data_prep.shards.encode import Encoder
 from data_prep.shards.heldout import HeldoutRule, hash_document
 from data_prep.shards.pack import PackSource, parse_sources
 from data_prep.shards.pack_run import copy_tokenizer
-from data_prep.shards.token_artifact import (
-    CONTENT_VERSION, HELDOUT, KIND, TRAIN, IndexedSplit, choose_token_dtype, open_pair)
+from data_prep.shards.token_artifact import HELDOUT, KIND, TRAIN, IndexedSplit, choose_token_dtype, open_pair
 from megatron_sov.base.artifacts import check_output_folder, create_artifact, read_manifest
 from megatron_sov.base.documents import Document
-from megatron_sov.base.documents.shard_files import write_index
+from megatron_sov.base.documents.shard_files import CONTENT_VERSION, write_index
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.settings import (
     AtLeastOne, DeclaredCommand, Flag, Fraction, ProblemCode, SettingsProblem)

@@ -19,10 +19,11 @@ from annotated_types import Gt
 
 from data_prep.mixture.blend_file import (
     Missing, PhaseShares, allot_shares, check_epochs, combine_phases, find_blend, format_shares, read_blend)
-from data_prep.shards.token_artifact import CONTENT_VERSION, KIND, TRAIN, check_overlap, read_tokens_manifest
+from data_prep.shards.token_artifact import KIND, TRAIN, check_overlap, read_tokens_manifest
 from megatron_sov.base.artifacts import (
     ArtifactWriter, Manifest, check_output_folder, create_artifact, sha256_file)
 from megatron_sov.base.digests import hash_file, parse_digest_algorithm
+from megatron_sov.base.documents.shard_files import CONTENT_VERSION
 from megatron_sov.base.errors import Fix, UserError, choose_free_path
 from megatron_sov.base.settings import (
     DeclaredCommand, Flag, NotNegative, ProblemCode, SettingsError, SettingsProblem, find_all_problems)

@@ -22,8 +22,7 @@ from data_prep.shards.assemble import (
 from data_prep.shards.encode import Encoder, EncodingSettings
 from data_prep.shards.heldout import HeldoutRule
 from data_prep.shards.pack import PackOptions, PackRequest, PackSettings, PackSource, check_pack
-from data_prep.shards.token_artifact import (
-    CONTENT_VERSION, HELDOUT, KIND, QUARANTINE, TRAIN, choose_token_dtype, get_sidecars)
+from data_prep.shards.token_artifact import HELDOUT, KIND, QUARANTINE, TRAIN, choose_token_dtype, get_sidecars
 from data_prep.shards.units import Unit, UnitSettings, encode_units
 from data_prep.tags import add_synthetic_tags, check_tag_sources, find_source_artifact, merge_source_tags
 from megatron_sov.base.artifacts import (
@@ -35,7 +34,7 @@ from megatron_sov.base.documents.files import CORPUS_RECORDS, JSON_SUFFIX, RECOR
 from megatron_sov.base.documents.layouts import get_completion_field
 from megatron_sov.base.documents.reading import TABLE_SUFFIXES, find_unread_fields
 from megatron_sov.base.documents.rows import fix_records
-from megatron_sov.base.documents.shard_files import FEATURES
+from megatron_sov.base.documents.shard_files import CONTENT_VERSION, FEATURES
 from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.base.settings import SettingsError, find_all_problems, use_option_names
 from megatron_sov.chat.folder import CONFIG_JSON, TOKENIZER_JSON

@@ -20,8 +20,6 @@ from megatron_sov.base.errors import Fix, UserError, find_nearest_name
 TRAIN, HELDOUT = "train", "heldout"
 SPLITS = (TRAIN, HELDOUT)
 KIND = "tokens"
-CONTENT_VERSION = 2
-"""Layout of the manifest's content: version 2 stores a list of shards per split, and formats per source."""
 QUARANTINE = "quarantine.jsonl"
 SMALLEST_INT32_VOCAB = 65500
 """Megatron's `DType.optimal_dtype`: smaller vocabularies fit uint16 with room for reserved ids."""
@@ -72,12 +70,9 @@ class IndexedSplit:
 
 
 def read_tokens_manifest(data: Path) -> Manifest:
-    """Read the manifest of an artifact of kind "tokens". Raises `UserError`: another kind of folder, or
-    another `CONTENT_VERSION`."""
+    """Read the manifest of an artifact of kind "tokens". Raises `UserError`: another kind of folder, or an
+    invalid manifest."""
     manifest = read_manifest(data, KIND)
-    if (version := manifest.content.get("content_version", 1)) != CONTENT_VERSION:
-        raise UserError(f"{data}: was packed in layout {version}, this version reads layout "
-                        f"{CONTENT_VERSION}; pack the data again")
     check_token_manifest(str(data), manifest.content)
     return manifest
 

@@ -45,8 +45,9 @@ def find_chat_model(url: str, key_env: str, name: str = "", key: str = "") -> Ch
             raise BadAnswer(read_error_text(response.body) or f"it answered HTTP {response.status}")
         cards = {str(card["id"]): card for card in parse_json_answer(response.body)["data"]}
     except (BadAnswer, TimeoutError, LookupError, TypeError) as e:
-        is_closed = urlsplit(url).hostname in ("localhost", "127.0.0.1") and "ConnectError" in str(e)
-        fix = Fix(f"megatron-sov serve MODEL --port {urlsplit(url).port}") if is_closed else None
+        address = urlsplit(url)
+        is_closed = address.hostname in ("localhost", "127.0.0.1") and "ConnectError" in str(e)
+        fix = Fix(f"megatron-sov serve MODEL --port {address.port or 80}") if is_closed else None
         remedy = "start a server there, in another terminal" if is_closed else "check the address and the key"
         raise UserError(f"{url}: the models cannot be listed ({e}); {remedy}", fix) from None
     if not name and len(cards) != 1:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -22,7 +23,8 @@ from synthesis.endpoint import ScriptedEndpoint, serving
 
 from megatron_sov.cli import main
 from megatron_sov.serve.chat_session import ChatSession, find_chat_model
-from megatron_sov.work.endpoints.answers import RequestRefused
+from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
+from megatron_sov.work.endpoints.transport import Transport
 from tests.pages_typed import list_commands, page_section
 
 PAGE = page_section("serve.md", "Chat in the terminal")
@@ -163,6 +165,12 @@ def test_a_mistake_is_one_sentence(words: list[str], message: str, capsys: Any) 
     assert main(["chat", *words]) == 2
     errors = capsys.readouterr().err
     assert errors.startswith("error: ") and message in errors and "Traceback" not in errors
+
+
+def test_an_address_without_a_port_gets_the_port_of_http(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(Transport, "get", Mock(side_effect=BadAnswer("ConnectError: refused")))
+    assert main(["chat", "http://localhost/v1"]) == 2
+    assert "megatron-sov serve MODEL --port 80" in capsys.readouterr().err
 
 
 def test_a_model_without_a_template_is_refused(endpoint: ScriptedEndpoint, capsys: Any) -> None:

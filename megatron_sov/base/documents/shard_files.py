@@ -45,6 +45,8 @@ PER_DOCUMENT = ".documents"
 ROUTES = "routes"
 """Ending for the routes sidecar, and key for the routes' shape in a source's record."""
 NARROW, WIDE = "uint8", "uint16"
+CONTENT_VERSION = 2
+"""Layout of a token manifest's content: version 2 has a list of shards per split, and formats per source."""
 ARTIFACT_FIELDS = {"tokenizer_sha256": str, "vocab_size": int, "sources": list}
 SOURCE_FIELDS = {"name": str, "format": str, "splits": dict}
 SPLIT_FIELDS = {"num_tokens": int, "shards": list}
@@ -227,8 +229,11 @@ def merge_routes(previous: np.ndarray | None, current: np.ndarray | None, num_re
 
 
 def check_token_manifest(path: str, content: dict[str, Any]) -> None:
-    """Check the manifest `content` of the token shards in `path`. Raises `UserError`: a field is missing, or
-    a shard is not inside the folder."""
+    """Check the manifest `content` of the token shards in `path`. Raises `UserError`: another
+    `CONTENT_VERSION`, a field is missing, or a shard is not inside the folder."""
+    if (version := content.get("content_version", 1)) != CONTENT_VERSION:
+        raise UserError(f"{path}: was packed in layout {version}, this version reads layout "
+                        f"{CONTENT_VERSION}; pack the data again")
     missing, prefixes = _find_missing(content, ARTIFACT_FIELDS, ""), list[str]()
     for i, source in enumerate(() if missing else content["sources"]):
         absent = _find_missing(source, SOURCE_FIELDS, f"sources[{i}].")

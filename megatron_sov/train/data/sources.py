@@ -27,8 +27,6 @@ COMMANDS_BY_FORMAT = {"text": "`megatron-sov pretrain` learns from text",
 """Data format -> sentence about the command that trains on it."""
 NO_COLUMNS = ("loss", "type", WRITTEN, ROUTES, FEATURES)
 """Sidecars that are not columns with a number per label."""
-CONTENT_VERSION = 2
-"""Supported `content_version` in token manifests."""
 
 
 @dataclass(frozen=True)
@@ -94,10 +92,6 @@ def open_sources(paths: dict[str, float], vocab_size: int,
         raise UserError("data.paths is empty: pass at least one folder made by `sov-data pack` "
                         "with --data DIR")
     manifests = {path: read_manifest(split_source_name(path)[1], "tokens") for path in paths}
-    for path, manifest in manifests.items():
-        if manifest.content.get("content_version") != CONTENT_VERSION:
-            raise UserError(f"{path}: was packed in layout {manifest.content.get('content_version', 1)}, "
-                            f"this version reads layout {CONTENT_VERSION}; pack the data again")
     for path, manifest in manifests.items():
         check_token_manifest(path, manifest.content)
     hashes = {path: m.content["tokenizer_sha256"] for path, m in manifests.items()}

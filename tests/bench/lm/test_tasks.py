@@ -1,15 +1,19 @@
 """Task folders from elsewhere: code, downloads and files outside the folder are refused by name."""
 
+import http.client
 import json
 import os
+import urllib.error
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.bench.lm.evaluated_lm import EvaluatedLM
 from megatron_sov.bench.lm.evaluation import _build_task
+from megatron_sov.bench.lm.harness import can_reach_hub
 from megatron_sov.bench.lm.settings import LmEvalSettings, TaskSources
 from megatron_sov.bench.lm.task_files import TaskFolder, find_tasks
 from megatron_sov.bench.lm.tasks import hash_task, load_tasks
@@ -44,6 +48,16 @@ def test_a_task_of_the_hub_needs_a_network(folder: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr("megatron_sov.bench.lm.tasks.TaskManager", lambda **_: manager)
     with pytest.raises(UserError, match="'hellaswag': its data are on the Hugging Face hub"):
         load_tasks(["hellaswag"], TaskSources((folder,), allow_download=True))
+
+
+@pytest.mark.each(("answer", "is_reached"), [
+    (http.client.BadStatusLine("SSH-2.0"), False), (OSError("no route"), False),
+    (ValueError("no address"), False),
+    (urllib.error.HTTPError("hub", 403, "forbidden", http.client.HTTPMessage(), None), True)])
+def test_a_refusal_of_the_hub_is_an_answer(answer: Exception, is_reached: bool,
+                                           monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("urllib.request.urlopen", Mock(side_effect=answer))
+    assert can_reach_hub() is is_reached
 
 
 EVIL = [

@@ -16,10 +16,10 @@ from data_prep.shards.heldout import HeldoutRule, hash_document
 from data_prep.shards.pack import PackSettings, PackSource
 from data_prep.shards.pack_run import pack_sources
 from data_prep.shards.token_artifact import (
-    CONTENT_VERSION, choose_token_dtype, format_table, iter_shards, open_split, read_tokens_manifest)
+    choose_token_dtype, format_table, iter_shards, open_split, read_tokens_manifest)
 from megatron_sov.base.artifacts import create_artifact, read_manifest
 from megatron_sov.base.documents import Conversation, Document, Message
-from megatron_sov.base.documents.shard_files import IndexedWriter
+from megatron_sov.base.documents.shard_files import CONTENT_VERSION, IndexedWriter
 from megatron_sov.base.errors import UserError
 
 

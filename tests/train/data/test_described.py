@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.documents.shard_files import check_token_manifest
+from megatron_sov.base.documents.shard_files import CONTENT_VERSION, check_token_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.train.data.token_manifest import build_source_record
 
-WHOLE: dict[str, Any] = {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
+EMPTY = {"content_version": CONTENT_VERSION}
+WHOLE: dict[str, Any] = EMPTY | {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
     {"name": "web", "format": "text", "splits": {"train": {"num_tokens": 1, "shards": []}}}]}
 
 
@@ -30,7 +31,7 @@ def test_every_missing_part_is_named(place: tuple[Any, ...], message: str) -> No
 
 
 @pytest.mark.each(("content", "message"), [
-    ({}, "lacks tokenizer_sha256, vocab_size, sources;"), (WHOLE | {"sources": 5}, "lacks sources;"),
+    (EMPTY, "lacks tokenizer_sha256, vocab_size, sources;"), (WHOLE | {"sources": 5}, "lacks sources;"),
     (WHOLE | {"sources": [5]}, r"lacks sources\[0\]\.name, "),
     (WHOLE | {"vocab_size": "9"}, "lacks vocab_size;"),
     (WHOLE | {"sources": [{"name": ["a"], "format": "text", "splits": []}]},

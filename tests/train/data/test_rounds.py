@@ -11,6 +11,7 @@ import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import create_artifact
+from megatron_sov.base.documents.shard_files import CONTENT_VERSION
 from megatron_sov.model.config import PhaseConfig, PolicyConfig, RolloutConfig, RunConfig
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.train.data import rounds as rounds_module
@@ -160,7 +161,7 @@ SHARES = {"1": {"en-basic": 0.9, "ko-basic": 0.1}, "2.C": {"ko-L3": 1.0}}
 @pytest.fixture
 def mixed_data(tmp_path: Path) -> Path:
     with create_artifact(tmp_path / "mixed", "tokens") as artifact:
-        artifact.content = {"tokenizer_sha256": "", "vocab_size": 1,
+        artifact.content = {"content_version": CONTENT_VERSION, "tokenizer_sha256": "", "vocab_size": 1,
                             "sources": [{"name": n, "format": "text", "splits": {
                                 "train": {"num_tokens": 1, "shards": []}}}
                                 for n in ("en-basic", "ko-basic", "ko-L3")],
