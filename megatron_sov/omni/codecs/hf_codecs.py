@@ -63,8 +63,9 @@ class BoundedTensors(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def find_config_problems(config: object) -> Iterator[str]:
-    """Yield a message for each config entry that is too deep or too large."""
+def find_config_problems(config: object, is_imported: bool = False) -> Iterator[str]:
+    """Yield a message for each config entry that is too deep or too large. `is_imported`: also for fields
+    that an import leaves out."""
     # Without recursion, because the file decides the depth.
     stack: list[tuple[str, object, int]] = [("config", config, 0)]
     num_items = 0
@@ -75,28 +76,15 @@ def find_config_problems(config: object) -> Iterator[str]:
             yield f"{where}: is nested deeper than {_MAX_DEPTH}, or has too many items ({_MAX_ITEMS:,})"
             return
         if isinstance(node, dict):
+            refused = [name for name in map(str, node) if name in _REFUSED_FIELDS or name.startswith("_")]
+            for name in refused if is_imported else ():
+                yield f"{where}.{name[:80]}: is not a size of a codec; leave it out"
             stack += [(f"{where}.{str(key)[:100]}"[:_MAX_PATH_CHARS], value, depth + 1)
                       for key, value in node.items()]
         elif isinstance(node, list):
             stack += [(f"{where}.{i}"[:_MAX_PATH_CHARS], value, depth + 1) for i, value in enumerate(node)]
         elif isinstance(node, (int, float)) and not abs(node) <= _MAX_NUMBER:
             yield f"{where} = {str(node)[:40]}: is too large for a codec; at most {_MAX_NUMBER:,}"
-
-
-def _find_refused_fields(config: object, where: str = "config") -> Iterator[str]:
-    if isinstance(config, dict):
-        for name, value in config.items():
-            if name in _REFUSED_FIELDS or str(name).startswith("_"):
-                yield f"{where}.{str(name)[:80]}: is not a size of a codec; leave it out"
-            yield from _find_refused_fields(value, f"{where}.{str(name)[:80]}")
-    elif isinstance(config, list):
-        for i, value in enumerate(config):
-            yield from _find_refused_fields(value, f"{where}.{i}")
-
-
-def _validate_config(config: Config) -> list[str]:
-    # `_find_refused_fields` recurses, and needs the bounded depth.
-    return list(find_config_problems(config)) or list(_find_refused_fields(config))
 
 
 @dataclass(frozen=True)
@@ -109,7 +97,7 @@ class HfImageSettings:
     """Picture height and width."""
 
     def problems(self) -> list[str]:
-        return _validate_config(self.config)
+        return list(find_config_problems(self.config, is_imported=True))
 
 
 @dataclass(frozen=True)
@@ -122,7 +110,7 @@ class HfAudioSettings:
     """Codebooks to use, from the first."""
 
     def problems(self) -> list[str]:
-        return _validate_config(self.config)
+        return list(find_config_problems(self.config, is_imported=True))
 
 
 class HfCodec(nn.Module):
