@@ -167,7 +167,7 @@ def test_a_mistake_is_one_sentence(words: list[str], message: str, capsys: Any) 
     assert errors.startswith("error: ") and message in errors and "Traceback" not in errors
 
 
-def test_an_address_without_a_port_gets_the_port_of_http(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_an_address_without_a_port_gets_port_80(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     monkeypatch.setattr(Transport, "get", Mock(side_effect=BadAnswer("ConnectError: refused")))
     assert main(["chat", "http://localhost/v1"]) == 2
     assert "megatron-sov serve MODEL --port 80" in capsys.readouterr().err
