@@ -1,7 +1,5 @@
 """Adds the rounds in `--store` to a training stage: `megatron-sov rl train` and `rl run`."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial

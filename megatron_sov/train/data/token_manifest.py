@@ -1,7 +1,5 @@
 """Build a source's record for the manifest of token shards."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
