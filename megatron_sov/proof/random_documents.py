@@ -1,8 +1,6 @@
 """Write random training data for a proof: documents with every column for `BUILT_IN_OBJECTIVES`, and a
 random teacher."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ the rollout store as a part; another attempt at the piece adds another part. A t
 pieces for a round that has too few groups to learn from (`policy.max_gen_batches`).
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any
 

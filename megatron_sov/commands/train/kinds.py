@@ -5,8 +5,6 @@ A command is three steps: options (a subclass of `StageOptions`), checks without
 names the parts in which commands differ.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_sov.base.settings import DeclaredCommand

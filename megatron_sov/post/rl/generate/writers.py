@@ -1,8 +1,6 @@
 """Rollout writers with a common protocol, `RolloutWriter`: `RowWriter` runs batches on the live model,
 `RequestWriter` (requests.py) sends requests to engine servers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial

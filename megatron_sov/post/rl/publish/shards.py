@@ -5,8 +5,6 @@ Columns with a number per response are stored once per document (`PER_DOCUMENT`)
 bit per token (`WRITTEN`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
