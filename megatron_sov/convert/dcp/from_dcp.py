@@ -1,7 +1,5 @@
 """Import torch.distributed checkpoints (DCP) of torchtitan, or of a torch loop on a transformers model."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable
 from dataclasses import replace

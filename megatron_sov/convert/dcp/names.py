@@ -5,8 +5,6 @@ torchtitan 0.3, whose Llama has a head's rotary pairs as neighbours, and whose o
 value in one parameter.
 """
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
