@@ -285,14 +285,15 @@ class StateBlock:
         return format_block_name(self.key, self.link.offset)
 
 
-def list_states(weights: Weights, names: Mapping[str, str]) -> list[StateBlock]:
+def list_states(weights: Weights, get_names: Callable[[Link], Mapping[str, str]]) -> list[StateBlock]:
     """Return the blocks of optimizer tensors for all trained weights.
 
-    `names`: our name -> name for `Weights.locate`. Raises `UserError`: a weight has no such tensor.
+    `get_names`: returns our name -> name for `Weights.locate` of the tensors of a link. Raises `UserError`: a
+    weight has no such tensor.
     """
     blocks, stored_keys = [], {*weights.tensors.keys()}
-    for ours, theirs in names.items():
-        for link in (link for link in weights.links if not link.fp32):
+    for link in (link for link in weights.links if not link.fp32):
+        for ours, theirs in get_names(link).items():
             keys = [key for key, _, _ in weights.locate(link, theirs)]
             if missing := [key for key in keys if key not in stored_keys]:
                 raise UserError(f"{weights.path}: its optimizer has no {missing[0]}; pass --weights-only")

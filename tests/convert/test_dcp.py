@@ -192,6 +192,10 @@ WEIGHTS = {name: torch.ones(shape) for name, shape in SHAPES.items()}
 STATE = {f"optimizer.state.{name}.{state}": torch.full(shape if state != "step" else (), 7.0)
          for name, shape in SHAPES.items() for state in ("exp_avg", "exp_avg_sq", "step")}
 
+O_PROJ = "optimizer.state.model.layers.0.self_attn.o_proj.weight."
+MUON = {name: tensor for name, tensor in STATE.items() if not name.startswith(O_PROJ)}
+MUON[f"{O_PROJ}momentum_buffer"] = torch.ones(8, 8)
+
 
 @pytest.mark.each(("state", "config", "sentence"), [
     ({"w": torch.ones(2)}, QWEN3, "has no weight model.embed_tokens.weight or tok_embeddings.weight"),
@@ -205,7 +209,7 @@ STATE = {f"optimizer.state.{name}.{state}": torch.full(shape if state != "step" 
      r"counts \d updates in step/\S+ and \d in step/\S+, but a run has one count; pass --weights-only"),
     ({"tok_embeddings.weight": torch.ones(8, 8)}, QWEN3 | {"model_type": "qwen2"},
      "torchtitan 0.3 has no model of family 'qwen2'"),
-    (WEIGHTS | STATE | {"lm_head.weight": torch.ones(8, 8)}, QWEN3, "")])
+    (WEIGHTS | MUON, QWEN3, ""), (WEIGHTS | STATE | {"lm_head.weight": torch.ones(8, 8)}, QWEN3, "")])
 def test_other_checkpoints_are_refused(state: dict[str, Any], config: dict[str, Any] | None, sentence: str,
                                        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dcp.save(state, checkpoint_id=tmp_path / "theirs/step-7", no_dist=True)

@@ -14,6 +14,7 @@ from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.companion_files import read_token_ids
 from megatron_sov.convert.dcp.names import EMBEDDINGS, TITAN_BIAS, Part, check_names, list_forms, order_rotary
+from megatron_sov.convert.dcp.to_dcp import STATE_NAMES
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name, choose_dtype
 from megatron_sov.convert.hf_import import (
     ImportSource, StateBlock, TrainingState, list_states, write_imported)
@@ -27,8 +28,8 @@ from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG, EMBEDDING, HEAD, read_json
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, checkpoint_step
 
-MOMENTS, STEP = ("exp_avg", "exp_avg_sq"), "step"
-"""Torch's names of AdamW's state."""
+STEP = "step"
+"""Torch's name of AdamW's update count."""
 COUNTERS = ("lr_scheduler.last_epoch", "train_state.step")
 GROUP_FIELDS = ("lr", "initial_lr", "weight_decay", "betas", "eps")
 
@@ -122,19 +123,27 @@ class DcpWeights(Weights):
         return joined
 
     def list_states(self, dtype: str) -> list[StateBlock]:
-        """Return AdamW's moments, and weights that `dtype` rounds or that are stored rounded as masters; []
-        without moments."""
+        """Return moments or momentum, and weights that `dtype` rounds or that are stored rounded as masters;
+        [] without optimizer."""
         if not any("/" in key for key in self._stored):
             return []
         written = choose_dtype(dtype, fp32=False, stored_dtype=self.get_dtype(EMBEDDING))
-        has_masters = written.itemsize < torch.float32.itemsize
-        return list_states(self, {state: state for state in MOMENTS} | ({MASTER: ""} if has_masters else {}))
+        masters = {MASTER: ""} if written.itemsize < torch.float32.itemsize else {}
+        return list_states(self, lambda link: self._get_states(link) | masters)
+
+    def _get_states(self, link: Link) -> dict[str, str]:
+        """Return our name -> torch's name of a weight's optimizer tensors: Muon's momentum, if it is stored,
+        or AdamW's moments."""
+        is_muon = all(part.key in self._stored for part in self._list_parts(link, STATE_NAMES["momentum"]))
+        return {ours: theirs for ours, theirs in STATE_NAMES.items() if (ours == "momentum") == is_muon}
 
     def describe_training(self) -> TrainingState:
-        """Return where and how to continue. Raises `UserError`: parameters have different step counts."""
+        """Return where and how to continue. Raises `UserError`: AdamW has no step count, or several."""
         counts: dict[float, str] = {}
         for key in (key for key in self._stored if key.startswith(f"{STEP}/")):
             counts.setdefault(self.tensors.read(key).item(), key)
+        if not counts:
+            raise UserError(f"{self.path}: its optimizer has no step count of AdamW; pass --weights-only")
         if len(counts) > 1:
             (first, key), (second, other), *_ = counts.items()
             raise UserError(f"{self.path}: its optimizer counts {first:g} updates in {key} and {second:g} in "
@@ -190,11 +199,14 @@ class DcpWeights(Weights):
             if not has_same_bits(self.tensors.read(copy), self.tensors.read(name)):
                 raise UserError(f"{self.path}: {copy} differs from {name}, but the model has one tensor for "
                                 f"both; {remedy}")
-        states = (*MOMENTS, STEP) if any("/" in key for key in self._stored) else ()
-        check_shapes(self.path, {key: shape for key, shape in self._stored.items() if "/" in key},
-                     {part.key: part.tensor_shape if state != STEP else ()
-                      for link in self.links if not link.fp32
-                      for state in states for part in self._list_parts(link, state)},
+        states = {key: shape for key, shape in self._stored.items() if "/" in key}
+        expected_states: dict[str, tuple[int, ...]] = {}
+        for link in (link for link in self.links if states and not link.fp32):
+            for theirs in (names := self._get_states(link)).values():
+                expected_states |= {part.key: part.tensor_shape for part in self._list_parts(link, theirs)}
+            if "momentum" not in names:
+                expected_states |= {part.key: () for part in self._list_parts(link, STEP)}
+        check_shapes(self.path, states, expected_states,
                      "save the state of get_optimizer_state_dict, or pass --weights-only")
 
     def _is_unused_bias(self, key: str) -> bool:

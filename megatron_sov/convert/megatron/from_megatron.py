@@ -307,11 +307,10 @@ class TorchDistWeights(Weights):
         """Return AdamW's moments, and masters if there are any; [] without state. Raises `UserError`: a
         weight has none, although others do."""
         stored_states = {key.partition("/")[0] for key in self._stored_keys if "/" in key}
-        names = dict(STATES) if stored_states else {}
-        if names and names["master"] not in stored_states:
-            names["master"] = "param"
-        return list_states(self, {ours: theirs for ours, theirs in names.items()
-                                  if ours != "master" or theirs in stored_states})
+        names = {state: state for state in ("exp_avg", "exp_avg_sq")} if stored_states else {}
+        if masters := [name for name in (STATES["master"], "param") if name in stored_states]:
+            names["master"] = masters[0]
+        return list_states(self, lambda link: names)
 
     def _locate_block(self, link: Link, source: DistSource) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return offset and shape of a block's part in Megatron's tensor."""

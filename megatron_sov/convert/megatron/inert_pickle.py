@@ -228,8 +228,9 @@ TRAINING_PREFIXES = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state
 """Key prefixes for training state."""
 STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(exp_avg|exp_avg_sq|param|fp32_param)\.(.+)")
 """Megatron's key of AdamW's state for a weight; other training state is not imported."""
-TORCH_STATE_KEY = re.compile(r"(?:.+\.)?optim(?:izer)?\.state\.(.+)\.(exp_avg|exp_avg_sq|step)")
-"""Torch's key of AdamW's state for a weight, as in `get_optimizer_state_dict`."""
+TORCH_STATE_KEY = re.compile(
+    r"(?:.+\.)?optim(?:izer)?\.state\.(.+)\.(exp_avg|exp_avg_sq|momentum_buffer|step)")
+"""Torch's key of AdamW's or Muon's state for a weight, as in `get_optimizer_state_dict`."""
 Index = dict[str, Any]
 """JSON object. `tensors`: key -> [dtype, shape, pieces], with a piece [file, start, length, offset, shape];
 `num_skipped`: optimizer tensors; `objects`: key -> [file, start, length] for values that are not tensors."""
