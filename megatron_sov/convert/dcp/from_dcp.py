@@ -176,15 +176,15 @@ class DcpWeights(Weights):
             raise UserError(f"{self.path / file}: {key} cannot be read ({e}); pass --weights-only") from None
 
     def _list_parts(self, link: Link, state: str = "") -> list[Part]:
-        """Return the first form of which all tensors are stored, with our keys of optimizer state."""
+        """Return the first form whose tensors are all stored, with our keys for optimizer tensors."""
         forms = list_forms(self._names, link, is_state=bool(state))
         if state:
             forms = [[replace(part, key=f"{state}/{part.key}") for part in parts] for parts in forms]
         return next((parts for parts in forms if all(part.key in self._stored for part in parts)), forms[0])
 
     def _check_shapes(self) -> None:
-        """Check that weights and AdamW's state are those of the model. Tied copies, and a zero bias of
-        torchtitan's router, are not imported."""
+        """Compare names and shapes of weights and optimizer tensors with the model. Tied copies, and a zero
+        bias in torchtitan's router, are left out."""
         expected = {part.key: part.tensor_shape for link in self.links for part in self._list_parts(link)}
         copies = models.get_family(self.model.family).find_copies(self.model)
         if self.model.tied_embeddings:
