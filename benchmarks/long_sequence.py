@@ -10,8 +10,6 @@ before the model was built (the larger of both processes); `account` is the esti
 gives for the big models, with a list of what it leaves out.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform
