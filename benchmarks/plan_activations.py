@@ -3,11 +3,10 @@
 Usage: python benchmarks/plan_activations.py > benchmarks/results/plan_activations.txt
 
 Tiny models in float32 are trained for one step, in as many processes as their layout has.  Every tensor that
-autograd saves is counted by its storage, once, from when it is saved until it is let go; weights are left
-out.
-`measured` is the peak, averaged over the ranks of the stage where `plan` is furthest off; `said` is the
-prediction for that stage (`plan/footprint/activations.py`).  Routing is what an untrained router gives, so that a rank's
-experts can get more or fewer tokens than the even share that is counted.
+autograd saves is counted by its storage, once, until autograd frees it; weights are left out.  `measured` is
+the peak, averaged over the ranks of the stage where `plan` is furthest off; `said` is the prediction for that
+stage (`plan/footprint/activations.py`).  Routing comes from an untrained router, so a rank's experts can get
+more or fewer tokens than the even share that is counted.
 """
 
 from __future__ import annotations
