@@ -92,8 +92,8 @@ def _check_format(folder: Path) -> None:
                         f"checkpoint; pass the folder of an iteration, or the folder with {TRACKER}")
     if not (folder / FORMAT).is_file():
         raise UserError(f"{folder}: has no {FORMAT}, so it is not a torch_dist checkpoint; let Megatron "
-                        "convert fsdp_dtensor to --ckpt-format torch_dist, and pass a checkpoint of torchtitan "
-                        "or a torch loop to `megatron-sov convert from-dcp`")
+                        "convert fsdp_dtensor to --ckpt-format torch_dist, and pass those of torchtitan "
+                        "or torch loops to `megatron-sov convert from-dcp`")
     metadata = read_json(folder / FORMAT)
     backend, version = metadata.get("sharded_backend"), metadata.get("sharded_backend_version")
     if backend != BACKEND or version not in VERSIONS:
