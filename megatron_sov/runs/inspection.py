@@ -64,15 +64,19 @@ def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, Art
                         Fix(words={str(path): str(artifact)}))
     if not facts and path.suffix == ".parquet" and path.is_file():
         problems = [row for row in _read_rows(path, 1) if isinstance(row, str)]
-        raise UserError(problems[0] if problems else f"{path}: is a file of rows; `sov-data pack --input` "
-                                                     "and --data of the training commands read it")
+        if problems:
+            raise UserError(problems[0])
+        raise UserError(f"{path}: is a file of rows; `sov-data pack --input` and --data of the training "
+                        "commands read it")
     if not facts:
         from megatron_sov.runs.checkpoints import refuse_run_part  # not at the top: it loads all recipes
 
         refuse_run_part(path)
-        raise UserError(f"{path}: " + ("is nothing that megatron-sov has made" if path.exists() else
-                                       "does not exist, and no work on it is unfinished") +
-                        "; name an artifact, a run, a store, a file of rows, or a command's --output")
+        problem = "does not exist, and no work on it is unfinished"
+        if path.exists():
+            problem = "is nothing that megatron-sov has made"
+        raise UserError(f"{path}: {problem}; name an artifact, a run, a store, a file of rows, or a "
+                        "command's --output")
     kind = kinds.get(facts.get("kind", ""))
     # Read everything before printing: a damaged part gives an error instead of half a page.
     summary = [] if kind is None else list(kind.lines(path))

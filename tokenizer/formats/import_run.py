@@ -82,8 +82,9 @@ def _count_bytes(texts: list[str]) -> int:
 
 def _find_unknown_id(raw: dict[str, Any]) -> int | None:
     model = raw["model"]
-    return (model["unk_id"] if model.get("unk_id") is not None
-            else get_token_ids(raw).get(model.get("unk_token") or ""))
+    if model.get("unk_id") is not None:
+        return model["unk_id"]
+    return get_token_ids(raw).get(model.get("unk_token") or "")
 
 
 def _fill_manifest(artifact: ArtifactWriter, source: ForeignTokenizer, special: dict[str, Any], checked: str,
