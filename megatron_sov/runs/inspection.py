@@ -69,9 +69,11 @@ def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, Art
         raise UserError(problems[0] if problems else f"{path}: is a file of rows; `sov-data pack --input` "
                                                      "and --data of the training commands read it")
     if not facts:
-        from megatron_sov.runs.checkpoints import refuse_run_part  # not at the top: it loads all recipes
+        # not at the top: it loads all recipes
+        from megatron_sov.runs.checkpoints import refuse_foreign_model, refuse_run_part
 
         refuse_run_part(path)
+        refuse_foreign_model(path)
         raise UserError(f"{path}: " + ("is nothing that megatron-sov has made" if path.exists() else
                                        "does not exist, and no work on it is unfinished") +
                         "; name an artifact, a run, a store, a file of rows, or a command's --output")

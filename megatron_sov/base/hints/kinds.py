@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
@@ -51,10 +52,11 @@ def find_only_folder(kind: str) -> str:
     return names[0] if len(names) == 1 else ""
 
 
-def list_models() -> list[str]:
-    """Return model folders and runs in the current folder and its folder runs."""
+def list_models(kinds: Collection[str] = ("hf", "run", "checkpoint")) -> list[str]:
+    """Return the folders of `kinds`, as `classify_folder` names them, in the current folder and its folder
+    runs."""
     return [str(path) for path in sorted([*Path().iterdir(), *Path("runs").glob("*")])
-            if classify_folder(path) in ("hf", "run", "checkpoint")]
+            if classify_folder(path) in kinds]
 
 
 def list_run_tokenizers(run: Path) -> list[Path]:
