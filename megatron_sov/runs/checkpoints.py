@@ -52,6 +52,7 @@ ADAPTER_BASE_MARKER = "base-of-adapters.txt"
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"
 RUN, HF_MODEL, PEFT_ADAPTER = "run", "hf_model", "peft_adapter"
 """Further folder kinds in command arguments."""
+MODEL_KINDS, ANY_MODEL = (RUN, CHECKPOINT_KIND, HF_MODEL), "a checkpoint, a run or a Hugging Face folder"
 KIND_CONSUMERS = {
     RUN: ("a run", "`megatron-sov report` shows it, `convert to-hf` exports its newest checkpoint"),
     CHECKPOINT_KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take "
@@ -152,9 +153,10 @@ def list_complete(folder: Path) -> list[Path]:
     return [path for _, path in _numbered_checkpoints(folder) if (path / MANIFEST).is_file()]
 
 
-def check_model_path(path: Path, option: str = "") -> None:
-    """Raise `UserError` if folder `path` is missing; suggest existing checkpoints or a download. Runs before
-    torch loads."""
+def check_model_path(path: Path, option: str = "", kinds: Collection[str] = MODEL_KINDS,
+                     wanted: str = ANY_MODEL) -> None:
+    """Raise `UserError` if folder `path` is missing; suggest existing models of `kinds`, in words `wanted`,
+    or a download. Runs before torch loads."""
     if path.is_dir():
         return
     problem = "is no folder" if path.exists() else "does not exist"
@@ -181,10 +183,14 @@ def check_model_path(path: Path, option: str = "") -> None:
                         Fix(arguments=(str(path),), left_out=(f"{option}{path}",)))
     is_model_file = path.is_file() and path.suffix not in (".yml", ".yaml")  # mergekit's: `hints.paths`
     fix = fix_missing(path) or (Fix(words={str(path): "MODEL"}) if is_model_file else None)
-    models = list_models() if fix is None else []
-    listed = f"; models here: {', '.join(models[:MAX_MODELS])}" if models else ""
-    raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
-                    f"folder{listed}{suggest_download(path)}", fix)
+    listed = _list_models_here(kinds) if fix is None else ""
+    raise UserError(f"{option}{path}: {problem}; pass {wanted}{listed}{suggest_download(path)}", fix)
+
+
+def _list_models_here(kinds: Collection[str]) -> str:
+    """Return the end of a message with the first models of `kinds` near the current folder; "": none."""
+    models = list_models([kind.partition("_")[0] for kind in kinds])
+    return f"; models here: {', '.join(models[:MAX_MODELS])}" if models else ""
 
 
 def _refuse_address(address: str, option: str) -> None:
@@ -262,10 +268,9 @@ def _build_kind_error(path: Path, kind: str, kinds: Collection[str], wanted: str
         fix = fix_adapter(path)
     if kind == HF_MODEL and CHECKPOINT_KIND in kinds:  # the command is for `convert to-hf`
         fix = replace(_fix_by_conversion(path, "from-hf"), command=command)
-    models = list_models() if fix is None and RUN in kinds else []
-    if fix is None and (HF_MODEL in kinds or models):
-        fix = Fix(words={str(path): models[0] if len(models) == 1 else "MODEL"})
-    listed = f"; models here: {', '.join(models)}" if models else ""
+    listed = _list_models_here(kinds) if fix is None and RUN in kinds else ""
+    if fix is None and (HF_MODEL in kinds or listed):
+        fix = Fix(words={str(path): "MODEL"})
     return UserError(f"{path}: is {description}, not {wanted}; "
                      f"{advice.format(path=path, name=path.name)}{listed}", fix)
 
@@ -326,7 +331,7 @@ def find_runs(path: Path) -> list[Path]:
 
 def check_model_folder(path: Path) -> None:
     """Raise `UserError` if a folder contains neither checkpoint, run nor Hugging Face model."""
-    check_folder_kind(path, (RUN, CHECKPOINT_KIND, HF_MODEL), "a checkpoint, a run or a Hugging Face folder")
+    check_folder_kind(path, MODEL_KINDS, ANY_MODEL)
 
 
 def _describe_unknown_folder(path: Path) -> tuple[str, str] | None:
@@ -372,9 +377,25 @@ def refuse_run_part(path: Path) -> None:
     run = next((parent for parent in path.absolute().parents[:2] if (parent / EVENTS).is_file()), None)
     if run is not None and not (path / EVENTS).is_file():
         kind = "a checkpoint" if path.absolute().parent.name == CHECKPOINTS_FOLDER else "part"
+        adapter = "; `megatron-sov convert to-peft RUN OUT` writes the adapter of a run with lora.rank"
         typed = Path(os.path.relpath(run)) if os.path.relpath(path) == str(path) else run
-        raise UserError(f"{path}: is {kind} of the run {typed}; pass {typed}",
+        raise UserError(f"{path}: is {kind} of the run {typed}; pass {typed}"
+                        f"{adapter if path.name.startswith('adapter_') else ''}",
                         Fix(words={str(path): str(typed), os.path.relpath(path): os.path.relpath(run)}))
+
+
+def refuse_foreign_model(path: Path) -> None:
+    """Raise `UserError` for a PEFT adapter or a Hugging Face folder of another program, or a file in one."""
+    folder = path if path.is_dir() else path.parent
+    if (folder / ADAPTER_CONFIG).is_file():
+        fix = fix_adapter(folder)
+        raise UserError(f"{path}: is a PEFT adapter; `megatron-sov convert from-peft` makes a checkpoint of it, "
+                        "and `convert to-peft` writes one of a run",
+                        replace(fix, words={str(path): fix.words[str(folder)]}))
+    if is_hf_folder(folder) and path.exists():
+        fix = _fix_by_conversion(folder, "from-hf")
+        raise UserError(f"{path}: is a Hugging Face folder; `megatron-sov convert from-hf` makes a checkpoint of "
+                        "it", replace(fix, words={str(path): fix.words[str(folder)]}))
 
 
 def find_tokenizer_folder(start: Path) -> Path:

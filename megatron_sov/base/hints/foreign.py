@@ -63,9 +63,12 @@ def parse_object(text: str) -> dict[str, str]:
 
 
 def multiply_context(model: str, factor: str) -> str:
-    """Return `factor` times the context length of a Hugging Face folder; "TOKENS" if unknown."""
+    """Return `factor` times the context length of a Hugging Face folder or run; "TOKENS" if unknown."""
     config = _parse_file(Path(model) / "config.json") if model else None
-    length = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    length = None
+    if isinstance(config, dict):
+        phases = (config.get("data") or {}).get("phases") or ()
+        length = max((phase["seq_len"] for phase in phases), default=config.get("max_position_embeddings"))
     if not isinstance(length, int) or not re.fullmatch(r"\d+(\.\d+)?", factor):
         return "TOKENS"
     return str(round(length * float(factor)))
