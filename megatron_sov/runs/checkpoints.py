@@ -377,25 +377,10 @@ def refuse_run_part(path: Path) -> None:
     run = next((parent for parent in path.absolute().parents[:2] if (parent / EVENTS).is_file()), None)
     if run is not None and not (path / EVENTS).is_file():
         kind = "a checkpoint" if path.absolute().parent.name == CHECKPOINTS_FOLDER else "part"
-        adapter = "; `megatron-sov convert to-peft RUN OUT` writes the adapter of a run with lora.rank"
+        advice = "; `convert to-peft` writes its adapter" if path.name.startswith("adapter_") else ""
         typed = Path(os.path.relpath(run)) if os.path.relpath(path) == str(path) else run
-        raise UserError(f"{path}: is {kind} of the run {typed}; pass {typed}"
-                        f"{adapter if path.name.startswith('adapter_') else ''}",
+        raise UserError(f"{path}: is {kind} of the run {typed}; pass {typed}{advice}",
                         Fix(words={str(path): str(typed), os.path.relpath(path): os.path.relpath(run)}))
-
-
-def refuse_foreign_model(path: Path) -> None:
-    """Raise `UserError` for a PEFT adapter or a Hugging Face folder of another program, or a file in one."""
-    folder = path if path.is_dir() else path.parent
-    if (folder / ADAPTER_CONFIG).is_file():
-        fix = fix_adapter(folder)
-        raise UserError(f"{path}: is a PEFT adapter; `megatron-sov convert from-peft` makes a checkpoint of it, "
-                        "and `convert to-peft` writes one of a run",
-                        replace(fix, words={str(path): fix.words[str(folder)]}))
-    if is_hf_folder(folder) and path.exists():
-        fix = _fix_by_conversion(folder, "from-hf")
-        raise UserError(f"{path}: is a Hugging Face folder; `megatron-sov convert from-hf` makes a checkpoint of "
-                        "it", replace(fix, words={str(path): fix.words[str(folder)]}))
 
 
 def find_tokenizer_folder(start: Path) -> Path:

@@ -212,8 +212,6 @@ def build_note_error(begin: str, note: str, typed: Sequence[str]) -> UserError:
         note: sentence with a command of ours between backquotes, as in `words.yaml` and `removed.json`.
         typed: words after the foreign command; they replace the placeholders of our command in the fix.
     """
-    if code := re.search("`(python -c .*)`", note):
-        return UserError(f"{begin}; {note.partition(': `')[0]}", Fix(_fill_python_line(code[1], typed)))
     if "{first}" in note:
         sentence, commands, _ = note.split("`")
         return UserError(f"{begin}; {sentence.rstrip(': ')}", _fill_command_chain(commands, typed))
@@ -244,14 +242,6 @@ def build_note_error(begin: str, note: str, typed: Sequence[str]) -> UserError:
     return UserError(f"{begin}; {sentence}", Fix(shlex.join([*command_words, *values, *typed, *switches])))
 
 
-def _fill_python_line(line: str, typed: Sequence[str]) -> str:
-    """Fill DIR and TEXT in a `python -c` line by the typed folder and the other typed words."""
-    folders = [word for word in typed if os.path.isdir(word)] or ["DIR"]
-    texts = [word for word in typed if word not in folders and not word.startswith("-")] or ["TEXT"]
-    line = line.replace("python", shlex.quote(sys.executable), 1).replace("DIR", folders[0])
-    return line.replace("TEXT", " ".join(texts).replace("'", "\\'"))
-
-
 def _fill_command_chain(commands: str, typed: Sequence[str]) -> Fix:
     """Fill the {holes} in commands joined by &&: conversions to GGUF, uploads to a hub, added tokens."""
     number_type = find_value(typed, "--outtype", "--quantize", "--type")
@@ -259,12 +249,14 @@ def _fill_command_chain(commands: str, typed: Sequence[str]) -> Fix:
     model = "OWNER/NAME" if "hf download" in commands else "RUN"
     if arguments:
         model = next(filter(os.path.isdir, arguments), arguments[0])
+        arguments.insert(0, arguments.pop(arguments.index(model)))
     name = Path(model).name
     output = arguments[1] if len(arguments) > 1 else f"{name}-{number_type or 'f16'}.gguf"
     holes = {"first": model, "name": name, "second": output, "type": number_type.upper(),
              "repo": arguments[1] if len(arguments) > 1 else "OWNER/NAME",
              "gguf": f"{name}.gguf" if number_type else output,
              "python": sys.executable, "output": find_value(typed, "--output") or f"{name}-added",
+             "text": " ".join(arguments[1:]) or "TEXT",
              "tokens": find_value(typed, "--tokens", "--special-tokens") or "TOKEN,TOKEN",
              "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
     if not number_type:  # no quantization after the conversion

@@ -69,9 +69,10 @@ def multiply_context(model: str, factor: str) -> str:
     if isinstance(config, dict):
         phases = (config.get("data") or {}).get("phases") or ()
         length = max((phase["seq_len"] for phase in phases), default=config.get("max_position_embeddings"))
-    if not isinstance(length, int) or not re.fullmatch(r"\d+(\.\d+)?", factor):
+    number = re.search(r"(?:\A|factor\W{1,4})(\d+(?:\.\d+)?)(?=\Z|[,}])", factor)
+    if not isinstance(length, int) or number is None:
         return "TOKENS"
-    return str(round(length * float(factor)))
+    return str(round(length * float(number[1])))
 
 
 def parse_blend(words: Sequence[str]) -> list[str]:

@@ -194,13 +194,8 @@ OptionsT = TypeVar("OptionsT", bound=PluginOptions)
 
 def _check_paths(*names: str, kinds: tuple[str, ...] = (), expected: str = ""
                  ) -> Callable[[OptionsT], OptionsT]:
-    """Return a check that loads --plugin, and refuses missing models and models outside `kinds`.
-
-    Args:
-        names: option fields with paths of models.
-        kinds: accepted kinds of folders; (): all.
-        expected: `kinds` in words.
-    """
+    """Return a check that loads --plugin, and refuses missing models in the option fields `names`, and models
+    outside `kinds` (in words `expected`; (): all)."""
     def check(options: OptionsT) -> OptionsT:
         for name in names:
             path = getattr(options, name)

@@ -211,7 +211,7 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("sov-tokenizer import run2 --output o", ["write\n  sov-tokenizer import run2/tokenizer --output o"]),
     ("sov-tokenizer import run3 --output o", ["import run3/checkpoints/step-10/tokenizer --output o"]),
     ("sov-tokenizer report tok", ["write\n  sov-tokenizer report tok --output report.html"]),
-    ("sov-tokenizer encode tok Hello", ["T.from_file('tok/tokenizer.json').encode('Hello')"]),
+    ("sov-tokenizer encode tok Hello", ["encode(sys.argv[2]).tokens)\" tok Hello"]),
     ("megatron-sov prefer --from hf --data judged1.jsonl --method kto --run r",
      ["no prompt has two responses",
       "> judged1-good.jsonl\n  megatron-sov sft --from hf --data judged1-good.jsonl"]),
