@@ -330,11 +330,8 @@ class PairLearningWithReference(PairLearning):
 
     def pair_loss(self, margins: torch.Tensor) -> torch.Tensor:
         """Return the loss per pair, [P] float64; override `pair_loss` in a subclass to define your own.
-
-        Args:
-            margins: [P] log p(policy) - log p(reference) of the chosen response, minus the same difference
-                of the rejected response: sums over tokens for method dpo, otherwise means.
-        """
+        `margins`: [P] log p(policy) - log p(reference) of the chosen response, minus the same difference of
+        the rejected response: sums over tokens for method dpo, otherwise means."""
         preference = self._preference
         if preference.method == "ipo":
             return ipo(margins, preference.effective_beta)
