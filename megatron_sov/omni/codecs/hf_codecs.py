@@ -3,8 +3,6 @@
 Audio codecs with several codebooks interleave the codes of a frame; each codebook has its own range of ids.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import math
