@@ -18,8 +18,8 @@ from megatron_sov.base.hints.kinds import classify_word
 from megatron_sov.base.hints.table import (
     find_by_parts, find_note, find_our_value, get_last_part, index_words, load_table, normalize_word)
 from megatron_sov.base.hints.values import (
-    GPUS_PER_NODE, SWITCHES, FindSetting, compute_odds, compute_share, find_value, parse_cluster, translate_setting,
-    translate_value)
+    GPUS_PER_NODE, SWITCHES, FindSetting, compute_odds, compute_share, find_value, parse_cluster,
+    translate_setting, translate_value)
 
 MIN_SIMILARITY = 0.8
 """Lowest `SequenceMatcher.ratio` between an unknown option and a suggested option."""

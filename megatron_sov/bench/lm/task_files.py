@@ -166,8 +166,8 @@ def check_task_names(names: Sequence[str], sources: TaskSources) -> None:
 
 
 def _write_download(publisher: str, files: Any) -> list[str]:
-    """Return the command that writes the `files` of a task, split -> path, from a data set of the hub; []: the
-    `publisher` in the task's metadata names no single data set."""
+    """Return the command that writes the `files` of a task, split -> path, from a data set of the hub; []:
+    the `publisher` in the task's metadata names no single data set."""
     match = re.fullmatch(r"the rows of ([\w.-]+/[\w.-]+)(?:, configuration (\w+))?(?: \(.*\))?", publisher)
     if match is None or not all(isinstance(file, str) for file in files.values()):
         return []
@@ -176,8 +176,8 @@ def _write_download(publisher: str, files: Any) -> list[str]:
     arguments = ", ".join(json.dumps(name) for name in match.groups() if name)
     code = (f"import datasets; d = datasets.load_dataset({arguments}); "
             f"[d.get(s, [*d.values()][0]).to_json(f) for s, f in {json.dumps(paths)}.items()]")
-    folders = sorted({str(Path(path).parent) for path in paths.values()})
-    return [f"mkdir -p {' '.join(folders)} && {shlex.quote(sys.executable)} -c {shlex.quote(code)} {DOWNLOADS}"]
+    folders = " ".join(sorted({str(Path(path).parent) for path in paths.values()}))
+    return [f"mkdir -p {folders} && {shlex.quote(sys.executable)} -c {shlex.quote(code)} {DOWNLOADS}"]
 
 
 def find_tasks(folders: Sequence[TaskFolder]) -> TaskCatalog:

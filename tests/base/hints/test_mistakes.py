@@ -174,9 +174,10 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("megatron-sov sft --from hf --data d --run r --deepspeed z.json",
      ["--run r --set parallel.zero1=true"]),
     ("megatron-sov sft --from hf --data quoted.jsonl --run r", ["> quoted-parsed.jsonl\n", "quoted-parsed"]),
-    ("megatron-sov eval lm hf --tasks mmlu --output o", ["needs mmlu/dev.jsonl, mmlu/test.jsonl;", 'load_dataset("cais/mmlu", "all")',
-                                                             "--output o --data-dir benchmarks"]),
-    ("megatron-sov inspect peft", ["convert from-peft", "write\n  megatron-sov convert from-hf", "inspect peft-c"]),
+    ("megatron-sov eval lm hf --tasks mmlu --output o", [
+        "needs mmlu/dev.jsonl, mmlu/test.jsonl;", 'load_dataset("cais/mmlu", "all")',
+        "--output o --data-dir benchmarks"]),
+    ("megatron-sov inspect peft", ["convert from-peft", "inspect peft-checkpoint"]),
     ("megatron-sov extend x --from hf --data d --run r --set rope_scaling.type=yarn",
      ["YaRN is the only form; leave it out"]),
     ("megatron-sov distill --from hf --teacher run --data d --run r --set distill.alpha=0.25",
