@@ -1,7 +1,5 @@
 """Write docs/recipes.md from the recipes' source tables."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 
