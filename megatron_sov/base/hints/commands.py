@@ -74,8 +74,8 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     """
     words = [part for text in typed for part in text.split("=", 1)]
     values = {normalize_word(option): value for option, value in pairwise(words) if option.startswith("-")}
-    folders = [word for word in typed[:1] if classify_word(word) in ("data", "folder") and os.path.exists(word)]
-    source = next((values[name] for name in _PIPELINE_OPTIONS if name in values), "".join(folders))
+    inputs = [word for word in filter(os.path.exists, typed[:1]) if classify_word(word) in ("data", "folder")]
+    source = next((values[name] for name in _PIPELINE_OPTIONS if name in values), "".join(inputs))
     step_words = [command] if command != "run" else [part for word in words for part in word.split(",")]
     index, steps, others = index_words("steps"), dict[str, str](), list[str]()
     for word in step_words:

@@ -157,8 +157,8 @@ def check_task_names(names: Sequence[str], sources: TaskSources) -> None:
         files = re.findall(re.escape(DATA) + r"/([^'\"]+)", str(config.get("dataset_kwargs")))
         if files:
             publisher = get_sov_metadata(config.get("metadata")).get("source", "the data set")
-            problems.append(f"task {name!r}: needs {', '.join(files)}; put {publisher} into a folder, and pass "
-                            "it as --data-dir DIR")
+            problems.append(f"task {name!r}: needs {', '.join(files)}; put {publisher} into a folder, and "
+                            "pass it as --data-dir DIR")
             commands += _write_download(publisher, config["dataset_kwargs"]["data_files"])
     if problems:
         folder = DOWNLOADS if commands else "DIR"
