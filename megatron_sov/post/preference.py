@@ -328,8 +328,11 @@ class PairLearningWithReference(PairLearning):
 
     def pair_loss(self, margins: torch.Tensor) -> torch.Tensor:
         """Return the loss per pair, [P] float64; override `pair_loss` in a subclass to define your own.
-        `margins`: [P] log p(policy) - log p(reference) of the chosen response, minus the same difference of
-        the rejected response: sums over tokens for method dpo, otherwise means."""
+
+        Args:
+            margins: [P] log p(policy) - log p(reference) of the chosen response, minus the same difference
+                of the rejected response: sums over tokens for method dpo, otherwise means.
+        """
         preference = self._preference
         if preference.method == "ipo":
             return ipo(margins, preference.effective_beta)

@@ -68,7 +68,11 @@ class CachedDecoder:
 
     def agree_row_tokens(self, num_tokens: int) -> int:
         """Return the local length of the next row, agreed over all replicas; 0 if every replica has finished.
-        Collective over all processes. `num_tokens`: new tokens of this process; 0: none."""
+        Collective over all processes.
+
+        Args:
+            num_tokens: new tokens of this process; 0: none.
+        """
         longest = int(all_reduce_replicas(torch.tensor([num_tokens]), dist.ReduceOp.MAX)[0])
         if not longest:
             return 0

@@ -147,9 +147,12 @@ class LinearAdapter(torch.nn.Module):
         return rows, axis, lengths
 
     def _concatenate_parts(self, parts: Sequence[torch.Tensor | None], missing: torch.Tensor) -> torch.Tensor:
-        """Concatenate per-module outputs [..., module rows] to the fused layout [..., fused rows]. `parts`:
-        outputs by position; None takes the slice of `missing`. `missing`: [..., fused rows], or broadcastable
-        to it."""
+        """Concatenate per-module outputs [..., module rows] to the fused layout [..., fused rows].
+
+        Args:
+            parts: outputs by position; None takes the slice of `missing`.
+            missing: [..., fused rows], or broadcastable to it.
+        """
         if len(parts) == 1:
             assert parts[0] is not None
             return parts[0]

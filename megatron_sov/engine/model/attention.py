@@ -497,8 +497,12 @@ def _build_band_mask(queries: int, keys: int, window_tokens: int, device: torch.
 def _split_by_document(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor,
                        documents: Sequence[Span], begins: Sequence[int], first: int
                        ) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Split a piece into (queries, keys, values) per `Span`. `begins`: row index of each document's first
-    key. `first`: row index of `keys[0]`."""
+    """Split a piece into (queries, keys, values) per `Span`.
+
+    Args:
+        begins: row index of each document's first key.
+        first: row index of `keys[0]`.
+    """
     # split instead of slices: the backward pass then writes gradients once, without a zero-filled row per
     # document
     lengths = [begins[0] - first,

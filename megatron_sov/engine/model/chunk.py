@@ -108,8 +108,12 @@ class Chunk(LanguageModule):
 
     def forward(self, inputs: ModelInputs, first_route: int | None = None) -> torch.Tensor:
         """Run the chunk on a row's local tokens; returns hidden states [depths * local tokens, 1, hidden].
-        `inputs`: the whole row. `first_route`: row of its first token in the route table
-        (`route_replay.replay_routes`). None: routers choose the experts."""
+
+        Args:
+            inputs: the whole row.
+            first_route: row of its first token in the route table (`route_replay.replay_routes`). None:
+                routers choose the experts.
+        """
         row = self.prepare_layer_inputs(inputs, first_route)
         hidden = self.decoder(
             hidden_states=row.embedded, attention_mask=None, rotary_pos_emb=row.rotary,
@@ -371,8 +375,12 @@ class OutputHead(ColumnParallelLinear):
 
 
 def shift_tokens(tokens: torch.Tensor, bounds: torch.Tensor) -> torch.Tensor:
-    """Shift tokens left inside each document; a document's last token becomes 0. `tokens`: [tokens] int64,
-    the whole row. `bounds`: [documents + 1] cumulative document lengths."""
+    """Shift tokens left inside each document; a document's last token becomes 0.
+
+    Args:
+        tokens: [tokens] int64, the whole row.
+        bounds: [documents + 1] cumulative document lengths.
+    """
     next_tokens = tokens.roll(-1)
     # an empty first document gives index -1, the last token of the row, which ends a document as well
     last_index = (bounds[1:].long() - 1) % len(tokens)

@@ -52,8 +52,12 @@ class DocumentChunks:
 
 
 def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.device) -> DocumentChunks:
-    """Cut adjacent documents into `DocumentChunks`; the first document starts at 0. `documents`: row indices
-    (start, first output token, end) of each. `device`: device of the indices."""
+    """Cut adjacent documents into `DocumentChunks`; the first document starts at 0.
+
+    Args:
+        documents: row indices (start, first output token, end) of each.
+        device: device of the indices.
+    """
     row_tokens = documents[-1][2]
     starts = torch.tensor([start for start, _, _ in documents])
     lengths = torch.tensor([stop - start for start, _, stop in documents])

@@ -123,8 +123,11 @@ def _disable_rng_states() -> Iterator[None]:
 
 
 def build_graphed_layer(layer: Any) -> Any:
-    """Return an MoE layer subclass whose graphs receive the padding mask, which Megatron-Core drops. `layer`:
-    Megatron-Core's layer class, or a subclass."""
+    """Return an MoE layer subclass whose graphs receive the padding mask, which Megatron-Core drops.
+
+    Args:
+        layer: Megatron-Core's layer class, or a subclass.
+    """
     class GraphedLayer(layer):
         _padding: torch.Tensor | None = None
 

@@ -43,8 +43,12 @@ class LocalShard:
 
 
 def list_local_shards(model: LanguageModel, *, rounded: bool = False) -> list[LocalShard]:
-    """Return the local blocks, sorted by name and offset. Collective. `rounded`: replace float32 masters by
-    copies in the model's dtype, as checkpoints and exports store weights."""
+    """Return the local blocks, sorted by name and offset. Collective.
+
+    Args:
+        rounded: replace float32 masters by copies in the model's dtype, as checkpoints and exports store
+            weights.
+    """
     blocks = list_declared_blocks(model)
     if not model.fp8_placeholders:
         return blocks

@@ -26,7 +26,11 @@ class MediaEncoders(torch.nn.Module):
 
     def __init__(self, model: ModelConfig, config: Any) -> None:
         """Create the encoders; `initial_weights.initialize_weights` or a checkpoint sets their weights.
-        `model`: the architecture. `config`: Megatron-Core's `TransformerConfig`."""
+
+        Args:
+            model: the architecture.
+            config: Megatron-Core's `TransformerConfig`.
+        """
         super().__init__()
         create_encoder = load_modality().encoder
         self.vision = create_encoder(model.vision, model.hidden_size) if model.vision is not None else None

@@ -51,8 +51,12 @@ def use_placeholders(module: torch.nn.Module, by: dict[int, torch.nn.Parameter])
 
 
 def view_initial_values(parameter: Any, place: torch.Tensor) -> torch.Tensor:
-    """Return part of a weight's initial bf16 values, which exist until the weight has masters. `parameter`:
-    the weight. `place`: the same part of its meta tensor."""
+    """Return part of a weight's initial bf16 values, which exist until the weight has masters.
+
+    Args:
+        parameter: the weight.
+        place: the same part of its meta tensor.
+    """
     initial: torch.Tensor = parameter.get_high_precision_init_val()
     return initial.as_strided(place.shape, place.stride(), int(place.storage_offset()))
 
@@ -87,8 +91,11 @@ def optimizer_settings(config: Any) -> dict[str, Any]:
 
 
 def quantize_local_ranges(optimizers: list[Any]) -> None:
-    """Quantize local FP8 weight ranges from the masters; a gather then completes the weights. `optimizers`:
-    Megatron-Core's distributed optimizers."""
+    """Quantize local FP8 weight ranges from the masters; a gather then completes the weights.
+
+    Args:
+        optimizers: Megatron-Core's distributed optimizers.
+    """
     for optimizer in optimizers:
         if optimizer.optimizer is None:
             continue

@@ -94,9 +94,12 @@ def disable_gradient_sync(model: LanguageModel, wrapped: list[Any]) -> Iterator[
 
 @torch.no_grad()
 def flip_bit(tensor: torch.Tensor, bit: float | None = None) -> None:
-    """Flip one bit in the middle of a tensor, for fault injection. `tensor`: a tensor with elements of up to
-    64 bits. `bit`: index from the least significant bit, not the sign. None: a mantissa bit that no metric
-    shows."""
+    """Flip one bit in the middle of a tensor, for fault injection.
+
+    Args:
+        tensor: a tensor with elements of up to 64 bits.
+        bit: index from the least significant bit, not the sign. None: a mantissa bit that no metric shows.
+    """
     bits = tensor.view(-1).view(_INTEGERS[tensor.element_size()])
     bit_index = 3 * tensor.element_size() if bit is None else int(bit) % (8 * tensor.element_size() - 1)
     bits[bits.numel() // 2] ^= 1 << bit_index

@@ -108,8 +108,12 @@ class BlockOutputLayer(TransformerLayer):
     """
 
     def __init__(self, *args: Any, frequency_ratios: Sequence[float] | None, **kwargs: Any) -> None:
-        """Create the layer. `frequency_ratios`: per rotated channel, ratio between this layer's rotary
-        frequency and the other layers'. None: 1."""
+        """Create the layer.
+
+        Args:
+            frequency_ratios: per rotated channel, ratio between this layer's rotary frequency and the other
+                layers'. None: 1.
+        """
         super().__init__(*args, **kwargs)
         self.bias_dropout_add_exec_handler = contextlib.nullcontext
         self._frequency_ratios = frequency_ratios

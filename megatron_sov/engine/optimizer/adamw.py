@@ -55,7 +55,11 @@ class HostAdamW(CpuAdamW):
     """
 
     def __init__(self, param_groups: list[dict[str, Any]]) -> None:
-        """Move the master weights. `param_groups`: groups with float32 master weights under `params`."""
+        """Move the master weights.
+
+        Args:
+            param_groups: groups with float32 master weights under `params`.
+        """
         mains = [main for group in param_groups for main in group["params"]]
         arena = PinnedArena(2 * sum(map(count_bytes, mains)))
         for main in mains:

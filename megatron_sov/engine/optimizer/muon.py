@@ -233,8 +233,12 @@ class MatrixExchange:
     """
 
     def __init__(self, positions: list[PiecePosition], group: dist.ProcessGroup) -> None:
-        """Exchange the pieces' positions and plan the rounds. `positions`: positions of the local pieces.
-        `group`: processes that together hold all pieces of their matrices."""
+        """Exchange the pieces' positions and plan the rounds.
+
+        Args:
+            positions: positions of the local pieces.
+            group: processes that together hold all pieces of their matrices.
+        """
         self._positions, self._group = positions, group
         size, rank = dist.get_world_size(group), dist.get_rank(group)
         positions_by_rank: list[list[PiecePosition]] = gather_objects(positions, group)

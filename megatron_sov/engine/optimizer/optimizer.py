@@ -75,7 +75,11 @@ class Optimizer:
 
     def step(self, lr: float, accept: Callable[[float], bool] = lambda grad_norm: True) -> float:
         """Clip gradients, update with learning rate `lr`, and return the global gradient norm before
-        clipping. `accept`: called with the norm; must return the same on every process. False: no update."""
+        clipping.
+
+        Args:
+            accept: called with the norm; must return the same on every process. False: no update.
+        """
         for group in self.megatron_optimizer.param_groups:
             group["lr"] = lr * group["lr_scale"]
         state_shards.assign_gradients(self.shards)

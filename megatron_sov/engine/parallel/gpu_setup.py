@@ -141,8 +141,12 @@ def select_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,
 
 def bind_near_gpu(properties: Any, devices: Path = PCI_DEVICES) -> None:
     """Bind this process, with future threads and memory, to the CPUs near the GPU. Does nothing if the kernel
-    lists no CPUs or the launcher has excluded them. `properties`: torch's device properties. `devices`: the
-    kernel's folder of PCI devices."""
+    lists no CPUs or the launcher has excluded them.
+
+    Args:
+        properties: torch's device properties.
+        devices: the kernel's folder of PCI devices.
+    """
     try:
         pci_address = (f"{properties.pci_domain_id:04x}:{properties.pci_bus_id:02x}:"
                        f"{properties.pci_device_id:02x}.0")

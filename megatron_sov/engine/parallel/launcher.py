@@ -192,7 +192,11 @@ def _become_new_process(plan: int) -> NoReturn:
 
 
 def be_rank(plan: int) -> NoReturn:
-    """Run the work from `read_plan` as a rank, and exit. `plan`: descriptor of the plan file."""
+    """Run the work from `read_plan` as a rank, and exit.
+
+    Args:
+        plan: descriptor of the plan file.
+    """
     def prepare() -> Callable[[], Any]:
         main = read_plan(plan)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)

@@ -51,8 +51,12 @@ class SimulatedRanks:
     """The simulated ranks and their schedule; `run` plays a layout."""
 
     def __init__(self, size: int, fault: MessageFault | None = None) -> None:
-        """Store the settings; `run` starts the threads. `size`: number of ranks. `fault`: changes the
-        messages of calls, for tests."""
+        """Store the settings; `run` starts the threads.
+
+        Args:
+            size: number of ranks.
+            fault: changes the messages of calls, for tests.
+        """
         self.size, self.fault = size, fault
         self.sites: dict[CallSite, int] = {}
         """Call site -> message count over ranks."""

@@ -258,8 +258,11 @@ class GrowingFile:
         """Number of restarts from the beginning."""
 
     def lines(self, include_unterminated: bool = False) -> Iterator[bytes]:
-        """Yield complete lines since the previous call. `include_unterminated`: also yield an unterminated
-        last line."""
+        """Yield complete lines since the previous call.
+
+        Args:
+            include_unterminated: also yield an unterminated last line.
+        """
         try:
             with open(self._path, "rb") as f:
                 self._detect_replacement(os.fstat(f.fileno()))

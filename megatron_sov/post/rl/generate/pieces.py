@@ -111,8 +111,12 @@ class PendingPieces:
 
     def claim_attempts(self, num_rows: int = 0) -> tuple[SampleAttempt, ...]:
         """Claim attempts to generate together by one policy: a fresh piece, or unfinished rows in several
-        pieces. () if there is no work at the moment; claims last until `release`. `num_rows`: claim fresh and
-        unfinished pieces up to `num_rows` responses; 0: the responses of one piece."""
+        pieces. () if there is no work at the moment; claims last until `release`.
+
+        Args:
+            num_rows: claim fresh and unfinished pieces up to `num_rows` responses; 0: the responses of one
+                piece.
+        """
         attempts = self._claim_next(num_rows, reads_all=self._is_lookup_due())
         # Other jobs may have published or cut off pieces since the last complete lookup.
         return attempts or (self._claim_next(num_rows, reads_all=True) if self._open and self._num_calls
