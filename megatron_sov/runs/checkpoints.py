@@ -22,7 +22,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, delete_folder, find_file_damage, format_json, fsync_path, manifest_sha256, read_manifest,
     translate_disk_errors, write_atomically)
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing, suggest_download, warn
-from megatron_sov.base.hints.kinds import TRACKER, list_models
+from megatron_sov.base.hints.kinds import TRACKER, suggest_models
 from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import PROBE_PREFIX
 from megatron_sov.base.settings import SettingsError
@@ -78,8 +78,6 @@ _TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (CHECKPOINT_KIND, (HF_
                      (HF_MODEL, (RUN, CHECKPOINT_KIND)): "convert from-hf"}
 """Kind of a folder and the kinds that a command takes -> the command that converts in the other direction."""
 MAX_POINTER_BYTES = 1024
-MAX_MODELS = 8
-"""Largest number of models that a message lists."""
 TOKENIZER = "tokenizer.json"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
 """Text file suffixes."""
@@ -183,14 +181,8 @@ def check_model_path(path: Path, option: str = "", kinds: Collection[str] = MODE
                         Fix(arguments=(str(path),), left_out=(f"{option}{path}",)))
     is_model_file = path.is_file() and path.suffix not in (".yml", ".yaml")  # mergekit's: `hints.paths`
     fix = fix_missing(path) or (Fix(words={str(path): "MODEL"}) if is_model_file else None)
-    listed = _list_models_here(kinds) if fix is None else ""
+    listed = suggest_models(kinds) if fix is None else ""
     raise UserError(f"{option}{path}: {problem}; pass {wanted}{listed}{suggest_download(path)}", fix)
-
-
-def _list_models_here(kinds: Collection[str]) -> str:
-    """Return the end of a message with the first models of `kinds` near the current folder; "": none."""
-    models = list_models([kind.partition("_")[0] for kind in kinds])
-    return f"; models here: {', '.join(models[:MAX_MODELS])}" if models else ""
 
 
 def _refuse_address(address: str, option: str) -> None:
@@ -268,7 +260,7 @@ def _build_kind_error(path: Path, kind: str, kinds: Collection[str], wanted: str
         fix = fix_adapter(path)
     if kind == HF_MODEL and CHECKPOINT_KIND in kinds:  # the command is for `convert to-hf`
         fix = replace(_fix_by_conversion(path, "from-hf"), command=command)
-    listed = _list_models_here(kinds) if fix is None and RUN in kinds else ""
+    listed = suggest_models(kinds) if fix is None and RUN in kinds else ""
     if fix is None and (HF_MODEL in kinds or listed):
         fix = Fix(words={str(path): "MODEL"})
     return UserError(f"{path}: is {description}, not {wanted}; "

@@ -9,6 +9,8 @@ from pathlib import Path
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's file with the newest iteration of a checkpoint folder."""
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".arrow", ".md")
+MAX_MODELS = 8
+"""Largest number of models that a message lists."""
 _FOLDER_KINDS = {"run": "model", "checkpoint": "model", "hf": "model", "peft": "model", "tokens": "tokens",
                  "tokenizer": "tokenizer"}
 """Result of `classify_folder` -> kind of a word."""
@@ -55,6 +57,13 @@ def list_models(kinds: Collection[str] = ("hf", "run", "checkpoint")) -> list[st
     runs."""
     return [str(path) for path in sorted([*Path().iterdir(), *Path("runs").glob("*")])
             if classify_folder(path) in kinds]
+
+
+def suggest_models(kinds: Collection[str]) -> str:
+    """Return the end of a message with the first models near the current folder; "": none. `kinds`: as in
+    `runs.checkpoints`, where a Hugging Face folder is hf_model and an adapter peft_adapter."""
+    models = list_models([kind.partition("_")[0] for kind in kinds])
+    return f"; models here: {', '.join(models[:MAX_MODELS])}" if models else ""
 
 
 def list_run_tokenizers(run: Path) -> list[Path]:
