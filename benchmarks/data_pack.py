@@ -185,7 +185,7 @@ def compare_threads_and_processes(corpus: Path, work: Path) -> None:
     print()
     for kind in ("threads", "processes"):
         cost = run_measured([sys.executable, str(script), str(work / PRESETS[0]), str(corpus),
-                         str(work / f"units-{kind}"), kind], PYTHONPATH=str(Path(__file__).parents[1]))
+                             str(work / f"units-{kind}"), kind], PYTHONPATH=str(Path(__file__).parents[1]))
         print(f"two {kind}: {cost.cpu_s:.1f} CPU s, {cost.wall_s:.1f} s on the clock", flush=True)
 
 
