@@ -21,8 +21,6 @@ from megatron_sov.omni.media.banks import BankShape, open_bank, read_bank_shapes
 
 @dataclass(frozen=True)
 class SourceBanks:
-    """A source's banks."""
-
     folder: Path
     """Media corpus."""
     shapes: Mapping[str, BankShape]

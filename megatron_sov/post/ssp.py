@@ -111,8 +111,6 @@ def _compare_values(first: MeasuredCheckpoint, second: MeasuredCheckpoint, k: in
 
 @dataclass(frozen=True)
 class ProbedCheckpoint:
-    """A checkpoint in a probe."""
-
     path: Path
     is_merged: bool
     """Whether the checkpoint is an average; averages are compared with experts and never chosen."""

@@ -515,7 +515,6 @@ def _use_one_thread() -> Iterator[None]:
 
 
 def format_proof(small: Miniature, verdict: Verdict) -> str:
-    """Format the verdict for a terminal."""
     m, c = small.config.model, small.config
     lines = [f"{verdict.num_ranks} processes: {_format_layout(small)}",
              f"in miniature: {m.num_layers} layers, {m.num_experts} experts, {c.train.global_batch_size} "

@@ -239,8 +239,6 @@ class CountSettings:
 
 @dataclasses.dataclass(frozen=True)
 class UnitCounts:
-    """Result of `count_units` for a unit."""
-
     file: Path
     """Arrow file, `NUM_PARTS` record batches (word, count) per run."""
     counted_bytes: int

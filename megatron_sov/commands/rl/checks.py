@@ -56,7 +56,6 @@ class RoundsRequest(TrainingRequest):
     tokenizer: Path
     """Tokenizer folder of `start`."""
     prompts: PromptList
-    """Every prompt in --prompts."""
     reward_version: str
     validation_prompts: PromptList | None
     """Prompts in --validation that training does not use; None: no validation."""
@@ -94,7 +93,6 @@ class RolloutsRequest:
     rounds: range
     """Rounds to write, from 1."""
     prompts: PromptList
-    """Every prompt in --prompts."""
     environment: EnvironmentRequest | None
 
 
@@ -240,7 +238,6 @@ def read_validation_prompts(file: Path, renames: Sequence[str], training: Prompt
 
 
 def resolve_environment(options: SamplingOptions, config: RunConfig) -> EnvironmentRequest | None:
-    """Return the environment from --environment, or None."""
     if options.environment is None:
         return None
     rollout = config.rollout

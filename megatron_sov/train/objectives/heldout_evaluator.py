@@ -51,8 +51,6 @@ ActionWrapper = Callable[[str, Callable[[], Any]], Any]
 
 @dataclass(frozen=True)
 class PartLoss:
-    """Loss on a conversation part."""
-
     loss: float
     """Nats per token."""
     tokens: int
