@@ -1,7 +1,5 @@
 """Import a Hugging Face folder as a checkpoint; memory holds two blocks per file being written."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -123,7 +121,7 @@ class SourceCheck:
     """Running verification of source files; see `verify_source`."""
 
     def __init__(self, weights: Weights, damage: dict[str, Future[str | None]], remedy: str,
-                 base: SourceCheck | None) -> None:
+                 base: "SourceCheck | None") -> None:
         self._weights, self._damage, self._remedy, self._base = weights, damage, remedy, base
 
     def wait_for(self, names: Iterable[str]) -> None:

@@ -1,7 +1,5 @@
 """Prove a layout: compare two simulated training steps on `num_ranks` ranks with the reference process."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -185,7 +183,7 @@ def _compare_layout(small: Miniature, reference: ReferenceSteps, fault: MessageF
     return verdict
 
 
-def _run_rank(config: RunConfig, place: ParallelWorld, comparison: _Comparison,
+def _run_rank(config: RunConfig, place: ParallelWorld, comparison: "_Comparison",
               sums_by_rank: dict[int, ModuleSums], folder: Path) -> None:
     """Run a rank's steps, write a checkpoint, and read the reference's checkpoint."""
     trainer = _build_trainer(config, place)
@@ -208,7 +206,7 @@ def _run_rank(config: RunConfig, place: ParallelWorld, comparison: _Comparison,
         raise _StepFailed(str(e)) from e
 
 
-def _build_verdict(small: Miniature, comparison: _Comparison, sums: Sequence[ModuleSums]) -> Verdict:
+def _build_verdict(small: Miniature, comparison: "_Comparison", sums: Sequence[ModuleSums]) -> Verdict:
     """Build the verdict; the first differing step comes first, with modules before tensors."""
     reference, differing = comparison.reference, comparison.list_differences()
     verdict = Verdict(EQUAL, small.num_ranks, comparison.largest, compared=comparison.count_values())

@@ -1,7 +1,5 @@
 """List the data files at a path, and split files into spans that separate processes can read."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import os
@@ -478,7 +476,7 @@ class ZstdFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         """Fill `buffer` and return the byte count, 0 at the end. Raises `EOFError`: a truncated file."""
         try:
             return int(self._stream.readinto(buffer))

@@ -1,7 +1,5 @@
 """Quotes for training stages on a cluster (memory, speed, time, cost), and the tables in `plan`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -99,7 +97,7 @@ class QuoteTotals:
     """Lowest and highest cost; equal if the profile sets the price."""
     peak_memory_bytes: int
 
-    def scale_to_tokens(self, tokens: float) -> QuoteTotals:
+    def scale_to_tokens(self, tokens: float) -> "QuoteTotals":
         """Scale the totals to `tokens` tokens at equal speed and stage proportions."""
         share = tokens / self.tokens
         low, high = self.cost_range_usd

@@ -1,7 +1,5 @@
 """Runs the stages of a context extension; a stage starts from the previous stage's checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -90,7 +88,7 @@ class StageGate:
     Answers and held-out losses are equal on all processes, and hence the verdicts.
     """
 
-    def __init__(self, settings: GateConfig, needles: Needles, short: HeldoutData, start_loss: float | None,
+    def __init__(self, settings: GateConfig, needles: "Needles", short: HeldoutData, start_loss: float | None,
                  min_steps: int, clean: Decontamination) -> None:
         """Start without checks.
 
