@@ -94,7 +94,9 @@ def write_corpus(options: DemoCorpusOptions) -> int:
     if options.user is not None:
         texts = {"user": read_user_documents(options.user)}
     else:
-        english = {**read_language_topics(), **join_docstrings(docstrings), **read_package_pages()}
+        # Python's language reference, as in `help()`
+        reference = {f"topic {name}": strip_markup(text) for name, text in sorted(topics.items())}
+        english = {**reference, **join_docstrings(docstrings), **read_package_pages()}
         texts = {"english": select_documents(english, ENGLISH_BYTES),
                  "code": select_documents({n: sources[n] for n, _ in library}, CODE_BYTES)}
         try:
@@ -269,11 +271,6 @@ def join_docstrings(docstrings: list[Docstring]) -> dict[str, str]:
             heading = f"{d.module}.{d.name}" if d.name else d.module
             parts.setdefault(d.module, []).append(f"{heading}\n\n{text}")
     return {module: "\n\n".join(texts) for module, texts in parts.items()}
-
-
-def read_language_topics() -> dict[str, str]:
-    """Return Python's language reference by topic, as in `help()`."""
-    return {f"topic {name}": strip_markup(text) for name, text in sorted(topics.items())}
 
 
 def read_package_pages() -> dict[str, str]:

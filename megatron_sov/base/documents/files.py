@@ -99,11 +99,6 @@ def cut_text(text: str, limit_bytes: int) -> Iterator[str]:
         yield piece.decode()
 
 
-def is_synthesis_folder(names: Iterable[str]) -> bool:
-    """Return whether the folder is from `sov-data synth`, whose only data file is `ACCEPTED_SAMPLES`."""
-    return {ACCEPTED_SAMPLES, REJECTED_SAMPLES} <= set(names)
-
-
 @dataclass(frozen=True)
 class FileSpan:
     """A file range that contains whole documents."""
@@ -259,8 +254,8 @@ def walk_files(folder: Path, skipped: list[Path]) -> Iterator[str]:
                     folders[:] = []
                     continue
                 seen.add(real)
-                # rejected samples, journals and reports are not data
-                if is_synthesis_folder(files):
+                # of `sov-data synth`: rejected samples, journals and reports are not data
+                if {ACCEPTED_SAMPLES, REJECTED_SAMPLES} <= set(files):
                     folders[:], files = [], [ACCEPTED_SAMPLES]
                 skipped += [Path(where, name) for name in sorted([*folders, *files]) if is_hidden(name)]
                 folders[:] = sorted(f for f in folders if not is_hidden(f))
