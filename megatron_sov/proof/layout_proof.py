@@ -200,7 +200,8 @@ def _run_rank(config: RunConfig, place: ParallelWorld, comparison: "_Comparison"
                 return  # an error in one step affects everything in the next
         sums.begin_step(STEPS + 1)
         _write_checkpoint(trainer, place, folder)
-        _read_checkpoint(trainer, comparison.reference.checkpoint, num_updates=1)
+        load.load_model(comparison.reference.checkpoint, trainer.model)
+        load.load_optimizer(comparison.reference.checkpoint, trainer.optimizer, num_updates=1)
         comparison.add_read(trainer)
     except UserError as e:
         raise _StepFailed(str(e)) from e
@@ -462,16 +463,6 @@ def _write_checkpoint(trainer: Trainer, place: ParallelWorld, folder: Path) -> N
         artifact.content = {"step": trainer.optimizer.num_updates, "parts": [MODEL, _OPTIMIZER]}
         artifact.complete()
     torch.distributed.barrier()
-
-
-def _read_checkpoint(trainer: Trainer, folder: Path, num_updates: int) -> None:
-    """Load a checkpoint of any layout after `num_updates` optimizer steps; collective.
-
-    Raises:
-        UserError: missing tensors, or other shapes.
-    """
-    load.load_model(folder, trainer.model)
-    load.load_optimizer(folder, trainer.optimizer, num_updates)
 
 
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
