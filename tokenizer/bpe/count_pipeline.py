@@ -102,8 +102,9 @@ def learn_vocabulary(plan: CountPlan, groups: list[SourceGroup],
     sizes = counted.sizes
     facts = [build_group_facts(*row) for row in zip(groups, sizes, shares, strict=True)]
     for group, fact in zip(groups, facts, strict=True):
-        times = fact["seen_bytes"] / fact["num_bytes"]
-        repeats = f", seen {times:.2f} times" if group.weight is not None else ""
+        repeats = ""
+        if group.weight is not None:
+            repeats = f", seen {fact['seen_bytes'] / fact['num_bytes']:.2f} times"
         print(f"{group.name}: {fact['num_bytes'] / 1e6:.2f} MB of text{repeats}")
     counted_bytes = sum(fact["seen_bytes"] for fact in facts)
     table = _gather_table(plan, counted, "words")
