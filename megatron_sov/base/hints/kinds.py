@@ -1,4 +1,4 @@
-"""Kinds of words, files and folders, and the options of a command line that take each kind."""
+"""Guess what a word on a command line means (model, data, text, ...), by its spelling and files on disk."""
 
 import json
 import os
@@ -62,7 +62,7 @@ def list_run_tokenizers(run: Path) -> list[Path]:
 
 
 def classify_folder(path: Path) -> str:
-    """Return a folder's kind: run, checkpoint, hf, peft, tokens, tokenizer, megatron or other."""
+    """Return a folder's kind: run, hf, peft, megatron, tokenizer, other, or its manifest's (e.g. tokens)."""
     try:
         names = set(os.listdir(path))
     except OSError:

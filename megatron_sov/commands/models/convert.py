@@ -115,6 +115,21 @@ class ToDcpOptions(TrainedOptions):
 
     out: Annotated[Path, Flag("OUT")]
     """Folder to write, with step-N, config.json and tokenizer."""
+    names: Literal["hf", "torchtitan"] = "hf"
+    """Parameter names: hf, of the transformers class; torchtitan, of torchtitan 0.3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromDcpOptions(ConversionOptions):
+    """Convert a checkpoint of torch.distributed.checkpoint to a checkpoint that loads at any layout."""
+
+    dcp_dir: Annotated[Path, Flag("DCP_DIR")]
+    """Folder with .metadata, or with folders step-N (newest step)."""
+    out: CheckpointOut
+    model: Annotated[Path | None, Flag(value="MODEL_DIR")] = None
+    """Hugging Face folder with config.json and tokenizer (default: DCP_DIR)."""
+    weights_only: bool = False
+    """Leave out the optimizer, for a run with --from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -268,6 +283,7 @@ CONVERT = ActionGroup({
     "from-megatron": DeclaredCommand(FromMegatronOptions, _check_from_megatron,
                                      f"{RUN_MODULE}:import_megatron"),
     "to-megatron": DeclaredCommand(ToMegatronOptions, _check_trained, f"{RUN_MODULE}:export_megatron"),
+    "from-dcp": DeclaredCommand(FromDcpOptions, _check_paths("dcp_dir"), f"{RUN_MODULE}:import_dcp"),
     "to-dcp": DeclaredCommand(ToDcpOptions, _check_trained, f"{RUN_MODULE}:export_dcp"),
     "to-peft": DeclaredCommand(ToPeftOptions, _check_paths("checkpoint"), f"{RUN_MODULE}:export_peft"),
     "from-peft": DeclaredCommand(FromPeftOptions, _check_from_peft, f"{RUN_MODULE}:import_peft"),
