@@ -21,7 +21,7 @@ from data_prep.shards.encode import Encoder, EncodingSettings
 from data_prep.shards.heldout import HeldoutRule
 from data_prep.shards.pack import PackOptions, PackRequest, PackSettings, PackSource, check_pack
 from data_prep.shards.token_artifact import HELDOUT, KIND, QUARANTINE, TRAIN, choose_token_dtype, get_sidecars
-from data_prep.shards.units import Unit, UnitSettings, encode_units
+from data_prep.shards.units import Unit, UnitSettings, delete_empty_units, encode_units
 from data_prep.tags import add_synthetic_tags, check_tag_sources, find_source_artifact, merge_source_tags
 from megatron_sov.base.artifacts import (
     ArtifactWriter, check_output_folder, create_artifact, read_manifest, sha256_file)
@@ -244,7 +244,9 @@ def _encode_sources(job: _PackJob, sources: list[PackSource], units: list[tuple[
                 num_reused += 1
             if job.settings.on_bad == "refuse" and set(record.num_bad) - {"empty"}:
                 records.close()
-                raise _create_record_error(job, encoded[source.name])
+                error = _create_record_error(job, encoded[source.name])
+                delete_empty_units(job.work)
+                raise error
     _report_unread_fields(units, reading)
     _report_unread_message_fields(encoded.values())
     if num_reused:

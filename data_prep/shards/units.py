@@ -7,6 +7,7 @@ kill, a command reuses complete units; changed input or settings give another ha
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -90,6 +91,13 @@ def encode_units(units: list[Unit], settings: UnitSettings, work: Path,
     parsing, building arrays) holds Python's lock, so more than three threads would wait for each other.
     Raises `UserError`: a file is unreadable, the disk is full, or a worker was killed."""
     yield from map_in_processes(_create_encoder, (settings, work), units, workers)
+
+
+def delete_empty_units(work: Path) -> None:
+    """Delete the units without a token: every record was bad, so another attempt cannot reuse them."""
+    for tokens in work.glob("*/*/tokens"):
+        if not tokens.stat().st_size:
+            shutil.rmtree(tokens.parent)
 
 
 def _create_encoder(settings: UnitSettings, work: Path) -> Callable[[Unit], UnitRecord]:

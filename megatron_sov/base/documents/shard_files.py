@@ -253,6 +253,8 @@ def check_token_manifest(path: str, content: dict[str, Any]) -> None:
         for name, split in () if absent else {"train": {}, **source["splits"]}.items():
             where = f"sources[{i}].splits.{name}."
             absent += (absent_in_split := _find_missing(split, SPLIT_FIELDS, where))
+            if not absent_in_split and split["num_tokens"] and not split["shards"]:
+                absent.append(f"{where}shards for {split['num_tokens']:,} tokens")
             for n, shard in enumerate(() if absent_in_split else split["shards"]):
                 absent += (absent_in_shard := _find_missing(shard, SHARD_FIELDS, f"{where}shards[{n}]."))
                 prefixes += [] if absent_in_shard else [shard["prefix"]]

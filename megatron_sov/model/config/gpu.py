@@ -352,9 +352,6 @@ class GpuConfig:
              "prediction layer repeatedly", "leave it out"),
             (not self.offload_modules, "cuda_graphs", "cannot be used with gpu.offload_modules, whose copies "
              "start in Python hooks", "leave one out"),
-            (parallel.expert_overlap != "micro_batches", "cuda_graphs",
-             "cannot be used with parallel.expert_overlap = micro_batches, whose schedule does not support "
-             "graphs", "leave one out"),
             (not permutes or parallel.expert_overlap != "weight_gradients", "cuda_graphs", "names "
              "moe_preprocess, whose backward pass starts the products of parallel.expert_overlap = "
              "weight_gradients outside of the graph", "name only moe_router, or leave one out"),
