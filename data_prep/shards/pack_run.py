@@ -5,8 +5,6 @@ are complete, they are joined in input order into shards per source and split (`
 depend neither on the number of workers nor on kills.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -160,7 +158,7 @@ def _choose_fix(bad: BadRecord, path: Path, kind: str) -> Fix | None:
     return Fix(options=("--on-bad", "quarantine")) if bad.code == "json" else None
 
 
-def _open_media_corpora(sources: Mapping[str, Path], kind: str | None) -> MediaCorpora | None:
+def _open_media_corpora(sources: Mapping[str, Path], kind: str | None) -> "MediaCorpora | None":
     """Return the media corpora among the sources; None: all sources are text. Raises `UserError`: the corpora
     cannot be packed together, or omni libraries are missing."""
     if not any(map(find_media_corpus, sources.values())):
@@ -170,7 +168,7 @@ def _open_media_corpora(sources: Mapping[str, Path], kind: str | None) -> MediaC
     return MediaCorpora(sources, kind)
 
 
-def _open_encoder(tokenizer: Path, settings: PackSettings, corpora: MediaCorpora | None) -> Encoder:
+def _open_encoder(tokenizer: Path, settings: PackSettings, corpora: "MediaCorpora | None") -> Encoder:
     """Load the tokenizer, and warn if its chat template opens answers oddly."""
     encoder = Encoder(tokenizer, EncodingSettings(settings.bos, settings.eod,
                                                   media=corpora.encoding if corpora else None))

@@ -4,8 +4,6 @@ A unit's folder is named by a hash of input bytes and settings, and appears by r
 kill, a command reuses complete units; changed input or settings give another hash.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
@@ -144,7 +142,7 @@ class _UnitWriter:
         self._unread: Counter[str] = Counter()
         self._tags: dict[str, dict[str, set[str]]] = {}
 
-    def __enter__(self) -> _UnitWriter:
+    def __enter__(self) -> "_UnitWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

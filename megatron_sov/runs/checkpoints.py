@@ -4,8 +4,6 @@ Entries of `RUN/checkpoints`: `step-N` (complete when written), `damaged-step-N`
 check), `.writing-*` (under construction), `.deleting-*` (deletion in progress).
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -427,7 +425,7 @@ class AdapterBase:
         return {"path": str(self.path), "sha256": self.sha256}
 
     @staticmethod
-    def from_checkpoint(path: Path) -> AdapterBase:
+    def from_checkpoint(path: Path) -> "AdapterBase":
         return AdapterBase(path.resolve(), manifest_sha256(path))
 
 

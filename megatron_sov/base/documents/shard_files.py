@@ -11,8 +11,6 @@ holds the experts that t visited when it was read: a document's last token, gene
 mark.
 """
 
-from __future__ import annotations
-
 import struct
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -91,7 +89,7 @@ class IndexedWriter:
             file.write(np.ascontiguousarray(columns[suffix], dtype=self._dtypes[suffix]).reshape(-1).data)
         self.lengths_tokens.frombytes(lengths_tokens.astype(np.int32).tobytes())
 
-    def __enter__(self) -> IndexedWriter:
+    def __enter__(self) -> "IndexedWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -193,7 +191,7 @@ class RouteShape:
         return {**asdict(self), "dtype": self.dtype}
 
     @classmethod
-    def from_record(cls, record: Any, where: str) -> RouteShape:
+    def from_record(cls, record: Any, where: str) -> "RouteShape":
         """Parse the result of `record`. Raises `UserError`: it is malformed; `where` begins the message."""
         try:
             shape = cls(*(int(record[name]) for name in ("layers", "top_k", "num_experts")))

@@ -1,8 +1,6 @@
 """GPU settings (kernels, memory, messages), which change results by rounding at most, and the rules for
 FP8."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -55,7 +53,7 @@ def fp8_format(train: TrainConfig) -> str:
 
 
 def find_fp8_weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimConfig,
-                             gpu: GpuConfig) -> list[SettingsProblem]:
+                             gpu: "GpuConfig") -> list[SettingsProblem]:
     """Return every violated rule for `train.fp8_weights`."""
     if not train.fp8_weights:
         return []

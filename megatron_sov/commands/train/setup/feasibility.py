@@ -91,7 +91,6 @@ def _refuse_small_vocabulary(config: RunConfig, sources: Sequence[Source]) -> No
 
 
 def count_tokens(config: RunConfig) -> float:
-    """Return the tokens in all steps of a run."""
     return sum(_tokens_by_length(config).values())
 
 
