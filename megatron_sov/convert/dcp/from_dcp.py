@@ -167,13 +167,13 @@ class DcpWeights(Weights):
         return read_numbers(self.path, group, names) | read_adamw(self.path, group)
 
     def _read_object(self, key: str) -> Any:
-        """Parse a value that is not a tensor."""
+        """Parse a number or a tuple of numbers; None for other values, which need further classes."""
         file, start, length_bytes = self._objects[key]
         refuse_outside_link(self.path, self.path / file)
         try:
             return parse_archive(self.path / file, start, length_bytes, lambda archive: archive.header)
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.path / file}: {key} cannot be read ({e}); pass --weights-only") from None
+        except (OSError, ValueError):
+            return None
 
     def _list_parts(self, link: Link, state: str = "") -> list[Part]:
         """Return the first form whose tensors are all stored, with our keys for optimizer tensors."""
