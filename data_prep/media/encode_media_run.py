@@ -122,8 +122,9 @@ def _list_files(inputs: tuple[Path, ...]) -> list[Path]:
     """Return record files in order; raises `UserError` for an input without."""
     files: list[Path] = []
     for path in inputs:
-        found = [path] if path.is_file() else sorted(
-            p for p in path.rglob("*") if p.suffix in JSONL_SUFFIXES and p.is_file())
+        found = [path]
+        if not path.is_file():
+            found = sorted(p for p in path.rglob("*") if p.suffix in JSONL_SUFFIXES and p.is_file())
         if not found:
             endings = " or ".join(sorted(JSONL_SUFFIXES))
             raise UserError(f"--input {path}: holds no file of records ({endings}); name one")

@@ -58,8 +58,10 @@ class FinishedItem:
     @classmethod
     def from_json(cls, record: bytes) -> FinishedItem:
         fields = json.loads(record)
-        samples = [GeneratedSample(**{**sample, "verdicts": tuple(
-            SampleVerdict(**verdict) for verdict in sample["verdicts"])}) for sample in fields["samples"]]
+        samples = []
+        for sample in fields["samples"]:
+            verdicts = tuple(SampleVerdict(**verdict) for verdict in sample["verdicts"])
+            samples.append(GeneratedSample(**{**sample, "verdicts": verdicts}))
         return cls(**{**fields, "samples": samples})
 
     def to_json(self) -> bytes:

@@ -77,8 +77,8 @@ class HostSnapshot:
         # Reuse the memory of the previous checkpoint; allocate only for blocks that are new or changed dtype.
         missing = {key: b for key, b in blocks_by_id.items() if key not in self._memory}
         arena = PinnedArena(sum(count_bytes(b.data) for b in missing.values()))
-        self._memory = {key: self._memory[key] if key in self._memory else arena.allocate_like(b.data)
-                        for key, b in blocks_by_id.items()}
+        reused = {key: memory for key, memory in self._memory.items() if key in blocks_by_id}
+        self._memory = reused | {key: arena.allocate_like(b.data) for key, b in missing.items()}
         for key, block in blocks_by_id.items():
             # on a GPU, the copies are queued before the synchronize below
             self._memory[key].copy_(block.data.detach(), non_blocking=True)

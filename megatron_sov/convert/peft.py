@@ -162,11 +162,11 @@ def _find_targets(names: set[str], model: ModelConfig, dora: bool, where: object
     target_names: Any = find_adaptable_modules(model)
     all_targets = LoraConfig(1, 1.0, tuple(
         t for t in target_names if t not in tables or not (model.tied_embeddings or dora)))
+    tensors = (A, B, MAGNITUDE) if dora else (A, B)
     for module in find_adapted_modules(model, all_targets):
         target = EXPERTS if module.num_experts else module.name.rpartition(".")[2]
-        names_by_target.setdefault(target, set()).update(
-            format_peft_name(module, tensor) for tensor in ((A, B, MAGNITUDE) if dora else (A, B)))
-    unknown = sorted(names - {name for tensors in names_by_target.values() for name in tensors})
+        names_by_target.setdefault(target, set()).update(format_peft_name(module, name) for name in tensors)
+    unknown = sorted(names.difference(*names_by_target.values()))
     vocabulary = [name for name in unknown if any(target in name for target in tables)]
     if vocabulary and model.tied_embeddings:
         raise UserError(f"{where}: {vocabulary[0]} adapts one of two uses of a weight that is both embedding "
@@ -281,7 +281,8 @@ class UpdateRounding:
 
     def format_loss(self) -> str:
         """Return the relative error as text; "" if no adapted weight was rounded."""
-        errors, updates = (sum(squares[part] for squares in self._squares) for part in (0, 1))
+        errors = sum(error for error, _ in self._squares)
+        updates = sum(update for _, update in self._squares)
         return (f"rounding to {self._dtype} changes the adapted weights by {math.sqrt(errors / updates):.0%} "
                 "of the adapter's own update") if updates else ""
 

@@ -91,15 +91,19 @@ def _check_blocks(quantised: Mapping[str, Any]) -> None:
                             "save the model without quantization")
 
 
+def _has_single_scales(group: Any) -> bool:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    return isinstance(weights, dict) and all(
+        weights.get(name) == value for name, value in TENSOR_WISE.items())
+
+
 def _check_compressed(quantised: Mapping[str, Any]) -> None:
     """Raise `UserError` unless a compressed-tensors folder has a single scale per weight."""
     groups = quantised.get("config_groups")
     group_list = list(groups.values()) if isinstance(groups, dict) else []
     is_supported = (group_list and quantised.get("format") == "float-quantized"
                     and not any(quantised.get(name) for name in ("transform_config", "sparsity_config"))
-                    and all(isinstance(group, dict) and isinstance(group.get("weights"), dict)
-                       and all(group["weights"].get(name) == value for name, value in TENSOR_WISE.items())
-                            for group in group_list))
+                    and all(map(_has_single_scales, group_list)))
     if not is_supported:
         raise UserError(f"{FIELD} has format = {quantised.get('format')!r} with config_groups = {groups!r}, "
                         "but the only supported compressed-tensors format is float-quantized with one scale "

@@ -163,8 +163,9 @@ def format_table(result: NeedleResult) -> str:
         cells = next(iter(rows.values()))
         lines += [f"{kind}, {language}",
                   "length   distractors  " + "".join(f"{cell.depth:>7.0%}" for cell in cells)]
-        lines += [f"{length:>7,}  {row[0].distractors:>11,}  "
-                  + "".join(f"{c.correct / c.samples:>7.0%}" for c in row) for length, row in rows.items()]
+        for length, row in rows.items():
+            scores = "".join(f"{cell.correct / cell.samples:>7.0%}" for cell in row)
+            lines.append(f"{length:>7,}  {row[0].distractors:>11,}  {scores}")
     return "\n".join([*lines, f"score {result.score:.1%} with {result.cells[0].samples} samples a cell"])
 
 

@@ -8,6 +8,7 @@ sends (n - 1) / n of the tensor. Tensor and sequence parallelism: arXiv 2205.051
 ZeRO, arXiv 1910.02054, section 7; experts: a token copy per visited rank or NVLink domain.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -286,9 +287,11 @@ def build_context_message(w: Workload) -> TrafficMessage:
     # A process has two pieces of each row (balanced causal work), so it has two ends.
     windows = ((0, s.num_attention_layers - s.num_window_layers), *s.windowed,
                (s.mtp_window, s.num_predictions))
-    tokens = sum(number * (min(count_local_tokens(w), w.micro_batch_size * 2 * (window - 1)) if window
-                           else count_local_tokens(w)) for window, number in windows) / w.pp
-    volume = rounds * (cp - 1) * tokens * keys * ACTIVATION_BYTES * w.num_micro_batches
+    tokens = 0.0
+    for window, number in windows:
+        window_tokens = w.micro_batch_size * 2 * (window - 1) if window else math.inf
+        tokens += number * min(count_local_tokens(w), window_tokens)
+    volume = rounds * (cp - 1) * (tokens / w.pp) * keys * ACTIVATION_BYTES * w.num_micro_batches
     messages += layers * rounds * (cp - 1) * w.num_micro_batches
     return _build_ring_message("cp", w, volume=volume + exchanged, count=messages, size=cp, stride=w.tp)
 

@@ -250,10 +250,12 @@ def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEX
     if not lengths:
         return Needles(suite, tuple(data), ())
     haystacks = open_haystacks(data, "train", tokenizer, languages=needle.languages)
-    return Needles(suite, tuple(data), tuple(
-        build_needle_source(NeedleDocuments(haystacks, length, config.train.seed, needle),
-                            needle.train_share if name == SOURCE_NAME else 0.0, name)
-        for name, length in lengths.items()))
+    sources = []
+    for name, length in lengths.items():
+        share = needle.train_share if name == SOURCE_NAME else 0.0
+        documents = NeedleDocuments(haystacks, length, config.train.seed, needle)
+        sources.append(build_needle_source(documents, share, name))
+    return Needles(suite, tuple(data), tuple(sources))
 
 
 def _document_lengths(config: RunConfig) -> dict[str, int]:

@@ -149,7 +149,8 @@ def compute_reverse_kl(opened: PublishedRound, teacher: np.ndarray) -> dict[str,
         total = sums.setdefault(domain, [0.0, 0.0])
         total[0] += float(log_ratios.sum())
         total[1] += len(log_ratios)
-    sum_all, count_all = (math.fsum(total[i] for total in sums.values()) for i in (0, 1))
+    sum_all = math.fsum(total for total, _ in sums.values())
+    count_all = math.fsum(count for _, count in sums.values())
     domains = {domain: total / max(1.0, count) for domain, (total, count) in sorted(sums.items()) if domain}
     return {REVERSE_KL: sum_all / max(1.0, count_all), f"{REVERSE_KL}_domains": domains}
 
