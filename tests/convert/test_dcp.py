@@ -59,7 +59,8 @@ def test_torch_loop_continues_with_our_losses_and_back(ranks: Any, job: Any, pac
     output = capsys.readouterr().out
     assert f"with the moments of {FIRST + SAVED_AFTER} updates" in output
     assert f"RUN/checkpoints/step-{FIRST + SAVED_AFTER}" in output
-    for setting in ("optim.lr=0.01", "optim.weight_decay=0.1", "optim.beta2=0.95", "optim.eps=0.0001"):
+    for setting in ("train.precision=fp64", "optim.lr=0.01", "optim.weight_decay=0.1", "optim.beta2=0.95",
+                    "optim.eps=0.0001"):
         assert f"--set {setting}" in output
     (resumed,), = ranks(case.resume_from(back))
     assert resumed == pytest.approx(expected[SAVED_AFTER:], rel=1e-12)
