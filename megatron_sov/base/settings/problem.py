@@ -1,7 +1,5 @@
 """Settings problems as data (code, key, rule, fix), and types and relations that bound settings."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -97,7 +95,7 @@ class SettingsProblem:
             compared = f" {self.other}{value_text}"
         return begin + self.rule + compared + (f"; {self.way_out}" if self.way_out else "")
 
-    def with_prefix(self, prefix: str) -> SettingsProblem:
+    def with_prefix(self, prefix: str) -> "SettingsProblem":
         """Return the problem with `prefix.` before the key ("": unchanged, as are names of options)."""
         if not prefix or self.key.startswith("-"):
             return self

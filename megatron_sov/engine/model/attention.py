@@ -167,7 +167,6 @@ class PackedDocuments(PackedSeqParams):
     longest_tokens: int = 0
     """Longest document in tokens."""
     row_tokens: int = 0
-    """Row length in tokens."""
     spans: list[list[Span]] = field(default_factory=list)
     """Documents, whole or in part, per local piece."""
     piece_bounds: dict[int, list[PieceBounds]] = field(default_factory=dict)
