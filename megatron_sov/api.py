@@ -216,7 +216,6 @@ def read_rounds(run: AnyPath, *, frame: bool = False) -> Any:
 
 
 def _get_scalars(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scalar fields in an event."""
     return {key: value for key, value in fields.items() if not isinstance(value, dict | list)
             and key != "event"}
 

@@ -1,7 +1,5 @@
 """Records of a run in its work folder: settings, and a journal of finished items."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +54,7 @@ class FinishedItem:
     """Reason if all answers were unusable."""
 
     @classmethod
-    def from_json(cls, record: bytes) -> FinishedItem:
+    def from_json(cls, record: bytes) -> "FinishedItem":
         fields = json.loads(record)
         samples = []
         for sample in fields["samples"]:

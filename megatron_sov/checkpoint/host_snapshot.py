@@ -4,8 +4,6 @@ The copy is as large as the blocks. Its memory is reused for the next checkpoint
 CPU memory take several times as long as the copy, and pinned memory for GPUs is slow to allocate.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -47,7 +45,7 @@ class SnapshotRecord:
         return folder / INDICES / f"{rank // RANKS_PER_FOLDER:05d}" / f"rank-{rank:05d}.json"
 
     @staticmethod
-    def read(folder: Path, rank: int) -> SnapshotRecord:
+    def read(folder: Path, rank: int) -> "SnapshotRecord":
         raw = json.loads(SnapshotRecord.file(folder, rank).read_text(encoding="utf-8"))
         return SnapshotRecord(raw["indices"],
                               {name: FileRecord.read(record) for name, record in raw["files"].items()})

@@ -1,7 +1,5 @@
 """Import a Hugging Face folder as a checkpoint; memory holds two blocks per file being written."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

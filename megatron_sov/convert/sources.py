@@ -306,7 +306,11 @@ class HfWeights(Weights):
         try:
             self.config = extract_text_config(config)
             family = models.get_family(str(self.config.get("model_type")))
-            self._stored = _stored_tensors(self._shards, config)
+            low_bit = find_low_bit_weights(config, self._shards)
+            parts = {part for tensor in low_bit.values() for part in tensor.parts}
+            self._stored: dict[str, StoredTensor] = {
+                name: FileTensor(file, name) for name, file in self._shards.items() if name not in parts}
+            self._stored |= low_bit
             """Hugging Face name -> stored tensor."""
             if text_model is not None:
                 text_names, self.encoder_tensors = text_model.map_tensor_names(self._stored)
@@ -397,13 +401,6 @@ def has_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Compare bit patterns: NaN equals NaN, and 0.0 differs from -0.0."""
     return first.dtype == second.dtype and torch.equal(first.contiguous().view(torch.uint8),
                                                        second.contiguous().view(torch.uint8))
-
-
-def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
-    """Return name -> stored tensor; raises `UserError` for an unknown storage format."""
-    low_bit = find_low_bit_weights(config, shards)
-    parts = {part for tensor in low_bit.values() for part in tensor.parts}
-    return {name: FileTensor(file, name) for name, file in shards.items() if name not in parts} | low_bit
 
 
 def _split_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]

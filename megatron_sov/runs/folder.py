@@ -1,7 +1,5 @@
 """The folder of a training run: paths, settings, completion state, command, and checks before a start."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools
@@ -266,7 +264,7 @@ class TypedCommand:
     processes: int
 
     @staticmethod
-    def from_dict(raw: Mapping[str, Any]) -> TypedCommand:
+    def from_dict(raw: Mapping[str, Any]) -> "TypedCommand":
         return TypedCommand(tuple(map(str, raw["words"])), Path(raw["folder"]), int(raw["processes"]))
 
 

@@ -77,8 +77,6 @@ _Step = Callable[[], _Places]
 
 @dataclass(frozen=True)
 class PlainForm:
-    """A text in plain form."""
-
     text: str
     steps: tuple[_Step, ...]
 

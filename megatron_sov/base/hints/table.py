@@ -1,8 +1,6 @@
 """Load the YAML tables of these packages, and look up words of Megatron-LM, Hugging Face, TRL, axolotl,
 lm-eval and nanochat in `words.yaml`, which maps them to options, settings and commands."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -20,7 +18,7 @@ MIN_PREFIX = 4
 _ENDINGS = re.compile(r"(izations?|ations?|ings?|ers?|ed|es|e|s)\Z")
 
 
-def load_package_table(file: Path | Traversable) -> Any:
+def load_package_table(file: "Path | Traversable") -> Any:
     """Load a YAML file of these packages by libyaml if PyYAML has it: modules load tables at import, and
     PyYAML's own parser takes ten times as long."""
     import yaml  # not at the top: `--help` of a program reads no YAML

@@ -311,7 +311,6 @@ def _score_row(hidden: list[torch.Tensor], head: Head, row: _LikelihoodRow) -> t
 
 @torch.no_grad()
 def score_with_transformers(model: Any, groups: Sequence[Group]) -> dict[str, Answer]:
-    """Answer groups with a transformers model."""
     # four bytes per logit in float32
     max_tokens = LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)
     values = []

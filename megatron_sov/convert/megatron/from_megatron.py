@@ -1,7 +1,5 @@
 """Import `torch_dist` checkpoints from Megatron-LM, Megatron-Bridge and NeMo."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import io
@@ -373,7 +371,7 @@ class ImportReport:
     """Dropped optimizer tensors."""
     model: ModelConfig
     """The imported model's architecture."""
-    training: TrainingState | None
+    training: "TrainingState | None"
     """None: weights only."""
 
 

@@ -317,7 +317,6 @@ def _parse_dtype(value: Any) -> str:
 
 
 def _parse_sizes(value: Any) -> tuple[int, ...]:
-    """Return the sizes in a `torch.Size`."""
     if not (isinstance(value, InertCall) and value.name == SIZE and len(value.arguments) == 1
             and isinstance(value.arguments[0], (tuple, list))):
         raise ValueError("a torch.Size is needed")

@@ -45,7 +45,6 @@ class LocalParameter:
     key: str
     """The global tensor's name, with {l} for the layer."""
     shape: tuple[int, ...]
-    """Local shape per parameter."""
     count: int = 1
     """Number of parameters, e.g. local experts."""
     routed: bool = False

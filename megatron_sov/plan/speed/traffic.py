@@ -211,10 +211,6 @@ def list_messages(w: Workload) -> tuple[TrafficMessage, ...]:
     return tuple(m for m in messages if m.num_bytes)
 
 
-def count_layers_per_gpu(w: Workload) -> float:
-    return w.shape.num_layers / w.pp
-
-
 def gathers_per_micro_batch(w: Workload) -> bool:
     """Return whether each micro-batch gathers the sharded weights; a pipeline gathers them once."""
     return w.sharding == "fsdp" and w.pp == 1
@@ -347,7 +343,7 @@ def build_data_messages(w: Workload) -> list[TrafficMessage]:
         # HSDP also sums shards over the copies.
         if shard < size:
             volume += params * w.grad_bytes / shard * 2 * (1 - shard / size)
-        count = 0 if size == 1 else times * 3 * count_layers_per_gpu(w)
+        count = 0 if size == 1 else times * 3 * w.shape.num_layers / w.pp
         messages.append(_build_ring_message(name, w, volume=volume, count=count, size=size, stride=stride))
     return messages
 
