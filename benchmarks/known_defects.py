@@ -80,7 +80,7 @@ def sum_of_output_norm_gradients(config: Any, group: Any, masks: Any, losses: An
 
 def masked_gradient(config: Any, group: Any, masks: Any, losses: Any) -> torch.Tensor:
     theta = torch.ones((), requires_grad=True)
-    outputs = (theta * losses * masks).sum(), masks.sum(), {}
+    outputs: Any = (theta * losses * masks).sum(), masks.sum(), {}
     forward_step_calc_loss(mock.Mock(vp_stage=None), theta, lambda _: outputs, config, None, False, 1, [],
                            group.size(), True)[0].backward()
     torch.distributed.all_reduce(theta.grad, group=group)
@@ -95,7 +95,8 @@ def prediction_scale_over_router_scale(config: Any, group: Any, masks: Any, loss
 
 
 def prediction_gradient(config: Any, group: Any, masks: Any, losses: Any) -> torch.Tensor:
-    theta, config.calculate_per_token_loss = torch.ones((), requires_grad=True), True
+    theta: Any = torch.ones((), requires_grad=True)
+    config.calculate_per_token_loss = True
     MTPLossAutoScaler.main_loss_backward_scale = torch.ones(())
     process_mtp_loss(torch.zeros(8, len(masks), 1), masks, masks, lambda states, **_: (states, None), None,
                      None, False, lambda labels, logits: theta * losses, config).sum().backward()
@@ -113,7 +114,8 @@ def run_stock(name: str, axis: str) -> str:
         own = slice(group.rank(), group.rank() + 1) if group.size() == 2 else slice(2)
         return float(globals()[name](config, group, MASKS[own], LOSSES[own]))
 
-    one, two = (SimulatedRanks(size).run(ParallelConfig(**{} if axis == "dp" else {axis: size}), run_rank)
+    one, two = (SimulatedRanks(size).run(ParallelConfig(tp=size if axis == "tp" else 1,
+                                                        cp=size if axis == "cp" else 1), run_rank)
                 for size in (1, 2))
     return f"{name.replace('_', ' ')} {one[0]:.4g} on one rank, {two[0]:.4g} and {two[1]:.4g} at {axis} 2"
 
