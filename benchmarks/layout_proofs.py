@@ -14,8 +14,6 @@ way, and functions with changed source. `again` plants the missed faults again a
 prints how many faults were found, and how many were located.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
@@ -106,7 +104,7 @@ def corrupt_message(way: str, site: Any, parts: Sequence[Any], work: Callable[[A
 
 @dataclass(frozen=True)
 class FaultyMessage:
-    """Spoil the messages of one call site."""
+    """Corrupts the messages of one call site in one way (a key of CORRUPTIONS)."""
 
     site: Any
     way: str
@@ -119,8 +117,8 @@ class FaultyMessage:
 
 @dataclass
 class FaultsThatMatter:
-    """Find the messages whose corruption would change a value. Others are no faults: all processes send the
-    same values, or none."""
+    """Records the messages whose corruption changes a value. Corrupting other messages is no fault, because
+    all processes send equal values or none."""
 
     found: dict[FaultyMessage, None] = field(default_factory=dict)
 

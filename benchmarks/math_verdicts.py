@@ -12,8 +12,6 @@ TRL is a folder with an unpacked wheel of TRL, whose `accuracy_reward` also judg
    spellings: which of them each verifier rewards.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform
@@ -164,7 +162,7 @@ def print_handwritten_verdicts() -> None:
     try:
         from trl.rewards.accuracy_rewards import accuracy_reward
     except ImportError:
-        print("\nTRL is not there: its column is missing")
+        print("\nTRL is not installed: its column is missing")
     else:
         scorers["TRL's accuracy_reward"] = lambda gold, text: accuracy_reward(
             [[{"role": "assistant", "content": text}]], [f"\\boxed{{{gold}}}"])[0]

@@ -10,8 +10,6 @@ with AdamW or Muon, on the device or in host memory. bf16 models consist of Tran
 the tests' double with the same parameters; other models consist of torch modules.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json
@@ -219,7 +217,7 @@ def list_features(layout: DrawnLayout) -> list[str]:
 
 
 def main() -> None:
-    """Draw, compare, print."""
+    """Draw layouts, compare their bytes, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--number", type=int, default=240)

@@ -1,7 +1,5 @@
 """Write docs/recipes.md from the recipes' source tables."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 
@@ -56,16 +54,16 @@ language; English is the remaining web text.
 LAYOUTS = """
 ## Layouts for GPUs
 
-These layouts are recommended, best first. You get the first layout that fits your process count and the
-memory, with 5 % left free ([memory.md](memory.md)). `plan --sweep` chose them: among layouts at most 2 %
-slower than the fastest, the layout with the least memory. Figures are computed; none is from
-a GPU yet.
+These layouts are recommended, best first. `rl` takes the first layout that fits your process count and the
+memory, with 5 % left free ([memory.md](memory.md)); `plan` and `submit` of other stages search for the
+fastest. `plan --sweep` chose them: among layouts at most 2 % slower than the fastest, the layout with the
+least memory. Figures are computed; none is from a GPU yet.
 
 | command | use |
 |---|---|
 | `recipes NAME` | shows the layouts |
-| `plan --cluster`, `submit --cluster` | use the layout for the cluster's GPUs, unless you set `parallel.*`, \
-the micro-batch or recomputation |
+| `plan --cluster`, `submit --cluster` | search for the fastest layout with its kernels and dispatcher \
+([plan.md](plan.md)), or for RL take it, unless you set `parallel.*`, the micro-batch or recomputation |
 | `pretrain`, `extend`, `sft`, `submit` | refuse a layout that does not fit, and name the nearest \
 layout that fits |
 

@@ -7,10 +7,10 @@ buffers and optimizer are those of training, with the double of Transformer Engi
 sends nothing. Two steps run: forward and backward of all micro-batches, sums over processes, clipping and
 update.
 
-A case fails if a tensor of the host is used with tensors of the GPU, if shapes do not fit, or if the host
-waits for the device in a function that is not in `ALLOWED`. Its peak of allocated bytes is printed beside the
-estimate of `plan`. Settings are applied on top of the recommended layout; without arguments, `CASES` run. Of
-each case, the first, the middle and the last pipeline stage run.
+A case fails if an operation mixes CPU and GPU tensors, if shapes do not match, or if the host waits for the
+device in a function that is not in `ALLOWED`. The peak of allocated bytes is printed next to the estimate of
+`plan`. Settings are applied on top of the recommended layout; without arguments, `CASES` run. For each case,
+the first, the middle and the last pipeline stage run.
 """
 
 from __future__ import annotations
@@ -84,7 +84,8 @@ def prepare() -> None:
 
 
 def _skip_compilation(function: Any = None, **settings: Any) -> Any:
-    """Stand for torch.compile, as a call and as a decorator."""
+    """Replace torch.compile, called with a function or used as a decorator, and return the function
+    unchanged."""
     return (lambda f: f) if function is None else function
 
 

@@ -4,8 +4,6 @@ A phase lists shares, or gives a product of tags: publications often report the 
 of synthetic text, but not the share of synthetic text per kind.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -74,8 +72,6 @@ class Blend:
 
 @dataclass(frozen=True)
 class PhaseShares:
-    """A phase with a share per source."""
-
     name: str
     tokens: float
     """Token budget; 0: unspecified."""

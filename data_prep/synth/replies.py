@@ -1,7 +1,5 @@
 """Parse chat completions into replies: text, thoughts, tool calls, and faults."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +44,7 @@ class ReplyText(str):
     """Thoughts before the text."""
 
     @classmethod
-    def from_reply(cls, reply: Reply) -> ReplyText:
+    def from_reply(cls, reply: Reply) -> "ReplyText":
         text = cls(reply.text)
         text.cut, text.thinking = reply.is_cut, reply.thinking
         return text

@@ -5,8 +5,6 @@ hash of every file, the settings and the manifests of its inputs. A writer fills
 to disk and renames it; half-written artifacts therefore never exist under the final name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno
@@ -59,7 +57,7 @@ class FileRecord:
     size_bytes: int
 
     @staticmethod
-    def read(raw: dict[str, Any]) -> FileRecord:
+    def read(raw: dict[str, Any]) -> "FileRecord":
         """Parse a file's entry in `manifest.json`.
 
         Raises:
@@ -69,7 +67,7 @@ class FileRecord:
         return FileRecord(raw["digest"], raw["size_bytes"])
 
     @staticmethod
-    def of(file: Path) -> FileRecord:
+    def of(file: Path) -> "FileRecord":
         return FileRecord(hash_file(file), file.stat().st_size)
 
 

@@ -5,8 +5,6 @@ own text, because the prompt was encoded before the response existed. Special to
 template: a content that spells a special token encodes it as ordinary text.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -99,7 +97,7 @@ Run = list[_ChatPart]
 class ChatEncoder:
     """Encodes conversations with a tokenizer and its chat template."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer,
+    def __init__(self, template: "ChatTemplate", tokenizer: "Tokenizer",
                  encode_plain: Callable[[str], list[int]] | None = None,
                  inline: InlineTokens | None = None) -> None:
         """Args:

@@ -4,8 +4,6 @@ Parsing is strict: malformed calls are reported separately from calls and from p
 can be informed and such turns counted.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -91,7 +89,7 @@ class ServedTurn:
     calls: tuple[ToolCall, ...] = ()
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> ServedTurn:
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ServedTurn":
         return cls(fields["thoughts"], fields["content"], tuple(ToolCall(**call) for call in fields["calls"]))
 
 

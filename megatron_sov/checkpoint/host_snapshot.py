@@ -4,8 +4,6 @@ The copy is as large as the blocks. Its memory is reused for the next checkpoint
 CPU memory take several times as long as the copy, and pinned memory for GPUs is slow to allocate.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -47,7 +45,7 @@ class SnapshotRecord:
         return folder / INDICES / f"{rank // RANKS_PER_FOLDER:05d}" / f"rank-{rank:05d}.json"
 
     @staticmethod
-    def read(folder: Path, rank: int) -> SnapshotRecord:
+    def read(folder: Path, rank: int) -> "SnapshotRecord":
         raw = json.loads(SnapshotRecord.file(folder, rank).read_text(encoding="utf-8"))
         return SnapshotRecord(raw["indices"],
                               {name: FileRecord.read(record) for name, record in raw["files"].items()})
@@ -77,8 +75,8 @@ class HostSnapshot:
         # Reuse the memory of the previous checkpoint; allocate only for blocks that are new or changed dtype.
         missing = {key: b for key, b in blocks_by_id.items() if key not in self._memory}
         arena = PinnedArena(sum(count_bytes(b.data) for b in missing.values()))
-        self._memory = {key: self._memory[key] if key in self._memory else arena.allocate_like(b.data)
-                        for key, b in blocks_by_id.items()}
+        reused = {key: memory for key, memory in self._memory.items() if key in blocks_by_id}
+        self._memory = reused | {key: arena.allocate_like(b.data) for key, b in missing.items()}
         for key, block in blocks_by_id.items():
             # on a GPU, the copies are queued before the synchronize below
             self._memory[key].copy_(block.data.detach(), non_blocking=True)

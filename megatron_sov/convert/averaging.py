@@ -4,8 +4,6 @@ Memory holds two output tensors and a million elements of each checkpoint. Adapt
 as merged models: tensors without an adapter keep the base's bits, the others are merged for each checkpoint.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import shutil
@@ -136,7 +134,7 @@ def average_block(sources: Sequence[OpenCheckpoint], weights: Sequence[float], l
     out = torch.empty(link.block_shape, dtype=dtype)
     flat, num_done = out.view(-1), 0
     for offset, extent in _iter_slabs(link):
-        slabs = (convert_tensor(source.read_stored(link.key, offset, extent), torch.float64, source.path,
+        slabs = (convert_tensor(source.tensors.read(link.key, offset, extent), torch.float64, source.path,
                                 link.key)
                  for source in sources if isinstance(source, CheckpointWeights))
         mean = _compute_mean(slabs, weights)

@@ -3,8 +3,6 @@
 A checkpoint stores companion files in `tokenizer/`, a Hugging Face folder next to the weights.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace
@@ -100,7 +98,9 @@ def parse_token_ids(config: dict[str, Any]) -> TokenIds:
 
 
 def to_id_list(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
 
 
 def read_token_ids(folder: Path) -> TokenIds:

@@ -7,8 +7,6 @@ do not broadcast); and it does not normalize the weight of a single chosen exper
 `test_router.py::test_routing_is_the_formula_at_every_layout_without_padding`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -191,7 +189,7 @@ class BalancedRouter(TopKRouter):
         counts = scores.new_zeros(num_rows * experts).index_add_(0, bins.flatten(), counted.flatten())
         return scores, counts.view(num_rows, experts)
 
-    def _get_sequence_index(self, num_tokens: int, step: RoutingStep,
+    def _get_sequence_index(self, num_tokens: int, step: "RoutingStep",
                             device: torch.device) -> tuple[torch.Tensor, int]:
         """Return a sequence index per local token, and the number of sequences in the micro-batch."""
         split = context.get_cp_size() * (self.tp_group.size() if self.config.sequence_parallel else 1)

@@ -89,8 +89,6 @@ def _read_file(file: Path) -> list[ModelPrompt]:
 
 @dataclass(frozen=True)
 class EncodedPrompts:
-    """Prompts encoded for a model."""
-
     ids: list[list[int]]
     """Token ids per prompt."""
     end_ids: tuple[int, ...]

@@ -1,7 +1,5 @@
 """A run's training objectives: built-in objectives, and plug-ins from a user's file."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -105,7 +103,6 @@ class PluginFactory:
     name: str
     """`objective.name`."""
     objective_class: Callable[..., Any]
-    """Objective class."""
     config: RunConfig
     """Run settings; `objective.options` has the class's keyword arguments."""
 

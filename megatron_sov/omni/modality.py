@@ -1,7 +1,5 @@
 """Implementation of `model.modality.Modality`: banks, encoders, media tokens and processor files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
@@ -35,7 +33,7 @@ class OmniModality:
     def read_banks(self, record: Any, where: str) -> Banks:
         return read_bank_shapes(record, where)
 
-    def open_banks(self, prefix: Path, banks: Banks) -> ShardBankReader:
+    def open_banks(self, prefix: Path, banks: Banks) -> "ShardBankReader":
         return ShardBankReader(prefix, banks)
 
     def check_banks(self, model: ModelConfig, banks: Mapping[str, Banks]) -> None:
@@ -49,7 +47,7 @@ class OmniModality:
 
         return MediaEncoder(config, hidden_size)
 
-    def feature_tokens(self, tokenizer: Tokenizer, encoding: MediaEncoding) -> FeatureTokens:
+    def feature_tokens(self, tokenizer: "Tokenizer", encoding: MediaEncoding) -> FeatureTokens:
         return MediaVocabulary(tokenizer, encoding)
 
     def processor_files(self, model: ModelConfig, tokenizer: Path,

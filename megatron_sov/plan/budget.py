@@ -1,7 +1,5 @@
 """Compute the tokens that recipes process on a cluster within a number of days or a budget."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -72,6 +70,7 @@ def compute_budget_rows(requests: Mapping[str, RecipeRequest], machines: Machine
     rows = []
     with create_bar("recipes", len(requests), "recipe") as bar:
         for name, request in requests.items():
+            bar.set_postfix_str(name)  # shows the bar at once: a layout search takes seconds
             rows.append(_compute_budget_row(name, request, machines, days, usd))
             bar.update()
     return sorted(rows, key=lambda row: (row.plan is None, row.num_params, row.recipe))

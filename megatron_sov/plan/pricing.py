@@ -1,7 +1,5 @@
 """Price a run's stages on a cluster's nodes: memory, time, checkpoints, failures and cost."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -65,7 +63,7 @@ class Machines:
         """Usable bytes per GPU; 0: unknown."""
         return get_usable_bytes(self.chip) if self.chip else 0
 
-    def with_nodes(self, nodes: int) -> Machines:
+    def with_nodes(self, nodes: int) -> "Machines":
         return replace(self, nodes=nodes)
 
 
@@ -100,7 +98,7 @@ class RunStage:
         """Samples per step after a batch-size ramp."""
         return self.phase.global_batch_size or self.config.train.global_batch_size
 
-    def with_config(self, config: RunConfig) -> RunStage:
+    def with_config(self, config: RunConfig) -> "RunStage":
         return replace(self, config=config)
 
 

@@ -1,7 +1,5 @@
 """Prove a layout: compare two simulated training steps on `num_ranks` ranks with the reference process."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -185,7 +183,7 @@ def _compare_layout(small: Miniature, reference: ReferenceSteps, fault: MessageF
     return verdict
 
 
-def _run_rank(config: RunConfig, place: ParallelWorld, comparison: _Comparison,
+def _run_rank(config: RunConfig, place: ParallelWorld, comparison: "_Comparison",
               sums_by_rank: dict[int, ModuleSums], folder: Path) -> None:
     """Run a rank's steps, write a checkpoint, and read the reference's checkpoint."""
     trainer = _build_trainer(config, place)
@@ -202,13 +200,14 @@ def _run_rank(config: RunConfig, place: ParallelWorld, comparison: _Comparison,
                 return  # an error in one step affects everything in the next
         sums.begin_step(STEPS + 1)
         _write_checkpoint(trainer, place, folder)
-        _read_checkpoint(trainer, comparison.reference.checkpoint, num_updates=1)
+        load.load_model(comparison.reference.checkpoint, trainer.model)
+        load.load_optimizer(comparison.reference.checkpoint, trainer.optimizer, num_updates=1)
         comparison.add_read(trainer)
     except UserError as e:
         raise _StepFailed(str(e)) from e
 
 
-def _build_verdict(small: Miniature, comparison: _Comparison, sums: Sequence[ModuleSums]) -> Verdict:
+def _build_verdict(small: Miniature, comparison: "_Comparison", sums: Sequence[ModuleSums]) -> Verdict:
     """Build the verdict; the first differing step comes first, with modules before tensors."""
     reference, differing = comparison.reference, comparison.list_differences()
     verdict = Verdict(EQUAL, small.num_ranks, comparison.largest, compared=comparison.count_values())
@@ -466,16 +465,6 @@ def _write_checkpoint(trainer: Trainer, place: ParallelWorld, folder: Path) -> N
     torch.distributed.barrier()
 
 
-def _read_checkpoint(trainer: Trainer, folder: Path, num_updates: int) -> None:
-    """Load a checkpoint of any layout after `num_updates` optimizer steps; collective.
-
-    Raises:
-        UserError: missing tensors, or other shapes.
-    """
-    load.load_model(folder, trainer.model)
-    load.load_optimizer(folder, trainer.optimizer, num_updates)
-
-
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return key in `_iter_shards` -> global tensor in a checkpoint."""
     tensors: dict[str, torch.Tensor] = {}
@@ -515,7 +504,6 @@ def _use_one_thread() -> Iterator[None]:
 
 
 def format_proof(small: Miniature, verdict: Verdict) -> str:
-    """Format the verdict for a terminal."""
     m, c = small.config.model, small.config
     lines = [f"{verdict.num_ranks} processes: {_format_layout(small)}",
              f"in miniature: {m.num_layers} layers, {m.num_experts} experts, {c.train.global_batch_size} "

@@ -1,7 +1,5 @@
 """A conversation with a model at an OpenAI-compatible address. No torch here."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -18,7 +16,6 @@ ANSWER_LIMIT_S = 3600.0
 @dataclass(frozen=True)
 class ChatModel:
     name: str
-    """Model name in requests."""
     transport: Transport
     """Posts to `/chat/completions`."""
     context_tokens: int | None

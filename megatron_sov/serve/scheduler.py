@@ -1,7 +1,5 @@
 """Queue requests from HTTP clients, and schedule their sequences into the running batch."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time
@@ -27,7 +25,6 @@ class RequestStarted:
     """The request's prompts are encoded."""
 
     prompt_tokens: tuple[int, ...]
-    """Number of tokens per prompt."""
     in_thoughts: bool
     """See `EncodedRequest`."""
     end_ids: tuple[int, ...]

@@ -239,8 +239,8 @@ def test_ignored_fields_are_warned_about_and_exported(tmp_path: Path,
 def test_a_block_is_read_once_for_all_its_tensors(imported: dict[str, Path],
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     weights, blocks = CheckpointWeights(imported["solar_open"]), list[Link]()
-    read = weights._read_block
-    monkeypatch.setattr(weights, "_read_block", lambda link: blocks.append(link) or read(link))
+    read = weights.read_block
+    monkeypatch.setattr(weights, "read_block", lambda link: blocks.append(link) or read(link))
     for name in weights.list_names():
         weights.read(name)
     assert blocks == weights.links
@@ -286,18 +286,18 @@ def test_conversion_runs_while_sources_are_hashed(folder: Folder, monkeypatch: p
         return find_file_damage(file, record)
 
     monkeypatch.setattr(hf_import, "find_file_damage", later)
-    with verify_source(folder, workers=1) as check:
+    with verify_source(folder, workers=1) as wait_for:
         begun.set()
-        check.wait_for(["A"])
+        wait_for(["A"])
 
 
 def test_verification_rejects_only_damaged_files(folder: Folder) -> None:
     (folder.path / "b").write_text("B")
     with (pytest.raises(UserError, match="b: its content differs"),
-          verify_source(folder, workers=2) as check):
-        check.wait_for(["A"])
+          verify_source(folder, workers=2) as wait_for):
+        wait_for(["A"])
         with pytest.raises(UserError, match="b: its content differs"):
-            check.wait_for(["A", "B"])
+            wait_for(["A", "B"])
 
 
 def test_damage_replaces_other_errors(folder: Folder) -> None:
@@ -334,8 +334,8 @@ def test_other_parts_and_unhashed_folders_are_not_verified(folder: Folder) -> No
         pass
     (folder.path / MANIFEST).unlink()
     (folder.path / "a").unlink()
-    with verify_source(folder, workers=1) as check:
-        check.wait_for(["A"])
+    with verify_source(folder, workers=1) as wait_for:
+        wait_for(["A"])
 
 
 def test_export_finishes_a_file_after_its_sources_are_verified(solar_dir: Path, tmp_path: Path,

@@ -4,8 +4,6 @@ E4M3 and E5M2: "FP8 Formats for Deep Learning" (arXiv 2209.05433), table 1; E2M1
 Formats (MX) v1.0, sections 5.3.3 and 5.4.1.
 """
 
-from __future__ import annotations
-
 import torch
 
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}
@@ -23,9 +21,9 @@ def round_to_e2m1(values: torch.Tensor, noise: torch.Tensor | None = None) -> to
     """Return the nearest values of E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives).
 
     Args:
-        values: float32.
-        noise: uniform in [0, 1), of the same shape: each value then becomes one of its two neighbours, the
-            nearer the likelier, so that it is right on average; None: the nearest, ties to even.
+        values: float32. noise: uniform in [0, 1), of the same shape, for stochastic rounding: each value
+        becomes one of its two
+            neighbours with the value as its expectation. None: the nearest, ties to even.
     """
     magnitude = values.abs().clamp(max=LARGEST["e2m1"])
     spacing = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))

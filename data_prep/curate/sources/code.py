@@ -1,7 +1,5 @@
 """Reader for code repositories: a source file written by people is a document with language and licence."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator
@@ -67,10 +65,6 @@ def find_language(name: str) -> str:
     base = name.rpartition("/")[2]
     ending = f".{base.rpartition('.')[2].lower()}" if "." in base[1:] else ""
     return _load_languages().get("" if base.startswith(".") else base) or _load_languages().get(ending, "")
-
-
-def is_vendored(name: str) -> bool:
-    return bool(_compile_patterns("vendored").search(f"/{name}"))
 
 
 def find_exclusion(name: str, text: str) -> tuple[str, str]:
@@ -155,7 +149,7 @@ def _read_document(job: ReadingJob) -> RawDocument:
     language = find_language(job.piece.file)
     if options.languages and language not in options.languages:
         raise _Excluded("language", f"is {language or 'of no known language'}")
-    if not options.keep_vendored and is_vendored(job.piece.file):
+    if not options.keep_vendored and _compile_patterns("vendored").search(f"/{job.piece.file}"):
         raise _Excluded("vendored", "is a copy of another project's")
     if job.piece.size_bytes > options.file_bytes:
         raise _Excluded("large", f"has more than {options.file_bytes:,} bytes")

@@ -1,7 +1,5 @@
 """Record layouts (`LAYOUTS`), their conversion to `Document` fields, and renamed fields (`--columns`)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -179,8 +177,6 @@ def _from_transcript_pair(record: dict[str, Any], kind: str | None) -> dict[str,
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """A known record layout."""
-
     name: str
     """Layout name, and programs that write the layout."""
     fields: tuple[str, ...]

@@ -1,4 +1,4 @@
-"""Token shard files: Megatron-Core's indexed format, expert routes per token, and checks of the manifest.
+"""Token shard files: Megatron-Core's indexed format, expert routes per token, and the manifest.
 
 `PREFIX.bin` holds tokens, `PREFIX.idx` the beginning of each document. The index contains (little endian):
 magic, version (int64), dtype code (int8), number of sequences and of document bounds (int64 each), lengths in
@@ -11,11 +11,9 @@ holds the experts that t visited when it was read: a document's last token, gene
 mark.
 """
 
-from __future__ import annotations
-
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +50,8 @@ SOURCE_FIELDS = {"name": str, "format": str, "splits": dict}
 SPLIT_FIELDS = {"num_tokens": int, "shards": list}
 SHARD_FIELDS = {"prefix": str}
 """Fields of a manifest of token shards that readers need -> type."""
+COUNTS = ("num_documents", "num_tokens", "num_bytes")
+"""Manifest fields of a shard, summed over the shards of a split."""
 _ROUTE_TOKENS = 1 << 10
 """Tokens checked at a time: few enough for the processor's cache."""
 
@@ -89,7 +89,7 @@ class IndexedWriter:
             file.write(np.ascontiguousarray(columns[suffix], dtype=self._dtypes[suffix]).reshape(-1).data)
         self.lengths_tokens.frombytes(lengths_tokens.astype(np.int32).tobytes())
 
-    def __enter__(self) -> IndexedWriter:
+    def __enter__(self) -> "IndexedWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -192,7 +192,7 @@ class RouteShape:
         return {**asdict(self), "dtype": self.dtype}
 
     @classmethod
-    def from_record(cls, record: Any, where: str) -> RouteShape:
+    def from_record(cls, record: Any, where: str) -> "RouteShape":
         """Parse the result of `record`. Raises `UserError`: it is malformed; `where` begins the message."""
         try:
             shape = cls(*(int(record[name]) for name in ("layers", "top_k", "num_experts")))
@@ -228,6 +228,19 @@ def merge_routes(previous: np.ndarray | None, current: np.ndarray | None, num_re
     return merged
 
 
+def build_source_record(name: str, format: str, sidecars: Iterable[str],
+                        shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Build a source's record for the manifest: no held-out documents, and each document is a unit.
+
+    `format` is "chat" or `documents.ROLLOUTS`, `sidecars` are suffixes of files next to the tokens, and
+    `shards` has `prefix` and `COUNTS` of each shard.
+    """
+    counts = {count: sum(shard[count] for shard in shards) for count in COUNTS}
+    return {"name": name, "format": format, "group_documents": 1, "sidecars": list(sidecars), "num_bad": {},
+            "splits": {"train": {"shards": list(shards), **counts},
+                       "heldout": {"shards": [], **dict.fromkeys(COUNTS, 0)}}}
+
+
 def check_token_manifest(path: str, content: dict[str, Any]) -> None:
     """Check the manifest `content` of the token shards in `path`. Raises `UserError`: another
     `CONTENT_VERSION`, a field is missing, or a shard is not inside the folder."""
@@ -240,6 +253,8 @@ def check_token_manifest(path: str, content: dict[str, Any]) -> None:
         for name, split in () if absent else {"train": {}, **source["splits"]}.items():
             where = f"sources[{i}].splits.{name}."
             absent += (absent_in_split := _find_missing(split, SPLIT_FIELDS, where))
+            if not absent_in_split and split["num_tokens"] and not split["shards"]:
+                absent.append(f"{where}shards for {split['num_tokens']:,} tokens")
             for n, shard in enumerate(() if absent_in_split else split["shards"]):
                 absent += (absent_in_shard := _find_missing(shard, SHARD_FIELDS, f"{where}shards[{n}]."))
                 prefixes += [] if absent_in_shard else [shard["prefix"]]

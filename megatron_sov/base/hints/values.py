@@ -1,7 +1,5 @@
 """Translation of other programs' values: computed values, GPUs as nodes, GPU names as cluster profiles."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -101,6 +99,12 @@ def compute_share(parts: str) -> str:
         return parts
     numbers = list(map(float, parts.split(",")))
     return f"{numbers[1] / (sum(numbers) or 1):g}"
+
+
+def compute_odds(share: str) -> str:
+    """Return (1 - share) / share for a share between 0 and 1: 0.25 -> 3; other texts unchanged."""
+    number = float(share) if re.fullmatch(r"0?\.\d+", share) else 0.0
+    return f"{(1 - number) / number:.4g}" if number else share
 
 
 def parse_cluster(name: str) -> str:

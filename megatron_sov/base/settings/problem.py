@@ -1,7 +1,5 @@
 """Settings problems as data (code, key, rule, fix), and types and relations that bound settings."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -97,9 +95,9 @@ class SettingsProblem:
             compared = f" {self.other}{value_text}"
         return begin + self.rule + compared + (f"; {self.way_out}" if self.way_out else "")
 
-    def with_prefix(self, prefix: str) -> SettingsProblem:
-        """Return the problem with `prefix.` before the key; an option name stays unchanged."""
-        if self.key.startswith("-"):
+    def with_prefix(self, prefix: str) -> "SettingsProblem":
+        """Return the problem with `prefix.` before the key ("": unchanged, as are names of options)."""
+        if not prefix or self.key.startswith("-"):
             return self
         return replace(self, key=f"{prefix}.{self.key}" if self.key else prefix)
 
@@ -117,7 +115,7 @@ def find_broken_rules(settings: Any, prefix: str, *rules: tuple[bool, str, str] 
     `prefix` before its key."""
     problems = [SettingsProblem(ProblemCode.RULE, key, rule, _get_value(settings, key), "".join(way_out))
                 for holds, key, rule, *way_out in rules if not holds]
-    return [problem.with_prefix(prefix) for problem in problems] if prefix else problems
+    return [problem.with_prefix(prefix) for problem in problems]
 
 
 def use_option_names(problems: Sequence[SettingsProblem], **options: str) -> list[SettingsProblem]:

@@ -5,8 +5,6 @@ Chunks depend only on the requests, so that a restarted evaluation sends the sam
 answers are on disk before the next chunk starts. The jobs of a Slurm array share chunks through
 `AnswerCache.iter_open_chunks`, and each of them ends with every answer. """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys
@@ -313,7 +311,6 @@ def _score_row(hidden: list[torch.Tensor], head: Head, row: _LikelihoodRow) -> t
 
 @torch.no_grad()
 def score_with_transformers(model: Any, groups: Sequence[Group]) -> dict[str, Answer]:
-    """Answer groups with a transformers model."""
     # four bytes per logit in float32
     max_tokens = LOGITS_BYTES // (4 * model.config.get_text_config().vocab_size)
     values = []

@@ -3,8 +3,6 @@
 Megatron-Core's checkpoints do not contain the adapters' parameters; `local_shards` adds the blocks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -84,7 +82,7 @@ class Adapters(torch.nn.Module):
         else:
             experts.get_submodule(linear).register_forward_hook(_build_grouped_hook(adapters))
 
-    def factors(self) -> Iterator[AdapterFactors]:
+    def factors(self) -> "Iterator[AdapterFactors]":
         yield from (module for module in self.modules() if isinstance(module, AdapterFactors))
 
     def set_magnitudes(self, chunk: Any) -> None:

@@ -194,8 +194,6 @@ def compute_update_scale(kind: str, rows: int, columns: int) -> float:
 
 @dataclass(frozen=True)
 class PiecePosition:
-    """Position of a piece in its matrix."""
-
     matrix: Matrix
     row: int
     column: int

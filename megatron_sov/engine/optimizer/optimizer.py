@@ -1,7 +1,5 @@
 """A process's optimizer: data-parallel wrapper, gradient clipping, AdamW and Muon, and state as shards."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import warnings
@@ -142,9 +140,10 @@ class Optimizer:
         """
         total = torch.zeros((), dtype=torch.float64, device=get_local_device())
         for optimizer in self.megatron_optimizer.chained_optimizers:
-            norms = [torch.linalg.vector_norm(part, dtype=torch.float64)
-                     for gradient in optimizer.get_grads_for_grad_norm()
-                     for part in (gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient])]
+            norms = []
+            for gradient in optimizer.get_grads_for_grad_norm():
+                parts = gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient]
+                norms += [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
             norms = [norm.to(total.device) for norm in norms]  # some gradients are in host memory
             squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
             torch.distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())

@@ -1,7 +1,5 @@
 """Launches local ranks: start, signal forwarding, restart after faults, exit codes."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import io
@@ -45,7 +43,7 @@ be_rank(int(sys.argv[1]))"""
 
 
 def launch_ranks(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
-                 restarts: RestartPolicy | None = None) -> int:
+                 restarts: "RestartPolicy | None" = None) -> int:
     """Run `main` in every process and return the command's exit code.
 
     Under torchrun or Slurm (RANK is set) this process is one rank. Otherwise it starts `nproc` local ranks.

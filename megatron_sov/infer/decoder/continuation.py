@@ -1,7 +1,5 @@
 """Generation state per prompt, and the spans that a prompt adds to decoding rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +22,6 @@ class Continuation:
     tokens: list[int]
     """Prompt and continuation."""
     prompt_tokens: int
-    """Prompt length in tokens."""
     limit: int
     """`Sampling.max_new_tokens`."""
     sampling: Sampling

@@ -1,7 +1,5 @@
 """Reward `code`: run a response's program against tests in the sandbox."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -5,8 +5,6 @@ Only modules for text and numbers may be imported, not files, clocks or random n
 depends on the text alone. This rule ensures quality; the sandbox ensures safety.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import sys

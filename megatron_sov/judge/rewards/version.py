@@ -5,8 +5,6 @@ sandbox, `work` and `chat`, without comments, docstrings and layout. The version
 not with its texts.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import hashlib

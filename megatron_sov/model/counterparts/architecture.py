@@ -4,8 +4,6 @@ Setting names are those of Megatron-Core's `TransformerConfig` and of Bridge's p
 `normalize_arguments` converts Megatron-LM's command line arguments, some of which differ.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -182,10 +180,8 @@ def infer_model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
     problems = [f"{name} = {stated[name]!r}: only {' or '.join(map(repr, allowed))} is read"
                 for name, allowed in SUPPORTED_VALUES.items() if name in stated
                 and not _is_supported(stated[name], allowed)]
-    fields = {field: MEGATRON_DEFAULTS.get(megatron_name)
-              if stated.get(megatron_name) is None else stated[megatron_name]
-              for megatron_name, field in RENAMED.items()
-              if megatron_name in MEGATRON_DEFAULTS or stated.get(megatron_name) is not None}
+    known = MEGATRON_DEFAULTS | {name: value for name, value in stated.items() if value is not None}
+    fields = {field: known[name] for name, field in RENAMED.items() if name in known}
     inferences = (_infer_attention, _infer_feed_forward, _infer_positions, _infer_pattern, _infer_prediction)
     for infer in inferences:
         try:

@@ -1,7 +1,5 @@
 """Config items for attention windows, dense layers and prediction layers (see `hf_config.py`)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -318,8 +316,9 @@ class SwigluLimits:
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the list; {} if no layer has a clamp."""
-        return {"swiglu_limits": [float(limit) for limit in model.swiglu_limits]} if any(
-            model.swiglu_limits) else {}
+        if not any(model.swiglu_limits):
+            return {}
+        return {"swiglu_limits": [float(limit) for limit in model.swiglu_limits]}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the clamps; `UserError` unless every layer has a number of at least 0."""

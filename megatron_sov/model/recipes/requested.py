@@ -4,8 +4,6 @@ This module alone decides which user code runs: code named on the command line, 
 --config file is data; names in it are only looked up among registered plug-ins.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -20,7 +18,7 @@ from megatron_sov.base.plugins.loading import is_reference, load_plugin
 from megatron_sov.base.plugins.registry import Registry, suggest_same_family
 from megatron_sov.base.settings import (
     Flag, Place, ProblemCode, SettingsError, SettingsProblem, find_inert_settings, get_inner_hint,
-    get_setting, list_fields, parse_located_yaml, read_settings_text)
+    get_setting, list_fields, parse_located_yaml, read_settings_text, split_key)
 from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import (
@@ -338,7 +336,7 @@ class ConfigLayer:
                                              for problem in e.problems]) from None
 
     def find_line(self, key: str) -> int:
-        place: Place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        place = split_key(key)
         while place and place not in self.lines:
             place = place[:-1]
         return self.lines.get(place, 0)

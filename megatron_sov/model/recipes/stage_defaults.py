@@ -5,8 +5,6 @@ The architecture comes from --from. Learning rate, schedule and epochs come from
 model size. Sample lengths and batch sizes follow from the data (`commands.train.setup.data_defaults`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
@@ -40,8 +38,6 @@ class Rate:
 
 @dataclass(frozen=True)
 class StageDefaults:
-    """Stage defaults."""
-
     rates: tuple[Rate, ...]
     """Learning rates by model size, ascending."""
     lora: tuple[Rate, ...]

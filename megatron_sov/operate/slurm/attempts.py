@@ -10,8 +10,6 @@ or preemption prevents the `end`; the next attempt then writes it. A new submiss
 empty history.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
@@ -282,7 +280,6 @@ class AttemptOptions:
     min_nodes: int
     """Smallest number of nodes to continue with."""
     nodes: Annotated[str, Flag(value="NODE,...")]
-    """Nodes in this attempt."""
     usable: Annotated[str, Flag(value="NODE,...")] = ""
     """Working nodes in the partition."""
     down: Annotated[str, Flag(value="NODE,...")] = ""

@@ -4,8 +4,6 @@ A script is a template from `slurm/templates`, filled with the stage and the clu
 quoted for the shell. The code, settings and script are copied to the job's records.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib
@@ -68,7 +66,6 @@ class SlurmJob:
     code: Path | None
     """Copied code; None: packages in the job's Python."""
     script: Path
-    """Path of the script."""
     layouts: dict[int, tuple[str, ...]]
     """Number of nodes -> settings; the job requests the largest number and continues with the others."""
     array: int = 0

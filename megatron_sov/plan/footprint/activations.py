@@ -6,8 +6,6 @@ megatron-core (0.19.2) and ours, which are unfused, so norms and SwiGLU save mor
 `benchmarks/plan_activations.py`. Rotary angles, shared by all layers, are not included.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -82,11 +80,6 @@ def list_layer_kinds(m: ModelConfig) -> tuple[LayerKind, ...]:
     first_moe = m.num_layers - m.num_moe_layers()
     return tuple(_build_kind(m, layer >= first_moe, kind, window, limit > 0) for layer, (kind,
                  window, limit) in enumerate(zip(m.layer_types(), m.windows(), m.limits(), strict=True)))
-
-
-def get_prediction_kind(m: ModelConfig) -> LayerKind:
-    """Return the layer kind inside a multi-token prediction layer."""
-    return _build_kind(m, m.mtp_experts, m.mtp_layer_type(), m.mtp_window(), bounded=False)
 
 
 def _build_kind(m: ModelConfig, with_experts: bool, attention: str, window: int, bounded: bool) -> LayerKind:
@@ -353,7 +346,7 @@ def estimate_stored(config: RunConfig, stage: int, seq_len: int, num_micro_batch
             # Layers with equal kinds save equal bytes.
             kind_counts[layer_kinds[layer]] = kind_counts.get(layer_kinds[layer], 0) + count
     if last and m.num_mtp_layers:
-        kind = get_prediction_kind(m)
+        kind = _build_kind(m, m.mtp_experts, m.mtp_layer_type(), m.mtp_window(), bounded=False)
         # Full recomputation covers all applications at once and saves the first input.
         times = m.num_mtp_layers if config.train.recompute is True else m.num_predictions
         kind_counts[kind] = kind_counts.get(kind, 0) + counts[-1] * times

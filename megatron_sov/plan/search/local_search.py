@@ -4,8 +4,6 @@ A full sweep takes minutes. The local search prices a coarse grid, then changes 
 layouts at a time until no change helps: hundreds to thousands of layouts, in seconds
 (tests/plan/test_local_search.py compares its choices with full sweeps)."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import defaultdict
@@ -50,7 +48,6 @@ class DefaultLayout:
     own_spare_share: float
     """Share of usable GPU memory that the recipe's layout leaves free; negative if it does not fit."""
     num_priced: int
-    """Priced layouts."""
     spare_share: float
     """Share of usable GPU memory that the layout leaves free; below `SPARE_SHARE` if no layout reaches it."""
 

@@ -1,7 +1,5 @@
 """Sweep over a run's layouts: broken rules, missing memory, and fitting layouts ranked by speed."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections import Counter
@@ -111,7 +109,6 @@ def search_layouts(config: RunConfig, pricing: Pricing, fixed: Collection[str] =
 
 def sweep_stage(stage: RunStage, space: LayoutSpace, pricing: Pricing,
                 advance: Callable[[int], object] = lambda count: None) -> Sweep:
-    """Price all layouts in `space` for a stage."""
     sweep = Sweep(stage)
     for parallel in iter_layouts(stage.config, space):
         problems = parallel.problems(stage.config.model, pricing.num_ranks)

@@ -1,8 +1,6 @@
 """Estimate the seconds per optimizer step and component: a roofline with few fitted numbers
 (docs/plan.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -191,7 +189,7 @@ class _MicroBatch:
     head: float = 0.0
     memory: float = 0.0
 
-    def add(self, other: _MicroBatch, times: float) -> None:
+    def add(self, other: "_MicroBatch", times: float) -> None:
         for name, seconds in vars(other).items():
             setattr(self, name, getattr(self, name) + times * seconds)
 

@@ -1,7 +1,5 @@
 """Read a run folder for the report: `config.json`, `events.jsonl`, evaluations and round manifests."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, field
@@ -48,7 +46,6 @@ class Run:
     """Contents of a run folder that the report shows."""
 
     name: str
-    """Name of the run folder."""
     config: dict[str, Any]
     """Resolved settings; empty without `config.json`."""
     attempts: list[Attempt] = field(default_factory=list)

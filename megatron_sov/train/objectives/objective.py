@@ -1,7 +1,5 @@
 """The objective interface: batches and losses for the training loop."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -36,7 +34,6 @@ class GlobalBatch:
     seq_len: int
     """Tokens per sequence."""
     num_sequences: int
-    """Sequences in the global batch."""
     phase: str
     """Curriculum phase."""
     num_tokens: int = 0

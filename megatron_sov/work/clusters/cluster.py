@@ -1,7 +1,5 @@
 """Cluster profiles, read from YAML: partition, nodes, containers, network, prices."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.resources
 import math

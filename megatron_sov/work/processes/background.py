@@ -1,7 +1,5 @@
 """Low-priority background processes, ended together with the parent process."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import signal

@@ -182,7 +182,6 @@ class DataFile:
         return run / DATA / self.name
 
     def packed_argument(self, run: Path) -> str:
-        """Return the --data argument for the packed file."""
         prefix = f"{self.name}=" if self.is_renamed else ""
         return f"{prefix}{self.shards(run)}{self.weight}"
 

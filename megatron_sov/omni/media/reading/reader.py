@@ -3,8 +3,6 @@
 A file that hangs, exhausts memory or crashes its decoder becomes a `BadRecord`; later files still decode.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import queue
@@ -70,7 +68,7 @@ class MediaReader:
         self._processes: weakref.WeakSet[_DecoderProcess] = weakref.WeakSet()
         self._lock = threading.Lock()
 
-    def __enter__(self) -> MediaReader:
+    def __enter__(self) -> "MediaReader":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,

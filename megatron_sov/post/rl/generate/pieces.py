@@ -164,7 +164,10 @@ class PendingPieces:
 
     def release(self, attempts: Sequence[SampleAttempt] | None = None) -> None:
         """Release the claims on `attempts`, published or not; None: all claims."""
-        for name in list(self._open_claims) if attempts is None else [attempt.name for attempt in attempts]:
+        names = list(self._open_claims)
+        if attempts is not None:
+            names = [attempt.name for attempt in attempts]
+        for name in names:
             if (claim := self._open_claims.pop(name, None)) is not None:
                 claim.close()
 

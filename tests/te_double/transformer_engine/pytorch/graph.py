@@ -51,7 +51,7 @@ class _Pass:
     def __init__(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...],
                  kwargs: dict[str, torch.Tensor]) -> None:
         self.module, self.args, self.kwargs = module, args, kwargs
-        self.forward, self.backward = CapturedOperators(), CapturedOperators()
+        self.forward, self.backward, self.backward_dw = (CapturedOperators() for _ in range(3))
         self.names = list(kwargs)
         self.inputs = [*args, *kwargs.values()]
         self.parameters: tuple[torch.nn.Parameter, ...] = tuple(module.parameters())
@@ -60,6 +60,9 @@ class _Pass:
         self.spec: Any = None
         self.input_grads: list[Any] = []
         self.clones: list[bool] = []
+        self.delayed: list[Any] = []
+        self.in_flight: set[str] = set()
+        self.memory: list[tuple[_Pass, str]] = []
         self.is_reset = False
 
     def run(self) -> None:
@@ -80,6 +83,17 @@ class _Pass:
             t.grad = grad
         return gradients
 
+    def start(self) -> None:
+        """Note that the pass is in flight, and check that no other pass in flight owns its memory."""
+        if any(part in other.in_flight for other, part in self.memory):
+            raise RuntimeError("a forward graph writes into memory of a pass whose backward graph has not "
+                               "run: it was captured after that backward graph")
+        self.in_flight = {"backward", *(["backward_dw"] if self.delayed else [])}
+
+    def list_delayed(self) -> list[Any]:
+        """Return the modules whose weight gradients wait for `backward_dw`."""
+        return [m for m in self.module.modules() if getattr(m, "_delayed_products", None)]
+
     def drop_unused_parameters(self, gradients: list[Any]) -> None:
         """Remove parameters without a gradient: other modules compute with them."""
         num_inputs = sum(t.requires_grad for t in self.inputs)
@@ -95,6 +109,7 @@ class _Graphed(torch.autograd.Function):
         for buffer, tensor in zip(graphs.inputs, inputs, strict=False):
             if buffer.data_ptr() != tensor.data_ptr():
                 buffer.detach().copy_(tensor)
+        graphs.start()
         graphs.forward.replay()
         return tuple(o.detach() if o is not None else None for o in graphs.outputs)
 
@@ -106,7 +121,9 @@ class _Graphed(torch.autograd.Function):
             if buffer is not None and buffer.data_ptr() != gradient.data_ptr():
                 buffer.copy_(gradient)
         graphs.backward.replay()
-        input_grads = [gradient.clone() if gradient is not None and is_cloned else gradient
+        graphs.in_flight.discard("backward")
+        # a detached gradient may become a tensor's `grad` as it is: memory of the graph
+        input_grads = [gradient if gradient is None else gradient.clone() if is_cloned else gradient.detach()
                        for gradient, is_cloned in zip(graphs.input_grads, graphs.clones, strict=True)]
         # another graph may reuse this memory from now on: make late readers fail visibly
         for output in graphs.outputs:
@@ -130,10 +147,16 @@ def _build_callable(graphs: _Pass, original: Callable[..., Any]) -> Callable[...
 
     def reset() -> None:
         graphs.is_reset = True
-        graphs.forward.reset()
-        graphs.backward.reset()
+        for graph in (graphs.forward, graphs.backward, graphs.backward_dw):
+            graph.reset()
 
-    replayed.reset, replayed.backward_dw = reset, lambda: None  # type: ignore[attr-defined]
+    def backward_dw() -> None:
+        graphs.backward_dw.replay()
+        graphs.in_flight.discard("backward_dw")
+        for module in graphs.delayed:
+            module._trigger_wgrad_accumulation_and_reduce_hooks()
+
+    replayed.reset, replayed.backward_dw = reset, backward_dw  # type: ignore[attr-defined]
     return replayed
 
 
@@ -165,7 +188,7 @@ def make_graphed_callables(
         fp8_recipe: Any = None, fp8_group: Any = None, fp8_weight_caching: bool | None = None,
         enabled: Any = None, calibrating: bool | None = None, recipe: Any = None,
         amax_reduction_group: Any = None, cache_quantized_params: bool | None = None,
-        _order: list[int] | None = None, _num_layers_per_chunk: list[int] | None = None, pool: Any = None,
+        _order: list[float] | None = None, _num_layers_per_chunk: list[int] | None = None, pool: Any = None,
         retain_graph_in_backward: bool = False, _reuse_graph_input_output_buffers: bool = False,
         clone_param_grads_on_return: bool = True, pre_warmup_hook: Callable[[], None] | None = None,
         post_warmup_hook: Callable[[], None] | None = None, capture_time_hooks: Any = None) -> Any:
@@ -177,11 +200,11 @@ def make_graphed_callables(
         sample_args: of each pass, the tensors that its graph reads, run after run, micro-batch after
             micro-batch; passes whose lives do not meet may share them.
         sample_kwargs: likewise, by name.
-        _order: runs from 1, forward; negative, backward.
+        _order: runs from 1, forward; negative, backward; lower by a half, weight gradients of that backward.
         _num_layers_per_chunk: layers of each run.
     """
-    if _order is None or _num_layers_per_chunk is None or any(c != int(c) for c in _order):
-        raise NotImplementedError("the double captures passes of a pipeline, weight gradients among them")
+    if _order is None or _num_layers_per_chunk is None:
+        raise NotImplementedError("the double captures passes of a pipeline alone")
     for module in modules:
         if (module._backward_hooks or module._backward_pre_hooks or module._forward_hooks
                 or module._forward_pre_hooks):
@@ -189,7 +212,7 @@ def make_graphed_callables(
         if not module.training:
             raise NotImplementedError("the double captures training alone")
     starts = [sum(_num_layers_per_chunk[:i]) for i in range(len(_num_layers_per_chunk))]
-    count = len(_order) // len(starts) // 2
+    count = sum(c == int(c) for c in _order) // len(starts) // 2
     sample_kwargs = sample_kwargs or [{} for _ in sample_args]
     if len(sample_args) != len(modules) * count:
         raise ValueError(f"Expected {len(modules) * count} args tuple, but got {len(sample_args)}.")
@@ -207,24 +230,31 @@ def make_graphed_callables(
         for hook in (pre_warmup_hook, post_warmup_hook):
             if hook is not None:
                 hook()
-        _run_schedule(_order, starts, _num_layers_per_chunk, count, passes, _warm_up, _warm_up_backward)
+        _run_schedule(_order, starts, _num_layers_per_chunk, count, passes, _warm_up, _warm_up_backward,
+                      lambda graphs: None)
         shared: dict[Any, list[Any]] = {}
-        _run_schedule(_order, starts, _num_layers_per_chunk, count, passes, _capture,
-                      lambda graphs: _capture_backward(graphs, shared, clone_param_grads_on_return))
+        free: list[tuple[_Pass, str]] = []
+        _run_schedule(_order, starts, _num_layers_per_chunk, count, passes,
+                      lambda graphs: _capture(graphs, free),
+                      lambda graphs: _capture_backward(graphs, shared, clone_param_grads_on_return, free),
+                      lambda graphs: _capture_delayed(graphs, free))
     torch.set_rng_state(state)
     set_capture_end()
     return tuple(_build_callable(graphs, graphs.module.forward) for graphs in passes)
 
 
-def _run_schedule(order: list[int], starts: list[int], layers: list[int], count: int, passes: list[_Pass],
-                  forward: Callable[[_Pass], None], backward: Callable[[_Pass], None]) -> None:
-    """Apply `forward` or `backward` to each pass in the order of a pipeline schedule."""
+def _run_schedule(order: list[float], starts: list[int], layers: list[int], count: int, passes: list[_Pass],
+                  forward: Callable[[_Pass], None], backward: Callable[[_Pass], None],
+                  delayed: Callable[[_Pass], None]) -> None:
+    """Apply `forward`, `backward` or `delayed` to each pass in the order of a pipeline schedule."""
     done = {direction: [0] * len(starts) for direction in (1, -1)}
-    for chunk, direction in ((abs(c) - 1, 1 if c > 0 else -1) for c in order):
-        first = starts[chunk] * count + done[direction][chunk] * layers[chunk]
-        done[direction][chunk] += 1
+    for c in order:
+        chunk, direction = abs(math.ceil(c)) - 1, 1 if c > 0 else -1
+        is_delayed = c != math.ceil(c)
+        first = starts[chunk] * count + (done[direction][chunk] - is_delayed) * layers[chunk]
+        done[direction][chunk] += not is_delayed
         for graphs in passes[first:first + layers[chunk]][::direction]:
-            (forward if direction > 0 else backward)(graphs)
+            (delayed if is_delayed else forward if direction > 0 else backward)(graphs)
 
 
 def _warm_up(graphs: _Pass) -> None:
@@ -235,15 +265,23 @@ def _warm_up_backward(graphs: _Pass) -> None:
     graphs.output_grads = [torch.zeros_like(o) if o is not None and o.requires_grad else None
                            for o in graphs.outputs]
     graphs.drop_unused_parameters(graphs.run_backward())
+    for module in graphs.list_delayed():
+        module.backward_dw()
 
 
-def _capture(graphs: _Pass) -> None:
+def _capture(graphs: _Pass, free: list[tuple[_Pass, str]]) -> None:
+    graphs.memory = list(free)
     with graphs.forward.capture():
         graphs.run()
 
 
-def _capture_backward(graphs: _Pass, shared: dict[Any, list[Any]], clones: bool) -> None:
-    """Capture the backward pass; passes with equal output shapes share the buffers of output gradients."""
+def _capture_backward(graphs: _Pass, shared: dict[Any, list[Any]], clones: bool,
+                      free: list[tuple[_Pass, str]]) -> None:
+    """Capture the backward pass; passes with equal output shapes share the buffers of output gradients.
+
+    Its memory is free for the graphs captured from now on.
+    """
+    free.append((graphs, "backward"))
     key = tuple((o.shape, o.dtype) for o in graphs.outputs if o is not None and o.requires_grad)
     if key not in shared:
         shared[key] = [torch.zeros_like(o) if o is not None and o.requires_grad else None
@@ -256,3 +294,13 @@ def _capture_backward(graphs: _Pass, shared: dict[Any, list[Any]], clones: bool)
     graphs.clones = [clones and i >= len(graphs.inputs) and not getattr(t, "skip_backward_post_hook", False)
                      for i, t in enumerate(surface)]
     graphs.outputs = [o.detach() if o is not None else None for o in graphs.outputs]
+
+
+def _capture_delayed(graphs: _Pass, free: list[tuple[_Pass, str]]) -> None:
+    free.append((graphs, "backward_dw"))
+    graphs.delayed = graphs.list_delayed()
+    if not graphs.delayed:
+        raise RuntimeError("No module needs wgrad computation but get float in order")
+    with graphs.backward_dw.capture():
+        for module in graphs.delayed:
+            module.backward_dw()

@@ -110,6 +110,10 @@ class TransformerEngineBaseModule(torch.nn.Module):
         if not self._delayed_products:
             raise RuntimeError("Pop empty queue.")
         self._delayed_products.pop(0)()
+        self._trigger_wgrad_accumulation_and_reduce_hooks()
+
+    def _trigger_wgrad_accumulation_and_reduce_hooks(self) -> None:
+        """Call the registered functions: the weight gradients are complete."""
         for hook in self._hooks:
             hook()
 

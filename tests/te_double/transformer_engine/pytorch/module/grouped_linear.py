@@ -13,7 +13,7 @@ from .. import placement as machine
 from ..gemm import weight_gemm
 from ..placement import mark_host, on_host
 from .base import TransformerEngineBaseModule
-from .weight_gradient import weight_gradient
+from .weight_gradient import stand_in, weight_gradient
 
 
 class _Products(torch.autograd.Function):
@@ -120,7 +120,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         if not self._delays_products:
             return gradients()
         self._delayed_products.append(later)
-        return [None] * len(weights)
+        return [stand_in(self, weight) for weight in weights]
 
     def forward(self, inp: torch.Tensor, m_splits: Any, is_first_microbatch: bool | None = None,
                 out: torch.Tensor | None = None, dgrad_out: torch.Tensor | None = None) -> Any:

@@ -11,7 +11,7 @@ import torch
 from ..gemm import weight_gemm
 from .base import TransformerEngineBaseModule
 from .traffic import gather, reduce, reduce_scatter
-from .weight_gradient import weight_gradient
+from .weight_gradient import stand_in, weight_gradient
 
 
 def check_executable(*tensors: torch.Tensor) -> None:
@@ -127,7 +127,7 @@ class Linear(TransformerEngineBaseModule):
                 weight.grad = found
 
         self._delayed_products.append(later)
-        return None
+        return stand_in(self, weight)
 
     def _product(self, inp: torch.Tensor, is_first_microbatch: bool | None) -> Any:
         """Return the layer's output, and the bias if `return_bias` is set."""

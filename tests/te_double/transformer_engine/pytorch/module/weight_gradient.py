@@ -32,7 +32,12 @@ def weight_gradient(module: TransformerEngineBaseModule, weight: torch.Tensor, g
         main_grad.copy_(product)
     else:
         main_grad.add_(product)
-    if not hasattr(weight, "grad_added_to_main_grad"):
+    return stand_in(module, weight)
+
+
+def stand_in(module: TransformerEngineBaseModule, weight: Any) -> torch.Tensor | None:
+    """Return the value that autograd receives for a weight's gradient in `main_grad`, now or later."""
+    if not module.fuse_wgrad_accumulation or not hasattr(weight, "grad_added_to_main_grad"):
         return None
     weight.grad_added_to_main_grad = True
     return get_dummy_wgrad(list(weight.shape), weight.dtype, zero=getattr(weight, "zero_out_wgrad", False))

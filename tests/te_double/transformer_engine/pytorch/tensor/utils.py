@@ -29,8 +29,9 @@ def quantize_master_weights(model_weights: list[Any], master_weights: list[torch
                             start_offsets: list[int | None], group: Any,
                             fsdp_shard_model_weights: Any = None,
                             manual_post_all_gather_processing: bool = False) -> None:
-    """Cast each master weight (a flat part, or None) into its weight's bytes, with scales from the parts of
-    the whole group. Columnwise bytes are stale until `post_all_gather_processing`."""
+    """Quantize each master weight (this rank's flat part of a weight from its start offset, or None) into
+    the weight's bytes. Scales cover the whole weight, with a maximum over `group`. Columnwise bytes are stale
+    until `post_all_gather_processing`."""
     if fsdp_shard_model_weights is not None:
         raise NotImplementedError("the double shards no weights")
     rounded = [None if master is None else master.to(weight.dtype)
