@@ -227,8 +227,8 @@ def _report_bad_json(text: str, start: int, error: Exception) -> tuple[BadCall, 
 
 def _build_call(value: Any, form: CallForm | None) -> ToolCall | BadCall:
     # infer the key from the object if the form is unknown
-    word = "parameters" if form == LLAMA or (
-        form is None and isinstance(value, dict) and "parameters" in value) else "arguments"
+    is_unknown_llama = form is None and isinstance(value, dict) and "parameters" in value
+    word = "parameters" if form == LLAMA or is_unknown_llama else "arguments"
     # Llama 3 may include "type": "function"
     has_type = word == "parameters" and isinstance(value, dict) and value.get("type") == "function"
     if not isinstance(value, dict) or set(value) != {"name", word, *(("type",) if has_type else ())}:

@@ -107,8 +107,9 @@ class BalancedRouter(TopKRouter):
         scores = self._compute_scores(logits)
         biased = scores if self.expert_bias is None else scores + self.expert_bias
         groups, num_kept_groups = self.config.moe_router_num_groups, self.config.moe_router_group_topk
-        _, chosen = torch.topk(biased if groups is None
-                               else _limit_to_groups(biased, groups, num_kept_groups), self.topk, dim=1)
+        if groups is not None:
+            biased = _limit_to_groups(biased, groups, num_kept_groups)
+        _, chosen = torch.topk(biased, self.topk, dim=1)
         if recorded is not None:
             # tokens without a record keep the router's choice
             chosen = torch.where(recorded.is_recorded[:, None], recorded.experts, chosen)

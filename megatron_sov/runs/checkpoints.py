@@ -546,8 +546,9 @@ def find_damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool 
 def suggest_replacement(path: Path) -> str:
     """Suggest a replacement for a damaged checkpoint: the previous sound one, or a copy."""
     earlier = _find_sound_checkpoint(path)
-    return (f"use the checkpoint before it, {earlier}" if earlier
-            else "there is no checkpoint before it; restore it from a copy")
+    if earlier is None:
+        return "there is no checkpoint before it; restore it from a copy"
+    return f"use the checkpoint before it, {earlier}"
 
 
 def _find_sound_checkpoint(damaged: Path) -> Path | None:

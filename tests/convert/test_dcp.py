@@ -1,6 +1,7 @@
 """Torch's loader and optimizer continue from a written checkpoint on a transformers model, and back."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from megatron_sov.convert.dcp.to_dcp import to_dcp
 from megatron_sov.model import recipes
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
+from tests.convert.test_hostile import CANARY, TOUCH_CANARY, Calls
 from tests.convert.test_to_megatron import FIRST, SAVED_AFTER, STEPS, Case
 from tests.packing import Packed
 
@@ -57,7 +59,8 @@ def test_torch_loop_continues_with_our_losses_and_back(ranks: Any, job: Any, pac
     output = capsys.readouterr().out
     assert f"with the moments of {FIRST + SAVED_AFTER} updates" in output
     assert f"RUN/checkpoints/step-{FIRST + SAVED_AFTER}" in output
-    for setting in ("optim.lr=0.01", "optim.weight_decay=0.1", "optim.beta2=0.95", "optim.eps=0.0001"):
+    for setting in ("train.precision=fp64", "optim.lr=0.01", "optim.weight_decay=0.1", "optim.beta2=0.95",
+                    "optim.eps=0.0001"):
         assert f"--set {setting}" in output
     (resumed,), = ranks(case.resume_from(back))
     assert resumed == pytest.approx(expected[SAVED_AFTER:], rel=1e-12)
@@ -141,16 +144,20 @@ def test_rotary_pairs_of_torchtitans_llama_are_neighbours() -> None:
     assert order_rotary(TORCHTITAN, model, name, theirs, inverse=True).equal(rows)
 
 
-@pytest.mark.each("names", [HF, TORCHTITAN])
-def test_weights_come_back_with_equal_bits(names: str, solar_dir: Path, tmp_path: Path,
-                                           capsys: pytest.CaptureFixture[str],
+@pytest.mark.each(("names", "keys"), [
+    (HF, ("model.model.embed_tokens.weight", "model.model.layers.1.self_attn.q_proj.weight",
+          "model.model.layers.1.mlp.experts.down_proj")),
+    (TORCHTITAN, ("tok_embeddings.weight", "layers.1.attention.qkv_linear.wq.weight",
+                  "layers.1.moe.routed_experts.inner_experts.w2_EDF"))])
+def test_weights_come_back_with_equal_bits(names: str, keys: tuple[str, ...], solar_dir: Path,
+                                           tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer, "MAX_BLOCK_BYTES", 4 << 10)  # 2 of 8 experts, 64 rows of other matrices
-    folder, prefix = solar_dir, "model.model."
+    folder = solar_dir
     if names == TORCHTITAN:
         from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-        folder, prefix = tmp_path / "hf", ""
+        folder = tmp_path / "hf"
         Qwen3MoeForCausalLM(Qwen3MoeConfig(
             vocab_size=96, hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
             num_hidden_layers=2, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=24,
@@ -160,13 +167,13 @@ def test_weights_come_back_with_equal_bits(names: str, solar_dir: Path, tmp_path
     assert main(["convert", "to-dcp", str(tmp_path / "ours"), str(out), "--names", names]) == 0
     assert "without optimizer" in capsys.readouterr().out
     assert find_damaged_files(out) == []
-    stacked = {HF: "layers.1.mlp.experts.down_proj",
-               TORCHTITAN: "layers.1.moe.routed_experts.inner_experts.w2_EDF"}[names]
-    dcp.load(state := {prefix + stacked: torch.zeros(8, 32, 24, dtype=torch.bfloat16)},
-             checkpoint_id=out / "step-0")
-    weights = convert.open_weights(folder)
-    for expert, matrix in enumerate(state[prefix + stacked]):
-        assert matrix.equal(weights.read(f"model.layers.1.mlp.experts.{expert}.down_proj.weight"))
+    read = convert.open_weights(folder).read
+    experts = [read(f"model.layers.1.mlp.experts.{expert}.down_proj.weight") for expert in range(8)]
+    expected = (read("model.embed_tokens.weight"), read("model.layers.1.self_attn.q_proj.weight"),
+                torch.stack(experts))
+    state = {key: torch.zeros_like(tensor) for key, tensor in zip(keys, expected, strict=True)}
+    dcp.load(state, checkpoint_id=out / "step-0")
+    assert all(state[key].equal(tensor) for key, tensor in zip(keys, expected, strict=True))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(hf_import, "write_tensors", Mock(side_effect=KeyboardInterrupt))
         from_dcp(out, back)
@@ -191,7 +198,6 @@ SHAPES = {f"model.{name}.weight": (8,) * axes for axes, names in (
 WEIGHTS = {name: torch.ones(shape) for name, shape in SHAPES.items()}
 STATE = {f"optimizer.state.{name}.{state}": torch.full(shape if state != "step" else (), 7.0)
          for name, shape in SHAPES.items() for state in ("exp_avg", "exp_avg_sq", "step")}
-
 O_PROJ = "optimizer.state.model.layers.0.self_attn.o_proj.weight."
 MUON = {name: tensor for name, tensor in STATE.items() if not name.startswith(O_PROJ)}
 MUON[f"{O_PROJ}momentum_buffer"] = torch.ones(8, 8)
@@ -209,7 +215,8 @@ MUON[f"{O_PROJ}momentum_buffer"] = torch.ones(8, 8)
      r"counts \d updates in step/\S+ and \d in step/\S+, but a run has one count; pass --weights-only"),
     ({"tok_embeddings.weight": torch.ones(8, 8)}, QWEN3 | {"model_type": "qwen2"},
      "torchtitan 0.3 has no model of family 'qwen2'"),
-    (WEIGHTS | MUON, QWEN3, ""), (WEIGHTS | STATE | {"lm_head.weight": torch.ones(8, 8)}, QWEN3, "")])
+    (WEIGHTS | MUON, QWEN3, ""), (WEIGHTS | STATE | {"lm_head.weight": torch.ones(8, 8)}, QWEN3, ""),
+    (WEIGHTS | STATE | {"lr_scheduler.last_epoch": Calls(os.system, TOUCH_CANARY)}, QWEN3, "")])
 def test_other_checkpoints_are_refused(state: dict[str, Any], config: dict[str, Any] | None, sentence: str,
                                        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dcp.save(state, checkpoint_id=tmp_path / "theirs/step-7", no_dist=True)
@@ -218,4 +225,5 @@ def test_other_checkpoints_are_refused(state: dict[str, Any], config: dict[str, 
     code = main(["convert", "from-dcp", str(tmp_path / "theirs"), str(tmp_path / "out")])
     captured = capsys.readouterr()
     assert re.search(sentence or "with the moments of 7 updates", captured.err if sentence else captured.out)
+    assert not CANARY.exists()
     assert (code, (tmp_path / "out").exists()) == ((2, False) if sentence else (0, True))

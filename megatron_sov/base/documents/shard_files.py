@@ -98,8 +98,7 @@ class IndexedWriter:
             file.close()
         # after an error write no index: files without an index are not a shard
         if kind is None:
-            write_index(self.prefix, self.dtype, np.frombuffer(self.lengths_tokens, dtype=np.int32)
-                        if self.lengths_tokens else np.zeros(0, np.int32))
+            write_index(self.prefix, self.dtype, np.array(self.lengths_tokens, np.int32))
 
 
 def write_index(prefix: Path, dtype: str, lengths_tokens: NDArray[np.int32]) -> None:

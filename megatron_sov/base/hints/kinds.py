@@ -73,7 +73,7 @@ def list_run_tokenizers(run: Path) -> list[Path]:
 
 
 def classify_folder(path: Path) -> str:
-    """Return a folder's kind: run, hf, peft, megatron, tokenizer, other, or its manifest's (e.g. tokens)."""
+    """Return run, hf, peft, megatron, dcp_checkpoint, tokenizer, other, or the kind in the manifest."""
     try:
         names = set(os.listdir(path))
     except OSError:
@@ -84,6 +84,8 @@ def classify_folder(path: Path) -> str:
         return "peft"
     if TRACKER in names or any(name.startswith("iter_") for name in names):
         return "megatron"
+    if ".metadata" in names:  # of torch.distributed; metadata.json is Megatron-Core's
+        return "megatron" if "metadata.json" in names else "dcp_checkpoint"
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         return "hf"
     # opening a named pipe would wait for its writer

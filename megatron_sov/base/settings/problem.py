@@ -305,6 +305,11 @@ def excludes_field(other: str) -> Relation:
                     "leave one of them out", shows_value=False)
 
 
+def require_that(holds: Callable[[Any], object], rule: str, way_out: str = "") -> Bound:
+    """Require a value for which `holds` returns a true value."""
+    return Bound(lambda value: None if holds(value) else (ProblemCode.BOUND, rule, way_out))
+
+
 def choice_from(known: Callable[[], Collection[str]]) -> Bound:
     """Require a text to be in `known()`, a table or file that the check reads."""
     def find_breach(value: str) -> Violation | None:
@@ -319,14 +324,13 @@ def choice_from(known: Callable[[], Collection[str]]) -> Bound:
 
 def _find_repeated(values: Collection[Any]) -> Violation | None:
     repeated = [value for value, count in Counter(values).items() if count > 1]
-    return (ProblemCode.BOUND, f"has {format_setting(repeated[0])} twice",
-            "name it once") if repeated else None
+    if not repeated:
+        return None
+    return ProblemCode.BOUND, f"has {format_setting(repeated[0])} twice", "name it once"
 
 
-NotBlank = Annotated[str, Bound(lambda text: None if text.strip() else (ProblemCode.BOUND,
-                                                                        "must not be empty", ""))]
+NotBlank = Annotated[str, require_that(str.strip, "must not be empty")]
 UNIQUE_ITEMS = Bound(_find_repeated)
 """List bound for `Annotated`: every item occurs once."""
-ASCENDING_PAIR = Bound(lambda pair: None if pair[0] <= pair[1] else (
-    ProblemCode.BOUND, "must have the lower number first", ""))
+ASCENDING_PAIR = require_that(lambda pair: pair[0] <= pair[1], "must have the lower number first")
 """Pair bound for `Annotated`: (lower end, upper end)."""

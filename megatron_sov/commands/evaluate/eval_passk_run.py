@@ -105,8 +105,10 @@ def estimate_passk(request: PasskRequest) -> None:
     name, version = request.order.name, request.reward.version
     request.events.add(KIND, step=get_target_step(run.target, request.events), input=str(options.input),
                        reward=name, reward_version=version, sampling=run.model["sampling"], **figures)
-    print(format_json(figures).rstrip() if options.json
-          else f"{format_table(figures)}\n{options.output}: reward {name} {version}")
+    if options.json:
+        print(format_json(figures).rstrip())
+    else:
+        print(f"{format_table(figures)}\n{options.output}: reward {name} {version}")
 
 
 def _sample(run: PasskRun) -> Path:

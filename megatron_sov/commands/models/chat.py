@@ -55,8 +55,9 @@ class ChatOptions(PluginOptions, RankOptions):
     def problems(self) -> list[SettingsProblem]:
         if not self.target:
             return [SettingsProblem(ProblemCode.TYPE, "target", "is empty; must name a model")]
-        return (list(find_address_problems("target", self.target.rstrip("/"), "--api-key-env"))
-                if is_url(self.target) else [])
+        if not is_url(self.target):
+            return []
+        return list(find_address_problems("target", self.target.rstrip("/"), "--api-key-env"))
 
 
 def chat(options: ChatOptions) -> int:

@@ -23,6 +23,7 @@ from megatron_sov.convert.megatron.from_megatron import (
 from megatron_sov.convert.megatron.inert_pickle import TORCH_STATE_KEY, TRAINING_PREFIXES, read_in_subprocess
 from megatron_sov.convert.sources import BlockPlace, Weights, check_dtypes, check_shapes, has_same_bits
 from megatron_sov.engine.optimizer.state_shards import MASTER
+from megatron_sov.engine.parallel.device import PRECISION
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.weights import Link
 from megatron_sov.model.pretrained import CONFIG, EMBEDDING, HEAD, read_json
@@ -51,8 +52,9 @@ def from_dcp(folder: str | Path, out: str | Path, dtype: str = KEEP, *, model_di
     model_folder = model_dir or _find_model_folder(step_folder)
     weights = DcpWeights(step_folder, read_json(model_folder / CONFIG), with_optimizer=not weights_only)
     check_dtypes(weights)
-    states = weights.list_states(dtype)
-    training = weights.describe_training() if states else None
+    written_dtype = choose_dtype(dtype, fp32=False, stored_dtype=weights.get_dtype(EMBEDDING))
+    states = weights.list_states(written_dtype)
+    training = weights.describe_training(written_dtype) if states else None
     origin = {"path": str(step_folder),
               "index_sha256": hashlib.sha256((step_folder / METADATA).read_bytes()).hexdigest()}
     source = ImportSource(weights, "from-dcp", tokenizer=model_folder, tokens=read_token_ids(model_folder),
@@ -122,13 +124,11 @@ class DcpWeights(Weights):
             for name, tensor in tensors.items()})
         return joined
 
-    def list_states(self, dtype: str) -> list[StateBlock]:
-        """Return moments or momentum, and weights that `dtype` rounds or that are stored rounded as masters;
-        [] without optimizer."""
+    def list_states(self, dtype: torch.dtype) -> list[StateBlock]:
+        """Return moments or momentum and, for weights written in 16 bits, masters; [] without optimizer."""
         if not any("/" in key for key in self._stored):
             return []
-        written = choose_dtype(dtype, fp32=False, stored_dtype=self.get_dtype(EMBEDDING))
-        masters = {MASTER: ""} if written.itemsize < torch.float32.itemsize else {}
+        masters = {MASTER: ""} if dtype.itemsize < torch.float32.itemsize else {}
         return list_states(self, lambda link: self._get_states(link) | masters)
 
     def _get_states(self, link: Link) -> dict[str, str]:
@@ -137,8 +137,9 @@ class DcpWeights(Weights):
         is_muon = all(part.key in self._stored for part in self._list_parts(link, STATE_NAMES["momentum"]))
         return {ours: theirs for ours, theirs in STATE_NAMES.items() if (ours == "momentum") == is_muon}
 
-    def describe_training(self) -> TrainingState:
-        """Return where and how to continue. Raises `UserError`: AdamW has no step count, or several."""
+    def describe_training(self, dtype: torch.dtype) -> TrainingState:
+        """Return where and how to continue with weights in `dtype`. Raises `UserError`: AdamW has no step
+        count, or several."""
         counts: dict[float, str] = {}
         for key in (key for key in self._stored if key.startswith(f"{STEP}/")):
             counts.setdefault(self.tensors.read(key).item(), key)
@@ -153,7 +154,9 @@ class DcpWeights(Weights):
                  if type(value := self._read_object(key)) is int]
         numbers = read_numbers(self.path, {"updates": updates, STEP: [*steps, updates][0]},
                                {name: name for name in ("updates", STEP)})
-        settings = self._read_settings(self._list_parts(self._links_by_name[EMBEDDING])[0].key)
+        precisions = [name for name, precision in PRECISION.items() if precision == dtype]
+        settings = {"train.precision": precisions[0]} if precisions else {}
+        settings |= self._read_settings(self._list_parts(self._links_by_name[EMBEDDING])[0].key)
         return TrainingState(int(numbers[STEP]), int(numbers["updates"]),
                              tuple(f"{name}={value}" for name, value in settings.items()))
 
@@ -167,13 +170,13 @@ class DcpWeights(Weights):
         return read_numbers(self.path, group, names) | read_adamw(self.path, group)
 
     def _read_object(self, key: str) -> Any:
-        """Parse a value that is not a tensor."""
+        """Parse a number or a tuple of numbers; None for other values, which need further classes."""
         file, start, length_bytes = self._objects[key]
         refuse_outside_link(self.path, self.path / file)
         try:
             return parse_archive(self.path / file, start, length_bytes, lambda archive: archive.header)
-        except (OSError, ValueError) as e:
-            raise UserError(f"{self.path / file}: {key} cannot be read ({e}); pass --weights-only") from None
+        except (OSError, ValueError):
+            return None
 
     def _list_parts(self, link: Link, state: str = "") -> list[Part]:
         """Return the first form whose tensors are all stored, with our keys for optimizer tensors."""

@@ -238,9 +238,10 @@ def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: i
         # Megatron-Core caches a rotary table per maximum length, and Transformer Engine repeats its choice of
         # kernel if length or number of documents change: powers of two keep both few. Empty documents at the
         # end fill up the number.
-        longest = min(_round_up_to_power_of_two(max_document_tokens),
-                      row_tokens) if bucketed else max_document_tokens
-        num_documents = _round_up_to_power_of_two(len(bounds) - 1) if bucketed else len(bounds) - 1
+        longest, num_documents = max_document_tokens, len(bounds) - 1
+        if bucketed:
+            longest = min(_round_up_to_power_of_two(longest), row_tokens)
+            num_documents = _round_up_to_power_of_two(num_documents)
         padded_bounds = pad(bounds, (0, num_documents + 1 - len(bounds)), value=row_tokens)
         return PackedDocuments(qkv_format="thd", cu_seqlens_q=padded_bounds, cu_seqlens_kv=padded_bounds,
                                max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds,

@@ -113,8 +113,9 @@ class Optimizer:
         """Return the function that gathers updated weights, or None if every step gathers."""
         if not self.wrapped[0].ddp_config.overlap_param_gather:
             return None
-        return self._gather_masters if self._shares_gradients else partial(parameter_groups.gather_parameters,
-                                                                           self.wrapped)
+        if self._shares_gradients:
+            return self._gather_masters
+        return partial(parameter_groups.gather_parameters, self.wrapped)
 
     def _gather_masters(self) -> None:
         quantized_weights.fill_gather_buffers(self.megatron_optimizer.chained_optimizers)

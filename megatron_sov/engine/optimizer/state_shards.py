@@ -83,8 +83,9 @@ def list_shards(optimizer: Any) -> list[StateShard]:
     """
     if optimizer.optimizer is None:
         return []
-    return list(_iter_ranges(optimizer) if isinstance(optimizer, DistributedOptimizer)
-                else _iter_parameters(optimizer))
+    if isinstance(optimizer, DistributedOptimizer):
+        return list(_iter_ranges(optimizer))
+    return list(_iter_parameters(optimizer))
 
 
 def _iter_ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:

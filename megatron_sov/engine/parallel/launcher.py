@@ -147,8 +147,8 @@ def _run_round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _
     port = door.getsockname()[1]
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
     children: list[int] = []
-    with write_plan_file(main,
-                         torch.get_num_threads()) if new_processes else contextlib.nullcontext() as plan:
+    plan_file = write_plan_file(main, torch.get_num_threads()) if new_processes else contextlib.nullcontext()
+    with plan_file as plan:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until `_wait_for_ranks` forwards them
         sys.stdout.flush()
         sys.stderr.flush()

@@ -44,8 +44,9 @@ def _find_main_window(config: dict[str, Any], default: int) -> tuple[int, bool]:
                                          for name in ("mtp_sliding_windows", "sliding_windows"))
     differ = len({*prediction_windows, *trunk_windows}) > 1
     listed_window = next(iter(prediction_windows), max(trunk_windows, key=trunk_windows.count, default=0))
-    return (listed_window, True) if differ else (config.get("sliding_window", listed_window or default),
-                                                 False)
+    if differ:
+        return listed_window, True
+    return config.get("sliding_window", listed_window or default), False
 
 
 @dataclass(frozen=True)

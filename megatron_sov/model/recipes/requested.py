@@ -93,8 +93,9 @@ def load_plugins(references: Sequence[str]) -> None:
     fails, or names neither a family nor an objective."""
     for reference in references:
         loaded = load_plugin(reference)
-        (models.FAMILY_PLUGINS
-         if isinstance(loaded.value, Family) else objectives.OBJECTIVE_PLUGINS).add(loaded)
+        is_family = isinstance(loaded.value, Family)
+        registry = models.FAMILY_PLUGINS if is_family else objectives.OBJECTIVE_PLUGINS
+        registry.add(loaded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,9 +299,9 @@ def _load_recipe(recipe: str) -> RunConfig:
         part, _, field = setting.partition(".")
         value = str(getattr(getattr(config, part), field))
         if is_reference(value):
-            is_file = value.rpartition(":")[0].endswith(".py")
-            names[setting] = registry.load(os.path.join(os.path.dirname(code.reference), value)
-                                           if is_file else value)
+            if value.rpartition(":")[0].endswith(".py"):
+                value = os.path.join(os.path.dirname(code.reference), value)
+            names[setting] = registry.load(value)
     config = apply_settings(config, [f"{setting}={name}" for setting, name in names.items()])
     return dataclasses.replace(config, code=(code,))
 

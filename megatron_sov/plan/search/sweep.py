@@ -220,8 +220,9 @@ def format_node_advice(nodes: int | None) -> str:
     if nodes is None:
         return (f"no number of nodes up to {NODES_TRIED[-1]:,} is enough: set less of the layout, take "
                 "larger GPUs, or shorter samples")
-    return (f"the fewest nodes that it fits are {nodes:,}: --nodes {nodes}" if nodes <= EVERY_NODE
-            else f"{nodes:,} nodes are enough: --nodes {nodes}")
+    if nodes <= EVERY_NODE:
+        return f"the fewest nodes that it fits are {nodes:,}: --nodes {nodes}"
+    return f"{nodes:,} nodes are enough: --nodes {nodes}"
 
 
 def has_fitting_layout(config: RunConfig, pricing: Pricing, fixed: Collection[str] = ()) -> bool:

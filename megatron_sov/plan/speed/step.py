@@ -355,8 +355,10 @@ def _estimate_prediction_layers(clock: Clock) -> _MicroBatch:
     """Return the seconds for prediction layers without heads."""
     s, total = clock.w.shape, _MicroBatch()
     if s.num_predictions:
-        ffn = _estimate_moe(clock) if s.mtp_moe else _estimate_block(
-            clock, "dense", traffic.count_dense_bytes, "mlp")
+        if s.mtp_moe:
+            ffn = _estimate_moe(clock)
+        else:
+            ffn = _estimate_block(clock, "dense", traffic.count_dense_bytes, "mlp")
         for part in (_estimate_attention(clock, s.mtp_window), ffn):
             total.add(part, s.num_predictions)
         total.dense += s.num_predictions * clock.time_products(traffic.list_products(clock.w, "prediction"))

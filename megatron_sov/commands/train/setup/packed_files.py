@@ -268,8 +268,9 @@ def _refuse_foreign(folder: Path, run: Path) -> None:
 
 def _record_file(folder: Path) -> Path:
     """Return the record's path for a folder with shards or with the tokenizer."""
-    return folder.parent / DATA / f"{TOKENIZER}.json" if folder.name == TOKENIZER else (
-        folder.with_name(f"{folder.name}.json"))
+    if folder.name == TOKENIZER:
+        return folder.parent / DATA / f"{TOKENIZER}.json"
+    return folder.with_name(f"{folder.name}.json")
 
 
 def _read_record(folder: Path) -> dict[str, str]:
