@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import placement as machine
-from ..quantized_tensor import QuantizedTensor, Storage, from_bytes, compute_scale, to_bytes
+from ..quantized_tensor import QuantizedTensor, Storage, compute_scale, from_bytes, to_bytes
 
 
 class Float8Tensor(Storage, QuantizedTensor):
