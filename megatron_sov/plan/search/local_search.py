@@ -23,7 +23,7 @@ from megatron_sov.plan.search.recommended_layouts import (
 from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, get_current_choice, iter_layouts
 from megatron_sov.plan.search.sweep import build_stage_spaces
 
-SPARE_SHARE = 0.1
+SPARE_SHARE = 0.09
 """Share of usable GPU memory that the chosen layout leaves free, if a layout can."""
 NUM_STARTS = 6
 """Grid layouts from which the local search starts."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.footprint.gpu_capacity import fits_gpu
+from megatron_sov.plan.footprint.gpu_capacity import fits_gpu, spill_experts
 from megatron_sov.work.clusters.chips import CHIPS
 
 Layout = tuple[str, ...]
@@ -48,8 +48,12 @@ def find_recommended(config: RunConfig, num_ranks: int, gpu: str,
             continue
         layout = tuple(setting for setting in layout if setting.partition("=")[0] not in fixed)
         changed = apply_settings(config, list(layout))
-        if not changed.problems(num_ranks) and fits_gpu(changed, num_ranks, CHIPS[gpu]):
+        if changed.problems(num_ranks):
+            continue
+        if fits_gpu(changed, num_ranks, CHIPS[gpu]):
             return layout
+        if spill := spill_experts(changed, num_ranks, CHIPS[gpu]):
+            return (*layout, spill)
     return None
 
 
