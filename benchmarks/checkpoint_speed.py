@@ -9,8 +9,6 @@ everything, one after the other, so that what else the machine does falls on all
 medians.  Loading is from the page cache, as is what `cp` reads.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

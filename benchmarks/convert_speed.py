@@ -11,8 +11,6 @@ one after the other, and the best of each counts.  Conversion is the whole comma
 whose start stands in a line of its own.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

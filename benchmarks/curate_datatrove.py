@@ -12,8 +12,6 @@ downloads fastText's model, so datatrove gets one folder per language. Its index
 lighteval, so this script writes the index in the format that the filter reads.
 """
 
-from __future__ import annotations
-
 import argparse
 import gzip
 import hashlib

@@ -9,8 +9,6 @@ since it is no dependency.  CPU seconds are those of all processes of a command,
 depend little on what else a machine does.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

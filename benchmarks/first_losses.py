@@ -11,8 +11,6 @@ all files but manifest.json and README.md, which hold the time and the digest of
 Run it before and after a change and compare the lines.  Both runs need one machine and one build of torch.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -13,8 +13,6 @@ Compared to the bit are
     items       `score` and `map` note each item: none may be missing at the end
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import inspect

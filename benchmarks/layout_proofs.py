@@ -14,8 +14,6 @@ way, and functions with changed source. `again` plants the missed faults again a
 prints how many faults were found, and how many were located.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -15,8 +15,6 @@ registration is refused. No seed starts after `budget_s` processor seconds. `sta
 range in which its figure for the first seed must be; otherwise no other arm runs.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import itertools

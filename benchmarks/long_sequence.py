@@ -10,8 +10,6 @@ before the model was built, of the fuller process; `account` the sum that docs/m
 models.  What the account leaves out is said there.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

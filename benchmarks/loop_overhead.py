@@ -17,8 +17,6 @@ Ratios are medians over turns of ours / it.  CPU time is that of rank 0 with all
 preparation among them).
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import os

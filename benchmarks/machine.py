@@ -1,7 +1,5 @@
 """Processor, cores and Python of a benchmark's machine, for the first line of its output."""
 
-from __future__ import annotations
-
 import os
 import platform
 

@@ -12,8 +12,6 @@ TRL is a folder with an unpacked wheel of TRL, whose `accuracy_reward` also judg
    spellings: which of them each verifier rewards.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

@@ -10,8 +10,6 @@ Each runs in a process of its own; memory is how far the process's peak rises ab
 pass.  Loss and gradient norms stand beside, so that it can be seen that all compute the same.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import resource

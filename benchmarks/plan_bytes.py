@@ -10,8 +10,6 @@ with AdamW or Muon, on the device or in host memory. bf16 models consist of Tran
 the tests' double with the same parameters; other models consist of torch modules.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import json

@@ -8,8 +8,6 @@ Each line of benchmarks/data/published_runs.jsonl is a published run: source, me
 without fields at their default. docs/plan.md explains the output.
 """
 
-from __future__ import annotations
-
 import argparse
 import collections
 import json

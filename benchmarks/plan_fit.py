@@ -5,8 +5,6 @@ of runs that the model cannot explain, and each parameter has a prior from vendo
 (`PRIORS`), which keeps it near a physically plausible value. benchmarks/plan_calibration.py runs the fit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy

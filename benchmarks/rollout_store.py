@@ -9,8 +9,6 @@ start, one process lists it, reads its keys, and reads its rows.  Memory is the 
 that reads a tenth of all, or all, part by part.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import resource

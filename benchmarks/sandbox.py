@@ -8,8 +8,6 @@ repetition. CHECKOUT is an older tree of this repository. Arms take turns, each 
 minimum over the repetitions counts. CPU seconds include ended child processes.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

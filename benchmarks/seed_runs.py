@@ -1,8 +1,6 @@
 """Shared code of benchmarks that train small models over seeds: a folder per seed, and single-process
 commands that are skipped if complete."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -1,7 +1,5 @@
 """Mean and confidence interval of a figure over the seeds of a benchmark."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from statistics import fmean, stdev

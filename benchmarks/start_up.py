@@ -7,8 +7,6 @@ imports kept; the least of the repetitions counts, since what else the machine d
 "torch" behind a line says that this tree's process had imported it.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

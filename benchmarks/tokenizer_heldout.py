@@ -9,8 +9,6 @@ encoded by the merges of stage 1 alone, then, inside each unit of the finished p
 over those tokens, by a naive loop.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

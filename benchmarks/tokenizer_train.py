@@ -9,8 +9,6 @@ CPU seconds are compared, those of all processes; memory is the largest sum of r
 command's processes.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

@@ -7,8 +7,6 @@ and what has been typed in DIR is passed over, so that the same command goes on 
 every run as many steps long; without it all is as it stands there.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -7,8 +7,6 @@ question, a simulated user, tools, and a TextArena game.
 chat program; name the certificates that it needs in SSL_CERT_FILE.
 """
 
-from __future__ import annotations
-
 import argparse
 import asyncio
 import json

@@ -1,7 +1,5 @@
 """The program `sov-data COMMAND ...`."""
 
-from __future__ import annotations
-
 import sys
 
 from megatron_sov.base.command_line import Command, Parser, build_program_parser, run_program

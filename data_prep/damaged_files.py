@@ -1,7 +1,5 @@
 """Bind checksums to files in a pipeline's run folder, and explain how to delete damaged files."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 from typing import Any

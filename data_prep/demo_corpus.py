@@ -1,7 +1,5 @@
 """`sov-data demo-corpus`: write JSONL sources from text on any fresh machine, or from the user's files."""
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import io

@@ -1,7 +1,5 @@
 """Check that optional libraries are installed."""
 
-from __future__ import annotations
-
 from importlib.util import find_spec
 
 from megatron_sov.base.errors import format_install_command

@@ -3,8 +3,6 @@
 A source has every tag value that its documents have: one if all documents agree, several otherwise.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

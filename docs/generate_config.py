@@ -1,7 +1,5 @@
 """Write docs/config.md from the types, defaults and docstrings in `megatron_sov/model/config`."""
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import math

@@ -4,8 +4,6 @@
     python docs/generate_house.py --counts     print the numbers of imports, lines and files with one user
 """
 
-from __future__ import annotations
-
 import importlib.util
 import sys
 from collections import Counter

@@ -1,7 +1,5 @@
 """Write docs/llms.txt, a list of the pages for language models, from docs/index.md."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

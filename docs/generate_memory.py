@@ -1,7 +1,5 @@
 """Write docs/memory.md: memory per process at 262,144 tokens, computed by `build_account`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from pathlib import Path

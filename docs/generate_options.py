@@ -1,7 +1,5 @@
 """Write docs/options.md from the commands' parsers."""
 
-from __future__ import annotations
-
 import argparse
 import importlib
 from collections.abc import Iterator

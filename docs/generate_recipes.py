@@ -1,7 +1,5 @@
 """Write docs/recipes.md from the recipes' source tables."""
 
-from __future__ import annotations
-
 import inspect
 from pathlib import Path
 
@@ -64,8 +62,8 @@ a GPU yet.
 | command | use |
 |---|---|
 | `recipes NAME` | shows the layouts |
-| `plan --cluster`, `submit --cluster` | use the layout for the cluster's GPUs, unless you set `parallel.*`, \
-the micro-batch or recomputation |
+| `plan --cluster`, `submit --cluster` | search for the fastest layout with its kernels and dispatcher \
+([plan.md](plan.md)), or for RL take it, unless you set `parallel.*`, the micro-batch or recomputation |
 | `pretrain`, `extend`, `sft`, `submit` | refuse a layout that does not fit, and name the nearest \
 layout that fits |
 

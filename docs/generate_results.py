@@ -1,7 +1,5 @@
 """Write docs/results.md from benchmarks/results/verdicts.yaml."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

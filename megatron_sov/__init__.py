@@ -3,8 +3,6 @@
 Names are imported on first use, so that `import megatron_sov` imports neither torch nor megatron.
 """
 
-from __future__ import annotations
-
 import importlib
 from typing import TYPE_CHECKING, Any
 

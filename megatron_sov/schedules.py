@@ -150,8 +150,10 @@ def compute_learning_rate(optim: OptimConfig, at: int, end: int, warmup: int) ->
 
 
 def bound_lengths(optim: OptimConfig, end: int, warmup: int) -> tuple[int, int]:
-    """Return the lengths of the warm-up and of a `wsd` decay in a run of `end` steps or tokens."""
+    """Return the lengths of the warm-up and of a `wsd` decay (0: none) in a run of `end` steps or tokens."""
     warmup = min(warmup, end // 2)
+    if optim.schedule != "wsd":
+        return warmup, 0
     # a decay that began during the warm-up would make the rate jump at the end of the warm-up
     return warmup, max(1, min(round(end * optim.decay_share), end - warmup))
 
@@ -171,10 +173,8 @@ def compute_decay_factor(form: str, progress: float) -> float:
 
 def _list_turning_points(optim: OptimConfig, end: int, warmup: int) -> list[int]:
     """Return the steps or tokens where the warm-up ends and a `wsd` decay begins."""
-    warmup = min(warmup, end // 2)
-    if optim.schedule != "wsd":
-        return [warmup]
-    return [warmup, max(warmup, end - round(end * optim.decay_share))]
+    warmup, decay = bound_lengths(optim, end, warmup)
+    return [warmup, end - decay] if decay else [warmup]
 
 
 def describe_schedule_change(before: RunConfig, now: RunConfig, done: int) -> str | None:

@@ -1,7 +1,5 @@
 """Version and packages. setup.py executes this file alone, without the package: no imports."""
 
-from __future__ import annotations
-
 __version__ = "0.1.0"
 
 OUR_PACKAGES = ("megatron_sov", "tokenizer", "data_prep", "slurm")

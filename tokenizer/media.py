@@ -1,7 +1,5 @@
 """Declare and run `sov-tokenizer media`, which appends tokens for images and sounds to a tokenizer."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field

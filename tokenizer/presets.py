@@ -5,8 +5,6 @@ Both split digits one by one.  The first ids (64 in the presets) are special or 
 bytes, merges follow, so that every id that a model's config names is the same at any vocabulary size.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Declare `sov-tokenizer train`: options, checks and the counting plan."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Annotated

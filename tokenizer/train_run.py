@@ -5,8 +5,6 @@ tiktoken and `transformers` give the same ids, and a naive loop that first merge
 across words (stage 2: superwords) gives the same tokens as all merges in order.
 """
 
-from __future__ import annotations
-
 import contextvars
 import dataclasses
 import importlib

@@ -6,8 +6,6 @@ After each command one line with its exit code goes to standard output; what com
 error.  A command that fails ends the process, for it may have spoiled the device for those behind it.
 """
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

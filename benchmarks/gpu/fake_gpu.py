@@ -7,8 +7,6 @@ a CUDA graph. `WAITS` counts where the host waited for the device.
 Call `install` before importing megatron-core, which binds some of the patched functions at import.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

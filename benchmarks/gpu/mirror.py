@@ -10,8 +10,6 @@ fill the outputs. (Torch's own fake gather would copy a shard of a buffer over t
 `install` before the import of megatron-core, which binds some of the collectives at import.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import inspect

@@ -3,8 +3,6 @@
 `fake_rank.py` runs it on fake tensors, `part_big_rank.py` on a GPU.
 """
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Iterable, Iterator

@@ -4,8 +4,6 @@ Documents of a row x sliding window x heads that share keys, forward and all thr
 attention by flash-linear-attention's kernels against plain torch, with all five, where they are installed.
 """
 
-from __future__ import annotations
-
 import itertools
 from typing import Any
 

@@ -5,8 +5,6 @@ The other 511 ranks are mirror images (`mirror.py`): every rank sends what this 
 copies on the GPU and take no time on wires.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import multiprocessing

@@ -1,7 +1,5 @@
 """Matrix products of each `train.fp8` recipe, compared with their emulation."""
 
-from __future__ import annotations
-
 import torch
 from quantizers.products import product
 from setting import Cost, Figures, Setting, fail_on, relative

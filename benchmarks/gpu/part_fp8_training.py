@@ -1,7 +1,5 @@
 """Training with each `train.fp8` recipe, compared with bf16, and resumed, in two processes."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """The installation: Transformer Engine imports and has the expected signatures, and `doctor` reports no
 problem."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import sys

@@ -1,8 +1,6 @@
 """Losses of tiny recipes on GPU and CPU, in three processes: trained on the CPU, trained on the GPU, and a
 CPU run that resumes on the GPU."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

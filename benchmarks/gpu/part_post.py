@@ -5,8 +5,6 @@ In float32 each loss and each greedy token is compared.  In bf16, where layers a
 losses are, and the rounds only have to come to their end: other roundings draw other tokens.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

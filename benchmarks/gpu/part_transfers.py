@@ -1,7 +1,5 @@
 """Work around training: snapshots to host memory, collectives with one rank, and start-up."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import Any

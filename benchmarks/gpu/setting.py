@@ -1,7 +1,5 @@
 """The setting of every first-contact part: result folder, dry run, measured costs, and commands."""
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -4,8 +4,6 @@ for recipes about distillation: `choices.py:Choices`, `:ChoicePrompts`.
 A teacher that has read many of them knows the shares; one drawn answer to each question does not tell them.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass

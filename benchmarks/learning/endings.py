@@ -1,7 +1,5 @@
 """Answers with an ending, scored by a rule and a rubric: `endings.py:WithEndings`, `:RuleAndRubric`."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass

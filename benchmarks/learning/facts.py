@@ -6,8 +6,6 @@ texts; of all other people it has seen random values, so it is right one time in
 never occur in a question with a reward.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ questions: `lessons.py:Lessons`, `:LessonLabels`, `:LessonPipeline`, `:LessonQue
 Sentences that teach and sentences that do not have the same people, words and lengths.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -4,8 +4,6 @@
 Who does not search is right one time in eight, or has read the documents.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import tempfile

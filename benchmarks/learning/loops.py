@@ -1,8 +1,6 @@
 """Answers that repeat themselves, and a reward with or without a penalty for repetition:
 `loops.py:WithLoops`, `:Sound`."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """Junk documents in a corpus, labels for a junk classifier, and the pipeline that filters with it:
 `noise.py:WithJunk`, `:JunkLabels`, `:JunkPipeline`."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import random

@@ -1,8 +1,6 @@
 """Small images of plain shapes, with descriptions: `pictures.py:Pictures`, `:PictureChat`,
 `:TrainedCodec`."""
 
-from __future__ import annotations
-
 import random
 import sys
 from collections.abc import Mapping

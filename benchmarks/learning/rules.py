@@ -1,8 +1,6 @@
 """Instructions with a rule that IFEval checks, and drafts that partly follow it: `rules.py:Drafts`,
 `:KeptDrafts`, `:RulePrompts`."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ A small model learns them in minutes, chance is far below what it reaches, and h
 language are kept for the end.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Split a corpus into held-out documents and a random training share for each seed: `texts.py:Drawn`."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ The topic alone decides the right answer, so that a small model learns it in few
 only make questions that differ.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass

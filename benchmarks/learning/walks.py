@@ -1,8 +1,6 @@
 """Step-by-step paths along a ring of places, in which a wrong step makes the answer longer:
 `walks.py:WalkChats`, `:WalkQuestions`."""
 
-from __future__ import annotations
-
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Responses of a model as training rows: `written.py:Openings`, `:Written`, `:Measured`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

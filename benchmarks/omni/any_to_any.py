@@ -13,8 +13,6 @@ model trained on the same text without media shows what media cost the text.
 A killed run resumes in the same folder.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

@@ -6,8 +6,6 @@ with a radial kernel, fitted on real pictures of its own third of the set, which
 on or examined with.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from typing import Any
 

@@ -5,8 +5,6 @@ English speech: PocketSphinx (`speech.py`). Korean speech, for which PocketSphin
 reference recordings are nearest by dynamic time warping of mel cepstra.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path

@@ -4,8 +4,6 @@ Pairs are INPUT-OUTPUT: image-text names a digit, text-image draws one, audio-te
 text-audio says one, and audio-audio translates one between English and Korean.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Iterable

@@ -4,8 +4,6 @@ espeak-ng speaks (any of its voices; `en-us` and `ko` are used), PocketSphinx he
 by a grammar, with its American English model.
 """
 
-from __future__ import annotations
-
 import ctypes
 from collections.abc import Sequence
 from functools import cache

@@ -5,8 +5,6 @@
 `megatron-sov codec import vqmodel | dac HF_DIR CODEC` reads what it writes.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from typing import Any

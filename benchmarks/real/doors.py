@@ -7,8 +7,6 @@ references run in float32 on a CPU: transformers for logits, text, losses and st
 adapters, lm-eval for scores. Finished steps of DIR are not repeated.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

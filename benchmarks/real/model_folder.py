@@ -9,8 +9,6 @@ folder. config.json gets the three fields that the Hub's file has and transforme
 files have a pinned SHA-256.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import json

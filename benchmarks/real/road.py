@@ -1,7 +1,5 @@
 """Run commands in the model's folder, and compute references with transformers."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -10,8 +10,6 @@ decoder's matrix products alone are a floor for its rows of tokens. Memory is th
 training that before the last step, because only our command writes a checkpoint afterwards.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

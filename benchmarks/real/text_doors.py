@@ -1,7 +1,5 @@
 """Import, generation, serving and evaluation of the model, each compared with an independent program."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

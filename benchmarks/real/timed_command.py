@@ -8,8 +8,6 @@ checkpoint afterwards. `products` are the seconds of the decoder's matrix produc
 again for every row of tokens, by torch and with nothing between them.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import os

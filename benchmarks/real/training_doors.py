@@ -1,7 +1,5 @@
 """Fine-tuning, adapters, preferences, RL and distillation, compared with transformers and PEFT."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any

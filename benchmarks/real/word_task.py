@@ -3,8 +3,6 @@
 `megatron-sov map ROWS word_task.py:WordPrompts` writes prompts, `word_task.py:ListedWord` is the reward.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Mapping

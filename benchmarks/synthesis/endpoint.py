@@ -1,8 +1,6 @@
 """An OpenAI-compatible endpoint for tests and benchmarks that answers with a function. It can misbehave
 like real endpoints, reproducibly."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

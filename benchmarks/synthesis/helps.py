@@ -5,8 +5,6 @@ samples (`kept`), and that model fine-tuned on equally many samples drawn from a
 rejected (`unchecked`).
 """
 
-from __future__ import annotations
-
 import json
 import os
 import platform

@@ -16,8 +16,6 @@ Measured is the share of right answers to problems that stood in no data.  Every
 ordinary commands on one process of one thread; what is complete is not run again.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import random

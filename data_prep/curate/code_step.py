@@ -1,7 +1,5 @@
 """The pipeline step `code`: call a user's function for each document."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """`sov-data decontaminate`: leave out records with text from benchmarks."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

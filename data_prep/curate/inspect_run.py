@@ -1,7 +1,5 @@
 """Run `sov-data inspect`, with displays for token shards and for the summary.json of pipelines."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ U+0085 stays. It is a line end on mainframes, but in web text nearly always an e
 decoded as Latin-1, which the step `encoding` restores.
 """
 
-from __future__ import annotations
-
 # Longest first: text mode applied twice gives "\r\r\n". A vertical tab is a line break in Word and
 # PowerPoint, a form feed separates pages in plain text.
 _LINE_ENDS = ("\r\r\n", "\r\n", "\r", "\v", "\f", "\u2028", "\u2029")

@@ -1,7 +1,5 @@
 """Run `sov-data scorer train` and `sov-data scorer check`."""
 
-from __future__ import annotations
-
 import json
 
 from data_prep.curate.scorer import ScorerCheckOptions, ScorerTrainOptions

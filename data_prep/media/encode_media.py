@@ -1,7 +1,5 @@
 """`sov-data encode-media`: options."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import dataclass, field

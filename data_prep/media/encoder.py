@@ -1,7 +1,5 @@
 """Encode media: codebook tokens from codecs, and bank records for continuous encoders."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Parse records that name media, and format records for `sov-data pack`: text with media tokens, banks."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping

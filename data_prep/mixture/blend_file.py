@@ -4,8 +4,6 @@ A phase lists shares, or gives a product of tags: publications often report the 
 of synthetic text, but not the share of synthetic text per kind.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -7,8 +7,6 @@ A truncated response (`finish_reason`: "length" from `megatron-sov generate`) co
 training may only learn to avoid the response: the chat would end before its writer did.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import shlex

@@ -3,8 +3,6 @@
 A truncated response may be the worst, never the best.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

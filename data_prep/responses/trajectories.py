@@ -5,8 +5,6 @@ Solar Open (arXiv 2601.07022) trains on such documents. Solutions are chosen by 
 the Jaccard index of word triples (Broder, 1997).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field

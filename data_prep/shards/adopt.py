@@ -1,7 +1,5 @@
 """`sov-data adopt`: turn token shards from Megatron-LM's `preprocess_data` into an artifact."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Encode documents to token ids, and mark the tokens that training learns."""
 
-from __future__ import annotations
-
 import json
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Explain why `--tokenizer` needs `sov-tokenizer import` or a download first, and propose the command."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

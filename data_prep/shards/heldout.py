@@ -1,8 +1,6 @@
 """Choose held-out documents by a hash of their text, so that duplicates and answers to a prompt stay in one
 split."""
 
-from __future__ import annotations
-
 import hashlib
 import unicodedata
 from typing import Any

@@ -4,8 +4,6 @@ Shards are hard links to the inputs if the file system permits, else copies. Art
 so links stay valid.
 """
 
-from __future__ import annotations
-
 import errno
 import os
 import re

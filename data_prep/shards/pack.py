@@ -1,7 +1,5 @@
 """`sov-data pack`: options and checks."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

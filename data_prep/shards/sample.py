@@ -1,7 +1,5 @@
 """`sov-data sample`: print decoded documents, with marks around learned tokens."""
 
-from __future__ import annotations
-
 import random
 from dataclasses import dataclass
 from itertools import groupby

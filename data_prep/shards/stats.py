@@ -1,7 +1,5 @@
 """`sov-data stats`: document lengths, token types and special tokens per source."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator

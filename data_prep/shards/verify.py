@@ -1,7 +1,5 @@
 """`sov-data verify`: check token shard artifacts for damage and contradictions."""
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass

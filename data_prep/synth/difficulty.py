@@ -5,8 +5,6 @@ comparisons`) into labels for `sov-data scorer train --kind regressor`: 0 for a 
 solves, 5 for an unsolved problem. `grade` writes measured or estimated pass rates into rows.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from bisect import bisect_right

@@ -1,7 +1,5 @@
 """Writer and judge: address or folder, request form, token budget and clients."""
 
-from __future__ import annotations
-
 import contextlib
 import threading
 from collections.abc import Iterator, Mapping

@@ -1,7 +1,5 @@
 """Requests to models for an item: seeded draws, chat turns and grades from the judge."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence

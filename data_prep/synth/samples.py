@@ -1,7 +1,5 @@
 """Items and samples of generators, with verdicts."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

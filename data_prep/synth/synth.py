@@ -1,7 +1,5 @@
 """Options of `sov-data synth`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal

@@ -3,8 +3,6 @@
 Finished items stay in `.OUTPUT.work`, so that more input or other checks can continue; answers are in OUTPUT.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import re

@@ -3,8 +3,6 @@
 Pages from other hooks come after the index's tables. Pages in no table are below "More".
 """
 
-from __future__ import annotations
-
 import re
 
 from mkdocs.config.defaults import MkDocsConfig

@@ -1,7 +1,5 @@
 """mkdocs hook: add CONTRIBUTING.md, CHANGELOG.md and linked repository files (below `repository/`)."""
 
-from __future__ import annotations
-
 import posixpath
 import re
 from pathlib import Path

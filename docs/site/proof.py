@@ -1,7 +1,5 @@
 """mkdocs hook: build the page "Commands and tests", with a count of tested commands per page."""
 
-from __future__ import annotations
-
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 

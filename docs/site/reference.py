@@ -3,8 +3,6 @@
 Sources are parsed, not imported; mkdocstrings shows names with docstrings.
 """
 
-from __future__ import annotations
-
 import ast
 import re
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ without SHA-256 instructions, BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-spec
 faster at the same security, so hashing a file costs less than copying it.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Callable
 from pathlib import Path

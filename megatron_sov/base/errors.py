@@ -1,7 +1,5 @@
 """Exceptions, exit codes, warnings, and helpers that word error messages."""
 
-from __future__ import annotations
-
 import difflib
 import os
 import re

@@ -1,7 +1,5 @@
 """Format counts, sizes, durations, money and shares for terminals and pages."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Container, Sequence
 

@@ -1,7 +1,5 @@
 """Check output paths before the work starts, and links before files are copied."""
 
-from __future__ import annotations
-
 import errno
 import os
 import tempfile

@@ -5,8 +5,6 @@ metadata, JSON files as a key, and all other files after the last byte. The chec
 place of the seal. Other programs can read sealed files as usual.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import time

@@ -4,8 +4,6 @@
 training document, or stands in the document as a whole if shorter. `sov-data decontaminate` uses the same
 search. """
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence

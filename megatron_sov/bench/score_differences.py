@@ -4,8 +4,6 @@ Two scores are comparable if task definition, data, examples, prompts, mode and 
 template and seed may differ.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass

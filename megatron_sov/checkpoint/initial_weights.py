@@ -4,8 +4,6 @@ Each process generates the index range of its block with the counter-based gener
 tensor key.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import hashlib
 import math

@@ -5,8 +5,6 @@ data cursors, counters), the settings of the run and the tokenizer. `save.py` pu
 all files of all processes are on disk. Each process reads the blocks that its layout needs.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator

@@ -7,8 +7,6 @@ because it writes all tensors of a file at once. Here memory holds one or two te
 while they are written.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import math

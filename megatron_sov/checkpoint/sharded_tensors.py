@@ -9,8 +9,6 @@ A part (`model`, `optimizer`) of a checkpoint folder consists of `PART/RANGE/ran
 `PART.index.json`: ``{key: {"dtype", "shape", "pieces": [{"file", "name", "offset", "shape"}]}}``.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,6 @@
 """Read any block of a global tensor by copying from overlapping stored pieces, the shards of the layout that
 saved the checkpoint."""
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import math

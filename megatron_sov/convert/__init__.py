@@ -3,8 +3,6 @@
 The functions are loaded on first use, so that `megatron-sov convert --help` does not wait for torch.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 from typing import TYPE_CHECKING, Any

@@ -4,8 +4,6 @@ Memory holds two output tensors and a million elements of each checkpoint. Adapt
 as merged models: tensors without an adapter keep the base's bits, the others are merged for each checkpoint.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import shutil

@@ -3,8 +3,6 @@
 A checkpoint stores companion files in `tokenizer/`, a Hugging Face folder next to the weights.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import replace

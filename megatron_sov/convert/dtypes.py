@@ -1,7 +1,5 @@
 """Tensor dtypes in conversions, with checks that values are finite and the disk has enough space."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

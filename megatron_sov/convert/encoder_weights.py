@@ -1,7 +1,5 @@
 """Load image and audio encoders from Hugging Face folders into a new model."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Export a checkpoint as a Hugging Face folder; memory holds two tensors per file being written."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence

@@ -3,8 +3,6 @@
 Exports equal the files of `to_hf` bit for bit. Imports are the inverse, with the same links.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Convert adapter checkpoints to and from PEFT folders, and merge adapters into base weights."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import shutil

@@ -8,8 +8,6 @@ differ from the score. A group's score is the sum of its best K / (chosen groups
 router's sum of two if K is twice the number of chosen groups.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,7 +1,5 @@
 """Compute held-out loss, equally for the trainer, checkpoints at any layout, and transformers."""
 
-from __future__ import annotations
-
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Prove that a checkpoint equals transformers' model: compare logits, and write a verification card."""
 
-from __future__ import annotations
-
 import math
 import tempfile
 from collections.abc import Iterator, Sequence

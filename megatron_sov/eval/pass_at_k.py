@@ -1,7 +1,5 @@
 """Estimate pass@k and maj@k without bias from n samples per prompt, with intervals over prompts."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections import Counter

@@ -5,8 +5,6 @@ clustered, and differences are paired, as proposed by Miller, "Adding Error Bars
 sections 2.2 and 4.2).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Play tool-use episodes with a model on an inference engine."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A run's training objectives: built-in objectives, and plug-ins from a user's file."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

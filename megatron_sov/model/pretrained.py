@@ -4,8 +4,6 @@ These libraries initialise missing tensors at random and ignore unknown tensors.
 this module, which rejects both.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import importlib

@@ -1,7 +1,5 @@
 """Records of a training process's memory, computed by formulas in `plan` and from tensors in `engine`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """Compares installed libraries with the function signatures in `contract.json`, without importing them."""
 
-from __future__ import annotations
-
 import ast
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Compute the tokens that recipes process on a cluster within a number of days or a budget."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

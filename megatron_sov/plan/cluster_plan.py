@@ -1,7 +1,5 @@
 """Plan a run on a cluster: layout, memory, time and cost."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Collection, Sequence

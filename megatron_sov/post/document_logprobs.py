@@ -1,7 +1,5 @@
 """Log-probabilities of packed documents by a model that all processes run together, or by transformers."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Callable, Iterable, Iterator

@@ -10,8 +10,6 @@ p(label) by the policy, differentiable and finite; `reference`, [T], log p(label
 `ratios` and `advantages`, [T]; `responses`, the learned labels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

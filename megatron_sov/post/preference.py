@@ -6,8 +6,6 @@ and `rejected`, [P], are mean log-probabilities per token. The margin of a pair 
 count equally at any length: denominators count the pairs, or groups, in the global batch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -5,8 +5,6 @@ second model stays in memory. RUN/reference contains the log-probabilities in pa
 documents: a killed job continues at the next part, and a resumed run reads the existing parts.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import time

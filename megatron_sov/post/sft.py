@@ -5,8 +5,6 @@ loss per turn is ``sum over tokens of (w / W) loss / number of turns``, with w t
 sum of the weights in the turn: a weighted sum over tokens, exact for every split of the batch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import dataclass
 from typing import Literal

@@ -4,8 +4,6 @@ Attention is causal: the tokens before the first learned label of a document hav
 response to the prompt. Labels, weights and columns of the removed tokens carry no loss.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from itertools import accumulate, pairwise
 

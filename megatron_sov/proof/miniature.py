@@ -4,8 +4,6 @@ A layout can split, send, sum or scale tensors wrongly. Such errors do not depen
 as each process has a shard.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Sequence

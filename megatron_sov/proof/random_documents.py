@@ -1,8 +1,6 @@
 """Write random training data for a proof: documents with every column for `BUILT_IN_OBJECTIVES`, and a
 random teacher."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from megatron_sov.base.artifacts import create_artifact
-from megatron_sov.base.documents.shard_files import CONTENT_VERSION, IndexedWriter
+from megatron_sov.base.documents.shard_files import CONTENT_VERSION, IndexedWriter, build_source_record
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE, TYPE_TEXT
 from megatron_sov.engine.parallel.world import ParallelWorld
 from megatron_sov.model.config import RunConfig
@@ -23,7 +21,6 @@ from megatron_sov.post.distillation.distill import Distillation, StoredTeacher, 
 from megatron_sov.post.distillation.state_files import HEAD_WEIGHT, StateFormat, pack_rows
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.sources import Source
-from megatron_sov.train.data.token_manifest import build_source_record
 from megatron_sov.train.objectives.data_objective import LanguageModelling
 
 SOURCE = "proof"

@@ -1,7 +1,5 @@
 """Lists the parts and claims in a rollout store, and checks files, rows, keys and rewards, part by part."""
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Iterator

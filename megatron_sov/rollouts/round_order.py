@@ -3,8 +3,6 @@
 Order and pieces depend on `RolloutConfig` and the round alone, so every job of a run agrees on them.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

@@ -8,8 +8,6 @@
 Equal rows may be published twice; a second publication with other rows is dropped.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

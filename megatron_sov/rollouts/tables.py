@@ -1,7 +1,5 @@
 """Arrow tables of rollouts and rewards: schemas, and conversion from and to rows."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any

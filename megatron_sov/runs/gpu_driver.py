@@ -1,7 +1,5 @@
 """GPU queries through `nvidia-smi`, which does not initialize CUDA."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

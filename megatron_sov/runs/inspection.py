@@ -1,7 +1,5 @@
 """Implementation of `inspect`: show a path's artifact kind, origin, unfinished work and first rows."""
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

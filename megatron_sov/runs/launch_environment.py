@@ -1,7 +1,5 @@
 """Number of ranks, rank index, start time, typed command and processor, available without torch."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform

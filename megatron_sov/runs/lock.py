@@ -6,8 +6,6 @@ container, watch the file for one lease by this process's clock: clocks of diffe
 compared.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -3,8 +3,6 @@
 Unknown fields that would change the answer are refused by name, never ignored.
 """
 
-from __future__ import annotations
-
 import json
 import secrets
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """A conversation with a model at an OpenAI-compatible address. No torch here."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol

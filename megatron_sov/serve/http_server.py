@@ -3,8 +3,6 @@ clients.
 
 aiohttp parses HTTP. Its event loop runs in a thread next to the model's. """
 
-from __future__ import annotations
-
 import asyncio
 import hmac
 import logging

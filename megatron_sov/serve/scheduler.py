@@ -1,7 +1,5 @@
 """Queue requests from HTTP clients, and schedule their sequences into the running batch."""
 
-from __future__ import annotations
-
 import asyncio
 import threading
 import time

@@ -1,7 +1,5 @@
 """Settings of `megatron-sov serve`."""
 
-from __future__ import annotations
-
 import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path

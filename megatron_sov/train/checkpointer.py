@@ -1,7 +1,5 @@
 """Save and load a run's checkpoints, and find a sound checkpoint."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial

@@ -1,7 +1,5 @@
 """Protocol of a feed, which supplies data that appear during the run, such as rollouts."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 

@@ -1,7 +1,5 @@
 """The training loop: forward and backward passes, updates, evaluations and checkpoints until the run ends."""
 
-from __future__ import annotations
-
 import time
 
 from megatron_sov.engine.parallel.rng import seed_step

@@ -3,8 +3,6 @@
 On ranks above 0 the same calls write nothing. No method is collective.
 """
 
-from __future__ import annotations
-
 import platform
 import resource
 import sys

@@ -1,7 +1,5 @@
 """Reject a step, and roll weights back after several rejected steps."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_sov.base.errors import UserError, warn

@@ -1,7 +1,5 @@
 """The trainer of one rank: model, optimizer and data order, with evaluation, checkpoints and records."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

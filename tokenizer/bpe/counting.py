@@ -4,8 +4,6 @@ The hash table uses open addressing.  A slot is 0 (empty), or a word's hash in t
 index + 1 in the lower 32 bits.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar

@@ -5,8 +5,6 @@ A heap of rows (`COUNT`, `KEY`, `START`, `LENGTH`) orders the pairs: an upper bo
 count is best; of equal counts, the pair with the lowest key.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

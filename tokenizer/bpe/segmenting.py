@@ -1,7 +1,5 @@
 """Apply merges to a short string; of equal ranks the leftmost pair merges first, as in every BPE library."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TypeVar

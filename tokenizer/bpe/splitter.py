@@ -4,8 +4,6 @@ A finished tokenizer splits with Oniguruma.  The automaton takes the members of 
 Oniguruma and is compared with it on text of every unit, so the result does not depend on the engine.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise

@@ -10,8 +10,6 @@ and a pair is counted again only at the top of the heap.  The loop is compiled (
 `MergeLearner` allocates its arrays and enlarges them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple

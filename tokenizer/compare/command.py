@@ -1,7 +1,5 @@
 """Declare and run `sov-tokenizer compare`: cost, shared vocabulary and speed of tokenizers."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Declare `sov-tokenizer import` and run `sov-tokenizer export`, which keep the ids of a tokenizer."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal

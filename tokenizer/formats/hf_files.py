@@ -1,7 +1,5 @@
 """Build tokenizer.json and tokenizer_config.json for `transformers`, and reject damaged files."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterable, Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Run `sov-tokenizer import`: write a tokenizer artifact and compare its ids with the source's library."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from functools import cache

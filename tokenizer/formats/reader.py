@@ -4,8 +4,6 @@ sentencepiece model.
 `ForeignTokenizer` converts to an equivalent tokenizer.json; `LoadedTokenizer` uses the library unchanged.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import unicodedata

@@ -1,7 +1,5 @@
 """Texts on which two forms of a tokenizer must give the same ids: built-in texts and the user's files."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path

@@ -6,8 +6,6 @@ normalizer, let ordinary text such as `<s>` or `<0x0A>` become that token, and l
 The import compares ids with sentencepiece before it writes a file.
 """
 
-from __future__ import annotations
-
 import base64
 from itertools import pairwise
 from typing import Any

@@ -5,8 +5,6 @@ differs silently: `X{1,3}+` is possessive in fancy-regex and a repetition of `X{
 are ends of the text in fancy-regex and ends of a line in Ruby.
 """
 
-from __future__ import annotations
-
 import base64
 import binascii
 import json

@@ -1,7 +1,5 @@
 """Results of tokenizer checks and the HTML report."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Any, Literal
 

@@ -1,7 +1,5 @@
 """Declare and run `sov-tokenizer report`, with the checks of numbers, white space and special tokens."""
 
-from __future__ import annotations
-
 import itertools
 import random
 import re

@@ -1,7 +1,5 @@
 """Measure tokenizers on held-out text, and check their compression, vocabulary and Unicode coverage."""
 
-from __future__ import annotations
-
 import re
 import shlex
 import unicodedata

@@ -4,8 +4,6 @@ E4M3 and E5M2: "FP8 Formats for Deep Learning" (arXiv 2209.05433), table 1; E2M1
 Formats (MX) v1.0, sections 5.3.3 and 5.4.1.
 """
 
-from __future__ import annotations
-
 import torch
 
 LARGEST = {"e4m3": 448.0, "e5m2": 57344.0, "e2m1": 6.0}

@@ -1,8 +1,6 @@
 """NVFP4: E2M1 values, a scale in E4M3 per 16 of them, a float32 scale per tensor ("Pretraining Large Language
 Models with NVFP4", arXiv 2509.25149, sections 3 and 4, and Transformer Engine's `NVFP4BlockScaling`)."""
 
-from __future__ import annotations
-
 import torch
 
 from .formats import LARGEST, round_to, round_to_e2m1

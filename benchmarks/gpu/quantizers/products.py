@@ -4,8 +4,6 @@ Blocks and rotations lie along the summed axis: operands are quantised anew for 
 precision, never twice.
 """
 
-from __future__ import annotations
-
 import torch
 
 from .nvfp4 import nvfp4, rotated

@@ -1,7 +1,5 @@
 """Scaling to 8 bits: per tensor, per block, and per 32 values."""
 
-from __future__ import annotations
-
 import torch
 
 from .formats import LARGEST, exponent_up, round_to

@@ -1,7 +1,5 @@
 """Step `decontaminate`: drop documents that contain benchmark text."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -8,8 +8,6 @@ A single pass over pairs in the order of first documents is enough: every earlie
 beyond the memory limit are distributed to files by quantiles (a sample sort).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 

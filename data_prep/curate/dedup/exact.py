@@ -4,8 +4,6 @@ The step counts more 128-bit keys than fit into memory: a first pass writes the 
 divided into partitions by the first bits; a second pass counts a partition in ranges of keys.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass

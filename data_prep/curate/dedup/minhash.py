@@ -10,8 +10,6 @@ Passes: signatures (per shard), common bands (per partition), shingles and exact
 selection (`clusters`, one task).
 """
 
-from __future__ import annotations
-
 import mmap
 import shutil
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Compiled loops for near-duplicate search."""
 
-from __future__ import annotations
-
 import numpy as np
 from numpy.typing import NDArray
 

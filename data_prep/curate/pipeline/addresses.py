@@ -1,7 +1,5 @@
 """Hash inputs and settings into folder names, so that a changed setting or file gets a new folder."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Options of `sov-data run`."""
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Publish task results as a corpus; the manifest marks it as complete."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from collections import Counter

@@ -1,7 +1,5 @@
 """Read pipeline files (sources, steps, output), and report every mistake with its line at once."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import re

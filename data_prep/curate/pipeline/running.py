@@ -1,7 +1,5 @@
 """Run a pipeline stage by stage, in local processes or Slurm arrays; finished tasks are skipped."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time

@@ -5,8 +5,6 @@ from settings and calls `judge_document` for each document. A step with outcomes
 e.g. a search for duplicates, lists passes, which run first. Tasks in a pass may run in different processes.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

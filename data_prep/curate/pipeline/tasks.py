@@ -5,8 +5,6 @@ task. A shard has a base table with texts, and a layer table for each step with 
 row group is in memory.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

@@ -5,8 +5,6 @@ one-byte encoding. The step calls `fix_encoding` only: quotes, ligatures, widths
 forms stay unchanged.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ the script. py3langid (BSD; Lui and Baldwin 2011, 2012) is a naive Bayes classif
 package includes the model, without a pickle.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Read labelled texts from a JSONL file, check them, and split them for training."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter

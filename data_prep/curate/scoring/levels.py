@@ -9,8 +9,6 @@ Documents with equal scores are ordered by a hash, so that a cut always splits t
 its exact share.
 """
 
-from __future__ import annotations
-
 import io
 import math
 from collections import Counter

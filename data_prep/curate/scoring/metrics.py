@@ -1,7 +1,5 @@
 """Metrics of a scorer on labelled texts."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

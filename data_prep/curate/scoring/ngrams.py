@@ -8,8 +8,6 @@ buckets. Values equal `TfidfTransformer(use_idf=False, sublinear_tf=True)`: 1 + 
 length 1. Without a vocabulary, memory does not grow with the data.
 """
 
-from __future__ import annotations
-
 import math
 import unicodedata
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ An artifact with kind "scorer" holds `scorer.json` (n-gram settings, bias, calib
 (float32), and held-out metrics in its manifest.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import asdict, dataclass

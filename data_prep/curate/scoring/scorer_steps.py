@@ -7,8 +7,6 @@ markup, or the text is dense with formulas; 3. `domain:NAME`: the domain's class
 at least `min_score`; 4. the language: `en`, `ko`, `ja`, or `multilingual`; 5. "": the language is unknown.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -6,8 +6,6 @@ regressor is ridge regression, as in FineWeb-Edu (arXiv 2406.17557, section 4); 
 shrinkage towards the mean by the penalty.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reader for code repositories: a source file written by people is a document with language and licence."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """The process that reads untrusted files: it limits itself, then sends records as JSON over a socket."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import os

@@ -1,7 +1,5 @@
 """Unpack files within limits, and decode bytes to text by declaration, detection or setting."""
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import io

@@ -1,7 +1,5 @@
 """Source formats; the format `auto` chooses a reader by file ending."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import PurePosixPath

@@ -1,8 +1,6 @@
 """Reader for web pages: main text by resiliparse (Bevendorff et al., "Elastic ChatNoir", ECIR 2018), and
 metadata from the head."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Readers for plain text and JSON lines, compressed or not."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import math

@@ -1,7 +1,5 @@
 """Reader for Parquet files: each row is a document."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import partial
 from typing import Any

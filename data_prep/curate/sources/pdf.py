@@ -1,7 +1,5 @@
 """Reader for PDF files: text by PDFium, with lines joined to paragraphs."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Settings for a source with raw documents, and a reader's documents, broken records and pieces."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping

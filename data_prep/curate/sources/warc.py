@@ -1,7 +1,5 @@
 """Reader for web archives: a page, text or PDF in a server's response is a document."""
 
-from __future__ import annotations
-
 import re
 import zlib
 from collections.abc import Iterator

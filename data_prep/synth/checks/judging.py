@@ -1,7 +1,5 @@
 """Run generated samples through pipeline steps as documents, and map the results back to samples."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence

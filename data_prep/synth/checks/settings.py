@@ -1,7 +1,5 @@
 """Step files as pipelines over samples, and a record's texts for each pipeline source."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Conversations about tasks in virtual worlds: the writer calls tools, and may also play the user."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Mapping

@@ -4,8 +4,6 @@ The whole file is checked when it is read. Unknown keys, parsers and fields, tem
 internals, and settings with invalid defaults are refused before any request.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields as list_fields, make_dataclass, replace

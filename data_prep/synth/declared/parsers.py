@@ -1,7 +1,5 @@
 """Parsers for replies, named by `parse` steps."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any

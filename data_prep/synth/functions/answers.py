@@ -4,8 +4,6 @@ The rewards `math` and `stem` compare answers in child processes, because an ans
 stop this process.
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Mapping, Sequence

@@ -7,8 +7,6 @@ functions. Here a minimum share of cases must stay too, and a function must reje
 false case, and accept a true case.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Random draws seeded by names, equal in every run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from random import Random

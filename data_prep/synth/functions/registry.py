@@ -1,7 +1,5 @@
 """Function names in templates of generator files."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

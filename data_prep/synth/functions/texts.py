@@ -1,7 +1,5 @@
 """Functions over texts: language, numbers, quotations, code, refusals, and overlap."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import unicodedata

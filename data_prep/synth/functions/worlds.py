@@ -5,8 +5,6 @@ return results; the rest is any value of the argument's type, which shows errors
 of a task's reference calls is the task's goal.
 """
 
-from __future__ import annotations
-
 import ast
 import copy
 import json

@@ -1,7 +1,5 @@
 """Reader `problems`: questions from JSON lines, with answer and choices if known."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterator, Mapping, Sequence

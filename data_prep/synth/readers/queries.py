@@ -1,7 +1,5 @@
 """Reader `queries`: users' prompts for `autoif`, each with a constraint from `sov-data synth constraints`."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Account for records: a command writes each input record, or sets the record aside for a reason."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field

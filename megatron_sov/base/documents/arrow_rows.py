@@ -1,7 +1,5 @@
 """Read Arrow and Parquet files in batches of rows, and convert their values to Python objects."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Load YAML from strangers as plain values, with a limit on growth by aliases and merge keys."""
 
-from __future__ import annotations
-
 import yaml
 
 MAX_CHARS = 4 << 20

@@ -5,8 +5,6 @@ and Unicode tables differ. `iter_adversarial_texts` yields inputs on which to co
 tokenizer.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import cache
 from typing import Any

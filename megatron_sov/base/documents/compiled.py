@@ -5,8 +5,6 @@ compiles again. The cache is keyed by the function's own file, so a compiled fun
 of that file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any, TypeVar
 

@@ -5,8 +5,6 @@ Files (`sov-data pairs`, `groups`) and RL rounds (`policy.method = preference`) 
 truncated response may be a bad example but never a good one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 REWARD_TOLERANCE = 1e-8

@@ -11,8 +11,6 @@ decoded; tags inside words, TeX and Markdown commands and accents are removed; a
 that look like Latin letters become Latin (Unicode Technical Standard 39, confusables).
 """
 
-from __future__ import annotations
-
 import html
 import re
 import unicodedata

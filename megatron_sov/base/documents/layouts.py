@@ -1,7 +1,5 @@
 """Record layouts (`LAYOUTS`), their conversion to `Document` fields, and renamed fields (`--columns`)."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass

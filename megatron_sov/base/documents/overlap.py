@@ -8,8 +8,6 @@ counts as a third of a word. Both fractions are our choice.
 A polynomial hash modulo 2^64 (Karp and Rabin, 1987) identifies each run of words and window of token ids.
 """
 
-from __future__ import annotations
-
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property, lru_cache

@@ -1,7 +1,5 @@
 """Read file spans as documents, and report bad records in between."""
 
-from __future__ import annotations
-
 import codecs
 import gzip
 import json

@@ -1,7 +1,5 @@
 """Parse a record (text, chat, preference or prompt) to a `Document` with numbers, bucket and tags."""
 
-from __future__ import annotations
-
 import codecs
 import contextlib
 import json

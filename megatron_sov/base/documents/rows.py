@@ -1,7 +1,5 @@
 """Read and check a user's JSONL rows (prompts, answers, tasks) strictly: no NaN, Infinity or deep nesting."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Scripts by Unicode character names, and code point ranges of scripts without blanks between words."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence

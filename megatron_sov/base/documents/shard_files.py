@@ -1,4 +1,4 @@
-"""Token shard files: Megatron-Core's indexed format, expert routes per token, and checks of the manifest.
+"""Token shard files: Megatron-Core's indexed format, expert routes per token, and the manifest.
 
 `PREFIX.bin` holds tokens, `PREFIX.idx` the beginning of each document. The index contains (little endian):
 magic, version (int64), dtype code (int8), number of sequences and of document bounds (int64 each), lengths in
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -52,6 +52,8 @@ SOURCE_FIELDS = {"name": str, "format": str, "splits": dict}
 SPLIT_FIELDS = {"num_tokens": int, "shards": list}
 SHARD_FIELDS = {"prefix": str}
 """Fields of a manifest of token shards that readers need -> type."""
+COUNTS = ("num_documents", "num_tokens", "num_bytes")
+"""Manifest fields of a shard, summed over the shards of a split."""
 _ROUTE_TOKENS = 1 << 10
 """Tokens checked at a time: few enough for the processor's cache."""
 
@@ -226,6 +228,19 @@ def merge_routes(previous: np.ndarray | None, current: np.ndarray | None, num_re
             was_read = (routes != mark).all(axis=2, keepdims=True)
             merged[:len(routes)] = np.where(was_read, routes, merged[:len(routes)])
     return merged
+
+
+def build_source_record(name: str, format: str, sidecars: Iterable[str],
+                        shards: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Build a source's record for the manifest: no held-out documents, and each document is a unit.
+
+    `format` is "chat" or `documents.ROLLOUTS`, `sidecars` are suffixes of files next to the tokens, and
+    `shards` has `prefix` and `COUNTS` of each shard.
+    """
+    counts = {count: sum(shard[count] for shard in shards) for count in COUNTS}
+    return {"name": name, "format": format, "group_documents": 1, "sidecars": list(sidecars), "num_bad": {},
+            "splits": {"train": {"shards": list(shards), **counts},
+                       "heldout": {"shards": [], **dict.fromkeys(COUNTS, 0)}}}
 
 
 def check_token_manifest(path: str, content: dict[str, Any]) -> None:

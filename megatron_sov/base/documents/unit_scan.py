@@ -1,8 +1,6 @@
 """Numba loops for `overlap`: split folded text into units, and units into runs. Tables of code points are
 built here, because numba's cache knows only this file's constants."""
 
-from __future__ import annotations
-
 import unicodedata
 from functools import lru_cache
 

@@ -1,7 +1,5 @@
 """Errors that name our command for an unknown or foreign one; commands after `torchrun` and the like."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import re

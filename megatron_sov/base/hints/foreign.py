@@ -1,8 +1,6 @@
 """Readers of files and arguments of other programs: configuration files (axolotl, TRL, torchtitan, NeMo RL),
 recognised by their keys, and data blends (Megatron-LM)."""
 
-from __future__ import annotations
-
 import os
 import re
 import tomllib

@@ -1,7 +1,5 @@
 """Kinds of words, files and folders, and the options of a command line that take each kind."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -1,7 +1,5 @@
 """Corrects a refused command line by the fixes of its errors until all checks pass."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Completes command lines that lack required options and arguments, with values or placeholders."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import re

@@ -1,7 +1,5 @@
 """Faults of paths in a command line: missing files, and files or folders of the wrong kind."""
 
-from __future__ import annotations
-
 import contextlib
 import csv
 import glob

@@ -3,8 +3,6 @@
 Entries in `removed.json` stay for one release.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import os

@@ -1,7 +1,5 @@
 """A command line whose words of other programs are replaced by the options and settings of `words.yaml`."""
 
-from __future__ import annotations
-
 import difflib
 import json
 import os

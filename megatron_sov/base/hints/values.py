@@ -1,7 +1,5 @@
 """Translation of other programs' values: computed values, GPUs as nodes, GPU names as cluster profiles."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -1,8 +1,6 @@
 """Rewrites a command line with words of other programs (Megatron-LM, Hugging Face, TRL, lm-eval) as a line to
 paste; `words.yaml` is asked before any guess by similar letters."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

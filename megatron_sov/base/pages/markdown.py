@@ -1,7 +1,5 @@
 """Escape untrusted text for Markdown."""
 
-from __future__ import annotations
-
 import html
 import re
 

@@ -1,7 +1,5 @@
 """Build self-contained HTML pages from chapters, tables and charts."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import importlib.resources

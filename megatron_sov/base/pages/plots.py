@@ -4,8 +4,6 @@ SVG shapes stretch to the page's width; labels are HTML text, so that they have 
 wide screens. Colours are CSS variables of the page, which follow its light or dark theme.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field

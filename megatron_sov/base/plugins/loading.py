@@ -1,7 +1,5 @@
 """Load plug-ins from files named by the user: read once, hash, and execute exactly the hashed bytes."""
 
-from __future__ import annotations
-
 import ast
 import contextlib
 import hashlib

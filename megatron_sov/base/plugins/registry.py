@@ -1,7 +1,5 @@
 """Registries of plug-ins by kind and name, and requests from which any process builds an equal plug-in."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import math

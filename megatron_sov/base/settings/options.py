@@ -12,8 +12,6 @@ declares accepted values, and the docstring under the field is the help text.
     options = read_options(CountOptions, parser.parse_args())
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import contextlib

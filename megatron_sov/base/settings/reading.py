@@ -1,7 +1,5 @@
 """Convert plain values (JSON types) to frozen settings dataclasses, and collect the problems."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import inspect

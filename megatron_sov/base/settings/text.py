@@ -1,7 +1,5 @@
 """A settings type for text that YAML may read as a number or a date (2025, 2025-07-24)."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator

@@ -5,8 +5,6 @@ Equal requests have equal keys in every evaluation. No torch here.
     CACHE/MODEL/records-*       answers, a journal per writing process (`progress.journal`)
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -5,8 +5,6 @@ Chunks depend only on the requests, so that a restarted evaluation sends the sam
 answers are on disk before the next chunk starts. The jobs of a Slurm array share chunks through
 `AnswerCache.iter_open_chunks`, and each of them ends with every answer. """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys

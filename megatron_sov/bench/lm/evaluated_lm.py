@@ -5,8 +5,6 @@ lm-eval's evaluator reads the answers. Tokens equal those of lm-eval's `HFLM` (0
 their beginning, and whole texts are scored in windows of the context length.
 """
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

@@ -3,8 +3,6 @@
 The first rank talks to lm-eval. Other ranks only run the model.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import random

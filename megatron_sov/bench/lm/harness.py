@@ -1,7 +1,5 @@
 """Set up the library lm-eval: its downloads and output."""
 
-from __future__ import annotations
-
 import contextlib
 import http.client
 import importlib.util

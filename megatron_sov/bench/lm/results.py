@@ -1,7 +1,5 @@
 """The result file of `eval lm` and its items file, OUT.json and OUT.items.jsonl."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json

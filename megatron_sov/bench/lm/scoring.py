@@ -4,8 +4,6 @@ A metric without items, or that divides by zero, is None with a note. An item wh
 failed with the reason.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

@@ -1,7 +1,5 @@
 """Options of `eval lm`. No torch and no lm_eval here."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal

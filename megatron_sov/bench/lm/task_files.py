@@ -4,8 +4,6 @@ Task files have lm-eval's format, with `include` and `!function`. Reading a file
 link out of its folder.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

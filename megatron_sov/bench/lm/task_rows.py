@@ -4,8 +4,6 @@ The builders in `datasets` guess: an ISO date in JSON becomes a timestamp, `NA` 
 `007` the number 7, so that correct answers score 0. Here JSON values keep their types and CSV cells stay
 text. """
 
-from __future__ import annotations
-
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence

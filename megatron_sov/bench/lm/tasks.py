@@ -5,8 +5,6 @@ refused, and templates are rendered in a sandbox. Data files are read by `task_r
 `--allow-download`.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -4,8 +4,6 @@ Questions and few-shot examples form one split, because lm-eval passes the quest
 within a split. Task files name these functions by `!function`; their source enters `hash_task`, so that a
 change separates new scores from old ones."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 import re

@@ -3,8 +3,6 @@
 LiveCodeBench packs hidden tests as base64 of zlib of a pickled JSON text. Nothing is unpickled here: the
 pickle is read opcode by opcode, and anything but a single text is refused. """
 
-from __future__ import annotations
-
 import ast
 import base64
 import binascii

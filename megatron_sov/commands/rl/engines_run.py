@@ -1,7 +1,5 @@
 """Runs `megatron-sov rl engines`: engine servers for a run whose trainer is on other machines."""
 
-from __future__ import annotations
-
 import signal
 import socket
 import sys

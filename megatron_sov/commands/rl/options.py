@@ -1,8 +1,6 @@
 """Options of the commands that generate, judge and train rounds: `megatron-sov rl run`, `rl train`,
 `rl generate` and `rl engines`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple

@@ -1,7 +1,5 @@
 """Builds the `RolloutSource`: single responses, or episodes in a tool environment."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Finds the teachers of on-policy distillation and checks that they fit the run."""
 
-from __future__ import annotations
-
 from dataclasses import asdict
 from pathlib import Path
 

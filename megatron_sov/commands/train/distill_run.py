@@ -1,7 +1,5 @@
 """Runs `megatron-sov distill`, whose teachers read the data first, and `megatron-sov distill states`."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Runs `megatron-sov extend`: a sequence of stages at growing contexts."""
 
-from __future__ import annotations
-
 import contextlib
 
 from megatron_sov.commands.train.kinds import STAGE_KINDS

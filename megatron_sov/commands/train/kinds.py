@@ -5,8 +5,6 @@ A command is three steps: options (a subclass of `StageOptions`), checks without
 names the parts in which commands differ.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_sov.base.settings import DeclaredCommand
@@ -47,7 +45,7 @@ STAGE_KINDS: dict[str, TrainingKind] = {
                             fill_stage="megatron_sov.commands.train.distill_run:add_teacher"),
     "rl": TrainingKind("policy", "megatron_sov.post.policy:build_policy_objective",
                        is_chosen_by_settings=True, needs_data=False,
-                       fill_stage="megatron_sov.commands.rl.train_run:add_rounds"),
+                       fill_stage="megatron_sov.commands.rl.cycle_run:add_rounds"),
 }
 """`StageOptions.stage` -> kind."""
 

@@ -1,7 +1,5 @@
 """Runs `megatron-sov prefer`: reference model, reference log-probabilities, and held-out pairs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs a training stage: converts the start, builds objective and stage, and trains."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from collections.abc import Callable

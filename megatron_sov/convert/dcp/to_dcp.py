@@ -4,8 +4,6 @@ Optimizer state has the flat keys of `torch.distributed.checkpoint.state_dict` (
 `flatten_optimizer_state_dict`), which do not depend on parameter groups or pipeline stages.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Write torch.distributed checkpoints (DCP), a file per block, so that a damaged file names its tensor."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Callable, Mapping, Sequence

@@ -9,8 +9,6 @@ The index and settings of `torch_dist` checkpoints are read in a subprocess, who
 would exhaust memory or never end.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import math

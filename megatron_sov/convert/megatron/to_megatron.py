@@ -3,8 +3,6 @@
 Optimizer state has the library's `fully_reshardable` form, which loads at any layout.
 """
 
-from __future__ import annotations
-
 import json
 from argparse import Namespace
 from collections.abc import Mapping

@@ -1,8 +1,6 @@
 """Attention kernels that Transformer Engine selects for packed rows (`gpu.attention`), and a cache for the
 selections."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

@@ -3,8 +3,6 @@
 A span holds one sequence's new tokens; a row holds spans side by side. A cache has a slot per sequence.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

@@ -10,8 +10,6 @@ Inside a chunk of tokens all corrections follow from one triangular system; the 
 chunks. Chunks start at document boundaries, so results do not depend on a document's position in its row.
 """
 
-from __future__ import annotations
-
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

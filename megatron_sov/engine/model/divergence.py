@@ -18,8 +18,6 @@ multiplied by the squared temperature; the teacher receives no gradient. Megatro
 divergence of next-token distributions. Test: `test_divergence.py::test_values_and_gradients_are_the_papers`.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

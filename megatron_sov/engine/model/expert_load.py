@@ -1,7 +1,5 @@
 """Count tokens per expert, and update the selection biases of `BalancedRouter` modules after each step."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

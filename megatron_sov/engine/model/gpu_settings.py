@@ -1,8 +1,6 @@
 """Maps `gpu.*` and `train.fp8` to Megatron-Core's config fields, resolves `auto`, and refuses settings that
 this process cannot use."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
 from collections.abc import Callable, Iterator

@@ -4,8 +4,6 @@ A cache has slots, one per active sequence; each process caches its own layers a
 layers cache every token. Sliding layers use a ring buffer: a token's index is its position modulo the window.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any

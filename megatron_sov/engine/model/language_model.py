@@ -1,7 +1,5 @@
 """`LanguageModel`, a process's part of the model: build it from chunks, and prepare its parameters."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any

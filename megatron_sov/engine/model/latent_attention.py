@@ -7,8 +7,6 @@ keep only the part of the rotated key's gradient that comes from its heads
 (`_GatherFromModelParallelRegion.backward`); here, as with Transformer Engine, the projections are replicated.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -6,8 +6,6 @@ tokens of its share of these heads, since the state passes through all tokens, a
 outputs (as Megatron-Core's `mamba_context_parallel.py`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -5,8 +5,6 @@ equal at every layout. Writing to the view changes the model. For FP8 weights th
 initial values or masters, and `LanguageModel.requantize_weights` quantizes the weights.
 """
 
-from __future__ import annotations
-
 import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, replace

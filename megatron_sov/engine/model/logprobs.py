@@ -4,8 +4,6 @@ Shapes: T tokens of a row, H hidden size, V vocabulary (split over the tensor-pa
 chunk. The head is applied to C tokens at a time, so T x V logits never exist.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any

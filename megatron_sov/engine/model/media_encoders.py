@@ -5,8 +5,6 @@ local tokens need (context and sequence parallelism). Under sequence parallelism
 gradient over the tensor-parallel group as for norms; otherwise every process computes the full gradient.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

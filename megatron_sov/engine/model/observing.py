@@ -5,8 +5,6 @@ part of a step lasts from one hook to the next, for example `forward of MODULE`.
 part.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence

@@ -6,8 +6,6 @@ weights: each data-parallel process owns a range of every master, and the FP8 va
 ranges. The blocks of an FP8 weight are therefore views of the bf16 values first, and of the masters later.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 from typing import Any

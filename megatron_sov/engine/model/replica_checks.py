@@ -7,8 +7,6 @@ biases, and names no rank. Test:
 `test_replica_checks.py::test_a_majority_names_the_process_whose_weight_changed`.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import Counter
 from collections.abc import Iterable, Iterator

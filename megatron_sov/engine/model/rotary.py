@@ -1,8 +1,6 @@
 """Rotary position embeddings: frequencies in float64, YaRN's softmax factor, and rotations without device
 synchronization."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from typing import Any

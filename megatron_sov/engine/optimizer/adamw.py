@@ -1,7 +1,5 @@
 """AdamW in torch for CPU training and for optimizer state in host memory."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 

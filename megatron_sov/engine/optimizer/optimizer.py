@@ -1,7 +1,5 @@
 """A process's optimizer: data-parallel wrapper, gradient clipping, AdamW and Muon, and state as shards."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import warnings

@@ -1,8 +1,6 @@
 """Assigns parameters to AdamW or Muon with learning rate scale and weight decay, freezes them, and wraps the
 model for data parallelism."""
 
-from __future__ import annotations
-
 import fnmatch
 from dataclasses import dataclass, replace
 from functools import partial

@@ -1,7 +1,5 @@
 """Reductions and broadcasts of small tensors over process groups, on CPUs and GPUs."""
 
-from __future__ import annotations
-
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state

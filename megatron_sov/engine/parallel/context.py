@@ -11,8 +11,6 @@ tokens pass through their layers. Losses and counts are therefore never summed o
 gradients always are.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

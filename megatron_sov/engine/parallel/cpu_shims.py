@@ -6,8 +6,6 @@ function whose docstring names Megatron-Core's assumption; patches of Megatron-C
 Megatron-Core's, on CPU tensors.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import sys

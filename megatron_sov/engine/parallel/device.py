@@ -1,7 +1,5 @@
 """This process's device (CUDA or CPU), and pinned host memory for copies."""
 
-from __future__ import annotations
-
 import gc
 import os
 from typing import Literal

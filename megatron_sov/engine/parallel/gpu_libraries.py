@@ -4,8 +4,6 @@ combine), and flash-linear-attention (package fla-core).
 Importing megatron here would import Transformer Engine.
 """
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import re

@@ -4,8 +4,6 @@ algorithms, and the choice of the GPU.
 Ranks exchange problems through the rendezvous store: NCCL would only wait for a rank that has failed.
 """
 
-from __future__ import annotations
-
 import datetime
 import os
 from pathlib import Path

@@ -4,8 +4,6 @@ Importing this module imports megatron-core: `cpu_shims` first prepares the proc
 patch names the assumption or defect.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from typing import Any

@@ -1,7 +1,5 @@
 """Seeds random generators from (seed, step, rank), so that resume needs no generator state."""
 
-from __future__ import annotations
-
 import hashlib
 
 import torch

@@ -1,7 +1,5 @@
 """Messages between simulated processes: call sites, reductions and copies."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Sequence

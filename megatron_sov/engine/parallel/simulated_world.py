@@ -5,8 +5,6 @@ are those of a cluster. A thread yields only while it waits for others, so every
 all threads wait, the layout would deadlock, and `Deadlock` names the waiting ranks.
 """
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import ctypes

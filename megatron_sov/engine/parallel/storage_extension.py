@@ -6,8 +6,6 @@ first rank of each node compiles it before the first step, in a temporary folder
 renamed, which needs no lock.
 """
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import os

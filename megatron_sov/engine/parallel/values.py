@@ -3,8 +3,6 @@
 This module does not import megatron: processes communicate before megatron may be loaded.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

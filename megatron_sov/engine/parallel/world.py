@@ -1,7 +1,5 @@
 """Process groups: `join_world` joins the run's processes, `ParallelWorld` holds a process's ranks."""
 
-from __future__ import annotations
-
 import datetime
 import itertools
 import math

@@ -6,8 +6,6 @@ Needles and questions have the form of the test, in other sentences. Answers hav
 unpredictable words have weight 0 (`needle.answer_weight`, `needle.text_weight`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Generation state per prompt, and the spans that a prompt adds to decoding rows."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property

@@ -8,8 +8,6 @@ several processes have sequences of their own, each iteration runs one row on al
 share experts.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterable, Sequence
 from functools import cached_property

@@ -3,8 +3,6 @@
 Shapes: n positions, V vocabulary. Probabilities are float64, in the order of token ids.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Load a checkpoint for inference, in a joined world or in new processes."""
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Run vLLM servers, started here or reached by address, as an inference engine."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import itertools

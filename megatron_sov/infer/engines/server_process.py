@@ -1,7 +1,5 @@
 """Start engine servers on this machine; servers stop with the command, even if the command is killed."""
 
-from __future__ import annotations
-
 import json
 import os
 import secrets

@@ -1,8 +1,6 @@
 """Find the model that a command's TARGET names: a checkpoint, the newest checkpoint of a run, or a Hugging
 Face folder. Reads headers only."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -4,8 +4,6 @@ update.
 Imports only torch and safetensors, because vLLM workers import this file by name in their own environment.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import datetime

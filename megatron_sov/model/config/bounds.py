@@ -3,8 +3,6 @@
 The bounds lie far above any known model or run, so a value with extra zeros is rejected before work starts.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 from annotated_types import Ge, Le

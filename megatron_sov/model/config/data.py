@@ -1,7 +1,5 @@
 """Training data settings: sources, curriculum phases and packing."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, field
 from itertools import accumulate

@@ -1,7 +1,5 @@
 """Image and audio encoder architecture, and the choice between frozen and trained encoder weights."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """Settings for evaluation during training and for context extension (`extend`) with its needle test."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 from typing import Annotated, ClassVar, Literal
 

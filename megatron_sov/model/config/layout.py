@@ -1,7 +1,5 @@
 """Parallel layout settings: how a model is divided over processes."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, replace
 from functools import cache

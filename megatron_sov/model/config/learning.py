@@ -3,8 +3,6 @@
 A user's own objective may read any setting, so every condition on `objective.name` holds for it.
 """
 
-from __future__ import annotations
-
 from megatron_sov.base.settings import AllOf, AnyOf, When, is_one_of, is_unset
 
 BUILT_IN = {"lm": "pretrain", "sft": "sft", "preference": "prefer", "distill": "distill",

@@ -1,7 +1,5 @@
 """LoRA settings (arXiv 2106.09685; DoRA: arXiv 2402.09353)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, get_args
 

@@ -1,7 +1,5 @@
 """Model architecture settings: layer sizes, expert routing, attention and position encodings (no torch)."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from itertools import pairwise

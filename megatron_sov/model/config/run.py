@@ -1,8 +1,6 @@
 """`RunConfig`, the settings of a training stage: rules between groups of settings, reading from JSON and
 `--set`."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,7 +1,5 @@
 """Training loop, optimizer, guard and tracker settings."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal, get_args
 

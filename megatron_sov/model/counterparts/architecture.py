@@ -4,8 +4,6 @@ Setting names are those of Megatron-Core's `TransformerConfig` and of Bridge's p
 `normalize_arguments` converts Megatron-LM's command line arguments, some of which differ.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ transformers stores them, in two stacks per layer: an expert has a single A and 
 together.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass

@@ -10,8 +10,6 @@ recomputation do not count. Linear attention counts as a recurrence
 (`LinearAttentionConfig.products_per_token`) for all kernels.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ Hugging Face folders use the prefixes of the released HyperCLOVA X 8B Omni (Omni
 model_converter/README.md).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 

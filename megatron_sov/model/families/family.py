@@ -1,7 +1,5 @@
 """Model families: declarations that map weights and config of a model to a Hugging Face folder."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass

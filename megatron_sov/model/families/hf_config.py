@@ -5,8 +5,6 @@ an item is rejected: transformers would ignore it silently and another model wou
 has items for layers of different kinds.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Config items for attention windows, dense layers and prediction layers (see `hf_config.py`)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any

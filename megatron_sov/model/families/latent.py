@@ -1,8 +1,6 @@
 """Weights and config items for multi-head latent attention (DeepSeek-V2, arXiv 2405.04434, section 2.1), and
 the family `deepseek_v3`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

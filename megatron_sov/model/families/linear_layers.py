@@ -1,8 +1,6 @@
 """Weight and config items for linear attention (Kimi Delta Attention), whose tensors have rows ordered by
 head."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Built-in model families, dense families first. `get_family(name)` finds them and plug-ins by
 `model_type`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from typing import Any

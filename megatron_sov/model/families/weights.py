@@ -6,8 +6,6 @@ letters from `SIZES`, such as "V H". The code only calls `reshape`, `narrow`, `c
 tensors, so it does not import torch.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence

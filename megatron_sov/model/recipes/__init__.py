@@ -3,8 +3,6 @@
 `get(name)` returns a recipe's config, `names()` lists built-in recipes, `sources(name)` returns the table.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial

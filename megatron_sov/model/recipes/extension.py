@@ -1,7 +1,5 @@
 """Changes in model, curriculum and batch size for a longer context."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from dataclasses import replace

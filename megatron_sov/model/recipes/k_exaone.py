@@ -5,8 +5,6 @@ K-EXAONE are published; other values are our choice, marked as such. The recipe 
 in `policies`. Pretraining uses FP8, as published.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from megatron_sov.model.config import (

@@ -1,8 +1,6 @@
 """Recipes for continued training of models with published weights; data, learning rate and batch size suit
 fine-tuning."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from megatron_sov.chat.media_tokens import AUDIO_PAD, IMAGE_PAD, MARKS, VIDEO_PAD

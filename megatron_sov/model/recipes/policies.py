@@ -4,8 +4,6 @@ Some numbers were not published, and no default pretends otherwise: MGPO's lambd
 VibeThinker-1.5B, and the clip bound of K-EXAONE, must be set for a run.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

@@ -4,8 +4,6 @@ This module alone decides which user code runs: code named on the command line, 
 --config file is data; names in it are only looked up among registered plug-ins.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -5,8 +5,6 @@ learning rates after pretraining and layouts are our choice, marked as such. Pre
 published; later stages use bf16, because their precision is not published.
 """
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from megatron_sov.model.config import (

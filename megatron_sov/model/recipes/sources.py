@@ -1,7 +1,5 @@
 """Sources for a recipe's values: a table from setting to source."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ The architecture comes from --from. Learning rate, schedule and epochs come from
 model size. Sample lengths and batch sizes follow from the data (`commands.train.setup.data_defaults`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal

@@ -4,8 +4,6 @@ Opening a codec runs no code from the folder, downloads nothing, and reserves no
 fill. Codecs are deterministic per device.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from importlib import import_module

@@ -3,11 +3,9 @@
 Audio codecs with several codebooks interleave the codes of a frame; each codebook has its own range of ids.
 """
 
-from __future__ import annotations
-
 import importlib
+import itertools
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,74 +15,53 @@ import torch
 import torch.nn.functional as F
 from annotated_types import Ge, Le
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch.utils.hooks import RemovableHandle
 
 from megatron_sov.base.errors import UserError, first_error_line, format_problems
 from megatron_sov.model.pretrained import CONFIG, load_pretrained, read_json
 
 MAX_PIECE_S = 30.0
-MAX_ELEMENTS = 1 << 29
-"""Largest network, in tensor elements: 2 GiB in float32, several times the published codecs."""
-MAX_TENSORS = 5000
-"""Largest network, in tensors: ten times the published codecs."""
+MAX_PARAMETERS = 5000
+"""Largest network, in parameter tensors: ten times the published codecs."""
 _IGNORED_FIELDS = ("architectures", "transformers_version", "dtype")
 _REFUSED_FIELDS = ("auto_map", "attn_implementation", "quantization_config")
 """Config fields that make transformers load code or other weights."""
-_MAX_DEPTH, _MAX_ITEMS, _MAX_PATH_CHARS = 20, 100_000, 200
+_MAX_DEPTH = 20
 _MAX_NUMBER = 1_000_000
-"""Largest number in a config: `BoundedTensors` does not see filter tables built outside torch."""
+"""Largest number in a config: the meta device does not see filter tables built outside torch."""
 Config = dict[str, Any]
 
 
-class BoundedTensors(TorchDispatchMode):
-    """Context that raises `MemoryError` before torch allocates too many elements or tensors."""
+def limit_parameters() -> RemovableHandle:
+    """Return a context that raises `MemoryError` before a network gets more than `MAX_PARAMETERS` parameters;
+    `open_codec` compares their sizes with the weights before it reserves memory."""
+    numbers = itertools.count(1)
 
-    def __init__(self, max_elements: int = MAX_ELEMENTS, max_tensors: int = MAX_TENSORS) -> None:
-        super().__init__()
-        self._max_elements, self._max_tensors = max_elements, max_tensors
-        self.problem = ""
-        """Message about the exceeded bound, or ""."""
-        self._num_elements = self._num_tensors = 0
+    def count_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if next(numbers) > MAX_PARAMETERS:
+            raise MemoryError(f"asks for more than {MAX_PARAMETERS:,} tensors")
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (),
-                           kwargs: dict[str, Any] | None = None) -> Any:
-        """Add up the sizes passed to factory operations (`empty`, `zeros`, `arange`, ...)."""
-        # Factory operations take the size, or the range, as first argument.
-        size = args[0] if args else None
-        if isinstance(size, (list, tuple)) and size and all(isinstance(n, int) for n in size):
-            self._num_elements += math.prod(size)
-            self._num_tensors += 1
-        elif isinstance(size, (int, float)):
-            self._num_elements += int(max(abs(n) for n in args if isinstance(n, (int, float))))
-        if self._num_elements > self._max_elements or self._num_tensors > self._max_tensors:
-            self.problem = (f"asks for {self._num_elements:,} numbers in {self._num_tensors:,} tensors, and "
-                            f"at most {self._max_elements:,} in {self._max_tensors:,} are reserved")
-            raise MemoryError(self.problem)
-        return func(*args, **kwargs or {})
+    return register_module_parameter_registration_hook(count_parameter)
 
 
-def find_config_problems(config: object, is_imported: bool = False) -> Iterator[str]:
+def find_config_problems(config: object, is_imported: bool = False, where: str = "config", depth: int = 0
+                         ) -> Iterator[str]:
     """Yield a message for each config entry that is too deep or too large. `is_imported`: also for fields
     that an import leaves out."""
-    # Without recursion, because the file decides the depth.
-    stack: list[tuple[str, object, int]] = [("config", config, 0)]
-    num_items = 0
-    while stack:
-        where, node, depth = stack.pop()
-        num_items += 1
-        if depth > _MAX_DEPTH or num_items > _MAX_ITEMS:
-            yield f"{where}: is nested deeper than {_MAX_DEPTH}, or has too many items ({_MAX_ITEMS:,})"
-            return
-        if isinstance(node, dict):
-            refused = [name for name in map(str, node) if name in _REFUSED_FIELDS or name.startswith("_")]
-            for name in refused if is_imported else ():
+    if depth > _MAX_DEPTH:
+        yield f"{where}: is nested deeper than {_MAX_DEPTH}"
+    elif isinstance(config, dict):
+        for name in map(str, config):
+            if is_imported and (name in _REFUSED_FIELDS or name.startswith("_")):
                 yield f"{where}.{name[:80]}: is not a size of a codec; leave it out"
-            stack += [(f"{where}.{str(key)[:100]}"[:_MAX_PATH_CHARS], value, depth + 1)
-                      for key, value in node.items()]
-        elif isinstance(node, list):
-            stack += [(f"{where}.{i}"[:_MAX_PATH_CHARS], value, depth + 1) for i, value in enumerate(node)]
-        elif isinstance(node, (int, float)) and not abs(node) <= _MAX_NUMBER:
-            yield f"{where} = {str(node)[:40]}: is too large for a codec; at most {_MAX_NUMBER:,}"
+        for key, value in config.items():
+            yield from find_config_problems(value, is_imported, f"{where}.{str(key)[:100]}", depth + 1)
+    elif isinstance(config, list):
+        for i, value in enumerate(config):
+            yield from find_config_problems(value, is_imported, f"{where}.{i}", depth + 1)
+    elif isinstance(config, (int, float)) and not abs(config) <= _MAX_NUMBER:
+        yield f"{where} = {str(config)[:40]}: is too large for a codec; at most {_MAX_NUMBER:,}"
 
 
 @dataclass(frozen=True)
@@ -139,18 +116,17 @@ class HfCodec(nn.Module):
         return model.float().eval(), sizes
 
     def _build_network(self, config: Config) -> None:
-        """Build the network with initial weights, within `BoundedTensors`."""
-        model_class, bounds = self.load_model_class(), BoundedTensors()
+        model_class = self.load_model_class()
         try:
-            with bounds:
+            with limit_parameters():
                 if hasattr(model_class, "config_class"):
                     self.network = model_class(model_class.config_class.from_dict(dict(config)))
                 else:
                     self.network = model_class(**config)
         except Exception as e:
-            problem = bounds.problem or (f"cannot build {model_class.__name__} ({type(e).__name__}: "
-                                         f"{first_error_line(e)[:200]})")
-            raise UserError(f"the codec's configuration {problem}; import the codec again") from None
+            raise UserError(f"the codec's configuration cannot build {model_class.__name__} "
+                            f"({type(e).__name__}: {first_error_line(e)[:200]}); import the codec again"
+                            ) from None
 
 
 def _extract_sizes(config: Any) -> Any:

@@ -3,8 +3,6 @@
 Reading a published file executes no code from the file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path

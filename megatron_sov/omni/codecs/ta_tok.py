@@ -5,8 +5,6 @@ layer. The quantizer is SimVQ (https://arxiv.org/abs/2411.02038): a frozen codeb
 linear layer; a state's id is its nearest code on the unit sphere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any

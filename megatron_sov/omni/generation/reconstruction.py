@@ -1,7 +1,5 @@
 """Write PNG and WAV files, and run media files through a codec and back."""
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ continuous tokens. Videos have continuous tokens only. To draw a picture, the mo
 discrete block as argument.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

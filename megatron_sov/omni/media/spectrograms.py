@@ -1,7 +1,5 @@
 """Log-mel spectrograms for audio encoders in the Whisper family."""
 
-from __future__ import annotations
-
 import numpy as np
 
 SAMPLE_RATE_HZ, HOP_SAMPLES, WINDOW_SAMPLES = 16_000, 160, 400

@@ -10,8 +10,6 @@ or preemption prevents the `end`; the next attempt then writes it. A new submiss
 empty history.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

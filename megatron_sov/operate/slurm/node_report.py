@@ -1,7 +1,5 @@
 """Report on a node from one rank: written by `preflight`, read by `attempts`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -5,8 +5,6 @@ Each rank writes FOLDER/rank-N.json twice: after the tests of its own node, and 
 ranks. Missing fields reveal a rank that died or hung. `attempts.find_sick_nodes` judges the reports.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform

@@ -1,7 +1,5 @@
 """Test a node with torch before a training start: GPUs, disk, a matrix product and an all-reduce."""
 
-from __future__ import annotations
-
 import datetime
 import importlib
 import os

@@ -4,8 +4,6 @@ The commands' own parsers read the arguments; command modules pass their `add_ar
 may not import them.
 """
 
-from __future__ import annotations
-
 import argparse
 import hashlib
 import re

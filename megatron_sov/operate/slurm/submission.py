@@ -4,8 +4,6 @@ A script is a template from `slurm/templates`, filled with the stage and the clu
 quoted for the shell. The code, settings and script are copied to the job's records.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import hashlib

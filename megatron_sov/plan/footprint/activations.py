@@ -6,8 +6,6 @@ megatron-core (0.19.2) and ours, which are unfused, so norms and SwiGLU save mor
 `benchmarks/plan_activations.py`. Rotary angles, shared by all layers, are not included.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple

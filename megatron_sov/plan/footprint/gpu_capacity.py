@@ -1,7 +1,5 @@
 """Check that a run fits GPU and host memory (`memory.py`), and find the nearest fitting layout."""
 
-from __future__ import annotations
-
 import bisect
 import dataclasses
 import itertools

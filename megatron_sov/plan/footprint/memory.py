@@ -1,8 +1,6 @@
 """Predict a training process's GPU memory by items: exact states (`states`), saved activations
 (`activations`), quantized weights (`stage_parameters`), and estimated library buffers."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from megatron_sov.model.config import DistillationConfig, RunConfig

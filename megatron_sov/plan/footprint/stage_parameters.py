@@ -6,8 +6,6 @@ dense networks, embedding and head; ep distributes experts and etp splits them; 
 process.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

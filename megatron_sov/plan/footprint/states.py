@@ -4,8 +4,6 @@
 buffers (`engine.optimizer`) on meta tensors, in a fake process group.
 """
 
-from __future__ import annotations
-
 import fnmatch
 import math
 from collections.abc import Iterable, Iterator

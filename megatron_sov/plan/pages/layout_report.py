@@ -1,7 +1,5 @@
 """Text and JSON for a plan: the schedule as a timetable, a sweep's layouts, and the submit command."""
 
-from __future__ import annotations
-
 import shlex
 from collections import Counter
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A full sweep takes minutes. The local search prices a coarse grid, then changes 
 layouts at a time until no change helps: hundreds to thousands of layouts, in seconds
 (tests/plan/test_local_search.py compares its choices with full sweeps)."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections import defaultdict

@@ -1,7 +1,5 @@
 """Recommended layouts for recipes, by GPU and number of processes."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

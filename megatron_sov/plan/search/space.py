@@ -1,7 +1,5 @@
 """The search space for layouts: parallel sizes, micro-batch sizes and recomputation that suit a run."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import json

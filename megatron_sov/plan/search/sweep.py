@@ -1,7 +1,5 @@
 """Sweep over a run's layouts: broken rules, missing memory, and fitting layouts ranked by speed."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections import Counter

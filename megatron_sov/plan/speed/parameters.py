@@ -1,7 +1,5 @@
 """Speed model parameters, fitted to published runs (`parameters.json`)."""
 
-from __future__ import annotations
-
 import importlib.resources
 import json
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ sends (n - 1) / n of the tensor. Tensor and sequence parallelism: arXiv 2205.051
 ZeRO, arXiv 1910.02054, section 7; experts: a token copy per visited rank or NVLink domain.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal

@@ -1,7 +1,5 @@
 """Inputs for the speed model: a model's shape, and the workload per optimizer step."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -8,8 +8,6 @@ full distribution and take a hidden size per token instead of a vocabulary. A ro
 tokens is [2 K] int32: K ids, and the bits of K float32 log-probabilities.
 """
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path

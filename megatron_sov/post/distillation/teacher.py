@@ -5,8 +5,6 @@ Megatron-Core has one set of process groups per process, so a teacher and a stud
 communicate by files. A killed job continues after the last finished part.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Iterator, Sequence

@@ -1,7 +1,5 @@
 """Search training data for the needle test's questions and for held-out text."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any

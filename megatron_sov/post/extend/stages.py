@@ -1,7 +1,5 @@
 """Stages of a context extension: settings and data blends, resolved before the first stage starts."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Callable

@@ -7,8 +7,6 @@ the weights have changed, and the file is read. Labels of the first step have Na
 yields these log-probabilities itself.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass

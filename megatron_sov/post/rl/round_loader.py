@@ -1,7 +1,5 @@
 """Opens published rounds for training: verifies files, computes log-probability columns, skips idle steps."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace

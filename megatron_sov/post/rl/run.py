@@ -10,8 +10,6 @@ open, and `prepare_data` runs the first three phases; then the loop trains. A ph
 skipped: a killed run repeats at most a piece of a phase, and rollbacks repeat nothing.
 """
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Mapping

@@ -6,8 +6,6 @@ prompts in one domain. Until the column is complete, the log-probabilities of ev
 file: a killed run continues at the next teacher.
 """
 
-from __future__ import annotations
-
 import math
 import threading
 from collections.abc import Sequence

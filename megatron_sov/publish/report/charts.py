@@ -1,7 +1,5 @@
 """Draw a run's curves over optimizer steps, and needle tests as heat maps."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Read the evaluations of a run's exports, `RUN/evaluations`, and return them as curves over steps."""
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass

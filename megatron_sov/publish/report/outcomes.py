@@ -1,7 +1,5 @@
 """Outcomes of a model's stages for the report's first screen: gains in figures, and verdicts of gates."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """Render the report on a model's training runs as a single HTML file without external resources."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Charts and tables for RL runs: rounds, validations on held-out prompts, and sampled responses."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any

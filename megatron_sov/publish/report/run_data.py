@@ -1,7 +1,5 @@
 """Read a run folder for the report: `config.json`, `events.jsonl`, evaluations and round manifests."""
 
-from __future__ import annotations
-
 import json
 import math
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Charts and tables for scores from `eval lm` and for pass@k from `eval passk`."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """Key figures and sections of a run's chapter in the report; a section without data is left out."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Each line contains `event` and `time_s` (Unix time), usually `step`. Floats use 
 form and read back bit for bit. Reports, `status` and trackers read this file.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

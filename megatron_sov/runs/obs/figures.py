@@ -1,7 +1,5 @@
 """Parse and format numbers in event fields."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping
 from typing import Any

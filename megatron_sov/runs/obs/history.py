@@ -3,8 +3,6 @@
 `status` and `--help` import this module: it must import quickly and access no files.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

@@ -4,8 +4,6 @@ The objective defines the meters and `run_start` records them. Progress bar, `st
 them. This module must import quickly and access no files.
 """
 
-from __future__ import annotations
-
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -1,7 +1,5 @@
 """MoE expert load statistics for the trainer's alarms and for reports."""
 
-from __future__ import annotations
-
 import numpy as np
 import numpy.typing as npt
 

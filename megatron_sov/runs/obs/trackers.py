@@ -3,8 +3,6 @@
 `events.jsonl` contains the same data.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 import secrets

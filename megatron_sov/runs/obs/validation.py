@@ -1,7 +1,5 @@
 """Convert RL events to curves (validation) and tables (sampled responses), without torch."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Checks of sources before reading: columns for the objective, routes and encoders for the model."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 

@@ -4,8 +4,6 @@ A round is a token artifact RUN/rounds/0001 whose manifest lists the documents o
 a round before the round's first step.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -3,8 +3,6 @@
 A row has the tokens and labels of samples; a segment is a range of tokens of one document.
 """
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor

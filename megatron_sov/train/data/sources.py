@@ -1,7 +1,5 @@
 """Named data sources of a run: the token artifacts in data.paths, with their splits."""
 
-from __future__ import annotations
-
 import re
 import sys
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ inside a window, the rest of the window is packed again at the new length: no do
 A unit is a group of documents that are shuffled and packed together, such as a preference pair.
 """
 
-from __future__ import annotations
-
 import bisect
 import hashlib
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """UTF-8 bytes per token, which convert nats per token to bits per byte."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable
 from pathlib import Path

@@ -7,8 +7,6 @@ restarted run passes it. `step=N` is the first step from N on, `save=N` the firs
 `load=N` and `start=N` are the first start that resumes from step N or later.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import os

@@ -3,8 +3,6 @@
 `step_guard.py` and `watchdog.py` have further guards.
 """
 
-from __future__ import annotations
-
 import platform
 import statistics
 import time

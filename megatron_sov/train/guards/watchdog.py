@@ -4,8 +4,6 @@ Processes wait for each other in every step, so a process that hangs stops all o
 within the time of one step.
 """
 
-from __future__ import annotations
-
 import faulthandler
 import os
 import sys

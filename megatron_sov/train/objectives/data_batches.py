@@ -1,7 +1,5 @@
 """Batches of the data order for objectives, and the data position for checkpoints and records."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager

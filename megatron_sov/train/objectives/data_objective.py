@@ -6,8 +6,6 @@ summed and divided by the sum of their label weights. Models without prediction 
 label is learned if its weight is above 0.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """The objective interface: batches and losses for the training loop."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from collections.abc import Mapping

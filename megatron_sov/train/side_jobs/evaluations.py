@@ -6,8 +6,6 @@ files. Scores of `eval lm` become events of the run. If a job ends after it, the
 events; until then the report reads its result file.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import sys

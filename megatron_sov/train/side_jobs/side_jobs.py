@@ -1,8 +1,6 @@
 """Background work during training: checkpoint exports, their evaluation and checkpoint averaging on rank 0,
 garbage collection and profiling on every rank."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import os

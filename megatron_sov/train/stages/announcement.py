@@ -1,7 +1,5 @@
 """Texts that a run prints: a banner with its plan before the first step, and a summary after the last."""
 
-from __future__ import annotations
-
 import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence

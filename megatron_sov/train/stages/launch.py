@@ -1,7 +1,5 @@
 """Running a training stage: checks of folder, data and start, then the ranks."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """Training on one rank: the lock on the run folder, the start, the training loop, and the completion."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

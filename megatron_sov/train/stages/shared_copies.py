@@ -6,8 +6,6 @@ Runs never delete a shared checkpoint, because adapters need their base model fo
     RUNS/.from-hf/seen/NAME-KEY/STAMP     a Hugging Face folder with file sizes and times STAMP had digest KEY
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Inputs and state of a training stage, shared by its launcher and its ranks."""
 
-from __future__ import annotations
-
 import mmap
 import os
 from collections.abc import Callable

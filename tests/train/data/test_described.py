@@ -5,9 +5,8 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.base.documents.shard_files import CONTENT_VERSION, check_token_manifest
+from megatron_sov.base.documents.shard_files import CONTENT_VERSION, build_source_record, check_token_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.train.data.token_manifest import build_source_record
 
 EMPTY = {"content_version": CONTENT_VERSION}
 WHOLE: dict[str, Any] = EMPTY | {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [

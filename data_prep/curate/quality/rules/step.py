@@ -1,7 +1,5 @@
 """Step `rules`: drop documents that break rules from Gopher, C4 or FineWeb, and remove bad lines."""
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from collections.abc import Mapping, Sequence

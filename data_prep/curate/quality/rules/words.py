@@ -6,8 +6,6 @@ tuned on morphemes, a character (with its marks) counts as a fraction of a word:
 a word n-gram becomes a proportionally longer character n-gram.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from functools import cached_property, lru_cache

@@ -1,7 +1,5 @@
 """Runs `megatron-sov ssp fuse`."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from megatron_sov import convert

@@ -1,8 +1,6 @@
 """Runs `megatron-sov rl knowledge`: writes text for InK-GRPO (arXiv 2601.18129) as chats with one assistant
 turn, the input of `sov-data pack --format chat`."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping

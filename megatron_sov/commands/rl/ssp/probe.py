@@ -1,7 +1,5 @@
 """Options and checks for `megatron-sov ssp probe`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

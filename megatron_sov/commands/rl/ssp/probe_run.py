@@ -4,8 +4,6 @@ Each checkpoint has a process of its own, so its weights are loaded once, and ot
 commands that --dry-run prints.
 """
 
-from __future__ import annotations
-
 import shlex
 import sys
 from dataclasses import fields

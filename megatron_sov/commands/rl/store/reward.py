@@ -1,7 +1,5 @@
 """Options for `megatron-sov rl reward`."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs `megatron-sov rl reward`."""
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Options for `megatron-sov rl store show | gc STORE`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated

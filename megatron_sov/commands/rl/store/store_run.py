@@ -1,7 +1,5 @@
 """Runs `megatron-sov rl store show | gc`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """Options and checks for `megatron-sov tools list | run ENV TARGET`."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Runs `megatron-sov tools run`."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict

@@ -1,7 +1,5 @@
 """Completes stage settings from data and model. Imports numpy, but not torch."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Collection, Sequence

@@ -3,8 +3,6 @@
 The optional part `bench` is imported only if the settings name a benchmark.
 """
 
-from __future__ import annotations
-
 from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import add_options, read_options

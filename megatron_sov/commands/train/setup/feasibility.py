@@ -1,7 +1,5 @@
 """Checks data, memory and hours of a run before torch is imported."""
 
-from __future__ import annotations
-
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence

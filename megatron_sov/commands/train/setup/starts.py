@@ -1,8 +1,6 @@
 """The model in --from: its folder, architecture and default settings. Imports neither torch nor numpy until
 it reads the headers of a Hugging Face folder."""
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import shlex

@@ -1,7 +1,5 @@
 """Checks a training command's arguments and resolves its settings, before torch is imported."""
 
-from __future__ import annotations
-
 import dataclasses
 import shlex
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Decoding process: reads requests from a socket and replies with arrays."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

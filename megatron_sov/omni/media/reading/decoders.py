@@ -1,7 +1,5 @@
 """Decode pictures, sounds and videos into arrays, within `MediaLimits`. Runs in the decoding process."""
 
-from __future__ import annotations
-
 import math
 import os
 import struct

@@ -1,7 +1,5 @@
 """Limits and settings for decoding media. Importing this module loads no decoder."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

@@ -6,8 +6,6 @@ inside a turn. The `outcome` of an unfinished row contains the turns and the sta
 next attempt.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """Rollouts that a run generates with the live weights, and judges."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Single-turn responses: prompts become rows with exactly the tokens that the engine generated."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Start engine servers for a run, and send them the trainer's weights before each round."""
 
-from __future__ import annotations
-
 import threading
 import time
 from collections.abc import Sequence

@@ -1,30 +1,23 @@
 """Rollout writers with a common protocol, `RolloutWriter`: `RowWriter` runs batches on the live model,
 `RequestWriter` (requests.py) sends requests to engine servers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
-from megatron_sov import convert
-from megatron_sov.checkpoint import load
 from megatron_sov.engine.parallel.world import run_on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
-from megatron_sov.infer.engine import Engine, run_with_engine
-from megatron_sov.infer.engines.server_engine import ServerLocations
-from megatron_sov.infer.engines.target import Target
+from megatron_sov.infer.engine import Engine
 from megatron_sov.infer.request import Batching
 from megatron_sov.model.config import RolloutConfig
-from megatron_sov.post.rl.generate.pieces import FurtherPieces, PendingPieces, PieceQueue, SampleAttempt
+from megatron_sov.post.rl.generate.pieces import PendingPieces, PieceQueue, SampleAttempt
 from megatron_sov.post.rl.generate.responses import compute_sampling_digest
-from megatron_sov.post.rl.publish.publisher import read_further_pieces
+from megatron_sov.post.rl.publish.publisher import is_published, read_further_pieces
 from megatron_sov.rollouts.prompts import PromptList, UnusedRows
 from megatron_sov.rollouts.rows import Rollout
 from megatron_sov.rollouts.store import StoreSettings
-from megatron_sov.runs.checkpoints import read_adapter_base
 from megatron_sov.runs.folder import ROUNDS
 from megatron_sov.runs.launch_environment import is_first_rank
 from megatron_sov.runs.rounds import Policy, can_generate_round
@@ -97,25 +90,29 @@ class GenerationSettings:
     provenance: Mapping[str, Any]
     max_gen_batches: int = 1
     """`policy.max_gen_batches`: above 1, rounds may need further prompts."""
+    wait_s: float | None = None
+    """Longest wait for policies and claims of other jobs; None: this job publishes the rounds itself, and
+    waits only for claims, until they expire."""
 
     def build_queue(self, rounds: range, find_policy: Callable[[int], Policy | None],
-                    asked_to_stop: Callable[[], bool]) -> PieceQueue:
-        store = self.store.open()
-        further: FurtherPieces | None = None
-        if self.max_gen_batches > 1:
-            further = self._find_further
+                    asked_to_stop: Callable[[], bool] = lambda: False) -> PieceQueue:
+        store, lease_s = self.store.open(), self.rollout.lease_s
         pending = PendingPieces(
-            store=store, claims=Claims(store.claims, self.rollout.lease_s), prompts=self.prompts,
-            rollout=self.rollout, rounds=rounds, find_policy=find_policy, further=further,
+            store=store, claims=Claims(store.claims, lease_s), prompts=self.prompts, rollout=self.rollout,
+            rounds=rounds, find_policy=find_policy,
+            further=self._find_further if self.max_gen_batches > 1 else None,
+            # Row keys contain the digest: rows from different sampling settings do not count as written.
             sampling_digest=lambda number: compute_sampling_digest(self.rollout, number,
                                                                    self.source.chosen_by))
-        # Wait for pieces of another job until the claim of the job expires.
-        return PieceQueue(pending=pending, store=store, wait_s=2 * self.rollout.lease_s,
-                          provenance=self.provenance, asked_to_stop=asked_to_stop)
+        return PieceQueue(pending=pending, store=store, provenance=self.provenance,
+                          wait_s=2 * lease_s if self.wait_s is None else self.wait_s,
+                          asked_to_stop=asked_to_stop)
 
     def _find_further(self, number: int) -> tuple[int, bool]:
-        # True: the count is final for now, because the publisher requests more prompts only after judging.
-        return read_further_pieces(self.run / ROUNDS, number), True
+        """Return how many further pieces the publisher requests, and whether the count is final."""
+        # The publisher of this job requests pieces only after judging; another job's, until it publishes.
+        is_final = self.wait_s is None or is_published(self.run / ROUNDS, number)
+        return read_further_pieces(self.run / ROUNDS, number), is_final
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,57 +178,3 @@ def write_batches(engine: Engine, source: RolloutSource, queue: PieceQueue, *, l
             after_batch()
     summary: dict[str, Any] = run_on_first(lambda: queue.summary)
     return summary
-
-
-@dataclass(frozen=True, kw_only=True)
-class EngineSettings:
-    """An engine and the sequence limits."""
-
-    name: str
-    longest: int
-    """Tokens in the longest sequence, prompt and response."""
-    batching: Batching
-    settings: Sequence[str]
-    """`key=value` changes to layout and precision (megatron), or to servers."""
-    nproc: int | None = None
-    option: str = "--set"
-    """Option with `settings`, for messages."""
-    with_routes: bool = False
-    """Whether the engine returns expert routes."""
-    places: ServerLocations | None = None
-
-
-def run_policies(engine: EngineSettings, start: Target, work: Callable[[Engine, LoadPolicy], Any]) -> Any:
-    """Load the initial policy into an engine and call `work` with it.
-
-    Args:
-        engine: the engine.
-        start: the initial policy of the run.
-        work: called on every process with the engine and a function that loads later policies; returns plain
-            JSON values.
-
-    Returns:
-        The result of `work`; None on processes of a torchrun or Slurm job other than the first.
-
-    Raises:
-        UserError: the engine is not installed, or cannot load the model.
-        SystemExit: a process failed and has printed the cause.
-    """
-    return run_with_engine(engine.name, start, lambda loaded: work(loaded, partial(_load_policy, loaded)),
-                           longest=engine.longest, batching=engine.batching, settings=engine.settings,
-                           nproc=engine.nproc, option=engine.option, with_routes=engine.with_routes,
-                           places=engine.places)
-
-
-def _load_policy(engine: Engine, policy: Policy) -> None:
-    """Load a checkpoint into an engine; processes of a Megatron model read local shards."""
-    model = engine.forward_model.model if isinstance(engine, MegatronEngine) else None
-    # Stream weights to a server engine, and the merged weights of an adapter to a model without adapter.
-    if model is None or (read_adapter_base(policy.path) is not None and not model.lora.on):
-        weights = convert.open_weights(policy.path)
-        engine.update(((name, weights.read(name)) for link in weights.links for name in link.hf_names),
-                      policy.step)
-        return
-    load.check_weights(policy.path)
-    load.load_model(policy.path, model)
-    engine.update(None, policy.step)

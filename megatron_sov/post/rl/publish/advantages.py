@@ -3,8 +3,6 @@
 Arrays have shape [n], n responses to a prompt, and dtype float64. `lengths`: generated tokens.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ writes a part (a table) to the store; a later attempt continues the unfinished r
 before it. The responses to a prompt are a group.
 """
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

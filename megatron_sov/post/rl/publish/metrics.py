@@ -1,7 +1,5 @@
 """Figures of a round: means over responses, headline meters, and a warning if few groups learn."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -23,7 +23,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, ArtifactWriter, create_artifact, manifest_sha256, read_manifest, translate_disk_errors)
 from megatron_sov.base.documents import ROLLOUTS
 from megatron_sov.base.documents.groups import choose_pair, should_train
-from megatron_sov.base.documents.shard_files import CONTENT_VERSION, ROUTES, RouteShape
+from megatron_sov.base.documents.shard_files import CONTENT_VERSION, ROUTES, RouteShape, build_source_record
 from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
 from megatron_sov.base.settings import iter_leaves
@@ -48,7 +48,6 @@ from megatron_sov.train.data.requirements import build_replay_shape
 from megatron_sov.train.data.rounds import (
     ADVANTAGE, DOCUMENT_DOMAINS, GROUP_SHARE, ROUNDS_SOURCE, round_folder)
 from megatron_sov.train.data.token_bytes import count_token_bytes
-from megatron_sov.train.data.token_manifest import build_source_record
 
 NO_PAIR = "no_pair"
 """Why a group does not learn: no finished response is better than the worst response."""

@@ -5,8 +5,6 @@ Columns with a number per response are stored once per document (`PER_DOCUMENT`)
 bit per token (`WRITTEN`).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +14,12 @@ import pyarrow as pa
 
 from megatron_sov.base.artifacts import FileRecord, fsync_path, translate_disk_errors
 from megatron_sov.base.documents.shard_files import (
-    PER_DOCUMENT, ROUTES, WRITTEN, IndexedWriter, RouteShape, pack_flags)
+    COUNTS, PER_DOCUMENT, ROUTES, WRITTEN, IndexedWriter, RouteShape, pack_flags)
 from megatron_sov.base.errors import UserError
 from megatron_sov.rollouts.rows import NOT_WRITTEN
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.rollouts.tables import RULES, are_rows_sound, read_keys, read_routes
 from megatron_sov.train.data.rounds import ADVANTAGE, BEHAVIOUR, ROUNDS_SOURCE
-from megatron_sov.train.data.token_manifest import COUNTS
 
 SHARD_TOKENS = 1 << 22
 """Response tokens per shard, rounded up to complete pieces."""
