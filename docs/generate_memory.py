@@ -46,7 +46,8 @@ per micro-batch, and recomputes every layer.
 | layer inputs | the input of every layer and micro-batch in flight |
 | one layer, head | one layer's activations with gradients; one chunk's logits with gradients. The \
 larger item counts |
-| imbalance | estimate: the fullest expert-parallel rank has `gpu.expert_imbalance` = 2 times the mean tokens |
+| imbalance | estimate: the fullest expert-parallel rank has `gpu.expert_imbalance` = 2 times the mean \
+tokens |
 | NCCL, gaps | estimates: each communicator's buffers, the allocator's gaps \
 (`megatron_sov/plan/footprint/memory.py`) |
 
@@ -78,18 +79,18 @@ LOADS = (1.0, 1.2, 1.5, 2.0, 3.0)
 NUM_RANKS = (480, 512, 64)
 """Numbers of processes of the third table; a layout has the first that is valid."""
 TABLE_HEAD = f"""\
-| recipe | GPU | GPUs | layout | usable | {" | ".join(f"{load:g}x" for load in LOADS)} | fits up to | spill, 2x | \
-spill, 3x |
+| recipe | GPU | GPUs | layout | usable | {" | ".join(f"{load:g}x" for load in LOADS)} | fits up to \
+| spill, 2x | spill, 3x |
 |---|---|---|---|---|{"---|" * len(LOADS)}---|---|---|
 """
 ROOM = f"""
 ## Experts with more tokens than the mean
 
-Untrained routers and a new data mix send some experts 1.5 to 3 times the mean tokens. `plan`, `submit` and a run's
-start print the largest load that fits, and refuse layouts below `gpu.expert_imbalance` (2). With
+Untrained routers and a new data mix send some experts 1.5 to 3 times the mean tokens. `plan`, `submit` and a
+run's start print the largest load that fits, and refuse layouts below `gpu.expert_imbalance` (2). With
 `gpu.expert_spill=1.2`, activations of overloaded layers wait in host memory, and the run slows down instead of
-running out of memory; recommended layouts get this setting if they need it. A run writes an `alarm` event if the
-busiest process exceeds `gpu.expert_imbalance` ([guards.md](guards.md)).
+running out of memory; recommended layouts get this setting if they need it. A run writes an `alarm` event if
+the busiest process exceeds `gpu.expert_imbalance` ([guards.md](guards.md)).
 
 GiB of the fullest process of the first recommended layout, and the largest load that fits. 95 % of the GPU's
 memory are usable. The last two columns have `gpu.expert_spill=1.2`.
@@ -123,8 +124,8 @@ def format_room(config: RunConfig, gpu: str) -> str:
     sizes.append({math.inf: "any", 0.0: "none"}.get(limit, f"{limit:.2f}"))
     sizes += [f"{find_load_bytes(spilled, num_ranks, load) / GIB:.0f}" for load in LOADS[-2:]]
     text = format_layout_choice(get_current_choice(config))
-    return (f"| `{config.recipe}` | {gpu} | {num_ranks} | {text} | {get_usable_bytes(CHIPS[gpu]) / GIB:.0f} | "
-            + " | ".join(sizes) + " |\n")
+    usable = f"{get_usable_bytes(CHIPS[gpu]) / GIB:.0f}"
+    return f"| `{config.recipe}` | {gpu} | {num_ranks} | {text} | {usable} | {' | '.join(sizes)} |\n"
 
 
 def find_load_bytes(config: RunConfig, num_ranks: int, load: float) -> int:

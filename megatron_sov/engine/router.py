@@ -258,9 +258,9 @@ class RoutingStep:
 class ExpertSpill:
     """Moves saved activations of overloaded routed experts to host memory until the backward pass.
 
-    An expert layer's pass keeps its activations on the device while all pending passes of this process hold at
-    most `limit` times the mean tokens per expert-parallel process there. Results keep their bits. The paged
-    stash of Megatron-Core 0.19.2 (`moe_paged_stash`) has the same purpose, but needs
+    An expert layer's pass keeps its activations on the device while all pending passes of this process hold
+    at most `limit` times the mean tokens per expert-parallel process there. Results keep their bits. The
+    paged stash of Megatron-Core 0.19.2 (`moe_paged_stash`) has the same purpose, but needs
     `moe_expert_rank_capacity_factor`: HybridEP with fused experts, which drops tokens above the capacity, or
     NCCL EP, which fails above it.
     """
@@ -280,7 +280,8 @@ class ExpertSpill:
         """Wrap the routed experts' forward pass of a Megatron-Core `MoELayer`."""
         experts, config, compute = layer.experts, layer.config, layer.experts.forward
         copies = config.moe_router_topk * config.expert_tensor_parallel_size
-        weight_shapes = {shape for weight in experts.parameters() for shape in (weight.shape, weight.shape[::-1])}
+        weight_shapes = {shape for weight in experts.parameters()
+                         for shape in (weight.shape, weight.shape[::-1])}
 
         def compute_experts(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             """[routed tokens, hidden] -> ([routed tokens, hidden], bias)."""
@@ -304,8 +305,8 @@ class ExpertSpill:
 
 
 def _store_on_host(weight_shapes: set[torch.Size]) -> Any:
-    """Return a context in which autograd saves tensors in pinned host memory, except weights and tensors with a
-    shape in `weight_shapes` (quantized weights)."""
+    """Return a context in which autograd saves tensors in pinned host memory, except weights and tensors with
+    a shape in `weight_shapes` (quantized weights)."""
     def copy_to_host(tensor: torch.Tensor) -> tuple[torch.device | None, torch.Tensor]:
         if isinstance(tensor, torch.nn.Parameter) or tensor.shape in weight_shapes or hasattr(
                 tensor, "_quantizer"):

@@ -46,5 +46,5 @@ class MemoryEstimate:
     fullest: int
     """Peak of the pipeline stage that needs most: every GPU must have as much free memory."""
     imbalance_limit: float = 0.0
-    """Largest load of the busiest expert-parallel process, relative to the mean, that fits the GPU; 0: unknown
-    GPU or no expert parallelism."""
+    """Largest load of the busiest expert-parallel process, relative to the mean, that fits the GPU; 0:
+    unknown GPU or no expert parallelism."""

@@ -76,7 +76,8 @@ def test_a_process_whose_experts_get_no_token_gives_zeros(te_ranks: Any, job: An
 
 
 @pytest.mark.distributed
-def test_overloaded_experts_spill_to_the_host_with_equal_losses(te_ranks: Any, job: Any, packed_data: Any) -> None:
+def test_overloaded_experts_spill_to_the_host_with_equal_losses(te_ranks: Any, job: Any,
+                                                                packed_data: Any) -> None:
     """A router that sends all tokens to one process, under overlapped passes and recomputed activations."""
     settings = ["parallel.ep=2", "model.num_layers=2", "model.num_experts=4", "train.precision=bf16",
                 "model.router_bias_update_rate=0", "parallel.zero1=true", "train.recompute=selective",

@@ -284,8 +284,8 @@ class GpuConfig:
             (not self.expert_spill or self.expert_spill >= 1, "expert_spill",
              "must be 0, or at least 1: with an even load every layer would wait in host memory", "set 1.2"),
             (not (self.expert_spill and {"expert_fc1", "moe_act"} & {*self.offload_modules}), "expert_spill",
-             "cannot be used with expert_fc1 or moe_act in gpu.offload_modules, which move the same activations",
-             "leave one of them out"),
+             "cannot be used with expert_fc1 or moe_act in gpu.offload_modules, which move the same "
+             "activations", "leave one of them out"),
             (self.shared_expert_overlap == "off" or (has_experts and model.num_shared_experts > 0),
              "shared_expert_overlap", "needs a model with shared experts", "leave it out"),
             (self.shared_expert_overlap == "off" or dispatcher == "alltoall", "shared_expert_overlap",

@@ -34,9 +34,9 @@ TEACHERS = {"typhoon-s-8b-opd": "qwen3-30b-a3b-2507"}
 """Recipe -> its teacher's recipe (arXiv 2601.18129)."""
 USABLE_HOST_SHARE = 0.9
 """Maximum pinned share of host memory; processes, data and the system need the rest. Assumed."""
-SPILL_LIMIT = 1.2
-"""Proposed `gpu.expert_spill`: with bias-balanced routers few layers exceed it after some hundred steps.
-Assumed."""
+SPILL_LIMITS = (1.2, 1.1)
+"""Proposed `gpu.expert_spill`, the best first: with bias-balanced routers, few processes exceed 1.2 over
+their layers after some hundred steps. Assumed."""
 IMBALANCE_STEP = 0.05
 """Resolution of `find_imbalance_limit`."""
 DRIVER_FILE = "/dev/nvidiactl"
@@ -124,10 +124,13 @@ def format_imbalance_limit(config: RunConfig, limit: float) -> str:
 
 def spill_experts(config: RunConfig, num_ranks: int, gpu: Gpu) -> str:
     """Return the `gpu.expert_spill` setting with which a run fits GPU memory, or ""."""
-    changed = _set_gpu(config, expert_spill=SPILL_LIMIT)
-    if config.gpu.expert_spill or config.parallel.ep == 1 or changed.problems(num_ranks):
+    if config.gpu.expert_spill or config.parallel.ep == 1:
         return ""
-    return f"gpu.expert_spill={SPILL_LIMIT}" if fits_gpu(changed, num_ranks, gpu) else ""
+    for limit in SPILL_LIMITS:
+        changed = _set_gpu(config, expert_spill=limit)
+        if not changed.problems(num_ranks) and fits_gpu(changed, num_ranks, gpu):
+            return f"gpu.expert_spill={limit}"
+    return ""
 
 
 def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:

@@ -276,5 +276,5 @@ class RoutingMonitor:
                 first, last = layers[rows[0]] + 1, layers[rows[-1]] + 1
                 yield ("expert memory", first), (
                     f"layers {first} to {last}: the busiest expert process gets {load:.2f} times the mean "
-                    f"tokens, and gpu.expert_imbalance = {self._config.gpu.expert_imbalance:g}: GPU memory may "
-                    "not suffice; set gpu.expert_spill=1.2")
+                    f"tokens, and gpu.expert_imbalance = {self._config.gpu.expert_imbalance:g}: GPU memory "
+                    "may not suffice; set gpu.expert_spill=1.2")

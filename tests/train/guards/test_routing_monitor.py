@@ -36,7 +36,8 @@ def list_alarms(tmp_path: Path,
     """
     log = EventLog(tmp_path / "events.jsonl")
     monitor = RoutingMonitor(apply_settings(recipes.get("tiny-solar-open"), [
-        "guards.routing_every_steps=10", "guards.min_load_entropy=0.3", "guards.dead_after_records=2", *settings]))
+        "guards.routing_every_steps=10", "guards.min_load_entropy=0.3", "guards.dead_after_records=2",
+        *settings]))
     for step, (load, biases) in zip(range(10, 10 * len(records) + 10, 10), records, strict=True):
         assert monitor.is_due(step) and not monitor.is_due(step + 1)
         monitor.record_load(step, torch.tensor(load, dtype=torch.float64),
@@ -70,7 +71,8 @@ def test_a_stage_whose_busiest_process_exceeds_its_memory_alarms(tmp_path: Path)
     settings = ("model.num_layers=4", "parallel.pp=2", "parallel.ep=2", "gpu.expert_imbalance=1.6")
     (alarm,) = list_alarms(tmp_path, [(loads, [EQUAL_BIASES] * 5)], *settings)
     # 14 of 16 tokens in each layer of the second stage, 15 and 3 in the first
-    assert alarm[:3] == (10, "expert memory", 3) and "layers 3 to 4: the busiest expert process gets 1.75" in alarm[3]
+    assert alarm[:3] == (10, "expert memory", 3)
+    assert "layers 3 to 4: the busiest expert process gets 1.75" in alarm[3]
 
 
 def test_a_dense_model_has_no_records(tmp_path: Path) -> None:

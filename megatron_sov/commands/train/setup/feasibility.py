@@ -47,8 +47,9 @@ def refuse_unfit(request: RecipeRequest, config: RunConfig, stage: Stage | None,
 def refuse_even_routing(config: RunConfig) -> None:
     """Refuse training with a benchmark's routes. Raises `UserError`."""
     if config.gpu.force_even_routing == "on":
-        raise UserError("gpu.force_even_routing = on: experts get random tokens, so the model learns no routes; "
-                        "leave it out of training", Fix(left_out=("--set gpu.force_even_routing=on",)))
+        raise UserError("gpu.force_even_routing = on: experts get random tokens, so the model learns no "
+                        "routes; leave it out of training",
+                        Fix(left_out=("--set gpu.force_even_routing=on",)))
 
 
 def refuse_recipe_rate(request: RecipeRequest, config: RunConfig, stage: BuiltIn) -> None:

@@ -183,8 +183,9 @@ def test_memory_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, setti
 
 def test_training_refuses_the_even_routing_of_benchmarks() -> None:
     config = apply_settings(recipes.get("tiny-solar-open"), ["gpu.force_even_routing=on"])
-    with pytest.raises(UserError, match="^gpu.force_even_routing = on: experts get random tokens"):
-        refuse_unfit(RecipeRequest(config, (), from_file=False), config, None, None, is_initial=True, dry_run=True)
+    request = RecipeRequest(config, (), from_file=False)
+    with pytest.raises(UserError, match=r"^gpu\.force_even_routing = on: experts get random tokens"):
+        refuse_unfit(request, config, None, None, is_initial=True, dry_run=True)
 
 
 @pytest.mark.each(("settings", "num_prompts", "is_refused"), [
