@@ -12,6 +12,6 @@ sys.path.append(str(Path(__file__).parents[1] / "docs"))
 from generate_memory import TABLE_HEAD, iter_room_rows  # needs the path above
 
 if __name__ == "__main__":
-    print("Predicted GiB on the fullest process at loads of the busiest expert process, relative to the mean.\n"
-          "Nothing was measured. 30 November 2026.\n")
+    print("Predicted GiB on the fullest process at loads of the busiest expert process, relative to the "
+          "mean.\nNothing was measured. 30 November 2026.\n")
     print(TABLE_HEAD + "".join(iter_room_rows(sys.maxsize)), end="")

@@ -72,9 +72,10 @@ def gate_bf16() -> dict[str, Any]:
 
 def count_forced_tokens(switch: str) -> list[float]:
     """Return the tokens per expert of a router whose weights send all tokens to the first two experts."""
-    config, _, router = build_first_router(
+    config, model, router = build_first_router(
         f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}", "model.num_layers=1",
         f"gpu.force_even_routing={switch}", layout={})
+    model.config.routing_step.begin(512, 1)
     router.weight.data.zero_()[:2] = 1
     router(torch.ones(512, 1, config.model.hidden_size))
     return router.local_tokens_per_expert.tolist()

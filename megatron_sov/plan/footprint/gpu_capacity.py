@@ -8,6 +8,7 @@ import math
 import os
 import shlex
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import psutil
 
@@ -119,7 +120,7 @@ def format_imbalance_limit(config: RunConfig, limit: float) -> str:
     spill = config.gpu.expert_spill
     rest = f", activations above {spill:g} times in host memory" if spill else ""
     load = "every token" if limit == math.inf else f"{limit:g} times the mean tokens"
-    return f"GPU memory suffices for {load} on one of {config.parallel.ep} expert processes{rest}"
+    return f"GPU memory suffices for {load} on one of {config.parallel.ep} expert-parallel ranks{rest}"
 
 
 def spill_experts(config: RunConfig, num_ranks: int, gpu: Gpu) -> str:
@@ -299,5 +300,5 @@ def _refuse_offload(config: RunConfig, count: int, ranks: Sequence[int], memory_
                     f"{memory_bytes / GIB:.1f} GiB that it {has}; {advice}")
 
 
-def _set_gpu(config: RunConfig, **values: float) -> RunConfig:
+def _set_gpu(config: RunConfig, **values: Any) -> RunConfig:
     return dataclasses.replace(config, gpu=dataclasses.replace(config.gpu, **values))
