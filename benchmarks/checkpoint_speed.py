@@ -2,11 +2,11 @@
 
     python benchmarks/checkpoint_speed.py [--megabytes 400] [--rounds 5] [--nproc 1]
 
-Saves the weights and moments of a model of about the given size, in float32, and loads them again.  Beside
-it the files of the same checkpoint are copied in several ways: `cp`; `cp` and a sync of each; both and the
-BLAKE3 of each, which is what a save does, or a SHA-256 by `openssl`, which it once did.  Every round measures
-everything, one after the other, so that what else the machine does falls on all alike; ratios are of the
-medians.  Loading is from the page cache, as is what `cp` reads.
+Saves the float32 weights and moments of a model of about the given size, and loads them again. For comparison
+the files of the checkpoint are copied in several ways: `cp`; `cp` and fsync; `cp`, fsync and BLAKE3, as a
+save does; `cp`, fsync and SHA-256 by `openssl`. Every round measures all of them one after another, so that
+other load on the machine affects all alike. Ratios are of the medians. Loading and `cp` read from the page
+cache.
 """
 
 import argparse
@@ -33,15 +33,15 @@ from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import count_params
 
 BYTES_PER_PARAMETER = 12
-"""Weight and two moments in float32."""
+"""Bytes of a float32 weight and its two moments."""
 COPIES = ("cp", "cp + fsync", "cp + fsync + blake3", "cp + fsync + openssl")
 SAVE, STALL = "save, waiting (async_save=false)", "stall of the same save (async_save=true)"
 CHECK, LOAD = "check: hash every file", "load weights and moments"
 MEASURES = (*COPIES, SAVE, STALL, CHECK, LOAD)
 
 
-def config_of(num_bytes: float) -> RunConfig:
-    """Return a mixture of experts whose checkpoint has about this size."""
+def build_config(num_bytes: float) -> RunConfig:
+    """Return a mixture of experts whose checkpoint has at least about `num_bytes`."""
     config = apply_settings(recipes.get("tiny-solar-open"), [
         "train.precision=fp32", "model.vocab_size=8192", "model.hidden_size=256", "model.num_layers=4"])
     width = 64
@@ -52,7 +52,7 @@ def config_of(num_bytes: float) -> RunConfig:
 
 
 def copy(source: Path, target: Path, name: str) -> None:
-    """Copy a folder by `cp`; where the way's name says so, then sync and hash every file."""
+    """Copy a folder by `cp`, then sync and hash every file if `name` (of `COPIES`) contains these steps."""
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     files = [p for p in target.rglob("*") if p.is_file()]
     for file in files if "fsync" in name else ():
@@ -67,14 +67,14 @@ def copy(source: Path, target: Path, name: str) -> None:
 
 
 def cpu_s() -> float:
-    """Return the processor time of this process and of the commands that it has run."""
+    """Return the processor seconds of this process and of its ended child processes."""
     times = os.times()
     return times.user + times.system + times.children_user + times.children_system
 
 
 def measure(folder: Path, config: RunConfig, rounds: int) -> int:
-    """Run on every rank; rank 0 writes the wall and CPU seconds of each measure and the bytes
-    of the checkpoint."""
+    """Run every measure on every rank; rank 0 writes wall and CPU seconds and the checkpoint's bytes to
+    FOLDER/seconds.json."""
     import torch
     import torch.distributed as dist
 
@@ -90,11 +90,12 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
         with torch.no_grad():
             block.data.normal_()
     saved = list[SavedCheckpoint]()
-    saver, waiting = CheckpointSaver(saved.append), CheckpointSaver(saved.append)  # a run has one of them
+    # a run uses one saver, in the background or waiting
+    saver, waiting = CheckpointSaver(saved.append), CheckpointSaver(saved.append)
     companions = CheckpointMetadata({"step": 1, "tokens": 1, "num_updates": 1}, {}, None)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in MEASURES}
 
-    def timed(name: str, action: Callable[[], object]) -> None:
+    def time_action(name: str, action: Callable[[], object]) -> None:
         dist.barrier()
         os.sync()
         start_s, start_cpu_s = time.monotonic(), cpu_s()
@@ -108,20 +109,20 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
         waiting.begin(folder / name, model, optimizer, companions, wait=True)
         waiting.finish()
 
-    begin("step-0")  # takes the memory, which later ones have
+    begin("step-0")  # allocates host memory, which later saves reuse
     saver.finish()
     path = folder / "step-0"
     num_bytes = sum(r.size_bytes for r in read_manifest(path).files.values())
     for _ in range(rounds):
         for name in COPIES:
-            timed(name, partial(copy, path, folder / "copy", name) if place.is_main else lambda: None)
+            time_action(name, partial(copy, path, folder / "copy", name) if place.is_main else lambda: None)
             if place.is_main:
                 shutil.rmtree(folder / "copy")
-        timed(SAVE, lambda: save_waiting("step-1"))
-        timed(STALL, lambda: begin("step-2"))
+        time_action(SAVE, lambda: save_waiting("step-1"))
+        time_action(STALL, lambda: begin("step-2"))
         saver.finish()
-        timed(CHECK, lambda: load.find_damage(path))
-        timed(LOAD, lambda: (load.load_model(path, model), load.load_optimizer(path, optimizer, 1)))
+        time_action(CHECK, lambda: load.find_damage(path))
+        time_action(LOAD, lambda: (load.load_model(path, model), load.load_optimizer(path, optimizer, 1)))
         for old in ("step-1", "step-2") if place.is_main else ():
             shutil.rmtree(folder / old)
     if place.is_main:
@@ -132,7 +133,7 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
 
 
 def main() -> int:
-    """Run everything."""
+    """Measure on `--nproc` ranks and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--megabytes", type=float, default=400,
                         help="size of the checkpoint (default %(default)s)")
@@ -140,7 +141,7 @@ def main() -> int:
                         help="how often each is measured (default %(default)s)")
     parser.add_argument("--nproc", type=int, default=1, help="processes (default %(default)s)")
     args = parser.parse_args()
-    config = config_of(args.megabytes * 1e6)
+    config = build_config(args.megabytes * 1e6)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         code = launcher.launch_ranks(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)
         if code:

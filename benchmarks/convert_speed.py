@@ -2,13 +2,12 @@
 
     python benchmarks/convert_speed.py [--gigabytes 4.5] [--workers 2] [--rounds 3] [--folder DIR]
 
-A Hugging Face folder of random bfloat16 weights is made (structure of Solar Open, small experts), then
-converted to a checkpoint and back.  Beside it the same source is copied: by `cp`; by `cp` and a sync of
-what it wrote; by both and a BLAKE3 of what it wrote, which is what conversion does to files, or a SHA-256 by
-`openssl` (the code that Python uses), which it once did.  `to_hf` also hashes its source against its
-manifest, and both directions check every value and rearrange them.  Every round runs everything,
-one after the other, and the best of each counts.  Conversion is the whole command with Python and torch,
-whose start stands in a line of its own.
+A Hugging Face folder of random bfloat16 weights (structure of Solar Open, small experts) is written, then
+converted to a checkpoint and back. For comparison the same source is copied: by `cp`; by `cp` and fsync; by
+`cp`, fsync and BLAKE3, as conversion does; by `cp`, fsync and SHA-256 with `openssl`. In addition, `to_hf`
+checks its source against the manifest, and both directions check and rearrange every value. Every round runs
+all commands one after another, and the best round of each counts. The time of a conversion includes the start
+of Python and torch, which is also printed alone.
 """
 
 import argparse
@@ -26,6 +25,7 @@ from megatron_sov.base.digests import BLAKE3, SHA256, Digest
 from megatron_sov.runs.launch_environment import read_processor_name
 
 HASH_BLOCKS = 128
+"""Blocks of 1 MiB that measure the speed of hashing."""
 HASH = """
 import sys
 from pathlib import Path
@@ -79,14 +79,13 @@ class Cost:
     """CPU time, wall time and memory of a command."""
 
     wall_s: float
-    """Time on the clock."""
     cpu_s: float
     """User and system time."""
     peak_bytes: int
-    """Largest resident set of its process."""
+    """Peak resident memory of the process."""
 
 
-def measured(command: list[str]) -> Cost:
+def run_measured(command: list[str]) -> Cost:
     """Run a command to its end and return its cost."""
     start_s = time.monotonic()
     process = subprocess.Popen(command)
@@ -98,7 +97,7 @@ def measured(command: list[str]) -> Cost:
 
 
 def hash_rate(algorithm: str) -> float:
-    """Return the GB that a core hashes per second of processor time."""
+    """Return the hashing speed of a core in GB per processor second."""
     block, digest = bytes(1 << 20), Digest(algorithm)
     start_s = time.process_time()
     for _ in range(HASH_BLOCKS):
@@ -108,21 +107,29 @@ def hash_rate(algorithm: str) -> float:
 
 COPIES = {"cp": 'cp -r "$1" "$2"',
           "cp + fsync": 'cp -r "$1" "$2" && sync $(find "$2" -type f)',
-          # -S: without the start of site-packages, which the other commands do not have
+          # -S skips site-packages, whose start the other copies do not pay
           "cp + fsync + blake3": 'cp -r "$1" "$2" && sync $(find "$2" -type f) && '
                                  f'{sys.executable} -S -c "$3" "$2" "$4"',
           "cp + fsync + openssl": 'cp -r "$1" "$2" && sync $(find "$2" -type f) && '
                                   'find "$2" -type f -exec openssl dgst -sha256 {} + > /dev/null'}
-"""Ways to copy a folder: name -> shell command."""
+"""Name -> shell command that copies folder $1 to $2."""
 
 
-def size_of(folder: Path) -> int:
-    """Return the bytes of a folder's files."""
+def count_bytes(folder: Path) -> int:
+    """Return the total bytes of the files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def compare(action: str, source: Path, out: Path, workers: int, rounds: int, idle: Cost) -> None:
-    """Print one table: the copies and the conversion of the same source."""
+    """Measure the conversion `action` of a source and all copies of it, and print a table.
+
+    Args:
+        action: "from_hf" or "to_hf", a function of `megatron_sov.convert`.
+        source, out: folders; the last round leaves its output in `out`.
+        workers: worker processes of the conversion.
+        rounds: measurements of each command.
+        idle: cost of starting Python and torch.
+    """
     paths = ":".join(path for path in sys.path if path)
     commands = {name: ["bash", "-c", text, "copy", str(source), str(out), HASH, paths]
                 for name, text in COPIES.items()}
@@ -132,9 +139,9 @@ def compare(action: str, source: Path, out: Path, workers: int, rounds: int, idl
         for name, command in commands.items():
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
-            costs[name].append(measured(command))
+            costs[name].append(run_measured(command))
     best = {name: min(found, key=lambda cost: cost.wall_s) for name, found in costs.items()}
-    ours, size_gb = best[action], size_of(source) / 1e9
+    ours, size_gb = best[action], count_bytes(source) / 1e9
     print(f"\n{action}, {size_gb:.2f} GB, {len(list(out.rglob('*.safetensors')))} file(s) written, "
           f"load {os.getloadavg()[0]:.1f} when it ended")
     print(f"{'':<24} {'wall, s':>8} {'CPU, s':>7} {'GB/s':>6} {action + ' is':>12} {'less start':>11}   "
@@ -147,7 +154,7 @@ def compare(action: str, source: Path, out: Path, workers: int, rounds: int, idl
 
 
 def main() -> None:
-    """Make the folder and compare both directions."""
+    """Write the Hugging Face folder and compare both directions."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=4.5,
                         help="bytes of the model (default: %(default)s)")
@@ -160,12 +167,12 @@ def main() -> None:
         hf, checkpoint, out = Path(work) / "hf", Path(work) / "checkpoint", Path(work) / "out"
         if shutil.disk_usage(work).free < 4e9 * args.gigabytes:
             raise SystemExit(f"{work}: needs {4 * args.gigabytes:.0f} GB of free space")
-        measured([sys.executable, "-c", MAKE, str(hf), str(args.gigabytes * 1e9)])
+        run_measured([sys.executable, "-c", MAKE, str(hf), str(args.gigabytes * 1e9)])
         print(f"{read_processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}; load "
               f"{os.getloadavg()[0]:.1f} when it began, {args.workers} workers, "
               f"best of {args.rounds} rounds; per core BLAKE3 takes {hash_rate(BLAKE3):.1f} GB/s, "
               f"SHA-256 {hash_rate(SHA256):.2f}")
-        idle = min((measured([sys.executable, "-c", IDLE]) for _ in range(args.rounds)),
+        idle = min((run_measured([sys.executable, "-c", IDLE]) for _ in range(args.rounds)),
                    key=lambda cost: cost.wall_s)
         print(f"start of Python and torch alone: {idle.wall_s:.2f} s, CPU {idle.cpu_s:.2f} s, "
               f"{idle.peak_bytes / 1e9:.2f} GB")

@@ -88,7 +88,7 @@ def generate_documents(count: int, chars: int, questions: list[str]) -> Iterator
     Args:
         count: number of documents.
         chars: minimal length of an English text.
-        questions: benchmark questions, with one of which a document may be contaminated.
+        questions: benchmark questions; contaminated documents contain one.
 
     A document's `planted` is "spoiled:", "contaminated:", "exact:ORIGINAL_ID", "near:ORIGINAL_ID" or "".
     """
@@ -120,7 +120,7 @@ def generate_documents(count: int, chars: int, questions: list[str]) -> Iterator
 
 
 def write_corpus(folder: Path, count: int, size_mb: float) -> float:
-    """Write the raw documents, the benchmark's questions and our pipeline; return the raw files' MB."""
+    """Write raw documents, benchmark questions and the pipeline of `sov-data run`; return MB of raw files."""
     draw = random.Random(1)
     questions = [" ".join(draw_sentence(draw, "en") for _ in range(3)) for _ in range(200)]
     chars = int(0.72 * size_mb * 1e6 / count)
@@ -251,7 +251,7 @@ def run_datatrove_stage(folder: Path, stage: str, workers: int) -> int:
 
 
 def start_stage(folder: Path, peer: str, stage: str, workers: int) -> subprocess.Popen[bytes]:
-    """Start our whole pipeline ("ours") or one of STEPS of datatrove's."""
+    """Start `sov-data run` (stage "ours") or one step of datatrove's pipeline (a stage of STEPS)."""
     words = [peer, __file__, "--folder", str(folder), "--peer-stage", stage]
     if stage == "ours":
         words = [sys.executable, "-m", "data_prep.cli", "run", f"{folder}/trial.yaml", "--output",

@@ -3,10 +3,10 @@ identical bytes.
 
     python benchmarks/data_pack.py [--megabytes 40] [--input PATH ...] [--datatrove-python PYTHON]
 
-Megatron-LM's way is that of its tools/preprocess_data.py: JSON line, `encode_batch` of Hugging Face
-`tokenizers`, `IndexedDatasetBuilder`.  datatrove (`MegatronDocumentTokenizer`) is run by another interpreter,
-since it is no dependency.  CPU seconds are those of all processes of a command, start-up included; they
-depend little on what else a machine does.
+The Megatron-LM script follows tools/preprocess_data.py: JSON lines, `encode_batch` of Hugging Face
+`tokenizers`, `IndexedDatasetBuilder`. datatrove (`MegatronDocumentTokenizer`) is not a dependency and runs in
+another interpreter. CPU seconds are summed over all processes of a command, with start-up; other load on the
+machine changes them little.
 """
 
 import argparse
@@ -89,14 +89,13 @@ class Cost:
     """CPU time, wall time and memory of a command."""
 
     cpu_s: float
-    """User and system time of all its processes."""
+    """User and system time of all processes."""
     wall_s: float
-    """Time on the clock."""
     peak_mib: float
-    """Memory of its largest process."""
+    """Peak resident memory of the largest process."""
 
 
-def measured(command: list[str], **environment: str) -> Cost:
+def run_measured(command: list[str], **environment: str) -> Cost:
     """Run a command to its end and return its cost."""
     start_s = time.monotonic()
     settings = os.environ | {"TOKENIZERS_PARALLELISM": "false"} | environment
@@ -111,9 +110,8 @@ def measured(command: list[str], **environment: str) -> Cost:
     return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - start_s, usage.ru_maxrss / 1024)
 
 
-def texts(inputs: list[Path], limit_bytes: int) -> Iterator[str]:
-    """Yield documents of the inputs, taken in turn so that each is there from the start,
-    up to a total of bytes."""
+def iter_texts(inputs: list[Path], limit_bytes: int) -> Iterator[str]:
+    """Yield documents until `limit_bytes` are reached, 20 from each input in turn."""
     reading = RecordReading()
     streams = [(item.text for unit in plan_units(list_files(path)) for span in unit
                 for item in read_span(span, reading) if isinstance(item, Document) and item.text)
@@ -130,44 +128,45 @@ def texts(inputs: list[Path], limit_bytes: int) -> Iterator[str]:
 
 
 def write_corpus(file: Path, inputs: list[Path], limit_bytes: int) -> int:
-    """Write JSONL; returns the bytes of its text."""
+    """Write documents of the inputs as JSONL; return the bytes of their text."""
     total_bytes = 0
     with open(file, "w", encoding="utf-8") as f:
-        for text in texts(inputs, limit_bytes):
+        for text in iter_texts(inputs, limit_bytes):
             f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
             total_bytes += len(text.encode())
     return total_bytes
 
 
 def pack_command(tokenizer: Path, corpus: Path, output: Path, workers: int) -> list[str]:
-    """Return the command that packs the corpus into one split."""
+    """Return the command that packs the corpus without a held-out split."""
     return [sys.executable, "-m", "data_prep.cli", "pack", "--tokenizer", str(tokenizer), "--input",
             f"all={corpus}", "--output", str(output), "--heldout", "0", "--workers", str(workers)]
 
 
-def hashes(prefix: Path) -> tuple[str, str]:
-    """Return the hashes of `.bin` and `.idx`."""
+def hash_shard(prefix: Path) -> tuple[str, str]:
+    """Return the SHA-256 of PREFIX.bin and PREFIX.idx."""
     return sha256_file(Path(f"{prefix}.bin")), sha256_file(Path(f"{prefix}.idx"))
 
 
 def compare(preset: str, corpus: Path, size_bytes: int, work: Path, datatrove_python: str | None) -> None:
-    """Print the table of one tokenizer."""
+    """Pack the corpus with all programs and one tokenizer, and print costs and whether the files are
+    equal."""
     tokenizer, megatron = work / preset, work / f"megatron-{preset}"
-    costs = {"Megatron-LM: encode_batch + IndexedDatasetBuilder": measured(
+    costs = {"Megatron-LM: encode_batch + IndexedDatasetBuilder": run_measured(
         [sys.executable, "-W", "ignore", "-c", MEGATRON, str(tokenizer), str(corpus), str(megatron)])}
-    results = {"megatron": hashes(megatron)}
+    results = {"megatron": hash_shard(megatron)}
     if datatrove_python:
         folder = work / f"datatrove-{preset}"
         folder.mkdir()
-        costs["datatrove: MegatronDocumentTokenizer"] = measured(
+        costs["datatrove: MegatronDocumentTokenizer"] = run_measured(
             [datatrove_python, "-c", DATATROVE, str(tokenizer), str(corpus), str(folder / "out")])
         [index] = folder.rglob("*.idx")
-        results["datatrove"] = hashes(index.with_suffix(""))
+        results["datatrove"] = hash_shard(index.with_suffix(""))
     for workers in (1, 2):
         output = work / f"ours-{preset}-{workers}"
-        costs[f"sov-data pack --workers {workers}"] = measured(
+        costs[f"sov-data pack --workers {workers}"] = run_measured(
             pack_command(tokenizer, corpus, output, workers))
-        results[f"ours-{workers}"] = hashes(output / "all/train-00000")
+        results[f"ours-{workers}"] = hash_shard(output / "all/train-00000")
     slowest = next(iter(costs.values())).cpu_s
     print(f"\n{preset}, {VOCAB_SIZE:,} ids ({read_manifest(output).settings['encoder']})")
     print(f"{'':<52} {'CPU s':>8} {'MB/CPU s':>9} {'times':>6} {'wall s':>7} {'peak MiB':>9}")
@@ -179,29 +178,29 @@ def compare(preset: str, corpus: Path, size_bytes: int, work: Path, datatrove_py
           flush=True)
 
 
-def threads_or_processes(corpus: Path, work: Path) -> None:
-    """Print the cost of the same files with two threads and with two processes."""
+def compare_threads_and_processes(corpus: Path, work: Path) -> None:
+    """Print the cost of encoding the corpus with two threads and with two processes."""
     script = work / "threads_or_processes.py"
     script.write_text(THREADS_OR_PROCESSES)
     print()
     for kind in ("threads", "processes"):
-        cost = measured([sys.executable, str(script), str(work / PRESETS[0]), str(corpus),
-                         str(work / f"units-{kind}"), kind], PYTHONPATH=str(Path(__file__).parents[1]))
+        cost = run_measured([sys.executable, str(script), str(work / PRESETS[0]), str(corpus),
+                             str(work / f"units-{kind}"), kind], PYTHONPATH=str(Path(__file__).parents[1]))
         print(f"two {kind}: {cost.cpu_s:.1f} CPU s, {cost.wall_s:.1f} s on the clock", flush=True)
 
 
 def complete_units(work: Path) -> int:
-    """Return how many units of the command that is killed are complete."""
+    """Return the number of units that the killed command has completed."""
     return sum(1 for p in work.glob(".killed.work/*/*/record.json") if ".tmp-" not in p.parent.name)
 
 
-def killed(corpus: Path, work: Path) -> None:
-    """Kill the command again and again, soon after each further unit; let it end;
-    compare with the undisturbed one."""
+def kill_and_resume(corpus: Path, work: Path) -> None:
+    """Kill `sov-data pack` NUM_KILLS times, each after one more complete unit, then let it finish, and
+    compare its files with those of an undisturbed run."""
     output, command = work / "killed", pack_command(work / PRESETS[0], corpus, work / "killed", 2)
     drawn = random.Random(0)
     expected = read_manifest(work / f"ours-{PRESETS[0]}-2").files
-    kept: list[int] = []
+    kept: list[int] = []  # complete units at each kill
     equal: list[bool] = []
     while len(kept) < NUM_KILLS or not output.exists():
         shutil.rmtree(output, ignore_errors=True)
@@ -221,7 +220,7 @@ def killed(corpus: Path, work: Path) -> None:
 
 
 def main() -> int:
-    """Run everything."""
+    """Run all measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--megabytes", type=float, default=40, help="text to pack (default %(default)s)")
     parser.add_argument("--input", action="append", type=Path,
@@ -239,11 +238,12 @@ def main() -> int:
         print(describe_machine())
         print(f"{size_bytes / 1e6:.1f} MB of text, load {os.getloadavg()[0]:.1f}", flush=True)
         for preset in PRESETS:
-            measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
-                      str(VOCAB_SIZE), "--input", str(work / "sample.jsonl"), "--output", str(work / preset)])
+            run_measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
+                          str(VOCAB_SIZE), "--input", str(work / "sample.jsonl"), "--output",
+                          str(work / preset)])
             compare(preset, corpus, size_bytes, work, args.datatrove_python)
-        threads_or_processes(corpus, work)
-        killed(corpus, work)
+        compare_threads_and_processes(corpus, work)
+        kill_and_resume(corpus, work)
     return 0
 
 

@@ -3,10 +3,10 @@ the shards.
 
     python benchmarks/dedup.py [--shards 4] [--documents 1000] [--others FOLDER]
 
-The truth is the Jaccard similarity of all pairs of planted documents, counted on sets of tuples of words; a
-pair is to be found from `THRESHOLD` on.  `--others` is a folder with datasketch and rensa (`pip install
---target FOLDER datasketch rensa`), which are no dependencies.  Memory is the peak of a process that does all
-tasks of all passes one after the other over documents that lie on the disk.
+The reference is the exact Jaccard similarity of the shingle sets of all pairs of planted documents; pairs
+with at least `THRESHOLD` must be found. `--others` is a folder with datasketch and rensa (`pip install
+--target FOLDER datasketch rensa`), which are not dependencies. Memory is the peak of a process that runs all
+tasks of all passes one after another over documents on disk.
 """
 
 from __future__ import annotations
@@ -33,41 +33,43 @@ from data_prep.curate.pipeline.step import Doc, ShardRef, Step
 
 THRESHOLD = 0.8
 WORDS = 5
+"""Words of a shingle."""
 SIMILARITIES = (0.95, 0.9, 0.85, 0.82, 0.78, 0.75, 0.7, 0.6, 0.5)
 Pairs = set[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class FolderView:
-    """A pipeline's view of JSONL files, one for each shard."""
+    """The view that a pipeline gives its steps, here of a folder with one JSONL file per shard."""
 
     folder: Path
     work_folder: Path
 
     @property
     def shards(self) -> list[ShardRef]:
-        """Return all shards."""
+        """All shards."""
         return [ShardRef("web", number) for number in range(len(list(self.folder.glob("*.jsonl"))))]
 
     def iter_documents(self, shard: ShardRef) -> Iterator[Doc]:
-        """Yield a shard's documents."""
+        """Yield the documents of a shard."""
         with open(self.folder / f"{shard.number}.jsonl") as f:
             for row, line in enumerate(f):
                 yield Doc(f"web:{shard.number}:{row:016x}", json.loads(line), "web", shard.number, row)
 
     def get_priority(self, source: str) -> int:
-        """Return the same for all."""
+        """Return the same priority for all sources."""
         return 0
 
 
-def text(draw: random.Random, count: int) -> list[str]:
-    """Return words as frequent as words are."""
+def draw_words(draw: random.Random, count: int) -> list[str]:
+    """Draw `count` words from a Pareto distribution, which resembles the frequencies of words in text."""
     return [f"w{int(draw.paretovariate(0.8)) % 50_000}" for _ in range(count)]
 
 
-def copy_of(words: list[str], similarity: float, draw: random.Random) -> list[str]:
-    """Return a copy of `words` with so many replaced that about `similarity` of the shingles are equal."""
-    # of n shingles a changed word takes WORDS, and s = (n - c) / (n + c)
+def copy_with_changes(words: list[str], similarity: float, draw: random.Random) -> list[str]:
+    """Return a copy of `words` whose shingle set has about the Jaccard similarity `similarity` to the
+    original."""
+    # a replaced word changes WORDS shingles; with c of n changed, the similarity is (n - c) / (n + c)
     changed = len(words) * (1 - similarity) / (1 + similarity) / WORDS
     result = list(words)
     for place in draw.sample(range(len(words)), max(1, round(changed))):
@@ -75,37 +77,37 @@ def copy_of(words: list[str], similarity: float, draw: random.Random) -> list[st
     return result
 
 
-def planted(num_groups: int) -> list[list[str]]:
+def draw_near_copies(num_groups: int) -> list[list[str]]:
     """Return documents in which every second one is a near copy of the document before it."""
     draw = random.Random(0)
     found = []
     for number in range(num_groups):
-        words = text(draw, draw.randrange(100, 500))
-        found += [words, copy_of(words, SIMILARITIES[number % len(SIMILARITIES)], draw)]
+        words = draw_words(draw, draw.randrange(100, 500))
+        found += [words, copy_with_changes(words, SIMILARITIES[number % len(SIMILARITIES)], draw)]
     return found
 
 
 def shingle_set(words: list[str]) -> frozenset[tuple[str, ...]]:
-    """Return a document's shingles."""
+    """Return the set of all runs of WORDS words."""
     return frozenset(tuple(words[i:i + WORDS]) for i in range(len(words) - WORDS + 1))
 
 
-def truth(documents: list[list[str]]) -> dict[tuple[int, int], float]:
-    """Return the similarity of all pairs that have a shingle in common."""
+def compute_similarities(documents: list[list[str]]) -> dict[tuple[int, int], float]:
+    """Return (i, j) -> Jaccard similarity for all pairs of documents with a common shingle."""
     sets = [shingle_set(words) for words in documents]
     return {(i, j): len(sets[i] & sets[j]) / len(sets[i] | sets[j])
             for i, j in combinations(range(len(sets)), 2) if not sets[i].isdisjoint(sets[j])}
 
 
 def run_passes(step: Step, view: FolderView) -> None:
-    """Do all tasks of all passes."""
+    """Run all tasks of all passes of a step."""
     for step_pass in step.list_passes():
         for task in range(len(view.shards) if step_pass.num_tasks is None else step_pass.num_tasks):
             step_pass.run(view, task)
 
 
-def ours(documents: list[list[str]]) -> Pairs:
-    """Return pairs (removed document, document that it duplicates)."""
+def find_pairs(documents: list[list[str]]) -> Pairs:
+    """Return the pairs (smaller index first) of a removed document and the document that it duplicates."""
     with tempfile.TemporaryDirectory() as folder:
         view = FolderView(Path(folder) / "in", Path(folder) / "work")
         write_shards(view.folder, [" ".join(words) for words in documents], 250)
@@ -124,7 +126,7 @@ def ours(documents: list[list[str]]) -> Pairs:
 
 
 def by_datasketch(documents: list[list[str]]) -> Pairs:
-    """Return the pairs that datasketch's index names, at 120 permutations."""
+    """Return the pairs that datasketch's index finds, at 120 permutations."""
     from datasketch import MinHash, MinHashLSH
 
     index, found = MinHashLSH(threshold=THRESHOLD, num_perm=120), set()
@@ -137,7 +139,7 @@ def by_datasketch(documents: list[list[str]]) -> Pairs:
 
 
 def by_rensa(documents: list[list[str]]) -> Pairs:
-    """Return the pairs that rensa's index names, at 120 permutations in 20 bands."""
+    """Return the pairs that rensa's index finds, at 120 permutations in 20 bands."""
     from rensa import RMinHash, RMinHashLSH
 
     index, found = RMinHashLSH(threshold=THRESHOLD, num_perm=120, num_bands=20), set()
@@ -150,21 +152,21 @@ def by_rensa(documents: list[list[str]]) -> Pairs:
 
 
 def write_shards(folder: Path, texts: list[str], size: int) -> None:
-    """Write so many documents into each shard."""
+    """Write texts as JSONL shards of `size` documents."""
     folder.mkdir(parents=True)
     for number in range(0, len(texts), size):
         (folder / f"{number // size}.jsonl").write_text(
             "".join(json.dumps(one) + "\n" for one in texts[number:number + size]))
 
 
-def quality(num_groups: int) -> None:
-    """Print precision, and recall by similarity, of all tools."""
-    documents = planted(num_groups)
-    similar = truth(documents)
+def print_quality(num_groups: int) -> None:
+    """Print precision, and recall per similarity, of all tools on `num_groups` planted pairs."""
+    documents = draw_near_copies(num_groups)
+    similar = compute_similarities(documents)
     wanted = {pair for pair, value in similar.items() if value >= THRESHOLD}
     print(f"{len(documents)} documents, {len(wanted)} pairs at {THRESHOLD} and above")
     tools: dict[str, Callable[[], Pairs]] = {
-        "ours": lambda: ours(documents), "datasketch": lambda: by_datasketch(documents),
+        "ours": lambda: find_pairs(documents), "datasketch": lambda: by_datasketch(documents),
         "rensa": lambda: by_rensa(documents)}
     for name, tool in tools.items():
         start = time.process_time()
@@ -185,10 +187,10 @@ def quality(num_groups: int) -> None:
               + ", ".join(f"{low:.2f}: {hits[low]}/{bins[low]}" for low in sorted(bins)))
 
 
-def measured(kind: str, num_shards: int, num_documents: int, answer: multiprocessing.Queue[tuple[float, ...]]
-             ) -> None:
-    """Run a step on generated shards; return peak megabytes before and after it, CPU seconds, and megabytes
-    of text."""
+def measure_step(kind: str, num_shards: int, num_documents: int,
+                 answer: multiprocessing.Queue[tuple[float, ...]]) -> None:
+    """Run a step on generated shards; put (peak MiB before, peak MiB after, CPU seconds, MB of text) into
+    `answer`."""
     steps: dict[str, Step] = {
         "exact_dedup": ExactDedup(ExactSettings()), "minhash_dedup": MinhashDedup(MinhashSettings())}
     step = steps[kind]
@@ -200,35 +202,38 @@ def measured(kind: str, num_shards: int, num_documents: int, answer: multiproces
             draw = random.Random(number)
             with open(view.folder / f"{number}.jsonl", "w") as f:
                 for _ in range(num_documents):
-                    words = text(draw if draw.random() > 0.2 else random.Random(draw.randrange(500)), 150)
+                    # a fifth of the documents are copies of one of 500
+                    source = draw if draw.random() > 0.2 else random.Random(draw.randrange(500))
+                    words = draw_words(source, 150)
                     lines = [" ".join(words[i:i + 15]) for i in range(0, 150, 15)]
                     f.write(json.dumps("\n".join(lines)) + "\n")
             size += (view.folder / f"{number}.jsonl").stat().st_size
         warm = type(step)(step.settings)
-        run_passes(warm, FolderView(_one(Path(folder)), Path(folder) / "warm-work"))
+        run_passes(warm, FolderView(write_small_shard(Path(folder)), Path(folder) / "warm-work"))
         before, start = peak_mebibytes(), time.process_time()
         run_passes(step, view)
         answer.put((before, peak_mebibytes(), time.process_time() - start, size / 1e6))
 
 
 def peak_mebibytes() -> float:
-    """Return the most memory that this process has had."""
+    """Return the peak resident memory of this process in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def _one(folder: Path) -> Path:
-    """Process one small shard, so that compilation and imports happen before the clock starts."""
+def write_small_shard(folder: Path) -> Path:
+    """Write one small shard, which `measure_step` processes first for imports and compilation; return its
+    folder."""
     write_shards(folder / "warm", ["a b c d e f g"] * 3, 3)
     return folder / "warm"
 
 
-def scaling(num_shards: int, num_documents: int) -> None:
-    """Print memory and speed at so many shards and at ten times as many."""
+def print_scaling(num_shards: int, num_documents: int) -> None:
+    """Print memory and speed of the steps at `num_shards` shards and at ten times as many."""
     context = multiprocessing.get_context("spawn")
     for kind in ("exact_dedup", "minhash_dedup"):
         for count in (num_shards, 10 * num_shards):
             answer: multiprocessing.Queue[tuple[float, ...]] = context.Queue()
-            child = context.Process(target=measured, args=(kind, count, num_documents, answer))
+            child = context.Process(target=measure_step, args=(kind, count, num_documents, answer))
             child.start()
             before, peak, taken, size = answer.get()
             child.join()
@@ -237,7 +242,7 @@ def scaling(num_shards: int, num_documents: int) -> None:
 
 
 def main() -> None:
-    """Measure."""
+    """Print quality and scaling."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, default=4)
     parser.add_argument("--documents", type=int, default=1000, help="of a shard")
@@ -246,8 +251,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.others:
         sys.path.append(str(args.others))
-    quality(args.groups)
-    scaling(args.shards, args.documents)
+    print_quality(args.groups)
+    print_scaling(args.shards, args.documents)
 
 
 if __name__ == "__main__":

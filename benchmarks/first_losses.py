@@ -1,14 +1,14 @@
-"""Compare two versions of the code bit for bit: losses of tiny recipes, and an export.
+"""Print hashes of the losses and the export of tiny recipes, to compare two versions of the code bit for bit.
 
     python benchmarks/first_losses.py --data runs/demo/text > losses.txt
 
-Each recipe learns 20 steps from the token shards that `make demo` leaves, at train.deterministic, on one
-thread a process, by the command `pretrain` alone, so the script outlives every move of modules.  A line has
-the first and the last loss and a SHA-256 over all losses, each as Python writes it (`repr`), so one changed
-bit changes it.  Then `convert to-hf` exports the first run; its SHA-256 is over the names and the bytes of
-all files but manifest.json and README.md, which hold the time and the digest of the run's checkpoint.
+Each recipe trains 20 steps on the token shards that `make demo` writes, with `train.deterministic` and one
+thread per process. Only the command line is used, so the script works after any move of modules. A line has
+the first and the last loss and a SHA-256 over the `repr` of all losses, which changes with a single bit. Then
+`convert to-hf` exports the first run; its SHA-256 covers names and bytes of all files except manifest.json
+and README.md, which contain the time and the digest of the checkpoint.
 
-Run it before and after a change and compare the lines.  Both runs need one machine and one build of torch.
+Run it before and after a change, on the same machine and build of torch, and compare the lines.
 """
 
 import argparse
@@ -25,8 +25,8 @@ from seed_runs import rows_of, run, words
 STEPS = 20
 RUNS = (("tiny-solar-open", 1, ()), ("tiny-k-exaone", 1, ()), ("tiny-qwen3", 1, ()),
         ("tiny-solar-open2", 1, ()), ("tiny-deepseek-v3", 1, ()), ("tiny-solar-open", 2, ("parallel.ep=2",)))
-"""Recipe, processes, further settings.  Between them: experts with a bias, prediction of several tokens,
-dense layers, linear and latent attention, experts on two processes."""
+"""(recipe, processes, further settings). Together they have experts with a router bias, multi-token
+prediction, dense layers, linear and latent attention, and experts on two processes."""
 SETTINGS = (f"train.steps={STEPS}", "train.deterministic=true", "train.num_threads=1",
             "train.global_batch_size=8", "train.micro_batch_size=4", "train.eval_every_steps=0",
             "data.max_epochs=0", rows_of(256))
@@ -41,12 +41,12 @@ def losses_of(run_folder: Path) -> list[float]:
 
 
 def digest_of_losses(losses: Iterable[float]) -> str:
-    """Return a SHA-256, in hexadecimal, over losses to the last bit."""
+    """Return the SHA-256, in hexadecimal, of the exact values of losses."""
     return hashlib.sha256("\n".join(map(repr, losses)).encode()).hexdigest()
 
 
 def digest_of_folder(folder: Path) -> str:
-    """Return a SHA-256, in hexadecimal, over names and bytes of an export's files, in the order of names."""
+    """Return the SHA-256, in hexadecimal, of the names and bytes of an export's files in name order."""
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in LEFT_OUT):
         content = file.read_bytes()
@@ -55,7 +55,7 @@ def digest_of_folder(folder: Path) -> str:
 
 
 def main() -> None:
-    """Train, export, and print a line for each."""
+    """Train all recipes, export the first, and print a line for each."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--data", type=Path, default=Path("runs/demo/text"), help="token shards")
     data = parser.parse_args().data.resolve()

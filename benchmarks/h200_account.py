@@ -3,9 +3,9 @@ H200.
 
 Usage: python benchmarks/h200_account.py > benchmarks/results/h200_account.txt
 
-The figures are those of `gpu/part_big_rank.py`, in results/h200_ladder.json: the rank's other 511 are mirror
-images, so messages take no time on wires, and what stands for them is copied on the GPU.  What was counted
-without a GPU is `gpu/fake_rank.py`'s, of the same settings.
+The measurements in results/h200_ladder.json are from `gpu/part_big_rank.py`: the other 511 ranks are mirror
+images, so collectives are copies on the GPU without communication time. The byte counts in `COUNTED` are from
+`gpu/fake_rank.py` with the same settings, without a GPU.
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ FIGURES = Path(__file__).parent / "results/h200_ladder.json"
 RECIPE, NUM_RANKS = "solar-open-102b", 512
 STEP, UNFUSED = "overlapped messages", "all off"
 COUNTED = {"even": 55_419_330_048, "even, routes let go": 55_091_387_904, "7.5": 61_762_691_072}
-"""Bytes at the peak of a second step on fake tensors, megatron-core 0.16.1 and the double of Transformer
-Engine: with every expert's even share, the same since dispatchers let their routes go, and with 7.5 times the
-share in each layer, before."""
+"""Peak bytes of a second step on fake tensors, with megatron-core 0.16.1 and the Transformer Engine double:
+even tokens per expert; the same after dispatchers free their routes; and, before that change, with 7.5 times
+the even share of tokens in each layer."""
 WORKSPACES = 6 * (32 << 20)
-"""Of torch's products, of Transformer Engine's, and of experts' on four streams (its 2.20.2)."""
+"""Bytes of six cuBLAS workspaces: torch's, Transformer Engine's, and the four of its 2.20.2 for expert
+streams."""
 STAND_INS = 2 * 4096 * (10_240 + 8192 + 2560 + 1280)
-"""Transformer Engine's for gradients that it has added itself, one for each shape of a weight in bf16."""
+"""Bytes of the dummy gradients that Transformer Engine returns for weights whose gradient it has added
+itself, one bf16 tensor per weight shape."""
 GRADIENTS = 47 * 4096 * 4096 * 2
-"""Of the inputs of all layers but the first."""
+"""Bytes of the bf16 input gradients of all 48 layers but the first: 4,096 tokens x hidden size 4,096."""
 DOCUMENT_TOKENS = 1638
-"""Of the document that a token lies in, in the mean of four random ones in 4,096."""
+"""Mean length of the document of a token, if four random documents share a row of 4,096 tokens."""
 KINDS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
     ("matrix products", ("dense", "experts", "head"), ("nvjet",)),
     ("attention", ("attention",), ("pytorch_flash",)),
@@ -49,11 +51,12 @@ KINDS: tuple[tuple[str, tuple[str, ...], tuple[str, ...]], ...] = (
         "triton_", "fused_rope", "CUDAFunctor_add", "unrolled_elementwise", "FillFunctor<float>")),
     ("copies and fills, most of them in the place of messages", (), (
         "Memcpy DtoD", "FillFunctor<c10::BFloat16>", "gpu_kernel_impl_nocast<at::native::direct_co")))
-"""Kind, components of plan's step, and parts of kernels' names.  Plan has one figure for all memory."""
+"""(kind of kernel, components of `plan`'s step, parts of kernel names). `plan` has one figure for all kernels
+that are limited by memory."""
 
 
 def config() -> RunConfig:
-    """Return the settings of the step, one micro-batch on each rank."""
+    """Return the settings of the ladder step `STEP`, with one micro-batch on each rank."""
     sys.path.append(str(Path(__file__).parent / "gpu"))
     import part_big_rank
 
@@ -62,12 +65,12 @@ def config() -> RunConfig:
 
 
 def memory(measured: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines on bytes."""
-    def said(imbalance: float) -> int:
+    """Yield the lines on bytes: measured, counted and estimated peaks, and the causes of the differences."""
+    def estimate_bytes(imbalance: float) -> int:
         return build_account(config(), NUM_RANKS, 0, 4096, imbalance).allocated
 
     peak, beside = measured[STEP]["peak bytes"], WORKSPACES + STAND_INS
-    slope = said(9.0) - said(8.0)
+    slope = estimate_bytes(9.0) - estimate_bytes(8.0)  # bytes per even share of tokens
     kept = COUNTED["even"] - COUNTED["even, routes let go"]
     yield "GB allocated at most, `overlapped messages`"
     for name, size in (
@@ -75,9 +78,10 @@ def memory(measured: dict[str, Any]) -> Iterator[str]:
                                  measured[STEP]["account bytes"]),
             ("counted on fake tensors, even shares", COUNTED["even"]),
             ("  since dispatchers let routes go that they kept for nothing", COUNTED["even, routes let go"]),
-            ("account now, even shares", said(1.0)), ("account now, 1.2 times", said(1.2)),
+            ("account now, even shares", estimate_bytes(1.0)),
+            ("account now, 1.2 times", estimate_bytes(1.2)),
             ("counted on fake tensors, 7.5 times, before routes were let go", COUNTED["7.5"]),
-            ("account now, 7.5 times", said(7.5)),
+            ("account now, 7.5 times", estimate_bytes(7.5)),
             ("workspaces of products and stand-ins for gradients, in the 5 % that plan leaves free", beside)):
         yield f"  {size / 1e9:7.3f}  {name}"
     was, products = measured[STEP]["account bytes"], 4096 * (2048 * 6 + 8192 * 4)
@@ -99,7 +103,7 @@ def memory(measured: dict[str, Any]) -> Iterator[str]:
 
 
 def gb(size: float) -> str:
-    """Return bytes in GB."""
+    """Format bytes as GB."""
     return f"{size / 1e9:.2f}"
 
 
@@ -109,38 +113,38 @@ def paragraph(text: str) -> str:
 
 
 def kernels(found: dict[str, Any]) -> Iterator[str]:
-    """Yield a line for each kind of kernel in a step, with the milliseconds that `plan` predicts."""
+    """Yield the lines on milliseconds of a step: predicted and measured, by kind of kernel."""
     chip = CHIPS["h200"]
     run = config()
     w = replace(build_workload(run, run.data.phases[0], NUM_RANKS, chip, default_links(chip)),
                 attention_kernel="portable", document_tokens=DOCUMENT_TOKENS)
-    said = {name: 1e3 * seconds for name, seconds in step.estimate_step(w).components.items()}
+    plan_ms = {name: 1e3 * seconds for name, seconds in step.estimate_step(w).components.items()}
     host_s, stall_s = step._estimate_launch_s(step.Clock(w, load_default_parameters()))
-    told = found["ms of kernels"]
-    total_ms, launches = told["all"]
-    rest = {name: figures for name, figures in told.items() if name != "all"}
+    kernel_figures = found["ms of kernels"]
+    total_ms, launches = kernel_figures["all"]
+    rest = {name: figures for name, figures in kernel_figures.items() if name != "all"}
     yield f"{'ms of a step':57} {'plan':>8} {'H200':>8} {'launches':>9}"
     for kind, components, parts in KINDS:
         mine = {n: rest.pop(n) for n in list(rest) if any(part in n for part in parts)}
-        planned = f"{sum(said[c] for c in components):8.1f}" if components else " " * 8
+        planned = f"{sum(plan_ms[c] for c in components):8.1f}" if components else " " * 8
         yield (f"  {kind:55} {planned} {sum(ms for ms, _ in mine.values()):8.1f} "
                f"{sum(n for _, n in mine.values()):9,}")
     assert not rest, rest
-    listed = [figures for name, figures in told.items() if name != "all"]
+    listed = [figures for name, figures in kernel_figures.items() if name != "all"]
     yield (f"  {'kernels behind the 25 that take longest':55} {'':8} "
            f"{total_ms - sum(ms for ms, _ in listed):8.1f} {launches - sum(n for _, n in listed):9,}")
-    yield f"  {'memory, all of it':55} {said['memory']:8.1f}"
-    on_gpu = sum(said[name] for name in ("dense", "experts", "head", "attention", "memory", "optimizer"))
+    yield f"  {'memory, all of it':55} {plan_ms['memory']:8.1f}"
+    on_gpu = sum(plan_ms[name] for name in ("dense", "experts", "head", "attention", "memory", "optimizer"))
     yield f"  {'all kernels':55} {on_gpu:8.1f} {total_ms:8.1f} {launches:9,}"
     yield f"  {'the host, where it alone sets the pace':55} {1e3 * host_s:8.1f} {1e3 * found['step s']:8.1f}"
     launch_s = max(stall_s, host_s - on_gpu / 1e3)
-    whole = on_gpu + 1e3 * launch_s + said["other"]
+    whole = on_gpu + 1e3 * launch_s + plan_ms["other"]
     yield (f"  {'step without messages':55} {whole:8.1f} {1e3 * found['step s']:8.1f}   plan / H200 - 1: "
            f"{whole / 1e3 / found['step s'] - 1:+.1%}")
 
 
 def host(measured: dict[str, Any]) -> Iterator[str]:
-    """Yield the lines on launches and waiting."""
+    """Yield the lines on kernel launches and GPU idle time."""
     for name in (UNFUSED, STEP):
         found = measured[name]
         total_ms, launches = found["ms of kernels"]["all"]
@@ -167,7 +171,7 @@ def host(measured: dict[str, Any]) -> Iterator[str]:
 
 
 def main() -> None:
-    """Print all."""
+    """Print the comparison."""
     measured = json.loads(FIGURES.read_text())
     print(paragraph(
         f"One rank of {RECIPE}, {NUM_RANKS} ranks, ep 64, ZeRO-1, micro-batch 1 x 4,096 tokens, bf16, full "

@@ -2,15 +2,15 @@
 
     python benchmarks/kills.py TARGET [TARGET ...] [--kills 20] [--seed 0]
 
-Each target is a command of `TARGETS`. It runs once undisturbed. Then the same command runs under SIGKILL of
-all its processes, each start killed after a time drawn uniformly over the undisturbed run's time, and started
-again until the kills are spent. An output that completes earlier is compared, deleted and made again.
-Compared to the bit are
+Each target is a command of `TARGETS`. It runs once undisturbed. Then the command is started again and again,
+and all its processes are killed by SIGKILL after a time drawn uniformly over the undisturbed run's time,
+`--kills` times. An output that completes earlier is compared, deleted and produced again. Compared bit for
+bit are
 
-    files       all files that the command leaves, except times in manifests; nothing else may be left over
-    run         all files of all kept checkpoints, and the training state except its wall time
+    files       all output files, except times in manifests; no temporary files may remain
+    run         all files of all checkpoints, and the training state except its wall time
     rl          the same, plus all responses and rewards in the rollout store and all files of the rounds
-    items       `score` and `map` note each item: none may be missing at the end
+    items       items that `score` and `map` have processed: none may be missing at the end
 """
 
 import argparse
@@ -108,7 +108,7 @@ def hash_files(output: Path, endings: tuple[str, ...] = ("",)) -> dict[str, str]
 
 
 def hash_corpus(output: Path) -> dict[str, str]:
-    """Return the hashes of a corpus; its reports say how long something took."""
+    """Return the hashes of a corpus without its reports, which contain times."""
     return hash_files(output, (".parquet", ".jsonl", ".npy"))
 
 
@@ -131,7 +131,7 @@ def hash_run(run: Path) -> dict[str, str]:
 
 
 def hash_rl(run: Path) -> dict[str, str]:
-    """Return the hashes of a run of reinforcement learning with its store (RUN/rollouts) and rounds.
+    """Return the hashes of an RL run: checkpoints, rollout store (RUN/rollouts) and rounds.
 
     Raises:
         SystemExit: the store is damaged, or holds a response twice.
@@ -168,7 +168,7 @@ class Target:
     content: Callable[[Path], dict[str, str]] = hash_files
     """Output -> name -> hash or value, to be compared."""
     notes_items: bool = False
-    """Whether each item that is done is noted in the file `noted`."""
+    """Whether the command appends the id of each processed item to the file `noted`."""
     needs: tuple[str, ...] = ()
     """Prepared inputs: names of `PREPARED`."""
 
@@ -204,7 +204,7 @@ PREPARED = {
     "start": "megatron-sov pretrain tiny-solar-open --data shards --run OUT --nproc 1",
     "checkpoint": "megatron-sov convert from-hf hf OUT",
 }
-"""Input -> the command that makes it, in the order in which they are made."""
+"""Input -> the command that creates it, in order of execution."""
 NEEDED_BY = {"shards": ("tokenizer",), "chats": ("tokenizer",), "pairs": ("tokenizer",),
              "start": ("tokenizer", "shards")}
 
@@ -262,7 +262,7 @@ def prepare_inputs(folder: Path, targets: list[str]) -> None:
 
 def start_command(folder: Path, line: str, output: str, settings: tuple[str, ...] = ()
                   ) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own; its output goes into FOLDER/log."""
+    """Start a command in its own process group; its standard output and errors go into FOLDER/log."""
     program, *words = line.replace("OUT", output).split()
     words += [word for setting in settings for word in ("--set", setting)]
     with open(folder / "log", "ab") as log:
@@ -273,10 +273,10 @@ def start_command(folder: Path, line: str, output: str, settings: tuple[str, ...
 
 
 def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
-    """Wait for a command's end.
+    """Wait for the end of a command.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: the command failed.
     """
     if code := process.wait():
         raise SystemExit(f"exit code {code}:\n{(folder / 'log').read_text(errors='replace')[-3000:]}")
@@ -294,7 +294,7 @@ def kill_command(process: subprocess.Popen[bytes]) -> None:
 
 
 def is_complete(output: Path) -> bool:
-    """Return whether an output is complete: a file, an artifact, or a run that says so."""
+    """Return whether an output is complete: a file, or a folder with manifest.json or complete.json."""
     return output.is_file() or any((output / name).is_file() for name in ("manifest.json", "complete.json"))
 
 
@@ -319,7 +319,8 @@ class KilledTarget:
         self.output = folder / target.output
 
     def _count_noted(self) -> int:
-        """Return how many notes there are, and delete them; a reward is tried on a row before the others."""
+        """Return the number of lines in `noted`, and delete the file. `score` tries its reward on one row
+        first, so a row may be noted twice."""
         file = self.folder / "noted"
         if not file.is_file():
             return 0
@@ -329,8 +330,8 @@ class KilledTarget:
         return sum(notes.values())
 
     def survive(self, kills: int, draw: random.Random) -> bool:
-        """Run under kills until they are spent and the command has ended; prints a row, and returns whether
-        every end was equal to the undisturbed one."""
+        """Kill the command `kills` times and let it complete; print a row, and return whether every completed
+        output equals the undisturbed one and nothing is left over or lost."""
         num_kills, num_ends, equal = 0, 0, True
         moments: Counter[str] = Counter()
         while num_kills < kills or not is_complete(self.output):
@@ -352,9 +353,9 @@ class KilledTarget:
         if self.target.notes_items:
             items = (f"; items: {self.num_lost} lost, {self.num_again / max(kills, 1):.1f} done again for a "
                      "kill")
-        told = ", ".join(f"{moment} {count}" for moment, count in moments.most_common())
+        moment_counts = ", ".join(f"{moment} {count}" for moment, count in moments.most_common())
         print(f"{self.name:<10} {num_kills:>5} {num_ends + 1:>5} {'equal' if equal else 'DIFFERS':>8} "
-              f"{', '.join(left) or 'nothing':>9} {self.wall_s:>8.1f} s  {told}{items}", flush=True)
+              f"{', '.join(left) or 'nothing':>9} {self.wall_s:>8.1f} s  {moment_counts}{items}", flush=True)
         return equal and not left and not self.num_lost
 
     def _is_equal(self) -> bool:
@@ -380,7 +381,7 @@ class KilledTarget:
 
 
 def main() -> int:
-    """Kill the targets that were named, and print a table."""
+    """Kill the requested targets, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="+", choices=[*TARGETS, "all"], metavar="TARGET",

@@ -104,7 +104,7 @@ def corrupt_message(way: str, site: Any, parts: Sequence[Any], work: Callable[[A
 
 @dataclass(frozen=True)
 class FaultyMessage:
-    """Spoil the messages of one call site."""
+    """Corrupts the messages of one call site in one way (a key of CORRUPTIONS)."""
 
     site: Any
     way: str
@@ -117,8 +117,8 @@ class FaultyMessage:
 
 @dataclass
 class FaultsThatMatter:
-    """Find the messages whose corruption would change a value. Others are no faults: all processes send the
-    same values, or none."""
+    """Records the messages whose corruption changes a value. Corrupting other messages is no fault, because
+    all processes send equal values or none."""
 
     found: dict[FaultyMessage, None] = field(default_factory=dict)
 

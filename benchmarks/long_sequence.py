@@ -5,9 +5,9 @@ Usage: python benchmarks/long_sequence.py [--lengths 32768 131072] > benchmarks/
 
 A thin K-EXAONE (three sliding layers and a global one, experts, float32) is trained for one step of the
 ordinary loop on two processes that share the sequence (`parallel.cp` 2), each layer recomputed.  For each
-length new processes are started.  `grown` is the peak of a process's resident memory beyond what it had
-before the model was built, of the fuller process; `account` the sum that docs/memory.md has for the big
-models.  What the account leaves out is said there.
+length new processes are started.  `grown` is how far a process's peak resident memory exceeds what it had
+before the model was built (the larger of both processes); `account` is the estimate that docs/memory.md
+gives for the big models, with a list of what it leaves out.
 """
 
 import argparse
@@ -34,7 +34,7 @@ SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "m
 
 
 class OneDocument:
-    """Documents of one length with random tokens (a `data.shards.Documents`)."""
+    """Two equally long documents of random tokens (implements `train.data.token_shards.Documents`)."""
 
     is_plain, columns = True, ()
 
@@ -79,7 +79,7 @@ def config_of(tokens: int) -> RunConfig:
 
 
 def step(config: RunConfig, folder: Path) -> None:
-    """Train one step, and write the memory that this process used; runs on every rank."""
+    """Train a step on every rank; write bytes before, bytes grown, seconds and loss to `folder/RANK.npy`."""
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling

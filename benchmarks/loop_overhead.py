@@ -1,20 +1,18 @@
-"""Overhead of our training loop over a minimal megatron.core loop: alternating step times in one process.
+"""Overhead of the training loop over a minimal megatron.core loop: step times of both, in one process.
 
 Usage: python benchmarks/loop_overhead.py [--nproc 2] > benchmarks/results/loop_overhead.txt
        python benchmarks/loop_overhead.py --transformers > benchmarks/results/loop_transformers.txt
 
-Three loops train the same architecture at the same number of tokens a step and take turns, so that whatever
-else the machine does hits all of them:
-  ours    `train.loop`'s step: data order, objective, schedule, optimizer, events, stop flag
-  same    our model and loss on batches that lie ready in memory: library schedule and optimizer
-          step, nothing else
-  stock   the library's own GPTModel (its attention, router and loss) on ready batches, as Megatron-LM's
-          train_step does it
-With --transformers three loops take turns instead, on one process, for a dense model and a mixture of
-experts: "ours", "same", and `transformers`' model of the same sizes with torch's fused AdamW on the ids that
-"same" has.
-Ratios are medians over turns of ours / it.  CPU time is that of rank 0 with all its threads (data
-preparation among them).
+Three loops train the same architecture with the same number of tokens per step. They take turns, so that
+other load on the machine affects all of them:
+  ours    the step of `train.loop`: data order, objective, schedule, optimizer, events, stop flag
+  same    the same model and loss on batches in memory: only megatron-core's schedule and the optimizer step
+  stock   megatron-core's GPTModel (its attention, router and loss) on batches in memory, as in Megatron-LM's
+          train_step
+With --transformers, three loops take turns in one process, for a dense model and a mixture of experts:
+"ours", "same", and the model of the same sizes in `transformers` with torch's fused AdamW, on the token ids
+of "same". Ratios are medians over turns of ours / the other loop. CPU time includes all threads of rank 0,
+with data loading.
 """
 
 import argparse
@@ -40,15 +38,16 @@ from megatron_sov.train.data.sources import Source
 from megatron_sov.train.data.token_shards import ShardChain
 
 VOCAB_SIZE, SEQ_LEN, DOCUMENT_TOKENS, NUM_DOCUMENTS = 8192, 512, 512, 4000
-SETTINGS = (f"model.vocab_size={VOCAB_SIZE}", "model.hidden_size=256", "model.head_dim=64",
-            "model.expert_ffn_dim=256", "train.steps=100000", "train.global_batch_size=8",
-            "train.micro_batch_size=4", "train.eval_every_steps=0",
-            f'data.phases=[{{"name": "main", "seq_len": {SEQ_LEN}}}]')
+COMMON = (f"model.vocab_size={VOCAB_SIZE}", "model.head_dim=64", "train.steps=100000",
+          "train.eval_every_steps=0", f'data.phases=[{{"name": "main", "seq_len": {SEQ_LEN}}}]')
+SETTINGS = (*COMMON, "model.hidden_size=256", "model.expert_ffn_dim=256", "train.global_batch_size=8",
+            "train.micro_batch_size=4")
 WARMUP_TURNS = 2
+"""First steps of each loop that are not timed."""
 
 
 def write_shard(folder: Path) -> None:
-    """Write documents of the length of a sequence, so that all three loops attend to the
+    """Write train.bin and train.idx with documents of SEQ_LEN tokens, so that attention of all loops has the
     same number of pairs."""
     lengths = np.full(NUM_DOCUMENTS, DOCUMENT_TOKENS, np.int32)
     ends = np.cumsum(lengths.astype(np.int64))
@@ -60,9 +59,9 @@ def write_shard(folder: Path) -> None:
                                       dtype=np.int32).tofile(folder / "train.bin")
 
 
-def our_step(config: RunConfig, place: world.ParallelWorld, source: Source, folder: Path) -> Callable[[],
-                                                                                                      None]:
-    """Return one step of the training loop, with its records."""
+def our_step(config: RunConfig, place: world.ParallelWorld, source: Source, folder: Path
+             ) -> Callable[[], None]:
+    """Return a function that runs one step of the training loop and records its events."""
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling
@@ -82,7 +81,7 @@ def our_step(config: RunConfig, place: world.ParallelWorld, source: Source, fold
     return step
 
 
-def ready_batches(config: RunConfig, place: world.ParallelWorld, source: Source) -> list[Any]:
+def load_batches(config: RunConfig, place: world.ParallelWorld, source: Source) -> list[Any]:
     """Return the micro-batches of eight steps."""
     from megatron_sov.train.objectives.data_batches import DataBatches
 
@@ -93,7 +92,7 @@ def ready_batches(config: RunConfig, place: world.ParallelWorld, source: Source)
 
 
 def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Source) -> Callable[[], None]:
-    """Return a bare training step of our model, without our loop."""
+    """Return a function that trains the same model for one step without the training loop."""
     import torch
 
     from megatron_sov.checkpoint import initial_weights
@@ -107,7 +106,7 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
     initial_weights.initialize_weights(model, config.model, config.train.seed)
     optimizer = Optimizer(model, config.optim)
     model.config.finalize_model_grads_func = ExpertLoad(model).finalize_gradients
-    ready = itertools.cycle(ready_batches(config, place, source))
+    ready = itertools.cycle(load_batches(config, place, source))
     num_sequences = config.train.global_batch_size
     routing = model.config.routing_step
     routing.seq_len, routing.num_sequences = SEQ_LEN, num_sequences
@@ -131,8 +130,7 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
 
 
 def stock_step(config: RunConfig, place: world.ParallelWorld) -> Callable[[], None]:
-    """Return Megatron-LM's train_step over the library's GPTModel, which is imported for this comparison
-    alone."""
+    """Return a function that runs Megatron-LM's train_step with megatron-core's GPTModel."""
     import torch
     from megatron.core.distributed import (
         DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads)
@@ -182,7 +180,8 @@ def stock_step(config: RunConfig, place: world.ParallelWorld) -> Callable[[], No
 
 
 def transformers_step(config: RunConfig, batches: list[Any]) -> Callable[[], None]:
-    """Return a step of the same model by transformers and torch's fused AdamW, on the same ids."""
+    """Return a function that trains the same architecture in transformers, with torch's fused AdamW, on
+    `batches`."""
     import torch
     import transformers
 
@@ -213,26 +212,25 @@ def transformers_step(config: RunConfig, batches: list[Any]) -> Callable[[], Non
     return step
 
 
-BESIDE = {"dense": ("tiny-qwen3", ("model.num_kv_heads=5", "model.dense_ffn_dim=960")),
-          "experts": ("tiny-qwen3-moe", ("model.num_kv_heads=5", "model.num_experts=8",
-                                         "model.num_experts_per_token=2", "model.expert_ffn_dim=480"))}
-"""Recipes whose structure transformers has, and their sizes: about 13 million parameters run for a token."""
+PEERS = {"dense": ("tiny-qwen3", ("model.num_kv_heads=5", "model.dense_ffn_dim=960")),
+         "experts": ("tiny-qwen3-moe", ("model.num_kv_heads=5", "model.num_experts=8",
+                                        "model.num_experts_per_token=2", "model.expert_ffn_dim=480"))}
+"""Kind -> recipe that transformers also implements, and its sizes: about 13 million active parameters."""
 
 
 def measure_transformers(turns: int, folder: Path, kind: str) -> None:
-    """Take turns with transformers, and print a table."""
-    recipe, sizes = BESIDE[kind]
+    """Time the loops and transformers in turn for a kind of `PEERS`, and print a line."""
+    recipe, sizes = PEERS[kind]
     (folder / kind).mkdir()
     config = apply_settings(recipes.get(recipe), [
-        *SETTINGS[:1], "model.hidden_size=320", "model.num_layers=6", "model.num_heads=5",
-        "model.head_dim=64", *SETTINGS[4:5], "train.global_batch_size=2", "train.micro_batch_size=2",
-        *SETTINGS[7:], "train.precision=fp32", *sizes])
+        *COMMON, "model.hidden_size=320", "model.num_layers=6", "model.num_heads=5",
+        "train.global_batch_size=2", "train.micro_batch_size=2", "train.precision=fp32", *sizes])
     place = world.join_world(config.parallel)
     source = Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
                     ShardChain([folder / "train"]))
     steps = {"ours": our_step(config, place, source, folder / kind),
              "same": same_model_step(config, place, source),
-             "transformers": transformers_step(config, ready_batches(config, place, source))}
+             "transformers": transformers_step(config, load_batches(config, place, source))}
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(turns + WARMUP_TURNS):
         for name, step in steps.items():
@@ -250,7 +248,7 @@ def measure_transformers(turns: int, folder: Path, kind: str) -> None:
 
 
 def measure(turns: int, folder: Path) -> None:
-    """Take turns and print a table; runs on every rank."""
+    """Time the three loops in turn on every rank; rank 0 prints a table."""
     config = apply_settings(recipes.get("tiny-solar-open"), SETTINGS)
     place = world.join_world(config.parallel)
     source = Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
@@ -280,8 +278,8 @@ def measure(turns: int, folder: Path) -> None:
 
 
 def on_one_and_more(measure: Callable[[int, Path], None], description: str | None, turns: int) -> None:
-    """Read the command line, and measure on one process and on `--nproc`;
-    `turns` is the default of `--turns`."""
+    """Parse the command line, and run `measure` on one process and on `--nproc`. `turns`: default of
+    `--turns`."""
     parser = argparse.ArgumentParser(description=description,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nproc", type=int, default=2)
@@ -297,7 +295,7 @@ def on_one_and_more(measure: Callable[[int, Path], None], description: str | Non
                 sys.exit(1)
 
 
-def beside_transformers(turns: int) -> None:
+def compare_with_transformers(turns: int) -> None:
     """Compare with transformers, each model in its own process."""
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}; {turns} steps of 2 x {SEQ_LEN} tokens, fp32, one thread",
@@ -305,12 +303,12 @@ def beside_transformers(turns: int) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_shard(folder)
-        for kind in BESIDE:
+        for kind in PEERS:
             if launcher.launch_ranks(partial(measure_transformers, turns, folder, kind), 1, num_threads=1):
                 sys.exit(1)
 
 
 if __name__ == "__main__" and "--transformers" in sys.argv:
-    beside_transformers(turns=12)
+    compare_with_transformers(turns=12)
 elif __name__ == "__main__":
     on_one_and_more(measure, __doc__, turns=40)

@@ -162,7 +162,7 @@ def print_handwritten_verdicts() -> None:
     try:
         from trl.rewards.accuracy_rewards import accuracy_reward
     except ImportError:
-        print("\nTRL is not there: its column is missing")
+        print("\nTRL is not installed: its column is missing")
     else:
         scorers["TRL's accuracy_reward"] = lambda gold, text: accuracy_reward(
             [[{"role": "assistant", "content": text}]], [f"\\boxed{{{gold}}}"])[0]

@@ -2,12 +2,12 @@
 
 Usage: python benchmarks/output_head.py > benchmarks/results/output_head.txt
 
-  one pass    `Head.cross_entropy`: gradients in the forward pass, logits a chunk at a time
-  two passes  `Head.logprobs`: the head is applied again in the backward pass, a chunk at a time
-  library     the library's `vocab_parallel_cross_entropy` on all logits at once
+  one pass    `Head.cross_entropy`: computes gradients in the forward pass, from one chunk of logits at a time
+  two passes  `Head.logprobs`: applies the head again in the backward pass, one chunk at a time
+  library     megatron-core's `vocab_parallel_cross_entropy` on all logits at once
 
-Each runs in a process of its own; memory is how far the process's peak rises above its size before the first
-pass.  Loss and gradient norms stand beside, so that it can be seen that all compute the same.
+Each runs in its own process. Memory is the increase of the peak resident set since before the first pass.
+Loss and gradient norms are printed to show that all compute the same values.
 """
 
 import os
@@ -29,7 +29,7 @@ WAYS = ("one pass", "two passes", "library")
 
 
 def measure(way: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
-    """Print one line; runs inside a rank."""
+    """Measure one of WAYS in this process, and print a line."""
     import torch
 
     from megatron_sov.engine.model.logprobs import Head
@@ -47,7 +47,7 @@ def measure(way: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
     for _ in range(TURNS):
         inputs = (hidden.requires_grad_(), weight)
         start = time.process_time()
-        loss = summed(way, head, hidden, labels) / tokens
+        loss = sum_losses(way, head, hidden, labels) / tokens
         gradients = torch.autograd.grad(loss, inputs)
         cpu_ms.append(1e3 * (time.process_time() - start))
         found = (loss.item(), *(g.double().norm().item() for g in gradients))
@@ -58,8 +58,8 @@ def measure(way: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
     world.leave_world()
 
 
-def summed(way: str, head: Any, hidden: Any, labels: Any) -> Any:
-    """Return the sum of all tokens' cross-entropies."""
+def sum_losses(way: str, head: Any, hidden: Any, labels: Any) -> Any:
+    """Return the sum of the cross-entropies of all tokens: hidden [tokens, 1, HIDDEN], labels [tokens]."""
     import torch
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
@@ -72,7 +72,7 @@ def summed(way: str, head: Any, hidden: Any, labels: Any) -> Any:
 
 
 def main() -> None:
-    """Measure every case in every way."""
+    """Measure every case with each of WAYS."""
     print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
           f"Python {platform.python_version()}; hidden size {HIDDEN}, vocabulary {VOCAB_SIZE}\n")
     print(f"{'way':<12}{'dtype':<10}{'tokens':>7}{'chunk':>7}{'CPU ms':>9}{'median':>9}{'MiB':>10}   "

@@ -3,12 +3,10 @@
 Usage: python benchmarks/plan_activations.py > benchmarks/results/plan_activations.txt
 
 Tiny models in float32 are trained for one step, in as many processes as their layout has.  Every tensor that
-autograd saves is counted by its storage, once, from when it is saved until it is let go; weights are left
-out.
-`measured` is the most that was there at a time on the rank that `plan` is furthest off at, `said` what it
-says
-of that rank (`plan/footprint/activations.py`).  Routing is what an untrained router gives, so that a rank's
-experts can get more or fewer tokens than the even share that is counted.
+autograd saves is counted by its storage, once, until autograd frees it; weights are left out.  `measured` is
+the peak, averaged over the ranks of the stage where `plan` is furthest off; `said` is the prediction for that
+stage (`plan/footprint/activations.py`).  Routing comes from an untrained router, so a rank's experts can get
+more or fewer tokens than the even share that is counted.
 """
 
 from __future__ import annotations
@@ -105,7 +103,7 @@ CASES = (
 
 
 class Kept:
-    """A tensor that autograd has saved, until autograd frees it."""
+    """What autograd keeps in place of a saved tensor; its deletion reduces the counter."""
 
     def __init__(self, tensor: torch.Tensor, counter: Counter, storage: int) -> None:
         self.tensor, self._counter, self._storage = tensor, counter, storage
@@ -127,7 +125,7 @@ class Counter:
     _sizes: dict[int, int] = field(default_factory=dict)
 
     def save(self, tensor: torch.Tensor) -> Any:
-        """Count a tensor."""
+        """Count a tensor, and return what autograd keeps in its place."""
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
         if address in self.weights or not address:
@@ -141,7 +139,7 @@ class Counter:
 
     @staticmethod
     def give(kept: Any) -> torch.Tensor:
-        """Return a counted tensor."""
+        """Return the tensor for which `save` returned `kept`."""
         return kept.tensor if isinstance(kept, Kept) else kept  # type: ignore[no-any-return]
 
     def drop(self, address: int) -> None:
@@ -198,7 +196,7 @@ def measured(case: Case) -> list[tuple[int, int]]:
 
 
 def said(config: RunConfig, stage: int, nproc: int) -> int:
-    """Return the bytes that the plan says of a process of a stage."""
+    """Return the saved bytes that `plan` predicts for a process on a pipeline stage."""
     replicas = nproc // config.parallel.ranks_per_replica
     count = config.train.global_batch_size // (replicas * config.train.micro_batch_size)
     return estimate_stored(config, stage, config.data.phases[0].seq_len, count).saved

@@ -217,7 +217,7 @@ def list_features(layout: DrawnLayout) -> list[str]:
 
 
 def main() -> None:
-    """Draw, compare, print."""
+    """Draw layouts, compare their bytes, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--number", type=int, default=240)

@@ -165,7 +165,7 @@ def get_parameter(p: Parameters, path: str) -> float:
 
 
 def main() -> int:
-    """Fit, validate, print."""
+    """Fit the parameters, cross-validate them, and print the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the parameters into the package")
     parser.add_argument("--no-refit", action="store_true", help="only errors of the package's parameters")

@@ -3,14 +3,13 @@
 Usage: python benchmarks/planted_faults.py FOUND.jsonl [--area AREA] [--faults N] [--hours H] [--deep]
        python benchmarks/planted_faults.py FOUND.jsonl --table
 
-`benchmarks/data/planted_faults.yaml` names source folders and test folders of each area.  A seeded draw takes
-faults of an area, at most one of each function: a comparison, an operator, a condition, a number or a call is
-changed.  All of them are planted at once in a copy of the repository, each switched off:
-`(wrong if _planted(7) else right)`.  The tests run once without a fault and record which faults each test
-reaches, in the processes that it starts too.  Then each fault is switched on in a fork of pytest, where the
-tests that reach it run, the cheapest file first, until one fails that passes without the fault.  `--deep`
-does the same with the tests of tier 2, for the faults that `make test` has not found.  A second start goes on
-where the first stopped.
+`benchmarks/data/planted_faults.yaml` names source folders and test folders of each area. Faults are drawn at
+random, at most one per function: a changed comparison, operator, condition, number or call. All are planted
+at once in a copy of the repository, each switched off: `(wrong if _planted(7) else right)`. The tests run
+once without a fault and record which faults each test reaches, also in its child processes. Then each fault
+is switched on in a fork of pytest, which runs the tests that reach it, cheapest file first, until a test
+fails that passes without the fault. `--deep` does the same with the `deep` tests for the faults that `make
+test` has missed. A second start continues after the last measured fault.
 
 `layout_proofs.py` plants faults of the same form in functions of its own process (`mutated`).
 """
@@ -49,10 +48,10 @@ AREAS: dict[str, dict[str, str]] = yaml.safe_load(
 COPIED = ("megatron_sov", "data_prep", "tokenizer", "tests", "benchmarks", "docs", "slurm", "examples",
           "pyproject.toml", "setup.py", "Makefile", "README.md")
 PLAN = "PLANTED_PLAN"
-"""Variable that names the plan of a session of pytest: faults, and the file of results."""
+"""Environment variable with the path of a pytest session's plan: its faults and result file."""
 FUTURE = "from __future__ import annotations\n"
 SANDBOXED = ("check_program.py", "solution_frameworks.py", "solution_peer.py", "solution_tests.py")
-"""Files that run as programs of the sandbox, which cannot import the switch."""
+"""Files that run as programs in the sandbox and cannot import the switch."""
 SWITCH = '''"""Switch of the planted faults: PYTHON_PLANTED_FAULT has the number of the fault that acts.
 
 Workers of rewards delete all variables but some, such as those whose names begin with PYTHON.
@@ -76,12 +75,11 @@ def planted(number: int) -> bool:
             pass
     return os.environ.get("PYTHON_PLANTED_FAULT") == str(number)
 '''
-"""megatron_sov/planted_switch.py of the copy."""
+"""Source of megatron_sov/planted_switch.py in the copy."""
 SLOWER, LEAST_S = 5.0, 60.0
-"""A run with a fault may take SLOWER times as long as without, and LEAST_S: a fault may have a process wait
-for ever."""
+"""A run with a fault is killed after LEAST_S + SLOWER times its duration without the fault."""
 MOST_S = 240.0
-"""Tests of a fault beyond so many seconds (without the fault) are left out, and the row says so."""
+"""Longest duration (without the fault) of the tests that run for a fault; the row counts the omitted ones."""
 OPERATORS: dict[type[ast.AST], ast.AST] = {
     ast.Lt: ast.LtE(), ast.LtE: ast.Lt(), ast.Gt: ast.GtE(), ast.GtE: ast.Gt(), ast.Eq: ast.NotEq(),
     ast.NotEq: ast.Eq(), ast.In: ast.NotIn(), ast.NotIn: ast.In(), ast.Is: ast.IsNot(), ast.IsNot: ast.Is(),
@@ -89,12 +87,12 @@ OPERATORS: dict[type[ast.AST], ast.AST] = {
     ast.Div: ast.Mult(), ast.Mod: ast.FloorDiv(), ast.And: ast.Or(), ast.Or: ast.And()}
 PASSED_OVER = (ast.Raise, ast.Assert, ast.JoinedStr, ast.FormattedValue, ast.arguments, ast.AnnAssign,
                ast.pattern)
-"""Messages, checks of types and defaults: a fault there is none of what a program does."""
+"""Nodes that are not changed: messages, type annotations, defaults and assertions."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A text of the source in place of another one."""
+    """A part of the source that is replaced by a wrong one."""
 
     kind: str
     """Kind of fault, or area of the file."""
@@ -103,7 +101,7 @@ class Fault:
     right: str
     wrong: str
     start: int | None = None
-    """Offset of `right` in the file, in characters; None: wherever it stands in the function."""
+    """Offset of `right` in the file, in characters; None: every occurrence in the function is replaced."""
 
     def __str__(self) -> str:
         place = self.place.rpartition(":")[2] if self.start is None else self.place
@@ -112,7 +110,7 @@ class Fault:
 
 @contextlib.contextmanager
 def mutated(fault: Fault) -> Iterator[None]:
-    """Plant a fault in a function of this process, for all who hold it: the function's code is exchanged."""
+    """Replace the code object of a function in this process, so that all references to it have the fault."""
     module_name, _, name = fault.place.partition(":")
     found: Any = importlib.import_module(module_name)
     for part in name.split("."):
@@ -138,7 +136,7 @@ def mutated(fault: Fault) -> Iterator[None]:
         function.__code__ = right
 
 
-def changed(node: ast.AST) -> ast.AST | None:
+def mutate_node(node: ast.AST) -> ast.AST | None:
     """Return a mutated copy of a node, or None."""
     if isinstance(node, ast.Compare) and len(node.ops) == 1 and type(node.ops[0]) in OPERATORS:
         wrong = OPERATORS[type(node.ops[0])]
@@ -168,8 +166,8 @@ def _nodes(node: ast.AST) -> Iterator[ast.AST]:
                 yield from _nodes(child)
 
 
-def faults_of(area: str, file: str, draw: random.Random) -> Iterator[Fault]:
-    """Draw a fault of each function of a file."""
+def draw_faults(area: str, file: str, draw: random.Random) -> Iterator[Fault]:
+    """Draw a fault for each function of a file."""
     source = (ROOT / file).read_text(encoding="utf-8")
     lines = source.splitlines(keepends=True)
     starts = [0]
@@ -177,17 +175,17 @@ def faults_of(area: str, file: str, draw: random.Random) -> Iterator[Fault]:
         starts.append(starts[-1] + len(text))
 
     def offset(number: int, column: int) -> int:
-        """Return the place in characters of a line and a column, which ast counts in bytes."""
+        """Return the offset in characters of a line (from 1) and a column, which ast counts in bytes."""
         return starts[number - 1] + len(lines[number - 1].encode()[:column].decode())
 
-    # numba compiles no switch
+    # numba cannot compile the switch
     if FUTURE not in source or "jit" in source or Path(file).name in SANDBOXED:
         return
     for function in ast.walk(ast.parse(source)):
         if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
         found = [(node, wrong) for statement in function.body if not isinstance(statement, PASSED_OVER)
-                 for node in (statement, *_nodes(statement)) if (wrong := changed(node)) is not None]
+                 for node in (statement, *_nodes(statement)) if (wrong := mutate_node(node)) is not None]
         if found:
             node, wrong = draw.choice(found)
             assert isinstance(node, (ast.expr, ast.stmt)) and node.end_lineno is not None
@@ -198,18 +196,18 @@ def faults_of(area: str, file: str, draw: random.Random) -> Iterator[Fault]:
                         text if isinstance(wrong, ast.Constant) else f"({text})", start)
 
 
-def drawn(area: str, seed: int) -> list[Fault]:
+def draw_area_faults(area: str, seed: int) -> list[Fault]:
     """Return the faults of an area in random order, so that any prefix is a random sample."""
     draw = random.Random(f"{area} {seed}")
     files = [file.relative_to(ROOT).as_posix() for name in AREAS[area]["source"].split()
              for file in sorted((ROOT / name).rglob("*.py"))]
-    found = [fault for file in files for fault in faults_of(area, file, draw)]
+    found = [fault for file in files for fault in draw_faults(area, file, draw)]
     draw.shuffle(found)
     return found
 
 
-def copied(folder: Path) -> None:
-    """Copy the files that git lists."""
+def copy_tracked_files(folder: Path) -> None:
+    """Copy the files of COPIED that git tracks into a folder."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True)
     for name in listed.stdout.splitlines():
         if name.split("/")[0] in COPIED and (ROOT / name).is_file():
@@ -233,7 +231,7 @@ def plant(folder: Path, faults: Sequence[Fault]) -> None:
 
 
 class Reach:
-    """Pytest plugin that records the faults that each test executes in FOLDER/INDEX, and those of fixtures in
+    """Pytest plugin that records the faults reached by each test in FOLDER/INDEX, and by its fixtures in
     FOLDER/INDEX.setup."""
 
     def __init__(self, folder: Path, items: Sequence[pytest.Item]) -> None:
@@ -253,17 +251,17 @@ class Reach:
 
 
 class Measurement:
-    """The faults of a plan, measured by the tests of a session of pytest."""
+    """Measures the faults of a plan with the tests of a pytest session."""
 
     def __init__(self, session: pytest.Session, folder: Path, plan: dict[str, Any]) -> None:
         self.session, self.items, self.folder, self.plan = session, session.items, folder, plan
         self.seconds: dict[int, float] = {}
-        """Index of a test that passes without a fault -> its seconds."""
+        """Index of a test that passes without a fault -> its duration."""
         self.reaching: dict[int, set[int]] = defaultdict(set)
-        """Fault -> indices of tests."""
+        """Number of a fault -> indices of the tests that reach it."""
 
     def run(self) -> None:
-        """Measure each fault, and write a line of JSON."""
+        """Measure each fault, and write a line of JSON for each to the result file."""
         self._run_sound()
         with open(self.plan["out"], "a", encoding="utf-8") as out:
             for number, row in self.plan["faults"]:
@@ -287,26 +285,26 @@ class Measurement:
                 continue
             self.seconds[index] = seconds
             for name, known in self.items[index]._fixtureinfo.name2fixturedefs.items():  # type: ignore
-                # those of tests/conftest.py reach no fault, or their data are made once, without one
+                # fixtures of tests/conftest.py reach no fault, or create their data once without a fault
                 if known[-1].scope != "function" and (known[-1].baseid not in ("", "tests")
                                                       or name == "imported"):
                     by_fixture[known[-1]].add(index)
         for file in reached.iterdir():
             tests = {index := int(file.stem)}
-            if file.suffix:  # who shares a fixture with this test reaches the faults, too
+            if file.suffix:  # tests that share a fixture with this test reach its faults, too
                 tests.update(*(same for same in by_fixture.values() if index in same))
             for number in {int(line) for line in file.read_text().split()}:
                 self.reaching[number] |= tests & self.seconds.keys()
 
     def _find(self, number: int) -> tuple[str, int, int]:
-        """Return the first test that fails with a fault, or "", how many tests reach the fault, and how many
-        of these were left out."""
+        """Return the first test that fails with a fault (or ""), the number of tests that reach the fault,
+        and the number of those that were omitted."""
         files: dict[Path, list[int]] = defaultdict(list)
         for index in sorted(self.reaching[number]):
             files[self.items[index].path].append(index)
         chosen: list[int] = []
         seconds = 0.0
-        for indices in sorted(files.values(), key=lambda of: sum(self.seconds[index] for index in of)):
+        for indices in sorted(files.values(), key=lambda file: sum(self.seconds[index] for index in file)):
             for index in indices:
                 if seconds < MOST_S:
                     chosen.append(index)
@@ -320,7 +318,7 @@ class Measurement:
             has_failed = bool(rows and rows[-1][1])
             if len(rows) == len(chosen) and not has_failed:
                 break
-            # the failed test, or the one in which the process has ended or stands still
+            # the failed test, or the test in which the process ended or hung
             place = len(rows) - 1 if has_failed else len(rows)
             suspect = chosen[place]
             nodeid = self.items[suspect].nodeid
@@ -332,8 +330,8 @@ class Measurement:
 
     def _fork(self, indices: Sequence[int], timeout_s: float, reach: Reach | None = None
               ) -> list[tuple[int, str, float]]:
-        """Run tests in a fork, without `reach` until one fails; return index, failed test and seconds of each
-        that ended."""
+        """Run tests in a fork; without `reach` stop at the first failure. Return (index, name if it failed,
+        seconds) of each completed test."""
         notes = self.folder / "notes.jsonl"
         notes.write_text("")
         if not (pid := os.fork()):
@@ -352,10 +350,10 @@ class Measurement:
     def _work(self, indices: Sequence[int], notes: Path, reach: Reach | None) -> NoReturn:
         from tests import forks
 
-        told: list[Any] = []
+        messages: list[Any] = []
 
         class Line:
-            send = told.append
+            send = messages.append
 
         try:
             os.setsid()
@@ -366,12 +364,12 @@ class Measurement:
                 self.session.config.pluginmanager.register(reach)
             with notes.open("a", encoding="utf-8", buffering=1) as lines:
                 for index, following in zip(indices, [*indices[1:], None], strict=True):
-                    told.clear()
+                    messages.clear()
                     began = time.monotonic()
                     self.session.config.hook.pytest_runtest_protocol(
                         item=self.items[index], nextitem=forks._AnyTest(self.session)
                         if following is None else self.items[following])
-                    failed = any(what == "report" and data["outcome"] == "failed" for what, data in told)
+                    failed = any(what == "report" and data["outcome"] == "failed" for what, data in messages)
                     nodeid = self.items[index].nodeid if failed else ""
                     print(json.dumps((index, nodeid, round(time.monotonic() - began, 3))), file=lines)
                     if failed and not reach:
@@ -384,7 +382,7 @@ class Measurement:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    """Measure faults with the tests of a session that has a plan."""
+    """Measure faults instead of running the tests, if the environment names a plan."""
     if PLAN not in os.environ:
         return None
     plan = json.loads(Path(os.environ[PLAN]).read_text())
@@ -393,10 +391,10 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
 
 
 def measure(area: str, out: Path, faults: list[Fault], tier: str, until: float) -> None:
-    """Plant the faults of an area in a copy, and start a session of its tests there."""
+    """Plant the faults of an area in a copy, and start a pytest session with its tests there."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "copy"
-        copied(folder)
+        copy_tracked_files(folder)
         plant(folder, faults)
         plan = Path(name) / "plan.json"
         rows = [(number, {"area": area, "fault": str(fault)}) for number, fault in enumerate(faults)]
@@ -412,7 +410,7 @@ def measure(area: str, out: Path, faults: list[Fault], tier: str, until: float) 
 
 
 def read_rows(file: Path) -> dict[str, dict[str, Any]]:
-    """Return fault -> its row, where later lines of the file add to earlier ones."""
+    """Return fault -> its row; later lines of the file update earlier ones."""
     rows: dict[str, dict[str, Any]] = {}
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
         row = json.loads(line)
@@ -425,10 +423,10 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
     finds."""
     yield f"{'area':<12} faults  make test  all tests  share"
     for area in [*dict.fromkeys(row["area"] for row in rows), "all"]:
-        of = [row for row in rows if area in (row["area"], "all")]
-        first = sum(bool(row["make test"]) for row in of)
-        every = sum(bool(row["make test"] or row.get("make deep")) for row in of)
-        yield f"{area:<12} {len(of):6} {first:10} {every:10} {100 * first / max(every, 1):5.1f}%"
+        of_area = [row for row in rows if area in (row["area"], "all")]
+        first = sum(bool(row["make test"]) for row in of_area)
+        every = sum(bool(row["make test"] or row.get("make deep")) for row in of_area)
+        yield f"{area:<12} {len(of_area):6} {first:10} {every:10} {100 * first / max(every, 1):5.1f}%"
     for row in rows:
         if not row["make test"]:
             by = row.get("make deep") or "nobody" if row["tests"] else "reached by no test"
@@ -436,7 +434,7 @@ def table(rows: list[dict[str, Any]]) -> Iterator[str]:
 
 
 def main(argv: list[str]) -> int:
-    """Measure, or print stored results."""
+    """Measure faults, then print the table of all stored results; with --table only print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("found", type=Path)
     parser.add_argument("--faults", type=int, default=50, help="faults of each area")
@@ -448,7 +446,7 @@ def main(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     for area in [] if args.table else [args.area] if args.area else AREAS:
         rows = read_rows(args.found)
-        faults = drawn(area, args.seed)[:args.faults]
+        faults = draw_area_faults(area, args.seed)[:args.faults]
         if args.deep:
             faults = [f for f in faults if str(f) in rows and not rows[str(f)]["make test"]
                       and "make deep" not in rows[str(f)]]

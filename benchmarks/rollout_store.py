@@ -2,11 +2,11 @@
 
     python benchmarks/rollout_store.py [--rows 1000000] [--tokens 64] [--part-rows 4096]
 
-Rows have a prompt and a response of about `--tokens` tokens, whose ids are as frequent as words are (Zipf
-over 150,000) and whose log-probabilities are any.  They are made before the clock runs; each part is then
-written as a job would: checked, hashed, synced to the disk, renamed.  A round is 4 parts of many; at its
-start, one process lists it, reads its keys, and reads its rows.  Memory is the peak of a process of its own
-that reads a tenth of all, or all, part by part.
+Rows have a prompt and a response of about `--tokens` tokens, with Zipf-distributed ids (150,000 ids) and
+random log-probabilities. The creation of rows is not timed. Each part is written as a job writes it: checked,
+hashed, synced to disk, renamed. A round has 4 parts; at its start, one process lists the parts, reads their
+keys, and reads their rows. Memory is the peak of a separate process that reads a tenth of all rounds, or all,
+part by part.
 """
 
 import argparse
@@ -24,10 +24,11 @@ from megatron_sov.rollouts.rows import Key, Rollout, format_part_name
 from megatron_sov.rollouts.store import RolloutStore
 
 PIECES, SAMPLES, VOCAB_SIZE = 4, 8, 150_000
+"""Parts per round, responses per prompt, number of token ids."""
 
 
-def part_rows(number: int, count: int, tokens: int) -> list[Rollout]:
-    """Return the rows of a part, of prompts with eight samples each."""
+def generate_rows(number: int, count: int, tokens: int) -> list[Rollout]:
+    """Return `count` random rows of part `number`, with SAMPLES responses per prompt."""
     draw = np.random.default_rng(number)
     round_number, versions = number // PIECES + 1, np.full(2 * tokens, number, np.int32)
     ids = np.minimum(draw.zipf(1.2, count * 2 * tokens), VOCAB_SIZE - 1).astype(np.int32)
@@ -42,16 +43,16 @@ def part_rows(number: int, count: int, tokens: int) -> list[Rollout]:
         start = min(i * tokens, len(logprobs) - length)
         key = Key(prompt, i % SAMPLES, f"{round_number:064x}", "5" * 64)
         rows.append(Rollout(key, round_number, 0, record, prompt_tokens, ids[start:start + length],
-                            logprobs[start:start + length], versions[:length], "stop",
-                            f"It is {i}. " * (tokens // 8), 1.0, "megatron", 1.7e9, 1.7e9 + 1))
+                                 logprobs[start:start + length], versions[:length], "stop",
+                                 f"It is {i}. " * (tokens // 8), 1.0, "megatron", 1.7e9, 1.7e9 + 1))
     return rows
 
 
-def append(path: Path, parts: int, args: argparse.Namespace) -> tuple[float, float]:
-    """Write all parts; returns seconds and CPU seconds, the making of rows left out."""
+def write_parts(path: Path, parts: int, args: argparse.Namespace) -> tuple[float, float]:
+    """Write all parts to a new store; return wall and CPU seconds without the creation of rows."""
     store, wall_s, cpu_s = RolloutStore.create(path, "sha256:benchmark", VOCAB_SIZE), 0.0, 0.0
     for number in range(parts):
-        rows = part_rows(number, args.part_rows, args.tokens)
+        rows = generate_rows(number, args.part_rows, args.tokens)
         began, began_cpu = time.perf_counter(), time.process_time()
         store.add_rollouts(format_part_name(number // PIECES + 1, number % PIECES), rows, {"benchmark": True})
         wall_s, cpu_s = wall_s + time.perf_counter() - began, cpu_s + time.process_time() - began_cpu
@@ -59,7 +60,7 @@ def append(path: Path, parts: int, args: argparse.Namespace) -> tuple[float, flo
 
 
 def start_round(path: Path, number: int) -> str:
-    """Begin a round as the trainer does; return its time and memory."""
+    """Read a round as the trainer does at its start; return a line with the times."""
     began = time.perf_counter()
     store = RolloutStore.open(path)
     keys = sum(len(store.read_rollouts(part.name, ())) for part in store.parts(number))
@@ -70,13 +71,13 @@ def start_round(path: Path, number: int) -> str:
 
 
 def read_peak_mb(path: Path, rounds: int) -> float:
-    """Return the peak memory of a process that reads the rounds up to one, part by part."""
+    """Return the peak memory of a process that reads the first `rounds` rounds, part by part."""
     command = [sys.executable, __file__, "--read", str(path), "--rounds", str(rounds)]
     return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
 def read_all(path: Path, rounds: int) -> None:
-    """Read the rounds up to one, part by part, and print the peak memory in MB."""
+    """Read the first `rounds` rounds, part by part, and print the peak memory in MB."""
     store = RolloutStore.open(path)
     for number in range(1, rounds + 1):
         for part in store.parts(number):
@@ -102,7 +103,7 @@ def main() -> None:
           f"{args.part_rows:,}, responses of about {args.tokens} tokens")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store"
-        wall_s, cpu_s = append(path, parts, args)
+        wall_s, cpu_s = write_parts(path, parts, args)
         print(f"append: {rows / wall_s:,.0f} rows/s ({rows / cpu_s:,.0f} per CPU second), one process",
               flush=True)
         print(f"start of a round: {start_round(path, rounds)}", flush=True)

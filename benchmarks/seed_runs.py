@@ -17,10 +17,10 @@ ALWAYS = ("train.num_threads=1", "train.checkpoint_every_steps=100000", "train.e
 
 
 def run(log: Path, *arguments: str | Path) -> None:
-    """Run a command, its output into a file.
+    """Run `python -m ARGUMENTS`, and append its output to the file `log`.
 
     Raises:
-        SystemExit: it failed.
+        SystemExit: the command failed.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a") as out:
@@ -32,22 +32,22 @@ def run(log: Path, *arguments: str | Path) -> None:
 
 
 def words(settings: Iterable[str]) -> list[str]:
-    """Return --set arguments."""
+    """Return the words `--set SETTING` for all settings."""
     return [part for setting in settings for part in ("--set", setting)]
 
 
 def rows_of(seq_len: int) -> str:
-    """Return the setting of rows of so many tokens."""
+    """Return the setting of a single data phase with rows of `seq_len` tokens."""
     return f'data.phases=[{{"name": "main", "seq_len": {seq_len}}}]'
 
 
 def write(file: Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write rows, one a line."""
+    """Write rows as JSONL."""
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 class SeedFolder:
-    """Where data and runs of one seed lie."""
+    """Folder and log of the data and runs of one seed."""
 
     def __init__(self, seed: int, work: Path) -> None:
         self.seed, self.folder = seed, work / f"seed-{seed}"

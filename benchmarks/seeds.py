@@ -8,7 +8,8 @@ from megatron_sov.eval.statistics import CONFIDENCE, compute_student_quantile
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Return half of the interval of Student's t around the mean of seeds; NaN of a single one."""
+    """Return half the width of Student's confidence interval of the mean over seeds; NaN for a single
+    seed."""
     if len(values) < 2:
         return math.nan
     quantile = compute_student_quantile((1 + CONFIDENCE) / 2, len(values) - 1)
@@ -16,6 +17,7 @@ def half_width(values: Sequence[float]) -> float:
 
 
 def over_seeds(values: Sequence[float], form: str) -> str:
-    """Return the mean of seeds, each written by `form`, with its interval where there are several."""
+    """Format the mean over seeds with the format specification `form`; for several seeds with its
+    interval."""
     mean = format(fmean(values), form)
     return mean if len(values) < 2 else f"{mean} ± {format(half_width(values), form.lstrip('+'))}"

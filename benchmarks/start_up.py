@@ -2,9 +2,9 @@
 
     python benchmarks/start_up.py [--before CHECKOUT] [--repetitions 5] [--output FILE]
 
-CHECKOUT is an older tree of this repository.  Each command runs in both trees in turn, with the bytecode of
-imports kept; the least of the repetitions counts, since what else the machine does can only add to it.
-"torch" behind a line says that this tree's process had imported it.
+CHECKOUT is an older tree of this repository. Each command runs in both trees in turn, with cached bytecode.
+The minimum over the repetitions counts, because other load on the machine can only add to it. "torch" at the
+end of a line: the command has imported torch in this tree.
 """
 
 import argparse
@@ -32,7 +32,7 @@ REFUSED = {
     "sov-data": [["pack", "--tokenizer", "none", "--input", "none", "--output", "x", "--heldout", "2"],
                  ["mix", "none", "--output", "x"], ["run", "none.yaml"]],
     "sov-tokenizer": [["train", "--preset", "solar", "--input", "none", "--output", "x"]]}
-"""Program -> commands whose words are known and whose values are refused."""
+"""Program -> commands with known options and invalid values."""
 PROGRAM = """
 import sys
 from {module} import main
@@ -47,8 +47,8 @@ PROGRAMS = {"megatron-sov": ("megatron_sov.cli", COMMANDS), "sov-data": ("data_p
 
 
 def measure(tree: Path, module: str, words: list[str]) -> tuple[float, int]:
-    """Return the processor seconds of one command, its children's included, and its exit code; 100: it has
-    imported torch."""
+    """Return the processor seconds of a command with its child processes, and its exit code (100: it has
+    imported torch)."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     completed = subprocess.run([sys.executable, "-c", PROGRAM.format(module=module), *words], cwd=tree,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -58,7 +58,7 @@ def measure(tree: Path, module: str, words: list[str]) -> tuple[float, int]:
 
 
 def main() -> None:
-    """Measure, and print."""
+    """Measure all commands, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path)
     parser.add_argument("--repetitions", type=int, default=5)
@@ -71,8 +71,10 @@ def main() -> None:
     for kind in ("--help", UNKNOWN, "refused"):
         found: dict[str, list[float]] = {name: [] for name in trees}
         for program, (module, commands) in PROGRAMS.items():
-            asked = REFUSED[program] if kind == "refused" else [[*name.split(), kind] for name in commands]
-            for words in asked:
+            command_lines = [[*name.split(), kind] for name in commands]
+            if kind == "refused":
+                command_lines = REFUSED[program]
+            for words in command_lines:
                 runs = [[measure(tree, module, words) for tree in trees.values()]
                         for _ in range(args.repetitions)]
                 least = [min(seconds for seconds, _ in tree) for tree in zip(*runs, strict=True)]
@@ -82,8 +84,8 @@ def main() -> None:
                              + (" torch" if runs[-1][-1][1] == 100 else ""))
                 print(lines[-1], flush=True)
         lines.append("")
-        for name, of in ((f"median of {kind}", statistics.median), (f"largest of {kind}", max)):
-            lines.append(f"{name:60}" + "".join(f"{of(values):8.2f}" for values in found.values()))
+        for name, aggregate in ((f"median of {kind}", statistics.median), (f"largest of {kind}", max)):
+            lines.append(f"{name:60}" + "".join(f"{aggregate(values):8.2f}" for values in found.values()))
         lines.append("")
     text = "\n".join(lines)
     print(text)

@@ -1,12 +1,12 @@
-"""Trained tokenizers on unseen text: bytes per token, one-stage and two-stage training, and tiktoken.
+"""Trained tokenizers on unseen text: bytes per token, and equality with SuperBPE's definition and tiktoken.
 
     python benchmarks/tokenizer_heldout.py --trained FOLDER [--authors FOLDER]
 
-FOLDER is what benchmarks/tokenizer_train.py kept: the tokenizers solar, plain, super and published, and
-held-out text in held/<language>.jsonl; that of --authors is tokenizer_json of github.com/PythonNut/superbpe,
-the tokenizers of SuperBPE's paper.  Two steps are the definition of SuperBPE: text split into words and
-encoded by the merges of stage 1 alone, then, inside each unit of the finished pattern, the merges of stage 2
-over those tokens, by a naive loop.
+--trained is the --keep folder of benchmarks/tokenizer_train.py, with the tokenizers solar, plain, super and
+published, and held-out text in held/<language>.jsonl. --authors is the folder tokenizer_json of
+github.com/PythonNut/superbpe, with the tokenizers of SuperBPE's paper. The definition of SuperBPE has two
+steps: split the text into words and encode them by the merges of stage 1; then apply the merges of stage 2 to
+these tokens inside each unit of the final pattern. Here a naive loop applies them.
 """
 
 import argparse
@@ -33,18 +33,17 @@ IN_THE_PAPER = {200_000: 4.457, 180_000: 6.092, 160_000: 6.337, 80_000: 6.634}
 """Transition size -> bytes per token on 1 GB of the authors' text
 (notebooks/superbpe_encoding_efficiency_analysis.ipynb)."""
 PROSE_LINE_CHARS = 200
-"""The authors learn from the web, where a paragraph is a line; in documentation longer lines
-are such paragraphs."""
+"""Lines with more characters count as prose. The authors train on web text, where a paragraph is one line; in
+documentation only long lines are such paragraphs."""
 AUTHORS_SUPER, AUTHORS_PLAIN = ("olmo2_p99_truncate_10G_{}K_extend_200K_mw4_colon",
                                 "olmo2_p99_truncate_pretok_10G_200K")
 Encode = Callable[[str], list[int]]
 
 
 class Trained:
-    """A trained tokenizer by `tokenizers` and by tiktoken."""
+    """A tokenizer in a folder that `sov-tokenizer train` wrote, for `tokenizers` and tiktoken."""
 
     def __init__(self, folder: Path) -> None:
-        """Open a folder that `sov-tokenizer train` wrote."""
         manifest = read_manifest(folder, "tokenizer")
         self.name, self.transition_size = folder.name, manifest.settings["transition_size"]
         self.preset = Preset(**manifest.settings["preset"])
@@ -58,8 +57,8 @@ class Trained:
         """Return the ids of texts, by `tokenizers`."""
         return [e.ids for e in self.fast.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def in_two_steps(self) -> Encode:
-        """Return the encoder of the definition."""
+    def build_two_step_encoder(self) -> Encode:
+        """Return an encoder that follows the definition of SuperBPE literally."""
         first = tiktoken_format.build_encoding({t: i for t, i in self.ranks.items()
                                                 if i < self.transition_size},
                                        tiktoken_format.TiktokenRules(ANYTHING, {})).encode_ordinary
@@ -74,7 +73,6 @@ class Trained:
         known: dict[tuple[str, ...], list[int]] = {}
 
         def encode(text: str) -> list[int]:
-            """Return the ids of a text."""
             text = words.normalize(text)
             pieces, ids = iter(words.split_text(text)), []
             for unit in units.split_text(text):
@@ -94,8 +92,8 @@ class Trained:
         return encode
 
 
-def bytes_per_token(held: Path, plain: Trained, *others: Trained) -> None:
-    """Print bytes per token of each language, and how many tokens fewer than plain BPE of the same size."""
+def print_bytes_per_token(held: Path, plain: Trained, *others: Trained) -> None:
+    """Print bytes per token of each language, and the saving of tokens against plain BPE of the same size."""
     num_ids = len(plain.ranks) + len(plain.raw["added_tokens"])
     print(f"\nbytes per token on held-out text, {num_ids:,} ids each; fewer: "
           "tokens, in %, against plain BPE\n"
@@ -111,16 +109,16 @@ def bytes_per_token(held: Path, plain: Trained, *others: Trained) -> None:
 
 
 def print_ratios(name: str, size_bytes: int, counts: list[int]) -> None:
-    """Print one line: bytes per token, and tokens fewer than the first has."""
+    """Print a line with the bytes per token of each tokenizer and its saving of tokens against the first."""
     if size_bytes:
         print(f"{name:<8} {size_bytes / 1e6:6.2f} {size_bytes / counts[0]:7.3f}" + "".join(
             f" {size_bytes / count:10.3f} {100 * (1 - count / counts[0]):6.1f}" for count in counts[1:]),
               flush=True)
 
 
-def as_in_the_paper(trained: Path, authors: Path | None) -> None:
-    """Print bytes per token of English by the tokenizers made as in the paper of SuperBPE,
-    and by the authors' own."""
+def compare_with_paper(trained: Path, authors: Path | None) -> None:
+    """Print bytes per token of English for tokenizers trained as in SuperBPE's paper, and for the authors'
+    own."""
     documents = first_texts(trained / "held/en.jsonl", float("inf"))
     prose = [line for text in documents for line in text.splitlines(keepends=True)
              if len(line) > PROSE_LINE_CHARS]
@@ -128,7 +126,7 @@ def as_in_the_paper(trained: Path, authors: Path | None) -> None:
     for folder in trained.glob("paper-*"):
         tokenizer = Trained(folder)
         made[tokenizer.transition_size] = tokenizer.fast
-    theirs = {size: authors_tokenizer(authors, size) for size in IN_THE_PAPER} if authors else {}
+    theirs = {size: load_authors_tokenizer(authors, size) for size in IN_THE_PAPER} if authors else {}
     columns = {"published": IN_THE_PAPER}
     for name, texts in (("", documents), (", prose", prose)):
         size_bytes = sum(len(text.encode()) for text in texts)
@@ -149,7 +147,7 @@ def as_in_the_paper(trained: Path, authors: Path | None) -> None:
         print(f"transition size {size:7,} " + " ".join(f"{cell:>16}" for cell in cells), flush=True)
 
 
-def authors_tokenizer(folder: Path, transition_size: int) -> Tokenizer:
+def load_authors_tokenizer(folder: Path, transition_size: int) -> Tokenizer:
     """Return a tokenizer of the paper from its files of tokens and merges."""
     plain = transition_size == PAPER_VOCAB_SIZE
     files = folder / (AUTHORS_PLAIN if plain else AUTHORS_SUPER.format(transition_size // 1000))
@@ -161,7 +159,7 @@ def authors_tokenizer(folder: Path, transition_size: int) -> Tokenizer:
 
 
 def first_texts(file: Path, max_bytes: float) -> list[str]:
-    """Return a file's documents, in pieces of 100 KB at most, up to a size."""
+    """Return documents of a file, cut to pieces of at most CHUNK_BYTES, until `max_bytes` are reached."""
     texts: list[str] = []
     for text in texts_of(file):
         for piece in cut_text(text, CHUNK_BYTES):
@@ -172,9 +170,10 @@ def first_texts(file: Path, max_bytes: float) -> list[str]:
     return texts
 
 
-def segmentation(held: Path, trained: Trained, max_bytes: float) -> None:
-    """Print, for each language, in how many documents two steps, tiktoken, or decoding differ."""
-    encode = trained.in_two_steps()
+def compare_segmentation(held: Path, trained: Trained, max_bytes: float) -> None:
+    """Print for each language the number of documents with different ids in two steps or by tiktoken, or
+    whose decoded text differs."""
+    encode = trained.build_two_step_encoder()
     print(f"\n{trained.name}: documents in which tokens differ from those of `tokenizers`\n"
           f"{'':<8} {'documents':>9} {'MB':>9} {'tokens':>9} {'two steps':>9} {'tiktoken':>9} {'decoded':>9}")
     totals = [0] * 6
@@ -193,13 +192,13 @@ def segmentation(held: Path, trained: Trained, max_bytes: float) -> None:
 
 
 def print_counts(name: str, counts: list[int]) -> None:
-    """Print documents, megabytes, tokens and differences."""
+    """Print a line with documents, megabytes, tokens and the three counts of differences."""
     print(f"{name:<8} {counts[0]:9,} {counts[1] / 1e6:9.2f} " + " ".join(f"{n:9,}" for n in counts[2:]),
           flush=True)
 
 
 def main() -> int:
-    """Run everything."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--trained", required=True, type=Path,
                         help="folder that benchmarks/tokenizer_train.py kept")
@@ -215,11 +214,11 @@ def main() -> int:
     superwords = [folder for name in ("super", "published") if (folder := args.trained / name).exists()]
     if "steps" in args.parts:
         for folder in superwords:
-            segmentation(args.trained / "held", Trained(folder), 1e6 * args.steps_mb)
+            compare_segmentation(args.trained / "held", Trained(folder), 1e6 * args.steps_mb)
     if "ratios" in args.parts:
-        bytes_per_token(args.trained / "held", *map(Trained, [args.trained / "plain", *superwords]))
+        print_bytes_per_token(args.trained / "held", *map(Trained, [args.trained / "plain", *superwords]))
     if "paper" in args.parts:
-        as_in_the_paper(args.trained, args.authors)
+        compare_with_paper(args.trained, args.authors)
     return 0
 
 

@@ -3,10 +3,10 @@
     python benchmarks/tokenizer_train.py --text FOLDER --keep FOLDER [--sentencepiece-python
     PYTHON] [--bounded-gb 5]
 
-FOLDER holds one `<language>.jsonl` (field `text`) for each language.  Every 50th document, by a hash, is held
-out; it and the tokenizers are kept for benchmarks/tokenizer_heldout.py and benchmarks/tokenizer_roundtrip.py.
-CPU seconds are compared, those of all processes; memory is the largest sum of resident memory over a
-command's processes.
+--text contains one `<language>.jsonl` (field `text`) per language. A fiftieth of the documents, selected by a
+hash, is held out. Held-out documents and tokenizers stay in the --keep folder for
+benchmarks/tokenizer_heldout.py. CPU seconds are summed over all processes of a command; memory is the peak of
+the summed resident memory.
 """
 
 import argparse
@@ -40,11 +40,11 @@ PERTURBED_SHARE = 0.02
 PAPER_VOCAB_SIZE, PAPER_TRANSITION_SIZES = 200_000, (180_000, 160_000, 80_000)
 ALL_MB = 1_000_000
 PAPER_DIGITS = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
-"""Digits in threes, from the right."""
+"""Groups of three digits, counted from the right."""
 PAPER_SPLIT = rf" ?\p{{L}}+|{PAPER_DIGITS}| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"
 PAPER_SUPERWORDS = rf"[^\r\n\p{{N}}]*[\r\n]+|[^\r\n\p{{N}}]+|{PAPER_DIGITS}"
-"""A line up to its first digit, or to its end: the authors learn line by line,
-and only digits end a unit within a line."""
+"""A line up to its first digit or its end: the authors train line by line, and only digits end a unit in a
+line."""
 
 HUGGING_FACE = """
 import json, sys
@@ -81,14 +81,13 @@ class Cost:
     """CPU time, wall time and memory of a command."""
 
     cpu_s: float
-    """User and system time of all its processes."""
+    """User and system time of all processes."""
     wall_s: float
-    """Time on the clock."""
     peak_gb: float
-    """Largest sum of resident memory over its processes."""
+    """Peak of the summed resident memory of all processes."""
 
 
-def measured(command: list[str]) -> Cost:
+def run_measured(command: list[str]) -> Cost:
     """Run a command to its end and return its cost."""
     start_s, peaks, done = time.monotonic(), [0], threading.Event()
 
@@ -118,14 +117,14 @@ def measured(command: list[str]) -> Cost:
 
 
 def train_command(preset: str, vocab_size: int, text: Path, output: Path, *more: str) -> list[str]:
-    """Return our command for all languages of a folder, as they are."""
+    """Return the command `sov-tokenizer train` for all languages of a folder, with options `more`."""
     inputs = [word for f in sorted(text.glob("*.jsonl")) for word in ("--input", f"{f.stem}={f}")]
     return [sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
             str(vocab_size), *inputs, "--output", str(output), *more]
 
 
-def split(source: Path, work: Path) -> dict[str, int]:
-    """Write documents to `train` and `held`; returns the bytes of text to train on of each language."""
+def split_documents(source: Path, work: Path) -> dict[str, int]:
+    """Split documents into WORK/train and WORK/held; return language -> bytes of training text."""
     sizes: dict[str, int] = {}
     for name in ("train", "held"):
         (work / name).mkdir()
@@ -140,8 +139,8 @@ def split(source: Path, work: Path) -> dict[str, int]:
     return sizes
 
 
-def table(costs: dict[str, Cost]) -> None:
-    """Print costs, with their ratios to the first."""
+def print_costs(costs: dict[str, Cost]) -> None:
+    """Print costs and their ratios to the first."""
     first = next(iter(costs.values()))
     print(f"{'':<58} {'CPU s':>8} {'ratio':>6} {'wall s':>8} {'peak GB':>8} {'ratio':>6}")
     for name, cost in costs.items():
@@ -149,27 +148,29 @@ def table(costs: dict[str, Cost]) -> None:
               f"{cost.peak_gb:8.2f} {cost.peak_gb / first.peak_gb:6.2f}", flush=True)
 
 
-def merges(file: Path) -> list[list[str]]:
+def read_merges(file: Path) -> list[list[str]]:
     """Return the merges of a tokenizer.json."""
     return json.loads(file.read_text(encoding="utf-8"))["model"]["merges"]
 
 
-def plain(work: Path, sentencepiece_python: str | None) -> None:
-    """Train Solar Open's tokenizer at full size, and the same with the two libraries."""
+def compare_plain_bpe(work: Path, sentencepiece_python: str | None) -> None:
+    """Train Solar Open's tokenizer at full size with this project and with both libraries; print the
+    costs."""
     preset, vocab_size = SOLAR
     text, theirs, ours = work / "train", work / "hf-solar.json", work / "solar"
     hugging_face = [sys.executable, "-c", HUGGING_FACE, preset, str(vocab_size), str(text), str(theirs)]
-    costs = {"tokenizers: BpeTrainer": measured(hugging_face)}
-    costs["sov-tokenizer train"] = measured(train_command(preset, vocab_size, text, ours))
+    costs = {"tokenizers: BpeTrainer": run_measured(hugging_face)}
+    costs["sov-tokenizer train"] = run_measured(train_command(preset, vocab_size, text, ours))
     if sentencepiece_python:
         command = [sentencepiece_python, "-c", SENTENCEPIECE, str(vocab_size), str(text), str(work / "spm")]
-        costs["sentencepiece: bpe over characters, its own words"] = measured(command)
+        costs["sentencepiece: bpe over characters, its own words"] = run_measured(command)
     print(f"\nbyte-level BPE, {preset}, {vocab_size:,} ids; load {os.getloadavg()[0]:.0f}")
-    table(costs)
-    print(f"merges as those of tokenizers: {merges(theirs) == merges(ours / 'tokenizer.json')}", flush=True)
+    print_costs(costs)
+    is_equal = read_merges(theirs) == read_merges(ours / "tokenizer.json")
+    print(f"merges as those of tokenizers: {is_equal}", flush=True)
 
 
-def superwords(work: Path) -> None:
+def train_superwords(work: Path) -> None:
     """Train K-EXAONE's tokenizer at full size, and compare its cost with plain BPE."""
     preset, vocab_size = EXAONE
     text = work / "train"
@@ -180,10 +181,10 @@ def superwords(work: Path) -> None:
              "published": ("SuperBPE as published: --transition-size 122880", "--transition-size", "122880")}
     costs = {}
     for name, (title, *options) in kinds.items():
-        costs[title] = measured(train_command(preset, vocab_size, text, work / name, *options))
-    costs = {"tokenizers: BpeTrainer, plain BPE of that size": measured(hugging_face)} | costs
+        costs[title] = run_measured(train_command(preset, vocab_size, text, work / name, *options))
+    costs = {"tokenizers: BpeTrainer, plain BPE of that size": run_measured(hugging_face)} | costs
     print(f"\n{preset}, {vocab_size:,} ids; load {os.getloadavg()[0]:.0f}")
-    table(costs)
+    print_costs(costs)
     for name in kinds:
         content = read_manifest(work / name).content
         share = content["num_superwords"] / vocab_size
@@ -191,9 +192,9 @@ def superwords(work: Path) -> None:
               flush=True)
 
 
-def paper(work: Path) -> None:
-    """SuperBPE as in its paper (arXiv 2503.13423): English, 200,000 ids, GPT-2's words,
-    all of the text in both stages."""
+def train_paper_tokenizers(work: Path) -> None:
+    """Train SuperBPE as in its paper (arXiv 2503.13423) and print the costs: English, 200,000 ids, GPT-2's
+    word pattern, the whole text in both stages."""
     rules = {field: value for field, value in asdict(PRESETS[SOLAR[0]]).items()
              if field not in ("name", "superword_share")}
     rules |= {"split_pattern": PAPER_SPLIT, "superword_pattern": PAPER_SUPERWORDS, "superword_share": 0.5}
@@ -201,14 +202,14 @@ def paper(work: Path) -> None:
     english = f"en={work / 'train/en.jsonl'}"
     costs = {}
     for size in (PAPER_VOCAB_SIZE, *PAPER_TRANSITION_SIZES):
-        costs[f"transition size {size:,}"] = measured(
+        costs[f"transition size {size:,}"] = run_measured(
             [sys.executable, "-m", "tokenizer.cli", "train", "--preset", "custom", "--config",
              str(work / "paper.json"), "--vocab-size", str(PAPER_VOCAB_SIZE), "--transition-size", str(size),
              "--input", english, "--superword-sample-mb", str(ALL_MB), "--output",
              str(work / f"paper-{size}")])
     print(f"\nSuperBPE as in its paper: English, {PAPER_VOCAB_SIZE:,} ids; first plain BPE; "
           f"load {os.getloadavg()[0]:.0f}")
-    table(costs)
+    print_costs(costs)
 
 
 def texts_of(file: Path) -> Iterator[str]:
@@ -218,8 +219,9 @@ def texts_of(file: Path) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def bounded(work: Path, size_gb: float, memory_gb: float) -> None:
-    """Text repeated and perturbed, so that distinct words do not end, under a bound on memory."""
+def train_with_memory_limit(work: Path, size_gb: float, memory_gb: float) -> None:
+    """Train on repeated and perturbed text, whose number of distinct words keeps growing, with
+    `--max-memory-gb`; print the cost and the words of each stage."""
     folder = work / "large"
     folder.mkdir()
     drawn, size_bytes, round_ = random.Random(0), 0, 0
@@ -238,9 +240,9 @@ def bounded(work: Path, size_gb: float, memory_gb: float) -> None:
         round_ += 1
     del documents
     preset, vocab_size = EXAONE
-    cost = measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
-                     str(vocab_size), "--input", f"large={folder}", "--output", str(work / "bounded"),
-                     "--max-memory-gb", str(memory_gb)])
+    cost = run_measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
+                         str(vocab_size), "--input", f"large={folder}", "--output", str(work / "bounded"),
+                         "--max-memory-gb", str(memory_gb)])
     shutil.rmtree(folder)
     print(f"\n{size_bytes / 1e9:.2f} GB of text, repeated and perturbed, {preset} {vocab_size:,}, "
           f"--max-memory-gb {memory_gb:g}: {cost.cpu_s:.0f} CPU s, {cost.wall_s:.0f} s on the clock, "
@@ -252,7 +254,7 @@ def bounded(work: Path, size_gb: float, memory_gb: float) -> None:
 
 
 def machine() -> str:
-    """Return processor, cores, load and versions."""
+    """Return a line with processor, cores, load and library versions."""
     versions = ", ".join(f"{name} {version(name)}"
                          for name in ("tokenizers", "tiktoken", "transformers", "numpy"))
     return (f"{read_processor_name()}, {len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}, "
@@ -260,7 +262,7 @@ def machine() -> str:
 
 
 def main() -> int:
-    """Run everything."""
+    """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--text", required=True, type=Path, help="folder of <language>.jsonl")
     parser.add_argument("--keep", required=True, type=Path,
@@ -275,12 +277,13 @@ def main() -> int:
                         help="what to measure (default: everything)")
     args = parser.parse_args()
     args.keep.mkdir(parents=True)
-    sizes = split(args.text, args.keep)
+    sizes = split_documents(args.text, args.keep)
     print(f"{machine()}\n{sum(sizes.values()) / 1e6:.1f} MB of text: "
           + ", ".join(f"{name} {size / 1e6:.1f}" for name, size in sizes.items()), flush=True)
-    parts = {"superwords": lambda: superwords(args.keep),
-             "plain": lambda: plain(args.keep, args.sentencepiece_python), "paper": lambda: paper(args.keep),
-             "bounded": lambda: bounded(args.keep, args.bounded_gb, args.max_memory_gb)}
+    parts = {"superwords": lambda: train_superwords(args.keep),
+             "plain": lambda: compare_plain_bpe(args.keep, args.sentencepiece_python),
+             "paper": lambda: train_paper_tokenizers(args.keep),
+             "bounded": lambda: train_with_memory_limit(args.keep, args.bounded_gb, args.max_memory_gb)}
     for part in args.parts:
         parts[part]()
     return 0

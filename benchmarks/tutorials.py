@@ -2,9 +2,9 @@
 
     python benchmarks/tutorials.py [--folder DIR] [--steps 2] [--pages cluster language]
 
-Every command is a process of its own in DIR, as a user types it.  What two pages have alike is typed once,
-and what has been typed in DIR is passed over, so that the same command goes on after a kill.  `--steps` makes
-every run as many steps long; without it all is as it stands there.
+Every command runs as a process in DIR, as a user would type it. A command that two pages share runs once, and
+commands in DIR/typed.jsonl are skipped, so the benchmark continues after a kill. `--steps` replaces
+`train.steps` in all commands.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from tests.pages_typed import ENTRIES, iter_command_lines, shell_blocks  # noqa:
 PAGES = ("cluster", "language")
 
 
-def shortened(line: str, num_steps: int | None) -> str:
-    """Return a command with fewer steps, where that is asked for."""
+def replace_steps(line: str, num_steps: int | None) -> str:
+    """Return a command with `train.steps` replaced by `num_steps`; None: unchanged."""
     if num_steps is None:
         return line
     return re.sub(r"train\.steps=\d+", f"train.steps={num_steps}", line)
@@ -48,7 +48,7 @@ def type_line(line: str, folder: Path) -> dict[str, object]:
 
 
 def main() -> int:
-    """Type the pages; returns 1 where a command failed."""
+    """Run the commands of all pages; return 1 if a command failed."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("work-tutorials"))
@@ -69,7 +69,7 @@ def main() -> int:
         print(f"\n{page}\n   code  seconds  CPU seconds")
         section = text.partition("\n## On a laptop\n")[2].partition("\n## ")[0]
         for shown in iter_command_lines(shell_blocks(section)):
-            line = shortened(shown, args.steps)
+            line = replace_steps(shown, args.steps)
             if line not in typed:
                 typed[line] = type_line(line, args.folder)
                 if typed[line]["code"]:

@@ -1,10 +1,10 @@
-"""Environments of `verifiers` played in our bridge and with the library's `vf-eval` on the same texts: a
-question, a simulated user, tools, and a TextArena game.
+"""Compare rewards of `verifiers` environments in this project's bridge and in the library's `vf-eval`, for
+the same model responses: a question, a simulated user, tools, and a TextArena game.
 
     python benchmarks/verifiers_worlds.py --python ENV/bin/python > benchmarks/results/verifiers_worlds.txt
 
-`--python`: an interpreter with verifiers, uv, textarena and nltk.  uv fetches the packages of the library's
-chat program; name the certificates that it needs in SSL_CERT_FILE.
+`--python`: an interpreter with verifiers, uv, textarena and nltk. uv downloads the packages of the library's
+chat program; SSL_CERT_FILE may name its certificates.
 """
 
 import argparse
@@ -139,10 +139,11 @@ if __name__ == "__main__":
     Counter.run()
 '''
 WORDS = "about account agreement air apple cotton father garden island kettle machine paper river window"
-"""What Hangman draws from here, in place of a word list that NLTK downloads."""
+"""Words of Hangman, in place of the word list that NLTK would download."""
 Turn = str | list[tuple[str, dict[str, Any]]]
+"""Text of a response, or its tool calls (name, arguments)."""
 FULL: Turn = "(no more)"
-"""The model's context is full."""
+"""Marks the turn at which the model's context is full."""
 Case = tuple[str, str, int, Sequence[Turn]]
 CASES: tuple[Case, ...] = (
     ("vf_sum", "agent", 1, ["It is 3."]),
@@ -150,7 +151,7 @@ CASES: tuple[Case, ...] = (
     ("vf_guess", "player", 2, ["4", FULL]),
     ("vf_count", "agent", 0, [[("look", {}), ("add", {"amount": "x"})], [("add", {"amount": 3})], "done"]),
     ("textarena", "player", 1, ["[e]", "I say [a].", "no move", FULL]))
-"""Taskset, the seat that is played, task, and what the model writes."""
+"""(taskset, agent of the environment that the model plays, task index, responses of the model)."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +162,7 @@ class Library:
     folder: Path
 
     def config(self, taskset: str, seat: str) -> Path:
-        """Write the settings of an environment."""
+        """Write the TOML settings of an environment for vf-eval, and return their path."""
         game = 'game = "Hangman-v0"\n' if taskset == "textarena" else ""
         path = self.folder / f"{taskset}.toml"
         path.write_text(f'[env.taskset]\nid = "{taskset}"\n{game}\n[env.{seat}]\nharness = {{id = "null"}}\n'
@@ -169,14 +170,18 @@ class Library:
         return path
 
 
-def served(turn: Turn) -> ServedTurn:
+def build_turn(turn: Turn) -> ServedTurn:
     return ServedTurn("", turn) if isinstance(turn, str) else (
         ServedTurn("", "", tuple(ToolCall(name, arguments) for name, arguments in turn)))
 
 
-def ours(library: Library, config: Path, task: int, turns: Sequence[Turn],
-         show: Callable[[str], object]) -> dict[str, Any]:
-    """Play as a run does, and go on in another process in the middle; returns reward and components."""
+def run_in_bridge(library: Library, config: Path, task: int, turns: Sequence[Turn],
+                  show: Callable[[str], object]) -> dict[str, Any]:
+    """Run an episode in `EnvironmentHost`, resumed in another process after half of the turns.
+
+    Returns:
+        Reward and its components.
+    """
     settings = {"config": str(config), "python": library.python, "repeat": True,
                 "env": [name for name in ("SSL_CERT_FILE", "NLTK_DATA") if name in os.environ]}
     with EnvironmentHost(request_environment("verifiers", settings),
@@ -191,25 +196,26 @@ def ours(library: Library, config: Path, task: int, turns: Sequence[Turn],
             if number == len(turns) // 2:
                 host.end()
                 host.resume({"task": task}, host.state)
-            heard = host.reply(served(turn))
-            said = [*(result.text.partition("\n")[0] for result in heard.results),
-                    *([heard.user] if heard.user is not None else []), *(["over"] if heard.is_over else [])]
+            reply = host.reply(build_turn(turn))
+            texts = [result.text.partition("\n")[0] for result in reply.results]
+            texts += [reply.user] if reply.user is not None else []
+            texts += ["over"] if reply.is_over else []
             show(f"  {turn if isinstance(turn, str) else json.dumps(turn)} -> "
-                  f"{' | '.join(' '.join(text.split())[:70] for text in said)}")
+                 f"{' | '.join(' '.join(text.split())[:70] for text in texts)}")
         result = host.score("")
         assert result.reward is not None, result.reason
         return {"reward": result.reward, **result.components}
 
 
 class Script:
-    """A model server that replies with scripted texts."""
+    """A chat completions server that streams scripted responses, and an error when they are used up."""
 
     def __init__(self, turns: Sequence[Turn]) -> None:
         self._turns = iter(turns)
         self._num = 0
 
     async def chat(self, request: web.Request) -> web.Response:
-        turn = served(next(self._turns, FULL))
+        turn = build_turn(next(self._turns, FULL))
         if turn.content == FULL:
             error = {"message": "This model's maximum context length is 8 tokens", "code": 400}
             return web.json_response({"error": error}, status=400)
@@ -223,8 +229,9 @@ class Script:
                             content_type="text/event-stream")
 
 
-def theirs(library: Library, config: Path, task: int, turns: Sequence[Turn]) -> dict[str, Any]:
-    """Return the results of `vf-eval` with the same scripted replies."""
+def run_vf_eval(library: Library, config: Path, task: int, turns: Sequence[Turn]) -> dict[str, Any]:
+    """Run `vf-eval` against a server with the same scripted responses; return reward, metrics and stop
+    reason."""
     loop, script = asyncio.new_event_loop(), Script(turns)
     app = web.Application()
     app.add_routes([web.post("/v1/chat/completions", script.chat)])
@@ -252,16 +259,16 @@ def theirs(library: Library, config: Path, task: int, turns: Sequence[Turn]) -> 
     return {"reward": sum(rewards.values()), **trace["metrics"], **rewards, "stop": trace["stop_condition"]}
 
 
-def compared(library: Library, case: Case, pool: ThreadPoolExecutor) -> tuple[list[str], Any, Any]:
-    """Start a case in both programs; return its label and both futures."""
+def start_case(library: Library, case: Case, pool: ThreadPoolExecutor) -> tuple[list[str], Any, Any]:
+    """Start a case in both programs; return the lines that the bridge shows and both futures."""
     taskset, seat, task, turns = case
     config, lines = library.config(taskset, seat), list[str]()
-    return (lines, pool.submit(ours, library, config, task, turns, lines.append),
-            pool.submit(theirs, library, config, task, turns))
+    return (lines, pool.submit(run_in_bridge, library, config, task, turns, lines.append),
+            pool.submit(run_vf_eval, library, config, task, turns))
 
 
 def main() -> None:
-    """Play all cases, by both."""
+    """Run all cases in both programs, and print the results and their differences."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--python", required=True, help="interpreter with verifiers, uv, textarena and nltk")
     args = parser.parse_args()
@@ -275,10 +282,10 @@ def main() -> None:
             (words / file).write_text("\n".join(WORDS.split()) + "\n", encoding="utf-8")
         os.environ["NLTK_DATA"] = str(library.folder / "nltk")
         with ThreadPoolExecutor(2 * len(CASES)) as pool:
-            played = [(case, *compared(library, case, pool)) for case in CASES]
+            played = [(case, *start_case(library, case, pool)) for case in CASES]
             differing = 0
-            for (taskset, _, task, _), lines, here, there in played:
-                found, by_library = here.result(), there.result()
+            for (taskset, _, task, _), lines, by_bridge, by_vf_eval in played:
+                found, by_library = by_bridge.result(), by_vf_eval.result()
                 print(f"{taskset}, task {task}", *lines, f"  {json.dumps(found)}", sep="\n")
                 print("  the same by vf-eval" if found == by_library
                       else f"  by vf-eval {json.dumps(by_library)}")

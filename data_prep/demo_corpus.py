@@ -14,7 +14,6 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from html.parser import HTMLParser
 from pathlib import Path, PurePosixPath
 from pydoc_data.topics import topics
 from typing import Annotated, Any
@@ -40,10 +39,6 @@ MIN_HANGUL_SHARE = 0.3
 """Minimum Hangul share among a Korean line's letters; menu and key names stay English."""
 MIN_REPEATED_CHARS = 30
 """Minimum length for deduplicated lines, such as notes repeated on every page."""
-_SKIPPED_TAGS = frozenset(["script", "style", "head", "header", "aside", "nav", "footer", "noscript", "info"])
-_BLOCK_TAGS = frozenset([
-    "p", "div", "li", "h1", "h2", "h3", "h4", "h5", "h6", "tr", "td", "th", "dt", "dd", "pre", "table", "ul",
-    "ol", "section", "br", "title", "blockquote"])
 
 PYTHON_PACKAGES = ("numpy", "networkx", "sympy", "jinja2", "pydantic", "torch/nn", "torch/optim",
                    "torch/utils", "torch/distributions")
@@ -99,7 +94,9 @@ def write_corpus(options: DemoCorpusOptions) -> int:
     if options.user is not None:
         texts = {"user": read_user_documents(options.user)}
     else:
-        english = {**read_language_topics(), **join_docstrings(docstrings), **read_package_pages()}
+        # Python's language reference, as in `help()`
+        reference = {f"topic {name}": strip_markup(text) for name, text in sorted(topics.items())}
+        english = {**reference, **join_docstrings(docstrings), **read_package_pages()}
         texts = {"english": select_documents(english, ENGLISH_BYTES),
                  "code": select_documents({n: sources[n] for n, _ in library}, CODE_BYTES)}
         try:
@@ -276,11 +273,6 @@ def join_docstrings(docstrings: list[Docstring]) -> dict[str, str]:
     return {module: "\n\n".join(texts) for module, texts in parts.items()}
 
 
-def read_language_topics() -> dict[str, str]:
-    """Return Python's language reference by topic, as in `help()`."""
-    return {f"topic {name}": strip_markup(text) for name, text in sorted(topics.items())}
-
-
 def read_package_pages() -> dict[str, str]:
     """Return documentation files (.rst, .md, METADATA descriptions) from installed packages."""
     site = Path(sysconfig.get_path("purelib"))
@@ -360,47 +352,18 @@ def _download_packages(runner: _CommandRunner) -> None:
 
 def _read_pages(archive: bytes) -> dict[str, str]:
     """Return path -> text for HTML pages below a folder `ko`, read in memory without extracting to disk."""
+    try:
+        from data_prep.curate.sources.html import extract_page_text  # needs the extra `data`
+    except ImportError as e:
+        raise CorpusUnavailable(f"the package {e.name} is not installed") from None
     texts = {}
     with tarfile.open(fileobj=io.BytesIO(archive)) as members:
         for member in members:
             path = PurePosixPath(member.name)
             is_page = member.isfile() and path.suffix in (".html", ".page") and "ko" in path.parts
             if is_page and (file := members.extractfile(member)):
-                texts[path.as_posix()] = extract_html_text(file.read().decode("utf-8", "replace"))
+                texts[path.as_posix()] = extract_page_text(file.read().decode("utf-8", "replace"))[0]
     return texts
-
-
-class _TextParser(HTMLParser):
-    """Collects a page's body text, a line per block."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.parts: list[str] = []
-        self._skipped: list[str] = []
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in _SKIPPED_TAGS:
-            self._skipped.append(tag)
-        elif tag in _BLOCK_TAGS:
-            self.parts.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        # end the innermost tag only, as pages leave tags open
-        if self._skipped and tag == self._skipped[-1]:
-            self._skipped.pop()
-        elif tag in _BLOCK_TAGS:
-            self.parts.append("\n")
-
-    def handle_data(self, data: str) -> None:
-        if not self._skipped:
-            self.parts.append(re.sub(r"\s+", " ", data))
-
-
-def extract_html_text(page: str) -> str:
-    parser = _TextParser()
-    parser.feed(page)
-    parser.close()
-    return "\n".join(line.strip() for line in "".join(parser.parts).split("\n") if line.strip())
 
 
 def is_korean(line: str) -> bool:
@@ -415,7 +378,7 @@ def keep_korean_lines(pages: dict[str, str]) -> dict[str, str]:
     korean = {}
     for name, text in pages.items():
         lines = []
-        for line in text.split("\n"):
+        for line in map(str.strip, text.split("\n")):
             if is_korean(line) and line not in seen:
                 lines.append(line)
                 if len(line) >= MIN_REPEATED_CHARS:

@@ -16,6 +16,7 @@ from typing import Any
 
 from megatron_sov.base.artifacts import format_json, read_manifest
 from megatron_sov.base.errors import ExitCode, GateFailed, StopRequested, UserError
+from megatron_sov.base.settings import format_change
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, final_step_events, read_events
@@ -215,7 +216,6 @@ def read_rounds(run: AnyPath, *, frame: bool = False) -> Any:
 
 
 def _get_scalars(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the scalar fields in an event."""
     return {key: value for key, value in fields.items() if not isinstance(value, dict | list)
             and key != "event"}
 
@@ -271,8 +271,7 @@ def _format_settings(settings: Settings, option: str) -> list[str]:
     """Format settings as words; non-text values become JSON."""
     lines = settings
     if isinstance(settings, Mapping):
-        lines = [f"{key}={value if isinstance(value, str) else json.dumps(value)}"
-                 for key, value in settings.items()]
+        lines = [format_change(key, value) for key, value in settings.items()]
     return [word for line in lines for word in (option, line)]
 
 
@@ -314,5 +313,8 @@ def _forward_lines(lines: Iterable[str]) -> str:
     message = ""
     for line in lines:
         sys.stderr.write(line)
-        message = line if line.startswith(_MARKS) else message + line if message else ""
+        if line.startswith(_MARKS):
+            message = line
+        elif message:
+            message += line
     return message.partition(": ")[2].strip()

@@ -41,8 +41,10 @@ class MediaTokens:
     """First picture id, likewise."""
 
     def problems(self) -> list[SettingsProblem]:
-        return [] if self.audio_tokens or self.image_tokens else [
-            SettingsProblem(ProblemCode.RULE, "audio_tokens", "adds nothing, and no --image-tokens do", 0)]
+        if self.audio_tokens or self.image_tokens:
+            return []
+        return [SettingsProblem(ProblemCode.RULE, "audio_tokens", "adds nothing, and no --image-tokens do",
+                                0)]
 
 
 def assign_media_ids(media_tokens: MediaTokens, existing_tokens: Collection[str],

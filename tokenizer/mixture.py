@@ -6,8 +6,6 @@ the choice depends on content alone, not on file order, and a smaller share is a
 Workers read files in a `CountUnit` each.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import io
@@ -276,7 +274,7 @@ class UnitSizes:
     """Piece bytes by `buckets`."""
 
     @staticmethod
-    def from_bucket_bytes(num_documents: int, bucket_bytes: NDArray[np.int64]) -> UnitSizes:
+    def from_bucket_bytes(num_documents: int, bucket_bytes: NDArray[np.int64]) -> "UnitSizes":
         """Compress dense bucket sizes, [NUM_BUCKETS]."""
         buckets = np.flatnonzero(bucket_bytes)
         return UnitSizes(num_documents, buckets, bucket_bytes[buckets])

@@ -2,8 +2,9 @@
 
 Usage: python benchmarks/gpu/commands.py [--double] LIST     LIST: JSON, [[program, word, ...], ...]
 
-After each command one line with its exit code goes to standard output; what commands print goes to standard
-error.  A command that fails ends the process, for it may have spoiled the device for those behind it.
+The exit code of each command is written to standard output as one line; output of the commands goes to
+standard error. The process ends after the first failure, because later commands might find a corrupt CUDA
+context.
 """
 
 import importlib
@@ -22,27 +23,27 @@ ONE_RANK = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE
 
 
 def install_double() -> None:
-    """Install the Transformer Engine double, build models of it in any dtype and under any `train.fp8`, and
-    quantize its products. Call it before megatron-core is imported."""
+    """Replace Transformer Engine by the double of the tests, with quantized matrix products. Models then use
+    its modules in every dtype and for every `train.fp8`. Call this before megatron-core is imported."""
     sys.path[:0] = [str(DOUBLE), str(ROOT)]
-    import transformer_engine.pytorch as te  # one that is not imported is hidden on a CPU
+    import transformer_engine.pytorch as te  # megatron_sov hides it on a CPU unless it is already imported
 
     from megatron_sov.engine.model import specs
 
-    specs.on_gpu = lambda: True  # what configurations are made for
+    specs.on_gpu = lambda: True  # build the `TransformerConfig` of a GPU
     specs.needs_transformer_engine = lambda dtype: True
     from megatron_sov.engine.parallel.gpu_libraries import FP8_FUNCTIONS
     from tests.te_double.quantized_run import quantize_products
 
     quantize_products()
-    for name in FP8_FUNCTIONS.values():  # as on a GPU that has every recipe
+    for name in FP8_FUNCTIONS.values():  # report every FP8 recipe as available
         setattr(te, name, lambda return_reason=False: (True, "") if return_reason else True)
 
 
 def run(program: str, words: list[str]) -> int:
-    """Run a command as its own process would; returns its exit code."""
+    """Run a command in this process with its own `sys.argv` and rank variables; return its exit code."""
     with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))  # parts may run at the same time
+        free.bind(("127.0.0.1", 0))  # a free port, because several parts may run at the same time
         port = str(free.getsockname()[1])
     for name, value in {**ONE_RANK, "MASTER_PORT": port}.items():
         if program == "megatron-sov":
@@ -54,13 +55,13 @@ def run(program: str, words: list[str]) -> int:
         return int(importlib.import_module(PROGRAMS[program]).main() or 0)
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else int(e.code is not None)
-    except BaseException:  # any error is reported as the command's
+    except BaseException:  # report any error as a failure of this command
         traceback.print_exc()
         return 1
 
 
 def run_all(commands: list[list[str]], answers: TextIO) -> None:
-    """Run commands up to the first that fails, and write each one's exit code."""
+    """Run commands until one fails, and write the exit code of each as a line."""
     for program, *words in commands:
         code = run(program, words)
         print(code, file=answers, flush=True)

@@ -1,11 +1,11 @@
-"""Compile the Triton kernels of our models for Hopper and Blackwell without a GPU, at the sizes of the
-recommended layouts: registers, spills and shared memory.
+"""Compile the Triton kernels of Transformer Engine and megatron-core for Hopper and Blackwell without a GPU,
+and print their registers, spilled bytes and shared memory.
 
 Usage: python benchmarks/gpu/compile_kernels.py > benchmarks/results/ptx.txt
 
-The libraries' own wrappers are called with tensors that have sizes and no memory; a launch compiles and goes
-no further.  Of an autotuned kernel all configurations are compiled and the one with most spills, then
-registers, is shown.
+The wrappers of the libraries are called with meta tensors at the sizes of the recommended layouts. Each
+kernel launch is replaced by compilation. For an autotuned kernel all configurations are compiled, and
+the one with the most spilled bytes (then registers) is printed.
 """
 
 from __future__ import annotations
@@ -25,25 +25,27 @@ import triton_interpreter as kernels
 
 TARGETS = {90: "Hopper", 100: "Blackwell"}
 TOKENS, EXPERTS, TOP, LOCAL, HIDDEN, VOCAB = 8192, 128, 8, 16, 4096, 196608
-"""Of a micro-batch of solar-open-102b, with 16 of its experts on each rank."""
+"""Sizes of a micro-batch of solar-open-102b; TOP experts per token, LOCAL experts per rank."""
 LATENT = (128, 128, 64, 128)
-"""Heads, and widths of a latent key without and with rotation, and of a value: DeepSeek-V3's."""
+"""Latent attention of DeepSeek-V3: heads, key width without rotation, key width with rotation, value
+width."""
 
 
 @dataclass
 class Compiled:
-    """Launches of one kernel."""
+    """Compilation results of one kernel."""
 
     configs: int = 0
+    """Compiled configurations."""
     worst: tuple[int, int] = (-1, -1)
-    """Bytes of spills, registers."""
+    """(spilled bytes, registers) of the configuration with the most; -1: none compiled."""
     shared_bytes: int = 0
     warps: int = 0
     problems: set[str] = field(default_factory=set)
 
 
 class Driver:
-    """Stands for the driver of a GPU, as far as Triton asks it before a launch."""
+    """Replaces Triton's CUDA driver: the methods that Triton calls before a launch."""
 
     def __init__(self, capability: int) -> None:
         from triton.backends.compiler import GPUTarget
@@ -60,8 +62,8 @@ class Driver:
         return 0
 
 
-def assembled(ptx: str, capability: int) -> tuple[int, int]:
-    """Return the bytes of spills and the registers of a kernel."""
+def assemble_ptx(ptx: str, capability: int) -> tuple[int, int]:
+    """Assemble PTX text with ptxas for `sm_<capability>a`; return (spilled bytes, registers)."""
     folder = kernels.triton_folder()
     home = folder / "triton" if folder else Path(import_module("triton").__file__ or "").parent
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
@@ -75,7 +77,7 @@ def assembled(ptx: str, capability: int) -> tuple[int, int]:
 
 
 def compile_in_place_of_launches(capability: int) -> dict[str, Compiled]:
-    """From now on compile the kernel of every launch instead of running it; return the list of results."""
+    """Replace Triton's launches by compilation; return kernel name -> results, which later launches fill."""
     from triton.runtime import driver
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
@@ -84,12 +86,12 @@ def compile_in_place_of_launches(capability: int) -> dict[str, Compiled]:
     driver.set_active(Driver(capability))
     run = JITFunction.__dict__["run"]
 
-    def compiled(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
+    def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
         entry = found.setdefault(self.__name__, Compiled())
         entry.configs += 1
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-            numbers = assembled(kernel.asm["ptx"], capability)
+            numbers = assemble_ptx(kernel.asm["ptx"], capability)
         except Exception as e:  # the benchmark reports which kernels compile
             entry.problems.add(f"{type(e).__name__}: {str(e).strip().splitlines()[-1][:150]}")
             return
@@ -97,16 +99,16 @@ def compile_in_place_of_launches(capability: int) -> dict[str, Compiled]:
             entry.worst, entry.warps = numbers, kernel.metadata.num_warps
             entry.shared_bytes = kernel.metadata.shared
 
-    def each_config(self: Any, *args: Any, **kwargs: Any) -> None:
+    def compile_configs(self: Any, *args: Any, **kwargs: Any) -> None:
         for config in self.configs:
             self.fn.run(*args, **kwargs, **config.all_kwargs())
 
-    JITFunction.run, Autotuner.run = compiled, each_config
+    JITFunction.run, Autotuner.run = compile_launch, compile_configs
     return found
 
 
 def launch_transformer_engine() -> None:
-    """Call the wrappers of Transformer Engine."""
+    """Call the wrappers of Transformer Engine's Triton kernels with meta tensors."""
     import torch
 
     kernels.stub_transformer_engine()
@@ -137,7 +139,7 @@ def launch_transformer_engine() -> None:
 
 
 def launch_megatron() -> None:
-    """Call the fusions of megatron-core, forward and backward."""
+    """Call the fusions of megatron-core with meta tensors, forward and backward."""
     import torch
 
     converter, padding, rope = map(import_module, kernels.MEGATRON)
@@ -158,8 +160,8 @@ def launch_megatron() -> None:
     torch.autograd.backward([keys, values], [torch.empty_like(keys), torch.empty_like(values)])
 
 
-def rows_of(capability: int) -> Iterator[str]:
-    """Yield a line for each kernel."""
+def format_table(capability: int) -> Iterator[str]:
+    """Compile all kernels for a compute capability, and yield the lines of the printed table."""
     import torch
 
     libraries: list[tuple[str, Callable[[], None], Path | None]] = [
@@ -183,7 +185,7 @@ def rows_of(capability: int) -> Iterator[str]:
 
 
 def main() -> None:
-    """Print the table of one chip, which a process of its own compiles for."""
+    """Print the table of the capability in `sys.argv`; without one, start a process for each of `TARGETS`."""
     if len(sys.argv) == 1:
         print("python benchmarks/gpu/compile_kernels.py, on a CPU: PTX by Triton, SASS by its wheel's ptxas; "
               f"triton {kernels.TRITON}\n{TOKENS} tokens, {EXPERTS} experts of which {TOP} are chosen, "
@@ -198,7 +200,7 @@ def main() -> None:
 
     for name in ("empty", "zeros"):
         setattr(torch, name, on_meta(getattr(torch, name)))
-    for line in rows_of(int(sys.argv[1])):
+    for line in format_table(int(sys.argv[1])):
         print(line, flush=True)
 
 

@@ -50,7 +50,7 @@ def refuse(what: str) -> None:
 
 
 def wait() -> None:
-    """Count who waits: the innermost function outside torch; a kernel, which the double plays, does not."""
+    """Count a wait of the host for its innermost function outside torch; simulated kernels do not wait."""
     refuse("the host waits")
     caller = _caller()
     if caller is not None and not _is_kernel(caller):
@@ -165,9 +165,9 @@ def _on(stream: _Stream | None) -> Iterator[None]:
 
 
 def _remember_stream(expanded: torch.Tensor) -> None:
-    """Have autograd's node that gathers a weight's gradients, which the library's data parallelism takes from
-    the expanded weight and keeps, end captures that its stream cannot be drawn into: it waits, wherever it
-    runs, on the stream on which it was made."""
+    """Make a weight's `AccumulateGrad` node end captures. Megatron-core's data parallelism takes it from
+    the expanded weight and keeps it. Wherever the node runs, the stream on which it was made waits; if that
+    is the default stream, it would wait for the captured stream, which CUDA refuses."""
     if _current[-1] is not DEFAULT or expanded.grad_fn is None:
         return
     node = expanded.grad_fn.next_functions[0][0]
@@ -182,7 +182,7 @@ class _Shapes(FakeTensorMode):
 
 
 class _Operations(TorchDispatchMode):
-    """Run operations on host tensors on the host only."""
+    """Runs operations on host tensors as usual; with a GPU tensor, computes only shape, dtype and device."""
 
     def __init__(self, num_routed: int, ledger: Ledger) -> None:
         super().__init__()
@@ -232,7 +232,7 @@ _SCATTERS = {"_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_"}
 
 
 def _message(func: Any, args: Any) -> Any:
-    """Send to nobody what NCCL would take.
+    """Check a collective's arguments as NCCL would, and return a finished work without communication.
 
     Raises:
         RuntimeError: a tensor is on the host.
@@ -260,7 +260,7 @@ def _message(func: Any, args: Any) -> Any:
 
 
 class _Calls(TorchFunctionMode):
-    """Has calls that name the GPU reach the operations, where a torch without CUDA stops before."""
+    """Redirects calls that name the GPU to `_Operations`; a torch without CUDA would refuse them earlier."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -300,7 +300,7 @@ def _is_gpu(device: Any) -> bool:
 
 
 def _move(tensor: torch.Tensor, data: torch.Tensor) -> None:
-    """Have a parameter that the library made on the host be one on the GPU, with its marks."""
+    """Replace a host parameter in place by a GPU parameter, with all attributes that the library set."""
     parameter = torch.nn.Parameter(data, requires_grad=tensor.requires_grad)
     vars(parameter).update(vars(tensor))
     torch.utils.swap_tensors(tensor, parameter)
@@ -308,7 +308,7 @@ def _move(tensor: torch.Tensor, data: torch.Tensor) -> None:
 
 @contextlib.contextmanager
 def used(num_routed: int) -> Iterator[Ledger]:
-    """Compute with the GPU; `num_routed` is the number of routed tokens in a micro-batch. Yields the
+    """Use the fake GPU in the `with` block; `num_routed`: routed tokens in a micro-batch. Yields the memory
     ledger."""
     ledger = Ledger()
     resize = torch.UntypedStorage.resize_

@@ -7,10 +7,10 @@ buffers and optimizer are those of training, with the double of Transformer Engi
 sends nothing. Two steps run: forward and backward of all micro-batches, sums over processes, clipping and
 update.
 
-A case fails if a tensor of the host is used with tensors of the GPU, if shapes do not fit, or if the host
-waits for the device in a function that is not in `ALLOWED`. Its peak of allocated bytes is printed beside the
-estimate of `plan`. Settings are applied on top of the recommended layout; without arguments, `CASES` run. Of
-each case, the first, the middle and the last pipeline stage run.
+A case fails if an operation mixes CPU and GPU tensors, if shapes do not match, or if the host waits for the
+device in a function that is not in `ALLOWED`. The peak of allocated bytes is printed next to the estimate of
+`plan`. Settings are applied on top of the recommended layout; without arguments, `CASES` run. For each case,
+the first, the middle and the last pipeline stage run.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def prepare() -> None:
 
 
 def _skip_compilation(function: Any = None, **settings: Any) -> Any:
-    """Stand for torch.compile, as a call and as a decorator."""
+    """Replace torch.compile, called with a function or as a decorator: return the function unchanged."""
     return (lambda f: f) if function is None else function
 
 
@@ -97,8 +97,8 @@ def _give_kernels_shapes() -> None:
     from transformer_engine.pytorch.attention import dot_product_attention as attention
     from transformer_engine.pytorch.module import layernorm_linear, norm
 
-    def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float,
-                 size: tuple[int, int]) -> torch.Tensor:
+    def attend_by_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
+                       scale: float, size: tuple[int, int]) -> torch.Tensor:
         groups = q.shape[1] // k.shape[1]
         weights = (q * k.repeat_interleave(groups, 1)).sum(-1, keepdim=True) + cu_seqlens.sum()
         return weights.to(q.dtype) * v.repeat_interleave(groups, 1)
@@ -119,13 +119,13 @@ def _give_kernels_shapes() -> None:
             inp, weight, _ = ctx.saved_tensors
             return torch.empty_like(inp), torch.empty_like(weight)
 
-    norm.normalise = layernorm_linear.normalise = lambda inp, weight, *others: Norm.apply(inp, weight)
-    attention.attended_documents = attended
-    permutation._rows = lambda inp, routing_map, num_out_tokens, probs=None: zeros(
+    norm.normalize = layernorm_linear.normalize = lambda inp, weight, *others: Norm.apply(inp, weight)
+    attention.attend_documents = attend_by_sums
+    permutation._order_rows = lambda inp, routing_map, num_out_tokens, probs=None: zeros(
         inp + routing_map.sum(), num_out_tokens, 2)
     permutation._row_id_map = lambda routing_map, expert, token: routing_map.new_zeros(
         len(routing_map), 2 * routing_map.shape[1] + 1, dtype=torch.int32)
-    permutation._taken = lambda row_id_map, num_rows: zeros(row_id_map, num_rows, 3)
+    permutation._find_rows = lambda row_id_map, num_rows: zeros(row_id_map, num_rows, 3)
     permutation.moe_sort_chunks_by_index = lambda inp, split_sizes, sorted_index: (
         inp * (split_sizes + sorted_index).sum().ne(-1))
 

@@ -1,22 +1,22 @@
-"""First run on a GPU: everything that is proven only on CPUs runs on the device, part by part.
+"""First run on a GPU: repeat on the device, part by part, the checks that so far ran only on CPUs.
 
 Usage: python benchmarks/gpu/first_contact.py --out DIR [--parts installation,losses] [--dry] [--again]
 
-Before the first part DIR/machine.json gets how quick the machine is; from it and from what a part does
-follows the part's budget of seconds.  Each part is a process of its own, which is ended with all that it
-started when the budget is spent.  It writes each figure into DIR/PART.json when it is measured, and at its
-end PASS or FAIL.  A part that has passed is not run again (`--again` does).  `--dry` runs every part to its
-end on the CPU, at the smallest sizes, with the tests' double in the place of Transformer Engine, and says
-under "not in a dry run" what is left for the GPU.
+The speed of the machine is measured first and stored in DIR/machine.json. It gives each part a time budget
+(`setting.Cost`). Each part runs in its own process, which is killed with its children when the budget is
+spent. It writes each figure into DIR/PART.json as soon as the figure is measured, and PASS or FAIL at the
+end. Parts that have passed are skipped without `--again`. `--dry` runs every part on the CPU, at the smallest
+sizes, with the Transformer Engine double of the tests, and lists under "not in a dry run" the checks that
+need a GPU.
 
-  installation  Transformer Engine imports and has the signatures that are counted on; `doctor` is content
-  losses        tiny recipes on the GPU against the CPU; routers move; checkpoints go to the CPU and back
-  post          fine-tuning, preferences, distillation, reinforcement learning and generation, against the CPU
+  installation  Transformer Engine imports and has the expected signatures; `doctor` reports no problem
+  losses        tiny recipes, GPU against CPU; routers get updates; checkpoints resume on the other device
+  post          fine-tuning, preferences, distillation, reinforcement learning and generation, GPU against CPU
   attention     packed rows x windows x grouped heads against a dense reference, with gradients
-  fp8           each recipe's products against their emulation
-  fp8_training  each recipe's training against bf16, and resumed
-  big_rank      one rank of solar-open-102b: memory against the account, TFLOP/s step by step
-  transfers     snapshots, collectives of one rank, and what a start takes
+  fp8           matrix products of each FP8 recipe against their emulation
+  fp8_training  losses of each FP8 recipe against bf16, and after a resume
+  big_rank      one rank of solar-open-102b: peak memory against the estimate of `plan`, TFLOP/s per feature
+  transfers     speed of snapshots and of collectives with one rank, and seconds of a start
 """
 
 from __future__ import annotations
@@ -40,14 +40,15 @@ from setting import DOUBLE, ROOT, Failed, Machine, Setting
 
 PARTS = ("installation", "losses", "post", "attention", "fp8", "fp8_training", "big_rank", "transfers")
 MACHINE = "machine"
-"""The process that measures how quick the machine is, and its result."""
+"""Name of the process that measures the speed of the machine, and of its result file."""
 MACHINE_BUDGET_S = 900
-"""In which it must be done: a first import of everything from a cold disk takes minutes."""
+"""Time limit of that process: the first import of all libraries from a cold disk takes minutes."""
 RUNNING, ENDED_WITHIN_S = "RUNNING", 30
+"""Status of a part before its end; longest wait for the end of killed processes."""
 
 
 def run_here(part: str, setting: Setting) -> None:
-    """Run a part in this process, and write its result after each figure."""
+    """Run a part in this process, and write its result file after each figure."""
     start, problem, figures = time.monotonic(), "", dict[str, Any]()
     sys.path.append(str(ROOT))
     if setting.dry:
@@ -65,7 +66,7 @@ def run_here(part: str, setting: Setting) -> None:
 
 def write(part: str, setting: Setting, status: str, figures: dict[str, Any], seconds: float,
           problem: str = "") -> None:
-    """Write a part's result, whole or not at all."""
+    """Write the result file of a part atomically."""
     result = {"part": part, "status": status, "dry": setting.dry, "seconds": round(seconds, 1),
               "device": device_name(setting), "problem": problem, "figures": figures}
     file = setting.out / f"{part}.json"
@@ -114,7 +115,7 @@ def measure_machine(setting: Setting, started_s: float) -> None:
 
 
 def machine_of(setting: Setting) -> Machine:
-    """Return how quick this machine is, as measured now."""
+    """Measure the speed of this machine in its own process."""
     file = setting.out / f"{MACHINE}.json"
     file.unlink(missing_ok=True)
     code, _ = run_process(MACHINE, setting, MACHINE_BUDGET_S)
@@ -125,27 +126,27 @@ def machine_of(setting: Setting) -> Machine:
 
 
 def run_process(part: str, setting: Setting, budget_s: float) -> tuple[int | None, float]:
-    """Run a part in a process of its own to its end; returns its exit code, None where its budget was spent,
-    and its seconds.  All that it started has then ended, too, and left the GPU."""
+    """Run a part in its own process; return its exit code (None: the budget was spent) and its seconds.
+    All processes that it started have then ended and have freed their GPU memory."""
     words = [sys.executable, "-W", "ignore", __file__, "--out", str(setting.out), "--in-process", part,
              "--started", str(time.time()), *["--dry"] * setting.dry]
     start_s = time.monotonic()
-    # `timeout` and Slurm send it: an exception, so that what has been started ends, too
+    # `timeout` and Slurm send SIGTERM; raise SystemExit, so that `finally` also kills the started processes
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     with subprocess.Popen(words, cwd=ROOT, start_new_session=True) as process:
         try:
             code: int | None = process.wait(budget_s)
         except subprocess.TimeoutExpired:
             code = None
-        finally:  # also for Ctrl-C, which a terminal sends to this process alone
+        finally:  # also after Ctrl-C, which the terminal sends only to this process
             end_group(process.pid)
     return code, time.monotonic() - start_s
 
 
 def end_group(group: int) -> None:
-    """Kill the processes of a group and wait for their end: memory of a GPU is free after that only."""
+    """Kill the processes of a group and wait for their end, which frees their GPU memory."""
     deadline_s = time.monotonic() + ENDED_WITHIN_S
-    with contextlib.suppress(ProcessLookupError, PermissionError):  # macOS says so of zombies
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # the latter for zombies on macOS
         while time.monotonic() < deadline_s:
             os.killpg(group, signal.SIGKILL)
             with contextlib.suppress(ChildProcessError):
@@ -154,12 +155,12 @@ def end_group(group: int) -> None:
 
 
 def run_apart(part: str, setting: Setting, budget_s: float) -> dict[str, Any]:
-    """Run a part in a process of its own and return its result."""
+    """Run a part in its own process and return the content of its result file."""
     file = setting.out / f"{part}.json"
     file.unlink(missing_ok=True)
     code, seconds = run_process(part, setting, budget_s)
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if code or found.get("status", RUNNING) == RUNNING:  # its measurements stay
+    if code or found.get("status", RUNNING) == RUNNING:  # record the failure next to the measured figures
         problem = (f"not done within {budget_s:.0f} s" if code is None
                    else f"its process ended with exit code {code}")
         write(part, setting, "FAIL", found.get("figures", {}), seconds, problem)
@@ -177,7 +178,7 @@ def passed_before(part: str, setting: Setting) -> dict[str, Any] | None:
 
 
 def run_parts(parts: list[str], setting: Setting, again: bool) -> int:
-    """Run parts and print how they ended; returns how many have failed."""
+    """Run parts and print the status of each; return the number of failed parts."""
     failed, machine = 0, None
     for part in parts:
         result = None if again else passed_before(part, setting)
@@ -197,7 +198,7 @@ def run_parts(parts: list[str], setting: Setting, again: bool) -> int:
 
 
 def main() -> None:
-    """Run the parts asked for; exit code 1 if one has failed."""
+    """Run the parts of `--parts`; exit code 1 if one has failed."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder of results")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")

@@ -1,4 +1,4 @@
-"""A process group whose other ranks are mirror images of this one.
+"""Run one process as a rank of a large process group whose other ranks are its mirror images.
 
 One process acts as one rank of hundreds, and the others are assumed to send the same data as this rank. A
 token exchange returns as many tokens as it sends, a gradient sum is the local gradient times the group size,
@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 
 MOST = {"rows": 0}
-"""Rows of the largest exchange so far, which can far exceed an even share: every mirror image sends the rows
-that this rank sends to itself."""
+"""Rows received in the largest all-to-all so far. It can far exceed an even share, because every mirror image
+sends as many rows as this rank sends to itself."""
 
 
 def install(rank: int, num_ranks: int) -> None:

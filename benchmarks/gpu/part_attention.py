@@ -1,7 +1,8 @@
 """Attention over packed rows: Transformer Engine and the fused kernel of torch against a dense reference.
 
-Documents of a row x sliding window x heads that share keys, forward and all three gradients; and linear
-attention by flash-linear-attention's kernels against plain torch, with all five, where they are installed.
+Cases: documents of a row x sliding window x query heads per key head, each with the output and the gradients
+of queries, keys and values. Linear attention: the kernels of flash-linear-attention, if installed, against
+plain torch, with the output and the gradients of all five inputs.
 """
 
 import itertools
@@ -11,38 +12,40 @@ import torch
 from setting import Cost, Figures, Setting, fail_on, largest, relative
 
 LIMIT = 2e-2
-"""Largest relative error in bf16: one operand's rounding is 2e-3 to 4e-3, and three products follow."""
+"""Largest relative error in bf16: rounding one operand gives 2e-3 to 4e-3, and three products follow."""
 DOCUMENTS = {"one": (1.0,), "many": (0.1, 0.05, 0.4, 0.001, 0.449)}
-"""Shares of a row."""
+"""Kind -> share of the row's tokens that each document has."""
 WINDOWS = (0, 128)
+"""Sliding windows in tokens; 0: none."""
 HEADS = ((8, 8), (8, 2), (64, 8))
-"""Heads of queries and of keys."""
+"""(query heads, key heads)."""
 
 
 def bounds_of(shares: tuple[float, ...], num_tokens: int) -> list[int]:
-    """Return where documents begin and end."""
+    """Return the document boundaries of a packed row in tokens: [0, ..., num_tokens]."""
     ends = [max(1, round(sum(shares[:n + 1]) * num_tokens)) for n in range(len(shares) - 1)]
     return [0, *ends, num_tokens]
 
 
 def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
               window: int) -> torch.Tensor:
-    """Return dense attention in the inputs' precision: [tokens, heads, head_dim]."""
-    n, groups = len(q), q.shape[1] // k.shape[1]
-    place = torch.arange(n, device=q.device)
-    document = torch.bucketize(place, torch.tensor(bounds[1:-1], device=q.device), right=True)
-    sees = (document[:, None] == document) & (place[:, None] >= place)
+    """Return dense causal attention within documents, in the dtype of the inputs: [tokens, heads,
+    head_dim]."""
+    num_tokens, group_size = len(q), q.shape[1] // k.shape[1]
+    position = torch.arange(num_tokens, device=q.device)
+    document = torch.bucketize(position, torch.tensor(bounds[1:-1], device=q.device), right=True)
+    mask = (document[:, None] == document) & (position[:, None] >= position)
     if window:
-        sees &= place[:, None] - place < window
-    keys, values = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+        mask &= position[:, None] - position < window
+    keys, values = (t.repeat_interleave(group_size, dim=1) for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q, keys) * q.shape[-1] ** -0.5
-    weights = scores.masked_fill(~sees, float("-inf")).softmax(-1)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, values)
 
 
 def by_transformer_engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
                           window: int) -> torch.Tensor:
-    """Return the outputs of Transformer Engine's attention for a packed row."""
+    """Return the output of Transformer Engine's attention for a packed row: [tokens, heads, head_dim]."""
     import transformer_engine.pytorch as te
 
     attention = te.DotProductAttention(
@@ -57,7 +60,7 @@ def by_transformer_engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bou
 
 def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
              window: int) -> torch.Tensor:
-    """Return the outputs of our attention with torch's kernel for packed rows."""
+    """Return the output of `engine.model.attention`, which calls torch's variable-length kernel."""
     from megatron_sov.engine.model import attention
 
     spans = [(a, a, b) for a, b in itertools.pairwise(bounds)]
@@ -69,7 +72,7 @@ def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int
 
 
 def linear(setting: Setting, bounds: list[int]) -> list[float]:
-    """Return the relative errors of flash-linear-attention's output and gradients."""
+    """Return the relative errors of flash-linear-attention's output and of the five input gradients."""
     from megatron_sov.engine.model.delta_rule import (
         apply_delta_rule, apply_fused_delta_rule, chunk_documents, normalize_l2)
 
@@ -90,11 +93,12 @@ def linear(setting: Setting, bounds: list[int]) -> list[float]:
 
 
 WAYS = {"Transformer Engine": by_transformer_engine, "torch varlen": by_torch}
+"""Name -> attention implementation."""
 
 
 def compare(way: Any, setting: Setting, heads: tuple[int, int], bounds: list[int],
             window: int) -> list[float]:
-    """Return the relative errors of output and gradients."""
+    """Return the relative errors of the output and of the gradients of q, k and v, against `reference`."""
     torch.manual_seed(0)
     dtype = torch.float32 if setting.dry else torch.bfloat16
     shape = [(bounds[-1], n, 32 if setting.dry else 128) for n in (heads[0], heads[1], heads[1])]
@@ -109,28 +113,28 @@ def compare(way: Any, setting: Setting, heads: tuple[int, int], bounds: list[int
 
 
 def cases(setting: Setting) -> list[tuple[str, tuple[int, int], str, int]]:
-    """Return way, heads, kind of documents and window of each case."""
+    """Return (key of WAYS, (query heads, key heads), key of DOCUMENTS, window) of each case."""
     ways = WAYS if not setting.dry else ("Transformer Engine",)
     return list(itertools.product(ways, HEADS[:2] if setting.dry else HEADS, DOCUMENTS, WINDOWS))
 
 
 def cost(setting: Setting) -> Cost:
-    """Estimate the cost of the part; the reference computes all pairs of tokens."""
+    """Estimate the cost of the part: two attention calls per case."""
     return Cost(steps=2 * len(cases(setting)))
 
 
 def measure(setting: Setting) -> Figures:
-    """Yield the errors of every way and case.
+    """Yield the errors of every case.
 
     Raises:
-        Failed: one is above the limit, or a way cannot compute a case.
+        Failed: an error is above `LIMIT`, or an implementation raises.
     """
     num_tokens, problems = 256 if setting.dry else 4096, []
     for way, heads, kind, window in cases(setting):
         case = f"{way}, {heads[0]}/{heads[1]} heads, documents: {kind}, window {window}"
         try:
             errors = compare(WAYS[way], setting, heads, bounds_of(DOCUMENTS[kind], num_tokens), window)
-        except Exception as e:  # the part reports which cases work
+        except Exception as e:  # report this case as a problem and continue with the others
             problems.append(f"{case}: {type(e).__name__}: {str(e)[:200]}")
             continue
         yield case, errors
@@ -149,10 +153,11 @@ def measure(setting: Setting) -> Figures:
 
 
 BROKEN = "broken: "
+"""Start of the value of a case whose kernel raised."""
 
 
 def linear_cases(setting: Setting, num_tokens: int) -> Figures:
-    """Yield the errors of linear attention, or why its kernel does not serve."""
+    """Yield the errors of linear attention, or the reason why its kernels cannot run."""
     from megatron_sov.engine.parallel.gpu_libraries import find_fla_problem
 
     for kind in DOCUMENTS:
@@ -162,5 +167,5 @@ def linear_cases(setting: Setting, num_tokens: int) -> Figures:
             continue
         try:
             yield case, linear(setting, bounds_of(DOCUMENTS[kind], num_tokens))
-        except Exception as e:  # which cases work is itself what is to be found out
+        except Exception as e:  # report this case as broken and continue with the others
             yield case, f"{BROKEN}{type(e).__name__}: {str(e)[:200]}"

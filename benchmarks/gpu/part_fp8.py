@@ -1,4 +1,4 @@
-"""Matrix products of each `train.fp8` recipe, compared with their emulation."""
+"""Matrix products of each `train.fp8` recipe, compared with their emulation in `quantizers/`."""
 
 import torch
 from quantizers.products import product
@@ -8,14 +8,14 @@ RECIPES = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScalin
            "mxfp8": "MXFP8BlockScaling", "nvfp4": "NVFP4BlockScaling"}
 """`train.fp8` -> the class of Transformer Engine's recipe."""
 LIMIT = 5e-3
-"""Largest relative difference of a product from its emulation: both round to bf16 in the end.  nvfp4 draws
-other random numbers than its emulation, and is only shown."""
+"""Largest relative difference between a product and its emulation, which both round the result to bf16. nvfp4
+is printed without a limit: it draws other random numbers than its emulation."""
 FAST_LIMIT = 2e-2
-"""The same, where sums are not promoted: Hopper adds up products in 8 bits with some 14 bits, and
-`Float8CurrentScaling` asks for no more in the forward product (`use_split_accumulator=False`).  DeepSeek-V3
-(arXiv 2412.19437, section 3.3.2) saw errors of up to 2 % at 4,096 summands; here are 1,024."""
+"""Limit for products without promoted accumulation: Hopper accumulates FP8 products with about 14 bits, and
+`Float8CurrentScaling` leaves it so in the forward product (`use_split_accumulator=False`). DeepSeek-V3
+(arXiv 2412.19437, section 3.3.2) reports errors of up to 2 % at 4,096 summands; here 1,024 are added."""
 DRY_LIMIT = 0.1
-"""Of a dry run, whose double multiplies in bf16: what is apart is all of the quantisation."""
+"""Limit of a dry run: its double multiplies in bf16, so the whole quantization error remains."""
 
 
 def available(setting: Setting) -> dict[str, str]:
@@ -26,7 +26,7 @@ def available(setting: Setting) -> dict[str, str]:
 
 
 def products(setting: Setting, fp8: str) -> dict[str, float]:
-    """Return how far the three products of a linear layer are from their emulation."""
+    """Return product (fprop, dgrad, wgrad) of a linear layer -> relative difference from its emulation."""
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe as recipes
 
@@ -48,11 +48,11 @@ def products(setting: Setting, fp8: str) -> dict[str, float]:
 
 
 def limit(setting: Setting, fp8: str, product: str) -> float:
-    """Return how far a product may be from its emulation on this chip."""
+    """Return the largest allowed relative difference between a product and its emulation on this chip."""
     if setting.dry:
         return DRY_LIMIT
-    fast = fp8 == "tensorwise" and product == "fprop" and torch.cuda.get_device_capability()[0] == 9
-    return FAST_LIMIT if fast else LIMIT
+    is_hopper = torch.cuda.get_device_capability()[0] == 9
+    return FAST_LIMIT if is_hopper and fp8 == "tensorwise" and product == "fprop" else LIMIT
 
 
 def cost(setting: Setting) -> Cost:
@@ -73,7 +73,7 @@ def measure(setting: Setting) -> Figures:
             continue
         try:
             errors = products(setting, fp8)
-        except Exception as e:  # the other recipes are to be tried as well
+        except Exception as e:  # report this recipe as a problem and continue with the others
             problems.append(f"{fp8}: {type(e).__name__}: {str(e)[:500]}")
             continue
         yield fp8, {"products": errors}
@@ -81,5 +81,5 @@ def measure(setting: Setting) -> Figures:
         if far and fp8 != "nvfp4":
             problems.append(f"{fp8}: products differ from their emulation: {far}")
     if setting.dry:
-        yield "not in a dry run", ["products in 8 bits: the double's are bf16's"]
+        yield "not in a dry run", ["products in 8 bits: the double multiplies in bf16"]
     fail_on(problems)

@@ -14,10 +14,10 @@ from tests.te_double import library_shapes as contract
 
 LIBRARY = "transformer_engine"
 OLD = ("transformer_engine.pytorch.cpp_extensions.cast_to_fp8",)
-"""Compiled names of Transformer Engine before 2.0, which megatron-core imports with that alone: no source
-says that they are gone."""
+"""Compiled names of Transformer Engine before 2.0. megatron-core imports them only with such versions, and
+the Python sources of the contract cannot show that newer ones lack them."""
 OF_A_DOUBLE = (" is gone", " says extension")
-"""How differences end that a double may have: a name that nothing here needs, or Python in place of C++."""
+"""Ends of differences that are allowed for the double: unused names, and Python functions in place of C++."""
 
 
 def versions(setting: Setting) -> dict[str, str]:
@@ -36,7 +36,7 @@ def versions(setting: Setting) -> dict[str, str]:
 
 
 def imported(name: str) -> Any:
-    """Import a dotted name; return None if it does not exist."""
+    """Import a dotted name and return its object, or None if it does not exist."""
     parts = name.split(".")
     for end in range(len(parts), 0, -1):
         try:
@@ -50,13 +50,13 @@ def imported(name: str) -> Any:
 
 
 def absent(symbols: dict[str, Any]) -> list[str]:
-    """Return the names of the contract that do not import here."""
+    """Return the names of the contract that cannot be imported, except those of `OLD`."""
     return [name for name, shape in symbols.items()
             if shape is not None and name not in OLD and imported(name) is None]
 
 
 def cost(setting: Setting) -> Cost:
-    """Estimate the cost of the part, which also starts `doctor` in its own process."""
+    """Estimate the cost of the part, which starts `doctor` in a process."""
     return Cost(starts=2, steps=1)
 
 
@@ -64,7 +64,7 @@ def measure(setting: Setting) -> Figures:
     """Yield versions, differences of signatures, and the output of `doctor`.
 
     Raises:
-        Failed: a signature differs, or `doctor` finds that training cannot work.
+        Failed: a signature differs, or `doctor` reports an error.
     """
     yield "versions", versions(setting)
     symbols = json.loads(contract.CONTRACT.read_text(encoding="utf-8"))[LIBRARY]["symbols"]
@@ -73,7 +73,7 @@ def measure(setting: Setting) -> Figures:
     assert sources is not None
     yield "differences", (found := list(contract.differences(symbols, sources)))
     yield "do not import", (lacking := absent(symbols))
-    if setting.dry:  # the double has no more than it needs
+    if setting.dry:  # the double lacks names that this project does not use
         found, lacking = [d for d in found if not d.endswith(OF_A_DOUBLE)], []
     if wrong := [*found, *(f"{name}: does not import" for name in lacking)]:
         raise Failed(f"{len(wrong)} names are not the contract's, the first: {wrong[0]}")

@@ -1,5 +1,7 @@
-"""Losses of tiny recipes on GPU and CPU, in three processes: trained on the CPU, trained on the GPU, and a
-CPU run that resumes on the GPU."""
+"""Losses of tiny recipes, GPU against CPU, and of a CPU run that continues on the GPU and then on the CPU.
+
+Three processes: all runs on the CPU, all runs on the GPU, and the last resume on the CPU.
+"""
 
 import hashlib
 import json
@@ -20,21 +22,23 @@ WAYS = {"bf16": ("train.precision=bf16",),
         "bf16 offloaded": ("train.precision=bf16", "parallel.zero1=true", "gpu.optimizer_offload=0.5"),
         "fp32": ("train.precision=fp32",),
         "fp64": ("train.precision=fp64",)}
-"""Name -> settings; those of `gpu` are left out of the run on the CPU."""
+"""Name -> settings; the CPU run omits those of `gpu`."""
 LIMITS = {"bf16": 2e-2, "bf16 zero1": 2e-2, "bf16 offloaded": 2e-2, "fp32": 1e-4, "fp64": 1e-9}
-"""Largest relative difference of a step's loss: what rounding makes of another order of sums.  The recipes'
-own rates are too high for that: at 4e-3 losses jump at step 14, and rounding alone moves them by 27 %."""
+"""Largest relative difference between the losses of a step on GPU and CPU, which add in another order. COMMON
+lowers the learning rate: at the recipes' 4e-3 the loss jumps at step 14, and rounding alone changes it by 27
+%."""
 COMMON = ("optim.lr=3e-4", "model.vocab_size=512", "train.global_batch_size=8", "train.micro_batch_size=4",
           "train.eval_every_steps=0", "train.keep_checkpoints=0", "data.heldout_tokens=2048",
           "data.max_epochs=0")
 SMALL = ("model.num_layers=2", "model.hidden_size=64", "model.num_experts=4", "train.global_batch_size=2",
          "train.micro_batch_size=2",
          'data.phases=[{"name": "main", "seq_len": 128}]')
-"""Of a dry run, which has only to come to its end."""
+"""Settings of a dry run, which checks only that the commands work."""
 
 
 def data(setting: Setting) -> tuple[Path, list[list[str | Path]]]:
-    """Return where token shards of a part of Python's own library are, and the commands that make them."""
+    """Return the folder of token shards, packed from Python's standard library, and the commands that write
+    it (none if it exists)."""
     folder = setting.work / "data"
     if (folder / "manifest.json").is_file():
         return folder, []
@@ -51,17 +55,16 @@ def data(setting: Setting) -> tuple[Path, list[list[str | Path]]]:
 
 def training(setting: Setting, recipe: str, run: Path, steps: int, *settings: str,
              resume: bool = False) -> list[str | Path]:
-    """Return the command that starts or resumes a recipe."""
+    """Return the command that starts or resumes the pretraining of a recipe for `steps` steps."""
     if not resume:
-        shutil.rmtree(run, ignore_errors=True)  # of a part that failed before
+        shutil.rmtree(run, ignore_errors=True)  # a part that failed earlier may have left it
     words = [word for given in (*COMMON, f"train.steps={steps}", *settings) for word in ("--set", given)]
     return ["megatron-sov", "pretrain", recipe, "--data", data(setting)[0], "--run", run, "--nproc", "1",
             *words, *["--resume"] * resume]
 
 
 def as_after(run: Path, step: int, copy: Path) -> Path:
-    """Copy a complete run back to the state after `step`, which has a checkpoint, so that the copy can
-    resume."""
+    """Copy a complete run to `copy`, reset to its checkpoint after `step` so that the copy can resume."""
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(run, copy)
     (copy / "complete.json").unlink()
@@ -72,7 +75,7 @@ def as_after(run: Path, step: int, copy: Path) -> Path:
 
 
 def routers(run: Path, step: int) -> dict[str, torch.Tensor]:
-    """Return the weights of all routers in a checkpoint, without optimizer states."""
+    """Return name -> weight [experts, hidden] of all routers in the checkpoint of `step`."""
     found: dict[str, torch.Tensor] = {}
     for file in sorted((run / f"checkpoints/step-{step}/model").rglob("*.safetensors")):
         found |= {n: t for n, t in load_file(file).items() if "router.weight" in n}
@@ -81,7 +84,7 @@ def routers(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A recipe trained one way on the GPU and on the CPU, where `gpu.*` means nothing."""
+    """A recipe trained with the settings `WAYS[way]` on the GPU, and without their `gpu.*` on the CPU."""
 
     recipe: str
     way: str
@@ -91,49 +94,50 @@ class Comparison:
         return f"{self.recipe}, {self.way}"
 
     def settings(self, setting: Setting, steps: int, *, on_gpu: bool) -> tuple[str, ...]:
-        """Return the settings of a run."""
+        """Return the settings of the run on a device."""
         given = (*SMALL * setting.dry, *WAYS[self.way], f"train.checkpoint_every_steps={steps // 2}")
         return given if on_gpu else tuple(word for word in given if not word.startswith("gpu."))
 
     def run(self, setting: Setting, steps: int, *, on_gpu: bool) -> Path:
-        """Return the run folder of a recipe and variant; variants that are equal on the CPU share it."""
+        """Return the run folder, named by a digest of the settings: ways that are equal on the CPU share
+        it."""
         words = " ".join((self.recipe, *self.settings(setting, steps, on_gpu=on_gpu)))
         digest = hashlib.sha256(words.encode()).hexdigest()[:12]
         return setting.work / f"{self.recipe}-{'gpu' if on_gpu else 'cpu'}-{digest}"
 
     def command(self, setting: Setting, steps: int, *, on_gpu: bool) -> list[str | Path]:
-        """Return the command of a run."""
+        """Return the command of the run on a device."""
         return training(setting, self.recipe, self.run(setting, steps, on_gpu=on_gpu), steps,
                         *self.settings(setting, steps, on_gpu=on_gpu))
 
     def figures(self, setting: Setting, steps: int) -> tuple[dict[str, Any], list[str]]:
-        """Return the differences between GPU and CPU losses, and the problems: differences beyond rounding,
-        or a router without updates."""
+        """Return the figures (GPU and CPU losses and their largest relative difference), and the problems: a
+        difference above `LIMITS`, or a router without updates."""
         gpu_run = self.run(setting, steps, on_gpu=True)
         gpu, cpu = losses(gpu_run), losses(self.run(setting, steps, on_gpu=False))
         worst = largest(abs(a - b) / abs(b) for a, b in zip(gpu, cpu, strict=True))
         first, last = (routers(gpu_run, step) for step in (steps // 2, steps))
-        still = [n for n in first if torch.equal(first[n], last[n])]
+        unchanged = [n for n in first if torch.equal(first[n], last[n])]
         problems = []
-        if not first or still:
-            problems.append(f"{self.name}: routers that do not learn: {still or 'none found'}")
+        if not first or unchanged:
+            problems.append(f"{self.name}: routers that do not learn: {unchanged or 'none found'}")
         if not worst <= LIMITS[self.way]:
             problems.append(f"{self.name}: losses differ by {worst:.2e}, more than {LIMITS[self.way]:g}")
         return {"worst relative difference": worst, "gpu": gpu, "cpu": cpu, "routers": len(first)}, problems
 
 
 def comparisons() -> list[Comparison]:
-    """Return all comparisons of runs."""
+    """Return a comparison for each recipe and each of `WAYS`."""
     return [Comparison(recipe, way) for recipe in RECIPES for way in WAYS]
 
 
 def num_steps(setting: Setting) -> int:
-    """Return the steps of a run."""
+    """Return the number of training steps of a compared run."""
     return 4 if setting.dry else 20
 
 
 def cost(setting: Setting) -> Cost:
-    """Estimate the cost of the part: each run on both devices, and one that changes device in the middle."""
+    """Estimate the cost of the part: each run on both devices, and a run that changes its device twice."""
     steps, small = num_steps(setting), (*COMMON, *SMALL * setting.dry)
     flops = sum(training_flops(c.recipe, small, steps) for c in comparisons())
     return Cost(starts=3, steps=2 * steps * len(comparisons()) + 3 * steps, flops=flops,
@@ -144,21 +148,22 @@ def measure(setting: Setting) -> Figures:
     """Yield the figures of all comparisons.
 
     Raises:
-        Failed: losses differ by more than rounding explains, or a command fails.
+        Failed: losses differ by more than `LIMITS`, or a command fails.
     """
     steps, problems = num_steps(setting), []
-    part = steps // 2
-    way = (*SMALL * setting.dry, *WAYS["fp32"], f"train.checkpoint_every_steps={part}")
+    part_steps = steps // 2
+    way = (*SMALL * setting.dry, *WAYS["fp32"], f"train.checkpoint_every_steps={part_steps}")
     staying = setting.work / "staying"
-    alone = {c.run(setting, steps, on_gpu=False): c.command(setting, steps, on_gpu=False)
-             for c in comparisons()}
-    on_cpu = [*data(setting)[1], training(setting, RECIPES[0], staying, 3 * part, *way), *alone.values()]
+    cpu_runs = {c.run(setting, steps, on_gpu=False): c.command(setting, steps, on_gpu=False)
+                for c in comparisons()}
+    on_cpu = [*data(setting)[1], training(setting, RECIPES[0], staying, 3 * part_steps, *way),
+              *cpu_runs.values()]
     problems += [problem for problem in setting.commands(on_cpu, on_gpu=False) if problem]
     yield "runs on the CPU", len(on_cpu) - len(problems)
-    fail_on(problems)  # there is nothing to compare with
-    moved = as_after(staying, part, setting.work / "on-the-gpu")
+    fail_on(problems)  # without CPU runs the GPU runs have no reference
+    moved = as_after(staying, part_steps, setting.work / "on-the-gpu")
     on_gpu = [c.command(setting, steps, on_gpu=True) for c in comparisons()]
-    on_gpu.append(training(setting, RECIPES[0], moved, 3 * part, *way, resume=True))
+    on_gpu.append(training(setting, RECIPES[0], moved, 3 * part_steps, *way, resume=True))
     for comparison, problem in zip([*comparisons(), None], setting.commands(on_gpu), strict=True):
         problems += [problem] if problem else []
         if comparison and not problem:
@@ -166,8 +171,8 @@ def measure(setting: Setting) -> Figures:
             yield comparison.name, found
             problems += wrong
     if not problem:
-        back = as_after(moved, 2 * part, setting.work / "and-back")
-        [problem] = setting.commands([training(setting, RECIPES[0], back, 3 * part, *way, resume=True)],
+        back = as_after(moved, 2 * part_steps, setting.work / "and-back")
+        [problem] = setting.commands([training(setting, RECIPES[0], back, 3 * part_steps, *way, resume=True)],
                                      on_gpu=False)
         worst = math.inf if problem else largest(
             abs(a - b) / abs(b) for a, b in zip(losses(back), losses(staying), strict=True))

@@ -1,8 +1,8 @@
-"""Post-training on GPU and CPU: fine-tuning, preferences, distillation, RL rounds and generation of a tiny
-model, with separate commands for each device.
+"""Post-training of a tiny model, GPU against CPU: fine-tuning, preferences, distillation, RL rounds,
+generation.
 
-In float32 each loss and each greedy token is compared.  In bf16, where layers are Transformer Engine's, the
-losses are, and the rounds only have to come to their end: other roundings draw other tokens.
+In float32, losses and greedy tokens are compared. In bf16, with the layers of Transformer Engine, only losses
+are compared. RL rounds only have to complete, because other rounding samples other tokens.
 """
 
 import json
@@ -14,17 +14,17 @@ from part_losses import COMMON, LIMITS, SMALL, data, training
 from setting import Cost, Figures, Setting, fail_on, largest, losses, training_flops
 
 RECIPE = "tiny-k-exaone"
-"""It has windows, and a layer of multi-token prediction."""
+"""A recipe with sliding windows and a multi-token prediction layer."""
 STEPS, NEW_TOKENS = 4, 24
 PRECISIONS = ("fp32", "bf16")
 STAGES = ("sft", "dpo", "distilled")
-"""Whose losses are compared."""
+"""Run folders whose losses are compared."""
 NUMBERS = 24
-"""Sums of so many numbers with each other are asked."""
+"""The prompts ask for a + b with a < NUMBERS and b < NUMBERS // 8."""
 
 
 def write_rows(setting: Setting) -> None:
-    """Write files of chats, pairs and prompts: sums."""
+    """Write chats.jsonl, pairs.jsonl and prompts.jsonl, which ask for sums of two numbers."""
     chats, pairs, prompts = [], [], []
     for a in range(NUMBERS):
         for b in range(NUMBERS // 8):
@@ -39,7 +39,7 @@ def write_rows(setting: Setting) -> None:
 
 
 def packing(setting: Setting) -> list[list[str | Path]]:
-    """Return the commands that make token shards of chats and pairs."""
+    """Return the commands that pack chats.jsonl and pairs.jsonl into token shards."""
     tokenizer = setting.work / "tokenizer"
     return [["sov-data", "pack", "--tokenizer", tokenizer, "--format", kind,
              "--input", setting.work / f"{name}.jsonl", "--heldout", "0.1",
@@ -48,17 +48,17 @@ def packing(setting: Setting) -> list[list[str | Path]]:
 
 
 def chain(setting: Setting, start: Path, work: Path, precision: str) -> list[list[str | Path]]:
-    """Return the commands of a chain that begins with a run, in a folder of its own."""
+    """Return the post-training commands that start from the run `start` and write to the folder `work`."""
     def stage(*words: str | Path, run: str) -> list[str | Path]:
-        given = (f"train.precision={precision}", "optim.lr=5e-4", "optim.warmup_steps=0")
+        settings = (f"train.precision={precision}", "optim.lr=5e-4", "optim.warmup_steps=0")
         return ["megatron-sov", *words, "--run", work / run, "--nproc", "1",
-                *[word for setting_ in given for word in ("--set", setting_)]]
+                *[word for setting_ in settings for word in ("--set", setting_)]]
 
     short = ["--set", f"train.steps={STEPS}", "--set", "train.global_batch_size=8"]
     rounds = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
               "rollout.max_prompt_tokens=64", f"rollout.max_new_tokens={NEW_TOKENS}",
               "data.phases.0.seq_len=128")
-    shutil.rmtree(work, ignore_errors=True)  # of a part that failed before
+    shutil.rmtree(work, ignore_errors=True)  # a part that failed earlier may have left it
     prompts = setting.work / "prompts.jsonl"
     return [
         [*stage("sft", "--from", start, "--data", setting.work / "chats", run="sft"), *short],
@@ -73,34 +73,35 @@ def chain(setting: Setting, start: Path, work: Path, precision: str) -> list[lis
 
 
 def answers(work: Path) -> list[str]:
-    """Return the greedy responses."""
+    """Return the greedy responses in answers.jsonl of a chain."""
     lines = (work / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["response"] for line in lines]
 
 
 def compare(gpu: Path, cpu: Path, precision: str) -> tuple[dict[str, Any], list[str]]:
-    """Return the largest difference of losses, the number of equal responses, and the problems."""
+    """Return the figures (largest relative loss difference per stage, number of equal responses), and the
+    problems."""
     found: dict[str, Any] = {name: largest(abs(a - b) / abs(b) for a, b in zip(
         losses(gpu / name), losses(cpu / name), strict=True)) for name in STAGES}
     problems = [f"{precision}, {name}: losses differ by {worst:.2e}" for name, worst in found.items()
                 if not worst <= LIMITS[precision]]
-    here, there = answers(gpu), answers(cpu)
-    found["same responses"] = f"{sum(a == b for a, b in zip(here, there, strict=True))} of {len(there)}"
-    if precision == "fp32" and here != there:
+    on_gpu, on_cpu = answers(gpu), answers(cpu)
+    found["same responses"] = f"{sum(a == b for a, b in zip(on_gpu, on_cpu, strict=True))} of {len(on_cpu)}"
+    if precision == "fp32" and on_gpu != on_cpu:
         problems.append(f"greedy responses: {found['same responses']} are the CPU's")
     found["losses of rounds"] = losses(gpu / "rl")
     return found, problems
 
 
 def cost(setting: Setting) -> Cost:
-    """Estimate the cost of the part: two chains on each device, the CPU's counted as training steps."""
+    """Estimate the cost of the part: a chain per precision on each device, counted as training steps."""
     steps = 2 * (5 * STEPS + NEW_TOKENS)
     flops = training_flops(RECIPE, (*COMMON, *SMALL * setting.dry), steps)
     return Cost(starts=3, steps=2 * steps, flops=flops, cpu_flops=2 * flops)
 
 
 def measure(setting: Setting) -> Figures:
-    """Yield the figures of each chain.
+    """Yield the figures of each precision.
 
     Raises:
         Failed: a command fails, or its losses or responses differ from the CPU's.
@@ -110,7 +111,7 @@ def measure(setting: Setting) -> Figures:
     words = training(setting, RECIPE, start, STEPS, *SMALL * setting.dry, "train.precision=fp32")
     before = [*data(setting)[1], *packing(setting), words]
     problems = [problem for problem in setting.commands(before, on_gpu=False) if problem]
-    fail_on(problems)  # there is nothing to begin with
+    fail_on(problems)  # without data and a pretrained run no chain can start
     where = {(precision, on_gpu): setting.work / f"post-{precision}-{'gpu' if on_gpu else 'cpu'}"
              for precision in PRECISIONS for on_gpu in (False, True)}
     for on_gpu in (False, True):
@@ -120,7 +121,7 @@ def measure(setting: Setting) -> Figures:
     for precision in PRECISIONS:
         try:
             found, wrong = compare(where[precision, True], where[precision, False], precision)
-        except OSError as e:  # of a command that failed
+        except OSError as e:  # a failed command has written no losses or answers
             found, wrong = {}, [f"{precision}: {e}"]
         yield precision, found
         problems += wrong

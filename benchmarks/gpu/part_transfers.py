@@ -1,4 +1,4 @@
-"""Work around training: snapshots to host memory, collectives with one rank, and start-up."""
+"""Times of work around training: snapshots to host memory, collectives with one rank, and start-up."""
 
 import sys
 import time
@@ -12,6 +12,7 @@ from megatron_sov.checkpoint.host_snapshot import HostSnapshot
 from megatron_sov.engine.model.local_shards import LocalShard
 
 TIMES = 3
+"""Measured copies of a snapshot."""
 
 
 def synchronize(setting: Setting) -> None:
@@ -21,7 +22,7 @@ def synchronize(setting: Setting) -> None:
 
 
 def snapshot_rate(setting: Setting) -> dict[str, Any]:
-    """Return GB/s of the copies that a checkpoint takes while training waits."""
+    """Return GB/s of the copy to host memory that blocks training at a checkpoint: first and later copies."""
     size = (1 << 24) if setting.dry else (1 << 32)
     blocks = torch.empty(4, size // 16, dtype=torch.float32, device=setting.device).normal_()
     shards = [LocalShard(f"weight{i}", block, (len(block),), (0,), replica=(0, 0, 0))
@@ -37,7 +38,7 @@ def snapshot_rate(setting: Setting) -> dict[str, Any]:
 
 
 def collectives(setting: Setting) -> dict[str, Any]:
-    """Return microseconds of an all-reduce over one rank, small and large.
+    """Return microseconds of an all-reduce over one rank, for a small and a large tensor.
 
     Raises:
         Failed: a sum over one rank differs from its input.
@@ -60,11 +61,12 @@ def collectives(setting: Setting) -> dict[str, Any]:
 
 
 def starts(setting: Setting) -> dict[str, Any]:
-    """Return the seconds of a tiny run of two steps, and of one that resumes after the first."""
+    """Return the seconds of a tiny run of two steps, and of a run that resumes after the first."""
     from part_losses import SMALL, as_after, data, training
 
     run, found = setting.work / "start", {}
-    for problem in setting.commands(data(setting)[1], on_gpu=False):  # none behind `losses`
+    # no commands if the part `losses` has already packed the data
+    for problem in setting.commands(data(setting)[1], on_gpu=False):
         if problem:
             raise Failed(problem)
     settings = (*SMALL * setting.dry, "train.checkpoint_every_steps=1")
@@ -77,8 +79,7 @@ def starts(setting: Setting) -> dict[str, Any]:
 
 
 def cost(setting: Setting) -> Cost:
-    """Estimate the cost of the part: the host reads and writes each byte several times, counted as a matrix
-    product."""
+    """Estimate the cost of the part: starts of `data` and two runs, their steps, and snapshots as steps."""
     return Cost(starts=3, steps=4 + TIMES)
 
 

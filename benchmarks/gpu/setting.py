@@ -1,4 +1,5 @@
-"""The setting of every first-contact part: result folder, dry run, measured costs, and commands."""
+"""Settings of the parts of first_contact.py (result folder, dry run), their time budgets and their
+commands."""
 
 import json
 import math
@@ -12,13 +13,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 DOUBLE = ROOT / "tests/te_double"
-"""Stands for Transformer Engine in a dry run."""
-
-
+"""Folder of the package that replaces Transformer Engine in a dry run."""
 PROGRAMS = {"megatron-sov": "megatron_sov.cli", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 """Program -> its module."""
 Figures = Iterator[tuple[str, Any]]
-"""What a part's `measure` yields: name and value of each figure, as soon as it is measured."""
+"""Type of a part's `measure`: yields the name and value of each figure as soon as it is measured."""
 
 
 class Failed(Exception):
@@ -33,24 +32,22 @@ def fail_on(problems: list[str]) -> None:
 
 @dataclass(frozen=True)
 class Machine:
-    """How quick a machine is, as `first_contact.py` measures it before the first part."""
+    """Speed of a machine, which `first_contact.py` measures before the first part."""
 
     start_s: float
-    """Seconds in which a process starts, imports what training imports, and has multiplied its first
-    matrices."""
+    """Seconds to start a process, import training and Transformer Engine, and multiply the first matrices."""
     flops_per_s: float
-    """Of a large product in bf16 on the device."""
+    """FLOP/s of a large bf16 matrix product on the device."""
     cpu_flops_per_s: float
-    """Of a large product in fp32 on the host."""
+    """FLOP/s of a large fp32 matrix product on the host."""
 
 
 STEP_S = 1.0
-"""Of a training step beside its FLOPs: launches, what is compiled or searched at first, evaluations and
-checkpoints, whatever its size."""
+"""Seconds of a training step in addition to its FLOPs: launches, compilation, evaluations and checkpoints."""
 EFFICIENCY = 0.02
-"""Share of a large product's speed that small models reach."""
+"""FLOP/s of small models as a share of those of a large matrix product."""
 MARGIN = 3.0
-"""A budget is so many times what is reckoned; one that is too short costs the whole part."""
+"""Budget over estimated time; a budget that is too short would discard the whole part."""
 
 
 @dataclass(frozen=True)
@@ -58,16 +55,16 @@ class Cost:
     """The amount of work of a part, from which its time budget follows."""
 
     starts: int = 0
-    """Processes that it starts, beside its own."""
+    """Processes that the part starts, in addition to its own."""
     steps: int = 0
-    """Training steps and the like."""
+    """Training steps, and operations that take about as long."""
     flops: float = 0.0
-    """On the device."""
+    """Floating-point operations on the device."""
     cpu_flops: float = 0.0
-    """On the host."""
+    """Floating-point operations on the host."""
 
     def budget_s(self, machine: Machine) -> float:
-        """Return the seconds after which a part is ended."""
+        """Return the seconds after which the part is killed."""
         computing_s = self.flops / machine.flops_per_s + self.cpu_flops / machine.cpu_flops_per_s
         return MARGIN * ((1 + self.starts) * machine.start_s + self.steps * STEP_S + computing_s / EFFICIENCY)
 
@@ -86,30 +83,30 @@ def training_flops(recipe: str, settings: Iterable[str], steps: int) -> float:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a part is run."""
+    """Result folder and mode of a part."""
 
     out: Path
-    """Folder of results; work files go into its folder `work`."""
+    """Folder of result files; data and runs go into its folder `work`."""
     dry: bool
-    """On the CPU, at the smallest sizes, with a double in the place of Transformer Engine."""
+    """Run on the CPU, at the smallest sizes, with the Transformer Engine double."""
 
     @property
     def device(self) -> str:
-        """Where tensors are."""
+        """Torch device of the tensors."""
         return "cpu" if self.dry else "cuda"
 
     @property
     def work(self) -> Path:
-        """A folder for data and runs, which may be deleted."""
+        """Folder for data and runs; may be deleted."""
         folder = self.out / "work"
         folder.mkdir(parents=True, exist_ok=True)
         return folder
 
     def command(self, *words: str | Path, on_gpu: bool = True) -> str:
-        """Run one of our commands as a user does, a program's name first, and return what it printed.
+        """Run a command (a key of `PROGRAMS`, then its words) in a process, and return its standard output.
 
         Raises:
-            Failed: its exit code is not 0.
+            Failed: the exit code is not 0.
         """
         completed = subprocess.run([sys.executable, "-W", "ignore", "-m", PROGRAMS[str(words[0])],
                                     *map(str, words[1:])],
@@ -120,8 +117,8 @@ class Setting:
         return completed.stdout
 
     def commands(self, commands: Sequence[Sequence[str | Path]], *, on_gpu: bool = True) -> Iterator[str]:
-        """Run our commands one after another in one process, a program's name first in each, and yield for
-        each "", or what was wrong, as soon as it has ended.  Behind one that fails a new process goes on."""
+        """Run commands (a key of `PROGRAMS`, then words) one after another in one process. Yield "" or the
+        error of each as soon as it ends. After a failure, a new process runs the remaining commands."""
         rest = [[str(word) for word in words] for words in commands]
         double = ["--double"] if self.dry and on_gpu else []
         while rest:
@@ -136,19 +133,20 @@ class Setting:
                 while rest and not code:
                     line = process.stdout.readline().strip()
                     code = int(line) if line else process.wait() or 1
-                    words, said = rest.pop(0), log.read_text(encoding="utf-8", errors="replace")
-                    yield f"{' '.join(words)}: exit code {code}: {said.strip()[-1000:]}" if code else ""
+                    words, output = rest.pop(0), log.read_text(encoding="utf-8", errors="replace")
+                    yield f"{' '.join(words)}: exit code {code}: {output.strip()[-1000:]}" if code else ""
 
 
 def environment(on_gpu: bool) -> dict[str, str]:
-    """Return the environment of a command that finds this checkout, and a GPU or none."""
+    """Return environment variables with this checkout on PYTHONPATH and, unless `on_gpu`, with all GPUs
+    hidden."""
     paths = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, "PYTHONPATH": paths.rstrip(os.pathsep), **hidden}
 
 
 def relative(found: Any, expected: Any) -> float:
-    """Return the norm of the difference of two tensors over the norm of the expected one."""
+    """Return ||found - expected|| / ||expected||, computed in float64 on the CPU."""
     expected = expected.detach().double().cpu()
     difference = found.detach().double().cpu() - expected
     return float(difference.norm() / expected.norm().clamp_min(1e-300))
@@ -161,7 +159,7 @@ def largest(values: Iterable[float]) -> float:
 
 
 def losses(run: Path) -> list[float]:
-    """Return the loss of each step of a run; of a step that was done again, the last one."""
+    """Return the loss of each step of a run; the last loss of a step that a resumed run has repeated."""
     events = (json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines())
     found = {e["step"]: e["loss"] for e in events if e["event"] == "step"}
     return [found[step] for step in sorted(found)]

@@ -1,10 +1,10 @@
-"""Triton kernels of Transformer Engine and megatron-core in Triton's CPU interpreter, compared with the
-tests' double and with torch formulas.
+"""Run Triton kernels of Transformer Engine and megatron-core in Triton's CPU interpreter, and compare the
+results with the Transformer Engine double of the tests and with torch formulas.
 
 Usage: python benchmarks/gpu/triton_interpreter.py [--quick]      --quick: smaller, and one dtype
 
-Prints a line of JSON for each case: what it is, the largest error beside the largest value, and the limit.
-Wheels that are not installed are fetched into build/.
+Prints a line of JSON for each case: name, largest error relative to the largest value, and limit. Wheels that
+are not installed are downloaded into build/.
 """
 
 from __future__ import annotations
@@ -31,35 +31,36 @@ from tests.te_double.contract import TE_VERSION
 TRITON = "3.9.0"
 MEGATRON = ("megatron.core.fusions.fused_indices_converter", "megatron.core.fusions.fused_pad_routing_map",
             "megatron.core.fusions.fused_mla_yarn_rope_apply")
-"""Modules with kernels that models of ours may reach."""
+"""Modules with Triton kernels that models of this project may call."""
 LIMITS = {"float32": 1e-6, "bfloat16": 8e-3}
-"""One rounding to bf16 is 4e-3 of a number, and a number may be half of the largest."""
+"""dtype -> largest error relative to the largest value; rounding to bf16 changes a number by up to 4e-3."""
 Case = tuple[str, float, float]
+"""Name, error, limit."""
 
 
 def triton_folder() -> Path | None:
-    """Return a folder with Triton, without the parts for other chips; None: it is installed.
+    """Return a folder with Triton from its wheel, or None if Triton is installed.
 
     Raises:
-        OSError: pip cannot fetch it.
+        OSError: pip cannot download the wheel.
     """
     if find_spec("triton"):
         return None
     folder = releases.fetch_wheel("triton", TRITON, platform.python_version().rpartition(".")[0],
                                   _is_of_triton)
     for program in folder.glob("triton/backends/nvidia/bin/ptxas*"):
-        program.chmod(0o755)  # which zipfile forgets
+        program.chmod(0o755)  # zipfile does not restore it
     return folder
 
 
 def _is_of_triton(member: str) -> bool:
-    # entry points: by them Triton finds its backend
+    # Triton finds its backend by entry_points.txt
     return "/ptxas" in member or member.endswith(
         (".py", ".so", ".bc", "METADATA", "entry_points.txt", ".h", ".c"))
 
 
 def stub(name: str, folder: Path, **values: Any) -> None:
-    """Let a package be found without running its __init__, which asks for a GPU or for all of the library."""
+    """Register a package without running its __init__.py, which needs a GPU or imports the whole library."""
     module = types.ModuleType(name)
     module.__path__ = [str(folder)]
     vars(module).update(values)
@@ -67,7 +68,7 @@ def stub(name: str, folder: Path, **values: Any) -> None:
 
 
 def prepare() -> None:
-    """Have kernels run by the interpreter, on tensors of the CPU."""
+    """Select Triton's interpreter, and create all tensors on the CPU."""
     os.environ["TRITON_INTERPRET"] = "1"
     if folder := triton_folder():
         sys.path.insert(0, str(folder))
@@ -88,14 +89,14 @@ def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def stub_transformer_engine() -> None:
-    """Let modules of Transformer Engine that hold Triton alone be imported from its wheel."""
+    """Make the modules of Transformer Engine that contain only Triton kernels importable from its wheel."""
     home = releases.fetch_wheel("transformer-engine", TE_VERSION) / "transformer_engine"
     for name in ("", ".common", ".common.triton", ".pytorch", ".pytorch.triton"):
         stub(f"transformer_engine{name}", home / name.replace(".", "/").lstrip("/"))
 
 
 def stub_megatron(home: Path) -> None:
-    """Let modules of fusions be imported from a megatron-core, which folder holds."""
+    """Make `megatron.core.fusions` importable from the folder `home`, without the rest of megatron-core."""
     for name in [n for n in sys.modules if n.partition(".")[0] == "megatron"]:
         del sys.modules[name]
     for name in ("megatron", "megatron.core", "megatron.core.fusions"):
@@ -105,7 +106,7 @@ def stub_megatron(home: Path) -> None:
 
 
 def megatrons() -> dict[str, Path]:
-    """Return the folder of the installed megatron-core by its version."""
+    """Return version -> folder of the installed megatron-core."""
     spec = find_spec("megatron")
     assert spec and spec.submodule_search_locations
     return {metadata.version("megatron-core"): Path(next(iter(spec.submodule_search_locations))).parent}
@@ -119,7 +120,7 @@ def error(found: Any, expected: Any) -> float:
 
 
 def permutations(quick: bool) -> Iterator[Case]:
-    """Yield permutation, its way back and chunks in another order, against the double."""
+    """Compare token permutation, its inverse and the sorting of chunks with the double."""
     import torch
 
     stub_transformer_engine()
@@ -170,7 +171,7 @@ def permutations(quick: bool) -> Iterator[Case]:
 
 
 def losses(quick: bool) -> Iterator[Case]:
-    """Yield cross entropy and its gradient, and padded scales and grouped sums of biases, against torch."""
+    """Compare cross entropy and its gradient, padded scales and grouped bias gradients with torch."""
     import torch
     from torch.nn import functional
 
@@ -211,17 +212,17 @@ def losses(quick: bool) -> Iterator[Case]:
 
 
 def routing_maps(quick: bool) -> Iterator[Case]:
-    """Yield megatron-core's choices as a map and back, and padded maps, against torch."""
+    """Compare conversion of expert indices to a multi-hot map, its gradient, and map padding with torch."""
     import torch
 
     converter, padding, _ = map(import_module, MEGATRON)
     tokens, experts, top = (12, 6, 3) if quick else (40, 24, 8)
-    indices = torch.rand(tokens, experts + 4).topk(top).indices  # of experts elsewhere, too
+    indices = torch.rand(tokens, experts + 4).topk(top).indices  # the last four are experts of another rank
     indices = torch.where(indices < experts, indices, -1)
     probs = torch.rand(tokens, top).requires_grad_()
-    here = indices >= 0
+    is_local = indices >= 0
     token = torch.arange(tokens)[:, None].expand_as(indices)
-    expected = torch.zeros(tokens, experts).index_put((token[here], indices[here]), probs[here])
+    expected = torch.zeros(tokens, experts).index_put((token[is_local], indices[is_local]), probs[is_local])
     seed = torch.rand(tokens, experts)
     theirs, = torch.autograd.grad((expected * seed).sum(), probs)
     chosen, weights = converter.fused_indices_to_multihot(indices, probs, experts)
@@ -230,13 +231,13 @@ def routing_maps(quick: bool) -> Iterator[Case]:
     yield "choices to a map, weights", error(weights, expected), 0.0
     yield "choices to a map, gradient", error(found, theirs), 0.0
     routing = torch.rand(tokens, experts) < 0.3
-    zeros = (~routing).cumsum(0)  # the first tokens that an expert has not are added
+    zeros = (~routing).cumsum(0)  # padding adds the first tokens that are not routed to an expert
     expected = routing | (zeros <= (-routing.sum(0)) % 8) & ~routing
     yield "padded map", error(padding.fused_pad_routing_map(routing, 8), expected), 0.0
 
 
 def rotated(x: Any, cos: Any, sin: Any) -> Any:
-    """Return the last axis reordered: interleaved pairs become two halves."""
+    """Return `x` rotated by angles with these cosines and sines: interleaved pairs become two halves."""
     import torch
 
     half = x.shape[-1] // 2
@@ -246,15 +247,15 @@ def rotated(x: Any, cos: Any, sin: Any) -> Any:
 
 
 def rotations(quick: bool) -> Iterator[Case]:
-    """Yield megatron-core's rotations of latent attention over packed rows, with gradients, against a formula
-    in torch."""
+    """Compare megatron-core's rotary embedding of latent attention, and its gradients, with a torch
+    formula."""
     import torch
 
     rope = import_module(MEGATRON[-1])
-    heads, plain, turned, value = 2, 16, 8, 16
+    heads, plain, turned, value = 2, 16, 8, 16  # head widths without rotation, with rotation, of values
     bounds = [0, 5, 6, 16] if quick else [0, 15, 16, 40]
     total = bounds[-1]
-    places = torch.cat([torch.arange(b - a) for a, b in pairwise(bounds)])
+    positions = torch.cat([torch.arange(b - a) for a, b in pairwise(bounds)])
     angles = torch.arange(total)[:, None] * torch.rand(turned // 2) * 0.3
     cos, sin = (turn(torch.cat([angles, angles], -1))[:, None, None].contiguous()
                 for turn in (torch.cos, torch.sin))
@@ -263,7 +264,7 @@ def rotations(quick: bool) -> Iterator[Case]:
     seed = torch.randn_like(query)
 
     def formula(q: Any) -> Any:
-        return torch.cat([q[..., :plain], rotated(q[..., plain:], cos[places, 0], sin[places, 0])], -1)
+        return torch.cat([q[..., :plain], rotated(q[..., plain:], cos[positions, 0], sin[positions, 0])], -1)
 
     leaf = query.clone().requires_grad_()
     formula(leaf).backward(seed)
@@ -275,7 +276,7 @@ def rotations(quick: bool) -> Iterator[Case]:
     both, shared = torch.randn(total, heads, plain + value), torch.randn(total, 1, turned)
     leaves = [t.clone().requires_grad_() for t in (both, shared)]
     keys = torch.cat([leaves[0][..., :plain], rotated(
-        leaves[1], cos[places, 0], sin[places, 0]).expand(-1, heads, -1)], -1)
+        leaves[1], cos[positions, 0], sin[positions, 0]).expand(-1, heads, -1)], -1)
     seeds = torch.randn_like(keys), torch.randn(total, heads, value)
     torch.autograd.backward([keys, leaves[0][..., plain:]], seeds)
     ours = [t.clone().requires_grad_() for t in (both, shared)]
@@ -288,7 +289,7 @@ def rotations(quick: bool) -> Iterator[Case]:
 
 
 def cases(quick: bool) -> Iterator[Case]:
-    """Yield every case, megatron-core's with the version."""
+    """Yield all cases; names begin with library and version."""
     for measured in (permutations, losses):
         for name, apart, limit in measured(quick):
             yield f"Transformer Engine {TE_VERSION}: {name}", apart, limit
@@ -300,7 +301,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def main() -> int:
-    """Print every case; returns 1 if one is above its limit."""
+    """Print every case; return 1 if an error is above its limit."""
     start_s, failed = time.monotonic(), 0
     prepare()
     for name, apart, limit in cases("--quick" in sys.argv):

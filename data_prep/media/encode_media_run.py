@@ -5,8 +5,6 @@ hash of records and settings, so after a kill complete units are reused. Media f
 a changed file needs another output folder.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import Counter
@@ -100,7 +98,7 @@ def finish_run(options: EncodeMediaOptions, task: int) -> None:
         _write_corpus(options, list(plan_media_units(_list_files(options.input))))
 
 
-def _prepare_units(options: EncodeMediaOptions) -> list[MediaUnit]:
+def _prepare_units(options: EncodeMediaOptions) -> "list[MediaUnit]":
     """Check options, libraries and output, and return the units. Raises `UserError` with every problem."""
     p = list(map(to_problem, find_library_problems("it", "PIL", "soundfile", "scipy", extra="omni")))
     p += [SettingsProblem(ProblemCode.FILE, "--input", "does not exist", path, "check the path")
@@ -122,8 +120,9 @@ def _list_files(inputs: tuple[Path, ...]) -> list[Path]:
     """Return record files in order; raises `UserError` for an input without."""
     files: list[Path] = []
     for path in inputs:
-        found = [path] if path.is_file() else sorted(
-            p for p in path.rglob("*") if p.suffix in JSONL_SUFFIXES and p.is_file())
+        found = [path]
+        if not path.is_file():
+            found = sorted(p for p in path.rglob("*") if p.suffix in JSONL_SUFFIXES and p.is_file())
         if not found:
             endings = " or ".join(sorted(JSONL_SUFFIXES))
             raise UserError(f"--input {path}: holds no file of records ({endings}); name one")
@@ -131,7 +130,7 @@ def _list_files(inputs: tuple[Path, ...]) -> list[Path]:
     return files
 
 
-def _encode_units(options: EncodeMediaOptions, units: list[MediaUnit], *, shows_bar: bool) -> None:
+def _encode_units(options: EncodeMediaOptions, units: "list[MediaUnit]", *, shows_bar: bool) -> None:
     with (MediaUnitEncoder(options.settings, work_folder(options.output), options.threads) as encoder,
           create_bar("encoding", len(units), "unit", shows_bar) as bar):
         for unit in units:

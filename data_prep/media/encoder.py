@@ -18,7 +18,7 @@ from megatron_sov.chat.media_tokens import AUDIO, IMAGE, VIDEO
 from megatron_sov.model.modality import PICTURES, SOUNDS
 from megatron_sov.omni.media.items import format_audio_tokens, format_image_tokens
 from megatron_sov.omni.media.reading.limits import VideoSampling
-from megatron_sov.omni.media.reading.reader import DecodedMedia, MediaReader, resolve_media_path
+from megatron_sov.omni.media.reading.reader import DecodedMedia, MediaReader, locate_media_file
 from megatron_sov.omni.media.spectrograms import SAMPLE_RATE_HZ, SpectrogramExtractor
 
 BATCH_PICTURES = 16
@@ -75,10 +75,11 @@ class MediaRecordEncoder:
         """Return part -> encoded medium or problem; write records to `banks`, equal contents once."""
         encoded: dict[MessagePart, Medium | BadRecord] = {}
         names: dict[MessagePart, str] = {}
+        root, max_bytes = self._settings.media_root.resolve(), self._settings.limits.file_bytes
         for part in dict.fromkeys(parts):
             try:
                 # named by content: equal bytes under two file names are encoded once
-                with open(self._locate_file(part), "rb") as f:
+                with open(locate_media_file(root, part.value, max_bytes), "rb") as f:
                     names[part] = f"{part.kind}/{hashlib.file_digest(f, 'sha256').hexdigest()}"
             except BadRecord as e:
                 encoded[part] = e
@@ -95,16 +96,6 @@ class MediaRecordEncoder:
                 decoded = list(pool.map(lambda name: self._decode(first_parts[name]), batch))
                 contents |= self._encode_contents(dict(zip(batch, decoded, strict=True)), banks)
         return encoded | {part: contents[name] for part, name in names.items()}
-
-    def _locate_file(self, part: MessagePart) -> Path:
-        file = resolve_media_path(self._settings.media_root.resolve(), part.value)
-        if not file.is_file():
-            raise BadRecord("missing", "is no file; name a picture, a sound or a video")
-        max_bytes = self._settings.limits.file_bytes
-        if (size_bytes := file.stat().st_size) > max_bytes:
-            raise BadRecord("size", f"has {size_bytes:,} bytes, at most {max_bytes:,} are read; shrink it, "
-                                    "or raise --max-file-bytes")
-        return file
 
     def _decode(self, part: MessagePart) -> list[DecodedMedia] | BadRecord:
         try:

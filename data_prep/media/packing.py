@@ -1,7 +1,5 @@
 """Pack media corpora with `sov-data pack`: a shard gets banks with the records that its documents name."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,8 +19,6 @@ from megatron_sov.omni.media.banks import BankShape, open_bank, read_bank_shapes
 
 @dataclass(frozen=True)
 class SourceBanks:
-    """A source's banks."""
-
     folder: Path
     """Media corpus."""
     shapes: Mapping[str, BankShape]
@@ -32,7 +28,7 @@ class SourceBanks:
         """Return the manifest record."""
         return {kind: shape.to_record() for kind, shape in self.shapes.items()}
 
-    def open_shard(self, prefix: Path) -> ShardBanks:
+    def open_shard(self, prefix: Path) -> "ShardBanks":
         return ShardBanks(self, prefix)
 
 

@@ -72,8 +72,6 @@ class Blend:
 
 @dataclass(frozen=True)
 class PhaseShares:
-    """A phase with a share per source."""
-
     name: str
     tokens: float
     """Token budget; 0: unspecified."""

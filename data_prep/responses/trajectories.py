@@ -19,8 +19,7 @@ from megatron_sov.base.documents.accounting import RecordAccount, RecordTally
 from megatron_sov.base.documents.messages import parse_messages
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import (
-    AtLeastOne, Bound, DeclaredCommand, Flag, ProblemCode, Share, Violation, at_most_field)
+from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, Share, at_most_field, require_that
 
 FILE = "trajectories.jsonl"
 SHINGLE_WORDS = 3
@@ -35,12 +34,6 @@ class Solution:
     thinking: str = ""
 
 
-def _check_heading(heading: str) -> Violation | None:
-    if heading.count("{}") == 1:
-        return None
-    return ProblemCode.BOUND, "must hold {} once, for the solution's number", ""
-
-
 @dataclass(frozen=True)
 class TrajectorySettings:
     """Settings for choosing solutions and formatting documents."""
@@ -53,7 +46,8 @@ class TrajectorySettings:
     """Jaccard index over word triples; more similar solutions count as equal."""
     think: Think = "tags"
     """Thoughts between <think> tags, without tags, or left out."""
-    heading: Annotated[str, Bound(_check_heading)] = "Solution {}"
+    heading: Annotated[str, require_that(lambda heading: heading.count("{}") == 1, "must hold {} once, "
+                                         "for the solution's number")] = "Solution {}"
     """Line above a solution, {} for the number."""
 
 

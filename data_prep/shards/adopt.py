@@ -98,8 +98,10 @@ def adopt_pairs(options: AdoptOptions) -> int:
         records = []
         with create_bar("writing", sum(len(pair.split.tokens) for pair in pairs), "token") as bar:
             for pair in pairs:
-                splits = (_link_pair(pair, artifact.path) if options.link else
-                          _copy_pair(pair, artifact.path, dtype, rule, options.shard_tokens))
+                if options.link:
+                    splits = _link_pair(pair, artifact.path)
+                else:
+                    splits = _copy_pair(pair, artifact.path, dtype, rule, options.shard_tokens)
                 bar.update(len(pair.split.tokens))
                 records.append(_build_record(pair, splits))
         artifact.content = {

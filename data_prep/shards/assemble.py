@@ -73,8 +73,9 @@ def survey_source(source: EncodedSource, work: Path, dtype: str, rule: HeldoutRu
     # a row per document: both sides of a preference have equal hashes and ids
     sequences = [unit.sequences[::source.group] for unit in units]
     counts = np.array([len(s) for s in sequences])
-    ids, hashes = (np.concatenate([s[name] for s in sequences]) if sequences else np.zeros(0, np.uint64)
-                   for name in ("id", "hash"))
+    no_documents = np.zeros(0, np.uint64)
+    ids = np.concatenate([no_documents, *(s["id"] for s in sequences)])
+    hashes = np.concatenate([no_documents, *(s["hash"] for s in sequences)])
     repeated = find_repeated_documents(ids, _number_files(source, sequences), hashes)
     unique_ids = ids[(ids != 0) & ~repeated]
     source.num_shared_ids = len(unique_ids) - len(np.unique(unique_ids))

@@ -132,7 +132,6 @@ class Encoder:
         return EncodedBatch(lengths, ids, kinds, media)
 
     def _encode_text_with_media(self, text: str, tokens: FeatureTokens) -> list[int]:
-        """Encode a text that spells media tokens."""
         ids: list[int] = []
         for part, id_ in tokens.split(text):
             if id_ is not None:

@@ -53,6 +53,5 @@ def _plan_import(path: Path) -> tuple[Path | None, str]:
     if path.is_file():
         return (path if path.suffix in SUFFIXES else None), choose_free_path(f"{path.stem}-tokenizer")
     folders = (path, path / "tokenizer", *list_run_tokenizers(path)[-1:])
-    foreign = next((folder for folder in folders
-                    if any(any(folder.glob(pattern)) for pattern in PATTERNS)), None)
+    foreign = next((folder for folder in folders for pattern in PATTERNS if any(folder.glob(pattern))), None)
     return foreign, choose_free_path(f"{path.resolve().name}-tokenizer")

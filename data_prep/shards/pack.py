@@ -122,8 +122,10 @@ class PackOptions:
 
     def problems(self) -> list[SettingsProblem]:
         problem = explain_foreign_tokenizer(self.tokenizer) if self.tokenizer.exists() else ""
+        if not problem:
+            return []
         return [SettingsProblem(ProblemCode.FILE, "tokenizer", problem, self.tokenizer,
-                                fix=fix_foreign_tokenizer(self.tokenizer) or "")] if problem else []
+                                fix=fix_foreign_tokenizer(self.tokenizer) or "")]
 
 
 @dataclass(frozen=True)

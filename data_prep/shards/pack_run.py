@@ -5,8 +5,6 @@ are complete, they are joined in input order into shards per source and split (`
 depend neither on the number of workers nor on kills.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil
@@ -23,7 +21,7 @@ from data_prep.shards.encode import Encoder, EncodingSettings
 from data_prep.shards.heldout import HeldoutRule
 from data_prep.shards.pack import PackOptions, PackRequest, PackSettings, PackSource, check_pack
 from data_prep.shards.token_artifact import HELDOUT, KIND, QUARANTINE, TRAIN, choose_token_dtype, get_sidecars
-from data_prep.shards.units import Unit, UnitSettings, encode_units
+from data_prep.shards.units import Unit, UnitSettings, delete_empty_units, encode_units
 from data_prep.tags import add_synthetic_tags, check_tag_sources, find_source_artifact, merge_source_tags
 from megatron_sov.base.artifacts import (
     ArtifactWriter, check_output_folder, create_artifact, read_manifest, sha256_file)
@@ -160,7 +158,7 @@ def _choose_fix(bad: BadRecord, path: Path, kind: str) -> Fix | None:
     return Fix(options=("--on-bad", "quarantine")) if bad.code == "json" else None
 
 
-def _open_media_corpora(sources: Mapping[str, Path], kind: str | None) -> MediaCorpora | None:
+def _open_media_corpora(sources: Mapping[str, Path], kind: str | None) -> "MediaCorpora | None":
     """Return the media corpora among the sources; None: all sources are text. Raises `UserError`: the corpora
     cannot be packed together, or omni libraries are missing."""
     if not any(map(find_media_corpus, sources.values())):
@@ -170,7 +168,7 @@ def _open_media_corpora(sources: Mapping[str, Path], kind: str | None) -> MediaC
     return MediaCorpora(sources, kind)
 
 
-def _open_encoder(tokenizer: Path, settings: PackSettings, corpora: MediaCorpora | None) -> Encoder:
+def _open_encoder(tokenizer: Path, settings: PackSettings, corpora: "MediaCorpora | None") -> Encoder:
     """Load the tokenizer, and warn if its chat template opens answers oddly."""
     encoder = Encoder(tokenizer, EncodingSettings(settings.bos, settings.eod,
                                                   media=corpora.encoding if corpora else None))
@@ -246,7 +244,9 @@ def _encode_sources(job: _PackJob, sources: list[PackSource], units: list[tuple[
                 num_reused += 1
             if job.settings.on_bad == "refuse" and set(record.num_bad) - {"empty"}:
                 records.close()
-                raise _create_record_error(job, encoded[source.name])
+                error = _create_record_error(job, encoded[source.name])
+                delete_empty_units(job.work)
+                raise error
     _report_unread_fields(units, reading)
     _report_unread_message_fields(encoded.values())
     if num_reused:
@@ -302,8 +302,10 @@ def _write_sources(job: _PackJob, encoded: list[EncodedSource], artifact: Path
         for source in encoded:
             written = write_shards(source, job.work, artifact, job.dtype, job.rule, job.settings.shard_tokens)
             num_bad = write_quarantine(source, job.work, job.dtype, quarantine)
-            documents = {bucket: sum(split["num_documents"] for split in splits.values()) // source.group
-                         for bucket, splits in written.items()}
+            documents = {}
+            for bucket, splits in written.items():
+                num_sequences = sum(split["num_documents"] for split in splits.values())
+                documents[bucket] = num_sequences // source.group
             accounts[source.name] = account = account_source(source, documents, num_bad)
             for bucket, splits in written.items():
                 unit_tags = [record.tags.get(bucket, {}) for _, record in source.units]

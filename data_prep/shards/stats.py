@@ -1,6 +1,5 @@
 """`sov-data stats`: document lengths, token types and special tokens per source."""
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -11,11 +10,10 @@ import numpy as np
 
 from data_prep.shards.token_artifact import SPLITS, count_tokens, iter_shards, read_tokens_manifest
 from megatron_sov.base.artifacts import format_json
-from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import DeclaredCommand, Flag
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
-from megatron_sov.chat.folder import TOKENIZER_JSON
 from megatron_sov.chat.media_tokens import display_name
+from megatron_sov.chat.vocabulary import read_tokenizer
 from megatron_sov.work.progress.progress_bar import create_bar
 
 _BLOCK_TOKENS = 1 << 22
@@ -47,7 +45,8 @@ def compute_statistics(data: Path) -> dict[str, Any]:
     """Return statistics for an artifact of kind "tokens", over both splits. Raises `UserError`: `data` is
     another kind of folder, or damaged."""
     content = read_tokens_manifest(data).content
-    special = _read_added_tokens(data / "tokenizer" / TOKENIZER_JSON)
+    added = read_tokenizer(data / "tokenizer").added
+    special = {id_: token.get("content", "") for id_, token in added.items()}
     is_used = np.zeros(content["vocab_size"], bool)
     sources = {}
     with create_bar("counting", count_tokens(content), "token") as bar:
@@ -58,15 +57,6 @@ def compute_statistics(data: Path) -> dict[str, Any]:
     num_unused_special = sum(not is_used[i] for i in special if i < len(is_used))
     return {"vocab_size": content["vocab_size"],
             "num_unused_ordinary_ids": int((~is_used).sum() - num_unused_special), "sources": sources}
-
-
-def _read_added_tokens(file: Path) -> dict[int, str]:
-    try:
-        return {int(token["id"]): str(token["content"])
-                for token in json.loads(file.read_text(encoding="utf-8"))["added_tokens"]}
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as e:
-        raise UserError(f"{file}: cannot be read as a tokenizer ({e!r}); pack the data again or restore it "
-                        "from a copy") from None
 
 
 def _count_source(data: Path, content: dict[str, Any], source: dict[str, Any],

@@ -1,7 +1,5 @@
 """Read token shard artifacts: manifest, shards, indexed splits, and documents shared between splits."""
 
-from __future__ import annotations
-
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -46,7 +44,7 @@ class PackedShard:
     record: dict[str, Any]
     """The shard's manifest record."""
 
-    def open(self) -> IndexedSplit:
+    def open(self) -> "IndexedSplit":
         """Memory-map the shard; raises `UserError` if files are missing or damaged."""
         return open_split(self.prefix)
 

@@ -4,11 +4,10 @@ A unit's folder is named by a hash of input bytes and settings, and appears by r
 kill, a command reuses complete units; changed input or settings give another hash.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -94,6 +93,13 @@ def encode_units(units: list[Unit], settings: UnitSettings, work: Path,
     yield from map_in_processes(_create_encoder, (settings, work), units, workers)
 
 
+def delete_empty_units(work: Path) -> None:
+    """Delete the units without a token: every record was bad, so another attempt cannot reuse them."""
+    for tokens in work.glob("*/*/tokens"):
+        if not tokens.stat().st_size:
+            shutil.rmtree(tokens.parent)
+
+
 def _create_encoder(settings: UnitSettings, work: Path) -> Callable[[Unit], UnitRecord]:
     return UnitEncoder(settings, work).encode
 
@@ -136,7 +142,7 @@ class _UnitWriter:
         self._unread: Counter[str] = Counter()
         self._tags: dict[str, dict[str, set[str]]] = {}
 
-    def __enter__(self) -> _UnitWriter:
+    def __enter__(self) -> "_UnitWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:

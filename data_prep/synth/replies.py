@@ -1,7 +1,5 @@
 """Parse chat completions into replies: text, thoughts, tool calls, and faults."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +10,7 @@ from megatron_sov.base.documents.rows import parse_finite, reject_constant
 from megatron_sov.chat.marks import BEGIN_THOUGHTS, END_THOUGHTS, to_hermes_form, unquote_marks
 from megatron_sov.chat.tool_calls import BadCall, parse_turn, split_thoughts
 from megatron_sov.judge.rewards.surface import find_final_loop
-from megatron_sov.work.endpoints.answers import BadAnswer, read_model_name
+from megatron_sov.work.endpoints.answers import BadAnswer, get_single_item, read_model_name
 
 MIN_LOOP_REPEATS, MIN_LOOP_CHARS = 8, 200
 """Repetitions and repeated characters from which the end of a text is a loop; verses and tables have less."""
@@ -46,7 +44,7 @@ class ReplyText(str):
     """Thoughts before the text."""
 
     @classmethod
-    def from_reply(cls, reply: Reply) -> ReplyText:
+    def from_reply(cls, reply: Reply) -> "ReplyText":
         text = cls(reply.text)
         text.cut, text.thinking = reply.is_cut, reply.thinking
         return text
@@ -72,10 +70,8 @@ def read_reply(answer: Any, key: str = "", tools: Sequence[dict[str, Any]] = ())
     Raises:
         BadAnswer: the answer is malformed.
     """
-    choices = answer.get("choices") if isinstance(answer, dict) else None
-    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-        raise BadAnswer("the endpoint's answer must have one of 'choices', for one was asked for")
-    message = choices[0].get("message")
+    choice = get_single_item(answer, "choices")
+    message = choice.get("message")
     if not isinstance(message, dict):
         raise BadAnswer("the endpoint's answer has no message")
     content = message.get("content")
@@ -95,7 +91,7 @@ def read_reply(answer: Any, key: str = "", tools: Sequence[dict[str, Any]] = ())
         text = turn.content
         calls = [_build_malformed_call("", call.reason) if isinstance(call, BadCall)
                  else {"name": call.name, "arguments": call.arguments} for call in turn.calls]
-    is_cut = choices[0].get("finish_reason") == "length"
+    is_cut = choice.get("finish_reason") == "length"
     return Reply(text, thinking, tuple(calls), is_cut, key, read_model_name(answer))
 
 

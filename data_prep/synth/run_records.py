@@ -1,7 +1,5 @@
 """Records of a run in its work folder: settings, and a journal of finished items."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,10 +54,12 @@ class FinishedItem:
     """Reason if all answers were unusable."""
 
     @classmethod
-    def from_json(cls, record: bytes) -> FinishedItem:
+    def from_json(cls, record: bytes) -> "FinishedItem":
         fields = json.loads(record)
-        samples = [GeneratedSample(**{**sample, "verdicts": tuple(
-            SampleVerdict(**verdict) for verdict in sample["verdicts"])}) for sample in fields["samples"]]
+        samples = []
+        for sample in fields["samples"]:
+            verdicts = tuple(SampleVerdict(**verdict) for verdict in sample["verdicts"])
+            samples.append(GeneratedSample(**{**sample, "verdicts": verdicts}))
         return cls(**{**fields, "samples": samples})
 
     def to_json(self) -> bytes:

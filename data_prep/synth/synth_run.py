@@ -76,8 +76,10 @@ def run_synth(options: SynthOptions) -> ExitCode:
     input, disk or endpoint are wrong; finished items stay. Raises `StopRequested`: a limit, a signal, or an
     unavailable endpoint; finished items stay."""
     if options.list:
-        lines = (list_settings(options.generator) if options.generator else
-                 [f"{name:<20} {load_generator(name).declared.help}" for name in PACKAGED])
+        if options.generator:
+            lines = list_settings(options.generator)
+        else:
+            lines = [f"{name:<20} {load_generator(name).declared.help}" for name in PACKAGED]
         print("\n".join(lines))
         return ExitCode.OK
     run = prepare_run(options)
@@ -117,9 +119,9 @@ def list_settings(name: str) -> list[str]:
 def prepare_run(options: SynthOptions) -> SynthRun:
     """Check options, models, generator and output folder without writing; raises `UserError`."""
     output = options.output
-    missing = [f"--{name}" for name in ("engine", "output") if not getattr(options, name)]
-    fix = Fix(options=tuple(word for option in missing for word in (
-        option, "MODEL" if option == "--engine" else choose_free_path("new-output"))))
+    proposed = {"--engine": "MODEL", "--output": choose_free_path("new-output")}
+    missing = [option for option in proposed if not getattr(options, option.removeprefix("--"))]
+    fix = Fix(options=tuple(word for option in missing for word in (option, proposed[option])))
     if not options.generator:
         name = "rewrite" if options.input else "GENERATOR"
         raise UserError(f"sov-data synth: name a generator ({', '.join(PACKAGED)}), or the YAML file of one; "

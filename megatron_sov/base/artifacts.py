@@ -5,8 +5,6 @@ hash of every file, the settings and the manifests of its inputs. A writer fills
 to disk and renames it; half-written artifacts therefore never exist under the final name.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno
@@ -18,7 +16,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -59,7 +57,7 @@ class FileRecord:
     size_bytes: int
 
     @staticmethod
-    def read(raw: dict[str, Any]) -> FileRecord:
+    def read(raw: dict[str, Any]) -> "FileRecord":
         """Parse a file's entry in `manifest.json`.
 
         Raises:
@@ -69,7 +67,7 @@ class FileRecord:
         return FileRecord(raw["digest"], raw["size_bytes"])
 
     @staticmethod
-    def of(file: Path) -> FileRecord:
+    def of(file: Path) -> "FileRecord":
         return FileRecord(hash_file(file), file.stat().st_size)
 
 
@@ -494,20 +492,18 @@ def list_input_paths(path: str, owner: Path) -> list[Path]:
     return [Path(path), folder / path, folder / Path(path).name, folder / Path(*Path(path).parts[-3:])]
 
 
-def find_input(path: str, sha256: str, owner: Path,
-               other_paths: Mapping[str, Path] | None = None) -> Path | None:
+def find_input(path: str, sha256: str, owner: Path) -> Path | None:
     """Return the current path of an input with unchanged manifest, else None.
 
     Args:
         path: the path recorded by the artifact or run.
         sha256: hash of the input's manifest.
         owner: the artifact or run built from the input.
-        other_paths: manifest hash -> folder, for inputs at none of `list_input_paths`.
     """
     for candidate in list_input_paths(path, owner):
         if _hash_manifest_at(candidate) == sha256:
             return candidate
-    return (other_paths or {}).get(sha256)
+    return None
 
 
 def _hash_manifest_at(path: Path) -> str:

@@ -1,7 +1,5 @@
 """Command-line parsers, and conversion of exceptions to messages and exit codes."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import dataclasses
@@ -166,7 +164,7 @@ def find_check(program: str) -> Callable[[list[str]], object] | None:
     return partial(_check_line, module.build_parser(), module.COMMANDS)
 
 
-def _check_line(parser: Parser, commands: Mapping[str, Command], line: list[str]) -> None:
+def _check_line(parser: Parser, commands: "Mapping[str, Command]", line: list[str]) -> None:
     """Check a command line of `sov-data` or `sov-tokenizer`."""
     check_command(parser.prog, line)
     parsed = parser.parse_args(line)

@@ -5,8 +5,6 @@ own text, because the prompt was encoded before the response existed. Special to
 template: a content that spells a special token encodes it as ordinary text.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -99,7 +97,7 @@ Run = list[_ChatPart]
 class ChatEncoder:
     """Encodes conversations with a tokenizer and its chat template."""
 
-    def __init__(self, template: ChatTemplate, tokenizer: Tokenizer,
+    def __init__(self, template: "ChatTemplate", tokenizer: "Tokenizer",
                  encode_plain: Callable[[str], list[int]] | None = None,
                  inline: InlineTokens | None = None) -> None:
         """Args:
@@ -526,9 +524,9 @@ class TurnEncoder:
         Returns:
             The ids after the turn, or None if the template shows no results.
         """
-        calls = tuple({"type": "function", "function": {"name": name if _NAME.fullmatch(name) else "unknown",
-                                                        "arguments": {}}}
-                      for name in names)
+        valid_names = [name if _NAME.fullmatch(name) else "unknown" for name in names]
+        calls = tuple({"type": "function", "function": {"name": name, "arguments": {}}}
+                      for name in valid_names)
         for turn in (_ASSISTANT_MESSAGE, Message("assistant", "", tool_calls=calls)):
             prefix = Conversation((_USER_MESSAGE, turn), (), self._template_kwargs)
             extended = replace(prefix, messages=(*prefix.messages, *messages))

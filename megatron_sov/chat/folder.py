@@ -1,7 +1,5 @@
 """Read tokenizer and chat template from a Hugging Face folder, a checkpoint or a tokenizer artifact."""
 
-from __future__ import annotations
-
 import json
 from datetime import datetime
 from pathlib import Path
@@ -18,7 +16,7 @@ SPECIAL_JSON = "special_tokens_map.json"
 """File for bos and eos tokens in older folders."""
 
 
-def open_tokenizer(folder: Path) -> Tokenizer:
+def open_tokenizer(folder: Path) -> "Tokenizer":
     """Load a folder's `tokenizer.json`. Raises `UserError`: the file is unreadable."""
     from tokenizers import Tokenizer  # the commands that import this module seldom open a tokenizer
 

@@ -1,7 +1,5 @@
 """CPU time and memory limits for untrusted code, e.g. chat templates."""
 
-from __future__ import annotations
-
 import os
 import resource
 import signal

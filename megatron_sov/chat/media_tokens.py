@@ -7,8 +7,6 @@ its released model code (`<|vision00000|>` to `<|vision65535|>`, `<|audio0000|>`
 Text tokens come first; each medium has a block of ids after them: codebook index `i` has id `first + i`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -73,8 +73,12 @@ def split_at_contents(template: ChatTemplate, conversation: Conversation, awaits
         raise BadRecord("template", f"is not shown by the chat template of {template.where} with each "
                                     f"message once and in order (roles: {roles}); "
                                     "change the chat or the template")
-    segments = [ChatSegment(messages[int(part)].content if i % 2 else part, int(part) if i % 2 else None)
-                for i, part in enumerate(parts) if i % 2 or part]
+    segments = []
+    for i, part in enumerate(parts):
+        if i % 2:
+            segments.append(ChatSegment(messages[int(part)].content, int(part)))
+        elif part:
+            segments.append(ChatSegment(part, None))
     # the marks locate contents; the real text shows whether the template changes them
     rendered = template.render(conversation, awaits_response)
     start = 0

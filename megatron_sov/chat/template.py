@@ -1,7 +1,5 @@
 """Compile and render chat templates in a sandbox, with the functions that transformers provides."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from datetime import datetime

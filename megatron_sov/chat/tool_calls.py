@@ -4,8 +4,6 @@ Parsing is strict: malformed calls are reported separately from calls and from p
 can be informed and such turns counted.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -91,7 +89,7 @@ class ServedTurn:
     calls: tuple[ToolCall, ...] = ()
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any]) -> ServedTurn:
+    def from_dict(cls, fields: Mapping[str, Any]) -> "ServedTurn":
         return cls(fields["thoughts"], fields["content"], tuple(ToolCall(**call) for call in fields["calls"]))
 
 
@@ -229,8 +227,8 @@ def _report_bad_json(text: str, start: int, error: Exception) -> tuple[BadCall, 
 
 def _build_call(value: Any, form: CallForm | None) -> ToolCall | BadCall:
     # infer the key from the object if the form is unknown
-    word = "parameters" if form == LLAMA or (
-        form is None and isinstance(value, dict) and "parameters" in value) else "arguments"
+    is_unknown_llama = form is None and isinstance(value, dict) and "parameters" in value
+    word = "parameters" if form == LLAMA or is_unknown_llama else "arguments"
     # Llama 3 may include "type": "function"
     has_type = word == "parameters" and isinstance(value, dict) and value.get("type") == "function"
     if not isinstance(value, dict) or set(value) != {"name", word, *(("type",) if has_type else ())}:

@@ -5,8 +5,6 @@ other model fields, normalizer, pre-tokenizer, decoder. It ignores file layout, 
 post-processor and chat template.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import struct

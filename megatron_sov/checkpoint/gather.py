@@ -1,7 +1,5 @@
 """Gather a distributed model's weights, a whole tensor at a time."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 
@@ -62,7 +60,7 @@ class TensorGatherer:
                 start += block.numel()
         return tensor
 
-    def _send_share(self, key: str, owner: int, positions: list[_BlockPosition]) -> torch.Tensor | None:
+    def _send_share(self, key: str, owner: int, positions: "list[_BlockPosition]") -> torch.Tensor | None:
         """Send the blocks of `owner` to the receiving ranks.
 
         Returns the flat blocks on `owner` and the receiving ranks, else None.

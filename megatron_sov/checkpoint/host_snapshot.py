@@ -4,8 +4,6 @@ The copy is as large as the blocks. Its memory is reused for the next checkpoint
 CPU memory take several times as long as the copy, and pinned memory for GPUs is slow to allocate.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -47,7 +45,7 @@ class SnapshotRecord:
         return folder / INDICES / f"{rank // RANKS_PER_FOLDER:05d}" / f"rank-{rank:05d}.json"
 
     @staticmethod
-    def read(folder: Path, rank: int) -> SnapshotRecord:
+    def read(folder: Path, rank: int) -> "SnapshotRecord":
         raw = json.loads(SnapshotRecord.file(folder, rank).read_text(encoding="utf-8"))
         return SnapshotRecord(raw["indices"],
                               {name: FileRecord.read(record) for name, record in raw["files"].items()})
@@ -77,13 +75,15 @@ class HostSnapshot:
         # Reuse the memory of the previous checkpoint; allocate only for blocks that are new or changed dtype.
         missing = {key: b for key, b in blocks_by_id.items() if key not in self._memory}
         arena = PinnedArena(sum(count_bytes(b.data) for b in missing.values()))
-        self._memory = {key: self._memory[key] if key in self._memory else arena.allocate_like(b.data)
-                        for key, b in blocks_by_id.items()}
+        reused = {key: memory for key, memory in self._memory.items() if key in blocks_by_id}
+        self._memory = reused | {key: arena.allocate_like(b.data) for key, b in missing.items()}
         for key, block in blocks_by_id.items():
             # on a GPU, the copies are queued before the synchronize below
             self._memory[key].copy_(block.data.detach(), non_blocking=True)
-        self._parts = {part: [dataclasses.replace(b, data=self._memory[_identify_block(part, b)])
-                              for b in blocks] for part, blocks in owned.items()}
+        self._parts = {}
+        for part, blocks in owned.items():
+            self._parts[part] = [dataclasses.replace(b, data=self._memory[_identify_block(part, b)])
+                                 for b in blocks]
         # after this method, the next training step may overwrite the weights
         if on_gpu():
             torch.cuda.synchronize()
@@ -103,8 +103,9 @@ class HostSnapshot:
 
         run_in_threads([lambda args=file: write_blocks(*args) for file in files],  # type: ignore[misc]
                        count_writers())
-        indices = {part: [index for file_part, _, index in written if file_part == part]
-                   for part in self._parts}
+        indices: dict[str, list[Index]] = {part: [] for part in self._parts}
+        for part, _, index in written:
+            indices[part].append(index)
         records = {name: record for _, writer, _ in written for name, record in writer.files.items()}
         file = SnapshotRecord.file(folder, rank)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,6 @@
     completed   known from the all-reduce at the end of a later step
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import secrets
@@ -203,7 +201,7 @@ class CheckpointSaver:
         if save.completed and self._on_saved is not None:
             self._on_saved(save.summarize())
 
-    def _abort_save(self, save: _PendingSave) -> None:
+    def _abort_save(self, save: "_PendingSave") -> None:
         """Delete the temporary folder and raise the first error on every process; no rank may still be
         writing."""
         if dist.get_rank() == 0:
@@ -211,7 +209,7 @@ class CheckpointSaver:
         self._pending = None
         raise next(p for p in gather_objects(save.problem) if p is not None)
 
-    def _raise_timeout(self, save: _PendingSave) -> None:
+    def _raise_timeout(self, save: "_PendingSave") -> None:
         hanging = [rank for rank, late in enumerate(gather_objects(save.late)) if late]
         self._pending = None
         # A normal exit may hang in the same file system.

@@ -147,9 +147,9 @@ COMMANDS = {
          "eval contamination base.json --data tokens corpus.jsonl --workers 8")),
     "convert": Command(
         "megatron_sov.commands.models.convert:CONVERT",
-        "from-hf, to-hf, from-megatron, to-megatron, to-dcp, verify, inspect, average, to-peft, from-peft: "
-        "checkpoints, Hugging Face folders, adapters", PUBLISH, "convert.md", ("convert to-hf runs/sft hf",
-         "convert from-hf hf checkpoint")),
+        "from-hf, to-hf, from-megatron, to-megatron, from-dcp, to-dcp, verify, inspect, average, to-peft, "
+        "from-peft: checkpoints, Hugging Face folders, adapters", PUBLISH, "convert.md",
+        ("convert to-hf runs/sft hf", "convert from-hf hf checkpoint")),
     "chat": Command(
         "megatron_sov.commands.models.chat:CHAT",
         "talk to a checkpoint, a Hugging Face folder or an endpoint in the terminal", PUBLISH, "serve.md",

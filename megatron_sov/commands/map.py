@@ -60,8 +60,10 @@ class MapOptions(RedoOptions, OverwriteOptions, ClusterOptions):
     """Write rows for which the class raises to failed.jsonl, and continue."""
 
     def problems(self) -> list[SettingsProblem]:
+        if not (self.ray and self.cluster):
+            return []
         return [SettingsProblem(ProblemCode.RULE, "ray", "and --cluster exclude each other", self.ray,
-                                "leave one out")] if self.ray and self.cluster else []
+                                "leave one out")]
 
     @property
     def file(self) -> Path:

@@ -1,7 +1,5 @@
 """Options shared by several commands, and conversion from options to command-line words."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,6 +93,6 @@ def parse_task_names(names: str | None) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def get_target_step(target: Target, events: RunEvents) -> int | None:
+def get_target_step(target: "Target", events: "RunEvents") -> int | None:
     """Return a checkpoint's step; for a Hugging Face folder, the run's last step."""
     return events.last_step() if target.step is None else target.step

@@ -98,7 +98,9 @@ def parse_token_ids(config: dict[str, Any]) -> TokenIds:
 
 
 def to_id_list(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    if ids is None:
+        return []
+    return [ids] if isinstance(ids, int) else list(ids)
 
 
 def read_token_ids(folder: Path) -> TokenIds:

@@ -184,7 +184,8 @@ def _compare_tensors(a: torch.Tensor, b: torch.Tensor) -> TensorRecord:
     if has_same_bits(a, b):
         return TensorRecord(shapes, dtypes, (hashes[0], hashes[0]), True)
     hashes.append(_hash_tensor(b))
-    a, b = _cast_to_narrower(a, b)
+    narrower = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
+    a, b = a.to(narrower), b.to(narrower)
     equal = has_same_bits(a, b)
     difference = (0.0 if equal or a.shape != b.shape else float((a.double() - b.double()).abs().max()))
     return TensorRecord(shapes, dtypes, tuple(hashes), equal, difference)
@@ -192,11 +193,6 @@ def _compare_tensors(a: torch.Tensor, b: torch.Tensor) -> TensorRecord:
 
 def _hash_tensor(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
-
-
-def _cast_to_narrower(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    narrower = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
-    return a.to(narrower), b.to(narrower)
 
 
 def _loading_checks(side: HfWeights) -> list[ParityCheck]:

@@ -1,14 +1,13 @@
 """Import a Hugging Face folder as a checkpoint; memory holds two blocks per file being written."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -119,81 +118,63 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
 
 # Source files are hashed during the conversion. A written file counts as finished only after the file's
 # sources are verified, and the artifact is published only after every source file is verified.
-class SourceCheck:
-    """Running verification of source files; see `verify_source`."""
-
-    def __init__(self, weights: Weights, damage: dict[str, Future[str | None]], remedy: str,
-                 base: SourceCheck | None) -> None:
-        self._weights, self._damage, self._remedy, self._base = weights, damage, remedy, base
-
-    def wait_for(self, names: Iterable[str]) -> None:
-        """Wait until the source files for the Hugging Face tensors `names` are verified. Raises `UserError`:
-        a file is missing or differs from the manifest; the message lists its tensors."""
-        names = list(names)
-        if self._base is not None:
-            self._base.wait_for(names)
-        if self._damage:
-            files = {file for name in names for file in self._weights.list_files(name)}
-            self._refuse_damage(sorted(files & self._damage.keys()))
-
-    def wait_for_all(self) -> None:
-        """Wait until every source file is verified; raises `UserError` like `wait_for`."""
-        self._refuse_damage(self._damage)
-
-    def _refuse_damage(self, files: Iterable[str]) -> None:
-        for file in files:
-            if problem := self._damage[file].result():
-                names = self._weights.list_keys_in(file)
-                holds = f" (it holds {format_names(names)})" if names else ""
-                raise UserError(f"{problem}{holds}; {self._remedy}")
-
-
 @contextlib.contextmanager
-def verify_source(weights: Weights, workers: int) -> Iterator[SourceCheck]:
+def verify_source(weights: Weights, workers: int) -> Iterator[Callable[[Iterable[str]], None]]:
     """Verify source files (model part only) against the manifest during the `with` block.
 
     Args:
         weights: source of the conversion.
         workers: files hashed at a time.
 
+    Yields:
+        Function that waits until the files of the given Hugging Face tensors are verified.
+
     Raises:
-        UserError: a file is missing or differs from the manifest. Replaces an error of the block, which may
-            be a consequence of the damage.
+        UserError: a file is missing or differs from the manifest; the message lists its tensors. Replaces an
+            error of the block, which may be a consequence of the damage.
     """
-    if isinstance(weights, AdaptedWeights):
-        with verify_source(weights.base, workers) as base, _check_folder(weights, workers, base) as check:
-            yield check
-    else:
-        with _check_folder(weights, workers, None) as check:
-            yield check
-
-
-@contextlib.contextmanager
-def _check_folder(weights: Weights, workers: int, base: SourceCheck | None) -> Iterator[SourceCheck]:
-    """Verify a folder's files; `base` verifies an adapter's base model."""
-    path, pool = weights.path, ThreadPoolExecutor(workers)
-    damage: dict[str, Future[str | None]] = {}
-    remedy = DAMAGED_HF
+    path, remedy = weights.path, DAMAGED_HF
+    records: Mapping[str, FileRecord] = {}
     if (path / MANIFEST).is_file():
         manifest = read_manifest(path)
         other_parts = tuple(f"{part}/" for part in manifest.content.get("parts", [])
                             if part not in (PART, ADAPTER))
-        damage = {name: pool.submit(find_file_damage, path / name, record)
-                  for name, record in manifest.files.items() if not name.startswith(other_parts)}
+        records = {name: record for name, record in manifest.files.items()
+                   if not name.startswith(other_parts)}
         remedy = suggest_replacement(path) if manifest.kind == CHECKPOINT_KIND else DAMAGED_HF
     elif (path / INTEGRITY).is_file():
+        records = _read_integrity(path)
+    with contextlib.ExitStack() as stack:
+        wait_for_base = None
+        if isinstance(weights, AdaptedWeights):
+            wait_for_base = stack.enter_context(verify_source(weights.base, workers))
+        pool = ThreadPoolExecutor(workers)
+        stack.callback(pool.shutdown, cancel_futures=True)
         damage = {name: pool.submit(find_file_damage, path / name, record)
-                  for name, record in _read_integrity(path).items()}
-    check = SourceCheck(weights, damage, remedy, base)
-    try:
-        yield check
-        check.wait_for_all()
-    # a damaged file may have caused the exception, and the damage message names the remedy
-    except Exception:
-        check.wait_for_all()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
+                  for name, record in records.items()}
+
+        def refuse_damage(files: Iterable[str]) -> None:
+            for file in files:
+                if problem := damage[file].result():
+                    names = weights.list_keys_in(file)
+                    holds = f" (it holds {format_names(names)})" if names else ""
+                    raise UserError(f"{problem}{holds}; {remedy}")
+
+        def wait_for(names: Iterable[str]) -> None:
+            names = list(names)
+            if wait_for_base is not None:
+                wait_for_base(names)
+            if damage:
+                refuse_damage(sorted({file for name in names for file in weights.list_files(name)}
+                                     & damage.keys()))
+
+        try:
+            yield wait_for
+        # a damaged file may have caused the exception, and the damage message names the remedy
+        except Exception:
+            refuse_damage(damage)
+            raise
+        refuse_damage(damage)
 
 
 def _read_integrity(folder: Path) -> dict[str, FileRecord]:
@@ -240,8 +221,8 @@ def write_unfinished(artifact: ResumableArtifact, files: dict[str, list[TensorSp
 
         def finish(name: str, record: FileRecord) -> None:
             # verify the sources before the file counts as finished: a resumed command trusts finished files
-            for check in checks:
-                check.wait_for(source_name for spec in files[name] for source_name in list_source_names(spec))
+            for wait_for in checks:
+                wait_for(source_name for spec in files[name] for source_name in list_source_names(spec))
             artifact.finish(name, record)
 
         write_files(artifact.path, missing, read_and_count, workers, finish)
@@ -302,6 +283,34 @@ class StateBlock:
         return format_block_name(self.key, self.link.offset)
 
 
+def list_states(weights: Weights, get_names: Callable[[Link], Mapping[str, str]]) -> list[StateBlock]:
+    """Return the blocks of optimizer tensors for all trained weights.
+
+    `get_names`: returns our name -> name for `Weights.locate` of the tensors of a link. Raises `UserError`: a
+    weight has no such tensor.
+    """
+    blocks, stored_keys = [], {*weights.tensors.keys()}
+    for link in (link for link in weights.links if not link.fp32):
+        for ours, theirs in get_names(link).items():
+            keys = [key for key, _, _ in weights.locate(link, theirs)]
+            if missing := [key for key in keys if key not in stored_keys]:
+                raise UserError(f"{weights.path}: its optimizer has no {missing[0]}; pass --weights-only")
+            blocks.append(StateBlock(f"{ours}/{link.key}", link, weights.tensors.get_dtype(keys[0]),
+                                     partial(weights.read_block, link, theirs)))
+    return blocks
+
+
+@dataclass(frozen=True)
+class TrainingState:
+    """Position and settings of the training that wrote a checkpoint."""
+
+    step: int
+    """Step at which our schedule has the next learning rate."""
+    num_updates: int
+    settings: tuple[str, ...]
+    """Settings for --set with which a run continues the schedule."""
+
+
 @dataclass(frozen=True)
 class ImportSource:
     """Source for a checkpoint: weights under Hugging Face names and companion files."""
@@ -318,8 +327,8 @@ class ImportSource:
     """Additional manifest entries."""
     states: Sequence[StateBlock] = ()
     """Optimizer state."""
-    loop: Mapping[str, Any] | None = None
-    """State of the training loop for `STATE_FILE`, with `step`; None: step 0."""
+    training: TrainingState | None = None
+    """None: step 0."""
 
 
 def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int, overwrite: bool,
@@ -353,12 +362,15 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
         if (folder / MANIFEST).is_file():
             artifact.writer.add_input(folder)
         write_index(artifact.path, PART, [build_index(files, links)])
-        if source.loop is not None:
+        parts, step = [PART], 0
+        if source.training is not None:
+            parts, step = [PART, OPTIMIZER], source.training.step
             write_index(artifact.path, OPTIMIZER, [build_index(state_files, state_links)])
-            write_atomically(artifact.path / STATE_FILE, format_json(source.loop))
+            write_atomically(artifact.path / STATE_FILE, format_json({
+                "step": step, "tokens": 0, "wall_s": 0.0, "num_updates": source.training.num_updates,
+                "data": {}}))
         if source.tokenizer is not None:
             copy_companions(source.tokenizer, artifact.path / "tokenizer", source.tokens)
-        parts, step = ([PART], 0) if source.loop is None else ([PART, OPTIMIZER], source.loop["step"])
         artifact.writer.content = {"step": step, "parts": parts, "tokens": 0, **source.content}
         code = models.FAMILY_PLUGINS.code(weights.model.family)
         codes = (code,) if code else ()

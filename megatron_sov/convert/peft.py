@@ -3,7 +3,6 @@
 import dataclasses
 import math
 import shutil
-import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,7 @@ from megatron_sov.base.errors import Fix, UserError, warn
 from megatron_sov.checkpoint.safetensors_files import TensorFile, TensorSpec, write_tensors
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, TensorWriter, write_index
 from megatron_sov.convert.dtypes import convert_tensor
-from megatron_sov.convert.sources import (
-    FLOATS, CheckpointWeights, HfWeights, Weights, check_shapes, resolve_run)
+from megatron_sov.convert.sources import FLOATS, CheckpointWeights, HfWeights, Weights, resolve_run
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.lora import EMBEDDING, EXPERTS, FEED_FORWARD, HEAD
 from megatron_sov.model.families.adapters import (
@@ -164,11 +162,11 @@ def _find_targets(names: set[str], model: ModelConfig, dora: bool, where: object
     target_names: Any = find_adaptable_modules(model)
     all_targets = LoraConfig(1, 1.0, tuple(
         t for t in target_names if t not in tables or not (model.tied_embeddings or dora)))
+    tensors = (A, B, MAGNITUDE) if dora else (A, B)
     for module in find_adapted_modules(model, all_targets):
         target = EXPERTS if module.num_experts else module.name.rpartition(".")[2]
-        names_by_target.setdefault(target, set()).update(
-            format_peft_name(module, tensor) for tensor in ((A, B, MAGNITUDE) if dora else (A, B)))
-    unknown = sorted(names - {name for tensors in names_by_target.values() for name in tensors})
+        names_by_target.setdefault(target, set()).update(format_peft_name(module, name) for name in tensors)
+    unknown = sorted(names.difference(*names_by_target.values()))
     vocabulary = [name for name in unknown if any(target in name for target in tables)]
     if vocabulary and model.tied_embeddings:
         raise UserError(f"{where}: {vocabulary[0]} adapts one of two uses of a weight that is both embedding "
@@ -224,53 +222,38 @@ def merge_adapter(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, 
     return total
 
 
-class AdaptedWeights:
+class AdaptedWeights(Weights):
     """An adapter's base tensors with the adapter merged, in the dtype of `get_merged_dtype`."""
 
     def __init__(self, path: Path, base: AdapterBase) -> None:
-        self.path, self.base = path, CheckpointWeights(find_adapter_base(path, base))
+        self.base = CheckpointWeights(find_adapter_base(path, base))
         settings = read_checkpoint_settings(path)
-        self.model, self.links, self.lora = settings.model, self.base.links, settings.lora
-        self._places, self._thread_state = find_adapter_places(self.model, self.lora), threading.local()
-        self.reader = TensorReader(path, ADAPTER)
-        """Reader for the adapter tensors."""
+        super().__init__(path, settings.model, self.base.links)
+        self.lora = settings.lora
+        self._places = find_adapter_places(self.model, self.lora)
+        self.tensors = TensorReader(path, ADAPTER)
         expected: dict[str, tuple[int, ...]] = {}
         for module in find_adapted_modules(self.model, self.lora):
             expected |= module.shapes(self.lora)
-        shapes = {key: self.reader.get_shape(key)
-                  for key in self.reader.keys()}  # noqa: SIM118  (a method of the reader, not a dict)
-        check_shapes(path, shapes, expected, "the checkpoint is damaged or of another version")
-        self.reader.check_complete()
-
-    def list_names(self) -> list[str]:
-        return self.base.list_names()
+        self.check_tensors(self.tensors.keys(), expected)
 
     def get_dtype(self, name: str) -> torch.dtype:
         # applies to every weight: config.json names a single dtype, and programs cast weights to that dtype
         return get_merged_dtype(self.base.get_dtype(name))
 
-    def list_keys_in(self, file: str) -> list[str]:
-        """Return the adapter keys with a block in `file`."""
-        return self.reader.list_keys_in(file)
-
     def list_files(self, name: str) -> set[str]:
-        return {file for key in self._list_factor_keys(name) for file in self.reader.list_files(key)}
-
-    def _list_factor_keys(self, name: str) -> list[str]:
-        return list(self._places[name].of.shapes(self.lora)) if name in self._places else []
+        keys = self._places[name].of.shapes(self.lora) if name in self._places else ()
+        return {file for key in keys for file in self.tensors.list_files(key)}
 
     def read(self, name: str) -> torch.Tensor:
         weight = self.base.read(name)
         if name not in self._places:
             return weight.to(self.get_dtype(name))
         module = self._places[name].of
-        # Experts of a layer come from the same stacked factors: keep the last factors per thread.
-        last: tuple[AdaptedModule, dict[str, torch.Tensor]] | None = getattr(self._thread_state, "last", None)
-        if last is None or last[0] is not module:
-            self._thread_state.last = None
-            factors = {key: self.reader.read(key) for key in module.shapes(self.lora)}
-            last = self._thread_state.last = (module, factors)
-        return merge_adapter(weight, self._places[name], last[1], self.lora)
+        # experts of a layer come from the same stacked factors
+        factors = self.cache_last(module, lambda: {key: self.tensors.read(key)
+                                                   for key in module.shapes(self.lora)})
+        return merge_adapter(weight, self._places[name], factors, self.lora)
 
     def compute_update(self, name: str, merged: torch.Tensor) -> torch.Tensor | None:
         """Return the adapter's change to a weight that `read` returned as `merged`; None without adapter."""
@@ -296,7 +279,8 @@ class UpdateRounding:
 
     def format_loss(self) -> str:
         """Return the relative error as text; "" if no adapted weight was rounded."""
-        errors, updates = (sum(squares[part] for squares in self._squares) for part in (0, 1))
+        errors = sum(error for error, _ in self._squares)
+        updates = sum(update for _, update in self._squares)
         return (f"rounding to {self._dtype} changes the adapted weights by {math.sqrt(errors / updates):.0%} "
                 "of the adapter's own update") if updates else ""
 

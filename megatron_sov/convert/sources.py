@@ -9,10 +9,10 @@ from __future__ import annotations
 import math
 import re
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from megatron_sov.base.artifacts import MANIFEST, find_damaged_files, read_manif
 from megatron_sov.base.errors import UserError, suggest_spelling
 from megatron_sov.checkpoint.safetensors_files import TensorFile
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
+from megatron_sov.checkpoint.stored_tensors import StoredTensors
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import NESTED_TEXT_MODELS, extract_text_config
@@ -90,15 +91,19 @@ def _check_blocks(quantised: Mapping[str, Any]) -> None:
                             "save the model without quantization")
 
 
+def _has_single_scales(group: Any) -> bool:
+    weights = group.get("weights") if isinstance(group, dict) else None
+    return isinstance(weights, dict) and all(
+        weights.get(name) == value for name, value in TENSOR_WISE.items())
+
+
 def _check_compressed(quantised: Mapping[str, Any]) -> None:
     """Raise `UserError` unless a compressed-tensors folder has a single scale per weight."""
     groups = quantised.get("config_groups")
     group_list = list(groups.values()) if isinstance(groups, dict) else []
     is_supported = (group_list and quantised.get("format") == "float-quantized"
                     and not any(quantised.get(name) for name in ("transform_config", "sparsity_config"))
-                    and all(isinstance(group, dict) and isinstance(group.get("weights"), dict)
-                       and all(group["weights"].get(name) == value for name, value in TENSOR_WISE.items())
-                            for group in group_list))
+                    and all(map(_has_single_scales, group_list)))
     if not is_supported:
         raise UserError(f"{FIELD} has format = {quantised.get('format')!r} with config_groups = {groups!r}, "
                         "but the only supported compressed-tensors format is float-quantized with one scale "
@@ -125,10 +130,6 @@ class FileTensor:
     @property
     def dtype(self) -> torch.dtype:
         return self.file.get_dtype(self.name)
-
-    @property
-    def files(self) -> set[str]:
-        return {self.file.path.name}
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -193,10 +194,6 @@ class LowBitWeight:
     def dtype(self) -> torch.dtype:
         return torch.bfloat16
 
-    @property
-    def files(self) -> set[str]:
-        return {self.shards[part].path.name for part in self.parts}
-
     def read(self) -> torch.Tensor:
         """Read the weight in bfloat16; raises `UserError` if a file is damaged."""
         numbers, scales = (self.shards[part].read(part, dtype=dtype) for part, dtype in zip(
@@ -212,25 +209,6 @@ class LowBitWeight:
 
 StoredTensor = FileTensor | LowBitWeight
 """A tensor in a Hugging Face folder, stored plain or in FP8."""
-
-
-class Weights(Protocol):
-    """A model's tensors under Hugging Face names."""
-
-    path: Path
-    model: ModelConfig
-    links: list[Link]
-
-    def list_names(self) -> list[str]:
-        """Return the tensor names, in the order of `links`."""
-    def get_dtype(self, name: str) -> torch.dtype:
-        """Return the dtype that `read` returns."""
-    def list_keys_in(self, file: str) -> list[str]:
-        """Return the tensors stored in `file`."""
-    def list_files(self, name: str) -> set[str]:
-        """Return the files that store tensor `name`."""
-    def read(self, name: str) -> torch.Tensor:
-        """Read one tensor."""
 
 
 def resolve_run(path: Path) -> Path:
@@ -251,11 +229,73 @@ def check_shapes(where: object, actual: dict[str, tuple[int, ...]], expected: di
         raise UserError(f"{where}: its tensors do not match the model: {'; '.join(problems)}; {remedy}")
 
 
-class HfWeights:
+_T = TypeVar("_T", bound=Any)
+BlockPlace = tuple[str, tuple[int, ...], tuple[int, ...]]
+"""Key of a stored tensor, and offset and extent of a block."""
+
+
+class Weights:
+    """A model's tensors under Hugging Face names, split from the blocks of stored tensors."""
+
+    tensors: StoredTensors
+
+    def __init__(self, path: Path, model: ModelConfig, links: list[Link]) -> None:
+        self.path, self.model, self.links = path, model, links
+        self._links_by_name = {name: link for link in links for name in link.hf_names}
+        self._thread_state = threading.local()
+
+    def locate(self, link: Link, state: str = "") -> list[BlockPlace]:
+        """Return the stored blocks that make up a link's block of a weight, or of its optimizer tensor
+        `state`."""
+        return [(link.key, link.offset, link.extent)]
+
+    def list_names(self) -> list[str]:
+        """Return the tensor names, in the order of `links`."""
+        return list(self._links_by_name)
+
+    def get_dtype(self, name: str) -> torch.dtype:
+        """Return the dtype that `read` returns."""
+        return self.tensors.get_dtype(self.locate(self._links_by_name[name])[0][0])
+
+    def list_keys_in(self, file: str) -> list[str]:
+        """Return the stored tensors with a block in `file`."""
+        return self.tensors.list_keys_in(file)
+
+    def list_files(self, name: str) -> set[str]:
+        """Return the files that store tensor `name`."""
+        return {file for place in self.locate(self._links_by_name[name])
+                for file in self.tensors.list_files(*place)}
+
+    def read(self, name: str) -> torch.Tensor:
+        link = self._links_by_name[name]
+        # consecutive names (query, key, value; gate, up) come from one block
+        return link.split(self.cache_last(link, lambda: self.read_block(link)))[name]
+
+    def cache_last(self, source: object, read: Callable[[], _T]) -> _T:
+        """Return `read()`, which this thread repeats only for another source than in the last call."""
+        last = getattr(self._thread_state, "last", None)
+        if last is None or last[0] is not source:
+            self._thread_state.last = None
+            last = self._thread_state.last = (source, read())
+        return last[1]
+
+    def check_tensors(self, keys: Iterable[str], expected: dict[str, tuple[int, ...]]) -> None:
+        """Raise `UserError` if the tensors `keys` are not `expected` (key -> shape), or have holes."""
+        check_shapes(self.path, {key: self.tensors.get_shape(key) for key in keys}, expected,
+                     "the checkpoint is damaged or of another version")
+        self.tensors.check_complete()
+
+    def read_block(self, link: Link, state: str = "") -> torch.Tensor:
+        """Read a link's block of a weight, or of its optimizer tensor `state`."""
+        rows = [self.tensors.read(*place).reshape(-1, *link.block_shape[1:])
+                for place in self.locate(link, state)]
+        return (rows[0] if len(rows) == 1 else torch.cat(rows)).reshape(link.block_shape)
+
+
+class HfWeights(Weights):
     """Tensors in a Hugging Face folder; for multimodal models, only the text model's tensors."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         config = read_json(path / CONFIG)
         self._shards = open_shards(path)
         self.encoder_tensors: list[str] = []
@@ -266,7 +306,11 @@ class HfWeights:
         try:
             self.config = extract_text_config(config)
             family = models.get_family(str(self.config.get("model_type")))
-            self._stored = _stored_tensors(self._shards, config)
+            low_bit = find_low_bit_weights(config, self._shards)
+            parts = {part for tensor in low_bit.values() for part in tensor.parts}
+            self._stored: dict[str, StoredTensor] = {
+                name: FileTensor(file, name) for name, file in self._shards.items() if name not in parts}
+            self._stored |= low_bit
             """Hugging Face name -> stored tensor."""
             if text_model is not None:
                 text_names, self.encoder_tensors = text_model.map_tensor_names(self._stored)
@@ -290,7 +334,7 @@ class HfWeights:
                 self.model = family.from_hf_config(untied_config, self._stored)
         except UserError as e:
             raise UserError(f"{path}: {e}") from None
-        self.links = family.links(self.model)
+        super().__init__(path, self.model, family.links(self.model))
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
         self._stored = _split_stacks(self._rename_tensors(family.respelt), self._shapes)
         self._exclude_tensors([name for name in self._stored if name not in self._shapes
@@ -340,9 +384,6 @@ class HfWeights:
             tensors[next((spelling for spelling in spellings if spelling in self._shapes), name)] = tensor
         return tensors
 
-    def list_names(self) -> list[str]:
-        return list(self._shapes)
-
     def get_dtype(self, name: str) -> torch.dtype:
         return self._stored[name].dtype
 
@@ -350,7 +391,7 @@ class HfWeights:
         return [name for name, shard in self._shards.items() if shard.path == self.path / file]
 
     def list_files(self, name: str) -> set[str]:
-        return {*self._stored[name].files}
+        return {self._shards[part].path.name for part in self._stored[name].parts}
 
     def read(self, name: str) -> torch.Tensor:
         return self._stored[name].read()
@@ -360,13 +401,6 @@ def has_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
     """Compare bit patterns: NaN equals NaN, and 0.0 differs from -0.0."""
     return first.dtype == second.dtype and torch.equal(first.contiguous().view(torch.uint8),
                                                        second.contiguous().view(torch.uint8))
-
-
-def _stored_tensors(shards: dict[str, TensorFile], config: dict[str, Any]) -> dict[str, StoredTensor]:
-    """Return name -> stored tensor; raises `UserError` for an unknown storage format."""
-    low_bit = find_low_bit_weights(config, shards)
-    parts = {part for tensor in low_bit.values() for part in tensor.parts}
-    return {name: FileTensor(file, name) for name, file in shards.items() if name not in parts} | low_bit
 
 
 def _split_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[int, ...]]
@@ -387,31 +421,7 @@ def _split_stacks(stored: dict[str, StoredTensor], shapes: Mapping[str, tuple[in
     return tensors
 
 
-class BlockWeights:
-    """Tensors under Hugging Face names, split from a checkpoint's blocks."""
-
-    def __init__(self, path: Path, model: ModelConfig, links: list[Link]) -> None:
-        self.path, self.model, self.links = path, model, links
-        self._links_by_name = {name: link for link in links for name in link.hf_names}
-        self._thread_state = threading.local()
-
-    def list_names(self) -> list[str]:
-        return list(self._links_by_name)
-
-    def read(self, name: str) -> torch.Tensor:
-        link = self._links_by_name[name]
-        # Consecutive names (query, key, value; gate, up) come from one block: keep the last block per thread.
-        last: tuple[Link, torch.Tensor] | None = getattr(self._thread_state, "last", None)
-        if last is None or last[0] is not link:
-            self._thread_state.last = None
-            last = self._thread_state.last = (link, self._read_block(link))
-        return link.split(last[1])[name]
-
-    def _read_block(self, link: Link) -> torch.Tensor:
-        raise NotImplementedError
-
-
-class CheckpointWeights(BlockWeights):
+class CheckpointWeights(Weights):
     """Checkpoint tensors, split into Hugging Face tensors."""
 
     def __init__(self, path: Path, state: str = "") -> None:
@@ -419,36 +429,15 @@ class CheckpointWeights(BlockWeights):
         settings = read_checkpoint_settings(path)
         model = settings.model
         links = models.get_family(model.family, settings.code).links(model)
-        self._reader = TensorReader(path, OPTIMIZER if state else PART)
-        keys = self._reader.keys()
+        self.tensors = TensorReader(path, OPTIMIZER if state else PART)
+        keys = self.tensors.keys()
         if state:
             keys = [key for key in keys if key.startswith(f"{state}/")]
             trained = set(keys)
             links = [replace(link, key=f"{state}/{link.key}") for link in links
                      if f"{state}/{link.key}" in trained]
         super().__init__(path, model, links)
-        shapes = {key: self._reader.get_shape(key) for key in keys}
-        check_shapes(path, shapes, {link.key: link.shape for link in self.links},
-                     "the checkpoint is damaged or of another version")
-        self._reader.check_complete()
-
-    def get_dtype(self, name: str) -> torch.dtype:
-        return self._reader.get_dtype(self._links_by_name[name].key)
-
-    def list_keys_in(self, file: str) -> list[str]:
-        """Return the checkpoint keys with a block in `file`."""
-        return self._reader.list_keys_in(file)
-
-    def list_files(self, name: str) -> set[str]:
-        link = self._links_by_name[name]
-        return self._reader.list_files(link.key, link.offset, link.extent)
-
-    def _read_block(self, link: Link) -> torch.Tensor:
-        return self._reader.read(link.key, link.offset, link.extent).reshape(link.block_shape)
-
-    def read_stored(self, key: str, offset: Sequence[int], extent: Sequence[int]) -> torch.Tensor:
-        """Read a checkpoint tensor's block, without conversion."""
-        return self._reader.read(key, offset, extent)
+        self.check_tensors(keys, {link.key: link.shape for link in self.links})
 
 
 def check_dtypes(weights: Weights) -> None:
@@ -514,12 +503,9 @@ def check_export(folder: Path) -> None:
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
 
 
-_Tensor = TypeVar("_Tensor", bound=Any)
-"""A tensor, or a message that announces one: has a `shape`."""
 
-
-def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[str, tuple[int, ...]],
-                      ignored: Sequence[str] = ()) -> Iterator[tuple[str, _Tensor]]:
+def check_whole_model(weights: Iterable[tuple[str, _T]], shapes: Mapping[str, tuple[int, ...]],
+                      ignored: Sequence[str] = ()) -> Iterator[tuple[str, _T]]:
     """Yield tensors in arrival order, and check that the tensors form a whole model with `shapes`; names that
     match the regular expressions `ignored` are skipped. Raises `UserError`: a tensor is unknown, repeated or
     has a wrong shape; after the last tensor, if tensors are missing."""

@@ -1,7 +1,5 @@
 """Replay of recorded expert routes, which generation recorded for each token."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -76,7 +74,7 @@ class RouteTable:
         bits = torch.arange(self._num_bits, device=places.device)[:, None]
         return torch.cat([padding[None], (places >> bits) & 1 == 1])
 
-    def decode_routes(self, mask: torch.Tensor, layer: int) -> RecordedRoutes:
+    def decode_routes(self, mask: torch.Tensor, layer: int) -> "RecordedRoutes":
         """Decode the indices from a mask [tokens, 1 + bits] bool and return the tokens' records."""
         bits = torch.arange(self._num_bits, device=mask.device)
         # padding has arbitrary indices and is masked below

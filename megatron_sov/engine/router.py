@@ -7,8 +7,6 @@ do not broadcast); and it does not normalize the weight of a single chosen exper
 `test_router.py::test_routing_is_the_formula_at_every_layout_without_padding`.
 """
 
-from __future__ import annotations
-
 import contextlib
 from dataclasses import dataclass, field
 from typing import Any
@@ -110,8 +108,9 @@ class BalancedRouter(TopKRouter):
         scores = self._compute_scores(logits)
         biased = scores if self.expert_bias is None else scores + self.expert_bias
         groups, num_kept_groups = self.config.moe_router_num_groups, self.config.moe_router_group_topk
-        _, chosen = torch.topk(biased if groups is None
-                               else _limit_to_groups(biased, groups, num_kept_groups), self.topk, dim=1)
+        if groups is not None:
+            biased = _limit_to_groups(biased, groups, num_kept_groups)
+        _, chosen = torch.topk(biased, self.topk, dim=1)
         if recorded is not None:
             # tokens without a record keep the router's choice
             chosen = torch.where(recorded.is_recorded[:, None], recorded.experts, chosen)
@@ -192,7 +191,7 @@ class BalancedRouter(TopKRouter):
         counts = scores.new_zeros(num_rows * experts).index_add_(0, bins.flatten(), counted.flatten())
         return scores, counts.view(num_rows, experts)
 
-    def _get_sequence_index(self, num_tokens: int, step: RoutingStep,
+    def _get_sequence_index(self, num_tokens: int, step: "RoutingStep",
                             device: torch.device) -> tuple[torch.Tensor, int]:
         """Return a sequence index per local token, and the number of sequences in the micro-batch."""
         split = context.get_cp_size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
@@ -201,58 +200,6 @@ class BalancedRouter(TopKRouter):
             step.rows[key] = context.compute_row_index(num_tokens * split, self.config.sequence_parallel,
                                                        device) // step.seq_len
         return step.rows[key], max(1, num_tokens * split // step.seq_len)
-
-
-@dataclass
-class RoutingStep:
-    """Optimizer step state, shared by the process's `BalancedRouter` modules.
-
-    The config holds it as `routing_step`. Inputs are constant within a step, so recomputation in the backward
-    pass sees the values of the forward pass.
-    """
-
-    seq_len: int = 0
-    """Tokens per sequence; a micro-batch is a row of whole sequences."""
-    num_sequences: int | torch.Tensor = 1
-    """Sequences in the global batch, over which the balancing loss is averaged."""
-    aux_loss: dict[int, torch.Tensor] = field(default_factory=dict)
-    """Layer number -> local part of the step's balancing loss, always in the same memory."""
-    counts_evaluation: bool = False
-    """Whether routers count tokens in evaluation mode as well."""
-    rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
-    """(local tokens, sequence tokens) -> [local tokens] int64 sequence index, shared by all layers."""
-    padding: torch.Tensor | None = None
-    """Current row's padding mask, for routers without a mask argument."""
-    shared: SharedPrompts | None = None
-    """Current row's `SharedPrompts`; requires a model without pipeline stages."""
-    table: RouteTable | None = None
-    """Routes that the step replays. None: routers choose."""
-    record: dict[int, list[torch.Tensor]] | None = None
-    """Layer number -> [local tokens, top_k] int64 per row read, in order. None: no recording."""
-    has_graphs: bool = False
-    """Whether the current passes use the captured CUDA graphs."""
-    spill: ExpertSpill | None = None
-    """Moves activations of overloaded experts to host memory; None: they stay on the device."""
-
-    def begin(self, seq_len: int, num_sequences: int) -> None:
-        """Start a step. Values that change are written to tensors: CUDA graphs replay Python numbers from
-        their capture."""
-        self.seq_len = seq_len
-        if not isinstance(self.num_sequences, torch.Tensor):
-            self.num_sequences = torch.empty((), dtype=torch.float32, device=get_local_device())
-        self.num_sequences.fill_(num_sequences)
-        self.reset_losses()
-        if self.spill is not None:
-            self.spill.reset()
-
-    def reset_losses(self) -> None:
-        for loss in self.aux_loss.values():
-            loss.zero_()
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether routers read only hidden states and padding."""
-        return self.table is None and self.shared is None and self.record is None
 
 
 class ExpertSpill:
@@ -321,6 +268,58 @@ def _store_on_host(weight_shapes: set[torch.Size]) -> Any:
         return tensor if device is None else tensor.to(device, non_blocking=True)
 
     return torch.autograd.graph.saved_tensors_hooks(copy_to_host, copy_to_device)
+
+
+@dataclass
+class RoutingStep:
+    """Optimizer step state, shared by the process's `BalancedRouter` modules.
+
+    The config holds it as `routing_step`. Inputs are constant within a step, so recomputation in the backward
+    pass sees the values of the forward pass.
+    """
+
+    seq_len: int = 0
+    """Tokens per sequence; a micro-batch is a row of whole sequences."""
+    num_sequences: int | torch.Tensor = 1
+    """Sequences in the global batch, over which the balancing loss is averaged."""
+    aux_loss: dict[int, torch.Tensor] = field(default_factory=dict)
+    """Layer number -> local part of the step's balancing loss, always in the same memory."""
+    counts_evaluation: bool = False
+    """Whether routers count tokens in evaluation mode as well."""
+    rows: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    """(local tokens, sequence tokens) -> [local tokens] int64 sequence index, shared by all layers."""
+    padding: torch.Tensor | None = None
+    """Current row's padding mask, for routers without a mask argument."""
+    shared: SharedPrompts | None = None
+    """Current row's `SharedPrompts`; requires a model without pipeline stages."""
+    table: RouteTable | None = None
+    """Routes that the step replays. None: routers choose."""
+    record: dict[int, list[torch.Tensor]] | None = None
+    """Layer number -> [local tokens, top_k] int64 per row read, in order. None: no recording."""
+    has_graphs: bool = False
+    """Whether the current passes use the captured CUDA graphs."""
+    spill: ExpertSpill | None = None
+    """Moves activations of overloaded experts to host memory; None: they stay on the device."""
+
+    def begin(self, seq_len: int, num_sequences: int) -> None:
+        """Start a step. Values that change are written to tensors: CUDA graphs replay Python numbers from
+        their capture."""
+        self.seq_len = seq_len
+        if not isinstance(self.num_sequences, torch.Tensor):
+            self.num_sequences = torch.empty((), dtype=torch.float32, device=get_local_device())
+        self.num_sequences.fill_(num_sequences)
+        self.reset_losses()
+        if self.spill is not None:
+            self.spill.reset()
+
+    def reset_losses(self) -> None:
+        for loss in self.aux_loss.values():
+            loss.zero_()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether routers read only hidden states and padding."""
+        return self.table is None and self.shared is None and self.record is None
 
 
 def patch_dispatcher_combine() -> None:

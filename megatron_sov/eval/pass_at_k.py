@@ -243,9 +243,13 @@ def format_table(figures: Mapping[str, Any]) -> str:
     majority = {e["k"]: e for e in figures.get("maj_at_k", [])}
     head = f"{'k':>6}  {'pass@k':>8}  {'95 % interval':>17}"
     head += f"  {'maj@k':>8}  prompts" if majority else "  prompts"
-    rows = [f"{e['k']:>6}  {e['value']:>8.2%}  {e['interval'][0]:>7.2%} - {e['interval'][1]:>7.2%}"
-            + (f"  {majority[e['k']]['value']:>8.2%}" if majority else "") + f"  {e['num_prompts']:>7,}"
-            for e in figures["pass_at_k"]]
+    rows = []
+    for e in figures["pass_at_k"]:
+        low, high = e["interval"]
+        row = f"{e['k']:>6}  {e['value']:>8.2%}  {low:>7.2%} - {high:>7.2%}"
+        if majority:
+            row += f"  {majority[e['k']]['value']:>8.2%}"
+        rows.append(f"{row}  {e['num_prompts']:>7,}")
     counts = ", ".join(f"{count:,} {status}" for status, count in sorted(figures["statuses"].items()))
     ended = (f"; {figures['share_at_limit']:.1%} of the responses did not end by themselves"
              if figures.get("share_at_limit") else "")

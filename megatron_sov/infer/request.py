@@ -56,7 +56,6 @@ class Sampling:
 
     __pydantic_config__: ClassVar[dict[str, Any]] = {"arbitrary_types_allowed": True}  # rules are code
     max_new_tokens: AtLeastOne = 64
-    """Maximum new tokens."""
     temperature: Temperature = 0.0
     top_k: Annotated[NotNegativeInt, Flag(value="K")] = 0
     """Sample from the `top_k` most probable tokens; 0: from the whole vocabulary."""

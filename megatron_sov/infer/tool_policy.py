@@ -96,12 +96,6 @@ def _join_sampling(policy: EnginePolicy) -> None:
         raise local_error
 
 
-def hash_chat_files(folder: Path) -> dict[str, str]:
-    """Return name -> digest for the files that determine a folder's chat encoding."""
-    files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE_FILE, SPECIAL_JSON)]
-    return {file.name: hash_file(file) for file in files if file.is_file()}
-
-
 @dataclass(frozen=True)
 class EngineChoice:
     """Engine settings."""
@@ -146,8 +140,9 @@ class EpisodePlayer:
         self.encoder = TurnEncoder(chat, str(folder), template or {})
         # turn ends only: a turn that ends with eos is incomplete
         self._ends = read_stop_ids(self.target, load_tokenizer(folder).eos_token_id, chat)
-        self.chat = hash_chat_files(folder)
-        """Chat file -> digest."""
+        files = [folder / name for name in (TOKENIZER_JSON, CONFIG_JSON, TEMPLATE_FILE, SPECIAL_JSON)]
+        self.chat = {file.name: hash_file(file) for file in files if file.is_file()}
+        """File that determines the chat encoding -> digest."""
 
     def run(self, sampling: Sampling, num_parallel: int, play: Callable[[ToolPolicy], Any]) -> Any:
         """Run `play` with the model as policy; returns None except on the first process."""

@@ -5,8 +5,6 @@ hash inputs without reading records. Images and audio are decoded by an implemen
 `load_modality` imports on demand.
 """
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -215,7 +213,7 @@ class Modality(Protocol):
         features. Its `trains` is true if any parameter is trained."""
         ...
 
-    def feature_tokens(self, tokenizer: Tokenizer, encoding: MediaEncoding) -> FeatureTokens:
+    def feature_tokens(self, tokenizer: "Tokenizer", encoding: MediaEncoding) -> FeatureTokens:
         """Return the image and audio tokens of a tokenizer."""
         ...
 

@@ -103,7 +103,6 @@ class PluginFactory:
     name: str
     """`objective.name`."""
     objective_class: Callable[..., Any]
-    """Objective class."""
     config: RunConfig
     """Run settings; `objective.options` has the class's keyword arguments."""
 

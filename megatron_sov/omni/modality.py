@@ -1,8 +1,5 @@
 """Implementation of `model.modality.Modality`: banks, encoders, media tokens and processor files."""
 
-from __future__ import annotations
-
-import json
 from collections.abc import Iterable, Mapping, Set
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +10,7 @@ from megatron_sov.base.documents.shard_files import DAMAGED, NO_FEATURE
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat import media_tokens as marks
 from megatron_sov.chat.media_tokens import AUDIO, IMAGE
+from megatron_sov.chat.vocabulary import TOKENIZER_JSON, read_tokenizer
 from megatron_sov.model.config import AudioEncoderConfig, ModelConfig, VisionEncoderConfig
 from megatron_sov.model.families.encoders import HF_PREFIXES
 from megatron_sov.model.modality import (
@@ -35,7 +33,7 @@ class OmniModality:
     def read_banks(self, record: Any, where: str) -> Banks:
         return read_bank_shapes(record, where)
 
-    def open_banks(self, prefix: Path, banks: Banks) -> ShardBankReader:
+    def open_banks(self, prefix: Path, banks: Banks) -> "ShardBankReader":
         return ShardBankReader(prefix, banks)
 
     def check_banks(self, model: ModelConfig, banks: Mapping[str, Banks]) -> None:
@@ -49,7 +47,7 @@ class OmniModality:
 
         return MediaEncoder(config, hidden_size)
 
-    def feature_tokens(self, tokenizer: Tokenizer, encoding: MediaEncoding) -> FeatureTokens:
+    def feature_tokens(self, tokenizer: "Tokenizer", encoding: MediaEncoding) -> FeatureTokens:
         return MediaVocabulary(tokenizer, encoding)
 
     def processor_files(self, model: ModelConfig, tokenizer: Path,
@@ -130,7 +128,10 @@ def build_processor_files(model: ModelConfig, tokenizer: Path,
     Raises:
         UserError: tokenizer.json cannot be read.
     """
-    added_tokens = _read_added_tokens(tokenizer)
+    added_tokens: dict[int, str] = {}
+    if (tokenizer / TOKENIZER_JSON).is_file():
+        added = read_tokenizer(tokenizer).added
+        added_tokens = {id_: token.get("content", "") for id_, token in added.items()}
     processors: dict[str, dict[str, Any]] = {}
     media: dict[str, Any] = {}
     if model.vision is not None:
@@ -192,16 +193,3 @@ def _describe_encoder(c: VisionEncoderConfig | AudioEncoderConfig, added_tokens:
             "record_shape": list(c.record_shape), "marks": block_marks,
             "prefixes": [hf_prefix for name, hf_prefix in HF_PREFIXES.items() if name.startswith(prefix)
                          and ("compressor" not in name or has_compressor)]}
-
-
-def _read_added_tokens(folder: Path) -> dict[int, str]:
-    """Return id -> text for a tokenizer's added tokens; {} without tokenizer.json."""
-    file = folder / "tokenizer.json"
-    if not file.is_file():
-        return {}
-    try:
-        tokens = json.loads(file.read_text(encoding="utf-8")).get("added_tokens") or []
-        return {int(token["id"]): str(token["content"]) for token in tokens}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as e:
-        raise UserError(f"{file}: its added tokens cannot be read ({e!r}); restore it from its "
-                        "source") from None

@@ -70,6 +70,7 @@ def compute_budget_rows(requests: Mapping[str, RecipeRequest], machines: Machine
     rows = []
     with create_bar("recipes", len(requests), "recipe") as bar:
         for name, request in requests.items():
+            bar.set_postfix_str(name)  # shows the bar at once: a layout search takes seconds
             rows.append(_compute_budget_row(name, request, machines, days, usd))
             bar.update()
     return sorted(rows, key=lambda row: (row.plan is None, row.num_params, row.recipe))

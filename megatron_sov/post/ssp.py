@@ -7,8 +7,6 @@ and measure a merged checkpoint's gain over it, with confidence intervals. A pro
     table/           an artifact: pass@k per checkpoint and domain, and the choices
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -50,7 +48,7 @@ class MeasuredCheckpoint:
 
     @staticmethod
     def from_responses(checkpoint: str, domain: str, responses: ScoredResponses, ks: Sequence[int]
-                       ) -> MeasuredCheckpoint:
+                       ) -> "MeasuredCheckpoint":
         pass_at_k: dict[int, dict[str, float]] = {}
         for k in ks:
             pass_at_k[k] = {problem: compute_pass_at_k(counts.num_scored, counts.num_right, k)
@@ -111,8 +109,6 @@ def _compare_values(first: MeasuredCheckpoint, second: MeasuredCheckpoint, k: in
 
 @dataclass(frozen=True)
 class ProbedCheckpoint:
-    """A checkpoint in a probe."""
-
     path: Path
     is_merged: bool
     """Whether the checkpoint is an average; averages are compared with experts and never chosen."""

@@ -1,7 +1,5 @@
 """Prove a layout: compare two simulated training steps on `num_ranks` ranks with the reference process."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import functools
@@ -185,7 +183,7 @@ def _compare_layout(small: Miniature, reference: ReferenceSteps, fault: MessageF
     return verdict
 
 
-def _run_rank(config: RunConfig, place: ParallelWorld, comparison: _Comparison,
+def _run_rank(config: RunConfig, place: ParallelWorld, comparison: "_Comparison",
               sums_by_rank: dict[int, ModuleSums], folder: Path) -> None:
     """Run a rank's steps, write a checkpoint, and read the reference's checkpoint."""
     trainer = _build_trainer(config, place)
@@ -202,13 +200,14 @@ def _run_rank(config: RunConfig, place: ParallelWorld, comparison: _Comparison,
                 return  # an error in one step affects everything in the next
         sums.begin_step(STEPS + 1)
         _write_checkpoint(trainer, place, folder)
-        _read_checkpoint(trainer, comparison.reference.checkpoint, num_updates=1)
+        load.load_model(comparison.reference.checkpoint, trainer.model)
+        load.load_optimizer(comparison.reference.checkpoint, trainer.optimizer, num_updates=1)
         comparison.add_read(trainer)
     except UserError as e:
         raise _StepFailed(str(e)) from e
 
 
-def _build_verdict(small: Miniature, comparison: _Comparison, sums: Sequence[ModuleSums]) -> Verdict:
+def _build_verdict(small: Miniature, comparison: "_Comparison", sums: Sequence[ModuleSums]) -> Verdict:
     """Build the verdict; the first differing step comes first, with modules before tensors."""
     reference, differing = comparison.reference, comparison.list_differences()
     verdict = Verdict(EQUAL, small.num_ranks, comparison.largest, compared=comparison.count_values())
@@ -324,7 +323,8 @@ class _Comparison:
         num_read = sum(name.startswith("read") for name in self.checkpoint_tensors)
         prefixes = {"losses": _LOSS, "gradient norms": "gradient norm", "loads of experts": "load of expert",
                     "biases of routers": "router bias"}
-        return {**{kind: sum(name.startswith(prefix) for name in names) for kind, prefix in prefixes.items()},
+        counts = {kind: sum(name.startswith(prefix) for name in names) for kind, prefix in prefixes.items()}
+        return {**counts,
                 "gradients": len(self.gradients), "first moments": sum(parts[name] for name in FIRST_MOMENTS),
                 "second moments": parts["exp_avg_sq"], "weights": parts["weights"],
                 "replicas of weights": len(self.replicas["weights"]),
@@ -466,16 +466,6 @@ def _write_checkpoint(trainer: Trainer, place: ParallelWorld, folder: Path) -> N
     torch.distributed.barrier()
 
 
-def _read_checkpoint(trainer: Trainer, folder: Path, num_updates: int) -> None:
-    """Load a checkpoint of any layout after `num_updates` optimizer steps; collective.
-
-    Raises:
-        UserError: missing tensors, or other shapes.
-    """
-    load.load_model(folder, trainer.model)
-    load.load_optimizer(folder, trainer.optimizer, num_updates)
-
-
 def _read_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Return key in `_iter_shards` -> global tensor in a checkpoint."""
     tensors: dict[str, torch.Tensor] = {}
@@ -515,7 +505,6 @@ def _use_one_thread() -> Iterator[None]:
 
 
 def format_proof(small: Miniature, verdict: Verdict) -> str:
-    """Format the verdict for a terminal."""
     m, c = small.config.model, small.config
     lines = [f"{verdict.num_ranks} processes: {_format_layout(small)}",
              f"in miniature: {m.num_layers} layers, {m.num_experts} experts, {c.train.global_batch_size} "

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.hints.table import load_package_table
-from megatron_sov.base.settings import SettingsError
+from megatron_sov.base.settings import SettingsError, format_change
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.config.model import LAYER_TYPES
 
@@ -143,13 +143,15 @@ def _choose_run_lengths(config: RunConfig) -> list[int]:
     m, p = config.model, config.parallel
     chunk_lengths = p.pipeline_layout or (m.num_layers // (p.pp * p.vpp),) * (p.pp * p.vpp)
     if len(lengths := sorted({*chunk_lengths})) > 1:
-        runs = [1 if count == lengths[0] else 2 if count < lengths[-1] else min(count, 3)
-                for count in chunk_lengths]
-        fewer = [1 if count < lengths[-1] else 2 for count in chunk_lengths]
+        run_lengths = dict.fromkeys(lengths, 2) | {lengths[-1]: min(lengths[-1], 3), lengths[0]: 1}
+        fewer_lengths = dict.fromkeys(lengths, 1) | {lengths[-1]: 2}
+        runs = [run_lengths[count] for count in chunk_lengths]
+        fewer = [fewer_lengths[count] for count in chunk_lengths]
         if len(chunk_lengths) > FEW_RUNS and not _starts_evenly(fewer):
             runs = fewer
     else:
-        runs = [min(count, 2 if len(chunk_lengths) <= FEW_RUNS else 1) for count in chunk_lengths]
+        longest = 2 if len(chunk_lengths) <= FEW_RUNS else 1
+        runs = [min(count, longest) for count in chunk_lengths]
     # dense layers come first, and each kind of MoE layer must follow
     needed = len(_list_layer_kinds(m)) + (m.num_dense_layers if m.num_experts else 0)
     missing = max(-(-(needed - sum(runs)) // len(runs)), 0)
@@ -173,13 +175,17 @@ def _choose_windows(config: RunConfig) -> dict[int, int]:
     than a rank's part of a row stays shorter, because then only the part's end is sent."""
     m, cp = config.model, config.parallel.cp
     run_windows = sorted({*m.windows(), m.sliding_window_tokens} - {0})
-    piece, small_piece = (tokens // (2 * cp) for tokens in (
-        min(phase.seq_len for phase in config.data.phases), _get_row_tokens(config.parallel)))
+    piece = min(phase.seq_len for phase in config.data.phases) // (2 * cp)
+    small_piece = _get_row_tokens(config.parallel) // (2 * cp)
     ending_within = [window for window in run_windows if cp > 1 and window - 1 <= piece]
     windows = {0: 0}
     for i, window in enumerate(run_windows):
-        windows[window] = (max(small_piece + 1 - len(ending_within) + i, 2) if window in ending_within else
-                           8 + 4 * i if cp == 1 else small_piece + 2 + i)
+        if cp == 1:
+            windows[window] = 8 + 4 * i
+        elif window in ending_within:
+            windows[window] = max(small_piece + 1 - len(ending_within) + i, 2)
+        else:
+            windows[window] = small_piece + 2 + i
     return windows
 
 
@@ -251,8 +257,7 @@ def _common_multiple(a: int, b: int) -> int:
 
 
 def _format_settings(settings: dict[str, Any]) -> Sequence[str]:
-    return [f"{name}={value if isinstance(value, str) else json.dumps(value)}"
-            for name, value in settings.items()]
+    return [format_change(name, value) for name, value in settings.items()]
 
 
 def _list_uncovered(config: RunConfig, small: RunConfig) -> Iterator[str]:
@@ -262,10 +267,10 @@ def _list_uncovered(config: RunConfig, small: RunConfig) -> Iterator[str]:
                 name == "gpu.attention"):
             yield part_name
     windows = _choose_windows(config)
-    full, covered = (_collect_layers(m, mapping) for m, mapping in (
-        (config.model, windows), (small.model, {window: window for window in windows.values()})))
-    if full - covered:
-        yield f"{len(full - covered)} kinds of layers, of which there are more than layers in miniature"
+    small_windows = {window: window for window in windows.values()}
+    missing = _collect_layers(config.model, windows) - _collect_layers(small.model, small_windows)
+    if missing:
+        yield f"{len(missing)} kinds of layers, of which there are more than layers in miniature"
     lengths, cp = {phase.seq_len for phase in config.data.phases}, config.parallel.cp
     phases = config.data.phases
     if len({phase.global_batch_size or config.train.global_batch_size for phase in phases}) > 1:

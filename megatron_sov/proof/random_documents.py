@@ -57,14 +57,14 @@ def write_documents(folder: Path, config: RunConfig, seed: int = 0) -> None:
     random, vocab_size = np.random.default_rng(seed), config.model.vocab_size
     method = config.preference.method if config.objective.name == "preference" else ""
     are_pairs, is_judged = method not in ("", "grouper"), config.objective.name in ("preference", "policy")
-    longest = 15 if are_pairs else _LONGEST
+    longest = (15 if are_pairs else _LONGEST) // 3 + 1
     columns = dict.fromkeys((*TOKEN_COLUMNS, policy.ADVANTAGE, preference.GROUP_SHARE), "float32")
     counts = {"num_documents": NUM_DOCUMENTS, "num_tokens": 0, "num_bytes": 0}
     with create_artifact(folder, "tokens") as artifact:
         with IndexedWriter(artifact.path / SOURCE, "uint16",
                            {"loss": "float32", "type": "uint8", **columns}) as writer:
-            for _ in range(NUM_DOCUMENTS):
-                document = _draw_document(random, int(random.integers(2, longest)), vocab_size, is_judged)
+            for num_tokens in 3 * random.integers(1, longest, NUM_DOCUMENTS):  # leaves padding in some rows
+                document = _draw_document(random, int(num_tokens), vocab_size, is_judged)
                 writer.write(np.array([len(document["bin"])], np.int32), document)
                 counts["num_tokens"] += len(document["bin"])
         counts["num_bytes"] = counts["num_tokens"]

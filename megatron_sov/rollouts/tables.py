@@ -1,7 +1,8 @@
 """Arrow tables of rollouts and rewards: schemas, and conversion from and to rows."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -54,12 +55,11 @@ REPEATED = (*dict.fromkeys(column.name for column in (*ROLLOUTS, *REWARDS) if co
 def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
     """Convert rows to a table. Raises `ValueError` if JSON cannot hold a record or outcome, or if routes have
     another shape than [tokens, layers, K] or another dtype than uint8 and uint16."""
-    list_columns = {name: build_list_column([getattr(row, name) for row in rows], dtype)
-                    for name, dtype in _ARRAYS.items()}
-    columns = _key_columns([row.key for row in rows]) | list_columns
-    columns |= {name: [getattr(row, name) for row in rows]
-                for name in ("round", "attempt", "finish_reason", "temperature", "engine", "began_s",
-                             "ended_s")}
+    columns = _key_columns([row.key for row in rows])
+    columns |= {name: build_list_column(values, _ARRAYS[name])
+                for name, values in _attribute_columns(rows, _ARRAYS).items()}
+    columns |= _attribute_columns(
+        rows, ("round", "attempt", "finish_reason", "temperature", "engine", "began_s", "ended_s"))
     columns["record"] = _json_texts([row.record for row in rows])
     columns["outcome"] = _json_texts([row.outcome for row in rows])
     columns["response"] = [_replace_surrogates(row.response) for row in rows]
@@ -129,9 +129,9 @@ def read_problems(table: pa.Table) -> list[str]:
 def rewards_to_table(rows: Sequence[RewardRow]) -> pa.Table:
     """Convert rewards to columns."""
     columns = _key_columns([row.key for row in rows])
-    columns |= {name: [getattr(row, name) for row in rows] for name in ("attempt", "reward")}
-    columns |= {name: [_replace_surrogates(getattr(row, name)) for row in rows]
-                for name in ("reward_version", "status", "reason")}
+    columns |= _attribute_columns(rows, ("attempt", "reward"))
+    columns |= {name: list(map(_replace_surrogates, texts)) for name, texts
+                in _attribute_columns(rows, ("reward_version", "status", "reason")).items()}
     columns["components"] = _json_texts([row.components for row in rows])
     return _build_table(columns, REWARDS)
 
@@ -149,6 +149,10 @@ def _build_table(columns: Mapping[str, Any], schema: pa.Schema) -> pa.Table:
 
 def _key_columns(keys: Sequence[Key]) -> dict[str, Any]:
     return {name: [key[i] for key in keys] for i, name in enumerate(Key._fields)}
+
+
+def _attribute_columns(rows: Sequence[object], names: Iterable[str]) -> dict[str, list[Any]]:
+    return {name: list(map(attrgetter(name), rows)) for name in names}
 
 
 def _json_texts(values: Sequence[Mapping[str, Any] | None]) -> list[str | None]:
@@ -174,7 +178,7 @@ def _replace_surrogates(text: str) -> str:
 
 def _route_columns(rows: Sequence[Rollout]) -> dict[str, list[Any]]:
     shapes = [(0, 0, 0) if row.routes is None else _route_shape(row.routes) for row in rows]
-    layers, top_k, width = (list(column) for column in zip(*shapes, strict=True)) if rows else ([], [], [])
+    layers, top_k, width = np.array(shapes, np.int64).reshape(-1, 3).T.tolist()
     return {"routes": [None if row.routes is None else row.routes.tobytes() for row in rows],
             "route_layers": layers, "route_top_k": top_k, "route_width": width}
 

@@ -4,8 +4,6 @@ Entries of `RUN/checkpoints`: `step-N` (complete when written), `damaged-step-N`
 check), `.writing-*` (under construction), `.deleting-*` (deletion in progress).
 """
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
@@ -22,7 +20,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, delete_folder, find_file_damage, format_json, fsync_path, manifest_sha256, read_manifest,
     translate_disk_errors, write_atomically)
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, fix_missing, suggest_download, warn
-from megatron_sov.base.hints.kinds import TRACKER, list_models
+from megatron_sov.base.hints.kinds import TRACKER, suggest_models
 from megatron_sov.base.hints.removed import check_folder
 from megatron_sov.base.outputs import PROBE_PREFIX
 from megatron_sov.base.settings import SettingsError
@@ -52,6 +50,7 @@ ADAPTER_BASE_MARKER = "base-of-adapters.txt"
 WRITING, DELETING, DAMAGED = ".writing-", ".deleting-", "damaged-"
 RUN, HF_MODEL, PEFT_ADAPTER = "run", "hf_model", "peft_adapter"
 """Further folder kinds in command arguments."""
+MODEL_KINDS, ANY_MODEL = (RUN, CHECKPOINT_KIND, HF_MODEL), "a checkpoint, a run or a Hugging Face folder"
 KIND_CONSUMERS = {
     RUN: ("a run", "`megatron-sov report` shows it, `convert to-hf` exports its newest checkpoint"),
     CHECKPOINT_KIND: ("a checkpoint", "`megatron-sov convert to-hf` exports it, `generate` and `eval` take "
@@ -77,8 +76,6 @@ _TAKEN_BY_COMMAND = {(RUN, (HF_MODEL,)): "convert to-hf", (CHECKPOINT_KIND, (HF_
                      (HF_MODEL, (RUN, CHECKPOINT_KIND)): "convert from-hf"}
 """Kind of a folder and the kinds that a command takes -> the command that converts in the other direction."""
 MAX_POINTER_BYTES = 1024
-MAX_MODELS = 8
-"""Largest number of models that a message lists."""
 TOKENIZER = "tokenizer.json"
 TEXT_SUFFIXES = (".txt", ".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst", ".html", ".csv")
 """Text file suffixes."""
@@ -152,9 +149,10 @@ def list_complete(folder: Path) -> list[Path]:
     return [path for _, path in _numbered_checkpoints(folder) if (path / MANIFEST).is_file()]
 
 
-def check_model_path(path: Path, option: str = "") -> None:
-    """Raise `UserError` if folder `path` is missing; suggest existing checkpoints or a download. Runs before
-    torch loads."""
+def check_model_path(path: Path, option: str = "", kinds: Collection[str] = MODEL_KINDS,
+                     wanted: str = ANY_MODEL) -> None:
+    """Raise `UserError` if folder `path` is missing; suggest existing models of `kinds`, in words `wanted`,
+    or a download. Runs before torch loads."""
     if path.is_dir():
         return
     problem = "is no folder" if path.exists() else "does not exist"
@@ -181,10 +179,8 @@ def check_model_path(path: Path, option: str = "") -> None:
                         Fix(arguments=(str(path),), left_out=(f"{option}{path}",)))
     is_model_file = path.is_file() and path.suffix not in (".yml", ".yaml")  # mergekit's: `hints.paths`
     fix = fix_missing(path) or (Fix(words={str(path): "MODEL"}) if is_model_file else None)
-    models = list_models() if fix is None else []
-    listed = f"; models here: {', '.join(models[:MAX_MODELS])}" if models else ""
-    raise UserError(f"{option}{path}: {problem}; pass a checkpoint, a run or a Hugging Face "
-                    f"folder{listed}{suggest_download(path)}", fix)
+    listed = suggest_models(kinds) if fix is None else ""
+    raise UserError(f"{option}{path}: {problem}; pass {wanted}{listed}{suggest_download(path)}", fix)
 
 
 def _refuse_address(address: str, option: str) -> None:
@@ -262,10 +258,9 @@ def _build_kind_error(path: Path, kind: str, kinds: Collection[str], wanted: str
         fix = fix_adapter(path)
     if kind == HF_MODEL and CHECKPOINT_KIND in kinds:  # the command is for `convert to-hf`
         fix = replace(_fix_by_conversion(path, "from-hf"), command=command)
-    models = list_models() if fix is None and RUN in kinds else []
-    if fix is None and (HF_MODEL in kinds or models):
-        fix = Fix(words={str(path): models[0] if len(models) == 1 else "MODEL"})
-    listed = f"; models here: {', '.join(models)}" if models else ""
+    listed = suggest_models(kinds) if fix is None and RUN in kinds else ""
+    if fix is None and (HF_MODEL in kinds or listed):
+        fix = Fix(words={str(path): "MODEL"})
     return UserError(f"{path}: is {description}, not {wanted}; "
                      f"{advice.format(path=path, name=path.name)}{listed}", fix)
 
@@ -326,7 +321,7 @@ def find_runs(path: Path) -> list[Path]:
 
 def check_model_folder(path: Path) -> None:
     """Raise `UserError` if a folder contains neither checkpoint, run nor Hugging Face model."""
-    check_folder_kind(path, (RUN, CHECKPOINT_KIND, HF_MODEL), "a checkpoint, a run or a Hugging Face folder")
+    check_folder_kind(path, MODEL_KINDS, ANY_MODEL)
 
 
 def _describe_unknown_folder(path: Path) -> tuple[str, str] | None:
@@ -372,8 +367,9 @@ def refuse_run_part(path: Path) -> None:
     run = next((parent for parent in path.absolute().parents[:2] if (parent / EVENTS).is_file()), None)
     if run is not None and not (path / EVENTS).is_file():
         kind = "a checkpoint" if path.absolute().parent.name == CHECKPOINTS_FOLDER else "part"
+        advice = "; `convert to-peft` writes its adapter" if path.name.startswith("adapter_") else ""
         typed = Path(os.path.relpath(run)) if os.path.relpath(path) == str(path) else run
-        raise UserError(f"{path}: is {kind} of the run {typed}; pass {typed}",
+        raise UserError(f"{path}: is {kind} of the run {typed}; pass {typed}{advice}",
                         Fix(words={str(path): str(typed), os.path.relpath(path): os.path.relpath(run)}))
 
 
@@ -429,7 +425,7 @@ class AdapterBase:
         return {"path": str(self.path), "sha256": self.sha256}
 
     @staticmethod
-    def from_checkpoint(path: Path) -> AdapterBase:
+    def from_checkpoint(path: Path) -> "AdapterBase":
         return AdapterBase(path.resolve(), manifest_sha256(path))
 
 
@@ -550,8 +546,9 @@ def find_damage(path: Path, *, rank: int = 0, size: int = 1, weights_only: bool 
 def suggest_replacement(path: Path) -> str:
     """Suggest a replacement for a damaged checkpoint: the previous sound one, or a copy."""
     earlier = _find_sound_checkpoint(path)
-    return (f"use the checkpoint before it, {earlier}" if earlier
-            else "there is no checkpoint before it; restore it from a copy")
+    if earlier is None:
+        return "there is no checkpoint before it; restore it from a copy"
+    return f"use the checkpoint before it, {earlier}"
 
 
 def _find_sound_checkpoint(damaged: Path) -> Path | None:

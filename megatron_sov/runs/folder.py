@@ -1,7 +1,5 @@
 """The folder of a training run: paths, settings, completion state, command, and checks before a start."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import itertools
@@ -15,6 +13,7 @@ from typing import Any
 from megatron_sov.base.artifacts import MANIFEST, format_json, translate_disk_errors, write_atomically
 from megatron_sov.base.errors import Fix, UserError, fix_missing
 from megatron_sov.base.outputs import refuse_unwritable
+from megatron_sov.base.settings import format_change
 from megatron_sov.model.config import OptimConfig, RolloutConfig, RunConfig, from_dict
 from megatron_sov.model.config.post_training import BETAS
 from megatron_sov.model.families.adapters import adapter_identity
@@ -127,8 +126,7 @@ class RunFolder:
         changed = _changed_fixed_settings(_comparable_settings(earlier), _comparable_settings(config))
         if changed:
             descriptions = [f"{name} = {old}, now it is {new}" for name, old, new in changed]
-            arguments = [shlex.quote(f"{name}={old if isinstance(old, str) else json.dumps(old)}")
-                         for name, old, _ in changed]
+            arguments = [shlex.quote(format_change(name, old)) for name, old, _ in changed]
             if len(arguments) <= MAX_LISTED_SETTINGS:
                 options = " ".join(f"--set {argument}" for argument in arguments)
             else:
@@ -266,7 +264,7 @@ class TypedCommand:
     processes: int
 
     @staticmethod
-    def from_dict(raw: Mapping[str, Any]) -> TypedCommand:
+    def from_dict(raw: Mapping[str, Any]) -> "TypedCommand":
         return TypedCommand(tuple(map(str, raw["words"])), Path(raw["folder"]), int(raw["processes"]))
 
 
@@ -383,9 +381,10 @@ class RunEvents:
         self._path = None if run is None else run / EVENTS
 
     def last_step(self) -> int | None:
-        steps = ([e["step"] for e in read_events(self._path) if e["event"] == "step" and "step" in e]
-                 if self._path else [])
-        return max(steps, default=None)
+        if self._path is None:
+            return None
+        return max((e["step"] for e in read_events(self._path) if e["event"] == "step" and "step" in e),
+                   default=None)
 
     def add(self, event: str, **fields: Any) -> None:
         # Open the file per event: a command that measures a run for hours holds no file open.

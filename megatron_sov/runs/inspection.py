@@ -15,6 +15,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.errors import Fix, GateFailed, UserError, escape_controls, stop_check, warn
 from megatron_sov.base.hints.removed import check_folder, check_kind
 from megatron_sov.base.settings import NotNegativeInt
+from megatron_sov.model.pretrained import ADAPTER_CONFIG, is_hf_folder
 from megatron_sov.runs.obs.events import EVENTS
 from megatron_sov.work.progress.journal import delete_work, read_job, work_folder
 from megatron_sov.work.progress.locks import lock_folder
@@ -58,21 +59,29 @@ class ArtifactKind:
 def inspect_path(path: Path, options: InspectionOptions, kinds: Mapping[str, ArtifactKind]) -> None:
     """Print information about a file or folder. Raises `GateFailed`: `verify` found problems."""
     facts = {**_describe_artifact(path), **_describe_unfinished_work(path), **_describe_path(path)}
-    artifact = next((folder for folder in path.parents if (folder / MANIFEST).is_file()), None)
+    artifact = next((folder for folder in path.parents if (folder / MANIFEST).is_file() or (
+        folder / ADAPTER_CONFIG).is_file()), None)
     if not facts and artifact is not None and path.exists():
         raise UserError(f"{path}: is part of {artifact}; pass {artifact}",
                         Fix(words={str(path): str(artifact)}))
     if not facts and path.suffix == ".parquet" and path.is_file():
         problems = [row for row in _read_rows(path, 1) if isinstance(row, str)]
-        raise UserError(problems[0] if problems else f"{path}: is a file of rows; `sov-data pack --input` "
-                                                     "and --data of the training commands read it")
+        if problems:
+            raise UserError(problems[0])
+        raise UserError(f"{path}: is a file of rows; `sov-data pack --input` and --data of the training "
+                        "commands read it")
     if not facts:
-        from megatron_sov.runs.checkpoints import refuse_run_part  # not at the top: it loads all recipes
+        # not at the top: it loads all recipes
+        from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, RUN, check_folder_kind, refuse_run_part
 
         refuse_run_part(path)
-        raise UserError(f"{path}: " + ("is nothing that megatron-sov has made" if path.exists() else
-                                       "does not exist, and no work on it is unfinished") +
-                        "; name an artifact, a run, a store, a file of rows, or a command's --output")
+        if (path / ADAPTER_CONFIG).is_file() or is_hf_folder(path):
+            check_folder_kind(path, (CHECKPOINT_KIND, RUN), "an artifact or a run")
+        problem = "does not exist, and no work on it is unfinished"
+        if path.exists():
+            problem = "is nothing that megatron-sov has made"
+        raise UserError(f"{path}: {problem}; name an artifact, a run, a store, a file of rows, or a "
+                        "command's --output")
     kind = kinds.get(facts.get("kind", ""))
     # Read everything before printing: a damaged part gives an error instead of half a page.
     summary = [] if kind is None else list(kind.lines(path))

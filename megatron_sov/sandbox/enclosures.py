@@ -9,8 +9,6 @@ first process ends, the kernel kills the others.
 process group, by which the server kills them.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import resource

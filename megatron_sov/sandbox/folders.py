@@ -1,7 +1,5 @@
 """Measure and remove folders that an untrusted program filled."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """Limits, programs and outcomes for the sandbox."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -4,8 +4,6 @@ The process sends JSON and numbers. No message is executed or unpickled, and a p
 sends invalid messages becomes a `BadRecord` for the file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -5,8 +5,6 @@ Landlock restricts files, TCP, signals and abstract sockets; constants and layou
 `linux/filter.h`. Calls in `system_calls.FORBIDDEN_CALLS`, and calls above `LAST_KNOWN`, fail with an error.
 """
 
-from __future__ import annotations
-
 import ctypes
 import errno
 import os

@@ -1,7 +1,5 @@
 """Run model-written programs in server processes of the sandbox, or by the user's own enclosing command."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.util
@@ -41,7 +39,7 @@ _CODE = ("import sys; sys.path = sys.path[1:] + [sys.argv[2]]; "
 _END_LIMIT_S = 5.0
 _REPLY_LIMIT_S = 600.0
 """Time for the server's reply beyond the program's limits."""
-SANDBOXES: dict[tuple[str, tuple[str, ...], int], Sandbox] = {}
+SANDBOXES: "dict[tuple[str, tuple[str, ...], int], Sandbox]" = {}
 """(enclosure, command, workers) -> shared sandbox."""
 _SANDBOXES_LOCK = threading.Lock()
 
@@ -143,7 +141,7 @@ class Sandbox:
             self._idle_workers.put(worker)
 
 
-def _check_environment(worker: Worker, packages: Mapping[str, str]) -> None:
+def _check_environment(worker: "Worker", packages: Mapping[str, str]) -> None:
     """Raise `EnclosureUnavailable` if a program cannot read the standard library or `packages`."""
     files = [os.__file__, *[f"{folder}/__init__.py" for folder in packages.values()]]
     outcome = worker.run(Program(f"for file in {files!r}:\n    open(file).close()"), DEFAULT_LIMITS)

@@ -7,8 +7,6 @@ outputs, therefore forks only the template, before the first program. The templa
 The server runs with a clean environment and imports only the standard library and this package.
 """
 
-from __future__ import annotations
-
 import _sitebuiltins
 import atexit
 import builtins
@@ -105,7 +103,7 @@ def _create_enclosure(settings: dict[str, Any], channel: socket.socket) -> Enclo
     return LandlockEnclosure(settings["readable"], settings["folder"])
 
 
-def _run_program(enclosure: Enclosure, template: Template, request: dict[str, Any],
+def _run_program(enclosure: Enclosure, template: "Template", request: dict[str, Any],
                  channel: socket.socket) -> Outcome:
     """Run the program in a request of `sandbox.Worker`; a failed fork has the status `infrastructure`."""
     limits = Limits(**request["limits"])

@@ -1,7 +1,5 @@
 """Supervise a program until its end: feed input, collect output, and enforce limits."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import select

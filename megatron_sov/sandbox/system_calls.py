@@ -4,8 +4,6 @@ Numbers in system_calls.json come from `unistd.h`: x86-64, and `asm-generic` for
 has no such call.
 """
 
-from __future__ import annotations
-
 import ctypes
 import json
 import os

@@ -16,7 +16,6 @@ ANSWER_LIMIT_S = 3600.0
 @dataclass(frozen=True)
 class ChatModel:
     name: str
-    """Model name in requests."""
     transport: Transport
     """Posts to `/chat/completions`."""
     context_tokens: int | None

@@ -1,7 +1,5 @@
 """Build OpenAI's response objects, whole or as chunks of a stream."""
 
-from __future__ import annotations
-
 import json
 import time
 import uuid
@@ -97,14 +95,14 @@ class CompletionReply:
         return {"index": index, "message": message, "logprobs": None,
                 "finish_reason": "tool_calls" if turn.calls else answer.finish_reason}
 
-    def _parse_turn(self, answer: AnswerText) -> ServedTurn:
+    def _parse_turn(self, answer: "AnswerText") -> ServedTurn:
         if answer.finish_reason is None:
             return parse_partial_turn(answer.stable_text(), self._started.in_thoughts, self._request.tools,
                                       self._encoder.call_form)
         return parse_served_turn(answer.get_text(), self._started.in_thoughts, self._request.tools,
                                  self._encoder.call_form)
 
-    def _build_chat_chunks(self, index: int, answer: AnswerText) -> list[dict[str, Any]]:
+    def _build_chat_chunks(self, index: int, answer: "AnswerText") -> list[dict[str, Any]]:
         turn, streamed = self._parse_turn(answer), self._streamed[index]
         delta: dict[str, Any] = {}
         if thoughts := turn.thoughts[len(streamed.thoughts):]:

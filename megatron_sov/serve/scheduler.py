@@ -25,7 +25,6 @@ class RequestStarted:
     """The request's prompts are encoded."""
 
     prompt_tokens: tuple[int, ...]
-    """Number of tokens per prompt."""
     in_thoughts: bool
     """See `EncodedRequest`."""
     end_ids: tuple[int, ...]

@@ -1,7 +1,5 @@
 """Forward and backward passes of a training step: from a global batch to gradients and loss sums."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,7 +45,7 @@ class ForwardBackward:
         """Whether this rank's loss sums were finite in the last step."""
         expert_load.before_sync = self._end_local_passes
 
-    def compute_gradients(self, batch: GlobalBatch, objective: Objective, step: int) -> StepSums:
+    def compute_gradients(self, batch: GlobalBatch, objective: Objective, step: int) -> "StepSums":
         """Compute gradients for `step` (from 1) in the model, and return the loss sums.
 
         `batch` is this rank's part of the global batch, with denominators from `Objective.prepare`.

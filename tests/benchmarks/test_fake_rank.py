@@ -24,7 +24,9 @@ COUNTED = ("solar-open-102b", "h200", 64, (*BIG, "model.num_layers=1"), 0)
 """A rank at full size whose allocated bytes are counted; the output head determines the peak."""
 ONE_LAYER = ("tiny-solar-open", "h100", 2, (*SMALL, "model.num_layers=1"), 0)
 GRAPHS = (*ONE_LAYER[:3], (*ONE_LAYER[3], *SELECTIVE, 'gpu.cuda_graphs=["moe_router", "moe_preprocess"]'), 0)
-CASES = {"last": ("tiny-solar-open", "b200", 8, (*SMALL, *STAGES, "train.fp8=mxfp8"), 1), "graphs": GRAPHS}
+CASES = {"last": ("tiny-solar-open", "b200", 8, (*SMALL, *STAGES, "train.fp8=mxfp8"), 1), "graphs": GRAPHS,
+         "overlapped graphs": (*GRAPHS[:3], (*GRAPHS[3], "parallel.expert_overlap=micro_batches",
+                                             "parallel.delay_weight_grads=true"), 0)}
 
 
 def run_cases() -> None:

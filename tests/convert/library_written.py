@@ -18,13 +18,7 @@ EXPERTS = {**DENSE, "num_moe_experts": 4, "moe_router_topk": 2, "moe_ffn_hidden_
 SIGMOID = {**EXPERTS, "moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True,
            "moe_router_topk_scaling_factor": 1.7, "moe_shared_expert_intermediate_size": 24}
 MODELS = {"llama": DENSE, "qwen3": {**DENSE, "qk_layernorm": True},
-          "qwen3_moe": {**EXPERTS, "qk_layernorm": True},
-          "solar_open": SIGMOID}
-
-
-def tokens() -> torch.Tensor:
-    """Return the tokens for comparing logits."""
-    return torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(3))
+          "qwen3_moe": {**EXPERTS, "qk_layernorm": True}, "solar_open": SIGMOID}
 
 
 def arguments(settings: dict[str, Any]) -> argparse.Namespace:
@@ -85,7 +79,7 @@ def _model(settings: dict[str, Any], layout: dict[str, int]) -> Any:
 
 @torch.no_grad()
 def _logits(model: Any) -> torch.Tensor:
-    ids = tokens()
+    ids = torch.randint(VOCAB_SIZE, (2, 24), generator=torch.Generator().manual_seed(3))
     positions = torch.arange(ids.shape[1]).expand_as(ids)
     mask = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).triu(1)[None, None]
     if model.pre_process and model.post_process:

@@ -5,6 +5,7 @@ import re
 import shutil
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -239,8 +240,8 @@ def test_ignored_fields_are_warned_about_and_exported(tmp_path: Path,
 def test_a_block_is_read_once_for_all_its_tensors(imported: dict[str, Path],
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
     weights, blocks = CheckpointWeights(imported["solar_open"]), list[Link]()
-    read = weights._read_block
-    monkeypatch.setattr(weights, "_read_block", lambda link: blocks.append(link) or read(link))
+    read = weights.read_block
+    monkeypatch.setattr(weights, "read_block", lambda link: blocks.append(link) or read(link))
     for name in weights.list_names():
         weights.read(name)
     assert blocks == weights.links
@@ -249,36 +250,19 @@ def test_a_block_is_read_once_for_all_its_tensors(imported: dict[str, Path],
 # Source hashes are computed during conversion, and results from a damaged file never count.
 
 
-class Folder:
-    """Weights in two files, `a` and `b`, with one tensor each, `A` and `B`."""
-
-    def __init__(self, path: Path) -> None:
-        self.path: Any = path
-        self.model: Any = None
-        self.links: Any = []
-
-    def list_keys_in(self, file: str) -> list[str]:
-        return [file.upper()] if file in ("a", "b") else []
-
-    def list_files(self, name: str) -> set[str]:
-        return {name.lower()}
-
-    def list_names(self) -> Any: ...
-    def get_dtype(self, name: str) -> Any: ...
-    def read(self, name: str) -> Any: ...
-
-
 @pytest.fixture
-def folder(tmp_path: Path) -> Folder:
+def folder(tmp_path: Path) -> Any:
+    """Weights in two files, `a` and `b`, with one tensor each, `A` and `B`."""
     with create_artifact(tmp_path / "weights", "hf_model") as artifact:
         artifact.content = {"parts": ["model", "optimizer"]}
         (artifact.path / "optimizer").mkdir()
         for name in ("a", "b", "optimizer/o"):
             (artifact.path / name).write_text(name)
-    return Folder(tmp_path / "weights")
+    return SimpleNamespace(path=tmp_path / "weights", list_files=lambda name: {name.lower()},
+                           list_keys_in=lambda file: [file.upper()] if file in ("a", "b") else [])
 
 
-def test_conversion_runs_while_sources_are_hashed(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_runs_while_sources_are_hashed(folder: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     begun = threading.Event()
 
     def later(file: Path, record: FileRecord) -> str | None:
@@ -286,21 +270,21 @@ def test_conversion_runs_while_sources_are_hashed(folder: Folder, monkeypatch: p
         return find_file_damage(file, record)
 
     monkeypatch.setattr(hf_import, "find_file_damage", later)
-    with verify_source(folder, workers=1) as check:
+    with verify_source(folder, workers=1) as wait_for:
         begun.set()
-        check.wait_for(["A"])
+        wait_for(["A"])
 
 
-def test_verification_rejects_only_damaged_files(folder: Folder) -> None:
+def test_verification_rejects_only_damaged_files(folder: Any) -> None:
     (folder.path / "b").write_text("B")
     with (pytest.raises(UserError, match="b: its content differs"),
-          verify_source(folder, workers=2) as check):
-        check.wait_for(["A"])
+          verify_source(folder, workers=2) as wait_for):
+        wait_for(["A"])
         with pytest.raises(UserError, match="b: its content differs"):
-            check.wait_for(["A", "B"])
+            wait_for(["A", "B"])
 
 
-def test_damage_replaces_other_errors(folder: Folder) -> None:
+def test_damage_replaces_other_errors(folder: Any) -> None:
     with pytest.raises(ZeroDivisionError), verify_source(folder, workers=2):
         raise ZeroDivisionError
     (folder.path / "a").unlink()
@@ -328,14 +312,14 @@ def test_an_expert_waits_only_for_its_own_file() -> None:
     assert sum(map(len, listed)) == 100, "the work for all experts grows with their number, not its square"
 
 
-def test_other_parts_and_unhashed_folders_are_not_verified(folder: Folder) -> None:
+def test_other_parts_and_unhashed_folders_are_not_verified(folder: Any) -> None:
     (folder.path / "optimizer/o").write_text("?")
     with verify_source(folder, workers=1):
         pass
     (folder.path / MANIFEST).unlink()
     (folder.path / "a").unlink()
-    with verify_source(folder, workers=1) as check:
-        check.wait_for(["A"])
+    with verify_source(folder, workers=1) as wait_for:
+        wait_for(["A"])
 
 
 def test_export_finishes_a_file_after_its_sources_are_verified(solar_dir: Path, tmp_path: Path,

@@ -36,7 +36,7 @@ def get_checkpoint_folder(run: Path, step: int) -> Path:
 
 
 def hashes(run: Path, step: int) -> dict[str, str]:
-    """Return the hashes of a checkpoint's files, and the loop's state without times."""
+    """Return file name -> digest; for `state.json`, the content without `wall_s`, which differs per run."""
     state = json.loads((get_checkpoint_folder(run, step) / "state.json").read_text())
     files = read_manifest(get_checkpoint_folder(run, step)).files
     return {name: record.digest for name, record in files.items() if name != "state.json"} | {

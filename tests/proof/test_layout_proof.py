@@ -306,6 +306,17 @@ def test_sigterm_removes_the_temporary_folder(monkeypatch: pytest.MonkeyPatch, t
     assert not list(tmp_path.iterdir())
 
 
+def test_a_padding_mask_of_the_wrong_tokens_is_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of pretraining have padding, too."""
+    chunk = importlib.import_module("megatron_sov.engine.model.chunk").Chunk
+    real = chunk._local_padding
+    monkeypatch.setattr(chunk, "_local_padding", lambda self, padding, route: (
+        padding[:real(self, padding, route).shape[1]][None]))
+
+    config = apply_settings(recipes.get("tiny-solar-open"), CONTEXT[1:])
+    assert layout_proof.prove_run(config, 2)[1].outcome == DIFFERS
+
+
 @pytest.mark.each(("pp", "vpp"), [(1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (2, 4), (4, 2), (8, 3)])
 def test_the_first_stage_alternates_forward_and_backward_passes(pp: int, vpp: int) -> None:
     config = apply_settings(recipes.get("tiny-qwen3"), [

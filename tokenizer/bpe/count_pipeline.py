@@ -102,7 +102,10 @@ def learn_vocabulary(plan: CountPlan, groups: list[SourceGroup],
     sizes = counted.sizes
     facts = [build_group_facts(*row) for row in zip(groups, sizes, shares, strict=True)]
     for group, fact in zip(groups, facts, strict=True):
-        _print_group(group, fact)
+        repeats = ""
+        if group.weight is not None:
+            repeats = f", seen {fact['seen_bytes'] / fact['num_bytes']:.2f} times"
+        print(f"{group.name}: {fact['num_bytes'] / 1e6:.2f} MB of text{repeats}")
     counted_bytes = sum(fact["seen_bytes"] for fact in facts)
     table = _gather_table(plan, counted, "words")
     stages = [_build_stage_facts(plan.transition_size, counted_bytes, table)]
@@ -142,11 +145,6 @@ def _check_repeats(groups: list[SourceGroup], sizes: list[GroupSizes], factors: 
                             f"{size.num_bytes / 1e6:.3g} MB to be seen {factor:,.0f} times, "
                             f"at most {MOST_REPEATS} make sense; add text to it, or give it a weight of at "
                             f"most {(group.weight or 0) * MOST_REPEATS / factor:.2g}")
-
-
-def _print_group(group: SourceGroup, fact: dict[str, Any]) -> None:
-    repeats = f", seen {fact['seen_bytes'] / fact['num_bytes']:.2f} times" if group.weight is not None else ""
-    print(f"{group.name}: {fact['num_bytes'] / 1e6:.2f} MB of text{repeats}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +237,6 @@ class CountSettings:
 
 @dataclasses.dataclass(frozen=True)
 class UnitCounts:
-    """Result of `count_units` for a unit."""
-
     file: Path
     """Arrow file, `NUM_PARTS` record batches (word, count) per run."""
     counted_bytes: int

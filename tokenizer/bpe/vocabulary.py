@@ -4,8 +4,6 @@ Ids start at 0 and exclude special tokens.  The first 256 ids are the bytes, in 
 in the byte-level alphabet (as in `tokenizers`); each merge adds one id.
 """
 
-from __future__ import annotations
-
 import re
 from functools import cache
 from typing import TYPE_CHECKING
@@ -56,7 +54,7 @@ class Vocabulary:
         self.merges: list[tuple[int, int]] = []
         self.max_token_bytes = max_token_bytes
 
-    def add_merge(self, merge: Merge) -> None:
+    def add_merge(self, merge: "Merge") -> None:
         self.tokens.append(self.tokens[merge.left] + self.tokens[merge.right])
         self.merges.append((merge.left, merge.right))
 

@@ -58,7 +58,10 @@ def _compare_with_source(folder: Path, source: ForeignTokenizer,
         if difference := find_first_difference(library_texts, library_encode, encode_source):
             raise UserError(f"{source.file}: cannot be represented, since {library} would not give the ids "
                             f"of {source.library} for {difference}")
-    unknown_id = _find_unknown_id(source.raw)
+    model = source.raw["model"]
+    unknown_id = model.get("unk_id")
+    if unknown_id is None:
+        unknown_id = get_token_ids(source.raw).get(model.get("unk_token") or "")
     for text in texts:
         ids = encode_source(text)
         if unknown_id in ids:
@@ -78,12 +81,6 @@ def _compare_with_source(folder: Path, source: ForeignTokenizer,
 
 def _count_bytes(texts: list[str]) -> int:
     return sum(len(text.encode()) for text in texts)
-
-
-def _find_unknown_id(raw: dict[str, Any]) -> int | None:
-    model = raw["model"]
-    return (model["unk_id"] if model.get("unk_id") is not None
-            else get_token_ids(raw).get(model.get("unk_token") or ""))
 
 
 def _fill_manifest(artifact: ArtifactWriter, source: ForeignTokenizer, special: dict[str, Any], checked: str,

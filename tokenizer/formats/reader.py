@@ -283,7 +283,9 @@ class HuggingFaceTokenizer(LoadedTokenizer):
     def _decode_token(self, id_: int, token: str, decoders: set[str]) -> bytes:
         if "ByteLevel" in decoders:
             alphabet = byte_alphabet()
-            return bytes(alphabet[c] for c in token) if all(c in alphabet for c in token) else token.encode()
+            if not all(c in alphabet for c in token):
+                return token.encode()
+            return bytes(alphabet[c] for c in token)
         if decoders & {"ByteFallback", "Metaspace"}:
             return _decode_piece(token)
         return self._tokenizer.decode([id_], skip_special_tokens=False).encode()

@@ -111,10 +111,6 @@ def _find_model_fault(proto: Any) -> str:
     return "" if UNKNOWN in types else "none of its pieces is the unknown one, so it is empty or damaged"
 
 
-def composes_characters(spec: Any) -> bool:
-    return "nfkc" in spec.name
-
-
 def _build_replacement(old: str, new: str, kind: str = "String") -> dict[str, Any]:
     return {"type": "Replace", "pattern": {kind: old}, "content": new}
 
@@ -125,7 +121,7 @@ def _build_normalizers(spec: Any) -> list[dict[str, Any]]:
     if spec.precompiled_charsmap:
         charsmap = base64.b64encode(spec.precompiled_charsmap).decode()
         # `tokenizers` maps single characters, so compose letters with marks, and Hangul, before
-        if composes_characters(spec):
+        if "nfkc" in spec.name:
             steps.append({"type": "NFC"})
         steps.append({"type": "Precompiled", "precompiled_charsmap": charsmap})
     # before the prefix, which is itself an extra space

@@ -156,9 +156,8 @@ def check_neutral(tokenizer: LoadedTokenizer) -> TokenizerCheck:
     """
     control = {i: t for i, t in sorted((tokenizer.special | tokenizer.added).items())
                if t and (i in tokenizer.special or _CONTROL.fullmatch(t))}
-    tried = {
-        i: [f"{before}{token}{after}" for before, after in (("", ""), ("please write ", " now"), ("a", "b"))]
-        for i, token in control.items()}
+    contexts = (("", ""), ("please write ", " now"), ("a", "b"))
+    tried = {i: [f"{before}{token}{after}" for before, after in contexts] for i, token in control.items()}
     become_ids, not_returned, by_default = [], [], []
     for id_, texts in tried.items():
         encoded = [tokenizer.encode(text) for text in texts]

@@ -14,10 +14,11 @@ def nvfp4(x: torch.Tensor, rows: int = 1, noise: torch.Tensor | None = None) -> 
     """Return the values of [m, n] in NVFP4.
 
     Args:
-        x: what is quantised; a block's scale is E4M3 in units of the tensor's, which maps the largest value
-            of all to 448 x 6.
+        x: tensor to quantize. The scale of a block is an E4M3 number times the scale of the tensor, which
+        maps
+            the largest magnitude of the tensor to 448 x 6.
         rows: 1: blocks of 1 x 16 along the last axis; 16: blocks of 16 x 16, for weights.
-        noise: uniform in [0, 1), as `x`: stochastic rounding, for gradients; None: to nearest.
+        noise: uniform in [0, 1), shape of `x`: stochastic rounding, for gradients; None: to nearest.
     """
     tiles = tiled(x, rows, 16).float()
     block_amax = tiles.abs().amax(dim=(1, 3), keepdim=True)
@@ -33,10 +34,10 @@ def nvfp4(x: torch.Tensor, rows: int = 1, noise: torch.Tensor | None = None) -> 
 
 
 def rotated(x: torch.Tensor) -> torch.Tensor:
-    """Return [m, n] with each 16 values of the last axis transformed by a Hadamard matrix with random signs.
+    """Multiply each 16 values along the last axis of `x` [m, n] by a Hadamard matrix with random signs.
 
-    It is orthogonal: both operands of a product rotated along the summed axis give the same product, with
-    outliers spread.  The result has the dtype of `x`, as in Transformer Engine's path that is not fused.
+    The matrix is orthogonal: rotating both operands along the summed axis leaves the product unchanged and
+    spreads outliers. The result has the dtype of `x`, as in the unfused path of Transformer Engine.
     """
     matrix = torch.ones(1, 1)
     while len(matrix) < len(SIGNS):  # Sylvester's construction

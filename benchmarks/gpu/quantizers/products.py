@@ -1,7 +1,7 @@
 """The three matrix products of a linear layer with quantized operands, for each recipe of `train.fp8`.
 
-Blocks and rotations lie along the summed axis: operands are quantised anew for each product from the high
-precision, never twice.
+Blocks and rotations lie along the summed axis, so each product quantizes its operands from their unquantized
+values; no value is quantized twice.
 """
 
 import torch
@@ -10,25 +10,25 @@ from .nvfp4 import nvfp4, rotated
 from .scaling import blocks, mx, tensorwise
 
 ROLES = {"fprop": ("input", "weight"), "dgrad": ("gradient", "weight"), "wgrad": ("gradient", "input")}
-"""Product -> what its left and right operand are."""
+"""Product -> roles of its left and right operand."""
 
 
 def product(a: torch.Tensor, b: torch.Tensor, kind: str, recipe: str, form: str = "e4m3") -> torch.Tensor:
-    """Return a @ b of quantised operands, in float32.
+    """Return the product a @ b of quantized operands, in float32: [rows, columns].
 
     Args:
         a: [rows, summed].
         b: [summed, columns].
         kind: fprop, dgrad or wgrad.
-        recipe: as `train.fp8` names it.
-        form: e4m3, or hybrid: e5m2 for gradients.
+        recipe: a value of `train.fp8`.
+        form: e4m3, or hybrid (e5m2 for gradients).
     """
     left, right = ROLES[kind]
     return quantized(a, left, kind, recipe, form) @ quantized(b.t(), right, kind, recipe, form).t()
 
 
 def quantized(x: torch.Tensor, role: str, kind: str, recipe: str, form: str) -> torch.Tensor:
-    """Return an operand [n, summed] after quantisation, in float32."""
+    """Return the quantized values of an operand [n, summed], in float32."""
     if x.numel() == 0:
         return x.float()
     form = "e5m2" if form == "hybrid" and role == "gradient" else "e4m3"

@@ -1,4 +1,4 @@
-"""Scaling to 8 bits: per tensor, per block, and per 32 values."""
+"""Quantization to 8-bit floats with a scale per tensor, per block of 128 columns, or per 32 values."""
 
 import torch
 
@@ -6,7 +6,7 @@ from .formats import LARGEST, exponent_up, round_to
 
 
 def tensorwise(x: torch.Tensor, form: str) -> torch.Tensor:
-    """One scale per tensor from its own largest value: Transformer Engine's `Float8CurrentScaling`.
+    """Quantize with one scale for the whole tensor: Transformer Engine's `Float8CurrentScaling`.
 
     `compute_scale_from_amax` (common/recipe/recipe_common.cuh): scale = largest of the format / amax in
     float32.
@@ -16,7 +16,7 @@ def tensorwise(x: torch.Tensor, form: str) -> torch.Tensor:
 
 
 def blocks(x: torch.Tensor, form: str, rows: int) -> torch.Tensor:
-    """A power of two per block of `rows` x 128 values, the last blocks of either axis being shorter.
+    """Quantize with a power of two per block of `rows` x 128 values; the last blocks may be smaller.
 
     DeepSeek-V3 (arXiv 2412.19437, section 3.3.2): 1 x 128 for activations and gradients, 128 x 128 for
     weights; Transformer Engine's `Float8BlockScaling` rounds the scales down to powers of two.
@@ -28,7 +28,7 @@ def blocks(x: torch.Tensor, form: str, rows: int) -> torch.Tensor:
 
 
 def mx(x: torch.Tensor, form: str) -> torch.Tensor:
-    """A power of two per 32 values of the last axis: MXFP8.
+    """Quantize with a power of two per 32 values along the last axis: MXFP8.
 
     The exponent is rounded up, so that no value lies beyond the format's largest, as Transformer Engine
     does (`float_to_e8m0`, common/util/ptx_arch_spec.cuh); the MX specification, section 6.3, leaves the
@@ -54,6 +54,6 @@ def untiled(tiles: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 
 
 def _scale(amax: torch.Tensor, form: str, dtype: torch.dtype) -> torch.Tensor:
-    # `number / tensor` is a reciprocal and a product, rounded twice
+    # not `number / tensor`, which torch computes as reciprocal times number, rounded twice
     scale = torch.div(amax.new_tensor(LARGEST[form]), amax).clamp(max=torch.finfo(dtype).max)
     return torch.where((amax == 0) | ~amax.isfinite(), 1.0, scale)

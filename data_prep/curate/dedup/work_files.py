@@ -9,8 +9,6 @@ A document number is ``rank << 32 | row``. Ranks order shards by descending sour
 pipeline. If two texts are equal, the smaller document number stays.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -85,7 +83,7 @@ class Slice:
     """Offset of the first record in the file."""
     num_records: int
 
-    def slice_records(self, start: int, stop: int) -> Slice:
+    def slice_records(self, start: int, stop: int) -> "Slice":
         return Slice(self.path, self.dtype, self.begin_bytes + start * self.dtype.itemsize, stop - start)
 
     def read_records(self, start: int = 0, stop: int | None = None) -> Records:
@@ -122,8 +120,9 @@ def iter_key_ranges(slices: Sequence[Slice], low: int, high: int, max_records: i
     starts = [0] * len(slices)
     for number in range(1, num_ranges + 1):
         bound = low + (high - low) * number // num_ranges
-        stops = [part.num_records if number == num_ranges else part.find_first_key(bound, start)
-                 for part, start in zip(slices, starts, strict=True)]
+        stops = [part.find_first_key(bound, start) for part, start in zip(slices, starts, strict=True)]
+        if number == num_ranges:
+            stops = [part.num_records for part in slices]
         yield [part.slice_records(start, stop)
                for part, start, stop in zip(slices, starts, stops, strict=True) if stop > start]
         starts = stops

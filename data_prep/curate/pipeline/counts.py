@@ -1,7 +1,5 @@
 """Count the documents and bytes that a step keeps, changes and drops in a shard, with samples."""
 
-from __future__ import annotations
-
 import hashlib
 import heapq
 from collections.abc import Iterable
@@ -73,7 +71,7 @@ class DocumentCounts:
         return {**vars(self), "dropped": dict(sorted(self.dropped.items()))}
 
     @staticmethod
-    def merge_dicts(parts: Iterable[dict[str, Any]]) -> DocumentCounts:
+    def merge_dicts(parts: Iterable[dict[str, Any]]) -> "DocumentCounts":
         """Sum the results of `to_dict`, except `output_bytes` and `seals`."""
         total = DocumentCounts()
         for part in parts:

@@ -21,11 +21,10 @@ from megatron_sov.base.errors import UserError, find_nearest_name, format_proble
 from megatron_sov.base.hints.removed import PIPELINE, suggest_successor
 from megatron_sov.base.hints.table import index_words, normalize_word
 from megatron_sov.base.settings import (
-    Bound, LocatedDocument, NotBlank, Place, ProblemCode, find_rule_problems, parse_located_yaml,
-    read_settings_text, split_key, try_parse_settings)
+    LocatedDocument, NotBlank, Place, find_rule_problems, parse_located_yaml, read_settings_text,
+    require_that, split_key, try_parse_settings)
 
-PrintableText = Annotated[NotBlank, Bound(lambda text: None if text.isprintable() else (
-    ProblemCode.BOUND, "must have no control characters", ""))]
+PrintableText = Annotated[NotBlank, require_that(str.isprintable, "must have no control characters")]
 OPEN_COLUMNS = frozenset([*RECORD_COLUMNS, "where", "extra"])
 """Columns with values from documents, whose number is not limited."""
 MISSING_VALUE = "none"

@@ -1,7 +1,5 @@
 """The plan for a run: shards, steps and folders for each source. Tasks read the plan from a JSON file."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -121,7 +119,7 @@ class PipelinePlan:
         write_sealed_json(file, json.loads(TypeAdapter(PipelinePlan).dump_json(self)), file.name)
 
     @staticmethod
-    def read(file: Path) -> PipelinePlan:
+    def read(file: Path) -> "PipelinePlan":
         return TypeAdapter(PipelinePlan).validate_json(json.dumps(read_sealed_json(file, owner=file.name)))
 
 

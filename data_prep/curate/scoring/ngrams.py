@@ -19,7 +19,7 @@ from annotated_types import Ge, Le
 
 from megatron_sov.base.documents.compiled import jit_compile
 from megatron_sov.base.documents.scripts import SCORER_SCRIPTS, list_code_points
-from megatron_sov.base.settings import Bound, ProblemCode, Violation
+from megatron_sov.base.settings import require_that
 
 SEPARATOR, LETTER, SINGLE = 0, 1, 2
 """Character classes: between units, part of a run, unit by itself."""
@@ -29,17 +29,12 @@ _C1, _C2, _M5, _E6 = np.uint64(0xCC9E2D51), np.uint64(0x1B873593), np.uint64(5),
 _F1, _F2 = np.uint64(0x85EBCA6B), np.uint64(0xC2B2AE35)
 
 
-def _check_power_of_two(number: int) -> Violation | None:
-    if number.bit_count() == 1:
-        return None
-    return ProblemCode.BOUND, "must be a power of two", f"e.g. {1 << 18}"
-
-
 @dataclass(frozen=True)
 class NgramSettings:
     """Settings for `Ngrams`."""
 
-    num_buckets: Annotated[int, Ge(1 << 8), Le(1 << 26), Bound(_check_power_of_two)] = 1 << 18
+    num_buckets: Annotated[int, Ge(1 << 8), Le(1 << 26), require_that(
+        lambda number: number.bit_count() == 1, "must be a power of two", f"e.g. {1 << 18}")] = 1 << 18
     """Hash buckets for n-grams; a power of two."""
     max_ngram: Annotated[int, Ge(1), Le(5)] = 2
     """Units in the longest n-gram."""

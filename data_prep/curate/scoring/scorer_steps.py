@@ -17,7 +17,7 @@ from data_prep.curate.pipeline.step import Doc, Step, StepOutcome, View
 from data_prep.curate.scoring.labels import HIGHEST_LABELS, Kind
 from data_prep.curate.scoring.scorer import Scorer, find_scorer_problems, list_scorer_files, load_scorer
 from megatron_sov.base.settings import (
-    AboveZero, AtLeastOne, Bound, NotNegative, ProblemCode, SettingsProblem, Share)
+    AboveZero, AtLeastOne, NotNegative, ProblemCode, SettingsProblem, Share, require_that)
 
 AUTO = "auto"
 MATH_CODE, MULTILINGUAL = "math_code", "multilingual"
@@ -30,8 +30,8 @@ _DOMAIN = re.compile(r"[a-z][a-z0-9_]{0,30}")
 _FORMULA = re.compile(r"\\(?:frac|sum|int|sqrt|alpha|beta|theta|lambda|sigma|infty|mathbb|mathcal|mathrm"
                       r"|left|right|leq?|geq?|cdot|partial|begin\{(?:equation|align|pmatrix|cases))\b"
                       r"|\$\$|\\\(|\\\[|[∑∫√∂∇∈∀∃≤≥≠≈∞]")
-DomainName = Annotated[str, Bound(lambda name: None if _DOMAIN.fullmatch(name) else (
-    ProblemCode.BOUND, "must be a name of small letters, digits and '_', e.g. law", ""))]
+DomainName = Annotated[str, require_that(
+    _DOMAIN.fullmatch, "must be a name of small letters, digits and '_', e.g. law")]
 
 
 @dataclass(frozen=True)

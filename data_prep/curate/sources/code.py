@@ -67,10 +67,6 @@ def find_language(name: str) -> str:
     return _load_languages().get("" if base.startswith(".") else base) or _load_languages().get(ending, "")
 
 
-def is_vendored(name: str) -> bool:
-    return bool(_compile_patterns("vendored").search(f"/{name}"))
-
-
 def find_exclusion(name: str, text: str) -> tuple[str, str]:
     """Return code and reason for a file that people did not write or cannot read; otherwise ("", "")."""
     if _compile_patterns("generated").search(f"/{name}"):
@@ -153,7 +149,7 @@ def _read_document(job: ReadingJob) -> RawDocument:
     language = find_language(job.piece.file)
     if options.languages and language not in options.languages:
         raise _Excluded("language", f"is {language or 'of no known language'}")
-    if not options.keep_vendored and is_vendored(job.piece.file):
+    if not options.keep_vendored and _compile_patterns("vendored").search(f"/{job.piece.file}"):
         raise _Excluded("vendored", "is a copy of another project's")
     if job.piece.size_bytes > options.file_bytes:
         raise _Excluded("large", f"has more than {options.file_bytes:,} bytes")

@@ -77,8 +77,8 @@ def _read_metadata(document: Any) -> dict[str, Any]:
     metadata = {name: value.replace("\0", "").encode("utf-8", "replace").decode().strip()[:500]
                 for name, value in document.get_metadata_dict(skip_empty=True).items()}
     date = _DATE.match(metadata.get("CreationDate", ""))
-    return drop_empty({"title": metadata.get("Title"),
-                       "date": "-".join(part for part in date.groups() if part) if date else ""})
+    date_parts = date.groups("") if date else ()
+    return drop_empty({"title": metadata.get("Title"), "date": "-".join(filter(None, date_parts))})
 
 
 def _read_lines(document: Any, number: int) -> list[str]:

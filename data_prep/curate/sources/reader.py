@@ -239,7 +239,9 @@ def read_in_process(job: ReadingJob) -> Iterator[RawDocument | BrokenRecord]:
             skip = progress.number + 1
         finally:
             if not is_finished:  # the process ended, or the caller closed this generator
-                _discard_process(process)
+                process.end()
+                if _processes.get(os.getpid()) is process:
+                    del _processes[os.getpid()]
 
 
 class _Progress:
@@ -309,9 +311,3 @@ def _get_process(root: str, limits: EncodingLimits) -> _ReadingProcess:
     _processes.clear()
     _processes[os.getpid()] = _ReadingProcess(root, limits)
     return _processes[os.getpid()]
-
-
-def _discard_process(process: _ReadingProcess) -> None:
-    process.end()
-    if _processes.get(os.getpid()) is process:
-        del _processes[os.getpid()]

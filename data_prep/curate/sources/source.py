@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 from annotated_types import MinLen
 
-from megatron_sov.base.settings import UNIQUE_ITEMS, Bound, ProblemCode, SettingsProblem, choice_from
+from megatron_sov.base.settings import UNIQUE_ITEMS, ProblemCode, SettingsProblem, choice_from, require_that
 
 NAME = re.compile(r"\w[\w.-]{0,59}")
-SourceName = Annotated[str, Bound(lambda name: None if NAME.fullmatch(name) else (
-    ProblemCode.BOUND, "must be letters, digits, '.', '_' and '-', at most 60", ""))]
+SourceName = Annotated[str, require_that(
+    NAME.fullmatch, "must be letters, digits, '.', '_' and '-', at most 60")]
 KINDS = ("", "auto", "en", "math_code", "ko", "ja", "multilingual", "domain:finance", "domain:law",
          "domain:medicine")
 """Kinds of documents. "": unknown; "auto": the step `kind` sets it."""

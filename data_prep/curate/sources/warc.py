@@ -136,8 +136,7 @@ class _Record:
         record = self._record
         header = record.http_headers if record.rec_type == "response" else None
         status = (header.get_statuscode() or "") if header else "200"
-        content_type = (header.get_header("Content-Type") if header else
-                        record.rec_headers.get_header("Content-Type")) or ""
+        content_type = (header or record.rec_headers).get_header("Content-Type") or ""
         type_ = content_type.partition(";")[0].strip().lower()
         if status != "200":
             yield self._build_left_out("status", f"is an answer of status {status[:10]}")

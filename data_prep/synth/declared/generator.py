@@ -1,4 +1,4 @@
-"""Generators from YAML files with reader, prompts, steps, and the sample's record.
+"""Compile YAML files into generators of synthetic samples: item reader, prompts, steps and record.
 
 The whole file is checked when it is read. Unknown keys, parsers and fields, templates that access Python
 internals, and settings with invalid defaults are refused before any request.
@@ -77,6 +77,7 @@ class DeclaredSetting:
 
 @dataclass(frozen=True)
 class GeneratorFile:
+    """Content of a generator file, not yet compiled."""
 
     help: NotBlank
     """One line for `sov-data synth --list`."""
@@ -152,6 +153,7 @@ class Generator:
 
     def _run_steps(self, steps: Sequence[Step], draft: Draft, requester: Requester
                    ) -> Iterator[GeneratedSample]:
+        """Run steps on a draft; if a step divides it, run the remaining steps on each part."""
         for number, step in enumerate(steps, 1):
             parts = step.run_step(draft, requester)
             if draft.has_failed:
@@ -199,7 +201,7 @@ class _Compiler:
         self._file, self._located, self._declared = file, located, declared
         self._problems: list[SettingsProblem] = []
         self._step_problems: list[tuple[Place, str]] = []
-        """Problems in templates and names; reported if each step has a valid form, because a later step may
+        """Problems in templates and names. Reported only if every step has a valid form: a later step may
         read the fields that an invalid step sets."""
         self._prompt_fields: dict[str, set[str]] = {}
         """Prompt -> fields available in every step that sends the prompt."""

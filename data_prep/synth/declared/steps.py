@@ -3,8 +3,6 @@
 The first failed check ends a draft, so that no further requests are sent for it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any, ClassVar, Self, cast
@@ -42,7 +40,7 @@ class Draft:
     def has_failed(self) -> bool:
         return any(not verdict.passed for verdict in self.verdicts)
 
-    def split_draft(self, parts: Sequence[Mapping[str, Any]]) -> list[Draft]:
+    def split_draft(self, parts: Sequence[Mapping[str, Any]]) -> "list[Draft]":
         """Return a draft for each mapping in `parts`; the field `part` holds the index."""
         return [Draft({**self.fields, **part, "part": index}, list(self.verdicts), dict(self.notes))
                 for index, part in enumerate(parts)]

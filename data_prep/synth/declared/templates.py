@@ -4,8 +4,6 @@ A field's value is inserted as text of one message: a document in it can neither
 template. Compiling refuses attributes with a leading underscore and includes of other files.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +92,7 @@ class PromptTemplate:
     """(role, template) for each message."""
 
     @classmethod
-    def from_prompt(cls, name: str, prompt: Prompt) -> PromptTemplate:
+    def from_prompt(cls, name: str, prompt: Prompt) -> "PromptTemplate":
         """Compile a prompt; raises `BadTemplate`."""
         texts = [(role, text) for role, text in (("system", prompt.system), ("user", prompt.user)) if text]
         names = frozenset[str]().union(*(parse_template(text, PROMPTS)[1] for _, text in texts))

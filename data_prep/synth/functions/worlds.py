@@ -189,8 +189,8 @@ def list_fitting_values(spec: VirtualWorld, tool: str, argument: str, tables: Ta
         if any(isinstance(value, str) and value in first[table] for value in examples):
             values += rows
         for column in sorted({column for row in first[table].values() for column in row}):
-            if any(_contains_value([row[column] for row in first[table].values()], value)
-                   for value in examples):
+            known = [row[column] for row in first[table].values()]
+            if any(_contains_value(known, value) for value in examples):
                 values += [row[column] for row in rows.values() if row[column] is not None]
     return [value for index, value in enumerate(values) if not _contains_value(values[:index], value)]
 

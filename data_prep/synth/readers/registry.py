@@ -24,7 +24,7 @@ from megatron_sov.base.documents import Document, RecordReading, list_files, rea
 from megatron_sov.base.documents.files import cut_text
 from megatron_sov.base.documents.reading import read_records
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.settings import UNIQUE_ITEMS, AtLeastOne, Bound, ProblemCode, at_most_field
+from megatron_sov.base.settings import UNIQUE_ITEMS, AtLeastOne, at_most_field, require_that
 
 LANGUAGE_CHARS = 2000
 """Characters for identifying the language in `texts` items."""
@@ -62,8 +62,8 @@ class Reader:
 class RecordOptions:
     """Options for `records` in a generator file."""
 
-    fields: Annotated[tuple[Annotated[str, Bound(lambda name: None if name.isidentifier() else (
-        ProblemCode.BOUND, "must be a name of letters, digits and _", ""))], ...], MinLen(1), UNIQUE_ITEMS]
+    fields: Annotated[tuple[Annotated[str, require_that(
+        str.isidentifier, "must be a name of letters, digits and _")], ...], MinLen(1), UNIQUE_ITEMS]
     """Text fields in each line."""
     objects: tuple[str, ...] = ()
     """JSON object fields in each line."""

@@ -1,7 +1,5 @@
 """List the data files at a path, and split files into spans that separate processes can read."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import os
@@ -99,11 +97,6 @@ def find_cut(buffer: bytes, start: int, limit_bytes: int) -> int:
 def cut_text(text: str, limit_bytes: int) -> Iterator[str]:
     for piece in cut_at_blank_lines([text.encode()], limit_bytes):
         yield piece.decode()
-
-
-def is_synthesis_folder(names: Iterable[str]) -> bool:
-    """Return whether the folder is from `sov-data synth`, whose only data file is `ACCEPTED_SAMPLES`."""
-    return {ACCEPTED_SAMPLES, REJECTED_SAMPLES} <= set(names)
 
 
 @dataclass(frozen=True)
@@ -261,8 +254,8 @@ def walk_files(folder: Path, skipped: list[Path]) -> Iterator[str]:
                     folders[:] = []
                     continue
                 seen.add(real)
-                # rejected samples, journals and reports are not data
-                if is_synthesis_folder(files):
+                # of `sov-data synth`: rejected samples, journals and reports are not data
+                if {ACCEPTED_SAMPLES, REJECTED_SAMPLES} <= set(files):
                     folders[:], files = [], [ACCEPTED_SAMPLES]
                 skipped += [Path(where, name) for name in sorted([*folders, *files]) if is_hidden(name)]
                 folders[:] = sorted(f for f in folders if not is_hidden(f))
@@ -478,7 +471,7 @@ class ZstdFile(io.RawIOBase):
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: WriteableBuffer) -> int:
+    def readinto(self, buffer: "WriteableBuffer") -> int:
         """Fill `buffer` and return the byte count, 0 at the end. Raises `EOFError`: a truncated file."""
         try:
             return int(self._stream.readinto(buffer))

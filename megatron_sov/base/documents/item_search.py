@@ -34,6 +34,7 @@ _ESCAPE = re.compile(
     r"(?P<entity>&#?\w{1,31};?)|(?P<percent>(?:%[0-9A-Fa-f]{2})+)|"
     r"(?P<quoted>(?:=[0-9A-F]{2})+)|(?P<soft>=\r?\n)|"
     r"\\u(?:\{(?P<unicode>[0-9a-fA-F]{1,6})\}|(?P<four>[0-9a-fA-F]{4}))|\\x(?P<byte>[0-9a-fA-F]{2})")
+# `_strip_markup`: block and blank become a space, accent and literal keep their character, others vanish
 _MARKUP = re.compile(
     r"(?P<gone><!--.*?-->|<(?P<rt>rt|rp|script|style)\b[^<>]{0,200}>.*?</(?P=rt)>|<!\[CDATA\[|\]\]>)|"
     rf"(?P<block></?(?:{_BLOCKS})\b[^<>]{{0,500}}>)|"
@@ -76,8 +77,6 @@ _Step = Callable[[], _Places]
 
 @dataclass(frozen=True)
 class PlainForm:
-    """A text in plain form."""
-
     text: str
     steps: tuple[_Step, ...]
 
@@ -259,7 +258,8 @@ class ItemSearch:
         self.items, self.ngram, self.min_words = items, ngram, min_words
         self.too_short: list[int] = []
         """Indices of unsearched items, shorter than `min_words`."""
-        # `runs`: hash of a run -> item indices; `_whole`: of a short item's start -> (units, hash, item)
+        # `runs`: hash of a run -> item indices
+        # `_whole`: hash of a short item's first words -> (number of units, hash of all units, item index)
         runs: dict[int, list[int]] = defaultdict(list)
         self._whole: dict[int, list[tuple[int, int, int]]] = defaultdict(list)
         for number, item in enumerate(items):

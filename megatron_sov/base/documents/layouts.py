@@ -177,8 +177,6 @@ def _from_transcript_pair(record: dict[str, Any], kind: str | None) -> dict[str,
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """A known record layout."""
-
     name: str
     """Layout name, and programs that write the layout."""
     fields: tuple[str, ...]

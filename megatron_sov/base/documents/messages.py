@@ -1,7 +1,5 @@
 """Parse conversations in the formats of OpenAI and ShareGPT."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -100,7 +98,7 @@ class Conversation:
     """Template variables (`chat_template_kwargs`), for example `enable_thinking`."""
 
     @staticmethod
-    def of(*turns: tuple[str, str]) -> Conversation:
+    def of(*turns: tuple[str, str]) -> "Conversation":
         return Conversation(tuple(Message(role, content) for role, content in turns))
 
     def extra_texts(self) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import codecs
 import gzip
+import itertools
 import json
 import re
 import zlib
@@ -302,7 +303,7 @@ class CountedSpan:
         if span.compression:  # the size is only known after decompression
             first = b"".join(_take_blocks(blocks, WHOLE_FILE_BYTES))
             limit_bytes = max(len(first), 1) if len(first) <= WHOLE_FILE_BYTES else DOCUMENT_BYTES
-            blocks = _prepend_block(first, blocks)
+            blocks = itertools.chain([first], blocks)
         for piece in cut_at_blank_lines(blocks, min(limit_bytes, self.reading.max_document_bytes)):
             # `position` counts bytes of the file including the mark: messages show offsets in the file
             raw = piece.removeprefix(BYTE_ORDER_MARK) if position == 0 else piece
@@ -390,11 +391,6 @@ def _take_blocks(blocks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes]:
     while size_bytes <= limit_bytes and (block := next(blocks, b"")):
         size_bytes += len(block)
         yield block
-
-
-def _prepend_block(first: bytes, blocks: Iterator[bytes]) -> Iterator[bytes]:
-    yield first
-    yield from blocks
 
 
 def _choose_columns(names: list[str], reading: RecordReading) -> list[str]:

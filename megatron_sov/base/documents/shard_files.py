@@ -11,8 +11,6 @@ holds the experts that t visited when it was read: a document's last token, gene
 mark.
 """
 
-from __future__ import annotations
-
 import struct
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
@@ -91,7 +89,7 @@ class IndexedWriter:
             file.write(np.ascontiguousarray(columns[suffix], dtype=self._dtypes[suffix]).reshape(-1).data)
         self.lengths_tokens.frombytes(lengths_tokens.astype(np.int32).tobytes())
 
-    def __enter__(self) -> IndexedWriter:
+    def __enter__(self) -> "IndexedWriter":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -100,8 +98,7 @@ class IndexedWriter:
             file.close()
         # after an error write no index: files without an index are not a shard
         if kind is None:
-            write_index(self.prefix, self.dtype, np.frombuffer(self.lengths_tokens, dtype=np.int32)
-                        if self.lengths_tokens else np.zeros(0, np.int32))
+            write_index(self.prefix, self.dtype, np.array(self.lengths_tokens, np.int32))
 
 
 def write_index(prefix: Path, dtype: str, lengths_tokens: NDArray[np.int32]) -> None:
@@ -194,7 +191,7 @@ class RouteShape:
         return {**asdict(self), "dtype": self.dtype}
 
     @classmethod
-    def from_record(cls, record: Any, where: str) -> RouteShape:
+    def from_record(cls, record: Any, where: str) -> "RouteShape":
         """Parse the result of `record`. Raises `UserError`: it is malformed; `where` begins the message."""
         try:
             shape = cls(*(int(record[name]) for name in ("layers", "top_k", "num_experts")))
@@ -255,6 +252,8 @@ def check_token_manifest(path: str, content: dict[str, Any]) -> None:
         for name, split in () if absent else {"train": {}, **source["splits"]}.items():
             where = f"sources[{i}].splits.{name}."
             absent += (absent_in_split := _find_missing(split, SPLIT_FIELDS, where))
+            if not absent_in_split and split["num_tokens"] and not split["shards"]:
+                absent.append(f"{where}shards for {split['num_tokens']:,} tokens")
             for n, shard in enumerate(() if absent_in_split else split["shards"]):
                 absent += (absent_in_shard := _find_missing(shard, SHARD_FIELDS, f"{where}shards[{n}]."))
                 prefixes += [] if absent_in_shard else [shard["prefix"]]

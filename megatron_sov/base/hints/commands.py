@@ -74,9 +74,10 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     """
     words = [part for text in typed for part in text.split("=", 1)]
     values = {normalize_word(option): value for option, value in pairwise(words) if option.startswith("-")}
-    source = next((values[name] for name in _PIPELINE_OPTIONS if name in values), "")
+    inputs = [word for word in filter(os.path.exists, typed[:1]) if classify_word(word) in ("data", "folder")]
+    source = next((values[name] for name in _PIPELINE_OPTIONS if name in values), "".join(inputs))
     step_words = [command] if command != "run" else [part for word in words for part in word.split(",")]
-    index, steps = index_words("steps"), dict[str, str]()
+    index, steps, others = index_words("steps"), dict[str, str](), list[str]()
     for word in step_words:
         candidates = [name for name in index.get(normalize_word(word), ()) if "." not in name]
         if not candidates:
@@ -90,6 +91,7 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
             steps.setdefault("exact_dedup", "")
         else:
             steps[step] = settings[step]
+            others += [name for name in candidates if name != step]
     if not steps or not source:
         return None
     name = next((step for step in steps if step != "language"), "language")
@@ -98,8 +100,9 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     unread = [name for name in values if name not in (*_PIPELINE_OPTIONS, "output", "o")
               and not any(f"{step}.{name}" in index for step in steps)]
     without = f", without {', '.join(unread)}" if unread else ""
+    beside = f" (another step of this kind: {', '.join(others)})" if others else ""
     return UserError(f"sov-data {command}: a pipeline file names the steps {', '.join(steps)} and their "
-                     f"settings (docs/data_pipeline.md); `sov-data run` runs it{without}",
+                     f"settings{beside} (docs/data_pipeline.md); `sov-data run` runs it{without}",
                      Fix(f"sov-data run {file} --output {shlex.quote(output)}",
                          before=(write_pipeline(file, source, steps),)))
 
@@ -207,8 +210,6 @@ def build_note_error(begin: str, note: str, typed: Sequence[str]) -> UserError:
         note: sentence with a command of ours between backquotes, as in `words.yaml` and `removed.json`.
         typed: words after the foreign command; they replace the placeholders of our command in the fix.
     """
-    if code := re.search("`(python -c .*)`", note):
-        return UserError(f"{begin}; {note.partition(': `')[0]}", Fix(_fill_python_line(code[1], typed)))
     if "{first}" in note:
         sentence, commands, _ = note.split("`")
         return UserError(f"{begin}; {sentence.rstrip(': ')}", _fill_command_chain(commands, typed))
@@ -239,26 +240,22 @@ def build_note_error(begin: str, note: str, typed: Sequence[str]) -> UserError:
     return UserError(f"{begin}; {sentence}", Fix(shlex.join([*command_words, *values, *typed, *switches])))
 
 
-def _fill_python_line(line: str, typed: Sequence[str]) -> str:
-    """Fill DIR and TEXT in a `python -c` line by the typed folder and the other typed words."""
-    folders = [word for word in typed if os.path.isdir(word)] or ["DIR"]
-    texts = [word for word in typed if word not in folders and not word.startswith("-")] or ["TEXT"]
-    line = line.replace("python", shlex.quote(sys.executable), 1).replace("DIR", folders[0])
-    return line.replace("TEXT", " ".join(texts).replace("'", "\\'"))
-
-
 def _fill_command_chain(commands: str, typed: Sequence[str]) -> Fix:
-    """Fill the {holes} in commands joined by && for conversions to GGUF and uploads to a hub."""
+    """Fill the {holes} in commands joined by &&: conversions to GGUF, uploads to a hub, added tokens."""
     number_type = find_value(typed, "--outtype", "--quantize", "--type")
     arguments = [word for word in typed if not word.startswith("-") and word != number_type]
     model = "OWNER/NAME" if "hf download" in commands else "RUN"
     if arguments:
-        model = arguments[0]
+        model = next(filter(os.path.isdir, arguments), arguments[0])
+        arguments.insert(0, arguments.pop(arguments.index(model)))
     name = Path(model).name
     output = arguments[1] if len(arguments) > 1 else f"{name}-{number_type or 'f16'}.gguf"
     holes = {"first": model, "name": name, "second": output, "type": number_type.upper(),
              "repo": arguments[1] if len(arguments) > 1 else "OWNER/NAME",
              "gguf": f"{name}.gguf" if number_type else output,
+             "python": sys.executable, "output": find_value(typed, "--output") or f"{name}-added",
+             "text": " ".join(arguments[1:]) or "TEXT",
+             "tokens": find_value(typed, "--tokens", "--special-tokens") or "TOKEN,TOKEN",
              "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
     if not number_type:  # no quantization after the conversion
         commands = re.sub(r" && [^&]*{type}", "", commands)

@@ -61,12 +61,16 @@ def parse_object(text: str) -> dict[str, str]:
 
 
 def multiply_context(model: str, factor: str) -> str:
-    """Return `factor` times the context length of a Hugging Face folder; "TOKENS" if unknown."""
+    """Return `factor` times the context length of a Hugging Face folder or run; "TOKENS" if unknown."""
     config = _parse_file(Path(model) / "config.json") if model else None
-    length = config.get("max_position_embeddings") if isinstance(config, dict) else None
-    if not isinstance(length, int) or not re.fullmatch(r"\d+(\.\d+)?", factor):
+    length = None
+    if isinstance(config, dict):
+        phases = (config.get("data") or {}).get("phases") or ()
+        length = max((phase["seq_len"] for phase in phases), default=config.get("max_position_embeddings"))
+    number = re.search(r"(?:\A|factor\W{1,4})(\d+(?:\.\d+)?)(?=\Z|[,}])", factor)
+    if not isinstance(length, int) or number is None:
         return "TOKENS"
-    return str(round(length * float(factor)))
+    return str(round(length * float(number[1])))
 
 
 def parse_blend(words: Sequence[str]) -> list[str]:

@@ -1,13 +1,16 @@
-"""Kinds of words, files and folders, and the options of a command line that take each kind."""
+"""Guess what a word on a command line means (model, data, text, ...), by its spelling and files on disk."""
 
 import json
 import os
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 TRACKER = "latest_checkpointed_iteration.txt"
 """Megatron-LM's file with the newest iteration of a checkpoint folder."""
 DATA_SUFFIXES = (".jsonl", ".json", ".parquet", ".txt", ".csv", ".tsv", ".gz", ".zst", ".arrow", ".md")
+MAX_MODELS = 8
+"""Largest number of models that a message lists."""
 _FOLDER_KINDS = {"run": "model", "checkpoint": "model", "hf": "model", "peft": "model", "tokens": "tokens",
                  "tokenizer": "tokenizer"}
 """Result of `classify_folder` -> kind of a word."""
@@ -49,10 +52,18 @@ def find_only_folder(kind: str) -> str:
     return names[0] if len(names) == 1 else ""
 
 
-def list_models() -> list[str]:
-    """Return model folders and runs in the current folder and its folder runs."""
+def list_models(kinds: Collection[str] = ("hf", "run", "checkpoint")) -> list[str]:
+    """Return the folders of `kinds`, as `classify_folder` names them, in the current folder and its folder
+    runs."""
     return [str(path) for path in sorted([*Path().iterdir(), *Path("runs").glob("*")])
-            if classify_folder(path) in ("hf", "run", "checkpoint")]
+            if classify_folder(path) in kinds]
+
+
+def suggest_models(kinds: Collection[str]) -> str:
+    """Return the end of a message with the first models near the current folder; "": none. `kinds`: as in
+    `runs.checkpoints`, where a Hugging Face folder is hf_model and an adapter peft_adapter."""
+    models = list_models([kind.partition("_")[0] for kind in kinds])
+    return f"; models here: {', '.join(models[:MAX_MODELS])}" if models else ""
 
 
 def list_run_tokenizers(run: Path) -> list[Path]:
@@ -62,7 +73,7 @@ def list_run_tokenizers(run: Path) -> list[Path]:
 
 
 def classify_folder(path: Path) -> str:
-    """Return a folder's kind: run, checkpoint, hf, peft, tokens, tokenizer, megatron or other."""
+    """Return run, hf, peft, megatron, dcp_checkpoint, tokenizer, other, or the kind in the manifest."""
     try:
         names = set(os.listdir(path))
     except OSError:
@@ -73,6 +84,8 @@ def classify_folder(path: Path) -> str:
         return "peft"
     if TRACKER in names or any(name.startswith("iter_") for name in names):
         return "megatron"
+    if ".metadata" in names:  # of torch.distributed; metadata.json is Megatron-Core's
+        return "megatron" if "metadata.json" in names else "dcp_checkpoint"
     if "config.json" in names and any(name.endswith(".safetensors") for name in names):
         return "hf"
     # opening a named pipe would wait for its writer

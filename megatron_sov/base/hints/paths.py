@@ -213,8 +213,10 @@ def _read_pack_options(file: Path) -> list[str]:
     separator = {".csv": ",", ".tsv": "\t"}.get(file.suffix.lower(), "")
     faults = (OSError, ValueError, AttributeError, TypeError, StopIteration, BadRecord, csv.Error)
     with contextlib.suppress(*faults), file.open(encoding="utf-8", newline="") as f:
-        record = next(csv.DictReader(f, delimiter=separator)) if separator else (
-            json.loads(f.readline(MAX_BYTES)))
+        if separator:
+            record = next(csv.DictReader(f, delimiter=separator))
+        else:
+            record = json.loads(f.readline(MAX_BYTES))
         if kinds := list_kinds(convert_layout(record, None)):
             return ["--format", kinds[0]]
         columns = propose_columns(record, "text").split()

@@ -18,8 +18,8 @@ from megatron_sov.base.hints.kinds import classify_word
 from megatron_sov.base.hints.table import (
     find_by_parts, find_note, find_our_value, get_last_part, index_words, load_table, normalize_word)
 from megatron_sov.base.hints.values import (
-    GPUS_PER_NODE, SWITCHES, FindSetting, compute_share, find_value, parse_cluster, translate_setting,
-    translate_value)
+    GPUS_PER_NODE, SWITCHES, FindSetting, compute_odds, compute_share, find_value, parse_cluster,
+    translate_setting, translate_value)
 
 MIN_SIMILARITY = 0.8
 """Lowest `SequenceMatcher.ratio` between an unknown option and a suggested option."""
@@ -169,7 +169,7 @@ class Rewrite:
 
     def _list_holes(self, value: str) -> dict[str, str]:
         """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {nodes}, {run},
-        {output}, {folder}, {tokens}, {share}, {first}, {second} (of two numbers)."""
+        {output}, {folder}, {tokens}, {share}, {odds}, {first}, {second} (of two numbers)."""
         thousands = re.fullmatch(r"(\d+)[kK]", value)
         value = str(1024 * int(thousands[1])) if thousands and self.command == "extend" else value
         run = re.sub(r"/checkpoints(/[^/]*)?/?$", "", value)
@@ -189,7 +189,8 @@ class Rewrite:
                 "second": "".join(numbers[1:2]), "stem": Path(value).stem, "run": run,
                 "cluster": parse_cluster(value), "folder": folder,
                 "tokens": multiply_context(find_value(self.typed, "--from", "--model"), value),
-                "output": find_value(self.typed, "--output") or "DIR", "share": compute_share(value)}
+                "output": find_value(self.typed, "--output") or "DIR", "share": compute_share(value),
+                "odds": compute_odds(value)}
 
     def replace_option(self, option: str, values: list[str]) -> None:
         """Write the counterpart of an option that the command does not have."""

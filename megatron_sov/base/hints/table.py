@@ -1,8 +1,6 @@
 """Load the YAML tables of these packages, and look up words of Megatron-LM, Hugging Face, TRL, axolotl,
 lm-eval and nanochat in `words.yaml`, which maps them to options, settings and commands."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -20,7 +18,7 @@ MIN_PREFIX = 4
 _ENDINGS = re.compile(r"(izations?|ations?|ings?|ers?|ed|es|e|s)\Z")
 
 
-def load_package_table(file: Path | Traversable) -> Any:
+def load_package_table(file: "Path | Traversable") -> Any:
     """Load a YAML file of these packages by libyaml if PyYAML has it: modules load tables at import, and
     PyYAML's own parser takes ten times as long."""
     import yaml  # not at the top: `--help` of a program reads no YAML
@@ -92,8 +90,8 @@ def _index_notes(section: str) -> dict[str, str]:
 
 
 def find_by_parts(word: str, names: Iterable[str]) -> str:
-    """Return the option or setting with every part of an unknown word (at least two parts) in its own name or
-    in one name of another program for it; "": none or several."""
+    """Return the only option or setting whose own name, or whose name in another program, has every part of
+    an unknown word of at least two parts; "": none or several."""
     query = set(split_stems(get_last_part(word)))
     if len(query) < 2:
         return ""
@@ -119,7 +117,7 @@ def split_stems(text: str) -> list[str]:
 
 
 def _has_stem(stems: set[str], query: str) -> bool:
-    """Return whether `stems` contain a stem, its beginning or continuation (from `MIN_PREFIX` letters)."""
+    """Return whether `query` is in `stems`, or one begins with the other (both from `MIN_PREFIX` letters)."""
     if query in stems:
         return True
     return len(query) >= MIN_PREFIX and any(

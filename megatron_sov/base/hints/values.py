@@ -101,6 +101,12 @@ def compute_share(parts: str) -> str:
     return f"{numbers[1] / (sum(numbers) or 1):g}"
 
 
+def compute_odds(share: str) -> str:
+    """Return (1 - share) / share for a share between 0 and 1: 0.25 -> 3; other texts unchanged."""
+    number = float(share) if re.fullmatch(r"0?\.\d+", share) else 0.0
+    return f"{(1 - number) / number:.4g}" if number else share
+
+
 def parse_cluster(name: str) -> str:
     """Return the cluster profile for a GPU name: NVIDIA-A100-80GB -> a100."""
     match = re.search(r"gb200|gb300|[abhv]\d{3}", name.lower())

@@ -100,7 +100,10 @@ def _check_pasted_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -
     for word in typed:
         option, blank, value = re.sub(r"\A-?[\u2013\u2014]-?", "--", word).partition(" ")
         is_option = option in parser._option_string_actions and option != word
-        words += [option, *([value] if blank else [])] if is_option else [word]
+        if not is_option:
+            words.append(word)
+        else:
+            words += [option, value] if blank else [option]
     if words != list(typed):
         raise UserError(f"{parser.prog}: an option must begin with two plain hyphens, and its value is a "
                         "word of its own", Fix(f"{parser.prog} {shlex.join(words)}"))

@@ -156,12 +156,13 @@ class LinePlot:
         numbered = any(
             (across.to_fraction(high) - across.to_fraction(low)) * NARROW_PX < NAME_PX * (len(name) + 1)
             for name, low, high in self.bands)
+        labels = [escape_controls(name) for name, _, _ in self.bands]
+        key = ", ".join(f"{number} {label}" for number, label in enumerate(labels, 1))
+        if numbered:
+            labels = [str(number) for number, _ in enumerate(labels, 1)]
         names = [Markup('<span class="phase" style="left:{:.1f}%;width:{:.1f}%">{}</span>').format(
-            100 * across.to_fraction(low), 100 * (across.to_fraction(high) - across.to_fraction(low)),
-            number if numbered else escape_controls(name)) for number,
-                 (name, low, high) in enumerate(self.bands, 1)]
-        key = ", ".join(f"{number} {escape_controls(name)}" for number,
-                        (name, *_) in enumerate(self.bands, 1))
+            100 * across.to_fraction(low), 100 * (across.to_fraction(high) - across.to_fraction(low)), label)
+            for (_, low, high), label in zip(self.bands, labels, strict=True)]
         key = Markup('<p class="axis below">{}</p>').format(key) if numbered else ""
         legend = [(series.name, series.colour, series.is_faint) for series in self.series]
         y_ticks = up.ticks()

@@ -5,8 +5,6 @@ For example, `"min_lr schedule": is_set(".lr")` in the class of a phase makes `d
 while `data.phases.0.lr` is not set.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, cast
@@ -70,7 +68,7 @@ class When:
 class AnyOf:
     """At least one condition must hold (`When`, `AllOf`)."""
 
-    def __init__(self, *parts: Condition) -> None:
+    def __init__(self, *parts: "Condition") -> None:
         self.parts = parts
 
     def find_unmet(self, root: Any, owner: str, facts: Facts) -> UnmetCondition | None:
@@ -90,7 +88,7 @@ class AnyOf:
 class AllOf:
     """Every condition must hold (`When`, `AnyOf`)."""
 
-    def __init__(self, *parts: Condition) -> None:
+    def __init__(self, *parts: "Condition") -> None:
         self.parts = parts
 
     def find_unmet(self, root: Any, owner: str, facts: Facts) -> UnmetCondition | None:

@@ -118,8 +118,9 @@ def iter_core_quotas(groups: str, root: Path) -> Iterator[float]:
         # cgroup v2 has one tree for all controllers, v1 one tree per controller
         if controllers and "cpu" not in controllers.split(","):
             continue
-        top, files = (root / "cpu", ("cpu.cfs_quota_us", "cpu.cfs_period_us")) if controllers else (
-            root, ("cpu.max",))
+        top, files = root, ["cpu.max"]
+        if controllers:
+            top, files = root / "cpu", ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
         folder = top / group.lstrip("/")
         for parent in (folder, *folder.parents):
             # missing in a container, which sees the container's group as the root

@@ -1,7 +1,5 @@
 """Settings problems as data (code, key, rule, fix), and types and relations that bound settings."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -97,9 +95,9 @@ class SettingsProblem:
             compared = f" {self.other}{value_text}"
         return begin + self.rule + compared + (f"; {self.way_out}" if self.way_out else "")
 
-    def with_prefix(self, prefix: str) -> SettingsProblem:
-        """Return the problem with `prefix.` before the key; an option name stays unchanged."""
-        if self.key.startswith("-"):
+    def with_prefix(self, prefix: str) -> "SettingsProblem":
+        """Return the problem with `prefix.` before the key ("": unchanged, as are names of options)."""
+        if not prefix or self.key.startswith("-"):
             return self
         return replace(self, key=f"{prefix}.{self.key}" if self.key else prefix)
 
@@ -117,7 +115,7 @@ def find_broken_rules(settings: Any, prefix: str, *rules: tuple[bool, str, str] 
     `prefix` before its key."""
     problems = [SettingsProblem(ProblemCode.RULE, key, rule, _get_value(settings, key), "".join(way_out))
                 for holds, key, rule, *way_out in rules if not holds]
-    return [problem.with_prefix(prefix) for problem in problems] if prefix else problems
+    return [problem.with_prefix(prefix) for problem in problems]
 
 
 def use_option_names(problems: Sequence[SettingsProblem], **options: str) -> list[SettingsProblem]:
@@ -307,6 +305,11 @@ def excludes_field(other: str) -> Relation:
                     "leave one of them out", shows_value=False)
 
 
+def require_that(holds: Callable[[Any], object], rule: str, way_out: str = "") -> Bound:
+    """Require a value for which `holds` returns a true value."""
+    return Bound(lambda value: None if holds(value) else (ProblemCode.BOUND, rule, way_out))
+
+
 def choice_from(known: Callable[[], Collection[str]]) -> Bound:
     """Require a text to be in `known()`, a table or file that the check reads."""
     def find_breach(value: str) -> Violation | None:
@@ -321,14 +324,13 @@ def choice_from(known: Callable[[], Collection[str]]) -> Bound:
 
 def _find_repeated(values: Collection[Any]) -> Violation | None:
     repeated = [value for value, count in Counter(values).items() if count > 1]
-    return (ProblemCode.BOUND, f"has {format_setting(repeated[0])} twice",
-            "name it once") if repeated else None
+    if not repeated:
+        return None
+    return ProblemCode.BOUND, f"has {format_setting(repeated[0])} twice", "name it once"
 
 
-NotBlank = Annotated[str, Bound(lambda text: None if text.strip() else (ProblemCode.BOUND,
-                                                                        "must not be empty", ""))]
+NotBlank = Annotated[str, require_that(str.strip, "must not be empty")]
 UNIQUE_ITEMS = Bound(_find_repeated)
 """List bound for `Annotated`: every item occurs once."""
-ASCENDING_PAIR = Bound(lambda pair: None if pair[0] <= pair[1] else (
-    ProblemCode.BOUND, "must have the lower number first", ""))
+ASCENDING_PAIR = require_that(lambda pair: pair[0] <= pair[1], "must have the lower number first")
 """Pair bound for `Annotated`: (lower end, upper end)."""

@@ -197,8 +197,7 @@ def parse_arguments(target: Any, values: Mapping[str, Any], where: str, *, prefi
         if error is not None:
             problems += [problem.with_prefix(name) for problem in explain_validation_error(hint, error)]
     if problems:
-        raise SettingsError(where,
-                            [problem.with_prefix(prefix) if prefix else problem for problem in problems])
+        raise SettingsError(where, [problem.with_prefix(prefix) for problem in problems])
     return arguments
 
 

@@ -286,6 +286,11 @@ def parse_changes(changes: Iterable[str], option: str = "--set") -> dict[str, An
     return values
 
 
+def format_change(key: str, value: Any) -> str:
+    """Format a setting as `key=value`, the inverse of `parse_changes`; values other than text become JSON."""
+    return f"{key}={value if isinstance(value, str) else json.dumps(value)}"
+
+
 def parse_value(text: str) -> Any:
     """Parse a value as JSON or text; raise ValueError for invalid text that begins like JSON."""
     try:

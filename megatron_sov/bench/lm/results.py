@@ -227,7 +227,6 @@ def format_score_name(metric: str, filter_name: str) -> str:
 
 
 def format_scores(results: Results) -> str:
-    """Format the scores as a table."""
     rows = [("task", "metric", "value", "95 % interval", "items", "failed", "at limit")]
     for name, task in results.tasks.items():
         for metric in task.metrics:

@@ -5,8 +5,11 @@ link out of its folder.
 """
 
 import importlib.util
+import json
 import os
 import re
+import shlex
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -21,6 +24,8 @@ from megatron_sov.bench.lm.settings import TaskSources
 
 DATA = "${DATA}"
 """Stands for `--data-dir` in paths of data files."""
+DOWNLOADS = "benchmarks"
+"""Folder of downloaded data sets in proposed command lines."""
 MAX_INCLUDES = 32
 """Deepest chain of includes."""
 SUITES = Path(__file__).parents[1] / "suites" / "tasks"
@@ -146,13 +151,33 @@ def check_task_names(names: Sequence[str], sources: TaskSources) -> None:
                 raise UserError(f"task {name!r}: does not exist; did you mean {nearest!r}?",
                                 Fix(words={name: nearest}))
         required = [name for name in required if name in catalog.definitions]
-    for name in catalog.list_required(required, {}):
+    problems, commands = list[str](), list[str]()
+    for name in catalog.list_required(required, {}) if sources.data_dir is None else ():
         config = catalog.definitions[name].config
         files = re.findall(re.escape(DATA) + r"/([^'\"]+)", str(config.get("dataset_kwargs")))
-        if files and sources.data_dir is None:
+        if files:
             publisher = get_sov_metadata(config.get("metadata")).get("source", "the data set")
-            raise UserError(f"task {name!r}: needs {files[0]}; put {publisher} into a folder, and pass it "
-                            "as --data-dir DIR", Fix(options=("--data-dir", "DIR")))
+            problems.append(f"task {name!r}: needs {', '.join(files)}; put {publisher} into a folder, and "
+                            "pass it as --data-dir DIR")
+            commands += _write_download(publisher, config["dataset_kwargs"]["data_files"])
+    if problems:
+        folder = DOWNLOADS if commands else "DIR"
+        raise UserError("; ".join(problems), Fix(options=("--data-dir", folder), before=tuple(commands)))
+
+
+def _write_download(publisher: str, files: Any) -> list[str]:
+    """Return the command that writes the `files` of a task, split -> path, from a data set of the hub; []:
+    the `publisher` in the task's metadata names no single data set."""
+    match = re.fullmatch(r"the rows of ([\w.-]+/[\w.-]+)(?:, configuration (\w+))?(?: \(.*\))?", publisher)
+    if match is None or not all(isinstance(file, str) for file in files.values()):
+        return []
+    paths = {split: file.replace(DATA, DOWNLOADS) for split, file in files.items()}
+    # a data set whose only split has another name is taken whole
+    arguments = ", ".join(json.dumps(name) for name in match.groups() if name)
+    code = (f"import datasets; d = datasets.load_dataset({arguments}); "
+            f"[d.get(s, [*d.values()][0]).to_json(f) for s, f in {json.dumps(paths)}.items()]")
+    folders = " ".join(sorted({str(Path(path).parent) for path in paths.values()}))
+    return [f"mkdir -p {folders} && {shlex.quote(sys.executable)} -c {shlex.quote(code)} {DOWNLOADS}"]
 
 
 def find_tasks(folders: Sequence[TaskFolder]) -> TaskCatalog:

@@ -51,9 +51,10 @@ class JudgedSamplingOptions(JudgeOptions):
     batch_size: BatchSize = Batching.batch_size
 
     def problems(self) -> list[SettingsProblem]:
-        return [] if self.samples == 1 or self.sampling.temperature else [
-            SettingsProblem(ProblemCode.RULE, "samples", "are equal responses at --temperature 0",
-                            self.samples, "add --temperature 1, or take one sample")]
+        if self.samples == 1 or self.sampling.temperature:
+            return []
+        return [SettingsProblem(ProblemCode.RULE, "samples", "are equal responses at --temperature 0",
+                                self.samples, "add --temperature 1, or take one sample")]
 
 
 @dataclass(frozen=True, kw_only=True)

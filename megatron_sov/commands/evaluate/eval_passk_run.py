@@ -67,6 +67,7 @@ class PasskRun:
 
     @cached_property
     def responses(self) -> dict[str, Any]:
+        """`model` and the input file, which determine the sampled responses."""
         source = self.options.input
         return {"model": self.model, "rows": {"path": str(source), "digest": hash_file(source)}}
 
@@ -90,7 +91,7 @@ def estimate_passk(request: PasskRequest) -> None:
     """Sample and judge missing responses, then write the artifact and print the estimates."""
     run = PasskRun(request, find_target(request.options.target))
     options = run.options
-    # ranks under torchrun, or ranks that started with the same command
+    # further ranks, started by torchrun or by the same command, only sample
     if not is_first_rank():
         _sample(run)
         return
@@ -104,8 +105,10 @@ def estimate_passk(request: PasskRequest) -> None:
     name, version = request.order.name, request.reward.version
     request.events.add(KIND, step=get_target_step(run.target, request.events), input=str(options.input),
                        reward=name, reward_version=version, sampling=run.model["sampling"], **figures)
-    print(format_json(figures).rstrip() if options.json
-          else f"{format_table(figures)}\n{options.output}: reward {name} {version}")
+    if options.json:
+        print(format_json(figures).rstrip())
+    else:
+        print(f"{format_table(figures)}\n{options.output}: reward {name} {version}")
 
 
 def _sample(run: PasskRun) -> Path:

@@ -156,7 +156,6 @@ def _apply_options(options: NeedleOptions, config: NeedleConfig) -> NeedleConfig
 
 
 def _parse_source_language(word: str) -> tuple[str, Language]:
-    """Parse SOURCE=LANGUAGE."""
     name, _, text = word.rpartition("=")
     language = next((language for language in LANGUAGES if language == text), None)
     if language is None or not name:

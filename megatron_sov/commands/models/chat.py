@@ -15,7 +15,7 @@ from megatron_sov.commands.shared_options import AnyTarget, list_option_words
 from megatron_sov.infer.request import RankOptions, SampleSeed, Temperature, TopP
 from megatron_sov.model.recipes.requested import PluginOptions
 from megatron_sov.runs.checkpoints import check_model
-from megatron_sov.serve.chat_session import ChatModel, ChatSession, ChatTurn, find_chat_model
+from megatron_sov.serve.chat_session import ChatModel, ChatSession, find_chat_model
 from megatron_sov.serve.settings import ServeSettings
 from megatron_sov.work.endpoints.answers import BadAnswer
 from megatron_sov.work.endpoints.local_server import serve_model
@@ -55,8 +55,9 @@ class ChatOptions(PluginOptions, RankOptions):
     def problems(self) -> list[SettingsProblem]:
         if not self.target:
             return [SettingsProblem(ProblemCode.TYPE, "target", "is empty; must name a model")]
-        return (list(find_address_problems("target", self.target.rstrip("/"), "--api-key-env"))
-                if is_url(self.target) else [])
+        if not is_url(self.target):
+            return []
+        return list(find_address_problems("target", self.target.rstrip("/"), "--api-key-env"))
 
 
 def chat(options: ChatOptions) -> int:
@@ -208,9 +209,6 @@ class Terminal:
         turns = self._session.turns
         if not turns:
             raise UserError("/think: the chat has no turns yet; type a message first")
-        self.note(_join_thoughts(turns[-1]) or f"{self._session.model.name} has written no thoughts")
-
-
-def _join_thoughts(turn: ChatTurn) -> str:
-    return "\n".join(message["reasoning_content"] for message in turn.messages
-                     if message.get("reasoning_content"))
+        thoughts = [message.get("reasoning_content") for message in turns[-1].messages]
+        self.note("\n".join(filter(None, thoughts))
+                  or f"{self._session.model.name} has written no thoughts")

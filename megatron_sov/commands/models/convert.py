@@ -21,7 +21,8 @@ from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.train import AverageKind
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import (
-    CHECKPOINT_KIND, HF_MODEL, RUN, check_folder_kind, check_model, check_model_path, fix_adapter)
+    ANY_MODEL, CHECKPOINT_KIND, HF_MODEL, MODEL_KINDS, PEFT_ADAPTER, RUN, check_folder_kind, check_model,
+    check_model_path, fix_adapter)
 
 RUN_MODULE = "megatron_sov.commands.models.convert_run"
 DtypeName = Literal["keep", "float32", "bfloat16", "float16", "float64"]
@@ -115,6 +116,21 @@ class ToDcpOptions(TrainedOptions):
 
     out: Annotated[Path, Flag("OUT")]
     """Folder to write, with step-N, config.json and tokenizer."""
+    names: Literal["hf", "torchtitan"] = "hf"
+    """Parameter names: hf, of the transformers class; torchtitan, of torchtitan 0.3."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromDcpOptions(ConversionOptions):
+    """Convert a checkpoint of torch.distributed.checkpoint to a checkpoint that loads at any layout."""
+
+    dcp_dir: Annotated[Path, Flag("DCP_DIR")]
+    """Folder with .metadata, or with folders step-N (newest step)."""
+    out: CheckpointOut
+    model: Annotated[Path | None, Flag(value="MODEL_DIR")] = None
+    """Hugging Face folder with config.json and tokenizer (default: DCP_DIR)."""
+    weights_only: bool = False
+    """Leave out the optimizer, for a run with --from."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,18 +209,14 @@ OptionsT = TypeVar("OptionsT", bound=PluginOptions)
 
 def _check_paths(*names: str, kinds: tuple[str, ...] = (), expected: str = ""
                  ) -> Callable[[OptionsT], OptionsT]:
-    """Return a check that loads --plugin, and refuses missing models and models outside `kinds`.
-
-    Args:
-        names: option fields with paths of models.
-        kinds: accepted kinds of folders; (): all.
-        expected: `kinds` in words.
-    """
+    """Return a check that loads --plugin, and refuses missing models in the option fields `names`, and models
+    outside `kinds` (in words `expected`; (): all)."""
     def check(options: OptionsT) -> OptionsT:
         for name in names:
-            check_model_path(getattr(options, name))
+            path = getattr(options, name)
+            check_model_path(path, "", kinds or MODEL_KINDS, expected or ANY_MODEL)
             if kinds:
-                check_folder_kind(getattr(options, name), kinds, expected)
+                check_folder_kind(path, kinds, expected)
         load_plugins(options.plugins)
         return options
 
@@ -235,7 +247,8 @@ def _check_from_peft(options: FromPeftOptions) -> FromPeftOptions:
         base = shlex.split(fix.before[-1])[-1]
         raise UserError(f"{options.peft_dir}: names its base model; make a checkpoint of it for --base",
                         Fix(options=("--base", base), before=fix.before[:-1]))
-    return _check_paths("peft_dir", "base")(options)
+    _check_paths("peft_dir", kinds=(PEFT_ADAPTER,), expected="a PEFT adapter")(options)
+    return _check_paths("base")(options)
 
 
 def _check_verify(options: VerifyOptions) -> VerifyOptions:
@@ -268,6 +281,7 @@ CONVERT = ActionGroup({
     "from-megatron": DeclaredCommand(FromMegatronOptions, _check_from_megatron,
                                      f"{RUN_MODULE}:import_megatron"),
     "to-megatron": DeclaredCommand(ToMegatronOptions, _check_trained, f"{RUN_MODULE}:export_megatron"),
+    "from-dcp": DeclaredCommand(FromDcpOptions, _check_paths("dcp_dir"), f"{RUN_MODULE}:import_dcp"),
     "to-dcp": DeclaredCommand(ToDcpOptions, _check_trained, f"{RUN_MODULE}:export_dcp"),
     "to-peft": DeclaredCommand(ToPeftOptions, _check_paths("checkpoint"), f"{RUN_MODULE}:export_peft"),
     "from-peft": DeclaredCommand(FromPeftOptions, _check_from_peft, f"{RUN_MODULE}:import_peft"),

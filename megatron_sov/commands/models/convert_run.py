@@ -7,13 +7,14 @@ from typing import Any
 
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.commands.models.convert import (
-    AverageOptions, ConvertInspectOptions, FromHfOptions, FromMegatronOptions, FromPeftOptions, ToDcpOptions,
-    ToHfOptions, ToMegatronOptions, ToPeftOptions, resolve_architecture)
+    AverageOptions, ConvertInspectOptions, FromDcpOptions, FromHfOptions, FromMegatronOptions,
+    FromPeftOptions, ToDcpOptions, ToHfOptions, ToMegatronOptions, ToPeftOptions, resolve_architecture)
 from megatron_sov.convert.averaging import average, choose_checkpoints
+from megatron_sov.convert.dcp.from_dcp import from_dcp
 from megatron_sov.convert.dcp.to_dcp import to_dcp
 from megatron_sov.convert.hf_export import to_hf
 from megatron_sov.convert.hf_import import from_hf
-from megatron_sov.convert.megatron.from_megatron import from_megatron
+from megatron_sov.convert.megatron.from_megatron import ImportReport, from_megatron
 from megatron_sov.convert.megatron.to_megatron import to_megatron
 from megatron_sov.convert.peft import describe_adapter, from_peft, open_weights, to_peft
 from megatron_sov.model.families.count import count_params
@@ -32,14 +33,25 @@ def export_hf(options: ToHfOptions) -> None:
 
 
 def import_megatron(options: FromMegatronOptions) -> None:
-    """Convert a torch_dist checkpoint, and print the parts left out and the command that continues it."""
     family, overrides = resolve_architecture(options)
     result = from_megatron(options.megatron_dir, options.out, options.dtype, family=family,
                            overrides=overrides, tokenizer=options.tokenizer,
                            weights_only=options.weights_only, workers=options.workers,
                            overwrite=options.overwrite, redo=options.redo)
+    _print_import(options.out, result)
+
+
+def import_dcp(options: FromDcpOptions) -> None:
+    _print_import(options.out, from_dcp(
+        options.dcp_dir, options.out, options.dtype, model_dir=options.model,
+        weights_only=options.weights_only, workers=options.workers, overwrite=options.overwrite,
+        redo=options.redo))
+
+
+def _print_import(out: Path, result: ImportReport) -> None:
+    """Print the parts left out of an import, and the command that continues the training."""
     iteration = "" if result.iteration is None else f", iteration {result.iteration}"
-    print(f"wrote checkpoint {options.out}: a model of family {result.model.family}{iteration}")
+    print(f"wrote checkpoint {out}: a model of family {result.model.family}{iteration}")
     if result.num_padded_rows:
         print(f"left out {result.num_padded_rows} padding rows of the vocabulary's matrices, after the "
               f"{result.model.vocab_size} token ids")
@@ -69,7 +81,7 @@ def export_megatron(options: ToMegatronOptions) -> None:
 
 
 def export_dcp(options: ToDcpOptions) -> None:
-    source = to_dcp(options.checkpoint, options.out, weights_only=options.weights_only,
+    source = to_dcp(options.checkpoint, options.out, names=options.names, weights_only=options.weights_only,
                     workers=options.workers, overwrite=options.overwrite)
     print(f"wrote torch.distributed checkpoint {options.out}/step-{source.step}")
     print("without optimizer" if source.num_updates is None else

@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from textwrap import indent
 from typing import Annotated
 
 import yaml
 
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import ExitCode, UserError
-from megatron_sov.base.figures import format_count
+from megatron_sov.base.figures import align_columns, format_count
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import DeclaredCommand, excludes_field
 from megatron_sov.model import objectives, recipes
@@ -93,9 +94,7 @@ def format_recipe_list(tiny: bool = False) -> str:
     rows += [(name, origin, "model family") for name, origin in models.FAMILY_PLUGINS.listing()]
     rows += [(name, origin, "objective") for name, origin in objectives.OBJECTIVE_PLUGINS.listing()]
     if rows:
-        widths = [max(len(row[i]) for row in rows) for i in (0, 1)]
-        lines += ["", "from files:",
-                  *(f"  {name:<{widths[0]}}  {origin:<{widths[1]}}  {text}" for name, origin, text in rows)]
+        lines += ["", "from files:", indent(align_columns(rows, left=range(3)), "  ")]
     more = "without --tiny: recipes at full size" if tiny else (
         f"--tiny: {len(recipes.names()) - len(configs)} recipes with the same structures for a laptop")
     return "\n".join([*lines, "", more])

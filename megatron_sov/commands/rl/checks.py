@@ -1,7 +1,5 @@
 """Checks of `megatron-sov rl train`, `rl run` and `rl generate` before torch is imported."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -56,13 +54,12 @@ class RoundsRequest(TrainingRequest):
     tokenizer: Path
     """Tokenizer folder of `start`."""
     prompts: PromptList
-    """Every prompt in --prompts."""
     reward_version: str
     validation_prompts: PromptList | None
     """Prompts in --validation that training does not use; None: no validation."""
     live_teacher: Path | None = None
     """Checkpoint whose distributions the run learns (policy.method=gkd)."""
-    scoring_teachers: tuple[ScoringTeacher, ...] = ()
+    scoring_teachers: "tuple[ScoringTeacher, ...]" = ()
     """Teachers that score responses, ordered by domain."""
     wait_s: float = 0.0
     """Time limit per round for generation and judging."""
@@ -94,7 +91,6 @@ class RolloutsRequest:
     rounds: range
     """Rounds to write, from 1."""
     prompts: PromptList
-    """Every prompt in --prompts."""
     environment: EnvironmentRequest | None
 
 
@@ -240,7 +236,6 @@ def read_validation_prompts(file: Path, renames: Sequence[str], training: Prompt
 
 
 def resolve_environment(options: SamplingOptions, config: RunConfig) -> EnvironmentRequest | None:
-    """Return the environment from --environment, or None."""
     if options.environment is None:
         return None
     rollout = config.rollout
@@ -258,7 +253,7 @@ def resolve_environment(options: SamplingOptions, config: RunConfig) -> Environm
     return EnvironmentRequest(request, version, limits)
 
 
-def check_sequence_length(rollout: RolloutConfig, environment: EnvironmentRequest | None, start: Target
+def check_sequence_length(rollout: RolloutConfig, environment: EnvironmentRequest | None, start: "Target"
                           ) -> None:
     """Check that prompt and response, or the longest turn, fit the model's context."""
     turn = "" if environment is None else " and a turn's max_turn_tokens"

@@ -3,8 +3,6 @@
 `rl run` also generates and judges the rounds (`RolloutBuilder`); `rl train` finds them in `--store`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -119,7 +117,7 @@ class RolloutBuilder:
     """Engine servers; None: the trained model generates."""
 
     @classmethod
-    def open(cls, request: CycleRequest) -> RolloutBuilder:
+    def open(cls, request: CycleRequest) -> "RolloutBuilder":
         """Open the start, and check that responses fit the context length."""
         config, start = request.rounds.config, find_target(request.rounds.start)
         environment = resolve_environment(request.options, config)

@@ -1,7 +1,5 @@
 """Options and checks for `megatron-sov distill` and `megatron-sov distill states`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +73,7 @@ class DistillOptions(StageOptions):
     """Learn from the teacher's K most probable tokens instead of its states (--set
     distillation.top_k=...)."""
 
-    def with_implied_settings(self) -> DistillOptions:
+    def with_implied_settings(self) -> "DistillOptions":
         if self.top_k is None:
             return self
         return dataclasses.replace(self, settings=(*self.settings, f"distillation.top_k={self.top_k}"))

@@ -54,4 +54,5 @@ PRETRAIN = DeclaredCommand(PretrainOptions, CHECK_TRAINING, RUN_TRAINING)
 SFT = DeclaredCommand(SftOptions, CHECK_TRAINING, RUN_TRAINING)
 PREFER = DeclaredCommand(PreferOptions, CHECK_TRAINING, RUN_TRAINING)
 EXTEND = DeclaredCommand(ExtendOptions, "megatron_sov.commands.train.setup.training:check_extension",
-                         "megatron_sov.commands.train.extend_run:run_extension")
+                         "megatron_sov.commands.train.extend_run:run_extension",
+                         proposal_function="megatron_sov.commands.train.extend_run:check_proposal")

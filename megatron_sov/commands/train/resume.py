@@ -3,8 +3,6 @@
 Settings and data come from RUN/config.json, other options from RUN/command.json; ARGUMENTS override both.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import os
@@ -32,7 +30,7 @@ REPLACED = ("run", "resume", "recipe", "configs", "plugins", "data", "dry_run", 
 """Options whose values come from the run's folder."""
 
 
-def resume_run(options: ResumeOptions) -> int:
+def resume_run(options: "ResumeOptions") -> int:
     """Repeat the command that started a run, and return its exit code."""
     folder, first = options.run.absolute(), read_command(options.run)
     name, parser = _build_parser(first)

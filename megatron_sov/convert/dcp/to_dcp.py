@@ -4,9 +4,7 @@ Optimizer state has the flat keys of `torch.distributed.checkpoint.state_dict` (
 `flatten_optimizer_state_dict`), which do not depend on parameter groups or pipeline stages.
 """
 
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,10 @@ import torch
 from megatron_sov.base.artifacts import format_json, write_atomically
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.companion_files import copy_companions, read_token_ids
+from megatron_sov.convert.dcp.names import (
+    HF, PREFIXES, TITAN_BIAS, TORCHTITAN, Part, check_names, list_forms, order_rotary)
 from megatron_sov.convert.dcp.writer import (
-    DcpPlanner, DcpTensor, TrainedModel, open_trained_model, write_export)
+    ADAMW_DEFAULTS, DcpPlanner, DcpTensor, TrainedModel, open_trained_model, write_export)
 from megatron_sov.convert.hf_import import get_duplicates
 from megatron_sov.convert.sources import CheckpointWeights
 from megatron_sov.engine.optimizer.parameter_groups import GroupRule, find_rule
@@ -29,19 +29,17 @@ from megatron_sov.model.pretrained import CONFIG, EMBEDDING, HEAD
 from megatron_sov.schedules import Schedule
 
 KIND = "dcp_checkpoint"
-MOVED_BIAS, PLACE_IN_CLASS = ".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"
-"""A name in Hugging Face folders, and the name in transformers' class."""
 STATE_NAMES = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "momentum": "momentum_buffer"}
 """Our name of an optimizer tensor -> name in torch.optim.AdamW and torch.optim.Muon."""
-_EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 
 
-def to_dcp(checkpoint: str | Path, out: str | Path, *, weights_only: bool = False,
+def to_dcp(checkpoint: str | Path, out: str | Path, *, names: str = HF, weights_only: bool = False,
            workers: int = DEFAULT_WORKERS, overwrite: bool = False) -> TrainedModel:
     """Write OUT/step-N for `torch.distributed.checkpoint.load`, with config.json and tokenizer in OUT; return
-    its source. For arguments and errors see `to_megatron`."""
+    its source. `names`: `hf` or `torchtitan`. For other arguments and errors see `to_megatron`."""
     source = open_trained_model(checkpoint, weights_only=weights_only)
-    content = _ExportContent(source)
+    check_names(names, source.settings.model)
+    content = _ExportContent(source, names)
     planner = DcpPlanner(source.path, content.tensors, content.objects, content.aliases)
     family, tokenizer = models.get_family(source.settings.model.family), source.path / "tokenizer"
     tokens = read_token_ids(tokenizer)
@@ -57,31 +55,11 @@ def to_dcp(checkpoint: str | Path, out: str | Path, *, weights_only: bool = Fals
     return source
 
 
-@dataclass(frozen=True)
-class Part:
-    """A tensor to write: all of a Megatron tensor, or a Hugging Face tensor inside it."""
-
-    key: str
-    name: str
-    """Hugging Face tensor; the first one for stacked experts."""
-    tensor_shape: tuple[int, ...]
-
-
-def list_parts(link: Link) -> list[Part]:
-    """Return the tensors of a link under the names of transformers' class, which stacks experts as
-    Megatron-Core does: the link of the first expert stands for all experts."""
-    if expert := _EXPERT.fullmatch(link.hf_names[0]):
-        name = "gate_up_proj" if len(link.hf_names) > 1 else "down_proj"
-        return [] if link.offset[0] else [Part(f"{expert[1]}.{name}", link.hf_names[0], link.shape)]
-    return [Part(name.replace(MOVED_BIAS, PLACE_IN_CLASS), name, shape)
-            for name, shape in link.hf_shapes().items()]
-
-
 class _ExportContent:
     """Tensors, objects and further names of an export, see `DcpPlanner`."""
 
-    def __init__(self, source: TrainedModel) -> None:
-        self._source, self.tensors = source, dict[str, DcpTensor]()
+    def __init__(self, source: TrainedModel, names: str) -> None:
+        self._source, self._names, self.tensors = source, names, dict[str, DcpTensor]()
         self.objects: dict[str, Any] = {}
         self.aliases: dict[str, list[str]] = {}
         self._add_weights(CheckpointWeights(source.path))
@@ -90,19 +68,23 @@ class _ExportContent:
 
     def _add_weights(self, weights: CheckpointWeights) -> None:
         """Add weights; torch's optimizers update them directly, so masters take precedence."""
-        model = self._source.settings.model
+        model, prefix = self._source.settings.model, PREFIXES[self._names]
         origins = {link.hf_names: (link, weights) for link in weights.links}
         if self._source.num_updates is not None:
             masters = CheckpointWeights(self._source.path, MASTER)
             origins |= {link.hf_names: (link, masters) for link in masters.links}
         keys: dict[str, str] = {}
         for link, origin in origins.values():
-            for part in list_parts(link):
-                self._add_part(f"model.{part.key}", part, link, origin)
-                keys[part.name] = part.key
+            for part in self._list_parts(link):
+                self._add_part(prefix + part.key, part, link, origin)
+                keys |= dict.fromkeys(part.names, part.key)
         copies = get_duplicates(weights) | ({HEAD: EMBEDDING} if model.tied_embeddings else {})
         for copy, name in copies.items():
-            self.aliases.setdefault(f"model.{keys[name]}", []).append(f"model.{copy}")
+            self.aliases.setdefault(prefix + keys[name], []).append(prefix + copy)
+        if self._names == TORCHTITAN:  # begins to balance the experts
+            for layer in range(model.num_layers - model.num_moe_layers(), model.num_layers):
+                self.tensors[f"layers.{layer}{TITAN_BIAS}"] = DcpTensor(
+                    (model.num_experts,), torch.float32, lambda offset, extent: torch.zeros(*extent))
 
     def _add_optimizer(self, num_updates: int) -> None:
         optim, step = self._source.settings.optim, self._source.step
@@ -113,13 +95,13 @@ class _ExportContent:
             moments = CheckpointWeights(self._source.path, state)
             for link in moments.links:
                 rule = find_rule(optim, link.key.partition("/")[2], len(link.block_shape))
-                for part in list_parts(link):
+                for part in self._list_parts(link, is_state=True):
                     self._add_part(f"optimizer.state.{part.key}.{theirs}", part, link, moments)
                     if state == "exp_avg_sq":
                         continue
                     if state == "exp_avg":
                         steps.append(f"optimizer.state.{part.key}.step")
-                    for field in _describe_group(optim, rule, rate).items():
+                    for field in _describe_group(optim, rule, rate, self._names).items():
                         settings.setdefault(field, []).append(f"optimizer.param_groups.{part.key}.{field[0]}")
         for (_, value), (key, *others) in settings.items():
             self.objects[key], self.aliases[key] = value, others
@@ -127,28 +109,40 @@ class _ExportContent:
             self.aliases[steps[0]] = steps[1:]
             self.tensors[steps[0]] = DcpTensor((), torch.float32,
                                                lambda offset, extent: torch.tensor(float(num_updates)))
-        self.objects["lr_scheduler.last_epoch"] = step
+        self.objects |= {"lr_scheduler.last_epoch": step, "train_state.step": step,
+                         "train_state.ntokens_seen": self._source.num_tokens}
+
+    def _list_parts(self, link: Link, *, is_state: bool = False) -> list[Part]:
+        """Return the tensors of a link; the link of the first expert stands for all experts."""
+        return [part for part in list_forms(self._names, link, is_state=is_state)[0]
+                if not any(part.leading_indices)]
 
     def _add_part(self, key: str, part: Part, link: Link, origin: CheckpointWeights) -> None:
-        read = partial(origin.read_stored, link.key)
-        if part.tensor_shape != link.shape:
-            read = partial(_read_rows, origin, part.name)
-        self.tensors[key] = DcpTensor(part.tensor_shape, origin.get_dtype(part.name), read)
+        read = partial(self._read_rows, origin, part, link)
+        if part.tensor_shape == link.shape and (self._names == HF or len(part.names) == 1):
+            read = partial(origin.tensors.read, link.key)
+        self.tensors[key] = DcpTensor(part.tensor_shape, origin.get_dtype(part.names[0]), read)
+
+    def _read_rows(self, origin: CheckpointWeights, part: Part, link: Link, offset: Sequence[int],
+                   extent: Sequence[int]) -> torch.Tensor:
+        rows = range(offset[0], offset[0] + extent[0])
+        if part.leading_sizes:
+            return torch.stack([origin.read(part.names[0].replace(".experts.0.", f".experts.{expert}."))
+                                for expert in rows])
+        tensors = {name: order_rotary(self._names, origin.model, name, origin.read(name))
+                   for name in part.names}
+        joined = link.join(tensors) if len(tensors) > 1 else tensors[part.names[0]]
+        return joined[rows.start:rows.stop].contiguous()
 
 
-def _read_rows(origin: CheckpointWeights, name: str, offset: Sequence[int], extent: Sequence[int]
-               ) -> torch.Tensor:
-    return origin.read(name)[offset[0]:offset[0] + extent[0]].contiguous()
-
-
-def _describe_group(optim: OptimConfig, rule: GroupRule, rate: float) -> dict[str, Any]:
-    """Return a parameter group of torch.optim.AdamW or torch.optim.Muon."""
+def _describe_group(optim: OptimConfig, rule: GroupRule, rate: float, names: str) -> dict[str, Any]:
+    """Return a parameter group of torch.optim.AdamW, for torchtitan in its `fused` implementation, or of
+    torch.optim.Muon."""
     group = {"lr": rate * rule.lr_scale, "initial_lr": optim.lr * rule.lr_scale,
              "weight_decay": rule.weight_decay}
     if rule.algorithm == "muon":
         return group | {"momentum": optim.muon_momentum, "nesterov": optim.muon_nesterov, "eps": 1e-7,
                         "ns_coefficients": optim.muon_ns_coefficients, "ns_steps": optim.muon_ns_steps,
                         "adjust_lr_fn": optim.muon_scale}
-    return group | {"betas": (optim.beta1, optim.beta2), "eps": optim.eps, "amsgrad": False,
-                    "maximize": False, "foreach": None, "capturable": False, "differentiable": False,
-                    "fused": None, "decoupled_weight_decay": True}
+    fused = {"foreach": False, "fused": True} if names == TORCHTITAN else {}
+    return group | {"betas": (optim.beta1, optim.beta2), "eps": optim.eps} | ADAMW_DEFAULTS | fused

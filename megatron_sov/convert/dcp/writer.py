@@ -26,6 +26,9 @@ from megatron_sov.runs.checkpoints import (
     ADAPTER, OPTIMIZER, find_damage, read_checkpoint_settings, suggest_replacement)
 
 MAX_BLOCK_BYTES = 1 << 30
+ADAMW_DEFAULTS = {"amsgrad": False, "maximize": False, "foreach": None, "capturable": False,
+                  "differentiable": False, "fused": None, "decoupled_weight_decay": True}
+"""Fields of a parameter group of torch.optim.AdamW."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class TrainedModel:
     path: Path
     settings: RunConfig
     step: int
+    num_tokens: int
     num_updates: int | None
     """Updates in the moments; None: weights only."""
 
@@ -48,7 +52,7 @@ def open_trained_model(checkpoint: str | Path, *, weights_only: bool) -> Trained
         raise UserError(f"{path}: is an adapter, but the export needs a whole model; merge it with "
                         "`megatron-sov convert to-hf`, then `from-hf`")
     has_optimizer = OPTIMIZER in parts and not weights_only
-    return TrainedModel(path, settings, content["step"],
+    return TrainedModel(path, settings, content["step"], content.get("tokens", 0),
                         read_state(path)["num_updates"] if has_optimizer else None)
 
 

@@ -1,13 +1,11 @@
 """Import `torch_dist` checkpoints from Megatron-LM, Megatron-Bridge and NeMo."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import io
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,9 +20,11 @@ from megatron_sov.checkpoint.safetensors_files import read_block
 from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dtypes import KEEP, check_dtype_name
-from megatron_sov.convert.hf_import import ImportSource, StateBlock, write_imported
-from megatron_sov.convert.megatron.inert_pickle import MAX_SIZE, STATE_KEY, TorchArchive, read_in_subprocess
-from megatron_sov.convert.sources import BlockWeights, check_dtypes, check_shapes
+from megatron_sov.convert.hf_import import (
+    ImportSource, StateBlock, TrainingState, list_states, write_imported)
+from megatron_sov.convert.megatron.inert_pickle import (
+    COMMON_STATE, MAX_SIZE, STATE_KEY, TorchArchive, read_in_subprocess)
+from megatron_sov.convert.sources import BlockPlace, Weights, check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.counterparts.architecture import (
@@ -89,9 +89,9 @@ def _check_format(folder: Path) -> None:
         raise UserError(f"{folder}: has neither {METADATA} nor {FORMAT}, so it is not a torch_dist "
                         f"checkpoint; pass the folder of an iteration, or the folder with {TRACKER}")
     if not (folder / FORMAT).is_file():
-        raise UserError(f"{folder}: has no {FORMAT}, so its format is unknown (fsdp_dtensor and plain "
-                        "torch.distributed checkpoints are not supported); let Megatron convert it to "
-                        "--ckpt-format torch_dist")
+        raise UserError(f"{folder}: has no {FORMAT}, so it is not a torch_dist checkpoint; let Megatron "
+                        "convert fsdp_dtensor to --ckpt-format torch_dist, and pass those of torchtitan "
+                        "or torch loops to `megatron-sov convert from-dcp`")
     metadata = read_json(folder / FORMAT)
     backend, version = metadata.get("sharded_backend"), metadata.get("sharded_backend_version")
     if backend != BACKEND or version not in VERSIONS:
@@ -106,29 +106,22 @@ MAX_READ_BYTES = 1 << 20
 """Maximum bytes per read from an archive's member list or header."""
 
 
-@dataclass(frozen=True)
-class DistTensor:
-    """Where a tensor's bytes are stored."""
-
-    path: Path
-    start: int
-    """File offset of the first byte."""
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    def read(self, block: Sequence[slice]) -> torch.Tensor:
-        """Read a block (slices with start and stop, one per axis); raises OSError."""
-        return read_block(self.path, self.start, self.shape, block, self.dtype)
-
-
-def find_tensor(path: Path, start: int, length_bytes: int) -> DistTensor:
-    """Locate the tensor of a `torch.save` archive inside a file; raises OSError or ValueError."""
+def parse_archive(path: Path, start: int, length_bytes: int, parse: Callable[[TorchArchive], Any]) -> Any:
+    """Parse a `torch.save` archive inside a regular file; raises OSError or ValueError."""
+    if not path.is_file():
+        raise ValueError("the file is missing")
     with open(path, "rb") as file:
         if start + length_bytes > os.fstat(file.fileno()).st_size:
             raise ValueError("the file ends before it does")
-        archive = TorchArchive(_TensorWindow(file, start, length_bytes))
-        dtype, shape, first, _ = archive.locate_tensor(archive.header)
-    return DistTensor(path, start + first, shape, getattr(torch, dtype))
+        return parse(TorchArchive(_TensorWindow(file, start, length_bytes)))
+
+
+def find_tensor(path: Path, start: int, length_bytes: int) -> tuple[torch.dtype, tuple[int, ...], int]:
+    """Return dtype, shape and first byte of the tensor of a `torch.save` archive inside a file; raises
+    OSError or ValueError."""
+    dtype, shape, first = parse_archive(path, start, length_bytes,
+                                        lambda archive: archive.locate_tensor(archive.header))
+    return getattr(torch, dtype), shape, start + first
 
 
 class _TensorWindow(io.RawIOBase):
@@ -230,58 +223,59 @@ def _iter_candidates(key: str, expert: int | None) -> Iterator[tuple[str, tuple[
                 yield form.replace(EXPERTS, f"{EXPERTS}{expert}.", 1), lead, True
 
 
-class TorchDistTensors(StoredTensors):
-    """Tensors in a `torch_dist` checkpoint under Megatron's keys."""
+class DistTensors(StoredTensors):
+    """Tensors in a torch.distributed checkpoint."""
 
-    def __init__(self, folder: Path, *, with_optimizer: bool = False) -> None:
-        """Read the index; AdamW's state has keys such as `exp_avg/KEY`. Raises `UserError` for damage or
-        forbidden names."""
+    def __init__(self, folder: Path, entries: Mapping[str, Sequence[Any]]) -> None:
+        """`entries`: key -> [dtype, shape, pieces], see `inert_pickle.Index`. Raises `UserError`: a file is
+        missing, or a link out of the folder."""
         self.folder = folder
-        index = read_in_subprocess("index", folder / METADATA)
-        tensors: dict[str, Any] = index["tensors"]
-        prefix = next((p for p in PREFIXES if f"{p}{VOCABULARY_WEIGHTS[0]}" in tensors), "")
-        entries, states = {}, {}
-        for key, entry in tensors.items():
-            if match := STATE_KEY.fullmatch(key):
-                states[f"{match[1]}/{match[2].removeprefix(prefix)}"] = entry
-            else:
-                entries[key.removeprefix(prefix)] = entry
-        # formats that depend on the layout have other shapes
-        if with_optimizer and all(entries.get(key.partition("/")[2], ("", ()))[1] == shape
-                                  for key, (_, shape, _) in states.items()):
-            entries, states = entries | states, {}
-        self.num_skipped: int = index["num_skipped"] + len(states)
-        """Optimizer tensors that are left out."""
-        super().__init__(
-            folder, {key: tuple(shape) for key, (_, shape, _) in entries.items()},
-            {key: getattr(torch, dtype) for key, (dtype, _, _) in entries.items()},
-            {key: [StoredBlock(file, f"{start}:{length}", tuple(offset), tuple(extent))
-                   for file, start, length, offset, extent in pieces]
-             for key, (_, _, pieces) in entries.items()}, REMEDY)
+        blocks = {}
+        for key, (_, _, pieces) in entries.items():
+            blocks[key] = [StoredBlock(file, f"{start}:{length}", tuple(offset), tuple(extent))
+                           for file, start, length, offset, extent in pieces]
+        shapes = {key: tuple(shape) for key, (_, shape, _) in entries.items()}
+        dtypes = {key: getattr(torch, dtype) for key, (dtype, _, _) in entries.items()}
+        super().__init__(folder, shapes, dtypes, blocks, REMEDY)
         for file in {piece[0] for _, _, pieces in entries.values() for piece in pieces}:
             if not (folder / file).is_file():
                 raise UserError(f"{folder / file}: is missing; according to the index it contains "
                                 f"{format_names(self.list_keys_in(file))}; {REMEDY}")
             refuse_outside_link(folder, folder / file)
-        self._find = functools.lru_cache(_CACHED_HEADERS)(self._find_uncached)
+        self._find = functools.lru_cache(_CACHED_HEADERS)(find_tensor)
 
     def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
         try:
-            tensor = self._find(piece)
-            missing_axes = len(piece.shape) - len(tensor.shape)
-            if ((1,) * missing_axes + tensor.shape) != piece.shape or tensor.dtype != self.get_dtype(key):
-                raise ValueError(f"it is {tensor.dtype} {list(tensor.shape)} there")
-            return tensor.read(block[missing_axes:]).reshape(tuple(s.stop - s.start for s in block))
+            dtype, shape, first = self._find(self.folder / piece.file, *map(int, piece.name.split(":")))
+            missing_axes = len(piece.shape) - len(shape)
+            if ((1,) * missing_axes + shape) != piece.shape or dtype != self.get_dtype(key):
+                raise ValueError(f"it is {dtype} {list(shape)} there")
+            read = read_block(self.folder / piece.file, first, shape, block[missing_axes:], dtype)
+            return read.reshape(tuple(s.stop - s.start for s in block))
         except (OSError, ValueError) as e:
             raise UserError(f"{self.folder / piece.file}: the block of {key} {list(piece.shape)} at "
                             f"{list(piece.offset)} cannot be read ({e}); {REMEDY}") from None
 
-    def _find_uncached(self, piece: StoredBlock) -> DistTensor:
-        start, length = map(int, piece.name.split(":"))
-        return find_tensor(self.folder / piece.file, start, length)
+
+def _select_entries(index: dict[str, Any], *, with_optimizer: bool) -> tuple[dict[str, Any], int]:
+    """Return the tensors of an index under Megatron's keys, with AdamW's state under keys such as
+    `exp_avg/KEY`, and the number of optimizer tensors that are left out."""
+    tensors: dict[str, Any] = index["tensors"]
+    prefix = next((p for p in PREFIXES if f"{p}{VOCABULARY_WEIGHTS[0]}" in tensors), "")
+    entries, states = {}, {}
+    for key, entry in tensors.items():
+        if match := STATE_KEY.fullmatch(key):
+            states[f"{match[1]}/{match[2].removeprefix(prefix)}"] = entry
+        else:
+            entries[key.removeprefix(prefix)] = entry
+    # formats that depend on the layout have other shapes
+    if with_optimizer and all(entries.get(key.partition("/")[2], ("", ()))[1] == shape
+                              for key, (_, shape, _) in states.items()):
+        entries, states = entries | states, {}
+    return entries, index["num_skipped"] + len(states)
 
 
-class TorchDistWeights(BlockWeights):
+class TorchDistWeights(Weights):
     """Tensors in a `torch_dist` checkpoint, split into Hugging Face tensors.
 
     Args:
@@ -295,59 +289,34 @@ class TorchDistWeights(BlockWeights):
 
     def __init__(self, path: Path, model: ModelConfig, *, with_optimizer: bool = False) -> None:
         super().__init__(path, model, models.get_family(model.family).links(model))
-        self.tensors = TorchDistTensors(path, with_optimizer=with_optimizer)
+        entries, self.num_skipped = _select_entries(read_in_subprocess("index", path / METADATA),
+                                                    with_optimizer=with_optimizer)
+        """Optimizer tensors that are left out."""
+        self.tensors = DistTensors(path, entries)
         self._stored_keys = self.tensors.keys()
         self._sources = self._match_tensors()
         self.tensors.check_complete()
 
-    def get_dtype(self, name: str) -> torch.dtype:
-        return self.tensors.get_dtype(self._get_sources(self._links_by_name[name])[0].key)
-
-    def list_keys_in(self, file: str) -> list[str]:
-        """Return Megatron's keys with a block in `file`."""
-        return self.tensors.list_keys_in(file)
-
-    def list_files(self, name: str) -> set[str]:
-        link = self._links_by_name[name]
-        return {file for source in self._get_sources(link)
-                for file in self.tensors.list_files(source.key, *self._locate_block(link, source))}
-
-    def _get_sources(self, link: Link) -> list[DistSource]:
-        return self._sources[link.key, link.offset]
+    def locate(self, link: Link, state: str = "") -> list[BlockPlace]:
+        prefix = f"{state}/" if state else ""
+        return [(prefix + source.key, *self._locate_block(link, source))
+                for source in self._sources[link.key, link.offset]]
 
     def list_states(self) -> list[StateBlock]:
         """Return AdamW's moments, and masters if there are any; [] without state. Raises `UserError`: a
         weight has none, although others do."""
-        keys = {key for key in self._stored_keys if "/" in key}
-        stored_states = {key.partition("/")[0] for key in keys}
-        names = dict(STATES)
-        if names["master"] not in stored_states:
-            names["master"] = "param"
-        blocks = []
-        for ours, theirs in names.items() if keys else ():
-            if ours == "master" and theirs not in stored_states:
-                continue
-            for link in (link for link in self.links if not link.fp32):
-                stored = [f"{theirs}/{source.key}" for source in self._get_sources(link)]
-                if missing := [key for key in stored if key not in keys]:
-                    raise UserError(f"{self.path}: its optimizer has no {missing[0]}; pass --weights-only")
-                blocks.append(StateBlock(f"{ours}/{link.key}", link, self.tensors.get_dtype(stored[0]),
-                                         functools.partial(self._read_block, link, f"{theirs}/")))
-        return blocks
-
-    def _read_block(self, link: Link, state: str = "") -> torch.Tensor:
-        parts = [self.tensors.read(state + source.key, *self._locate_block(link, source))
-                 for source in self._get_sources(link)]
-        rows = [part.reshape(-1, *link.block_shape[1:]) for part in parts]
-        joined = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return joined.reshape(link.block_shape)
+        stored_states = {key.partition("/")[0] for key in self._stored_keys if "/" in key}
+        names = {state: state for state in ("exp_avg", "exp_avg_sq")} if stored_states else {}
+        if masters := [name for name in (STATES["master"], "param") if name in stored_states]:
+            names["master"] = masters[0]
+        return list_states(self, lambda link: names)
 
     def _locate_block(self, link: Link, source: DistSource) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Return offset and shape of a block's part in Megatron's tensor."""
         offset, extent = link.offset, link.extent
         if source.has_one_expert:
             offset, extent = offset[1:], extent[1:]
-        if len(self._get_sources(link)) > 1:  # gate or up rows
+        if len(self._sources[link.key, link.offset]) > 1:  # gate or up rows
             axis = len(extent) - len(link.block_shape)
             extent = (*extent[:axis], extent[axis] // 2, *extent[axis + 1:])
         return (*source.leading_indices, *offset), (*(1,) * len(source.leading_indices), *extent)
@@ -403,19 +372,8 @@ class ImportReport:
     """Dropped optimizer tensors."""
     model: ModelConfig
     """The imported model's architecture."""
-    training: TrainingState | None
+    training: "TrainingState | None"
     """None: weights only."""
-
-
-@dataclass(frozen=True)
-class TrainingState:
-    """Position and settings of the training that wrote a checkpoint."""
-
-    step: int
-    """Step at which our schedule has the next learning rate."""
-    num_updates: int
-    settings: tuple[str, ...]
-    """Settings for --set with which a run continues the schedule."""
 
 
 def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, family: str = "",
@@ -445,24 +403,22 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
     training = _describe_training(iteration_folder, stored, iteration or 0) if states else None
     index_sha256 = hashlib.sha256((iteration_folder / METADATA).read_bytes()).hexdigest()
     origin = {"path": str(iteration_folder), "iteration": iteration, "index_sha256": index_sha256}
-    loop = None if training is None else {
-        "step": training.step, "tokens": 0, "wall_s": 0.0, "num_updates": training.num_updates, "data": {}}
     source = ImportSource(weights, "from-megatron", tokenizer=tokenizer, tokens=TokenIds(),
-                          content={FROM_MEGATRON: origin}, states=states, loop=loop)
+                          content={FROM_MEGATRON: origin}, states=states, training=training)
     write_imported(out, source, dtype, workers=workers, overwrite=overwrite, redo=redo)
     tensors = weights.tensors
     num_padded_rows = max(tensors.get_shape(key)[0] - model.vocab_size
                           for key in VOCABULARY_WEIGHTS if key in tensors.keys())  # noqa: SIM118
-    return ImportReport(iteration, num_padded_rows, tensors.num_skipped, model, training)
+    return ImportReport(iteration, num_padded_rows, weights.num_skipped, model, training)
 
 
 def _describe_training(folder: Path, stored: Mapping[str, Any], iteration: int) -> TrainingState:
     """Return where and how to continue; raises `UserError` for numbers that no training has."""
     scheduler, group, args = (block if isinstance(block := stored.get(name), dict) else {}
                               for name in ("scheduler", "group", "args"))
-    step, settings = iteration, _read_numbers(folder, scheduler, SETTINGS)
-    num_samples = _read_numbers(folder, scheduler, SAMPLE_COUNTS)
-    batch_size = _read_numbers(folder, args, {"samples": "global_batch_size"}).get("samples", 0)
+    step, settings = iteration, read_numbers(folder, scheduler, SETTINGS)
+    num_samples = read_numbers(folder, scheduler, SAMPLE_COUNTS)
+    batch_size = read_numbers(folder, args, {"samples": "global_batch_size"}).get("samples", 0)
     if batch_size and "step" in num_samples:
         counts = {name: int(value // batch_size) for name, value in num_samples.items()}
         # our first step has the rate after one step of warm-up, the library's has the rate before it
@@ -471,17 +427,23 @@ def _describe_training(folder: Path, stored: Mapping[str, Any], iteration: int) 
     for ours, theirs in DECAY_STYLES.items():
         if scheduler.get("lr_decay_style") == theirs:
             settings["optim.schedule"] = ours
-    betas = group.get("betas")
-    if isinstance(betas, list) and len(betas) == 2:
-        values = {"beta1": betas[0], "beta2": betas[1], "eps": group.get("eps")}
-        settings |= _read_numbers(folder, values, {f"optim.{name}": name for name in values})
+    settings |= read_adamw(folder, group)
     # in some versions a tensor, whose value is not in the header
-    counted = {} if isinstance(group.get("step"), dict) else _read_numbers(folder, group, {"step": "step"})
+    counted = {} if isinstance(group.get("step"), dict) else read_numbers(folder, group, {"step": "step"})
     return TrainingState(step, int(counted.get("step", iteration)),
                          tuple(f"{name}={value}" for name, value in settings.items()))
 
 
-def _read_numbers(folder: Path, block: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+def read_adamw(folder: Path, group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return our settings for a parameter group of torch's AdamW."""
+    betas = group.get("betas")
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        return {}
+    values = {"beta1": betas[0], "beta2": betas[1], "eps": group.get("eps")}
+    return read_numbers(folder, values, {f"optim.{name}": name for name in values})
+
+
+def read_numbers(folder: Path, block: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
     """Return our name -> number for the fields in `names` that a checkpoint has. Raises `UserError`: a value
     is not a finite number from 0 to `MAX_SIZE`."""
     numbers = {ours: block[theirs] for ours, theirs in names.items() if block.get(theirs) is not None}
@@ -499,7 +461,7 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
     settings: dict[str, Any] = {"args": {}, "iteration": None}
     if (folder / COMMON).is_file():
         settings = read_in_subprocess("settings", folder / COMMON)
-    elif place := read_in_subprocess("index", folder / METADATA)["settings"]:
+    elif place := read_in_subprocess("index", folder / METADATA)["objects"].get(COMMON_STATE):
         file, start, length_bytes = place
         settings = read_in_subprocess("settings", folder / file, start, length_bytes)
     settings["model"] = normalize_arguments(settings["args"])
@@ -508,5 +470,5 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
         if settings["model"] is None:
             raise UserError(f"{folder / RUN_CONFIG}: has no `model` section with the architecture; "
                             "restore it from its source")
-    stored_iteration = _read_numbers(folder, settings, {"iteration": "iteration"}).get("iteration")
+    stored_iteration = read_numbers(folder, settings, {"iteration": "iteration"}).get("iteration")
     return settings, iteration if stored_iteration is None else int(stored_iteration)

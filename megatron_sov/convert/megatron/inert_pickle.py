@@ -227,11 +227,13 @@ COMMON_STATE = "common_state/shard_0_1"
 TRAINING_PREFIXES = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state", "rerun_state_machine")
 """Key prefixes for training state."""
 STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(exp_avg|exp_avg_sq|param|fp32_param)\.(.+)")
-"""Key of AdamW's state for a weight; other training state is not imported."""
+"""Megatron's key of AdamW's state for a weight; other training state is not imported."""
+TORCH_STATE_KEY = re.compile(
+    r"(?:.+\.)?optim(?:izer)?\.state\.(.+)\.(exp_avg|exp_avg_sq|momentum_buffer|step)")
+"""Torch's key of AdamW's or Muon's state for a weight, as in `get_optimizer_state_dict`."""
 Index = dict[str, Any]
 """JSON object. `tensors`: key -> [dtype, shape, pieces], with a piece [file, start, length, offset, shape];
-`num_skipped`: optimizer tensors; `num_objects`: entries that are not tensors; `settings`: [file, start,
-length], None if the settings have a separate file."""
+`num_skipped`: optimizer tensors; `objects`: key -> [file, start, length] for values that are not tensors."""
 
 
 def read_index(raw: bytes) -> Index:
@@ -241,22 +243,23 @@ def read_index(raw: bytes) -> Index:
         entries = to_text_dict(metadata["state_dict_metadata"])
         stored = _read_stored(metadata["storage_data"])
         tensors: dict[str, Any] = {}
-        num_objects = num_skipped = 0
+        objects, num_skipped = {}, 0
         for key, value in entries.items():
             if isinstance(value, InertCall) and value.name == BYTES:
-                num_objects += 1
-            elif key.startswith(TRAINING_PREFIXES) and not STATE_KEY.fullmatch(key):
+                if (key, ()) in stored:
+                    objects[key] = stored[key, ()]
+            elif key.startswith(TRAINING_PREFIXES) and not (STATE_KEY.fullmatch(key)
+                                                            or TORCH_STATE_KEY.fullmatch(key)):
                 num_skipped += 1
             else:
                 tensors[key] = _parse_tensor(key, value, stored)
     except KeyError as e:
         raise ValueError(f"it lacks {str(e)[:200]}") from None
-    return {"tensors": tensors, "num_objects": num_objects, "num_skipped": num_skipped,
-            "settings": stored.get((COMMON_STATE, ()))}
+    return {"tensors": tensors, "num_skipped": num_skipped, "objects": objects}
 
 
 def _read_stored(value: Any) -> dict[tuple[str, tuple[int, ...]], list[Any]]:
-    """Return (key, offset) -> [file, start, length] for stored blocks."""
+    """Return (key, offset) -> [file, start, length] for stored blocks; objects have the offset ()."""
     if not isinstance(value, Items):
         raise ValueError("it does not list stored tensors")
     places = {}
@@ -264,10 +267,8 @@ def _read_stored(value: Any) -> dict[tuple[str, tuple[int, ...]], list[Any]]:
         index_entry = get_attributes(place, PLACE)
         if not isinstance(index_entry["fqn"], str):
             raise ValueError("a stored block has no key")
-        is_settings = index_entry["fqn"] == COMMON_STATE
-        if index_entry.get("offset") is None and not is_settings:  # an object, or an unsharded tensor
-            continue
-        key = (index_entry["fqn"], () if is_settings else _parse_sizes(index_entry["offset"]))
+        offset = index_entry.get("offset")
+        key = (index_entry["fqn"], () if offset is None else _parse_sizes(offset))
         stored = get_attributes(info, STORED)
         if stored.get("transform_descriptors"):
             raise ValueError(f"{index_entry['fqn'][:200]}: is compressed or transformed, which is not "
@@ -316,7 +317,6 @@ def _parse_dtype(value: Any) -> str:
 
 
 def _parse_sizes(value: Any) -> tuple[int, ...]:
-    """Return the sizes in a `torch.Size`."""
     if not (isinstance(value, InertCall) and value.name == SIZE and len(value.arguments) == 1
             and isinstance(value.arguments[0], (tuple, list))):
         raise ValueError("a torch.Size is needed")
@@ -422,8 +422,8 @@ class TorchArchive:
         except (zipfile.BadZipFile, NotImplementedError, EOFError) as e:
             raise ValueError(f"it is not a torch.save archive ({e}) in the format since torch 1.6") from None
 
-    def locate_tensor(self, value: Any) -> tuple[str, tuple[int, ...], int, int]:
-        """Return (dtype, shape, first byte, size in bytes) of a contiguous tensor in the header. Raises
+    def locate_tensor(self, value: Any) -> tuple[str, tuple[int, ...], int]:
+        """Return (dtype, shape, first byte) of a contiguous tensor in the header. Raises
         `ValueError`: `value` is not a tensor, is not contiguous, or exceeds its storage."""
         if isinstance(value, InertCall) and value.name == PARAMETER and value.arguments:
             value = value.arguments[0]
@@ -456,7 +456,7 @@ class TorchArchive:
         if local_header[:4] != b"PK\3\4" or first + count > storage[4] or (
                 data_start + member.file_size > self._size_bytes):
             raise ValueError("it exceeds its storage")
-        return dtype, shape, data_start + first * itemsize, count * itemsize
+        return dtype, shape, data_start + first * itemsize
 
 
 REMEDY = "restore the checkpoint from its source"

@@ -18,7 +18,7 @@ from megatron_sov.base.hints.kinds import TRACKER
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dcp.writer import (
-    DcpPlanner, DcpTensor, TrainedModel, open_trained_model, write_export)
+    ADAMW_DEFAULTS, DcpPlanner, DcpTensor, TrainedModel, open_trained_model, write_export)
 from megatron_sov.convert.megatron.from_megatron import (
     BACKEND, DECAY_STYLES, EXPERTS, FORMAT, STATES, VERSIONS)
 from megatron_sov.convert.megatron.inert_pickle import COMMON_STATE
@@ -151,14 +151,14 @@ def _describe_optimizer(settings: RunConfig, num_updates: int, *, is_expert: boo
     `param_groups` by the optimizer of float32 weights that every process repeats.
     """
     optim = settings.optim
+    # vectors do not decay, and experts have none
+    decays_by_group = (1.0,) if is_expert else (1.0, 0.0)
     groups = [{
         "lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps,
         "weight_decay": optim.weight_decay * decays, "wd_mult": decays, "lr_mult": 1.0,
         "is_decoupled_lr": False, "is_expert_parallel": is_expert, "default_config": True,
-        "max_lr": optim.lr, "min_lr": optim.min_lr, "bias_correction": True, "amsgrad": False,
-        "maximize": False, "foreach": None, "capturable": False, "differentiable": False, "fused": None,
-        "decoupled_weight_decay": True}  # vectors do not decay, and experts have none
-        for decays in ((1.0,) if is_expert else (1.0, 0.0))]
+        "max_lr": optim.lr, "min_lr": optim.min_lr, "bias_correction": True,
+        **ADAMW_DEFAULTS} for decays in decays_by_group]
     return {"optimizer": {"param_groups": [{**group, "step": num_updates} for group in groups]},
             "param_state_sharding_type": CONTENT["distrib_optim_sharding_type"], "param_groups": groups,
             "state": {"common_step": torch.tensor(float(num_updates))}}

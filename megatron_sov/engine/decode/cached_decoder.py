@@ -162,7 +162,6 @@ class DecodeOutput:
     """Output from a forward pass over a `SpanRow`."""
 
     row: SpanRow
-    """The row."""
     hidden: torch.Tensor | None
     """[tokens / sequence-parallel size, 1, hidden] on the last pipeline stage, None on other stages."""
     routes: torch.Tensor | None = None

@@ -3,8 +3,6 @@
 Megatron-Core's checkpoints do not contain the adapters' parameters; `local_shards` adds the blocks.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -84,7 +82,7 @@ class Adapters(torch.nn.Module):
         else:
             experts.get_submodule(linear).register_forward_hook(_build_grouped_hook(adapters))
 
-    def factors(self) -> Iterator[AdapterFactors]:
+    def factors(self) -> "Iterator[AdapterFactors]":
         yield from (module for module in self.modules() if isinstance(module, AdapterFactors))
 
     def set_magnitudes(self, chunk: Any) -> None:
@@ -180,13 +178,13 @@ class LinearAdapter(torch.nn.Module):
         """Gather A x [tokens, rank] before a B split by rows, or reduce it after an A split by columns."""
         if self.factors[0].sums_itself or self._group.size() == 1 or not (self._column or self._row):
             return low  # the expert layer itself dispatches tokens and reduces outputs
+        if self._column and self._scattered:
+            return tensor_parallel.gather_from_sequence_parallel_region(low, group=self._group)
         if self._column:
-            return (tensor_parallel.gather_from_sequence_parallel_region(low, group=self._group)
-                    if self._scattered
-                    else tensor_parallel.copy_to_tensor_model_parallel_region(low, self._group))
-        return (tensor_parallel.reduce_scatter_to_sequence_parallel_region(low, self._group)
-                if self._scattered
-                else tensor_parallel.reduce_from_tensor_model_parallel_region(low, self._group))
+            return tensor_parallel.copy_to_tensor_model_parallel_region(low, self._group)
+        if self._scattered:
+            return tensor_parallel.reduce_scatter_to_sequence_parallel_region(low, self._group)
+        return tensor_parallel.reduce_from_tensor_model_parallel_region(low, self._group)
 
     @torch.no_grad()
     def _compute_update(self) -> torch.Tensor:
@@ -319,8 +317,9 @@ class AdapterFactors(torch.nn.Module):
 
     def group(self) -> Any:
         """Return the process group that splits the layer."""
-        return (parallel_state.get_tensor_model_parallel_group() if self.expert is None
-                else parallel_state.get_expert_tensor_parallel_group())
+        if self.expert is None:
+            return parallel_state.get_tensor_model_parallel_group()
+        return parallel_state.get_expert_tensor_parallel_group()
 
     def _mark_parameter(self, parameter: torch.nn.Parameter, split: bool, axis: int,
                         sequence_parallel: bool) -> None:
@@ -342,8 +341,9 @@ class AdapterFactors(torch.nn.Module):
         if not self.sums_itself or self.group().size() == 1:
             return self.A, self.B
         copy_to_group = tensor_parallel.copy_to_tensor_model_parallel_region
-        return ((copy_to_group(self.A, self.group()), self.B) if self.column
-                else (self.A, copy_to_group(self.B, self.group())))
+        if self.column:
+            return copy_to_group(self.A, self.group()), self.B
+        return self.A, copy_to_group(self.B, self.group())
 
     def blocks(self) -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
         """Yield the fields of a `local_shards.LocalShard` for each factor: name, data, global shape, offset,
@@ -368,8 +368,9 @@ class AdapterFactors(torch.nn.Module):
                    (0, 0 if split else group_rank, self._get_replica()))
 
     def _get_replica(self) -> int:
-        return int(parallel_state.get_data_parallel_rank(with_context_parallel=True) if self.expert is None
-                   else parallel_state.get_expert_data_parallel_rank())
+        if self.expert is None:
+            return int(parallel_state.get_data_parallel_rank(with_context_parallel=True))
+        return int(parallel_state.get_expert_data_parallel_rank())
 
 
 def is_column_parallel(of: AdaptedModule) -> bool:

@@ -167,7 +167,6 @@ class PackedDocuments(PackedSeqParams):
     longest_tokens: int = 0
     """Longest document in tokens."""
     row_tokens: int = 0
-    """Row length in tokens."""
     spans: list[list[Span]] = field(default_factory=list)
     """Documents, whole or in part, per local piece."""
     piece_bounds: dict[int, list[PieceBounds]] = field(default_factory=dict)
@@ -239,15 +238,16 @@ def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: i
         # Megatron-Core caches a rotary table per maximum length, and Transformer Engine repeats its choice of
         # kernel if length or number of documents change: powers of two keep both few. Empty documents at the
         # end fill up the number.
-        longest = min(_round_up_to_power_of_two(max_document_tokens),
-                      row_tokens) if bucketed else max_document_tokens
-        num_documents = _round_up_to_power_of_two(len(bounds) - 1) if bucketed else len(bounds) - 1
+        longest, num_documents = max_document_tokens, len(bounds) - 1
+        if bucketed:
+            longest = min(_round_up_to_power_of_two(longest), row_tokens)
+            num_documents = _round_up_to_power_of_two(num_documents)
         padded_bounds = pad(bounds, (0, num_documents + 1 - len(bounds)), value=row_tokens)
         return PackedDocuments(qkv_format="thd", cu_seqlens_q=padded_bounds, cu_seqlens_kv=padded_bounds,
                                max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds,
                                host_bounds=host_bounds)
-    documents = [(a, b) for a, b in pairwise(bounds.tolist() if host_bounds is None else host_bounds)
-                 if b > a]
+    bounds_list = bounds.tolist() if host_bounds is None else host_bounds
+    documents = [(a, b) for a, b in pairwise(bounds_list) if b > a]
     spans = [[(a, max(a, first), min(b, end)) for a, b in documents if a < end and first < b]
              for first, end in context.get_local_pieces(row_tokens)]
     return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
@@ -392,9 +392,11 @@ def _group_documents(documents: Sequence[Span], device: torch.device,
     for start, first, stop in documents:
         by_length[stop - first, stop - start].append((row_index, start))
         row_index += stop - first
-    keys = None if shared is None else shared.source[to_device(torch.cat([
-        torch.arange(start, start + length) for (_, length), starts in by_length.items()
-        for _, start in starts]), device)]
+    keys = None
+    if shared is not None:
+        key_rows = torch.cat([torch.arange(start, start + length)
+                              for (_, length), starts in by_length.items() for _, start in starts])
+        keys = shared.source[to_device(key_rows, device)]
     groups = [(len(starts), *lengths) for lengths, starts in by_length.items()]
     # equal lengths become contiguous: a group is a slice
     query_rows = [row_index for starts in by_length.values() for row_index, _ in starts]

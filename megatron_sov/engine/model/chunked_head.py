@@ -10,8 +10,6 @@ each chunk's logits. `LabelLogprobs` receives the token weights in the backward 
 second time.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,13 +116,13 @@ class HeadGradients:
 
     @classmethod
     def allocate(cls, states: torch.Tensor, weight: torch.Tensor, token_weights: tuple[torch.Tensor, ...],
-                 of_states: bool, of_weight: bool) -> HeadGradients:
+                 of_states: bool, of_weight: bool) -> "HeadGradients":
         dtype = torch.promote_types(states.dtype, torch.float32)
         return cls(tuple(w.to(dtype) for w in token_weights), torch.empty_like(states) if of_states else None,
                    tuple(torch.zeros_like(weight, dtype=dtype) for _ in token_weights) if of_weight else ())
 
     @classmethod
-    def restore(cls, ctx: Any, num_sums: int) -> HeadGradients:
+    def restore(cls, ctx: Any, num_sums: int) -> "HeadGradients":
         """Restore the gradients that `save` saved for `num_sums` sums."""
         of_states, *rest = ctx.saved_tensors
         return cls(tuple(rest[:num_sums]), of_states, tuple(rest[num_sums:]))

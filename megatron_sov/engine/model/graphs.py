@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import reconfigure_num_microbatches_calculator
 from megatron.core.tensor_parallel import random
-from megatron.core.transformer.cuda_graphs import TECudaGraphHelper, is_graph_capturing
+from megatron.core.transformer.cuda_graphs import TECudaGraphHelper
 from megatron.core.transformer.moe.moe_utils import MoEAuxLossAutoScaler
 
 from megatron_sov.engine.parallel import context
@@ -54,7 +55,8 @@ class RouterGraphs:
         if config.cuda_graph_impl == "none":
             return
         # without a pipeline one micro-batch is in flight, and all use the same graph
-        in_flight = num_micro_batches if parallel_state.get_pipeline_model_parallel_world_size() > 1 else 1
+        has_pipeline = parallel_state.get_pipeline_model_parallel_world_size() > 1
+        in_flight = num_micro_batches if has_pipeline or config.overlap_moe_expert_parallel_comm else 1
         sizes = row_tokens, seq_len, in_flight
         if whole and sizes != self._captured:
             self._capture(row_tokens, num_micro_batches)
@@ -63,6 +65,8 @@ class RouterGraphs:
 
     def _capture(self, row_tokens: int, num_micro_batches: int) -> None:
         model, step = self._model, self._model.config.routing_step
+        step.shared = None  # belongs to the last row
+        step.has_graphs = True  # layers show the list of their graphs to Megatron-Core
         if self._helper is not None:
             self._helper.delete_cuda_graphs()
         model.finish_param_gather()
@@ -70,12 +74,11 @@ class RouterGraphs:
         hooked_chunks = [chunk for chunk in self._wrapped if chunk.use_forward_hook]
         for chunk in hooked_chunks:
             chunk.disable_forward_pre_hook(param_sync=False)
-        step.shared = None  # belongs to the last row
         # the backward pass reads the scale in place, and before the first pass it does not exist
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=get_local_device()))
         # Megatron-Core reads the number of micro-batches from its own calculator
         reconfigure_num_microbatches_calculator(0, None, num_micro_batches, 1, 1)
-        self._helper = TECudaGraphHelper(self._wrapped, model.config, row_tokens, 1, [self._optimizer])
+        self._helper = _GraphHelper(self._wrapped, model.config, row_tokens, 1, [self._optimizer])
         with _disable_rng_states():
             self._helper.create_cudagraphs()
         for chunk in hooked_chunks:
@@ -86,6 +89,25 @@ class RouterGraphs:
         for router in (m for m in model.modules() if hasattr(m, "local_tokens_per_expert")):
             router.local_tokens_per_expert.zero_()
         step.reset_losses()
+
+
+class _GraphHelper(TECudaGraphHelper):
+    """Megatron-Core's capture; if expert messages are overlapped, of trunk layers only.
+
+    `OverlappedPasses` runs prediction layers whole, and a replay stops before the dispatch. Megatron-Core
+    captures layer by layer in the order of the overlapped passes, without layers that have no graph. Graphs
+    share memory, so no forward graph may run before a backward graph that was captured first. This holds
+    because layers without experts come before all others: they only delay forward passes.
+    """
+
+    def _discover_layers(self) -> None:
+        super()._discover_layers()
+        if self.config.overlap_moe_expert_parallel_comm:
+            for layers, is_mtp in zip(self.callables_per_chunk, self.callables_per_chunk_is_mtp, strict=True):
+                layers[:] = [layer for layer, excluded in zip(layers, is_mtp, strict=True) if not excluded]
+            self.num_layers_per_chunk = [len(layers) for layers in self.callables_per_chunk]
+            self.flattened_callables = [layer for layers in self.callables_per_chunk for layer in layers]
+            self.flattened_callables_is_mtp = [False] * len(self.flattened_callables)
 
 
 @contextlib.contextmanager
@@ -131,6 +153,16 @@ def build_graphed_layer(layer: Any) -> Any:
     class GraphedLayer(layer):
         _padding: torch.Tensor | None = None
 
+        @property
+        def cuda_graphs(self) -> list[Any]:
+            """Graphs per micro-batch; empty in passes that they do not serve."""
+            step = self.config.routing_step
+            return self._graphs if step.has_graphs and step.is_plain else []
+
+        @cuda_graphs.setter
+        def cuda_graphs(self, graphs: list[Any]) -> None:
+            self._graphs = graphs
+
         def get_layer_static_inputs(self, seq_length: int, micro_batch_size: int) -> dict[str, torch.Tensor]:
             """Return the graph's input memory: hidden states [tokens, rows, hidden], mask [rows, tokens]."""
             config, device = self.config, get_local_device()
@@ -141,18 +173,19 @@ def build_graphed_layer(layer: Any) -> Any:
             return {"hidden_states": states,
                     "padding_mask": torch.zeros(micro_batch_size, tokens, dtype=torch.bool, device=device)}
 
-        def _should_call_te_cudagraph(self, *args: Any, **kwargs: Any) -> bool:
-            step = self.config.routing_step
-            serves = is_graph_capturing() or (step.has_graphs and step.is_plain)
-            return serves and bool(super()._should_call_te_cudagraph(*args, **kwargs))
-
         def _te_cuda_graph_capture(self, hidden_states: torch.Tensor,
                                    padding_mask: torch.Tensor) -> tuple[torch.Tensor, ...]:
             return tuple(self._forward_mlp(hidden_states, padding_mask=padding_mask))
 
-        def _te_cuda_graph_replay(self, *args: Any, padding_mask: torch.Tensor, **kwargs: Any) -> Any:
-            self._padding = padding_mask
-            return super()._te_cuda_graph_replay(*args, **kwargs)
+        def _te_cuda_graph_replay(self, *args: Any, padding_mask: torch.Tensor | None = None,
+                                  **kwargs: Any) -> Any:
+            # schedule plans pass no mask
+            self._padding = self.config.routing_step.padding if padding_mask is None else padding_mask
+            outputs = super()._te_cuda_graph_replay(*args, **kwargs)
+            # the graph recomputes the norm, and a schedule plan would do it again
+            self.pre_mlp_norm_checkpoint = SimpleNamespace(
+                discard_output_and_register_recompute=lambda tensor: None)
+            return outputs
 
         def _get_te_cuda_graph_replay_args(self, *args: Any, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
             inputs, named = super()._get_te_cuda_graph_replay_args(*args, **kwargs)

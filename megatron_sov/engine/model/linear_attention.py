@@ -223,7 +223,8 @@ class RecurrentCache:
         """Process a span per sequence: [sequences, tokens, ...]."""
         assert self._state is not None and self._inputs is not None
         slots, length = slice(group.slot, group.slot + len(group.past)), group.length
-        self._reset_slots(group)
+        for slot in (group.slot + i for i, past in enumerate(group.past) if not past):  # sequences that start
+            self._state[slot], self._inputs[slot], self._past[slot] = 0, 0, 0
         if self._past[slots] != group.past:
             raise RuntimeError(f"slots from {group.slot} on have read {self._past[slots]} tokens and resume "
                                f"at {group.past}: the state has no earlier tokens")
@@ -243,12 +244,6 @@ class RecurrentCache:
         self._inputs[slots] = inputs[:, length:]
         self._past[slots] = [past + length for past in group.past]
         return outputs
-
-    def _reset_slots(self, group: CacheGroup) -> None:
-        """Reset the slots whose sequences start."""
-        assert self._state is not None and self._inputs is not None
-        for slot in (group.slot + i for i, past in enumerate(group.past) if not past):
-            self._state[slot], self._inputs[slot], self._past[slot] = 0, 0, 0
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
         """Copy slot `source` to the slots `targets`."""

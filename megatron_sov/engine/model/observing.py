@@ -183,8 +183,9 @@ def _merge_group(group_sums: list[Sums]) -> Sums:
     is_replica = len(group_sums) > 1 and all(
         abs(rank_sums[i] - first[i]) <= _REPLICA_TOLERANCE * max(abs(first[i]), 1e-300)
         for rank_sums in group_sums for i in (0, 1))
-    return first if is_replica else (sum(rank_sums[0] for rank_sums in group_sums),
-                                     sum(rank_sums[1] for rank_sums in group_sums))
+    if is_replica:
+        return first
+    return sum(rank_sums[0] for rank_sums in group_sums), sum(rank_sums[1] for rank_sums in group_sums)
 
 
 class _BeginPartHook:

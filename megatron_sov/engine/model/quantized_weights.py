@@ -70,9 +70,10 @@ def dequantize_weight(parameter: torch.Tensor) -> torch.Tensor:
 
 def get_raw_data(parameter: torch.Tensor) -> torch.Tensor:
     """Return a weight's memory: the weight, or the FP8 bytes."""
+    if not is_quantized(parameter):
+        return parameter
     quantized: Any = parameter
-    data: torch.Tensor = (quantized.get_data_tensors(rowwise_data=True, columnwise_data=False)
-                          if is_quantized(parameter) else parameter)
+    data: torch.Tensor = quantized.get_data_tensors(rowwise_data=True, columnwise_data=False)
     return data
 
 
@@ -111,9 +112,11 @@ def quantize_local_ranges(optimizers: list[Any]) -> None:
                 number, _, bucket = optimizer.model_param_gbuf_map[parameter]
                 flat = optimizer.buffers[number].buckets[bucket].param_data.view(-1)
                 target = flat[buffer_range.start:buffer_range.end]
-                # after a checkpoint load, the masters of bf16 weights may be older than the weights
-                target.copy_(main if is_quantized(parameter)
-                             else parameter.detach().view(-1)[local_range.start:local_range.end])
+                local_values = main
+                if not is_quantized(parameter):
+                    # after a checkpoint load, the masters of bf16 weights may be older than the weights
+                    local_values = parameter.detach().view(-1)[local_range.start:local_range.end]
+                target.copy_(local_values)
 
 
 def fill_gather_buffers(optimizers: list[Any]) -> None:

@@ -101,8 +101,9 @@ def compute_softmax_scale(model: ModelConfig, kind: str) -> float:
     no such factor. DeepSeek's latent attention applies ``m = 0.1 mscale ln(factor) + 1`` to whole heads,
     although only part of each head rotates.
     """
-    plain: float = model.head_dim ** -0.5 if model.attention_multiplier is None else (
-        model.attention_multiplier)
+    plain: float = model.head_dim ** -0.5
+    if model.attention_multiplier is not None:
+        plain = model.attention_multiplier
     rotates = model.rope_on_global or kind == "sliding_attention"
     if model.yarn is None or not rotates:
         return plain

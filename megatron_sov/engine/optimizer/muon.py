@@ -194,8 +194,6 @@ def compute_update_scale(kind: str, rows: int, columns: int) -> float:
 
 @dataclass(frozen=True)
 class PiecePosition:
-    """Position of a piece in its matrix."""
-
     matrix: Matrix
     row: int
     column: int
@@ -348,9 +346,10 @@ def get_matrix_group(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     For tensor-parallel experts (`parallel.etp`) under ZeRO-1 Megatron-Core has no such group; it is created
     here.
     """
+    if not is_expert and zero1:
+        return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     if not is_expert:
-        return (parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True) if zero1
-                else parallel_state.get_tensor_model_parallel_group())
+        return parallel_state.get_tensor_model_parallel_group()
     if not zero1:
         return parallel_state.get_expert_tensor_parallel_group()
     if parallel_state.get_expert_tensor_parallel_world_size() == 1:

@@ -113,8 +113,9 @@ class Optimizer:
         """Return the function that gathers updated weights, or None if every step gathers."""
         if not self.wrapped[0].ddp_config.overlap_param_gather:
             return None
-        return self._gather_masters if self._shares_gradients else partial(parameter_groups.gather_parameters,
-                                                                           self.wrapped)
+        if self._shares_gradients:
+            return self._gather_masters
+        return partial(parameter_groups.gather_parameters, self.wrapped)
 
     def _gather_masters(self) -> None:
         quantized_weights.fill_gather_buffers(self.megatron_optimizer.chained_optimizers)
@@ -140,9 +141,10 @@ class Optimizer:
         """
         total = torch.zeros((), dtype=torch.float64, device=get_local_device())
         for optimizer in self.megatron_optimizer.chained_optimizers:
-            norms = [torch.linalg.vector_norm(part, dtype=torch.float64)
-                     for gradient in optimizer.get_grads_for_grad_norm()
-                     for part in (gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient])]
+            norms = []
+            for gradient in optimizer.get_grads_for_grad_norm():
+                parts = gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient]
+                norms += [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
             norms = [norm.to(total.device) for norm in norms]  # some gradients are in host memory
             squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
             torch.distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())

@@ -6,8 +6,6 @@ a range consists of a few rectangles, so optimizer state has the same names and 
 ZeRO-1 and without.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,7 +37,7 @@ class StateShard:
     main: torch.Tensor
     """Contiguous tensor that the optimizer updates: the parameter's own memory, or a float32 master
     weight."""
-    inner: ShardOptimizer
+    inner: "ShardOptimizer"
     """Optimizer that updates `main` and holds its state."""
     exclusive: bool
     """True (ZeRO-1): no other data-parallel process updates these elements."""
@@ -85,8 +83,9 @@ def list_shards(optimizer: Any) -> list[StateShard]:
     """
     if optimizer.optimizer is None:
         return []
-    return list(_iter_ranges(optimizer) if isinstance(optimizer, DistributedOptimizer)
-                else _iter_parameters(optimizer))
+    if isinstance(optimizer, DistributedOptimizer):
+        return list(_iter_ranges(optimizer))
+    return list(_iter_parameters(optimizer))
 
 
 def _iter_ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:

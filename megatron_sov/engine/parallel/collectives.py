@@ -49,7 +49,6 @@ def broadcast_flag(flag: bool) -> bool:
 
 
 def broadcast_from_last_stage(values: torch.Tensor) -> torch.Tensor:
-    """Broadcast a tensor from the last pipeline stage to all stages."""
     message = to_comm_device(values.clone())
     dist.broadcast(message, src=parallel_state.get_pipeline_model_parallel_last_rank(),
                    group=parallel_state.get_pipeline_model_parallel_group())

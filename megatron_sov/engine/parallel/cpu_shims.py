@@ -33,7 +33,9 @@ def prepare_without_gpu() -> None:
     if is_cpu_only():
         return
     mark_cpu_only()
-    _hide_transformer_engine()
+    # megatron uses Transformer Engine's optimizers, products and norms if it imports (on a login node, or
+    # with hidden CUDA devices), but they need CUDA. None makes the import fail; an imported module stays.
+    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     _patch_current_device()
     _redirect_cuda_requests()
     _patch_type_names()
@@ -43,13 +45,6 @@ def prepare_without_gpu() -> None:
         # not at the top: it imports megatron-core, which reads the patched torch
         from megatron_sov.engine.parallel import library_patches
     library_patches.patch_for_cpus()
-
-
-def _hide_transformer_engine() -> None:
-    """megatron uses Transformer Engine's optimizers, products and norms if it imports, for example on a login
-    node or with hidden CUDA devices, but they need CUDA. An already imported module stays."""
-    # None in sys.modules makes the import fail as if the package were missing
-    sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
 
 
 class _Stream:

@@ -1,7 +1,5 @@
 """Launches local ranks: start, signal forwarding, restart after faults, exit codes."""
 
-from __future__ import annotations
-
 import contextlib
 import gc
 import io
@@ -45,7 +43,7 @@ be_rank(int(sys.argv[1]))"""
 
 
 def launch_ranks(main: Callable[[], Any], nproc: int | None, num_threads: int = 0,
-                 restarts: RestartPolicy | None = None) -> int:
+                 restarts: "RestartPolicy | None" = None) -> int:
     """Run `main` in every process and return the command's exit code.
 
     Under torchrun or Slurm (RANK is set) this process is one rank. Otherwise it starts `nproc` local ranks.
@@ -149,8 +147,8 @@ def _run_round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _
     port = door.getsockname()[1]
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
     children: list[int] = []
-    with write_plan_file(main,
-                         torch.get_num_threads()) if new_processes else contextlib.nullcontext() as plan:
+    plan_file = write_plan_file(main, torch.get_num_threads()) if new_processes else contextlib.nullcontext()
+    with plan_file as plan:
         signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # until `_wait_for_ranks` forwards them
         sys.stdout.flush()
         sys.stderr.flush()

@@ -51,11 +51,8 @@ class ParallelWorld:
     rank: int
     """Global rank."""
     size: int
-    """World size."""
     dp_rank: int
-    """Data-parallel rank."""
     dp_size: int
-    """Data-parallel size."""
     first_stage: bool
     """Whether this process holds the first pipeline stage (embedding)."""
     last_stage: bool

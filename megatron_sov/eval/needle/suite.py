@@ -5,8 +5,6 @@ Each cell (kind, language, length, depth) has several examples. An answer is rig
 exactly the value.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -98,7 +96,7 @@ class NeedleSuite:
         return product(self.kinds, self.haystacks, self.lengths)
 
     def build_example(self, kind: NeedleKind, haystack: Haystack, length: int, depth: float,
-                      sample: int) -> Example:
+                      sample: int) -> "Example":
         """Build an example, determined by the suite's fields and the arguments."""
         # the 0 separates kind and language, so that no two cells share a seed
         generator = np.random.Generator(np.random.Philox(np.random.SeedSequence(
@@ -117,7 +115,7 @@ class NeedleSuite:
                 for pair in haystack.form.pairs[True]:
                     yield [*slots[0], *pair.tolist()]
 
-    def examples(self) -> Iterator[tuple[Haystack, list[tuple[NeedleKind, int, float]], list[Example]]]:
+    def examples(self) -> "Iterator[tuple[Haystack, list[tuple[NeedleKind, int, float]], list[Example]]]":
         """Yield (haystack, cell per example, examples) in cell order, up to `BATCH_TOKENS` prompt tokens."""
         for kind, haystack, length in self._iter_rows():
             positions = [(depth, sample) for depth in self.depths for sample in range(self.samples)]
@@ -163,8 +161,9 @@ def format_table(result: NeedleResult) -> str:
         cells = next(iter(rows.values()))
         lines += [f"{kind}, {language}",
                   "length   distractors  " + "".join(f"{cell.depth:>7.0%}" for cell in cells)]
-        lines += [f"{length:>7,}  {row[0].distractors:>11,}  "
-                  + "".join(f"{c.correct / c.samples:>7.0%}" for c in row) for length, row in rows.items()]
+        for length, row in rows.items():
+            scores = "".join(f"{cell.correct / cell.samples:>7.0%}" for cell in row)
+            lines.append(f"{length:>7,}  {row[0].distractors:>11,}  {scores}")
     return "\n".join([*lines, f"score {result.score:.1%} with {result.cells[0].samples} samples a cell"])
 
 

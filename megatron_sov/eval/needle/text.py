@@ -6,8 +6,6 @@ repeating the sentence up to the key asks for the value. Each haystack is a spli
 language.
 """
 
-from __future__ import annotations
-
 import hashlib
 import unicodedata
 from collections import Counter
@@ -167,7 +165,7 @@ class Haystack:
     """A language's text, with a `NeedleForm`."""
 
     form: NeedleForm
-    texts: tuple[DocumentsText, ...]
+    texts: "tuple[DocumentsText, ...]"
     sizes: tuple[float, ...]
     """Sizes of `texts` as sampling weights."""
 

@@ -22,7 +22,6 @@ class Continuation:
     tokens: list[int]
     """Prompt and continuation."""
     prompt_tokens: int
-    """Prompt length in tokens."""
     limit: int
     """`Sampling.max_new_tokens`."""
     sampling: Sampling

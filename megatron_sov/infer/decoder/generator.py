@@ -285,7 +285,7 @@ class MegatronEngine:
         for sequence in sequences:
             local_written[sequence.index] = sequence.tokens[sequence.prompt_tokens:], sequence.logprobs
         # the sum over processes needs equal table widths
-        num_local_tokens = max(len(tokens) for tokens, _ in local_written) if local_written else 0
+        num_local_tokens = max((len(tokens) for tokens, _ in local_written), default=0)
         width = int(all_reduce_replicas(torch.tensor([num_local_tokens]), dist.ReduceOp.MAX)[0])
         # the other processes add zeros to a sequence's row, so the sum is the row of its own process
         written = unpack_tokens(all_reduce_replicas(pack_tokens(local_written, width)))

@@ -4,8 +4,6 @@ All processes of a layout run `generate_live`. The first process has a `RequestS
 each row which sequences join and leave, and receives the new tokens; the other processes apply its decisions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -23,7 +21,7 @@ from megatron_sov.infer.request import LENGTH, STOP, Batching, Sampling, StopRul
 
 
 def generate_live(model: ForwardModel, batching: Batching, longest: int,
-                  source: RequestSource | None) -> None:
+                  source: "RequestSource | None") -> None:
     """Generate until the source ends the generation (collective).
 
     Args:

@@ -193,9 +193,8 @@ class ServerProcess:
                 why = "ended" if not self.is_alive() else f"was not ready in {self._settings.start_s:g} s"
                 log_lines = self.log.read_text(encoding="utf-8", errors="replace").strip().split("\n")
                 last_lines = "\n".join(log_lines[-LAST_LINES:])
-                raise UserError(f"--engine vllm: server {self.number} {why}"
-                                + (f"; the end of {self.log}:\n{last_lines}" if last_lines
-                                   else f"; {self.log} is empty"))
+                log = f"the end of {self.log}:\n{last_lines}" if last_lines else f"{self.log} is empty"
+                raise UserError(f"--engine vllm: server {self.number} {why}; {log}")
             time.sleep(_POLL_INTERVAL_S)
         return server
 

@@ -5,8 +5,6 @@ per expert. For updates, transformers' own conversion (of `save_pretrained`) run
 so that writing to its results writes to the model.
 """
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -182,7 +180,7 @@ def compute_cache_sizes(num_prompts: int, longest: int, batching: Batching) -> t
 class _View(torch.Tensor):
     """A tensor that stays a view when transformers calls `contiguous`."""
 
-    def contiguous(self, *_: Any, **__: Any) -> _View:
+    def contiguous(self, *_: Any, **__: Any) -> "_View":
         return self
 
 

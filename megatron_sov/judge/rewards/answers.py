@@ -4,8 +4,6 @@ The final answer is in a box, in answer tags, or after "the answer is". Numbers 
 units before they are compared.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import unicodedata

@@ -1,19 +1,13 @@
 """Reward `code`: run a response's program against tests in the sandbox."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys
-import types
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 
-from megatron_sov.base.errors import UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, NotNegative, SettingsProblem, Share, find_broken_rules)
 from megatron_sov.judge.rewards import solution_frameworks, solution_peer, solution_tests
@@ -21,7 +15,7 @@ from megatron_sov.judge.rewards.code_tests import CANDIDATE, CompareBy, RowTests
 from megatron_sov.judge.rewards.program_text import extract_program, find_entry_points
 from megatron_sov.judge.rewards.reward import (
     OPERATION, Refused, Row, Score, format_short, get_text, shorten_reason)
-from megatron_sov.judge.rewards.version import get_installed_version, hash_code
+from megatron_sov.judge.rewards.version import get_installed_version, hash_code, read_source
 from megatron_sov.sandbox.program import Limits, Outcome, Program
 from megatron_sov.sandbox.sandbox import Sandbox, shared_sandbox
 
@@ -188,10 +182,10 @@ class CodeReward:
         """Run `solution_tests` on a program; return its output lines and the outcome."""
         request = json.dumps({"tests": tests.texts, "entry_point": entry_point,
                               "tolerance": tests.number_tolerance})
-        program = Program(_read_source(solution_tests), _add_length(source) + _add_length(request), {
+        program = Program(read_source(solution_tests.__name__), _add_length(source) + _add_length(request), {
             **{f"{'/'.join(parts)}/__init__.py": "" for parts in _PACKAGES},
-            **{module.__name__.replace(".", "/") + ".py": _read_source(module)
-               for module in (solution_frameworks, solution_peer)}})
+            **{name.replace(".", "/") + ".py": read_source(name)
+               for name in (solution_frameworks.__name__, solution_peer.__name__)}})
         outcome = self._run_program(program, time_s)
         # All lines come from `solution_tests`; the solution's own output is discarded.
         return [json.loads(line) for line in filter(None, outcome.stdout.split("\n"))], outcome
@@ -227,12 +221,3 @@ _PACKAGES = [__name__.split(".")[:length] for length in (1, 2, 3)]
 
 def _add_length(text: str) -> str:
     return f"{len(text.encode()):012d}{text}"
-
-
-@lru_cache
-def _read_source(module: types.ModuleType) -> str:
-    try:
-        return Path(str(module.__file__)).read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"{module.__file__}: cannot be read ({e.strerror}); install the package with its "
-                        "sources") from None

@@ -1,7 +1,5 @@
 """Read and validate the tests in a row, and compare outputs."""
 
-from __future__ import annotations
-
 import ast
 import builtins
 import contextlib

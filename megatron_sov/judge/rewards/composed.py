@@ -1,7 +1,5 @@
 """Combine rewards: weights, gates, and selection by domain."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 from collections.abc import Mapping, Sequence

@@ -5,8 +5,6 @@ Only modules for text and numbers may be imported, not files, clocks or random n
 depends on the text alone. This rule ensures quality; the sandbox ensures safety.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import sys
@@ -15,18 +13,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Le
 
-from megatron_sov.base.errors import UserError, format_error
+from megatron_sov.base.errors import format_error
 from megatron_sov.base.settings import Bound, ProblemCode, Share
 from megatron_sov.chat.marks import unquote_marks
 from megatron_sov.judge.rewards import check_program
 from megatron_sov.judge.rewards.reward import (
     OPERATION, Refused, Row, Score, format_short, get_content, get_text, shorten_reason)
-from megatron_sov.judge.rewards.version import hash_code
+from megatron_sov.judge.rewards.version import hash_code, read_source
 from megatron_sov.sandbox.program import Limits, Outcome, Program
 from megatron_sov.sandbox.sandbox import Sandbox, shared_sandbox
 
@@ -159,7 +156,7 @@ def check_texts(sandbox: Sandbox, source: str, texts: Sequence[str], *, call_s: 
     # The clock limit is twice the processor time, because the machine may be shared.
     limits = Limits(wall_s=2 * total_s + 1, cpu_s=total_s, memory_bytes=memory_bytes)
     request = json.dumps({"source": source, "texts": list(texts), "call_s": call_s})
-    outcome = sandbox.run(Program(_read_program(), stdin=request), limits)
+    outcome = sandbox.run(Program(read_source(check_program.__name__), stdin=request), limits)
     # The row fails; the response is not penalized.
     if outcome.status in ("infrastructure", "refused"):
         raise RuntimeError(f"check function: {outcome.reason}")
@@ -180,14 +177,6 @@ def _read_verdicts(outcome: Outcome, count: int) -> list[ConstraintVerdict]:
     if outcome.status != "ok":
         default = ConstraintVerdict(None, outcome.reason or outcome.status, ended=False)
     return [verdict_by_index.get(place, default) for place in range(count)]
-
-
-def _read_program() -> str:
-    try:
-        return Path(check_program.__file__).read_text(encoding="utf-8")
-    except OSError as e:
-        raise UserError(f"{check_program.__file__}: cannot be read ({e.strerror}); install the package with "
-                        "its sources") from None
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,6 @@ The checks come from Google (arXiv 2311.07911) and AllenAI (arXiv 2507.02833), i
 Seven checks read NLTK data, which must be installed beforehand.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass

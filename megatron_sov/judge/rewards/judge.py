@@ -3,8 +3,6 @@
 Graded texts are enclosed in lines that their writer cannot guess.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math

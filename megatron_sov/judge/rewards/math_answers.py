@@ -4,8 +4,6 @@
 signals, which need a main thread and cannot stop C code; therefore the judging process is ended instead.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import logging
 import math

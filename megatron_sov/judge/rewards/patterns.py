@@ -4,8 +4,6 @@ A user's pattern on a model's response could run forever. `regex` can stop durin
 cannot.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from functools import lru_cache

@@ -1,7 +1,5 @@
 """Extract the program from a response: the fenced block to run."""
 
-from __future__ import annotations
-
 import ast
 import re
 import textwrap

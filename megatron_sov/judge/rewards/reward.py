@@ -1,7 +1,5 @@
 """Reward interface: a row in, a score with components out; errors become results."""
 
-from __future__ import annotations
-
 import math
 import numbers
 from collections.abc import Mapping

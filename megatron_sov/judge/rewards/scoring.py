@@ -4,8 +4,6 @@ A reward runs in child processes with time and memory limits per row, or in thre
 endpoint. A hanging reward, or a response that exhausts a verifier's memory, affects a single row.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import signal
@@ -82,7 +80,7 @@ class GroupRunner(Runner):
         running: runner that judges a group like a row, within the rows' total time.
     """
 
-    def __init__(self, running: ProcessRunner) -> None:
+    def __init__(self, running: "ProcessRunner") -> None:
         self._running = running
 
     def __exit__(self, *error: object) -> None:

@@ -1,7 +1,5 @@
 """Rewards for the form of a response: length, repetition, language, format."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass

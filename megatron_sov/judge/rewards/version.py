@@ -5,8 +5,6 @@ sandbox, `work` and `chat`, without comments, docstrings and layout. The version
 not with its texts.
 """
 
-from __future__ import annotations
-
 import ast
 import dataclasses
 import hashlib
@@ -67,18 +65,17 @@ def hash_code(module: str) -> dict[str, str]:
         name = to_read.pop()
         if name in hashes:
             continue
-        tree = ast.parse(_read_source(name))
+        tree = ast.parse(read_source(name))
         hashes[name] = hashlib.sha256(_strip_docstrings(tree).encode()).hexdigest()
         to_read += [imported for imported in _find_imports(tree, {_get_package(name), *HASHED_PACKAGES})
                     if imported not in hashes]
     return hashes
 
 
-def _read_source(module: str) -> str:
+def read_source(module: str) -> str:
     spec = importlib.util.find_spec(module)
-    if spec is None or spec.origin is None:
-        raise UserError(f"{module}: has no source file, so no version of its reward can be told; "
-                        "install the package with its sources")
+    if spec is None or spec.origin is None or not Path(spec.origin).is_file():
+        raise UserError(f"{module}: has no source file; install the package with its sources")
     return Path(spec.origin).read_text(encoding="utf-8")
 
 

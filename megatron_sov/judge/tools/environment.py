@@ -3,8 +3,6 @@
 A tool is a Python function, whose signature and docstring define the JSON schema for models.
 """
 
-from __future__ import annotations
-
 import copy
 import inspect
 import json
@@ -105,7 +103,7 @@ class Tool:
     """Name -> parameter."""
     function: Callable[..., Any] = field(compare=False)
     """Function called with keyword arguments."""
-    _adapter: TypeAdapter[Any] = field(init=False, repr=False, compare=False)
+    _adapter: "TypeAdapter[Any]" = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         fields = {name: _annotate_parameter(parameter) for name, parameter in self.parameters.items()}
@@ -146,7 +144,7 @@ class Tool:
         return self.function(**checked)
 
 
-def build_strict_adapter(name: str, fields: Mapping[str, Any]) -> TypeAdapter[Any]:
+def build_strict_adapter(name: str, fields: Mapping[str, Any]) -> "TypeAdapter[Any]":
     """Return a validator for objects with exactly these fields (name -> type) and exact types."""
     from pydantic import ConfigDict, TypeAdapter, with_config  # slow to import; `--help` must be fast
 

@@ -4,8 +4,6 @@ Token ids are appended and never re-encoded: sampled tokens are trained on exact
 tools and the template are not trained on. Each turn is journaled before the next round.
 """
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -42,7 +40,7 @@ class GeneratedTurn:
     """Log-probability per token, if available."""
     versions: list[int] | None = None
     """Weights version per token; None: a single policy."""
-    routes: np.ndarray | None = field(default=None, compare=False, repr=False)
+    routes: "np.ndarray | None" = field(default=None, compare=False, repr=False)
     """Expert routes for all tokens so far; None: not requested."""
 
     @property
@@ -106,7 +104,7 @@ class Episode:
     """Result of a finished episode."""
     begun: GeneratedTurn | None = None
     """Partial turn, interrupted by a deadline."""
-    routes: np.ndarray | None = field(default=None, compare=False, repr=False)
+    routes: "np.ndarray | None" = field(default=None, compare=False, repr=False)
     """Expert routes so far; None: not requested."""
 
     @property

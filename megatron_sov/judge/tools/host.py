@@ -4,8 +4,6 @@ call.
 The state after the last call is held here as JSON, so that a new process can continue after a crash.
 """
 
-from __future__ import annotations
-
 import json
 from collections import deque
 from dataclasses import asdict, dataclass

@@ -4,8 +4,6 @@ In every round the model writes the next turn of each active episode, then their
 finished episode makes room for the next.
 """
 
-from __future__ import annotations
-
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor

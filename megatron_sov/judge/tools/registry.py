@@ -1,7 +1,5 @@
 """Registry: find tool environments by name, build them, and read their tasks."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Mapping, Sequence

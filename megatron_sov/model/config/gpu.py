@@ -1,8 +1,6 @@
 """GPU settings (kernels, memory, messages), which change results by rounding at most, and the rules for
 FP8."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
@@ -55,7 +53,7 @@ def fp8_format(train: TrainConfig) -> str:
 
 
 def find_fp8_weight_problems(train: TrainConfig, parallel: ParallelConfig, optim: OptimConfig,
-                             gpu: GpuConfig) -> list[SettingsProblem]:
+                             gpu: "GpuConfig") -> list[SettingsProblem]:
     """Return every violated rule for `train.fp8_weights`."""
     if not train.fp8_weights:
         return []
@@ -369,9 +367,6 @@ class GpuConfig:
              "prediction layer repeatedly", "leave it out"),
             (not self.offload_modules, "cuda_graphs", "cannot be used with gpu.offload_modules, whose copies "
              "start in Python hooks", "leave one out"),
-            (parallel.expert_overlap != "micro_batches", "cuda_graphs",
-             "cannot be used with parallel.expert_overlap = micro_batches, whose schedule does not support "
-             "graphs", "leave one out"),
             (not permutes or parallel.expert_overlap != "weight_gradients", "cuda_graphs", "names "
              "moe_preprocess, whose backward pass starts the products of parallel.expert_overlap = "
              "weight_gradients outside of the graph", "name only moe_router, or leave one out"),

@@ -144,8 +144,9 @@ class ParallelConfig:
                    _divisors(stage_layers))
         problems += self._layer_problems(model) + self._expert_problems(model)
         nearest = self._nearest_sizes(model)
-        problems = [replace(problem, fix=f"{problem.key}={nearest[problem.key]}")
-                    if problem.key in nearest and not problem.fix else problem for problem in problems]
+        for i, problem in enumerate(problems):
+            if problem.key in nearest and not problem.fix:
+                problems[i] = replace(problem, fix=f"{problem.key}={nearest[problem.key]}")
         return problems + self._rank_problems(num_ranks)
 
     def _rank_problems(self, num_ranks: int) -> list[SettingsProblem]:
@@ -168,10 +169,12 @@ class ParallelConfig:
             widths.append(model.num_shared_experts * model.expert_ffn_dim)
         divided = {"tp": widths, "pp": [model.num_layers],
                    "ep": [model.num_experts if model.num_moe_layers() else 1]}
-        sizes = {f"parallel.{name}": max(size for size in range(1, getattr(self, name) + 1)
-                                         if not any(width % size for width in numbers))
-                 for name, numbers in divided.items()}
-        return {key: size for key, size in sizes.items() if size != getattr(self, key.partition(".")[2])}
+        nearest = {}
+        for name, numbers in divided.items():
+            common, size = math.gcd(*numbers), getattr(self, name)
+            if common % size:
+                nearest[f"parallel.{name}"] = max(n for n in range(1, size) if common % n == 0)
+        return nearest
 
     def _layer_problems(self, model: ModelConfig) -> list[SettingsProblem]:
         """Check linear attention, and prediction layers with tied embeddings."""

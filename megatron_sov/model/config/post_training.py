@@ -1,8 +1,6 @@
 """Settings for post-training losses: distillation, preferences, and reinforcement learning from a policy's
 rollouts."""
 
-from __future__ import annotations
-
 import dataclasses
 import hashlib
 import math
@@ -191,7 +189,7 @@ class RolloutConfig:
             (self.validation_temperature != 0 or self.validation_samples == 1, "validation_samples",
              "must be 1: rollout.validation_temperature = 0 gives each prompt the same response again"))
 
-    def for_validation(self, num_prompts: int) -> RolloutConfig:
+    def for_validation(self, num_prompts: int) -> "RolloutConfig":
         """Return the settings for a validation on `num_prompts` held-out prompts.
 
         A validation is a separate round, generated without staleness and deadline.

@@ -428,7 +428,9 @@ def _refuse_shares(raw: dict[str, Any], changes: Mapping[str, Any], option: str)
     number."""
     problems = []
     for key, value in changes.items():
-        whole = "optim.lr" if key == "optim.min_lr" else "train.steps" if key.endswith("_steps") else ""
+        whole = "train.steps" if key.endswith("_steps") else ""
+        if key == "optim.min_lr":
+            whole = "optim.lr"
         total = _get_value(raw, whole) if whole else 0
         share = parse_percent(value)
         is_share = isinstance(share, float) and share < 1 and (share != value or whole == "train.steps")

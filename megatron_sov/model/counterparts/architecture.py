@@ -180,10 +180,8 @@ def infer_model_fields(stated: Stated) -> tuple[dict[str, Any], list[str]]:
     problems = [f"{name} = {stated[name]!r}: only {' or '.join(map(repr, allowed))} is read"
                 for name, allowed in SUPPORTED_VALUES.items() if name in stated
                 and not _is_supported(stated[name], allowed)]
-    fields = {field: MEGATRON_DEFAULTS.get(megatron_name)
-              if stated.get(megatron_name) is None else stated[megatron_name]
-              for megatron_name, field in RENAMED.items()
-              if megatron_name in MEGATRON_DEFAULTS or stated.get(megatron_name) is not None}
+    known = MEGATRON_DEFAULTS | {name: value for name, value in stated.items() if value is not None}
+    fields = {field: known[name] for name, field in RENAMED.items() if name in known}
     inferences = (_infer_attention, _infer_feed_forward, _infer_positions, _infer_pattern, _infer_prediction)
     for infer in inferences:
         try:
@@ -318,8 +316,9 @@ def _infer_pattern(stated: Stated) -> dict[str, Any]:
             raise ValueError(f"no_rope_freq = {no_rope!r}: layers without RoPE are only supported in models "
                              "with sliding layers")
         return {}
-    num_left = (window
-                if isinstance(window, (list, tuple)) else _parse_list(f"[{str(window).strip('()[]')}]"))[0]
+    if not isinstance(window, (list, tuple)):
+        window = _parse_list(f"[{str(window).strip('()[]')}]")
+    num_left = window[0]
     flags, is_number = _expand_frequency([True] * num_layers if frequency is None else frequency, num_layers)
     # a number flags every n-th layer, which is global; a list flags the sliding layers
     is_sliding = [not flag for flag in flags] if is_number else flags
@@ -357,8 +356,9 @@ def _complete_fields(name: str, fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _build_model(name: str, fields: Mapping[str, Any]) -> ModelConfig | None:
-    return None if _find_mismatches(name, fields) else from_dict(
-        {"recipe": "from-megatron", "model": _complete_fields(name, fields)}).model
+    if _find_mismatches(name, fields):
+        return None
+    return from_dict({"recipe": "from-megatron", "model": _complete_fields(name, fields)}).model
 
 
 def _find_mismatches(name: str, fields: Mapping[str, Any]) -> list[str]:

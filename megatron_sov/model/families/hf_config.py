@@ -242,8 +242,9 @@ class AttentionScale:
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the factor; `UserError` if Gemma's field cannot express it."""
-        factor = _default_scale(model.head_dim) if model.attention_multiplier is None else (
-            model.attention_multiplier)
+        factor = model.attention_multiplier
+        if factor is None:
+            factor = _default_scale(model.head_dim)
         if not self.scalar:
             return {self.hf: factor}
         # Gemma stores the integer n of the factor 1 / sqrt(n).
@@ -256,8 +257,10 @@ class AttentionScale:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the factor; None for 1 / sqrt(head_dim)."""
         usual = _default_scale(config.get("head_dim") or hidden_over_heads(config))
-        factor = (int(config.get(self.hf, self.scalar)) ** -0.5 if self.scalar
-                 else float(config.get(self.hf, usual)))
+        if self.scalar:
+            factor = int(config.get(self.hf, self.scalar)) ** -0.5
+        else:
+            factor = float(config.get(self.hf, usual))
         return {"attention_multiplier": None if factor == usual else factor}
 
 
@@ -330,8 +333,9 @@ class TwoThetas:
                             "scales only global layers; set model.local_rope_theta (if sliding layers have "
                             f"the same base, to model.rope_theta = {model.rope_theta})")
         local = model.rope_theta if model.local_rope_theta is None else model.local_rope_theta
-        scaled = {"rope_type": "default"} if model.linear_rope_factor is None else {
-            "rope_type": "linear", "factor": model.linear_rope_factor}
+        scaled: dict[str, Any] = {"rope_type": "default"}
+        if model.linear_rope_factor is not None:
+            scaled = {"rope_type": "linear", "factor": model.linear_rope_factor}
         return {"rope_parameters": {"full_attention": {**scaled, "rope_theta": model.rope_theta},
                                     "sliding_attention": {"rope_type": "default", "rope_theta": local}}}
 

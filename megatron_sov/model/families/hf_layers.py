@@ -23,7 +23,7 @@ def _parse_layer_letters(types: list[str], name: str, length: int) -> str:
     return letters
 
 
-def _read_num_layers(config: dict[str, Any]) -> int:
+def read_num_layers(config: dict[str, Any]) -> int:
     """Return `num_hidden_layers`; `UserError` for numbers whose per-layer lists would fill memory."""
     return _check_layer_count(int(config.get("num_hidden_layers", 0)), "num_hidden_layers")
 
@@ -44,8 +44,9 @@ def _find_main_window(config: dict[str, Any], default: int) -> tuple[int, bool]:
                                          for name in ("mtp_sliding_windows", "sliding_windows"))
     differ = len({*prediction_windows, *trunk_windows}) > 1
     listed_window = next(iter(prediction_windows), max(trunk_windows, key=trunk_windows.count, default=0))
-    return (listed_window, True) if differ else (config.get("sliding_window", listed_window or default),
-                                                 False)
+    if differ:
+        return listed_window, True
+    return config.get("sliding_window", listed_window or default), False
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class SlidingLayers:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the shortest pattern and the windows; `UserError` for contradictions."""
-        num_layers = _read_num_layers(config)
+        num_layers = read_num_layers(config)
         types = (config.get("layer_types")
                  or self.from_period(config.get("sliding_window_pattern", 4), num_layers))
         letters = _parse_layer_letters(types, "layer_types", num_layers)
@@ -121,7 +122,7 @@ class SlidingSwitch:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return pattern and window; `UserError` if switch, window and list disagree."""
-        num_layers = _read_num_layers(config)
+        num_layers = read_num_layers(config)
         slides = config.get("use_sliding_window", False)
         if slides and "sliding_window" not in config:
             raise UserError(f"config.json: use_sliding_window = {slides} needs sliding_window; "
@@ -163,7 +164,7 @@ class RotatingWindows:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return pattern, window and `rope_on_global`; `UserError` for a window without sliding layers, and
         vice versa."""
-        num_layers, window = _read_num_layers(config), config.get("sliding_window", 4096)
+        num_layers, window = read_num_layers(config), config.get("sliding_window", 4096)
         types = config.get("layer_types") or (
             SlidingLayers.from_period(config.get("sliding_window_pattern", 4), num_layers) if window
             else ["full_attention"] * num_layers)
@@ -178,7 +179,7 @@ class RotatingWindows:
 
 def _count_dense_layers(config: dict[str, Any], is_dense: list[bool], name: str) -> dict[str, Any]:
     """Count dense layers; `UserError` unless all dense layers come first."""
-    num_layers = _read_num_layers(config)
+    num_layers = read_num_layers(config)
     if len(is_dense) != num_layers or is_dense != sorted(is_dense, reverse=True):
         raise UserError(f"config.json: {name} must name dense layers first and layers with experts after, "
                         f"for num_hidden_layers = {num_layers} layers; a dense layer after a layer with "
@@ -202,7 +203,7 @@ class LeadingDenseLayers:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Count dense layers; `UserError` if two spellings disagree."""
         def mark_leading(count: Any) -> list[bool]:
-            return [i < count for i in range(_read_num_layers(config))]
+            return [i < count for i in range(read_num_layers(config))]
 
         spellings: dict[str, Callable[[Any], list[bool]]] = {
             "mlp_layer_types": lambda kinds: [kind != "sparse" for kind in kinds],
@@ -233,7 +234,7 @@ class SparseSteps:
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Count leading dense layers."""
         dense_layers, step = config.get("mlp_only_layers", []), config.get("decoder_sparse_step", 1)
-        is_dense = [i in dense_layers or (i + 1) % step != 0 for i in range(_read_num_layers(config))]
+        is_dense = [i in dense_layers or (i + 1) % step != 0 for i in range(read_num_layers(config))]
         return _count_dense_layers(config, is_dense, "mlp_only_layers and decoder_sparse_step")
 
 
@@ -316,15 +317,16 @@ class SwigluLimits:
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
         """Return the list; {} if no layer has a clamp."""
-        return {"swiglu_limits": [float(limit) for limit in model.swiglu_limits]} if any(
-            model.swiglu_limits) else {}
+        if not any(model.swiglu_limits):
+            return {}
+        return {"swiglu_limits": [float(limit) for limit in model.swiglu_limits]}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the clamps; `UserError` unless every layer has a number of at least 0."""
         limits = [float(limit or 0) for limit in config.get("swiglu_limits", [])]
-        if (limits and len(limits) != _read_num_layers(config)) or any(limit < 0 for limit in limits):
+        if (limits and len(limits) != read_num_layers(config)) or any(limit < 0 for limit in limits):
             raise UserError(f"config.json: swiglu_limits = {limits} must have an entry of 0 or more for each "
-                            f"of num_hidden_layers = {_read_num_layers(config)} layers")
+                            f"of num_hidden_layers = {read_num_layers(config)} layers")
         return {"swiglu_limits": tuple(limits) if any(limits) else ()}
 
 

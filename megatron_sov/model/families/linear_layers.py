@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import LinearAttentionConfig, ModelConfig
-from megatron_sov.model.config.bounds import MAX_LAYERS
 from megatron_sov.model.config.model import LAYER_TYPES, shortest_pattern
+from megatron_sov.model.families.hf_layers import read_num_layers
 from megatron_sov.model.families.weights import (
     GateUp, Layout, Reshaped, Same, WeightEntry, get_linear_attention, resolve_shape)
 
@@ -90,15 +90,6 @@ KIMI_DELTA: tuple[WeightEntry, ...] = (
     Same("self_attention.out_proj.weight", "self_attn.o_proj.weight", "H W"))
 
 
-def count_layers(config: dict[str, Any]) -> int:
-    """Return `num_hidden_layers`; `UserError` for numbers whose per-layer lists would fill memory."""
-    count = int(config.get("num_hidden_layers", 0))
-    if count > MAX_LAYERS:
-        raise UserError(f"config.json: num_hidden_layers = {count} must be at most {MAX_LAYERS:,}; count its "
-                        "zeros")
-    return count
-
-
 def check_integer(name: str, value: Any) -> int:
     """Return `value`; `UserError` if it is not an integer (`int` would accept 4.9)."""
     if not isinstance(value, int) or isinstance(value, bool):
@@ -175,7 +166,7 @@ class SolarLayers:
 
     @staticmethod
     def _layers(config: dict[str, Any]) -> dict[str, Any]:
-        count, interval = count_layers(config), config.get("gqa_interval", 3)
+        count, interval = read_num_layers(config), config.get("gqa_interval", 3)
         if check_integer("gqa_interval", interval) < 1:
             raise UserError(f"config.json: gqa_interval = {interval!r} must be an integer of 1 or more")
         softmax = config.get("gqa_layers", [*range(0, count, interval + 1)])

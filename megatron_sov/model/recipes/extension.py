@@ -3,11 +3,13 @@
 import dataclasses
 import json
 from dataclasses import replace
+from typing import Any
 
 from megatron_sov.base.artifacts import format_json
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import (
-    ExtendStageConfig, ModelConfig, OptimConfig, PhaseConfig, RunConfig, YarnConfig)
+    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, ModelConfig, NeedleConfig, OptimConfig,
+    ParallelConfig, PartConfig, PhaseConfig, RunConfig, YarnConfig)
 
 PHASE = "extend"
 
@@ -21,6 +23,24 @@ def stage_phases(stages: tuple[ExtendStageConfig, ...], optim: OptimConfig) -> t
         s.name, tokens=s.tokens or max(s.steps, s.max_steps) * s.global_batch_size * s.seq_len,
         seq_len=s.seq_len, global_batch_size=s.global_batch_size, lr=s.lr or optim.lr,
         rewarm_steps=optim.warmup_steps) for s in stages)
+
+
+def mix_stage(rest: str, rehearsal: dict[str, float], name: str, seq_len: int, batch_size: int,
+              long_share: float, rehearsal_share: float, **yarn: Any) -> ExtendStageConfig:
+    """Return an extension stage: long documents, rehearsal of a blend, and the source `rest` as the rest."""
+    return ExtendStageConfig(
+        name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size, blend={rest: 1.0},
+        parts=(PartConfig("long", long_share), PartConfig("rehearsal", rehearsal_share, rehearsal)), **yarn)
+
+
+def extend_run(run: RunConfig, recipe: str, stages: tuple[ExtendStageConfig, ...], optim: OptimConfig,
+               parallel: ParallelConfig) -> RunConfig:
+    """Return the gated extension of a pretraining run in bf16, with needles at each length."""
+    return replace(
+        run, recipe=recipe, parallel=parallel, data=DataConfig(phases=stage_phases(stages, optim)),
+        optim=optim, train=replace(run.train, global_batch_size=stages[0].global_batch_size, fp8="none"),
+        needle=NeedleConfig(lengths_tokens=(run.data.max_seq_len(), *(stage.seq_len for stage in stages))),
+        extend=ExtendConfig(stages=stages, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
 
 
 def extend_model(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_theta: float = 0.0,

@@ -6,12 +6,12 @@ in `policies`. Pretraining uses FP8, as published.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from megatron_sov.model.config import (
-    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, GpuConfig, ModelConfig, NeedleConfig,
-    ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, PreferenceConfig, RunConfig,
-    TrainConfig)
-from megatron_sov.model.recipes.extension import stage_phases
+    DataConfig, GpuConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig,
+    PreferenceConfig, RunConfig, TrainConfig)
+from megatron_sov.model.recipes.extension import extend_run, mix_stage
 from megatron_sov.model.recipes.sources import Sources, derive_sources, ours, published, read_sources
 
 REPORT = "arXiv 2601.01739"
@@ -32,18 +32,8 @@ PHASES = (
                 blend={"web-high": 45.0, "korean": 10.0, **_others(5.0), "code": 15.0, "stem": 25.0}),
     PhaseConfig("reasoning", tokens=round(0.1 * TOKENS), seq_len=8192, blend={
         "web-high": 30.0, "korean": 10.0, "code": 15.0, "stem": 15.0, "reasoning-trajectories": 30.0}))
-
-
-def _stage(name: str, seq_len: int, batch_size: int, long_share: float,
-           rehearsal_share: float) -> ExtendStageConfig:
-    """Return an extension stage: long documents, rehearsal, and synthetic reasoning as the rest."""
-    rehearsal = {"web-high/8192": 70.0, "korean/8192": 20.0, "needle/8192": 10.0}
-    return ExtendStageConfig(
-        name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
-        blend={"reasoning-trajectories": 1.0},
-        parts=(PartConfig("long", long_share), PartConfig("rehearsal", rehearsal_share, rehearsal)))
-
-
+_stage = partial(mix_stage, "reasoning-trajectories", {
+    "web-high/8192": 70.0, "korean/8192": 20.0, "needle/8192": 10.0})
 STAGES = (_stage("32k", 32768, 1024, 0.4, 0.3), _stage("256k", 262144, 128, 0.6, 0.2))
 
 
@@ -76,12 +66,8 @@ def k_exaone_236b_extend() -> RunConfig:
     run = k_exaone_236b()
     optim = OptimConfig(name="muon", lr=3e-5, min_lr=3e-6, schedule="cosine", warmup_steps=100,
                         weight_decay=0.1)
-    return replace(
-        run, recipe="k-exaone-236b-extend", parallel=replace(run.parallel, tp=8, sp=True, cp=8, ep=64),
-        data=DataConfig(phases=stage_phases(STAGES, optim)), optim=optim,
-        train=replace(run.train, global_batch_size=1024, fp8="none"),
-        needle=NeedleConfig(lengths_tokens=(8192, 32768, 262144)),
-        extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
+    return extend_run(run, "k-exaone-236b-extend", STAGES, optim,
+                      replace(run.parallel, tp=8, sp=True, cp=8, ep=64))
 
 
 def k_exaone_236b_sft() -> RunConfig:
@@ -161,12 +147,8 @@ def k_exaone2_750b_extend() -> RunConfig:
     run = k_exaone2_750b()
     optim = OptimConfig(name="muon", lr=1e-5, min_lr=1e-6, schedule="cosine", warmup_steps=100,
                         weight_decay=0.1)
-    return replace(
-        run, recipe="k-exaone2-750b-extend", parallel=replace(run.parallel, tp=8, cp=8, ep=64),
-        data=DataConfig(phases=stage_phases(STAGES, optim)), optim=optim,
-        train=replace(run.train, global_batch_size=1024),
-        needle=NeedleConfig(lengths_tokens=(8192, 32768, 262144)),
-        extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
+    return extend_run(run, "k-exaone2-750b-extend", STAGES, optim,
+                      replace(run.parallel, tp=8, cp=8, ep=64))
 
 
 SOURCES_2: Sources = derive_sources(SOURCES, read_sources("k-exaone2-750b"))

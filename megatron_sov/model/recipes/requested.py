@@ -18,7 +18,7 @@ from megatron_sov.base.plugins.loading import is_reference, load_plugin
 from megatron_sov.base.plugins.registry import Registry, suggest_same_family
 from megatron_sov.base.settings import (
     Flag, Place, ProblemCode, SettingsError, SettingsProblem, find_inert_settings, get_inner_hint,
-    get_setting, list_fields, parse_located_yaml, read_settings_text)
+    get_setting, list_fields, parse_located_yaml, read_settings_text, split_key)
 from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model import objectives, recipes
 from megatron_sov.model.config import (
@@ -93,8 +93,9 @@ def load_plugins(references: Sequence[str]) -> None:
     fails, or names neither a family nor an objective."""
     for reference in references:
         loaded = load_plugin(reference)
-        (models.FAMILY_PLUGINS
-         if isinstance(loaded.value, Family) else objectives.OBJECTIVE_PLUGINS).add(loaded)
+        is_family = isinstance(loaded.value, Family)
+        registry = models.FAMILY_PLUGINS if is_family else objectives.OBJECTIVE_PLUGINS
+        registry.add(loaded)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,9 +299,9 @@ def _load_recipe(recipe: str) -> RunConfig:
         part, _, field = setting.partition(".")
         value = str(getattr(getattr(config, part), field))
         if is_reference(value):
-            is_file = value.rpartition(":")[0].endswith(".py")
-            names[setting] = registry.load(os.path.join(os.path.dirname(code.reference), value)
-                                           if is_file else value)
+            if value.rpartition(":")[0].endswith(".py"):
+                value = os.path.join(os.path.dirname(code.reference), value)
+            names[setting] = registry.load(value)
     config = apply_settings(config, [f"{setting}={name}" for setting, name in names.items()])
     return dataclasses.replace(config, code=(code,))
 
@@ -336,7 +337,7 @@ class ConfigLayer:
                                              for problem in e.problems]) from None
 
     def find_line(self, key: str) -> int:
-        place: Place = tuple(int(part) if part.isdecimal() else part for part in key.split("."))
+        place = split_key(key)
         while place and place not in self.lines:
             place = place[:-1]
         return self.lines.get(place, 0)

@@ -6,13 +6,13 @@ published; later stages use bf16, because their precision is not published.
 """
 
 from dataclasses import replace
+from functools import partial
 
 from megatron_sov.model.config import (
-    DataConfig, ExtendConfig, ExtendStageConfig, GateConfig, GpuConfig, ModelConfig, NeedleConfig,
-    ObjectiveConfig, OptimConfig, ParallelConfig, PartConfig, PhaseConfig, PreferenceConfig, RunConfig,
-    TrainConfig, YarnConfig)
+    DataConfig, GpuConfig, ModelConfig, ObjectiveConfig, OptimConfig, ParallelConfig, PhaseConfig,
+    PreferenceConfig, RunConfig, TrainConfig, YarnConfig)
 from megatron_sov.model.config.model import LinearAttentionConfig
-from megatron_sov.model.recipes.extension import stage_phases
+from megatron_sov.model.recipes.extension import extend_run, mix_stage
 from megatron_sov.model.recipes.sources import Sources, derive_sources, read_sources
 
 REPORT, RELEASED = "arXiv 2601.07022", "upstage/Solar-Open-100B"
@@ -42,17 +42,8 @@ MID_TRAINING = (
 """Trajectory documents (a query with 2 to 5 solutions), long documents, and a part of phase 2.C's data."""
 
 
-def _stage(name: str, seq_len: int, batch_size: int, long_share: float, rehearsal_share: float,
-           yarn_factor: float, yarn_original_tokens: int = 0) -> ExtendStageConfig:
-    """Return an extension stage: long documents, phase 2.C's data, and trajectories as the rest."""
-    rehearsal = {"web-l3/4096": 20.0, "korean/4096": 12.0, "synthetic/4096": 58.0, "needle/4096": 10.0}
-    return ExtendStageConfig(
-        name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
-        blend={"reasoning-trajectories": 1.0},
-        yarn_factor=yarn_factor, yarn_original_tokens=yarn_original_tokens,
-        parts=(PartConfig("long", long_share), PartConfig("rehearsal", rehearsal_share, rehearsal)))
-
-
+_stage = partial(mix_stage, "reasoning-trajectories", {
+    "web-l3/4096": 20.0, "korean/4096": 12.0, "synthetic/4096": 58.0, "needle/4096": 10.0})
 STAGES = (_stage("32k", 32768, 1440, 0.4, 0.3, yarn_factor=1),
           _stage("100k", 102400, 480, 0.6, 0.2, yarn_factor=2, yarn_original_tokens=65536))
 """The first stage uses RoPE without scaling; the second uses the released RoPE."""
@@ -99,13 +90,8 @@ def solar_open_102b_extend() -> RunConfig:
     """Return the gated extension 4K -> 32K -> 100K for the pretrained model, for `extend`."""
     run = solar_open_102b()
     optim = replace(run.optim, lr=5e-5, schedule="linear", warmup_steps=100)
-    return replace(
-        run, recipe="solar-open-102b-extend", model=released_model(),
-        parallel=replace(run.parallel, tp=4, sp=True, cp=8, ep=32),
-        data=DataConfig(phases=stage_phases(STAGES, optim)), optim=optim,
-        train=replace(run.train, global_batch_size=1440, fp8="none"),
-        needle=NeedleConfig(lengths_tokens=(4096, 32768, 102400)),
-        extend=ExtendConfig(stages=STAGES, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
+    return extend_run(replace(run, model=released_model()), "solar-open-102b-extend", STAGES, optim,
+                      replace(run.parallel, tp=4, sp=True, cp=8, ep=32))
 
 
 def solar_open_102b_sft() -> RunConfig:
@@ -152,18 +138,8 @@ PHASES_2 = (
     PhaseConfig("agents", tokens=2 * TRILLION, seq_len=8192, blend={
         "web": 20.0, "korean": 10.0, "japanese": 5.0, "code": 20.0, "stem": 15.0,
         "agent-trajectories": 30.0}))
-
-
-def _stage_2(name: str, seq_len: int, batch_size: int, long_share: float,
-             rehearsal_share: float) -> ExtendStageConfig:
-    """Return an extension stage: long documents, rehearsal, and agent trajectories as the rest."""
-    rehearsal = {"web/8192": 60.0, "korean/8192": 20.0, "japanese/8192": 10.0, "needle/8192": 10.0}
-    return ExtendStageConfig(
-        name, seq_len=seq_len, steps=1000, max_steps=2000, global_batch_size=batch_size,
-        blend={"agent-trajectories": 1.0},
-        parts=(PartConfig("long", long_share), PartConfig("rehearsal", rehearsal_share, rehearsal)))
-
-
+_stage_2 = partial(mix_stage, "agent-trajectories", {
+    "web/8192": 60.0, "korean/8192": 20.0, "japanese/8192": 10.0, "needle/8192": 10.0})
 STAGES_2 = (_stage_2("64k", 65536, 512, 0.4, 0.3), _stage_2("256k", 262144, 128, 0.5, 0.2),
             _stage_2("1m", 1048576, 32, 0.6, 0.2))
 
@@ -196,13 +172,8 @@ def solar_open2_250b_extend() -> RunConfig:
     """Return the gated extension 8K -> 64K -> 256K -> 1M, for `extend`. The model has no RoPE to scale."""
     run = solar_open2_250b()
     optim = replace(run.optim, lr=3e-5, warmup_steps=100)
-    return replace(
-        run, recipe="solar-open2-250b-extend",
-        parallel=replace(run.parallel, tp=8, sp=True, cp=8),
-        data=DataConfig(phases=stage_phases(STAGES_2, optim)), optim=optim,
-        train=replace(run.train, global_batch_size=512),
-        needle=NeedleConfig(lengths_tokens=(8192, 65536, 262144, 1048576)),
-        extend=ExtendConfig(stages=STAGES_2, gate=GateConfig(every_steps=250, min_accuracy=0.98)))
+    return extend_run(run, "solar-open2-250b-extend", STAGES_2, optim,
+                      replace(run.parallel, tp=8, sp=True, cp=8))
 
 
 SOURCES_2: Sources = read_sources("solar-open2-250b")

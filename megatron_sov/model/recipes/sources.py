@@ -16,8 +16,6 @@ Kind = Literal["published", "config.json", "ours", "yours", "default"]
 
 @dataclass(frozen=True)
 class ValueSource:
-    """Source for a value."""
-
     kind: Kind
     """published: a paper, report, or its authors' code; config.json: the released Hugging Face config; ours:
     our choice; yours: --config, --set, or a recipe without a table; default: not set."""

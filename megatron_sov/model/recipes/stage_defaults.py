@@ -38,8 +38,6 @@ class Rate:
 
 @dataclass(frozen=True)
 class StageDefaults:
-    """Stage defaults."""
-
     rates: tuple[Rate, ...]
     """Learning rates by model size, ascending."""
     lora: tuple[Rate, ...]

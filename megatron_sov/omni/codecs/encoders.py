@@ -71,8 +71,9 @@ class MediaEncoder(torch.nn.Module):
             features = weight.new_zeros(1, num_features, config.feature_size)
         else:
             with torch.set_grad_enabled(trains_encoder and torch.is_grad_enabled()):
-                features = self._encode(weight.new_zeros(1, *config.record_shape)
-                                        if records is None else records)
+                if records is None:
+                    records = weight.new_zeros(1, *config.record_shape)
+                features = self._encode(records)
         features = self.adapter(features)
         if self.compressor is not None:
             features = self.compressor(features)

@@ -66,8 +66,6 @@ def find_config_problems(config: object, is_imported: bool = False, where: str =
 
 @dataclass(frozen=True)
 class HfImageSettings:
-    """Picture codec settings."""
-
     config: Config
     """Sizes from `config.json`."""
     side_pixels: Annotated[int, Ge(1), Le(4096)]
@@ -79,8 +77,6 @@ class HfImageSettings:
 
 @dataclass(frozen=True)
 class HfAudioSettings:
-    """Audio codec settings."""
-
     config: Config
     """Sizes from `config.json`."""
     num_codebooks: Annotated[int, Ge(1), Le(128)] = 1

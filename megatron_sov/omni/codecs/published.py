@@ -44,9 +44,10 @@ class CosyVoice2Settings:
     """Transformer layers."""
 
     def problems(self) -> list[SettingsProblem]:
-        return [] if self.width == 64 * self.num_heads else [
-            SettingsProblem(ProblemCode.RULE, "width", f"must be 64 times num_heads = {self.num_heads}",
-                            self.width)]
+        if self.width == 64 * self.num_heads:
+            return []
+        return [SettingsProblem(ProblemCode.RULE, "width", f"must be 64 times num_heads = {self.num_heads}",
+                                self.width)]
 
 
 class CosyVoice2Tokenizer(nn.Module):

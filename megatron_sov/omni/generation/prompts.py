@@ -49,7 +49,6 @@ class EncodedMediaPrompts:
     ids: list[list[int]]
     """Token ids per prompt."""
     encoder_inputs: list[EncoderInputs]
-    """Encoder inputs per prompt."""
 
 
 def encode_media_prompts(target: Target, prompts: Sequence[PromptParts], media: PromptMediaEncoder, *,

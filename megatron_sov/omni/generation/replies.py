@@ -44,7 +44,6 @@ class MediaGeneration:
     """Settings for generating replies."""
 
     media: PromptMediaEncoder
-    """Encodes media in prompts."""
     decoders: MediaDecoders
     """Decode media in replies."""
     output_folders: dict[str, Path]
@@ -68,7 +67,6 @@ class MediaReply:
     text: str
     """Text without media."""
     media: DecodedMediaReply
-    """Written files."""
 
 
 def generate_replies(target: Target, prompts: Sequence[PromptParts], generation: MediaGeneration, *,
@@ -125,7 +123,6 @@ class DecodedMediaReply:
     """A reply's text and files."""
 
     text_ids: list[int]
-    """Text token ids."""
     pictures: list[Path]
     """Picture files in order."""
     sounds: list[Path]

@@ -5,8 +5,6 @@ encoder turns each record into as many features as the bank has slots. A sidecar
 gives the feature for each placeholder token as ``row * slots + slot``.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -67,7 +65,7 @@ class BankShape:
         return record
 
     @classmethod
-    def from_record(cls, kind: str, record: Any, where: str) -> BankShape:
+    def from_record(cls, kind: str, record: Any, where: str) -> "BankShape":
         """Parse a manifest record. Raises `UserError`: the record is malformed; `where` names the manifest.
         """
         try:

@@ -280,7 +280,6 @@ class AttemptOptions:
     min_nodes: int
     """Smallest number of nodes to continue with."""
     nodes: Annotated[str, Flag(value="NODE,...")]
-    """Nodes in this attempt."""
     usable: Annotated[str, Flag(value="NODE,...")] = ""
     """Working nodes in the partition."""
     down: Annotated[str, Flag(value="NODE,...")] = ""

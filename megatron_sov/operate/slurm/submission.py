@@ -66,7 +66,6 @@ class SlurmJob:
     code: Path | None
     """Copied code; None: packages in the job's Python."""
     script: Path
-    """Path of the script."""
     layouts: dict[int, tuple[str, ...]]
     """Number of nodes -> settings; the job requests the largest number and continues with the others."""
     array: int = 0

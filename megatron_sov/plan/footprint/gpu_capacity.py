@@ -3,7 +3,6 @@
 import bisect
 import dataclasses
 import itertools
-import json
 import math
 import os
 import shlex
@@ -14,6 +13,7 @@ import psutil
 
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.figures import format_memory
+from megatron_sov.base.settings import format_change
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_sov.model.process_memory import MemoryEstimate, StatePlace
@@ -193,8 +193,8 @@ def find_nearest_layout(config: RunConfig, num_ranks: int, gpu: Gpu) -> Parallel
 def list_changed_settings(before: ParallelConfig, after: ParallelConfig) -> list[str]:
     """Return the changes between two layouts, as --set takes them."""
     values = {f.name: getattr(after, f.name) for f in dataclasses.fields(after)}
-    return [f"parallel.{name}={value if isinstance(value, str) else json.dumps(value)}"
-            for name, value in values.items() if value != getattr(before, name)]
+    return [format_change(f"parallel.{name}", value) for name, value in values.items()
+            if value != getattr(before, name)]
 
 
 def _iter_candidates(model: ModelConfig, p: ParallelConfig) -> Iterator[ParallelConfig]:

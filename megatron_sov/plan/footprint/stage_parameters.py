@@ -45,11 +45,10 @@ class LocalParameter:
     key: str
     """The global tensor's name, with {l} for the layer."""
     shape: tuple[int, ...]
-    """Local shape per parameter."""
     count: int = 1
     """Number of parameters, e.g. local experts."""
     routed: bool = False
-    """Routed experts, with replicas in the expert data-parallel group."""
+    """Whether these belong to routed experts, with replicas in the expert data-parallel group."""
     is_copied: bool = False
     """Whether the first and the last pipeline stage both have it."""
 
@@ -68,7 +67,7 @@ def list_stage_parameters(config: RunConfig, stage: int) -> list[list[LayerParam
     # bf16 models use Transformer Engine's modules (`engine.model.specs.uses_transformer_engine`)
     fused = config.train.precision == "bf16"
     sizes = m, p.tp, p.ep, p.etp, fused
-    # Layers with experts are last; a kind's first layer represents its kind.
+    # Layers with experts come last. Layers of a kind have equal parameters, so list only the kind's first.
     first_moe = m.num_layers - m.num_moe_layers()
     kinds = [(layer >= first_moe, kind == "linear_attention") for layer, kind in enumerate(m.layer_types())]
     chunks = []
@@ -265,7 +264,7 @@ def iter_quantized(config: RunConfig, stage: int) -> Iterator[LocalParameter]:
             continue
         # nvfp4 keeps prediction layers in bf16
         is_prediction = parts[0].key.startswith("mtp.")
-        if train.fp8 != "nvfp4" if is_prediction else layer in layers_in_8_bits:
+        if (train.fp8 != "nvfp4") if is_prediction else (layer in layers_in_8_bits):
             yield from (part for part in parts
                         if len(part.shape) == 2 and not part.key.endswith("router.weight"))
 

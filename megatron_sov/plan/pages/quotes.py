@@ -1,7 +1,5 @@
 """Quotes for training stages on a cluster (memory, speed, time, cost), and the tables in `plan`."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -99,7 +97,7 @@ class QuoteTotals:
     """Lowest and highest cost; equal if the profile sets the price."""
     peak_memory_bytes: int
 
-    def scale_to_tokens(self, tokens: float) -> QuoteTotals:
+    def scale_to_tokens(self, tokens: float) -> "QuoteTotals":
         """Scale the totals to `tokens` tokens at equal speed and stage proportions."""
         share = tokens / self.tokens
         low, high = self.cost_range_usd
@@ -195,15 +193,12 @@ def build_step_table(quotes: Sequence[Quote]) -> QuoteTable:
         part = q.seconds.get(name, 0.0)
         return f"{format_seconds(part)} {format_share(part / q.step_s):>6}" if part else "-"
 
-    rows = [[name_component(name), *(format_cell(q, name) for q in first)] for name in names]
+    rows = [[COMPONENTS.get(name, _format_name(name)), *(format_cell(q, name) for q in first)]
+            for name in names]
     rows.append(["step", *(f"{format_seconds(q.step_s)} {'100 %':>6}" for q in first)])
     if any(q.imbalance > 1 for q in first):
         rows.append(["busiest experts / mean", *(f"{q.imbalance:.2f}" for q in first)])
     return QuoteTable("A step", ["component", *label_groups(groups)], rows)
-
-
-def name_component(name: str) -> str:
-    return COMPONENTS.get(name, _format_name(name))
 
 
 def group_quotes(quotes: Sequence[Quote], key: Callable[[Quote], object]) -> list[list[Quote]]:

@@ -51,7 +51,6 @@ class DefaultLayout:
     own_spare_share: float
     """Share of usable GPU memory that the recipe's layout leaves free; negative if it does not fit."""
     num_priced: int
-    """Priced layouts."""
     spare_share: float
     """Share of usable GPU memory that the layout leaves free; below `SPARE_SHARE` if no layout reaches it."""
 

@@ -109,7 +109,6 @@ def search_layouts(config: RunConfig, pricing: Pricing, fixed: Collection[str] =
 
 def sweep_stage(stage: RunStage, space: LayoutSpace, pricing: Pricing,
                 advance: Callable[[int], object] = lambda count: None) -> Sweep:
-    """Price all layouts in `space` for a stage."""
     sweep = Sweep(stage)
     for parallel in iter_layouts(stage.config, space):
         problems = parallel.problems(stage.config.model, pricing.num_ranks)
@@ -183,9 +182,11 @@ def group_run_stages(config: RunConfig, num_ranks: int) -> list[tuple[RunStage, 
     """Return a run's kinds of stages: a stage with the kind's total steps, and the kind's stages."""
     # A searched layout sets `train.micro_batch_size`.
     stages = list_run_stages(config, num_ranks, micro_batch_set=True)
-    return [(dataclasses.replace(first, steps=sum(stage.steps for stage in group),
-                                 tokens=sum(stage.tokens for stage in group)), group)
-            for first, group in group_stages(stages)]
+    kinds = []
+    for first, group in group_stages(stages):
+        steps, tokens = sum(stage.steps for stage in group), sum(stage.tokens for stage in group)
+        kinds.append((dataclasses.replace(first, steps=steps, tokens=tokens), group))
+    return kinds
 
 
 def build_stage_spaces(config: RunConfig, pricing: Pricing, fixed: Collection[str]
@@ -221,8 +222,9 @@ def format_node_advice(nodes: int | None) -> str:
     if nodes is None:
         return (f"no number of nodes up to {NODES_TRIED[-1]:,} is enough: set less of the layout, take "
                 "larger GPUs, or shorter samples")
-    return (f"the fewest nodes that it fits are {nodes:,}: --nodes {nodes}" if nodes <= EVERY_NODE
-            else f"{nodes:,} nodes are enough: --nodes {nodes}")
+    if nodes <= EVERY_NODE:
+        return f"the fewest nodes that it fits are {nodes:,}: --nodes {nodes}"
+    return f"{nodes:,} nodes are enough: --nodes {nodes}"
 
 
 def has_fitting_layout(config: RunConfig, pricing: Pricing, fixed: Collection[str] = ()) -> bool:
@@ -234,7 +236,13 @@ def has_fitting_layout(config: RunConfig, pricing: Pricing, fixed: Collection[st
         full = tuple(recompute for recompute in space.recompute if recompute[0] is True)
         space = dataclasses.replace(space, micro_batch_size=space.micro_batch_size[:1],
                                     recompute=full or space.recompute)
-        if not _has_fitting_choice(stage, space, pricing):
+        # layouts that split the weights most come first
+        choices = sorted(iter_choices(stage.config, space), key=lambda choice: -(
+            choice.parallel.tp * choice.parallel.pp * choice.parallel.ep * choice.parallel.cp))
+        stages = (stage.with_config(choice.apply_to(stage.config)) for choice in choices
+                  if not choice.parallel.problems(stage.config.model, pricing.num_ranks))
+        if not any(not changed.config.problems(pricing.num_ranks)
+                   and pricing.count_bytes(changed) <= pricing.limit_bytes for changed in stages):
             return False
     return True
 
@@ -244,16 +252,3 @@ def _estimate_least_bytes(config: RunConfig, num_ranks: int) -> float:
     # bf16 weight and gradient, float32 master weight, two bf16 moments; frozen or offloaded: only the weight
     bytes_per_weight = 2 if config.lora.on or config.gpu.optimizer_offload else 2 + 2 + 4 + 2 * 2
     return bytes_per_weight * count_params(config.model).total / num_ranks
-
-
-def _has_fitting_choice(stage: RunStage, space: LayoutSpace, pricing: Pricing) -> bool:
-    # layouts that split the weights most come first
-    choices = sorted(iter_choices(stage.config, space), key=lambda choice: -(
-        choice.parallel.tp * choice.parallel.pp * choice.parallel.ep * choice.parallel.cp))
-    for choice in choices:
-        if not choice.parallel.problems(stage.config.model, pricing.num_ranks):
-            changed = stage.with_config(choice.apply_to(stage.config))
-            if (not changed.config.problems(pricing.num_ranks)
-                    and pricing.count_bytes(changed) <= pricing.limit_bytes):
-                return True
-    return False

@@ -1,8 +1,6 @@
 """Estimate the seconds per optimizer step and component: a roofline with few fitted numbers
 (docs/plan.md)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -15,6 +13,8 @@ from megatron_sov.plan.speed.workload import HEAD, Block, Workload
 
 EXPERT_STREAMS = 4
 """CUDA streams for grouped products in Transformer Engine."""
+SLOW_HOST = 2
+"""Factor on the fitted host seconds: an H200's virtual machine took 1.9 times as long (docs/gpu.md)."""
 HALF = 0.5
 """Recomputed share for modules `layer` and `op`: every second layer or product."""
 UPDATE_BYTES = {"adam": 34, "muon": 26}
@@ -191,7 +191,7 @@ class _MicroBatch:
     head: float = 0.0
     memory: float = 0.0
 
-    def add(self, other: _MicroBatch, times: float) -> None:
+    def add(self, other: "_MicroBatch", times: float) -> None:
         for name, seconds in vars(other).items():
             setattr(self, name, getattr(self, name) + times * seconds)
 
@@ -261,6 +261,13 @@ def estimate_step(w: Workload, parameters: Parameters | None = None,
     return StepTime(**parts, other_s=other, tokens=w.step_tokens, num_gpus=w.num_gpus,
                     flops_per_token=share * w.shape.count_train_flops(w.seq_len),
                     peak_flops_per_s=w.chip.bf16_flops_per_s)
+
+
+def estimate_slow_host(w: Workload, parameters: Parameters | None = None) -> StepTime:
+    """Estimate the seconds per step with a host that takes `SLOW_HOST` times as long for launches."""
+    p = parameters or load_default_parameters()
+    names = ("layer_launch_s", "moe_launch_s", "moe_stall_s")
+    return estimate_step(w, replace(p, **{name: SLOW_HOST * getattr(p, name) for name in names}))
 
 
 def estimate_router_s(w: Workload, parameters: Parameters | None = None) -> float:
@@ -357,8 +364,10 @@ def _estimate_prediction_layers(clock: Clock) -> _MicroBatch:
     """Return the seconds for prediction layers without heads."""
     s, total = clock.w.shape, _MicroBatch()
     if s.num_predictions:
-        ffn = _estimate_moe(clock) if s.mtp_moe else _estimate_block(
-            clock, "dense", traffic.count_dense_bytes, "mlp")
+        if s.mtp_moe:
+            ffn = _estimate_moe(clock)
+        else:
+            ffn = _estimate_block(clock, "dense", traffic.count_dense_bytes, "mlp")
         for part in (_estimate_attention(clock, s.mtp_window), ffn):
             total.add(part, s.num_predictions)
         total.dense += s.num_predictions * clock.time_products(traffic.list_products(clock.w, "prediction"))
@@ -418,11 +427,17 @@ def _estimate_launch_s(clock: Clock) -> tuple[float, float]:
         return 0.0, 0.0
     layers = s.num_attention_layers + s.num_linear_layers + s.num_mamba_layers + s.num_predictions
     moe = s.num_moe_layers + (s.num_predictions if s.mtp_moe else 0)
-    share = {"none": 1.0, "partial": p.graph_launch_share}[w.cuda_graphs]
+    layer_s = p.layer_launch_s * clock.age
+    expert_s = p.moe_launch_s * clock.moe_age * (1.0 if w.dropless else p.dropping_launch_share)
+    eager_s = layers * layer_s + moe * expert_s
+    share = p.graph_launch_share if w.cuda_graphs == "partial" else 1.0
+    if w.cuda_graphs == "routers":
+        # Partial graphs save attention's launches too, at most those of a dense layer.
+        saved_s = (1 - p.graph_launch_share) * expert_s - p.graph_launch_share * layer_s
+        share -= s.num_moe_layers * max(0.0, saved_s) / eager_s
     # fitted on forward plus backward pass
     share *= p.quantized_launch[w.precision] * clock.count_passes("", 1.0) / 2
-    experts = moe * p.moe_launch_s * clock.moe_age * (1.0 if w.dropless else p.dropping_launch_share)
-    seconds = (layers * p.layer_launch_s * clock.age + experts) / w.pp
+    seconds = eager_s / w.pp
     return seconds * share, moe / w.pp * p.moe_stall_s * clock.moe_age * share * w.dropless
 
 

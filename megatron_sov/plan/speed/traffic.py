@@ -8,6 +8,7 @@ sends (n - 1) / n of the tensor. Tensor and sequence parallelism: arXiv 2205.051
 ZeRO, arXiv 1910.02054, section 7; experts: a token copy per visited rank or NVLink domain.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -210,10 +211,6 @@ def list_messages(w: Workload) -> tuple[TrafficMessage, ...]:
     return tuple(m for m in messages if m.num_bytes)
 
 
-def count_layers_per_gpu(w: Workload) -> float:
-    return w.shape.num_layers / w.pp
-
-
 def gathers_per_micro_batch(w: Workload) -> bool:
     """Return whether each micro-batch gathers the sharded weights; a pipeline gathers them once."""
     return w.sharding == "fsdp" and w.pp == 1
@@ -286,9 +283,11 @@ def build_context_message(w: Workload) -> TrafficMessage:
     # A process has two pieces of each row (balanced causal work), so it has two ends.
     windows = ((0, s.num_attention_layers - s.num_window_layers), *s.windowed,
                (s.mtp_window, s.num_predictions))
-    tokens = sum(number * (min(count_local_tokens(w), w.micro_batch_size * 2 * (window - 1)) if window
-                           else count_local_tokens(w)) for window, number in windows) / w.pp
-    volume = rounds * (cp - 1) * tokens * keys * ACTIVATION_BYTES * w.num_micro_batches
+    tokens = 0.0
+    for window, number in windows:
+        window_tokens = w.micro_batch_size * 2 * (window - 1) if window else math.inf
+        tokens += number * min(count_local_tokens(w), window_tokens)
+    volume = rounds * (cp - 1) * (tokens / w.pp) * keys * ACTIVATION_BYTES * w.num_micro_batches
     messages += layers * rounds * (cp - 1) * w.num_micro_batches
     return _build_ring_message("cp", w, volume=volume + exchanged, count=messages, size=cp, stride=w.tp)
 
@@ -344,7 +343,7 @@ def build_data_messages(w: Workload) -> list[TrafficMessage]:
         # HSDP also sums shards over the copies.
         if shard < size:
             volume += params * w.grad_bytes / shard * 2 * (1 - shard / size)
-        count = 0 if size == 1 else times * 3 * count_layers_per_gpu(w)
+        count = 0 if size == 1 else times * 3 * w.shape.num_layers / w.pp
         messages.append(_build_ring_message(name, w, volume=volume, count=count, size=size, stride=stride))
     return messages
 

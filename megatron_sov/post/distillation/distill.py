@@ -6,8 +6,6 @@ scores responses that the student generated (GKD). The divergence on held-out do
 first and after the last step.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -117,7 +115,7 @@ class TeacherFactory:
     """Factory for an objective with a teacher in `ObjectiveContext`."""
 
     build: Callable[[ObjectiveContext], Any]
-    teachers: Sequence[RunTeacher]
+    teachers: "Sequence[RunTeacher]"
     """The teacher, or none: a complete run and --dry-run build no objective, and open no states."""
 
     @property

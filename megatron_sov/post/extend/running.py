@@ -1,7 +1,5 @@
 """Runs the stages of a context extension; a stage starts from the previous stage's checkpoint."""
 
-from __future__ import annotations
-
 import dataclasses
 import time
 from collections.abc import Sequence
@@ -69,7 +67,9 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
                       after=needles.after, faults=faults, dry_run=dry_run, memory=estimate)
         if planned.config.extend.gate.every_steps and not dry_run:
             fresh = latest_checkpoint(planned.folder.checkpoints) is None
-            short = open_short_context(planned.config, Target(first, False).trained_tokens, formats)
+            data = planned.config.data
+            short = open_heldout(data.paths, Target(first, False).trained_tokens, data.heldout_tokens,
+                                 model_vocab_size=planned.config.model.vocab_size, formats=formats)
             if fresh and start_loss is None:
                 # A resumed stage has the loss in the state of the gate.
                 start_loss = measure_checkpoint_loss(first, short, planned.config, nproc)
@@ -90,7 +90,7 @@ class StageGate:
     Answers and held-out losses are equal on all processes, and hence the verdicts.
     """
 
-    def __init__(self, settings: GateConfig, needles: Needles, short: HeldoutData, start_loss: float | None,
+    def __init__(self, settings: GateConfig, needles: "Needles", short: HeldoutData, start_loss: float | None,
                  min_steps: int, clean: Decontamination) -> None:
         """Start without checks.
 
@@ -250,10 +250,12 @@ def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEX
     if not lengths:
         return Needles(suite, tuple(data), ())
     haystacks = open_haystacks(data, "train", tokenizer, languages=needle.languages)
-    return Needles(suite, tuple(data), tuple(
-        build_needle_source(NeedleDocuments(haystacks, length, config.train.seed, needle),
-                            needle.train_share if name == SOURCE_NAME else 0.0, name)
-        for name, length in lengths.items()))
+    sources = []
+    for name, length in lengths.items():
+        share = needle.train_share if name == SOURCE_NAME else 0.0
+        documents = NeedleDocuments(haystacks, length, config.train.seed, needle)
+        sources.append(build_needle_source(documents, share, name))
+    return Needles(suite, tuple(data), tuple(sources))
 
 
 def _document_lengths(config: RunConfig) -> dict[str, int]:
@@ -286,12 +288,6 @@ def add_needles_to_blends(config: RunConfig) -> RunConfig:
             phase = dataclasses.replace(phase, blend={**phase.blend, SOURCE_NAME: weight})
         phases.append(phase)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, phases=tuple(phases)))
-
-
-def open_short_context(config: RunConfig, trained_tokens: int, formats: tuple[str, ...]) -> HeldoutData:
-    """Open held-out documents in rows of `trained_tokens`, the length before the extension."""
-    return open_heldout(config.data.paths, trained_tokens, config.data.heldout_tokens,
-                        model_vocab_size=config.model.vocab_size, formats=formats)
 
 
 def compute_mean_loss(losses: dict[str, HeldoutLoss]) -> float:

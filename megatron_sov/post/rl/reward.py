@@ -3,8 +3,6 @@
 A changed reward has another version and judges the same responses again, without generation.
 """
 
-from __future__ import annotations
-
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -56,7 +54,7 @@ class RewardSummary:
 class JudgingJob:
     """Judges the parts in a rollout store that lack rewards with `version`."""
 
-    store: RolloutStore
+    store: "RolloutStore"
     claims: Claims
     version: str
     judge: JudgeRows
@@ -195,7 +193,7 @@ def resolve_reward_version(name: str, settings: Sequence[str]) -> str:
     return build_versioned_reward(request_reward(name, parse_nested(settings, "--reward-set"))).version
 
 
-def check_reward_fields(name: str, settings: Sequence[str], prompts: Iterable[RolloutPrompt], option: str
+def check_reward_fields(name: str, settings: Sequence[str], prompts: "Iterable[RolloutPrompt]", option: str
                         ) -> None:
     """Raise `UserError` if no prompt has all fields that the reward needs; `option` names the prompts."""
     if name in (ENVIRONMENT, NO_REWARD):

@@ -52,12 +52,6 @@ class ScoringTeacher:
     urls: tuple[str, ...] = ()
 
 
-def find_teacher(domain: str, teachers: Sequence[ScoringTeacher]) -> int | None:
-    """Return the index of the teacher for a domain, or None."""
-    domain_indices = {teacher.domain: index for index, teacher in enumerate(teachers)}
-    return domain_indices.get(domain, domain_indices.get(""))
-
-
 def describe_teachers(teachers: Sequence[ScoringTeacher]) -> dict[str, str]:
     return {teacher.domain: teacher.sha256 or "servers" for teacher in teachers}
 
@@ -102,15 +96,13 @@ def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: P
 
 def _assign_teachers(opened: PublishedRound, teachers: Sequence[ScoringTeacher]) -> np.ndarray:
     """Return the index in `teachers` per document, [documents] int64."""
-    domain_indices: dict[str, int] = {}
+    indices = {teacher.domain: index for index, teacher in enumerate(teachers)}
     domains = read_document_domains(opened)
     for domain in set(domains):
-        index = find_teacher(domain, teachers)
-        if index is None:
+        if domain not in indices and "" not in indices:
             raise UserError(f"{opened.path}: has responses of domain {domain!r}, and no teacher scores it; "
                             f"pass --teacher or --teacher-url {domain}=...")
-        domain_indices[domain] = index
-    return np.array([domain_indices[domain] for domain in domains], np.int64)
+    return np.array([indices.get(domain, indices.get("")) for domain in domains], np.int64)
 
 
 def _join_parts(starts: np.ndarray, teacher_files: Sequence[tuple[np.ndarray, Path]], file: Path,
@@ -149,7 +141,8 @@ def compute_reverse_kl(opened: PublishedRound, teacher: np.ndarray) -> dict[str,
         total = sums.setdefault(domain, [0.0, 0.0])
         total[0] += float(log_ratios.sum())
         total[1] += len(log_ratios)
-    sum_all, count_all = (math.fsum(total[i] for total in sums.values()) for i in (0, 1))
+    sum_all = math.fsum(total for total, _ in sums.values())
+    count_all = math.fsum(count for _, count in sums.values())
     domains = {domain: total / max(1.0, count) for domain, (total, count) in sorted(sums.items()) if domain}
     return {REVERSE_KL: sum_all / max(1.0, count_all), f"{REVERSE_KL}_domains": domains}
 

@@ -7,8 +7,6 @@ again. The random numbers of a response depend on the prompt, so that validation
 bit-identical.
 """
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -53,7 +51,7 @@ class Validation:
     """Responses in a complete validation."""
     right_from: float
     """`policy.right_from`, the smallest reward of a right response."""
-    samples: SampledRounds
+    samples: "SampledRounds"
     measured_by: Mapping[str, str]
     """Digests from `digest_conditions`: figures with other digests belong to another curve."""
     _recorded_steps: set[int] | None = None

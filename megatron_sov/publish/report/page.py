@@ -151,8 +151,10 @@ def _draw_heldout(runs: list[Run]) -> list[Chart]:
             start += float(loss.steps[-1])
     if not parts:
         return []
-    curves = [Curve(source, np.concatenate([curve.steps for curve in curves]),
-                    np.concatenate([curve.values for curve in curves])) for source, curves in parts.items()]
+    curves = []
+    for source, run_curves in parts.items():
+        curves.append(Curve(source, np.concatenate([curve.steps for curve in run_curves]),
+                            np.concatenate([curve.values for curve in run_curves])))
     plot = LinePlot([build_series(curve, series_colour(i)) for i, curve in enumerate(curves)],
                     Axis("tokens" if has_tokens else "optimizer steps"), Axis(), HELDOUT_HEIGHT_PX,
                     bands if len(bands) > 1 else ())

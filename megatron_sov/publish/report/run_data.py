@@ -46,7 +46,6 @@ class Run:
     """Contents of a run folder that the report shows."""
 
     name: str
-    """Name of the run folder."""
     config: dict[str, Any]
     """Resolved settings; empty without `config.json`."""
     attempts: list[Attempt] = field(default_factory=list)

@@ -116,7 +116,8 @@ def parse_event(line: bytes) -> dict[str, Any] | None:
         return None
     if not isinstance(record, dict) or not isinstance(record.get("event"), str):
         return None
-    if not _is_step(record.get("step")):
+    step = record.get("step")  # None in evaluations of a folder
+    if step is not None and not (isinstance(step, int) and abs(step) < 1 << 63):
         return None
     return _SHAPES.get(record["event"], _COMMON_SHAPE).check(record)
 
@@ -286,11 +287,6 @@ class GrowingFile:
         if self._identity not in (None, identity) or status.st_size < self._offset:
             self._offset, self._rest, self.generation = 0, b"", self.generation + 1
         self._identity = identity
-
-
-def _is_step(step: Any) -> bool:
-    """Return whether a step is missing (evaluation of a folder) or fits into 64 bits."""
-    return step is None or (isinstance(step, int) and abs(step) < 1 << 63)
 
 
 def final_step_events(events: list[dict[str, Any]], event: str = "step") -> list[dict[str, Any]]:

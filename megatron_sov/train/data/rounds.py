@@ -41,8 +41,6 @@ def first_document(number: int) -> int:
 
 @dataclass(frozen=True)
 class PublishedRound:
-    """A published round."""
-
     path: Path
     """Token artifact folder."""
     documents: Documents | None

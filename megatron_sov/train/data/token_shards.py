@@ -1,8 +1,6 @@
 """Memory-mapped token shards (Megatron-Core's `.bin` and `.idx`, with sidecars), and the sources in token
 artifacts."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import mmap
@@ -187,7 +185,7 @@ class TokenShard:
 class DocumentView:
     """Documents that are stored in other `Documents`; subclasses implement `locate`."""
 
-    def locate(self, document: int) -> tuple[Documents, int, int]:
+    def locate(self, document: int) -> "tuple[Documents, int, int]":
         """Return the `Documents` that store a document, and the document's index and first token there."""
         raise NotImplementedError
 
@@ -232,7 +230,7 @@ class ShardChain(DocumentView):
     def __reduce__(self) -> tuple[Any, ...]:
         return ShardChain, self._arguments
 
-    def locate(self, document: int) -> tuple[Documents, int, int]:
+    def locate(self, document: int) -> "tuple[Documents, int, int]":
         shard, index = self.lengths.locate(document)
         return self._shards[shard], index, 0
 

@@ -1,8 +1,6 @@
 """Views of sources: documents with a minimum length (NAME@N in a blend), pieces of documents (NAME/N), and
 chats as text; also blends from the phases in a token artifact."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator
 from functools import cached_property
@@ -140,7 +138,7 @@ class DocumentPieces(DocumentView):
         self.banks = get_banks(documents)
 
     @cached_property
-    def lengths(self) -> PieceLengths:
+    def lengths(self) -> "PieceLengths":
         lengths = self._documents.lengths
         return PieceLengths(np.asarray(lengths[np.arange(len(lengths))], np.int64), self._max_tokens)
 

@@ -1,7 +1,5 @@
 """Protocols for gates: checks that a stage must pass during training."""
 
-from __future__ import annotations
-
 from typing import TYPE_CHECKING, Any, Protocol
 
 from megatron_sov.model.config import RunConfig
@@ -28,14 +26,14 @@ class GateView(Protocol):
         """Whether the last step is done or the gate has passed."""
 
     @property
-    def policy(self) -> ForwardModel:
+    def policy(self) -> "ForwardModel":
         """The model, forward only."""
 
     @property
     def config(self) -> RunConfig: ...
 
     @property
-    def world(self) -> ParallelWorld:
+    def world(self) -> "ParallelWorld":
         """This process's rank and groups."""
 
     @property

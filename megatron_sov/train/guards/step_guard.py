@@ -7,8 +7,6 @@ are accepted. Several losses above the limit in a row make the weights suspect. 
 loss do not: a model that begins to learn a new skill has them.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -90,7 +88,7 @@ class StepGuard:
             window.append(value)
             del window[:-self._settings.window_steps]
 
-    def _find_rejection(self, loss: float, grad_norm: float) -> StepRejection | None:
+    def _find_rejection(self, loss: float, grad_norm: float) -> "StepRejection | None":
         figures = [("loss", loss, self._losses), ("gradient norm", grad_norm, self._grad_norms)]
         for name, value, _ in figures:
             if not math.isfinite(value):

@@ -102,7 +102,6 @@ class ObjectiveContext:
     config: RunConfig
     """Resolved settings."""
     batches: DataBatches
-    """Batches in the data order."""
     world: ParallelWorld
     """Rank and process groups."""
     folder: Path

@@ -3,8 +3,6 @@
 Bits per byte do not depend on the tokenizer, so runs with different tokenizers can be compared.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import operator
@@ -51,8 +49,6 @@ ActionWrapper = Callable[[str, Callable[[], Any]], Any]
 
 @dataclass(frozen=True)
 class PartLoss:
-    """Loss on a conversation part."""
-
     loss: float
     """Nats per token."""
     tokens: int
@@ -92,7 +88,7 @@ class HeldoutEvaluator:
 
     @classmethod
     def from_config(cls, config: RunConfig, sources: list[Source], max_seq_len: int,
-                    world: ParallelWorld) -> HeldoutEvaluator:
+                    world: ParallelWorld) -> "HeldoutEvaluator":
         """Build the evaluator of a run; documents are cut to the run's longest sample `max_seq_len`."""
         tokenizer = tokenizer_folder(sources)
         sizes = count_token_bytes(tokenizer, config.model.vocab_size) if tokenizer else None

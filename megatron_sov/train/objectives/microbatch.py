@@ -1,7 +1,5 @@
 """Micro-batches on the device: model inputs, with labels and weights for objectives."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -39,11 +37,11 @@ class MicroBatch:
     """Each segment's origin."""
     denominators: dict[str, float] = field(default_factory=dict)
     """Loss term -> divisor, counted over the global batch by `Objective.prepare`."""
-    on_host: MicroBatch | None = None
+    on_host: "MicroBatch | None" = None
     """Host copy; None if the micro-batch itself is on the host."""
 
     @property
-    def host(self) -> MicroBatch:
+    def host(self) -> "MicroBatch":
         """Host copy, in which `Objective.prepare` counts without waiting for the device."""
         return self if self.on_host is None else self.on_host
 

@@ -34,7 +34,6 @@ class GlobalBatch:
     seq_len: int
     """Tokens per sequence."""
     num_sequences: int
-    """Sequences in the global batch."""
     phase: str
     """Curriculum phase."""
     num_tokens: int = 0

@@ -107,8 +107,6 @@ def format_summary(run: Path, checkpoint: Path, counters: TrainState, wall_s: fl
             yield event
 
     means = format_recent_means(collect_heldout(), headline)  # reads events once, for both figures
-    command = "\n              megatron-sov "
-    adapter = f"{command}convert to-peft {path} PEFT_DIR" if config.lora.on else ""
     minutes, seconds = divmod(round(wall_s), 60)
     # a loss over pairs of responses has no meaning
     compared = {source.name for source in sources if source.group > 1 or source.train_documents is not None}
@@ -116,6 +114,12 @@ def format_summary(run: Path, checkpoint: Path, counters: TrainState, wall_s: fl
     results = "".join(f"; {text}" for text in figures if text)
     return (f"complete: step {counters.step}, {format_count(counters.tokens)} tokens in "
             f"{minutes}:{seconds:02d} min{results}\n"
-            f"  checkpoint  {checkpoint}\n"
-            f"  next        megatron-sov report {path}{command}{try_out}{command}convert to-hf {path} HF_DIR"
-            f"{adapter}")
+            f"  checkpoint  {checkpoint}\n{format_next_commands(run, config, try_out)}")
+
+
+def format_next_commands(run: Path, config: RunConfig, *try_out: str) -> str:
+    """Format the commands that read a complete run; `try_out`: commands for its kind of data."""
+    path = shlex.quote(str(run))
+    adapter = [f"convert to-peft {path} PEFT_DIR"] if config.lora.on else []
+    commands = [f"report {path}", *try_out, f"convert to-hf {path} HF_DIR", *adapter]
+    return "  next        " + "\n              ".join(f"megatron-sov {command}" for command in commands)

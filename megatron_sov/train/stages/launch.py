@@ -25,7 +25,7 @@ from megatron_sov.train.guards.fault_injection import list_pending_faults
 from megatron_sov.train.objectives.objective import get_columns, get_formats
 from megatron_sov.train.side_jobs.evaluations import check_eval_tasks
 from megatron_sov.train.side_jobs.side_jobs import SideJobs
-from megatron_sov.train.stages.announcement import format_banner
+from megatron_sov.train.stages.announcement import format_banner, format_next_commands
 from megatron_sov.train.stages.rank import run_rank
 from megatron_sov.train.stages.shared_copies import SHARED, find_copy
 from megatron_sov.train.stages.stage import LaunchState, Stage, StageData
@@ -110,7 +110,8 @@ def report_completion(folder: RunFolder, config: RunConfig, completion: dict[str
                       dry_run: bool) -> None:
     """Print that a run is complete, and finish its side jobs unless in a dry run."""
     if is_first_rank():
-        print(f"{folder.path}: is complete at step {completion['step']}")
+        print(f"{folder.path}: is complete at step {completion['step']}; more steps need a new --run --from "
+              f"it\n{format_next_commands(folder.path, config)}")
     if not dry_run:
         _finish_side_jobs(folder, config)
 

@@ -1,7 +1,5 @@
 """GPU specifications with sources (peaks, memory, links, power, price), read from `slurm/chips.yaml`."""
 
-from __future__ import annotations
-
 import importlib.resources
 import re
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Calls of Slurm's command-line programs from a login node."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Cluster profiles, read from YAML: partition, nodes, containers, network, prices."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.resources
 import math
@@ -18,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from megatron_sov.base.errors import Fix, UserError, find_nearest_name, suggest_name
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Bound, NotNegative, NotNegativeInt, ProblemCode, SettingsError, SettingsProblem,
-    Violation, find_broken_rules, find_rule_problems, parse_settings_yaml, read_settings_text)
+    Violation, find_broken_rules, find_rule_problems, parse_settings_yaml, read_settings_text, require_that)
 from megatron_sov.work.clusters.chips import (
     CHIPS, INFINIBAND_LATENCY_S, INSIDE_LATENCY_S, Chip, Links, find_device_chip)
 
@@ -54,23 +52,14 @@ def _check_chip(key: str) -> Violation | None:
     return ProblemCode.CHOICE, rule, suggestion[2:]
 
 
-def _check_variable_name(name: str) -> Violation | None:
-    return None if VARIABLE_NAME.fullmatch(name) else (ProblemCode.BOUND, "is not a name of a variable", "")
-
-
-def _check_not_secret(name: str) -> Violation | None:
-    return (ProblemCode.BOUND, "looks like the name of a secret, which must not stand in a script",
-            "export it in the shell that submits: jobs inherit that") if SECRET_NAME.search(name) else None
-
-
-def _check_absolute_path(path: str) -> Violation | None:
-    return (ProblemCode.BOUND, "must begin with /, because it is used verbatim",
-            "where a variable names the folder, leave it out and export TMPDIR in a line of setup"
-            ) if path and not path.startswith("/") else None
-
-
 KnownChip = Annotated[str, Bound(_check_chip)]
-VariableName = Annotated[str, Bound(_check_variable_name)]
+VariableName = Annotated[str, require_that(VARIABLE_NAME.fullmatch, "is not a name of a variable")]
+PublicVariable = Annotated[VariableName, require_that(
+    lambda name: not SECRET_NAME.search(name), "looks like the name of a secret, which must not stand in a "
+    "script", "export it in the shell that submits: jobs inherit that")]
+AbsolutePath = Annotated[str, require_that(
+    lambda path: not path or path.startswith("/"), "must begin with /, because it is used verbatim",
+    "where a variable names the folder, leave it out and export TMPDIR in a line of setup")]
 
 
 @dataclass(frozen=True)
@@ -147,14 +136,14 @@ class ClusterProfile:
     """Environment modules to load."""
     setup: tuple[str, ...] = ()
     """Shell lines to run first, verbatim."""
-    environment: dict[Annotated[VariableName, Bound(_check_not_secret)], str] = dataclasses.field(
+    environment: dict[PublicVariable, str] = dataclasses.field(
         default_factory=dict)
     """Environment variables for the ranks, e.g. NCCL settings. Never secrets."""
     container: ContainerConfig = ContainerConfig()
     """Container for a job's Python."""
     python: str = ""
     """Python program on the nodes or in the container; empty: the login node's, or python3 in a container."""
-    scratch: Annotated[str, Bound(_check_absolute_path)] = ""
+    scratch: AbsolutePath = ""
     """Folder for temporary files on each node's local disk, created if missing; empty: default."""
     preflight: PreflightConfig = PreflightConfig()
     """Node checks before each start."""

@@ -1,7 +1,5 @@
 """Units for sizes and times."""
 
-from __future__ import annotations
-
 GIB = 1 << 30
 """Bytes; 2**30."""
 HOURS_PER_DAY = 24

@@ -1,7 +1,5 @@
 """Failures of endpoints, and the token counts and model names in their answers."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import time

@@ -1,7 +1,5 @@
 """SQLite cache of endpoint answers by request hash, with a log of requests and costs."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """Client for an OpenAI-compatible endpoint: retries, rate and cost limits, cached answers."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

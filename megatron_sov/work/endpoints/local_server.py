@@ -1,7 +1,5 @@
 """Serve a local model with `megatron-sov serve` in a child process, protected by a private API key."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -4,8 +4,6 @@ No text is exchanged: training uses exactly the sampled ids, with their log-prob
 the weights that generated each token.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import threading
@@ -86,7 +84,7 @@ class TokenAnswer:
     """`STOP`, `LENGTH` or `ABORTED`."""
     versions: tuple[VersionSpan, ...] = ()
     """Versions of the tokens in order; empty if the engine does not report them."""
-    routes: np.ndarray | None = field(default=None, compare=False)
+    routes: "np.ndarray | None" = field(default=None, compare=False)
     """Expert indices, shape [prompt and answer tokens, layers, experts per token]."""
 
     def token_versions(self, count: int, otherwise: int) -> list[int]:

@@ -1,7 +1,5 @@
 """HTTP requests with JSON bodies, limited in time and size; the client is imported with the first request."""
 
-from __future__ import annotations
-
 import importlib.util
 import threading
 from collections.abc import Iterator, Mapping
@@ -116,7 +114,7 @@ class Transport:
         headers = {name.lower(): value for name, value in response.headers.items()}
         return HttpResponse(response.status_code, headers, response.content)
 
-    def _open_client(self) -> HttpClient:
+    def _open_client(self) -> "HttpClient":
         """Return the client, created on first use."""
         # not at the top: `openai` takes a second to import
         from megatron_sov.work.endpoints.http_client import HttpClient

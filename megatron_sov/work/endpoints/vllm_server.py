@@ -1,8 +1,6 @@
 """Client of vLLM 0.32, with `/inference/v1/generate` (--enable-scale-out) and the control routes of
 VLLM_SERVER_DEV_MODE=1."""
 
-from __future__ import annotations
-
 import base64
 import io
 import uuid

@@ -1,7 +1,5 @@
 """Low-priority background processes, ended together with the parent process."""
 
-from __future__ import annotations
-
 import os
 import shlex
 import signal
@@ -62,8 +60,9 @@ class BackgroundProcess:
     @property
     def last_words(self) -> str:
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[1:]
-        return (lines[-1].removeprefix("error: ") if lines
-                else f"its process ended with {self._process.returncode}")
+        if not lines:
+            return f"its process ended with {self._process.returncode}"
+        return lines[-1].removeprefix("error: ")
 
     def kill(self) -> None:
         self._process.kill()

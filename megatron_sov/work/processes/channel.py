@@ -1,7 +1,5 @@
 """Length-prefixed JSON messages over a socket between a process and its child."""
 
-from __future__ import annotations
-
 import json
 import socket
 import struct

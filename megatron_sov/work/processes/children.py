@@ -4,8 +4,6 @@ A child is an interpreter, a fork of the server in `processes.workers`, or a com
 (`processes.channel`), never pickles. No torch here.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

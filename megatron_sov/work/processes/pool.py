@@ -1,7 +1,5 @@
 """Process pools with results in input order, thread pools with results on completion, and stop signals."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

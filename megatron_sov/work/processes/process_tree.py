@@ -1,7 +1,5 @@
 """Total CPU time, memory and tasks of a process tree, read from /proc; kernel limits count per process."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable

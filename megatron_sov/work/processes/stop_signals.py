@@ -1,7 +1,5 @@
 """Orderly stops: a signal sets a flag that the main loop reads between two steps of its work."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import signal
@@ -21,7 +19,7 @@ class StopFlag:
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
-    def __reduce__(self) -> tuple[type[StopFlag], tuple[()]]:
+    def __reduce__(self) -> "tuple[type[StopFlag], tuple[()]]":
         """Pickle a flag without its reason: a new process has received no signal."""
         return StopFlag, ()
 

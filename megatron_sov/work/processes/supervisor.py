@@ -5,8 +5,6 @@ process groups, sessions nor daemons escape. The keeper is a separate program be
 would retain the trainer's memory.
 """
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import os

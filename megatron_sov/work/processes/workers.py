@@ -4,8 +4,6 @@ Workers are forks of a server process that has imported the needed modules and n
 fast, and no thread of the caller's libraries is ever forked.
 """
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """Resumable jobs: execute items, journal a record per item, and build the output from all records."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass

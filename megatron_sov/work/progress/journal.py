@@ -7,8 +7,6 @@ A killed command leaves the folder. The same command resumes after the last comp
 is refused.
 """
 
-from __future__ import annotations
-
 import contextlib
 import heapq
 import json

@@ -12,8 +12,6 @@ the first.
     CLAIMS/NAME/1.json                    first holder; the highest number is current
 """
 
-from __future__ import annotations
-
 import contextlib
 import fcntl
 import json
@@ -142,7 +140,7 @@ class Claims:
         self._seen: dict[str, tuple[int, bytes, float]] = {}
         self._watched: set[str] = set()
 
-    def take(self, name: str) -> Claim | None:
+    def take(self, name: str) -> "Claim | None":
         """Claim an item; return None for items of living jobs.
 
         A claim without heartbeat for a whole lease since this job's first look is taken over, as is a claim
@@ -203,7 +201,7 @@ class Claim:
         self._write_state(is_released=True)
 
     @contextlib.contextmanager
-    def renew_while_open(self) -> Iterator[Claim]:
+    def renew_while_open(self) -> "Iterator[Claim]":
         """Write heartbeats from a thread during the block, then release the claim."""
         stop = threading.Event()
         thread = threading.Thread(target=self._renew_periodically, args=(stop,), daemon=True)

@@ -1,8 +1,6 @@
 """Progress bars: for training, a bar on a terminal or occasional lines in a log file; for work with equal
 parts, a bar on a terminal only."""
 
-from __future__ import annotations
-
 import sys
 import time
 from typing import TYPE_CHECKING, Any, Never, TextIO
@@ -18,7 +16,7 @@ LINE_EVERY_S = 10.0
 """Minimum seconds between lines in a log file, since steps may take milliseconds."""
 
 
-def create_bar(title: str, total: int, unit: str, visible: bool = True) -> tqdm[Never]:
+def create_bar(title: str, total: int, unit: str, visible: bool = True) -> "tqdm[Never]":
     """Create a `tqdm` bar for use in a with statement; `update(n)` advances by n parts.
 
     Args:
@@ -33,7 +31,7 @@ def create_bar(title: str, total: int, unit: str, visible: bool = True) -> tqdm[
                      disable=None if visible else True)
 
 
-def _open_bar(**options: Any) -> tqdm[Never]:
+def _open_bar(**options: Any) -> "tqdm[Never]":
     from tqdm import tqdm  # not at the top: it is slow to import, and `--help` shows no progress
 
     return tqdm(**options)

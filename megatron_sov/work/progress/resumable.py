@@ -7,8 +7,6 @@ An artifact built file by file has a journal in its work folder with size and ha
 folder `content/` that becomes the output by renaming.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -5,8 +5,6 @@
 The work is unpickled from LOGS, written there by the submitting command.
 """
 
-from __future__ import annotations
-
 import os
 import pickle
 import signal

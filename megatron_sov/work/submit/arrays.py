@@ -4,8 +4,6 @@ Work is a picklable callable that takes a task number. It is pickled next to the
 `array_job`: only trusted users should have write access to the output folder.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os
@@ -63,7 +61,7 @@ class Jobs:
     """Stage -> Slurm array number."""
 
     @staticmethod
-    def read(output: Path) -> Jobs:
+    def read(output: Path) -> "Jobs":
         content = try_read_sealed_json(output / JOBS_FILE) or {}
         return Jobs(content.get("address", ""), content.get("numbers", {}))
 
@@ -212,7 +210,7 @@ class _Array:
     tasks_per_job: int
     cpus: int
     gpus: int
-    before: _Array | None
+    before: "_Array | None"
     number: str = ""
 
     def submit(self, profile: ClusterProfile) -> str:

@@ -1,7 +1,5 @@
 """Command-line options for submission to a cluster; separate from `arrays` for a fast `--help`."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 

@@ -4,8 +4,6 @@ Ray schedules: each process requests a core and GPUs and receives items once pla
 the journal. A process lost with its node is restarted elsewhere, and its item is repeated.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 from collections import deque

@@ -1,7 +1,5 @@
 """Write Parquet files atomically, and read untrusted Parquet files within size limits."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence

@@ -44,7 +44,7 @@ def test_data_that_do_not_fit_are_refused_before_submission(
 
 
 @pytest.mark.parametrize(("settings", "data_line"), [
-    (("train.steps=100",), "tokens    52.4 M: "), (("train.epochs=2",), "tokens    "),
+    (("train.steps=100", "data.max_epochs=0"), "tokens    52.4 M: "), (("train.epochs=2",), "tokens    "),
     (("data.max_epochs=0",), "tokens    999.8 M: ")])
 def test_a_dry_run_ends_with_tokens_time_and_cost(packed_data: Any, tmp_path: Path, capsys: Any,
                                                   settings: tuple[str, ...], data_line: str) -> None:

@@ -30,7 +30,7 @@ CALLS = ("{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}{% for ca
          "<tool_call>{{ call.function.name }}\n{% for k, v in call.function.arguments.items() %}"
          "<arg_key>{{ k }}</arg_key>\n<arg_value>{{ v }}</arg_value>\n{% endfor %}</tool_call>{% endfor %}"
          "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}")
-"""Shows calls as the chat template of OmniServe's track_b does."""
+"""Chat template that shows tool calls in the format of OmniServe's track_b."""
 
 
 def pack(omni: Path, corpus: Path, output: Path, *options: str) -> int:
@@ -40,7 +40,7 @@ def pack(omni: Path, corpus: Path, output: Path, *options: str) -> int:
 
 
 def read_columns(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
-    """Return the source's record, and ids, numbers, weights and banks of each shard."""
+    """Return the source's manifest entry, and each shard's ids, feature numbers, loss weights and banks."""
     source = read_manifest(folder).content["sources"][0]
     shards = []
     for record in source["splits"]["train"]["shards"]:
@@ -67,6 +67,7 @@ def test_placeholders_name_features_in_the_shard(encode: Encode, omni: Path, tmp
         stands = np.isin(shard["ids"], [token(t) for t in (IMAGE_PAD, VIDEO_PAD, AUDIO_PAD)])
         assert ((shard[FEATURES] != NO_FEATURE) == stands).all() and not shard["loss"][stands].any()
         numbers = shard[FEATURES][np.isin(shard["ids"], source[FEATURES]["pictures"]["placeholder_ids"])]
+        # a picture has three rows: a placeholder's number is 3 * record + row
         assert (numbers % 3).tolist() == [0, 1, 2] * (len(numbers) // 3)
         seen += [int(shard["pictures"][n // 3].max()) for n in numbers[::3]]
         assert len(shard["pictures"]) == len(set((numbers // 3).tolist()))  # each content once

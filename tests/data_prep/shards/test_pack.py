@@ -220,6 +220,13 @@ def test_wrong_input_gives_one_sentence_and_no_output(corpus: Path, tokenizers: 
     assert {p.name for p in tmp_path.iterdir()} == {"data", "new"}
 
 
+def test_a_file_without_a_good_record_leaves_no_work(corpus: Path, tokenizers: dict[str, Path],
+                                                     tmp_path: Path) -> None:
+    assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", str(corpus / "chat.jsonl"),
+                 "--output", str(tmp_path / "new")]) == 2
+    assert list(tmp_path.glob(".new*")) == []
+
+
 def test_tiny_source_keeps_a_training_document(tokenizers: dict[str, Path], tmp_path: Path,
                                                capsys: pytest.CaptureFixture[str]) -> None:
     """A source with a single document must not fail a run that has packed other sources for hours."""

@@ -148,7 +148,7 @@ def test_routes_are_checked_against_shape(chats: Path, tmp_path: Path) -> None:
 def test_unreadable_tokenizer_gives_one_sentence(chats: Path, tmp_path: Path,
                                                  capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(chats, tmp_path / "out")
-    (tmp_path / "out/tokenizer/tokenizer.json").write_text('{"added_tokens": [5]}')
+    (tmp_path / "out/tokenizer/tokenizer.json").write_text('{"model": {"vocab": {}}, "added_tokens": [5]}')
     assert main(["stats", str(tmp_path / "out")]) == 2
     assert "tokenizer.json: cannot be read as a tokenizer (TypeError" in capsys.readouterr().err
 

@@ -33,7 +33,7 @@ ITEM = GeneratorItem("a", {"text": "A {{ tone }} day."})
 
 
 def write_generator(folder: Path, change: Any = None, name: str = "own.yaml") -> Path:
-    """Write the good file with some keys changed; a key that is a path changes what is inside."""
+    """Write `GOOD` with changes: dotted path of keys and indices -> new value; None deletes the key."""
     definition = json.loads(json.dumps(GOOD))
     for key, value in (change or {}).items():
         *path, last = key.split(".")

@@ -66,7 +66,7 @@ def test_cpu_shims_create_all_tensors_on_the_cpu(ranks, job) -> None:
     assert state["norm_is_marked"] and state["config_is_unchanged"]
     assert state["split_sizes"] == [1.0, 1.0] and state["same_generator"] and state["compiled"] == "torch"
     assert unmarked["expert"], "Megatron-Core now marks experts itself: remove this part of mark_parameters"
-    # except the weights of Transformer Engine's grouped layers
+    # `mark_parameters` is needed only for the split weights of Transformer Engine's grouped layers
     assert not unmarked["split"], "Megatron-Core no longer marks split weights: mark_parameters has to"
 
 

@@ -237,7 +237,7 @@ def test_imported_modules_change_the_version(monkeypatch: pytest.MonkeyPatch) ->
     files = {"megatron_sov.judge.rewards.registry":
              "from megatron_sov.judge.rewards import reward\nimport json\n",
              "megatron_sov.judge.rewards.reward": "x = 1\n", "megatron_sov.judge.rewards.version": "y = 1\n"}
-    monkeypatch.setattr(version, "_read_source", files.__getitem__)
+    monkeypatch.setattr(version, "read_source", files.__getitem__)
 
     def code() -> dict[str, str]:
         version.hash_code.cache_clear()

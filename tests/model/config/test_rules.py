@@ -183,8 +183,8 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     (f"{GRAPHS} {QUANTISED} train.fp8=nvfp4 model.num_mtp_layers=1 model.mtp_experts=true", 1,
      "gpu.cuda_graphs"),
     (f'{GRAPHS} gpu.offload_modules=["moe_act"]', 1, "gpu.cuda_graphs"),
-    *((f"{GRAPHS} {PASSES.replace('micro_batches', overlap)}", 2, "gpu.cuda_graphs")
-      for overlap in ("micro_batches", "weight_gradients")),
+    (f"{GRAPHS} {PASSES}", 2, ""),
+    (f"{GRAPHS} {PASSES.replace('micro_batches', 'weight_gradients')}", 2, "gpu.cuda_graphs"),
     (f"{GRAPHS} gpu.shared_expert_overlap=on", 1, "gpu.cuda_graphs"),
     (f"{GRAPHS} gpu.permute_fusion=off", 1, "gpu.cuda_graphs"),
     (f"{GRAPHS} {PADDED}", 1, "gpu.cuda_graphs"),

@@ -1,4 +1,4 @@
-"""Loss masks of a round of episodes, from the store to packed rows: tokens of tools are no labels."""
+"""Loss masks of a round of episodes, from the store to packed rows: tokens of tools have weight 0."""
 
 import dataclasses
 import json

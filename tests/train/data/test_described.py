@@ -10,7 +10,8 @@ from megatron_sov.base.errors import UserError
 
 EMPTY = {"content_version": CONTENT_VERSION}
 WHOLE: dict[str, Any] = EMPTY | {"tokenizer_sha256": "t", "vocab_size": 9, "sources": [
-    {"name": "web", "format": "text", "splits": {"train": {"num_tokens": 1, "shards": []}}}]}
+    {"name": "web", "format": "text", "splits": {"train": {
+        "num_tokens": 1, "shards": [{"prefix": "web/train-00000"}]}}}]}
 
 
 @pytest.mark.each(("place", "message"), [
@@ -35,6 +36,9 @@ def test_every_missing_part_is_named(place: tuple[Any, ...], message: str) -> No
     (WHOLE | {"vocab_size": "9"}, "lacks vocab_size;"),
     (WHOLE | {"sources": [{"name": ["a"], "format": "text", "splits": []}]},
      r"lacks sources\[0\]\.name, sources\[0\]\.splits;"),
+    (WHOLE | {"sources": [{"name": "a", "format": "text",
+                           "splits": {"train": {"num_tokens": 1, "shards": []}}}]},
+     r"lacks sources\[0\]\.splits\.train\.shards for 1 tokens;"),
     (WHOLE | {"sources": [{"name": "a", "format": "text",
                            "splits": {"train": {"num_tokens": 1, "shards": [7]}}}]},
      r"lacks sources\[0\]\.splits\.train\.shards\[0\]\.prefix;")])

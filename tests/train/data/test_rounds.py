@@ -163,7 +163,7 @@ def mixed_data(tmp_path: Path) -> Path:
     with create_artifact(tmp_path / "mixed", "tokens") as artifact:
         artifact.content = {"content_version": CONTENT_VERSION, "tokenizer_sha256": "", "vocab_size": 1,
                             "sources": [{"name": n, "format": "text", "splits": {
-                                "train": {"num_tokens": 1, "shards": []}}}
+                                "train": {"num_tokens": 1, "shards": [{"prefix": f"{n}/train-00000"}]}}}
                                 for n in ("en-basic", "ko-basic", "ko-L3")],
                             "phases": [{"name": name, "tokens": 10, "blend": blend}
                                        for name, blend in SHARES.items()]}

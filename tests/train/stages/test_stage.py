@@ -106,7 +106,10 @@ def test_a_complete_stage_starts_nothing(stage: Callable[..., Stage], launcher: 
     complete_stage.folder.complete({"step": 4})
     assert run_stage(complete_stage, 1)
     assert launcher.calls == 0
-    assert capsys.readouterr().out == f"{complete_stage.folder.path}: is complete at step 4\n"
+    run = complete_stage.folder.path
+    assert capsys.readouterr().out == (
+        f"{run}: is complete at step 4; more steps need a new --run --from it\n"
+        f"  next        megatron-sov report {run}\n              megatron-sov convert to-hf {run} HF_DIR\n")
 
 
 def test_processes_receive_the_start_time_of_each_attempt(stage: Callable[..., Stage], launcher: Launcher,

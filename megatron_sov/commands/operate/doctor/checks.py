@@ -152,18 +152,19 @@ def iter_torch_checks() -> Iterator[MachineCheck]:
                            "make setup, or pip install torch again")
         return
     dist = torch.distributed
-    yield MachineCheck("torch", "ok", f"{torch.__version__}, " + (f"CUDA {torch.version.cuda}"
-                                                                  if torch.version.cuda else "CPU build"))
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    yield MachineCheck("torch", "ok", f"{torch.__version__}, {build}")
     if dist.is_available() and dist.is_gloo_available():
         yield MachineCheck("gloo", "ok", "CPU processes can communicate")
     else:
         yield MachineCheck("gloo", "broken", "this torch has no gloo process group",
                            "pip install the torch of constraints.txt")
     if not torch.cuda.is_available():
-        why = "no usable NVIDIA driver or device" if torch.version.cuda else "torch is a CPU build"
-        yield MachineCheck("GPU", "missing", f"{why}; training runs on the CPU",
-                           "" if torch.version.cuda else "on a machine with an NVIDIA GPU: "
-                                                         "install torch from the default index")
+        why, remedy = "no usable NVIDIA driver or device", ""
+        if not torch.version.cuda:
+            why = "torch is a CPU build"
+            remedy = "on a machine with an NVIDIA GPU: install torch from the default index"
+        yield MachineCheck("GPU", "missing", f"{why}; training runs on the CPU", remedy)
         return
     for i in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(i)

@@ -73,11 +73,7 @@ def _check_presence(name: str, module: str, remedy: str) -> MachineCheck | None:
 
 
 def _format_reasons(reasons: dict[str, str]) -> str:
-    """Format working names, then unusable names with their reasons: "a, b; not c (reason)".
-
-    Args:
-        reasons: name -> why it is unusable; "": it works.
-    """
+    """Format working names, then unusable names with their `reasons` ("": works): "a, b; not c (reason)"."""
     working = ", ".join(name for name, reason in reasons.items() if not reason)
     unusable = [f"not {name} ({reason})" for name, reason in reasons.items() if reason]
     return "; ".join(filter(None, [working, *unusable]))

@@ -59,8 +59,9 @@ def _complete_request(options: PlanOptions, request: RecipeRequest, stage: Stage
                                warns=False, is_fixed=True)
         if stage == "sft":
             check_chats(config, sources)
-        num_gpus = load_machines(
-            options.cluster, options.nodes).num_ranks if options.cluster else options.nproc
+        num_gpus = options.nproc
+        if options.cluster:
+            num_gpus = load_machines(options.cluster, options.nodes).num_ranks
         config = complete_stage(request, config, stage, min(num_gpus or 1, MAX_LOCAL_RANKS)).config
         return dataclasses.replace(request, base=config)
     if not changed & {"train.steps", "train.tokens"}:

@@ -85,8 +85,6 @@ class RunStart:
 
 @dataclass
 class RunState:
-    """Current state of a run."""
-
     path: Path
     stage: str = ""
     """Command, e.g. pretrain."""
@@ -256,7 +254,6 @@ def _build_start(attempt: Attempt) -> RunStart:
 
 def _set_state(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, float, float, float]],
            now_s: float) -> None:
-    """Set `state.state` and `state.why`."""
     folder, holder = RunFolder(state.path), find_living_holder(state.path)
     outcome = attempts[-1].outcome if attempts else ""
     if holder is not None:

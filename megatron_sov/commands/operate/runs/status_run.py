@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import UserError, escape_controls, stop_check
-from megatron_sov.base.figures import NO_VALUE, format_count, format_duration, format_value
+from megatron_sov.base.figures import NO_VALUE, align_columns, format_count, format_duration, format_value
 from megatron_sov.commands.operate.runs.run_state import (
     RunState, RunStateReader, find_runs, format_run_state, read_run_state)
 from megatron_sov.commands.operate.runs.status import StatusOptions
@@ -23,7 +23,7 @@ MAX_TIME_S = 1e11
 ALIVE = ("running", "silent", "waiting", "not started")
 """States in which a run may still write events."""
 HEAD = ("run", "stage", "recipe", "step", "loss", "held-out", "tokens", "state", "last change")
-RIGHT = frozenset(("step", "loss", "held-out", "tokens", "last change"))
+LEFT = ("run", "stage", "recipe", "state")
 """Right-aligned columns."""
 
 
@@ -105,13 +105,7 @@ def _list_fields(state: RunState) -> dict[str, Any]:
 def format_runs(states: Sequence[RunState], root: Path | None = None) -> str:
     """Format a table with a row per run; run names are relative to `root`."""
     rows = [HEAD, *(_list_cells(state, root) for state in states)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(HEAD))]
-    lines = []
-    for row in rows:
-        cells = [cell.rjust(width) if name in RIGHT else cell.ljust(width)
-                 for name, cell, width in zip(HEAD, row, widths, strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
+    return align_columns(rows, left=[HEAD.index(name) for name in LEFT])
 
 
 def _list_cells(state: RunState, root: Path | None) -> tuple[str, ...]:

@@ -20,8 +20,8 @@ from megatron_sov.train.data.sources import Source
 from megatron_sov.work.clusters.chips import find_device_chip
 from megatron_sov.work.clusters.units import SECONDS_PER_HOUR
 
-CONSENTS = ("train.steps", "train.epochs")
-"""Settings that consent to many epochs; a token budget does not, since it ignores the data's size."""
+MAX_TYPED_EPOCHS = 200.0
+"""Largest number of epochs by `train.steps` or `train.tokens` of the user, which ignore the data's size."""
 MIN_VOCABULARY_SHARE = 0.5
 """Minimum share of `model.vocab_size` that the data's tokenizer fills. Padding and reserved ids in the
 recipes take some percent; a smaller vocabulary belongs to another tokenizer."""
@@ -69,7 +69,7 @@ def refuse_unfit_data(request: RecipeRequest, config: RunConfig, sources: Sequen
                       is_initial: bool) -> None:
     """Refuse data from another tokenizer, or data that would be read in very many epochs.
 
-    A setting of the user is consent: `model.vocab_size` for the tokenizer; `CONSENTS`, `data.phases`,
+    A setting of the user is consent: `model.vocab_size` for the tokenizer; `train.epochs`, `data.phases`,
     `extend.stages` and `data.max_epochs` for epochs. `is_initial` as in `refuse_unfit`.
     """
     requested = list_requested_settings(request)
@@ -80,7 +80,7 @@ def refuse_unfit_data(request: RecipeRequest, config: RunConfig, sources: Sequen
         return
     # `extend` takes the new context length by seq_len
     context_key = "data.phases.0.seq_len" if request.command == "extend" else ""
-    is_length_set = any(key in CONSENTS or key.startswith(("data.phases", "extend.stages"))
+    is_length_set = any(key.startswith(("train.epochs", "data.phases", "extend.stages"))
                         for key in request.requested_keys if key != context_key)
     if (is_recipe and not is_length_set) or (request.is_model_only and "train.epochs" not in requested):
         lengths = [setting for setting in request.settings
@@ -100,7 +100,6 @@ def _refuse_small_vocabulary(config: RunConfig, sources: Sequence[Source]) -> No
 
 
 def count_tokens(config: RunConfig) -> float:
-    """Return the tokens in all steps of a run."""
     return sum(_tokens_by_length(config).values())
 
 
@@ -112,13 +111,13 @@ def count_epochs(config: RunConfig, sources: Sequence[Source]) -> float:
 def _refuse_many_epochs(config: RunConfig, sources: Sequence[Source], lengths: Sequence[str],
                         command: str) -> None:
     """Raise `UserError` for data read very often; `lengths`: settings that determine the run's length."""
-    limit = max(MAX_DEFAULT_EPOCHS, config.data.max_epochs)
+    limit = max(MAX_TYPED_EPOCHS if lengths else MAX_DEFAULT_EPOCHS, config.data.max_epochs)
     if not config.data.max_epochs or (epochs := count_epochs(config, sources)) <= limit:
         return
     tokens = sum(source.num_tokens.get("train", 0) for source in sources)
     shorter = "train.epochs=1"
     if command == "extend":  # takes no epochs
-        shorter = f"train.steps={max(1, int(config.num_steps() / epochs))}"
+        shorter = f"train.steps={max(1, int(config.num_steps() * limit / epochs))}"
     raise UserError(f"train.steps = {config.num_steps():,}: reads the {format_count(tokens)} tokens of the "
                     f"data in {epochs:,.0f} epochs, and the limit is {limit:g}; set "
                     f"{shorter.partition('=')[0]}, add data, or allow the epochs by "

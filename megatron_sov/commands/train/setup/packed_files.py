@@ -182,7 +182,6 @@ class DataFile:
         return run / DATA / self.name
 
     def packed_argument(self, run: Path) -> str:
-        """Return the --data argument for the packed file."""
         prefix = f"{self.name}=" if self.is_renamed else ""
         return f"{prefix}{self.shards(run)}{self.weight}"
 
@@ -269,8 +268,9 @@ def _refuse_foreign(folder: Path, run: Path) -> None:
 
 def _record_file(folder: Path) -> Path:
     """Return the record's path for a folder with shards or with the tokenizer."""
-    return folder.parent / DATA / f"{TOKENIZER}.json" if folder.name == TOKENIZER else (
-        folder.with_name(f"{folder.name}.json"))
+    if folder.name == TOKENIZER:
+        return folder.parent / DATA / f"{TOKENIZER}.json"
+    return folder.with_name(f"{folder.name}.json")
 
 
 def _read_record(folder: Path) -> dict[str, str]:

@@ -1,7 +1,5 @@
 """Options shared by training commands. Imports neither torch nor numpy."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -51,7 +49,7 @@ class StageOptions(TrainingOptions):
             return None
         return partial(read_start_settings, self.start_from, objective, has_gpus)
 
-    def with_implied_settings(self) -> StageOptions:
+    def with_implied_settings(self) -> "StageOptions":
         """Return the options with --set values implied by other options."""
         return self
 
@@ -107,7 +105,7 @@ class PreferOptions(TunedOptions):
     reference: Annotated[Path | None, Flag(value="CHECKPOINT|RUN")] = None
     """Reference model (dpo, ipo, dpo-norm; default: the model in --from)."""
 
-    def with_implied_settings(self) -> PreferOptions:
+    def with_implied_settings(self) -> "PreferOptions":
         if self.method is None:
             return self
         return dataclasses.replace(self, settings=(*self.settings, f"preference.method={self.method}"))

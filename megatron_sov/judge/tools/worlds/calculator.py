@@ -1,7 +1,5 @@
 """Calculator environment: exact arithmetic within bounds."""
 
-from __future__ import annotations
-
 import ast
 import math
 import operator

@@ -1,7 +1,5 @@
 """Environment with a tree of text files in its state."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass
 from typing import Any

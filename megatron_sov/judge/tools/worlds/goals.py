@@ -1,7 +1,5 @@
 """Goals that are answers, and text comparison."""
 
-from __future__ import annotations
-
 import re
 
 from megatron_sov.base.errors import UserError

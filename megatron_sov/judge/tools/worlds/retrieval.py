@@ -1,7 +1,5 @@
 """Retrieval environment: search and read documents from a file."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections import Counter, defaultdict

@@ -5,8 +5,6 @@ turn, `stop` ends the turns. Output: `request` asks for a model turn, `end` has 
 failed episode, `problem` a failed start. The environment requests turns from a chat endpoint in this process.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import json

@@ -13,8 +13,6 @@ the goal's calls lead from the first tables to the wanted ones. Additional reads
 changes are not.
 """
 
-from __future__ import annotations
-
 import ast
 import json
 import sys
@@ -97,7 +95,7 @@ class VirtualTable:
     """Key -> row at the start."""
     free: frozenset[str]
     """Free-text columns, which goals do not compare."""
-    adapter: TypeAdapter[Any] = field(compare=False)
+    adapter: "TypeAdapter[Any]" = field(compare=False)
     """Row validator."""
 
 
@@ -134,7 +132,7 @@ class VirtualWorld:
         return ""
 
 
-def _find_row_problem(adapter: TypeAdapter[Any], row: Any) -> str:
+def _find_row_problem(adapter: "TypeAdapter[Any]", row: Any) -> str:
     from pydantic import ValidationError  # slow to import; `--help` must be fast
 
     try:

@@ -3,8 +3,6 @@
 A file that hangs, exhausts memory or crashes its decoder becomes a `BadRecord`; later files still decode.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 import queue
@@ -70,7 +68,7 @@ class MediaReader:
         self._processes: weakref.WeakSet[_DecoderProcess] = weakref.WeakSet()
         self._lock = threading.Lock()
 
-    def __enter__(self) -> MediaReader:
+    def __enter__(self) -> "MediaReader":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
@@ -100,12 +98,7 @@ class MediaReader:
         return self._decode(path, {"kind": "video", "sampling": dataclasses.asdict(sampling)}, max_bytes)
 
     def _decode(self, path: str, request: dict[str, Any], max_bytes: int) -> DecodedMedia:
-        file = resolve_media_path(self.root, path)
-        if not file.is_file():
-            raise BadRecord("missing", "is not a file; name a picture, a sound or a video")
-        if (size_bytes := file.stat().st_size) > self.limits.file_bytes:
-            raise BadRecord("size", f"has {size_bytes:,} bytes, at most {self.limits.file_bytes:,} are read; "
-                                    "shrink it, or raise --max-file-bytes")
+        file = locate_media_file(self.root, path, self.limits.file_bytes)
         process = self._idle.get()
         try:
             if process is None or process.needs_replacement:
@@ -124,6 +117,17 @@ class MediaReader:
             self._idle.put(process)
         return DecodedMedia(arrays, str(facts["mime_type"]), int(facts.get("width", 0)),
                             int(facts.get("height", 0)), float(facts.get("duration_s", 0.0)))
+
+
+def locate_media_file(root: Path, path: str, max_bytes: int) -> Path:
+    """Return a media file's real path. Raises `BadRecord`: as `resolve_media_path`, no file, or too large."""
+    file = resolve_media_path(root, path)
+    if not file.is_file():
+        raise BadRecord("missing", "is not a file; name a picture, a sound or a video")
+    if (size_bytes := file.stat().st_size) > max_bytes:
+        raise BadRecord("size", f"has {size_bytes:,} bytes, at most {max_bytes:,} are read; shrink it, or "
+                                "raise --max-file-bytes")
+    return file
 
 
 def resolve_media_path(root: Path, path: str) -> Path:

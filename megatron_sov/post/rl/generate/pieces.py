@@ -118,9 +118,10 @@ class PendingPieces:
                 piece.
         """
         attempts = self._claim_next(num_rows, reads_all=self._is_lookup_due())
-        # Other jobs may have published or cut off pieces since the last complete lookup.
-        return attempts or (self._claim_next(num_rows, reads_all=True) if self._open and self._num_calls
-                            else ())
+        if not attempts and self._open and self._num_calls:
+            # Other jobs may have published or cut off pieces since the last complete lookup.
+            attempts = self._claim_next(num_rows, reads_all=True)
+        return attempts
 
     def _is_lookup_due(self) -> bool:
         """Return whether to look up all open pieces, because other jobs publish too. Few pieces are looked up
@@ -164,7 +165,10 @@ class PendingPieces:
 
     def release(self, attempts: Sequence[SampleAttempt] | None = None) -> None:
         """Release the claims on `attempts`, published or not; None: all claims."""
-        for name in list(self._open_claims) if attempts is None else [attempt.name for attempt in attempts]:
+        names = list(self._open_claims)
+        if attempts is not None:
+            names = [attempt.name for attempt in attempts]
+        for name in names:
             if (claim := self._open_claims.pop(name, None)) is not None:
                 claim.close()
 

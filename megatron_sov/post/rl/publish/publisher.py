@@ -155,11 +155,11 @@ class Publisher:
 
     def _compare_sampling(self, folder: Path, previous: Mapping[str, Any]) -> None:
         # Rounds by other jobs record no settings.
-        current = self.chosen_by if previous else {}
-        previous_settings, current_settings = ({name: value for name,
-                                                value in iter_leaves(settings) if value != {}}
-                                               for settings in (previous, current))
-        for name in sorted(previous_settings.keys() | current_settings.keys() if current_settings else ()):
+        if not previous or not self.chosen_by:
+            return
+        previous_settings = {name: value for name, value in iter_leaves(previous) if value != {}}
+        current_settings = {name: value for name, value in iter_leaves(self.chosen_by) if value != {}}
+        for name in sorted(previous_settings.keys() | current_settings.keys()):
             previous_value, current_value = previous_settings.get(name), current_settings.get(name)
             if previous_value == current_value:
                 continue

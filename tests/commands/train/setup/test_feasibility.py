@@ -102,11 +102,17 @@ FITS = "model.vocab_size=368"
 
 
 @pytest.mark.each("settings", [
-    ("train.steps=90000",), ("train.epochs=30",), ("data.max_epochs=0",),
+    ("train.steps=200",), ("train.epochs=30",), ("data.max_epochs=0",),
     ("data.max_epochs=100000",), ('data.phases=[{"name": "main", "seq_len": 64, "tokens": 9000000}]',),
     ("data.phases.0.seq_len=64",)])
 def test_a_length_of_the_user_is_consent_to_many_epochs(packed_data: Any, settings: tuple[str, ...]) -> None:
     assert get_pretraining_refusal(build_pretraining_request([packed_data.text], FITS, *settings)) == ""
+
+
+@pytest.mark.each("length", ["train.steps=900000", "train.tokens=900000000"])
+def test_steps_and_tokens_have_one_limit_of_epochs(packed_data: Any, length: str) -> None:
+    assert "the limit is 200" in get_pretraining_refusal(build_pretraining_request([packed_data.text], FITS,
+                                                                                   length))
 
 
 def test_the_context_length_of_extend_is_no_consent_to_many_epochs(packed_data: Any) -> None:

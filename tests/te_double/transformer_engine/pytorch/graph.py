@@ -18,13 +18,13 @@ _is_capturing = False
 
 
 def set_capture_start() -> None:
-    """Note that graphs are being captured."""
+    """Record that graph capture has started."""
     global _is_capturing
     _is_capturing = True
 
 
 def set_capture_end() -> None:
-    """Note that the capture has ended."""
+    """Record that graph capture has ended."""
     global _is_capturing
     _is_capturing = False
 
@@ -35,7 +35,7 @@ def is_graph_capturing() -> bool:
 
 
 def save_fp8_tensors(modules: Any, recipe: Any) -> list[Any] | None:
-    """Return the state of scaling, which only delayed scaling has."""
+    """Return the scaling state: None, because only delayed scaling has one, which is not supported."""
     if isinstance(recipe, DelayedScaling):
         raise NotImplementedError("the double captures no delayed scaling")
     return None
@@ -51,7 +51,7 @@ class _Pass:
     def __init__(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...],
                  kwargs: dict[str, torch.Tensor]) -> None:
         self.module, self.args, self.kwargs = module, args, kwargs
-        self.forward, self.backward = CapturedOperators(), CapturedOperators()
+        self.forward, self.backward, self.backward_dw = (CapturedOperators() for _ in range(3))
         self.names = list(kwargs)
         self.inputs = [*args, *kwargs.values()]
         self.parameters: tuple[torch.nn.Parameter, ...] = tuple(module.parameters())
@@ -60,15 +60,17 @@ class _Pass:
         self.spec: Any = None
         self.input_grads: list[Any] = []
         self.clones: list[bool] = []
+        self.delayed: list[Any] = []
+        self.in_flight: set[str] = set()
+        self.memory: list[tuple[_Pass, str]] = []
         self.is_reset = False
 
     def run(self) -> None:
-        """Compute the outputs."""
+        """Compute the outputs of the module."""
         self.outputs, self.spec = tree_flatten(self.module(*self.args, **self.kwargs))
 
     def run_backward(self) -> list[Any]:
-        """Compute gradients of all inputs and parameters that require
-        one, from `output_grads`, and return them."""
+        """Return the gradients, computed from `output_grads`, of inputs and parameters that require one."""
         surface = [t for t in (*self.inputs, *self.parameters) if t.requires_grad]
         before = [t.grad for t in surface]
         for t in surface:
@@ -79,6 +81,17 @@ class _Pass:
         for t, grad in zip(surface, before, strict=True):
             t.grad = grad
         return gradients
+
+    def start(self) -> None:
+        """Note that the pass is in flight, and check that no other pass in flight owns its memory."""
+        if any(part in other.in_flight for other, part in self.memory):
+            raise RuntimeError("a forward graph writes into memory of a pass whose backward graph has not "
+                               "run: it was captured after that backward graph")
+        self.in_flight = {"backward", *(["backward_dw"] if self.delayed else [])}
+
+    def list_delayed(self) -> list[Any]:
+        """Return the modules whose weight gradients wait for `backward_dw`."""
+        return [m for m in self.module.modules() if getattr(m, "_delayed_products", None)]
 
     def drop_unused_parameters(self, gradients: list[Any]) -> None:
         """Remove parameters without a gradient: other modules compute with them."""
@@ -95,6 +108,7 @@ class _Graphed(torch.autograd.Function):
         for buffer, tensor in zip(graphs.inputs, inputs, strict=False):
             if buffer.data_ptr() != tensor.data_ptr():
                 buffer.detach().copy_(tensor)
+        graphs.start()
         graphs.forward.replay()
         return tuple(o.detach() if o is not None else None for o in graphs.outputs)
 
@@ -106,7 +120,9 @@ class _Graphed(torch.autograd.Function):
             if buffer is not None and buffer.data_ptr() != gradient.data_ptr():
                 buffer.copy_(gradient)
         graphs.backward.replay()
-        input_grads = [gradient.clone() if gradient is not None and is_cloned else gradient
+        graphs.in_flight.discard("backward")
+        # a detached gradient may become a tensor's `grad` as it is: memory of the graph
+        input_grads = [gradient if gradient is None else gradient.clone() if is_cloned else gradient.detach()
                        for gradient, is_cloned in zip(graphs.input_grads, graphs.clones, strict=True)]
         # another graph may reuse this memory from now on: make late readers fail visibly
         for output in graphs.outputs:
@@ -130,10 +146,16 @@ def _build_callable(graphs: _Pass, original: Callable[..., Any]) -> Callable[...
 
     def reset() -> None:
         graphs.is_reset = True
-        graphs.forward.reset()
-        graphs.backward.reset()
+        for graph in (graphs.forward, graphs.backward, graphs.backward_dw):
+            graph.reset()
 
-    replayed.reset, replayed.backward_dw = reset, lambda: None  # type: ignore[attr-defined]
+    def backward_dw() -> None:
+        graphs.backward_dw.replay()
+        graphs.in_flight.discard("backward_dw")
+        for module in graphs.delayed:
+            module._trigger_wgrad_accumulation_and_reduce_hooks()
+
+    replayed.reset, replayed.backward_dw = reset, backward_dw  # type: ignore[attr-defined]
     return replayed
 
 
@@ -165,31 +187,32 @@ def make_graphed_callables(
         fp8_recipe: Any = None, fp8_group: Any = None, fp8_weight_caching: bool | None = None,
         enabled: Any = None, calibrating: bool | None = None, recipe: Any = None,
         amax_reduction_group: Any = None, cache_quantized_params: bool | None = None,
-        _order: list[int] | None = None, _num_layers_per_chunk: list[int] | None = None, pool: Any = None,
+        _order: list[float] | None = None, _num_layers_per_chunk: list[int] | None = None, pool: Any = None,
         retain_graph_in_backward: bool = False, _reuse_graph_input_output_buffers: bool = False,
         clone_param_grads_on_return: bool = True, pre_warmup_hook: Callable[[], None] | None = None,
         post_warmup_hook: Callable[[], None] | None = None, capture_time_hooks: Any = None) -> Any:
-    """Return a replaying callable for each pass of `_order` through each module; one warm-up pass serves all
-    iterations.
+    """Capture the passes of a pipeline schedule; return a replaying callable for each pass through each
+    module. One warm-up pass replaces `num_warmup_iters`.
 
     Args:
-        modules: the layers, run after run.
-        sample_args: of each pass, the tensors that its graph reads, run after run, micro-batch after
-            micro-batch; passes whose lives do not meet may share them.
-        sample_kwargs: likewise, by name.
-        _order: runs from 1, forward; negative, backward.
-        _num_layers_per_chunk: layers of each run.
+        modules: layers of all model chunks, in order.
+        sample_args: for each pass the input tensors of its graph, by chunk, then micro-batch, then layer;
+            passes that are never in flight together may share tensors.
+        sample_kwargs: the same for keyword arguments.
+        _order: chunk numbers from 1 in schedule order; negative: backward pass; lower by a half: the weight
+            gradients of that backward pass.
+        _num_layers_per_chunk: layers of each chunk.
     """
-    if _order is None or _num_layers_per_chunk is None or any(c != int(c) for c in _order):
-        raise NotImplementedError("the double captures passes of a pipeline, weight gradients among them")
+    if _order is None or _num_layers_per_chunk is None:
+        raise NotImplementedError("the double captures passes of a pipeline only")
     for module in modules:
         if (module._backward_hooks or module._backward_pre_hooks or module._forward_hooks
                 or module._forward_pre_hooks):
             raise RuntimeError("Modules must not have hooks registered at the time they are passed.")
         if not module.training:
-            raise NotImplementedError("the double captures training alone")
+            raise NotImplementedError("the double captures training mode only")
     starts = [sum(_num_layers_per_chunk[:i]) for i in range(len(_num_layers_per_chunk))]
-    count = len(_order) // len(starts) // 2
+    count = sum(c == int(c) for c in _order) // len(starts) // 2
     sample_kwargs = sample_kwargs or [{} for _ in sample_args]
     if len(sample_args) != len(modules) * count:
         raise ValueError(f"Expected {len(modules) * count} args tuple, but got {len(sample_args)}.")
@@ -207,24 +230,31 @@ def make_graphed_callables(
         for hook in (pre_warmup_hook, post_warmup_hook):
             if hook is not None:
                 hook()
-        _run_schedule(_order, starts, _num_layers_per_chunk, count, passes, _warm_up, _warm_up_backward)
+        _run_schedule(_order, starts, _num_layers_per_chunk, count, passes, _warm_up, _warm_up_backward,
+                      lambda graphs: None)
         shared: dict[Any, list[Any]] = {}
-        _run_schedule(_order, starts, _num_layers_per_chunk, count, passes, _capture,
-                      lambda graphs: _capture_backward(graphs, shared, clone_param_grads_on_return))
+        free: list[tuple[_Pass, str]] = []
+        _run_schedule(_order, starts, _num_layers_per_chunk, count, passes,
+                      lambda graphs: _capture(graphs, free),
+                      lambda graphs: _capture_backward(graphs, shared, clone_param_grads_on_return, free),
+                      lambda graphs: _capture_delayed(graphs, free))
     torch.set_rng_state(state)
     set_capture_end()
     return tuple(_build_callable(graphs, graphs.module.forward) for graphs in passes)
 
 
-def _run_schedule(order: list[int], starts: list[int], layers: list[int], count: int, passes: list[_Pass],
-                  forward: Callable[[_Pass], None], backward: Callable[[_Pass], None]) -> None:
-    """Apply `forward` or `backward` to each pass in the order of a pipeline schedule."""
+def _run_schedule(order: list[float], starts: list[int], layers: list[int], count: int, passes: list[_Pass],
+                  forward: Callable[[_Pass], None], backward: Callable[[_Pass], None],
+                  delayed: Callable[[_Pass], None]) -> None:
+    """Apply `forward`, `backward` or `delayed` to each pass in the order of a pipeline schedule."""
     done = {direction: [0] * len(starts) for direction in (1, -1)}
-    for chunk, direction in ((abs(c) - 1, 1 if c > 0 else -1) for c in order):
-        first = starts[chunk] * count + done[direction][chunk] * layers[chunk]
-        done[direction][chunk] += 1
+    for c in order:
+        chunk, direction = abs(math.ceil(c)) - 1, 1 if c > 0 else -1
+        is_delayed = c != math.ceil(c)
+        first = starts[chunk] * count + (done[direction][chunk] - is_delayed) * layers[chunk]
+        done[direction][chunk] += not is_delayed
         for graphs in passes[first:first + layers[chunk]][::direction]:
-            (forward if direction > 0 else backward)(graphs)
+            (delayed if is_delayed else forward if direction > 0 else backward)(graphs)
 
 
 def _warm_up(graphs: _Pass) -> None:
@@ -235,15 +265,23 @@ def _warm_up_backward(graphs: _Pass) -> None:
     graphs.output_grads = [torch.zeros_like(o) if o is not None and o.requires_grad else None
                            for o in graphs.outputs]
     graphs.drop_unused_parameters(graphs.run_backward())
+    for module in graphs.list_delayed():
+        module.backward_dw()
 
 
-def _capture(graphs: _Pass) -> None:
+def _capture(graphs: _Pass, free: list[tuple[_Pass, str]]) -> None:
+    graphs.memory = list(free)
     with graphs.forward.capture():
         graphs.run()
 
 
-def _capture_backward(graphs: _Pass, shared: dict[Any, list[Any]], clones: bool) -> None:
-    """Capture the backward pass; passes with equal output shapes share the buffers of output gradients."""
+def _capture_backward(graphs: _Pass, shared: dict[Any, list[Any]], clones: bool,
+                      free: list[tuple[_Pass, str]]) -> None:
+    """Capture the backward pass; passes with equal output shapes share the buffers of output gradients.
+
+    Its memory is free for the graphs captured from now on.
+    """
+    free.append((graphs, "backward"))
     key = tuple((o.shape, o.dtype) for o in graphs.outputs if o is not None and o.requires_grad)
     if key not in shared:
         shared[key] = [torch.zeros_like(o) if o is not None and o.requires_grad else None
@@ -256,3 +294,13 @@ def _capture_backward(graphs: _Pass, shared: dict[Any, list[Any]], clones: bool)
     graphs.clones = [clones and i >= len(graphs.inputs) and not getattr(t, "skip_backward_post_hook", False)
                      for i, t in enumerate(surface)]
     graphs.outputs = [o.detach() if o is not None else None for o in graphs.outputs]
+
+
+def _capture_delayed(graphs: _Pass, free: list[tuple[_Pass, str]]) -> None:
+    free.append((graphs, "backward_dw"))
+    graphs.delayed = graphs.list_delayed()
+    if not graphs.delayed:
+        raise RuntimeError("No module needs wgrad computation but get float in order")
+    with graphs.backward_dw.capture():
+        for module in graphs.delayed:
+            module.backward_dw()

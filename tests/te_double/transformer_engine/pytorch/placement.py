@@ -102,27 +102,27 @@ class HostTensors(TorchFunctionMode):
         tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
         device = self._device(name, args, kwargs)
         found = func(*args, **kwargs)
-        if isinstance(found, str):  # the name of a type, which the CPU's shim changes here and again
+        if isinstance(found, str):  # a type's name: the CPU shim adds "cuda." here, and once more outside
             return found.replace("torch.cuda.", "torch.", 1)
         if name == "__set__" and func == torch.Tensor.data.__set__:
             setattr(args[0], MARK, on_host(args[1]))
             return found
         if device is not None:
-            there = device != GPU
+            is_host = device != GPU
             if name in ("to", "cpu", "type_as") and found.dtype == tensors[0].dtype:
-                found = tensors[0] if on_host(tensors[0]) == there else tensors[0].clone()
+                found = tensors[0] if on_host(tensors[0]) == is_host else tensors[0].clone()
         elif tensors:
-            there = all(map(on_host, tensors))
+            is_host = all(map(on_host, tensors))
             mixes = name in _BESIDE_GPU or name.startswith("_foreach_")
-            if not there and not mixes and any(on_host(t) and t.dim() for t in tensors):
+            if not is_host and not mixes and any(on_host(t) and t.dim() for t in tensors):
                 raise RuntimeError("Expected all tensors to be on the same device, but found at least two "
                                    f"devices, cuda:0 and cpu! (in {resolve_name(func) or name})")
         else:
-            there = name in _MAKERS
+            is_host = name in _MAKERS
         for made in tree_leaves(found):
             if torch.is_tensor(made) and not any(made is t for t in tensors):
-                setattr(made, MARK, there)
-                self.marked += there
+                setattr(made, MARK, is_host)
+                self.marked += is_host
         return found
 
     @staticmethod

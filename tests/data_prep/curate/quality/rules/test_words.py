@@ -23,6 +23,7 @@ def test_text_is_split_into_words_or_graphemes(unit: str, text: str, expected: l
 
 
 def test_characters_count_as_shares_of_words() -> None:
+    # three ideographs at 1.5 per word, and the words GPU and 42; the full stop is a token, but no word
     words = RuleWords("東京都 GPU 42。", "characters", 1.5)
     assert words.num_words == pytest.approx(3 / 1.5 + 2)
     assert words.num_tokens == pytest.approx(3 / 1.5 + 3)
