@@ -20,7 +20,7 @@ from megatron_sov.convert.companion_files import copy_carried_fields
 from megatron_sov.convert.dtypes import KEEP, convert_tensor
 from megatron_sov.convert.hf_import import build_index, hash_file_plan, plan_files, write_unfinished
 from megatron_sov.convert.peft import AdaptedWeights, open_checkpoint_weights, record_inputs
-from megatron_sov.convert.sources import PART, CheckpointWeights
+from megatron_sov.convert.sources import PART, Weights
 from megatron_sov.model.config import LoraConfig, ModelConfig
 from megatron_sov.model.config.train import AVERAGES
 from megatron_sov.model.families.family import TRAINING_FIELDS
@@ -29,8 +29,6 @@ from megatron_sov.runs.checkpoints import (
     CHECKPOINT_KIND, CHECKPOINTS_FOLDER, IMPORTED_RECIPE, MERGED, check_model_path, checkpoint_step,
     find_checkpoint, list_complete, read_adapter_base, read_checkpoint_settings)
 from megatron_sov.work.progress.resumable import resumable_artifact
-
-OpenCheckpoint = CheckpointWeights | AdaptedWeights
 
 
 def compute_weights(count: int, kind: str, decay: float) -> list[float]:
@@ -126,7 +124,7 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
             read_checkpoint_settings(paths[0]), recipe=IMPORTED_RECIPE, lora=LoraConfig()).to_dict()
 
 
-def average_block(sources: Sequence[OpenCheckpoint], weights: Sequence[float], link: Link,
+def average_block(sources: Sequence[Weights], weights: Sequence[float], link: Link,
                   dtype: torch.dtype) -> torch.Tensor:
     if any(isinstance(source, AdaptedWeights) for source in sources):
         block = link.join({name: _average_adapted(sources, weights, name) for name in link.hf_names})
@@ -135,15 +133,14 @@ def average_block(sources: Sequence[OpenCheckpoint], weights: Sequence[float], l
     flat, num_done = out.view(-1), 0
     for offset, extent in _iter_slabs(link):
         slabs = (convert_tensor(source.tensors.read(link.key, offset, extent), torch.float64, source.path,
-                                link.key)
-                 for source in sources if isinstance(source, CheckpointWeights))
+                                link.key) for source in sources)
         mean = _compute_mean(slabs, weights)
         flat[num_done:num_done + mean.numel()] = mean.view(-1)
         num_done += mean.numel()
     return out
 
 
-def _average_adapted(sources: Sequence[OpenCheckpoint], weights: Sequence[float], name: str) -> torch.Tensor:
+def _average_adapted(sources: Sequence[Weights], weights: Sequence[float], name: str) -> torch.Tensor:
     if not any(source.list_files(name) for source in sources):  # no adapter changes this tensor
         return sources[0].read(name)
     tensors = (convert_tensor(source.read(name), torch.float64, source.path, name) for source in sources)

@@ -242,10 +242,8 @@ class AdaptedWeights(Weights):
         return get_merged_dtype(self.base.get_dtype(name))
 
     def list_files(self, name: str) -> set[str]:
-        return {file for key in self._list_factor_keys(name) for file in self.tensors.list_files(key)}
-
-    def _list_factor_keys(self, name: str) -> list[str]:
-        return list(self._places[name].of.shapes(self.lora)) if name in self._places else []
+        keys = self._places[name].of.shapes(self.lora) if name in self._places else ()
+        return {file for key in keys for file in self.tensors.list_files(key)}
 
     def read(self, name: str) -> torch.Tensor:
         weight = self.base.read(name)

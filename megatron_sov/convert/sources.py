@@ -229,7 +229,7 @@ def check_shapes(where: object, actual: dict[str, tuple[int, ...]], expected: di
         raise UserError(f"{where}: its tensors do not match the model: {'; '.join(problems)}; {remedy}")
 
 
-_T = TypeVar("_T")
+_T = TypeVar("_T", bound=Any)
 BlockPlace = tuple[str, tuple[int, ...], tuple[int, ...]]
 """Key of a stored tensor, and offset and extent of a block."""
 
@@ -503,12 +503,9 @@ def check_export(folder: Path) -> None:
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
 
 
-_Tensor = TypeVar("_Tensor", bound=Any)
-"""A tensor, or a message that announces one: has a `shape`."""
 
-
-def check_whole_model(weights: Iterable[tuple[str, _Tensor]], shapes: Mapping[str, tuple[int, ...]],
-                      ignored: Sequence[str] = ()) -> Iterator[tuple[str, _Tensor]]:
+def check_whole_model(weights: Iterable[tuple[str, _T]], shapes: Mapping[str, tuple[int, ...]],
+                      ignored: Sequence[str] = ()) -> Iterator[tuple[str, _T]]:
     """Yield tensors in arrival order, and check that the tensors form a whole model with `shapes`; names that
     match the regular expressions `ignored` are skipped. Raises `UserError`: a tensor is unknown, repeated or
     has a wrong shape; after the last tensor, if tensors are missing."""

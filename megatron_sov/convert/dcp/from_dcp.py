@@ -149,11 +149,10 @@ class DcpWeights(Weights):
             (first, key), (second, other), *_ = counts.items()
             raise UserError(f"{self.path}: its optimizer counts {first:g} updates in {key} and {second:g} in "
                             f"{other}, but a run has one count; pass --weights-only")
-        updates = next(iter(counts))
         steps = [value for key in self._objects if key.endswith(COUNTERS)
                  if type(value := self._read_object(key)) is int]
-        numbers = read_numbers(self.path, {"updates": updates, STEP: [*steps, updates][0]},
-                               {name: name for name in ("updates", STEP)})
+        values = {"updates": next(iter(counts)), STEP: next(iter([*steps, *counts]))}
+        numbers = read_numbers(self.path, values, dict(zip(values, values, strict=True)))
         precisions = [name for name, precision in PRECISION.items() if precision == dtype]
         settings = {"train.precision": precisions[0]} if precisions else {}
         settings |= self._read_settings(self._list_parts(self._links_by_name[EMBEDDING])[0].key)
@@ -196,7 +195,8 @@ class DcpWeights(Weights):
                   if copy in self._stored and copy not in expected}
         remedy = f"pass the {CONFIG} of this training with --model"
         check_shapes(self.path, {key: shape for key, shape in self._stored.items()
-                                 if "/" not in key and not self._is_unused_bias(key)},
+                                 if "/" not in key and (not key.endswith(TITAN_BIAS)
+                                                        or self.tensors.read(key).any())},
                      expected | {copy: expected[name] for copy, name in copies.items()}, remedy)
         for copy, name in copies.items():
             if not has_same_bits(self.tensors.read(copy), self.tensors.read(name)):
@@ -211,9 +211,6 @@ class DcpWeights(Weights):
                 expected_states |= {part.key: () for part in self._list_parts(link, STEP)}
         check_shapes(self.path, states, expected_states,
                      "save the state of get_optimizer_state_dict, or pass --weights-only")
-
-    def _is_unused_bias(self, key: str) -> bool:
-        return key.endswith(TITAN_BIAS) and not self.tensors.read(key).any()
 
 
 def _find_names(path: Path, keys: Iterable[str]) -> tuple[str, str]:
