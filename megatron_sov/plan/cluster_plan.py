@@ -26,7 +26,7 @@ from megatron_sov.plan.search.sweep import (
     SweepSearch, count_layouts, find_fewest_nodes, format_node_advice, has_fitting_layout, search_layouts)
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.chips import Chip
-from megatron_sov.work.clusters.units import GIB, SECONDS_PER_DAY
+from megatron_sov.work.clusters.units import SECONDS_PER_DAY
 from megatron_sov.work.progress.progress_bar import create_bar
 
 MIN_ITEM_SHARE = 0.0005
@@ -150,10 +150,10 @@ def format_memory_lines(config: RunConfig, num_ranks: int, chip: Chip | None = N
     stage, account = find_fullest_stage(config, num_ranks)
     components = account.components() | ({"on_host": account.on_host} if account.on_host else {})
     least = max(MIN_ITEM_SHARE * account.total, 1)
-    items = ", ".join(f"{item.replace('_', ' ')} {_format_gib(n)}" for item, n in components.items()
+    items = ", ".join(f"{item.replace('_', ' ')} {format_gib(n)}" for item, n in components.items()
                       if n >= least or item in ("weights", "gradients", "optimizer"))
     if chip:
-        count, limit = f"{num_ranks:,} GPUs", f" of {_format_gib(get_usable_bytes(chip))} GiB per GPU"
+        count, limit = f"{num_ranks:,} GPUs", f" of {format_gib(get_usable_bytes(chip))} GiB per GPU"
     else:
         count, limit = f"{num_ranks:,} process{'es' if num_ranks > 1 else ''}", " GiB per process"
     room = ""
@@ -163,11 +163,7 @@ def format_memory_lines(config: RunConfig, num_ranks: int, chip: Chip | None = N
     position = f" (pipeline stage {stage + 1} of {pp})" if pp > 1 else ""
     kernels = f", experts by {dispatcher}" if dispatcher in ("deepep", "hybridep") else ""
     return (f"{count}: {format_sizes(config.parallel)}{kernels}\n"
-            f"memory: {_format_gib(account.total)}{limit}{position}: {items}{room}")
-
-
-def _format_gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f}" if num_bytes >= GIB / 10 else f"{num_bytes / GIB:.2g}"
+            f"memory: {format_gib(account.total)}{limit}{position}: {items}{room}")
 
 
 def find_length_source(request: RecipeRequest) -> str:
