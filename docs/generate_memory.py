@@ -77,7 +77,7 @@ sequence in bf16, over all processes that share it:
 LOADS = (1.0, 1.2, 1.5, 2.0, 3.0)
 """Tokens on the busiest expert-parallel process, relative to the mean."""
 NUM_RANKS = (480, 512, 64)
-"""Numbers of processes of the third table; a layout has the first that is valid."""
+"""Numbers of processes of `format_room`; a layout has the first that is valid."""
 TABLE_HEAD = f"""\
 | recipe | GPU | GPUs | layout | usable | {" | ".join(f"{load:g}x" for load in LOADS)} | fits up to \
 | spill, 2x | spill, 3x |
@@ -105,7 +105,7 @@ def build_page() -> str:
 
 
 def iter_room_rows(max_layouts: int) -> Iterator[str]:
-    """Yield rows for the first recommended layouts with expert parallelism of each recipe and GPU."""
+    """Yield a row for each of the first `max_layouts` in `RECOMMENDED` with expert parallelism."""
     for recipe, layouts_of_gpus in RECOMMENDED.items():
         base = recipes.get(recipe)
         for gpu, layouts in layouts_of_gpus.items():
@@ -116,7 +116,7 @@ def iter_room_rows(max_layouts: int) -> Iterator[str]:
 
 
 def format_room(config: RunConfig, gpu: str) -> str:
-    """Format the memory of a layout at each load."""
+    """Format a row of `TABLE_HEAD`: bytes at each of `LOADS`, and `find_imbalance_limit`."""
     num_ranks = next(count for count in NUM_RANKS if not config.problems(count))
     spilled = apply_settings(config, ["gpu.expert_spill=1.2"])
     sizes = [f"{find_load_bytes(config, num_ranks, load) / GIB:.0f}" for load in LOADS]
@@ -129,7 +129,7 @@ def format_room(config: RunConfig, gpu: str) -> str:
 
 
 def find_load_bytes(config: RunConfig, num_ranks: int, load: float) -> int:
-    """Return the bytes of the fullest process."""
+    """Return the bytes of the fullest process at `gpu.expert_imbalance` = `load`."""
     loaded = apply_settings(config, [f"gpu.expert_imbalance={load}"])
     return find_fullest_stage(loaded, num_ranks)[1].total
 
