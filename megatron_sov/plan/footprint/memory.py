@@ -171,7 +171,7 @@ def build_account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
         imbalance = min(config.gpu.expert_imbalance, get_largest_imbalance(config))
     excess = imbalance - 1 if p.ep > 1 else 0.0
     waiting_excess = min(excess, config.gpu.expert_spill - 1) if config.gpu.expert_spill else excess
-    # Without recomputation, the layer's own activations are part of those that wait, unless they are spilled.
+    # Without recomputation, `saved.waiting` contains the current layer, except its spilled activations.
     layer_excess = excess if saved.recomputed else excess - waiting_excess
     in_layer = int(excess * passing + layer_excess * saved.layer_unevenly)
     # If the head is the peak, imbalance in a layer counts only above the head.
