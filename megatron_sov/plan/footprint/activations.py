@@ -331,7 +331,7 @@ class StoredActivations:
     unevenly: int
     """Routed experts' bytes in `waiting`, which grow with imbalance."""
     layer_unevenly: int
-    """Routed experts' bytes in `recomputed`."""
+    """Routed experts' bytes in the largest layer."""
 
     @property
     def saved(self) -> int:
@@ -376,7 +376,7 @@ def estimate_stored(config: RunConfig, stage: int, seq_len: int, num_micro_batch
         waiting=waiting, head=count_head_gradient_bytes(config, row) if last else 0,
         recomputed=max(recomputed.values(), default=0), norms=norms, largest=saved_by_kind[largest].total,
         unevenly=_count_expert_bytes(config, kind_counts, saved_by_kind),
-        layer_unevenly=saved_by_kind[largest].routed if recomputed.get(largest) else 0)
+        layer_unevenly=saved_by_kind[largest].routed)
 
 
 def _count_graph_bytes(config: RunConfig, stage: int, num_micro_batches: int) -> int:

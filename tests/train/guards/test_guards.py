@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from megatron_sov.base.errors import ExitCode, SilentCorruption
 from megatron_sov.engine.parallel.world import ParallelWorld
+from megatron_sov.model import recipes
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.guards import guards
 from megatron_sov.train.guards.guards import Guards, SdcChecks
@@ -145,7 +147,8 @@ def test_compute_times_and_routing_are_checked_at_their_own_intervals(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards.collectives, "gather_numbers", lambda number: [number])
     settings = GuardConfig(straggler_every_steps=2, routing_every_steps=3, hang_timeout_s=0)
-    all_guards = Guards(settings, ParallelWorld(0, 1, 0, 1, True, True), tmp_path, (),
+    config = replace(recipes.get("tiny-solar-open"), guards=settings)
+    all_guards = Guards(config, ParallelWorld(0, 1, 0, 1, True, True), tmp_path, (),
                         lambda step, places: None)
     all_guards.stragglers.clock = SimpleNamespace(seconds=lambda: 0.1)  # type: ignore[assignment]
     gather_steps: list[int] = []
