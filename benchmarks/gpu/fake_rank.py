@@ -84,8 +84,7 @@ def prepare() -> None:
 
 
 def _skip_compilation(function: Any = None, **settings: Any) -> Any:
-    """Replace torch.compile, called with a function or used as a decorator, and return the function
-    unchanged."""
+    """Replace torch.compile, called with a function or as a decorator: return the function unchanged."""
     return (lambda f: f) if function is None else function
 
 
@@ -98,8 +97,8 @@ def _give_kernels_shapes() -> None:
     from transformer_engine.pytorch.attention import dot_product_attention as attention
     from transformer_engine.pytorch.module import layernorm_linear, norm
 
-    def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, scale: float,
-                 size: tuple[int, int]) -> torch.Tensor:
+    def attend_by_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
+                       scale: float, size: tuple[int, int]) -> torch.Tensor:
         groups = q.shape[1] // k.shape[1]
         weights = (q * k.repeat_interleave(groups, 1)).sum(-1, keepdim=True) + cu_seqlens.sum()
         return weights.to(q.dtype) * v.repeat_interleave(groups, 1)
@@ -120,13 +119,13 @@ def _give_kernels_shapes() -> None:
             inp, weight, _ = ctx.saved_tensors
             return torch.empty_like(inp), torch.empty_like(weight)
 
-    norm.normalise = layernorm_linear.normalise = lambda inp, weight, *others: Norm.apply(inp, weight)
-    attention.attended_documents = attended
-    permutation._rows = lambda inp, routing_map, num_out_tokens, probs=None: zeros(
+    norm.normalize = layernorm_linear.normalize = lambda inp, weight, *others: Norm.apply(inp, weight)
+    attention.attend_documents = attend_by_sums
+    permutation._order_rows = lambda inp, routing_map, num_out_tokens, probs=None: zeros(
         inp + routing_map.sum(), num_out_tokens, 2)
     permutation._row_id_map = lambda routing_map, expert, token: routing_map.new_zeros(
         len(routing_map), 2 * routing_map.shape[1] + 1, dtype=torch.int32)
-    permutation._taken = lambda row_id_map, num_rows: zeros(row_id_map, num_rows, 3)
+    permutation._find_rows = lambda row_id_map, num_rows: zeros(row_id_map, num_rows, 3)
     permutation.moe_sort_chunks_by_index = lambda inp, split_sizes, sorted_index: (
         inp * (split_sizes + sorted_index).sum().ne(-1))
 

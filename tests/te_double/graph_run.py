@@ -1,4 +1,4 @@
-"""Functions inside ranks: models of Transformer Engine modules, with and without CUDA graphs."""
+"""Training runs in ranks, with models of Transformer Engine modules, with and without CUDA graphs."""
 
 import hashlib
 from typing import Any
@@ -14,45 +14,58 @@ GRAPHS = 'gpu.cuda_graphs=["moe_router", "moe_preprocess"]'
 
 def both(recipe: str, settings: list[str], path: str, *, graphs: str = GRAPHS, steps: int = 3,
          quantises: bool = False) -> list[dict[str, Any]]:
-    """Return the training results without graphs and with graphs."""
+    """Train without graphs and with graphs; return the results of `_train` of both runs.
+
+    Args:
+        recipe, settings: recipe and settings of both runs.
+        path: folder of token shards.
+        graphs: setting that switches graphs on.
+        steps: training steps.
+        quantises: quantize the double's products as `train.fp8` says.
+    """
     if quantises:
         quantized_run.quantize_products()
     return [_train(recipe, [*settings, *more], path, steps, quantises) for more in ([], [graphs])]
 
 
 def _train(recipe: str, settings: list[str], path: str, steps: int, quantises: bool) -> dict[str, Any]:
-    """Train. Return each step as `layout_run` does, with balancing losses and the number of replayed passes;
-    a hash of the first micro-batch's local gradients; a hash of final weights and buffers; and the share of
-    padding."""
+    """Train, and return the results.
+
+    Returns:
+        steps: the results of `layout_run._step`, with balancing losses and the number of replayed passes.
+        alone: hash of the local gradients of one more batch's first micro-batch.
+        weights: hash of the final weights and buffers.
+        padding: number of padding tokens in all rows.
+    """
     from megatron.core.tensor_parallel import random
     from transformer_engine.pytorch import recording  # the double's own
 
-    state_of_now = random._get_cuda_rng_state
+    get_rng_state = random._get_cuda_rng_state
 
-    def state(*args: Any, **kwargs: Any) -> Any:
+    def get_state_outside_captures(*args: Any, **kwargs: Any) -> Any:
         if recording.is_recording():
             raise RuntimeError("Cannot call CUDAGeneratorImpl::current_seed during CUDA graph capture")
-        return state_of_now(*args, **kwargs)
+        return get_rng_state(*args, **kwargs)
 
-    random._get_cuda_rng_state = state
+    random._get_cuda_rng_state = get_state_outside_captures
     operators: Any = recording.CapturedOperators
     replay, replays = operators.replay, [0]
 
-    def counted(self: Any) -> None:
+    def count_and_replay(self: Any) -> None:
         replays[0] += 1
         replay(self)
 
-    operators.replay = counted
+    operators.replay = count_and_replay
     config = (quantized_run.build_config(recipe, settings, path) if quantises
               else layout_run.small_config(recipe, settings, [path], "lm"))
     trainer = layout_run._trainer(config)
-    sums, padding = trainer.forward_backward.compute_gradients, [0]
+    compute_gradients, padding = trainer.forward_backward.compute_gradients, [0]
 
-    def looked_at(batch: Any, *others: Any) -> Any:
+    def count_padding(batch: Any, *others: Any) -> Any:
         padding[0] += sum(int(m.inputs.padding.sum()) for m in batch.micro_batches)
-        return sums(batch, *others)
+        return compute_gradients(batch, *others)
 
-    trainer.forward_backward.compute_gradients = looked_at  # type: ignore[method-assign]
+    trainer.forward_backward.compute_gradients = count_padding  # type: ignore[method-assign]
     found = []
     for _ in range(steps):
         replays[0] = 0

@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Any
 
 CONTRACT = Path(__file__).with_name("contract.json")
-"""Library -> version and interface of each name that megatron-core or this project uses; written by
-tests/te_double/contract.py."""
+"""Library -> version and interfaces that megatron-core or this project uses; contract.py writes it."""
 COMPUTED = "..."
 """Stands for a default computed by a call or condition."""
 
@@ -31,7 +30,7 @@ class Sources:
 
     def _module(self, name: str) -> ast.Module | None:
         file = self.file(name)
-        # bytes: by the encoding that the file declares
+        # ast decodes bytes by the encoding that the file declares
         return None if file is None else ast.parse(file.read_bytes())
 
     def file(self, name: str) -> Path | None:
@@ -86,8 +85,7 @@ class Sources:
 
     def methods(self, home: str, cls: ast.ClassDef,
                 below: tuple[ast.AST, ...] = ()) -> Iterator[tuple[str, ast.FunctionDef]]:
-        """Yield the methods of a class, then of its bases with sources; `below` are classes that inherit from
-        it."""
+        """Yield the methods of a class of module `home` and of its bases; `below`: visited subclasses."""
         below = (*below, cls)
         for node in cls.body:
             if isinstance(node, ast.FunctionDef) and "overload" not in map(ast.unparse, node.decorator_list):
@@ -98,8 +96,7 @@ class Sources:
                 yield from self.methods(result[0], result[1], below)
 
     def fields(self, path: str, below: tuple[ast.AST, ...] = ()) -> dict[str, str]:
-        """Return a dataclass's fields with defaults, bases first; `below` are classes that inherit from
-        it."""
+        """Return field -> default of a dataclass and its bases (first); `below`: visited subclasses."""
         result = self.find(path)
         assert result, path
         home, cls = result
@@ -144,8 +141,9 @@ def _members(cls: ast.ClassDef) -> set[str]:
 
 
 def _targets(node: ast.stmt) -> set[str]:
-    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(
-        node, ast.AnnAssign) else []
+    targets = node.targets if isinstance(node, ast.Assign) else []
+    if isinstance(node, ast.AnnAssign):
+        targets = [node.target]
     return {n.id for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)}
 
 
@@ -235,7 +233,7 @@ def _parts(text: str) -> list[str]:
 
 
 def differences(symbols: dict[str, Any], sources: Sources) -> Iterator[str]:
-    """Yield descriptions of a library's differences from a contract; additional names do not matter."""
+    """Yield a description of each name of a contract that a library lacks or has with another signature."""
     for name, shape in symbols.items():
         if shape is None:
             continue

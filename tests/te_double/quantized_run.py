@@ -1,5 +1,5 @@
-"""Functions inside ranks: models of Transformer Engine modules with operands quantized by the reference
-quantizers."""
+"""Training runs in ranks, with models of Transformer Engine modules whose operands the reference quantizers
+of benchmarks/gpu/quantizers quantize."""
 
 import contextlib
 import hashlib
@@ -43,7 +43,7 @@ FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": DENSE, 
 
 
 def build_config(recipe: str, settings: list[str], path: str) -> RunConfig:
-    """Return a small config of a recipe; `settings` take precedence."""
+    """Return a small config of a recipe with token shards in `path`; `settings` take precedence."""
     return apply_settings(recipes.get(recipe), [*SMALL, *FAMILIES[recipe], f'data.paths={{"{path}": 1}}',
                                                 *settings])
 
@@ -96,7 +96,7 @@ def gather_one_by_one() -> None:
 
 def train_cases(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str, Any]]:
     """Train a step for each (recipe, settings). Return its loss, a hash of the weights, the numbers of
-    products, and the number of recomputed parts without a product."""
+    products, and ("again") the number of recomputed modules without a product (norms, activations)."""
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
     quantize_products()
@@ -136,7 +136,7 @@ def take_product_counts() -> dict[str, int]:
 
 
 def train_losses(recipe: str, settings: list[str], path: str, steps: int) -> dict[str, Any]:
-    """Train; return the losses and the products of the first step."""
+    """Train for `steps` steps; return the losses, and the number of products of the first step by kind."""
     if "train.deterministic=true" in settings:
         gpu_setup.enable_determinism()
     trainer = _trainer(recipe, settings, path)
@@ -149,8 +149,14 @@ def train_losses(recipe: str, settings: list[str], path: str, steps: int) -> dic
 
 
 def resume_and_compare(recipe: str, settings: list[str], path: str, run: str) -> dict[str, Any]:
-    """Train four steps with a checkpoint and an evaluation after the second, then again from the checkpoint.
-    Return the final hashes of both runs, and the evaluation's products."""
+    """Train four steps with a checkpoint and an evaluation after the second, then resume from the checkpoint.
+
+    Returns:
+        straight, resumed: losses of both runs; "straight ends", "resumed ends": hashes of their weights.
+        saved: hash of each tensor in the checkpoint; exported: hash of the exported weights.
+        differing: replicas that differ; "in 8 bits": elements of FP8 weights; heldout: held-out losses.
+        "products of the evaluation": number of products by kind.
+    """
     trainer = _trainer(recipe, settings, path, run)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"straight": [train_step(trainer).loss for _ in range(2)]}
@@ -176,10 +182,10 @@ def resume_and_compare(recipe: str, settings: list[str], path: str, run: str) ->
 
 def check_placement(cases: list[tuple[str, list[str]]], path: str, run: str, *,
                     sends: bool = True) -> list[Any]:
-    """Train with a checkpoint, an evaluation and a resume for each (recipe, settings), and refuse host
-    tensors in GPU operations. Return the number of host tensors, or the refused operation.
+    """Train with a checkpoint, an evaluation and a resume for each (recipe, settings), where host tensors in
+    GPU operations raise an error. Return for each the number of host tensors, or the error message.
 
-    Without `sends`, rows stay in host memory.
+    `sends=False` leaves the rows of a micro-batch in host memory, which must raise the error.
     """
     from transformer_engine.pytorch import placement  # the double's own
 
@@ -211,8 +217,8 @@ def check_placement(cases: list[tuple[str, list[str]]], path: str, run: str, *,
 
 
 def compare_moments(recipe: str, settings: list[str], path: str, before: str) -> dict[str, Any]:
-    """Take a step from another run's checkpoint. Return the number of moment elements that differ from
-    torch's formula rounded once, the dtypes, and the share in host memory."""
+    """Train a step from another run's checkpoint `before`. Return the number of moment elements that differ
+    from the formula in float32, rounded once; dtypes; loss; and the share of elements in host memory."""
     trainer = _trainer(recipe, settings, path)
     trainer.resume(Path(before))
     old = {(s.parameter, s.start): {n: t.clone() for n, t in s.state().items()}
@@ -244,8 +250,8 @@ def compare_moments(recipe: str, settings: list[str], path: str, before: str) ->
 
 
 def record_weight_quantization(recipe: str, settings: list[str], path: str) -> list[bool]:
-    """Train two steps with an evaluation between. Return for each training pass whether the first linear
-    layer was told to quantize its weight again."""
+    """Train two steps with an evaluation between. Return `is_first_microbatch` of the first linear layer for
+    each training pass: whether the layer quantizes its weight again."""
     trainer = _trainer(recipe, settings, path)
     flags: list[bool] = []
 
@@ -263,7 +269,7 @@ def record_weight_quantization(recipe: str, settings: list[str], path: str) -> l
 
 
 def _digest(trainer: Trainer) -> str:
-    """Hash this process's weights."""
+    """Return a hash of the raw data of this process's weights."""
     return hashlib.sha256(b"".join(_bytes(get_raw_data(p)) for p in trainer.model.parameters())).hexdigest()
 
 

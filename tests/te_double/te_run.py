@@ -1,4 +1,4 @@
-"""Functions inside ranks: models of Transformer Engine modules, with the double."""
+"""Training steps in ranks, with models of Transformer Engine modules from the double."""
 
 import functools
 import inspect
@@ -13,8 +13,8 @@ from tests.layouts import layout_run
 from tests.te_double.library_shapes import CONTRACT
 
 
-def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, Any]:
-    """Train one step; return the numbers of modules by kind and of products."""
+def count_modules_and_products(recipe: str, settings: list[str], paths: list[str]) -> dict[str, Any]:
+    """Train one step; return modules by class, optimizer classes, and products by kind."""
     from transformer_engine.pytorch.gemm import COUNTS  # the double's own
 
     trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
@@ -27,7 +27,7 @@ def one_step(recipe: str, settings: list[str], paths: list[str]) -> dict[str, An
             "products": {f"{kind} {recipe}".strip(): count for (kind, recipe), count in COUNTS.items()}}
 
 
-def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[list[Any]]:
+def record_calls(recipe: str, settings: list[str], paths: list[str]) -> list[list[Any]]:
     """Train one step; return every call of a name in the contract: [name, method or None, positional
     arguments, keywords]."""
     contract = json.loads(CONTRACT.read_text())
@@ -48,9 +48,9 @@ def recorded_calls(recipe: str, settings: list[str], paths: list[str]) -> list[l
     return sorted(map(list, calls), key=str)
 
 
-def experts_without_tokens() -> list[Any]:
-    """Route all tokens to the first process's experts. Return the largest differences of outputs and
-    gradients between fused permutations and the library's own, relative to the largest value."""
+def compare_permutations_without_tokens() -> list[Any]:
+    """Route all tokens to the experts of the first process. Return the largest differences of outputs and
+    input gradients between fused and unfused permutations, relative to the largest value."""
     import torch
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -66,7 +66,7 @@ def experts_without_tokens() -> list[Any]:
     layer: Any = next(m for m in model.modules() if isinstance(m, MoELayer)).eval()
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.1)
-    layer.router.expert_bias[:2] = 100
+    layer.router.expert_bias[:2] = 100  # experts 0 and 1, of process 0
     found = []
     for layer.config.moe_permute_fusion in (True, False):
         x = torch.linspace(-1, 1, 3 * config.model.hidden_size).bfloat16().view(3, 1, -1).requires_grad_()
@@ -75,6 +75,27 @@ def experts_without_tokens() -> list[Any]:
         found.append((y, x.grad))
     world.leave_world()
     return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True)]
+
+
+def train_overloaded(settings: list[str], paths: list[str]) -> list[Any]:
+    """Train two steps in which routers send all tokens to the first process's experts. Return the losses, the
+    gradient norm, the spilled passes of both steps, and the bytes that experts saved on the device."""
+    import torch
+
+    trainer = layout_run._trainer(layout_run.small_config("tiny-solar-open", settings, paths, "lm"))
+    routing_step = trainer.model.config.routing_step
+    for router in trainer.expert_load._list_routers():
+        router.expert_bias[:router.config.num_moe_experts // 2] = 100
+    results, spilled = [], []
+    for _ in range(2):
+        result = train_step(trainer)
+        results.append([result.loss, result.grad_norm])
+        spilled.append(routing_step.spill.num_spilled if routing_step.spill else 0)
+        assert routing_step.spill is None or routing_step.spill._num_pending == 0
+    weights = float(sum(weight.double().abs().sum() for weight in trainer.model.parameters()))
+    is_overloaded = torch.distributed.get_rank() == 0
+    world.leave_world()
+    return [results, weights, spilled, is_overloaded]
 
 
 def _recorder(function: Any, name: tuple[str, str | None], calls: set[Any], *, bound: bool) -> Any:

@@ -24,16 +24,16 @@ FURTHER = {
     "PP2 VPP2 x EP2, passes overlapped": (4, [
         "parallel.pp=2", "parallel.vpp=2", "parallel.ep=2", "parallel.expert_overlap=micro_batches",
         "train.micro_batch_size=1"]),
-    # Transformer Engine's attention over whole rows of half the heads; keys have two
+    # context parallelism by exchange: each process attends over whole rows with half of the heads
     "CP2, exchanged, recomputed": (2, ["parallel.cp=2", "gpu.attention=unfused", "train.recompute=true"]),
     "CP2, recomputed": (2, ["parallel.cp=2", "train.recompute=true"]),
     "ETP2": (2, ["parallel.etp=2"]),
     "CP4, exchanged": (4, ["parallel.cp=4", "gpu.attention=unfused"]),
 }
-# sliding layers, one that does not rotate, and multi-token prediction
 EXAONE = ["model.num_layers=4", "model.num_experts=4", "train.micro_batch_size=4"]
-# YaRN
+"""Settings of tiny-k-exaone: sliding windows, a layer without rotary embedding, multi-token prediction."""
 SOLAR = ["model.num_layers=2", "model.num_experts=4"]
+"""Settings of tiny-solar-open, with YaRN."""
 FP64 = ["train.precision=fp64"]
 
 
@@ -44,8 +44,7 @@ def compute_difference(ours: Any, theirs: Any) -> float:
 
 
 def differences(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[str, float]:
-    """Return the largest differences of losses, gradient norms, expert loads and router biases between two
-    runs."""
+    """Return field (loss, gradient norm, expert loads, router biases) -> largest difference of two runs."""
     assert len(steps) == len(expected)
     assert all(ours.keys() == theirs.keys() for ours, theirs in zip(steps, expected, strict=True))
     return {field: max(compute_difference(ours[field], theirs[field])
@@ -55,30 +54,45 @@ def differences(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> 
 
 @pytest.mark.distributed
 def test_models_consist_of_transformer_engine_modules(te_ranks: Any, job: Any, packed_data: Any) -> None:
-    (found,), = te_ranks(job(TE_RUN, "one_step", 1, {
+    (found,), = te_ranks(job(TE_RUN, "count_modules_and_products", 1, {
         "recipe": "tiny-k-exaone", "settings": ["model.num_layers=3", "model.num_experts=4"],
         "paths": [str(packed_data.text)]}))
     # one dense layer, two MoE layers, and a dense MTP layer
     assert found["modules"]["TEDotProductAttention"] == 4
     assert found["modules"]["TEColumnParallelGroupedLinear"] == 2
     assert found["optimizers"] == ["FusedAdam"]
-    # attention and MLP have two products each, four experts two each; the MTP layer projects states and
-    # embeddings; 4 micro-batches
+    # 4 micro-batches; attention and a dense MLP have two products each: 2 * 4 in the dense layer and the MTP
+    # layer; 2 + 4 * 2 in an MoE layer; 2 * 2 for the shared experts; 1 for the MTP projection
     products = 4 * (2 * 4 + 2 * (2 + 4 * 2) + 2 * 2 + 1)
     assert found["products"] == {"fprop": products, "dgrad": products, "wgrad": products}
 
 
 @pytest.mark.distributed
 def test_a_process_whose_experts_get_no_token_gives_zeros(te_ranks: Any, job: Any) -> None:
-    (found,) = te_ranks(job(TE_RUN, "experts_without_tokens", 2, {}))
-    # one sums in float32 and rounds, the other sums in bf16
+    (found,) = te_ranks(job(TE_RUN, "compare_permutations_without_tokens", 2, {}))
+    # fused permutations sum in float32 and round once, unfused ones sum in bf16
     assert all(output < 0.01 and gradient < 0.01 for output, gradient in found), found
+
+
+@pytest.mark.distributed
+def test_overloaded_experts_spill_to_the_host_with_equal_losses(te_ranks: Any, job: Any,
+                                                                packed_data: Any) -> None:
+    """A router that sends all tokens to one process, under overlapped passes and recomputed activations."""
+    settings = ["parallel.ep=2", "model.num_layers=2", "model.num_experts=4", "train.precision=bf16",
+                "model.router_bias_update_rate=0", "parallel.zero1=true", "train.recompute=selective",
+                'gpu.recompute_modules=["layernorm", "moe_act"]', "parallel.expert_overlap=micro_batches"]
+    stored, spilled = te_ranks(*(job(TE_RUN, "train_overloaded", 2, {
+        "settings": [*settings, *more], "paths": [str(packed_data.text)]})
+        for more in ([], ["gpu.expert_spill=1.5"])))
+    for before, after in zip(stored, spilled, strict=True):
+        assert before[:2] == after[:2]
+        assert before[2] == [0, 0] and all((count > 0) == after[3] for count in after[2])
 
 
 @pytest.mark.distributed
 def test_a_router_multiplies_in_transformer_engine(te_ranks: Any, job: Any, packed_data: Any) -> None:
     """bf16 operands, float32 logits and float32 gradients."""
-    (found,), = te_ranks(job(TE_RUN, "one_step", 1, {
+    (found,), = te_ranks(job(TE_RUN, "count_modules_and_products", 1, {
         "recipe": "tiny-qwen3-moe", "paths": [str(packed_data.text)],
         "settings": ["train.precision=bf16", "model.num_layers=2", "model.num_experts=4"]}))
     rows = 2 * 4  # routers, micro-batches
@@ -92,20 +106,20 @@ def test_a_router_multiplies_in_transformer_engine(te_ranks: Any, job: Any, pack
                          ids=["tensors and experts", "further"])
 def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any, packed_data: Any,
                                             tmp_path: Path, layouts: dict[str, Any]) -> None:
-    """Two steps from the same start, and one from the other one's checkpoint: losses, gradient norms,
-    weights and moments."""
+    """Compare losses, gradient norms, weights and moments of two steps from the same weights, and of a step
+    from the checkpoint of the other kind of model."""
 
-    def compared(reference: str, *layout: str, nproc: int = 1, is_reference: bool = False) -> Any:
+    def build_job(reference: str, *layout: str, nproc: int = 1, is_reference: bool = False) -> Any:
         return job(LAYOUT_RUN, "compared", nproc, {
             "recipe": "tiny-k-exaone", "settings": [*FP64, *EXAONE, *layout], "is_reference": is_reference,
             "paths": [str(packed_data.text)], "reference": str(tmp_path / reference)})
 
-    (local,), = ranks(compared("local", is_reference=True))
-    others = dict(zip(layouts, te_ranks(*(compared("local", *settings, nproc=nproc)
+    (local,), = ranks(build_job("local", is_reference=True))
+    others = dict(zip(layouts, te_ranks(*(build_job("local", *settings, nproc=nproc)
                                           for nproc, settings in layouts.values())), strict=True))
     if layouts == FURTHER:
-        te_ranks(compared("te", *TP2, nproc=2, is_reference=True))
-        others["the other way round"], = ranks(compared("te"))
+        te_ranks(build_job("te", *TP2, nproc=2, is_reference=True))
+        others["the other way round"], = ranks(build_job("te"))
     assert local["scratch"][0]["loss"] > local["scratch"][-1]["loss"]
     problems = {}
     for name, per_rank in others.items():
@@ -131,7 +145,7 @@ def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any,
     pytest.param("tiny-qwen2", ["model.num_layers=2"], marks=pytest.mark.deep)])
 def test_every_gradient_and_every_name(ranks: Any, te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                        recipe: str, settings: list[str]) -> None:
-    """tiny-qwen2 has biases and no experts."""
+    """Compare the gradient and the name of every weight; tiny-qwen2 has biases and no experts."""
     arguments = {"recipe": recipe, "paths": [str(packed_data.text)], "objective": "lm"}
     found = []
     for kind, run, nproc, layout in (("local", ranks, 1, []), ("te", te_ranks, 2, TP2)):

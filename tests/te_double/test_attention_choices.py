@@ -1,4 +1,4 @@
-"""Which attention Transformer Engine's double selects for rows of documents."""
+"""The attention backend that the Transformer Engine double selects for rows of documents."""
 
 import sys
 from collections.abc import Iterator
@@ -36,18 +36,20 @@ def draw_states() -> torch.Tensor:
 @pytest.mark.parametrize(("keeps", "decisions"), [(False, 7), (True, 3)])
 def test_attention_decisions_are_cached_per_window_and_length(te: Any, monkeypatch: pytest.MonkeyPatch,
                                                               keeps: bool, decisions: int) -> None:
-    """The real library caches one decision and queries cuDNN again when documents, window or length change,
-    as between layers with different attention; other environment variables are a separate query."""
+    """Transformer Engine caches one decision and queries cuDNN again when documents, window or length change,
+    as between layers with different attention. `cache_attention_decisions` caches all decisions; a change of
+    the environment variables needs a new one."""
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     monkeypatch.setattr(utils, "get_attention_backend",
                         lambda call: te.backends.choose(call, te.machine.CHIP))
     if keeps:
         cache_attention_decisions(utils)
-        cache_attention_decisions(utils)  # by each model that is built
+        cache_attention_decisions(utils)  # every model calls it, so a second call must not matter
     q, bound = draw_states(), torch.tensor([0, 5, 6, 15, 16], dtype=torch.int32)
     attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
     te.backends.CHOSEN.clear()
+    # the longest document and the window change 6 times after the first call; there are 3 distinct pairs
     for longest, left in ((9, -1), (9, -1), (16, -1), (9, 3), (9, -1), (9, 3), (9, -1), (16, -1)):
         attention(q, q, q, cu_seqlens_q=bound, cu_seqlens_kv=bound, max_seqlen_q=longest,
                   window_size=(left, 0))
@@ -58,7 +60,7 @@ def test_attention_decisions_are_cached_per_window_and_length(te: Any, monkeypat
 
 
 def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> None:
-    """Empty documents at the end of a row change only the parameters of the decision."""
+    """`pack_documents` appends empty documents, so that rows with 5 to 8 documents share a decision."""
     q = draw_states()
     attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
     te.backends.CHOSEN.clear()
@@ -71,13 +73,13 @@ def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> 
                                                                   is_causal=True).transpose(0, 1)
                  for x in q.split(lengths)]
         torch.testing.assert_close(out.view(16, 4, 8).float(), torch.cat(whole), atol=0.02, rtol=0.02)
-        assert packed.bounds.equal(bound), "multi-token prediction asks where documents end"
+        assert packed.bounds.equal(bound), "multi-token prediction needs the bounds without empty documents"
     assert te.backends.CHOSEN == {te.backends.FUSED: 1}
 
 
 def test_the_unfused_attention_gets_no_more_than_a_row_has(te: Any) -> None:
-    """It allocates scores of documents x longest x longest: an empty document costs as much as the
-    longest."""
+    """Unfused attention allocates scores of documents x longest x longest, so an empty document costs as much
+    as the longest. Only with `bucketed` are documents and length rounded up: (3, 5) to (4, 8)."""
     bound = torch.tensor([0, 5, 10, 15], dtype=torch.int32)
     sizes = []
     for bucketed in (True, False):

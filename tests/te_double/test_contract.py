@@ -23,8 +23,8 @@ NOT_DOUBLED = {
     "fp8.FP8GlobalStateManager.reduce_and_update_fp8_tensors",
     "fp8.FP8GlobalStateManager.set_skip_fp8_weight_update_tensor",
 }
-"""Names that megatron-core does not use here: inference, its own CUDA graphs, offloading, delayed scaling,
-its loss."""
+"""Names of features that this project does not use: inference, megatron-core's CUDA graphs, offloading,
+delayed scaling, its cross entropy."""
 NOT_REACHED = {
     "constants.MXFP8_BLOCK_SCALING_SIZE", "constants.NVFP4_BLOCK_SCALING_SIZE",
     "distributed._NVFP4AllGatherAsyncHandle", "ep", "ep.EpBuffer", "ep._BOOTSTRAPPED", "ep.ep_bootstrap",
@@ -35,7 +35,7 @@ NOT_REACHED = {
     "utils.nvtx_range_pop", "utils.nvtx_range_push",
     "utils.round_up_to_nearest_multiple",
 }
-"""NCCL's expert dispatcher, and grouped weights with other storage."""
+"""Names in code that no setting reaches: NCCL's expert dispatcher, weights in grouped storage."""
 
 REASONS = {
     "architecture": "no family of models here has it",
@@ -69,7 +69,7 @@ def test_the_double_has_the_real_signatures(name: str) -> None:
 @pytest.mark.distributed
 def test_calls_of_a_training_step_bind_to_the_real_signatures(te_ranks: Any, job: Any,
                                                               packed_data: Any) -> None:
-    (calls,), = te_ranks(job(TE_RUN, "recorded_calls", 1, {
+    (calls,), = te_ranks(job(TE_RUN, "record_calls", 1, {
         "recipe": "tiny-k-exaone", "settings": ["model.num_layers=4", "model.num_experts=4"],
         "paths": [str(packed_data.text)]}))
     for name, method, positional, names in calls:
@@ -84,7 +84,7 @@ def test_calls_of_a_training_step_bind_to_the_real_signatures(te_ranks: Any, job
 
 @pytest.mark.deep
 def test_the_contract_lists_exactly_the_used_interfaces() -> None:
-    assert set(TE) == contract.te_names(), RENEW
+    assert set(TE) == contract.find_te_names(), RENEW
     assert OURS.module(contract.TE) is not None
     assert [THEIRS[part]["version"] for part in (contract.TE, contract.VLLM, contract.DEEP_EP)] == [
         contract.TE_VERSION, contract.VLLM_VERSION, contract.DEEP_EP_COMMIT], RENEW
@@ -93,7 +93,7 @@ def test_the_contract_lists_exactly_the_used_interfaces() -> None:
 
 
 def test_the_installed_megatron_core_has_the_contracts_shape() -> None:
-    installed, theirs = contract.megatron_part(), THEIRS[contract.MEGATRON]
+    installed, theirs = contract.describe_megatron(), THEIRS[contract.MEGATRON]
     assert installed["version"] == theirs["version"]
     for part in ("symbols", "fields"):
         changed = {name: (found, theirs[part].get(name)) for name, found in installed[part].items()
@@ -105,12 +105,12 @@ def test_the_installed_megatron_core_has_the_contracts_shape() -> None:
 
 @pytest.mark.each("config", contract.CONFIGS)
 def test_every_field_is_set_or_was_looked_at(config: str) -> None:
-    """A new version's field may change training, and a field that is set must leave the list."""
+    """A field of a new version may change training. reviewed_fields.json lists only unset fields."""
     fields = set(THEIRS[contract.MEGATRON]["fields"][config])
     reviewed = json.loads(contract.REVIEWED.read_text())[config]
-    by_us = contract.fields_set()
-    assert not fields - by_us - set(reviewed), "set it, or write into reviewed_fields.json why not"
-    stale = set(reviewed) & by_us | set(reviewed) - fields
+    set_fields = contract.find_set_fields()
+    assert not fields - set_fields - set(reviewed), "set it, or write into reviewed_fields.json why not"
+    stale = set(reviewed) & set_fields | set(reviewed) - fields
     assert not stale, "python tests/te_double/contract.py --installed takes them off the list"
     assert set(reviewed.values()) <= set(REASONS)
 
@@ -127,7 +127,7 @@ def test_our_calls_bind_to_the_real_signatures(part: str) -> None:
         if text and text.startswith("("):
             contract.parse_signature(text).bind(*[None] * by_place, **dict.fromkeys(keywords))
             bound += 1
-    # for vLLM only the worker module: reading weights, and their names
+    # for vLLM only calls of the worker extension, which loads weights by name
     assert bound > (2 if part == contract.VLLM else 5)
 
 

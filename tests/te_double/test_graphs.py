@@ -1,7 +1,7 @@
-"""Training with CUDA graphs of routers has the same bits as without.
+"""Training with CUDA graphs of routers gives bit-identical results to training without graphs.
 
-The double's graphs replay the operators of their capture on its memory: a mask, count or number read from
-another place changes the losses, and synchronization with the GPU ends the capture.
+Graphs of the double replay the captured operators on the memory of the capture. A mask or count read from
+other memory would change the losses, and a synchronization with the GPU during the capture raises an error.
 """
 
 from pathlib import Path
@@ -19,7 +19,7 @@ RAMP = ("train.ramp_from_batch_size=4", "train.ramp_increment=4", "train.ramp_st
         "train.global_batch_size=12")
 PP2 = ("model.num_layers=4", "parallel.pp=2")
 OVERLAP = ("parallel.ep=2", "parallel.expert_overlap=micro_batches", "train.micro_batch_size=1")
-KEPT = 'gpu.cuda_graphs=["moe_router"]'
+ROUTER_ONLY = 'gpu.cuda_graphs=["moe_router"]'
 CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = {
     # the number of sequences changes without a new capture
     "larger batches": ("tiny-solar-open", 1, (*RAMP, "model.num_layers=3", "train.recompute=selective",
@@ -35,14 +35,14 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
         "model.num_layers=2", "parallel.ep=2", "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
         "parallel.overlap_param_gather=true"), {"steps": 2}, [2 * 2 * 2] * 2),
     "router alone": ("tiny-qwen3-moe", 1, ("model.num_layers=2", "gpu.permute_fusion=off"),
-                     {"graphs": KEPT, "steps": 2}, [2 * 2 * 4] * 2),
+                     {"graphs": ROUTER_ONLY, "steps": 2}, [2 * 2 * 4] * 2),
     "8 bits": ("tiny-solar-open", 1, ("model.num_layers=2", "train.fp8=mxfp8",
                                       "train.fp8_bf16_layers_at_end=1", "train.recompute=selective",
                                       'gpu.recompute_modules=["layernorm"]'),
                {"quantises": True, "steps": 2}, [2 * 2 * 2] * 2),
 }
-"""Recipe, processes, settings, arguments of `both`, and passes replayed per step on process 0: forward and
-backward, layers, micro-batches."""
+"""(recipe, processes, settings, arguments of `graph_run.both`, replayed passes of each step on process 0).
+The passes are 2 (forward and backward) x layers x micro-batches."""
 
 
 @pytest.mark.deep
@@ -62,16 +62,15 @@ def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(te_rank
 
 
 def test_overridden_methods_exist_in_the_library() -> None:
-    """A method with another name would never be called, and the padding mask would be dropped silently."""
+    """If the library renamed a method, the override would never run and the padding mask would be lost."""
     ours = {name for name, value in vars(graphs.build_graphed_layer(BlockOutputLayer)).items()
             if callable(value)}
     assert len(ours) == 4 and all(hasattr(BlockOutputLayer, name) for name in ours)
 
 
 def test_graphs_serve_the_passes_that_they_were_captured_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A partial step, as probes compute, has other micro-batches in flight; data that graphs do not read is
-    in no row.
-    """
+    """Graphs serve only whole steps, because the partial step of a probe has other micro-batches in flight,
+    and only without `table`, `shared` and `record` of `RoutingStep`, which graphs do not read."""
     step, captures = RoutingStep(), []
 
     class Layer:

@@ -7,12 +7,10 @@ from typing import Any
 import pytest
 
 RUN = str(Path(__file__).with_name("quantized_run.py"))
-
-
 SETTINGS = {"fp32": "gpu.moment_dtype=fp32", "bf16": "gpu.moment_dtype=bf16",
             "host": "gpu.optimizer_offload=0.5"}
 CONTINUED = (("fp32", "bf16", "bfloat16"), ("bf16", "bf16", "bfloat16"), ("fp32", "host", "float32"))
-"""Run with the loaded checkpoint, run that loads it, and dtype of the moments."""
+"""(run that saved the checkpoint, settings of the run that loads it, dtype of its moments)."""
 
 
 @pytest.mark.distributed
@@ -37,7 +35,7 @@ def test_moments_in_bf16_are_exact_over_checkpoints(te_ranks: Any, job: Any, pac
         for rank in te_ranks(job(RUN, "compare_moments", nproc, {**runs[after], "before": folder}))[0]:
             assert rank["dtypes"] == [f"exp_avg {dtype}", f"exp_avg_sq {dtype}", "master float32"]
             assert rank["wrong"] == 0
-            # whole parameters, until half or more of the elements have moved
+            # whole parameters move to host memory until they have at least half of the elements
             assert 0.5 <= rank["on the host"] < 0.9 if after == "host" else rank["on the host"] == 0
 
 

@@ -11,32 +11,35 @@ CLASSES = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScalin
            "mxfp8": "MXFP8BlockScaling", "nvfp4": "NVFP4BlockScaling"}
 EXPERTS, MICRO_BATCHES = 8, 2
 ATTENTION, MLP = 2, 2
-"""Linear layers: QKV and output projection; gate-and-up and down projection."""
+"""Number of linear layers: QKV and output projection; gate-and-up and down projection."""
 DENSE_LAYER = ATTENTION + MLP
 MOE_LAYER = ATTENTION + (EXPERTS + 1) * MLP
-"""With a shared expert."""
+"""Linear layers with a shared expert."""
 PREDICTION_LAYER = 1 + DENSE_LAYER
-"""After the MTP projection of two states to one."""
+"""Linear layers of the MTP layer: a projection of two states to one, and a dense layer."""
 
 
-def of(kind: str, fp8: str) -> str:
-    """Return the name of the products of a kind, with a recipe or in bf16 ("")."""
+def name_products(kind: str, fp8: str) -> str:
+    """Return the key of `quantized_run.take_product_counts` for a kind and a `train.fp8` ("": bf16)."""
     return f"{kind} {CLASSES.get(fp8, '')}".strip()
 
 
 @pytest.mark.distributed
 def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any) -> None:
-    """All linear layers of the trunk except bf16 layers, forward and both backward products; never norms,
-    router, attention, embedding or head, which do not use Transformer Engine's linear layers."""
+    """All linear layers are quantized except those of the bf16 layers at both ends, in the forward and both
+    backward products; never norms, router, attention, embedding or head.
+
+    Cases: (linear layers in bf16 at the start, quantized ones, ones in bf16 at the end).
+    """
     cases = {("tiny-k-exaone", "blockwise"): (DENSE_LAYER, 2 * MOE_LAYER + PREDICTION_LAYER, MOE_LAYER),
              ("tiny-k-exaone", "nvfp4"): (DENSE_LAYER + PREDICTION_LAYER, 2 * MOE_LAYER, MOE_LAYER)}
     settings = ["train.fp8_bf16_layers_at_start=1", "train.fp8_bf16_layers_at_end=1"]
     result = te_ranks(*(job(RUN, "train_losses", 1,
                             {"recipe": recipe, "settings": [*settings, f"train.fp8={fp8}"],
-                                               "path": str(packed_data.text), "steps": 1})
+                             "path": str(packed_data.text), "steps": 1})
                         for recipe, fp8 in cases))
     for ((_, fp8), (at_start, quantised, at_end)), (rank,) in zip(cases.items(), result, strict=True):
-        expected = {of(kind, name): MICRO_BATCHES * count for kind in ("fprop", "dgrad", "wgrad")
+        expected = {name_products(kind, name): MICRO_BATCHES * count for kind in ("fprop", "dgrad", "wgrad")
                     for name, count in ((fp8, quantised), ("", at_start + at_end))}
         assert rank["products"] == expected
 
@@ -45,14 +48,14 @@ def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any)
 @pytest.mark.parametrize("kinds", [("mxfp8",), pytest.param((*CLASSES,), marks=pytest.mark.deep)],
                          ids=["mxfp8", "all"])
 def test_losses_follow_bf16(te_ranks: Any, job: Any, packed_data: Any, kinds: tuple[str, ...]) -> None:
-    """Losses stay close to bf16."""
     result = te_ranks(*(job(RUN, "train_losses", 1, {
         "recipe": "tiny-solar-open", "path": str(packed_data.text), "steps": 2,
         "settings": [f"train.fp8={fp8}", "model.num_layers=2"]}) for fp8 in ("none", *kinds)))
     bf16, *others = (rank["losses"] for (rank,) in result)
     for fp8, losses in zip(kinds, others, strict=True):
-        apart = [abs(a / b - 1) for a, b in zip(losses, bf16, strict=True)]
-        assert 0 < max(apart) < (0.02 if fp8 == "nvfp4" else 0.01), (fp8, apart)
+        differences = [abs(a / b - 1) for a, b in zip(losses, bf16, strict=True)]
+        limit = 0.02 if fp8 == "nvfp4" else 0.01
+        assert 0 < max(differences) < limit, (fp8, differences)
 
 
 @pytest.mark.distributed
@@ -60,8 +63,8 @@ def test_losses_follow_bf16(te_ranks: Any, job: Any, packed_data: Any, kinds: tu
 @pytest.mark.parametrize("fp8", ["tensorwise", "nvfp4"])
 def test_a_resumed_run_has_the_same_bits(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                          fp8: str) -> None:
-    """Experts are saved although their recipe has no state; evaluation with rows of any length is not
-    quantized; stochastic rounding draws the same numbers."""
+    """Checkpoints contain expert weights although their recipe has no state. Evaluation with rows of any
+    length is not quantized. Stochastic rounding draws the same numbers after a resume."""
     (found,), = te_ranks(job(RUN, "resume_and_compare", 1, {
         "recipe": "tiny-k-exaone",
         "settings": [f"train.fp8={fp8}", "train.recompute=true", "model.num_layers=2"],
@@ -90,12 +93,13 @@ def test_weights_are_quantized_again_in_each_step(te_ranks: Any, job: Any, packe
     ids=["8 bits", "offloaded, gathered experts"])
 def test_host_tensors_in_gpu_operations_are_refused(te_ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                                     cases: list[tuple[str, list[str]]]) -> None:
-    """Host tensors, and tensors read from numpy, are refused in GPU kernels and torch operations."""
+    """A host tensor in a GPU kernel or in a torch operation with GPU tensors raises an error; a whole
+    training run creates more than 1,000 host tensors and raises none."""
     quick = ["model.num_layers=2", "train.global_batch_size=1", "data.heldout_tokens=128"]
     arguments = {"cases": [(recipe, [*quick, *more]) for recipe, more in cases],
                  "path": str(packed_data.text), "run": str(tmp_path / "run")}
-    (sent,), (kept,) = te_ranks(job(RUN, "check_placement", 1, arguments),
-                                job(RUN, "check_placement", 1, arguments | {
-        "cases": arguments["cases"][:1], "sends": False}))
-    assert all(isinstance(found, int) and found > 1000 for found in sent), sent
-    assert "Expected all tensors to be on the same device" in kept[0]
+    unsent = arguments | {"cases": arguments["cases"][:1], "sends": False}
+    (host_tensors,), (errors,) = te_ranks(job(RUN, "check_placement", 1, arguments),
+                                          job(RUN, "check_placement", 1, unsent))
+    assert all(isinstance(found, int) and found > 1000 for found in host_tensors), host_tensors
+    assert "Expected all tensors to be on the same device" in errors[0]

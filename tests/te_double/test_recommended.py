@@ -22,7 +22,7 @@ def store_activations(settings: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def check_cases(te_ranks: Any, job: Any, path: Path, cases: list[tuple[str, tuple[str, ...]]]) -> None:
-    """Assert that each case has the bits of the same case without recomputation, and does recompute."""
+    """Assert that each case recomputes and gives bit-identical loss and weights without recomputation."""
     references = [(recipe, store_activations(settings)) for recipe, settings in cases]
     unique = list(dict.fromkeys([*cases, *references]))
     arguments = {"cases": [(recipe, [*QUICK, *settings]) for recipe, settings in unique], "path": str(path)}

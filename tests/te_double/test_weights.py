@@ -17,7 +17,7 @@ OVERLAP = ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=t
 
 
 @pytest.mark.distributed
-@pytest.mark.deep  # the test below has losses at one layout
+@pytest.mark.deep  # the next test compares losses at one layout
 @pytest.mark.parametrize("cases", [
     [("tiny-k-exaone", ["train.fp8=blockwise", "parallel.tp=2", "parallel.sp=true", "parallel.ep=2",
                         "model.num_layers=2"])],
@@ -26,11 +26,10 @@ OVERLAP = ["parallel.overlap_param_gather=true", "parallel.overlap_grad_reduce=t
     ids=["tensors and experts", "stages, further moments"])
 def test_losses_are_those_of_bf16_weights(te_ranks: Any, job: Any, packed_data: Any,
                                           cases: list[tuple[str, list[str]]]) -> None:
-    """With tensor, expert and pipeline parallelism, and gathers at once or overlapped with the forward
-    pass."""
+    """With tensor, expert and pipeline parallelism."""
     result = te_ranks(*(job(RUN, "train_losses", 2,
                             {"recipe": recipe, "path": str(packed_data.text), "steps": 2,
-                                               "settings": [*settings, "parallel.zero1=true", *more]})
+                             "settings": [*settings, "parallel.zero1=true", *more]})
                         for recipe, settings in cases for more in ([], [IN_8_BITS])))
     for case, bf16, in_8_bits in zip(cases, result[::2], result[1::2], strict=True):
         assert in_8_bits == bf16, case

@@ -21,9 +21,9 @@ def round_to_e2m1(values: torch.Tensor, noise: torch.Tensor | None = None) -> to
     """Return the nearest values of E2M1 (0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives).
 
     Args:
-        values: float32. noise: uniform in [0, 1), of the same shape, for stochastic rounding: each value
-        becomes one of its two
-            neighbours with the value as its expectation. None: the nearest, ties to even.
+        values: float32.
+        noise: uniform in [0, 1), of the same shape, for stochastic rounding: each value becomes one of its
+            two neighbours with the value as its expectation. None: the nearest, ties to even.
     """
     magnitude = values.abs().clamp(max=LARGEST["e2m1"])
     spacing = torch.where(magnitude < 2, 0.5, torch.where(magnitude < 4, 1.0, 2.0))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.transformer import mlp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.autograd.function import once_differentiable
@@ -18,7 +19,7 @@ from megatron_sov.engine.model.media_encoders import MediaEncoders
 from megatron_sov.engine.model.rotary import patch_packed_rotation, set_frequencies
 from megatron_sov.engine.model.specs import build_transformer_config, clamp_gates, uses_transformer_engine
 from megatron_sov.engine.parallel.device import get_local_device, on_gpu
-from megatron_sov.engine.router import BalancedRouter, patch_dispatcher_combine
+from megatron_sov.engine.router import BalancedRouter, ExpertSpill, patch_dispatcher_combine
 from megatron_sov.model.config import (
     GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig)
 from megatron_sov.model.config.gpu import DEFAULT_GPU
@@ -107,7 +108,13 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
         with use_local_device():
             chunk.adapters = Adapters(chunk, model, lora) if lora.on else None
         clamp_gates(chunk, model)
-    return LanguageModel(chunks, model, lora, encoder_training)
+    language_model = LanguageModel(chunks, model, lora, encoder_training)
+    if gpu.expert_spill and train.recompute is not True and "moe" not in gpu.recompute_modules:
+        config.routing_step.spill = spill = ExpertSpill(gpu.expert_spill)
+        for layer in language_model.modules():
+            if isinstance(layer, MoELayer):
+                spill.attach(layer)
+    return language_model
 
 
 # Megatron-Core creates some parameters on the CPU regardless of the default device (router weights, torch's

@@ -58,7 +58,7 @@ def lenient_dataclass(cls: type) -> Any:
 
 
 class Recipe:
-    """Properties of all recipes."""
+    """Base class of all recipes, with the methods by which megatron-core asks for the kind."""
 
     def nvfp4(self) -> bool:
         """Return whether this is NVFP4."""
@@ -69,19 +69,19 @@ class Recipe:
         return isinstance(self, MXFP8BlockScaling)
 
     def delayed(self) -> bool:
-        """Return whether scales follow from earlier steps' largest values."""
+        """Return whether scales are computed from largest values of earlier steps."""
         return isinstance(self, DelayedScaling)
 
     def float8_current_scaling(self) -> bool:
-        """Return whether each tensor has one scale."""
+        """Return whether each tensor has one scale, from its own largest value."""
         return isinstance(self, Float8CurrentScaling)
 
     def float8_per_tensor_scaling(self) -> bool:
-        """Return whether a scale holds for a whole tensor."""
+        """Return whether each tensor has one scale, delayed or current."""
         return isinstance(self, (DelayedScaling, Float8CurrentScaling))
 
     def float8_block_scaling(self) -> bool:
-        """Return whether blocks of 128 or 128 x 128 have scales."""
+        """Return whether each block of 128 or 128 x 128 values has a scale."""
         return isinstance(self, Float8BlockScaling)
 
     def custom(self) -> bool:

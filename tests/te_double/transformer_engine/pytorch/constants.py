@@ -1,15 +1,15 @@
-"""Names of choices."""
+"""Enumerations in arguments of megatron-core."""
 
 from enum import Enum
 
 
 class CPLoadBalancingStrategy(Enum):
-    """How a row is cut over a context-parallel group."""
+    """Split of a row over a context-parallel group."""
 
     DUAL_CHUNK_SWAP = 0
 
 
 class RoutingMapFormat(Enum):
-    """How a choice of experts is written."""
+    """Format of the selected experts."""
 
     BYTEMAP = 0

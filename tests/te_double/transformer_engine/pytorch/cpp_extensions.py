@@ -1,4 +1,4 @@
-"""Matrix products of plain tensors with the interface of the compiled extension."""
+"""`general_gemm` of the compiled extension, for plain tensors; megatron-core's router calls it."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from .gemm import COUNTS
 from .placement import require_cuda
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Of operands; products in double precision have no kernel."""
+"""Supported dtypes; no kernel multiplies float64."""
 
 
 def _in_tf32(values: torch.Tensor) -> torch.Tensor:
-    """Return float32 numbers with the 10 bits of fraction that TF32 keeps."""
+    """Return float32 values rounded to the 10 fraction bits of TF32."""
     return ((values.view(torch.int32) + (1 << 12)) & ~((1 << 13) - 1)).view(torch.float32)
 
 
@@ -26,11 +26,11 @@ def general_gemm(
         use_split_accumulator: bool = False, grad: bool = False, ub: Any = None, ub_type: Any = None,
         extra_output: torch.Tensor | None = None, bulk_overlap: bool = False,
         ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Return (B @ A, gradient of the bias, None, None). A letter T in the layout transposes the matrix: first
-    letter A, second letter B.
+    """Return (B @ A, gradient of the bias, None, None). T in the layout transposes a matrix: first letter A,
+    second letter B.
 
-    Sums are kept in float32.  Operands of one type, or RuntimeError; float32 ones only into float32, and in
-    TF32; a bias is read as the output's type.
+    Products are accumulated in float32. Operands must have equal dtypes (else RuntimeError); float32 operands
+    are rounded to TF32 and need a float32 result. The bias must have the dtype of the result.
     """
     assert layout in ("TN", "NN", "NT"), f"GEMM layout {layout} not supported."
     if quantization_params is not None or gelu or ub is not None or extra_output is not None or bulk_overlap:

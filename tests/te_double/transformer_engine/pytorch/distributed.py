@@ -1,4 +1,4 @@
-"""Recomputation, and generators per kind of parallelism."""
+"""Activation recomputation, and the tracker of random states by name."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _in_recompute_phase = False
 
 
 def get_all_rng_states() -> dict[str, torch.Tensor]:
-    """Return the states of the tracker that was changed last."""
+    """Return the states that `set_all_rng_states` stored last."""
     return _all_states
 
 
 def set_all_rng_states(states: dict[str, torch.Tensor]) -> None:
-    """Note a tracker's states."""
+    """Store the states of a tracker."""
     global _all_states
     _all_states = states
 
 
 class activation_recompute_forward(AbstractContextManager[None]):
-    """Context of a forward pass whose activations are computed again, first or second time."""
+    """Context of a forward pass with recomputed activations: the first pass, or the recomputation."""
 
     def __init__(self, activation_recompute: bool = False, recompute_phase: bool = False) -> None:
         self._new = activation_recompute, recompute_phase
@@ -42,23 +42,23 @@ class activation_recompute_forward(AbstractContextManager[None]):
 
 
 def is_fp8_activation_recompute_enabled() -> bool:
-    """Return whether activations will be computed again, quantised."""
+    """Return whether activations will be recomputed with quantized products."""
     return _in_region and FP8GlobalStateManager.is_fp8_enabled()
 
 
 def in_fp8_activation_recompute_phase() -> bool:
-    """Return whether they are being computed again."""
+    """Return whether activations are being recomputed."""
     return _in_recompute_phase
 
 
 def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call a function whose activations the backward pass computes again, under the same recipe and with
-    the same random numbers.
+    """Call a function, and recompute its activations in the backward pass with the same recipe and random
+    numbers.
 
     Args:
-        function: is called with `args` and what is left of `kwargs`.
-        args: tensors and others.
-        kwargs: `distribute_saved_activations`, `get_rng_state_tracker`, `tp_group` are taken out.
+        function: called with `args` and the remaining `kwargs`.
+        args: tensors and other values.
+        kwargs: `distribute_saved_activations`, `get_rng_state_tracker` and `tp_group` are not passed on.
     """
     if kwargs.pop("distribute_saved_activations", False):
         raise NotImplementedError("the double distributes no activations")
@@ -69,11 +69,11 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     states, calls = get_tracker().get_states() if get_tracker else {}, [0]
 
     def run(*tensors: Any) -> Any:
-        again, calls[0] = calls[0] > 0, calls[0] + 1
-        if not again:
+        is_recomputation, calls[0] = calls[0] > 0, calls[0] + 1
+        if not is_recomputation:
             with activation_recompute_forward(True, False):
                 return function(*tensors, **kwargs)
-        now = get_tracker().get_states() if get_tracker else {}
+        current_states = get_tracker().get_states() if get_tracker else {}
         if get_tracker:
             get_tracker().set_states(states)
         try:
@@ -81,7 +81,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
                 return function(*tensors, **kwargs)
         finally:
             if get_tracker:
-                get_tracker().set_states(now)
+                get_tracker().set_states(current_states)
 
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
@@ -89,27 +89,27 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 
 class CudaRNGStatesTracker:
-    """Generators by name."""
+    """Random states by name."""
 
     def __init__(self) -> None:
         self.states_: dict[str, torch.Tensor] = {}
         self.seeds_: set[int] = set()
 
     def reset(self) -> None:
-        """Forget all."""
+        """Remove all states."""
         self.states_, self.seeds_ = {}, set()
 
     def get_states(self) -> dict[str, torch.Tensor]:
-        """Return the states by name."""
+        """Return name -> state."""
         return dict(self.states_)
 
     def set_states(self, states: dict[str, torch.Tensor]) -> None:
-        """Take states by name."""
+        """Replace all states."""
         self.states_ = states
         set_all_rng_states(self.states_)
 
     def add(self, name: str, seed: int) -> None:
-        """Add a generator."""
+        """Add a state that starts from a seed."""
         if seed in self.seeds_:
             raise RuntimeError(f"seed {seed} already exists")
         if name in self.states_:
@@ -120,7 +120,7 @@ class CudaRNGStatesTracker:
 
     @contextmanager
     def fork(self, name: str = "model-parallel-rng") -> Iterator[None]:
-        """Have random numbers come from the named generator."""
+        """Draw random numbers from the named state inside the context."""
         if name not in self.states_:
             raise KeyError(f"cuda rng state {name} is not added")
         original = torch.get_rng_state()

@@ -66,7 +66,7 @@ def weight_gemm(a: torch.Tensor, weight: torch.Tensor, kind: Kind, recipe: Recip
 
 
 def check_aligned(a: torch.Tensor, b: torch.Tensor, recipe: Recipe | None) -> None:
-    """Refuse operands that the recipe's kernels do not accept; empty operands are not multiplied."""
+    """Raise RuntimeError for shapes that the recipe's kernels do not support; empty operands are accepted."""
     if recipe is None or not a.numel() or not b.numel():
         return
     (rows, summed), columns = a.shape, b.shape[1]
@@ -84,7 +84,7 @@ def check_aligned(a: torch.Tensor, b: torch.Tensor, recipe: Recipe | None) -> No
 
 
 def accumulates_fast(kind: Kind, recipe: Recipe | None) -> bool:
-    """Return whether Hopper's product of a kind accumulates in the tensor cores' own precision."""
+    """Return whether Hopper's tensor cores accumulate a product of this kind with reduced precision."""
     if isinstance(recipe, Float8CurrentScaling):
         settings: Any = getattr(recipe, f"fp8_gemm_{kind}")
         return not settings.use_split_accumulator

@@ -18,13 +18,13 @@ _is_capturing = False
 
 
 def set_capture_start() -> None:
-    """Note that graphs are being captured."""
+    """Record that graph capture has started."""
     global _is_capturing
     _is_capturing = True
 
 
 def set_capture_end() -> None:
-    """Note that the capture has ended."""
+    """Record that graph capture has ended."""
     global _is_capturing
     _is_capturing = False
 
@@ -35,7 +35,7 @@ def is_graph_capturing() -> bool:
 
 
 def save_fp8_tensors(modules: Any, recipe: Any) -> list[Any] | None:
-    """Return the state of scaling, which only delayed scaling has."""
+    """Return the scaling state: None, because only delayed scaling has one, which is not supported."""
     if isinstance(recipe, DelayedScaling):
         raise NotImplementedError("the double captures no delayed scaling")
     return None
@@ -66,12 +66,11 @@ class _Pass:
         self.is_reset = False
 
     def run(self) -> None:
-        """Compute the outputs."""
+        """Compute the outputs of the module."""
         self.outputs, self.spec = tree_flatten(self.module(*self.args, **self.kwargs))
 
     def run_backward(self) -> list[Any]:
-        """Compute gradients of all inputs and parameters that require
-        one, from `output_grads`, and return them."""
+        """Return the gradients, computed from `output_grads`, of inputs and parameters that require one."""
         surface = [t for t in (*self.inputs, *self.parameters) if t.requires_grad]
         before = [t.grad for t in surface]
         for t in surface:
@@ -192,25 +191,26 @@ def make_graphed_callables(
         retain_graph_in_backward: bool = False, _reuse_graph_input_output_buffers: bool = False,
         clone_param_grads_on_return: bool = True, pre_warmup_hook: Callable[[], None] | None = None,
         post_warmup_hook: Callable[[], None] | None = None, capture_time_hooks: Any = None) -> Any:
-    """Return a replaying callable for each pass of `_order` through each module; one warm-up pass serves all
-    iterations.
+    """Capture the passes of a pipeline schedule; return a replaying callable for each pass through each
+    module. One warm-up pass replaces `num_warmup_iters`.
 
     Args:
-        modules: the layers, run after run.
-        sample_args: of each pass, the tensors that its graph reads, run after run, micro-batch after
-            micro-batch; passes whose lives do not meet may share them.
-        sample_kwargs: likewise, by name.
-        _order: runs from 1, forward; negative, backward; lower by a half, weight gradients of that backward.
-        _num_layers_per_chunk: layers of each run.
+        modules: layers of all model chunks, in order.
+        sample_args: for each pass the input tensors of its graph, by chunk, then micro-batch, then layer;
+            passes that are never in flight together may share tensors.
+        sample_kwargs: the same for keyword arguments.
+        _order: chunk numbers from 1 in schedule order; negative: backward pass; lower by a half: the weight
+            gradients of that backward pass.
+        _num_layers_per_chunk: layers of each chunk.
     """
     if _order is None or _num_layers_per_chunk is None:
-        raise NotImplementedError("the double captures passes of a pipeline alone")
+        raise NotImplementedError("the double captures passes of a pipeline only")
     for module in modules:
         if (module._backward_hooks or module._backward_pre_hooks or module._forward_hooks
                 or module._forward_pre_hooks):
             raise RuntimeError("Modules must not have hooks registered at the time they are passed.")
         if not module.training:
-            raise NotImplementedError("the double captures training alone")
+            raise NotImplementedError("the double captures training mode only")
     starts = [sum(_num_layers_per_chunk[:i]) for i in range(len(_num_layers_per_chunk))]
     count = sum(c == int(c) for c in _order) // len(starts) // 2
     sample_kwargs = sample_kwargs or [{} for _ in sample_args]

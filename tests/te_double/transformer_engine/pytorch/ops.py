@@ -1,4 +1,4 @@
-"""Fusible operations: names that megatron-core uses in two annotations."""
+"""Names of fusible operations, which megatron-core uses in two annotations."""
 
 from __future__ import annotations
 

@@ -8,9 +8,9 @@ from .placement import require_cuda
 from .recording import kernel
 
 
-def _rows(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int,
+def _order_rows(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int,
           probs: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return expert and token of every row: experts in order, each one's tokens in order."""
+    """Return the expert and the token of every permuted row, ordered by expert, then token."""
     if not inp.numel():
         return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
     require_cuda(inp=inp, routing_map=routing_map, probs=probs)
@@ -22,21 +22,22 @@ def _rows(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int,
     with kernel():
         expert, token = routing_map.bool().t().nonzero(as_tuple=True)
     if num_out_tokens != len(token):
-        raise NotImplementedError(f"the double permutes all tokens, and {num_out_tokens} rows are not "
-                                  f"{len(token)}")
+        raise NotImplementedError(f"the double permutes all {len(token)} rows, not num_out_tokens="
+                                  f"{num_out_tokens}")
     return expert, token
 
 
 def _row_id_map(routing_map: torch.Tensor, expert: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Return [tokens, 2 * experts + 1] int32, the real map's shape: per expert the row or -1 first."""
+    """Return an int32 map [tokens, 2 * experts + 1], the shape of the real map: permuted row of each token
+    for each expert, or -1; the remaining columns are -1."""
     tokens, experts = routing_map.shape
     found = torch.full((tokens, 2 * experts + 1), -1, dtype=torch.int32)
     found[token, expert] = torch.arange(len(token), dtype=torch.int32)
     return found
 
 
-def _taken(row_id_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return number, token and expert of each of the rows that a map takes, token by token."""
+def _find_rows(row_id_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return permuted row, token and expert of each entry of a map, ordered by token."""
     rows = row_id_map[:, :row_id_map.shape[1] // 2]
     token, expert = (rows >= 0).nonzero(as_tuple=True)
     assert len(token) == num_rows, f"the map has {len(token)} rows, and {num_rows} came"
@@ -45,17 +46,17 @@ def _taken(row_id_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch
 
 def moe_permute(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int, max_token_num: int = -1,
                 map_type: str = "mask") -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the permuted rows of [tokens, hidden] and the map that `moe_unpermute` takes."""
+    """Return the permuted rows of `inp` [tokens, hidden], and the map for `moe_unpermute`."""
     if map_type != "mask":
         raise NotImplementedError("the double takes masks only")
-    expert, token = _rows(inp, routing_map, num_out_tokens)
+    expert, token = _order_rows(inp, routing_map, num_out_tokens)
     return inp[token], _row_id_map(routing_map, expert, token)
 
 
 def moe_permute_with_probs(inp: torch.Tensor, probs: torch.Tensor, routing_map: torch.Tensor,
                            num_out_tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the permuted rows, their weights of [tokens, experts], and the map."""
-    expert, token = _rows(inp, routing_map, num_out_tokens, probs)
+    """Return the permuted rows, their weights from `probs` [tokens, experts], and the map."""
+    expert, token = _order_rows(inp, routing_map, num_out_tokens, probs)
     return inp[token], probs[token, expert], _row_id_map(routing_map, expert, token)
 
 
@@ -69,7 +70,7 @@ def moe_unpermute(inp: torch.Tensor, row_id_map: torch.Tensor, merging_probs: to
     if not inp.numel():
         return inp.clone()
     require_cuda(inp=inp, row_id_map=row_id_map, merging_probs=merging_probs)
-    row, token, expert = _taken(row_id_map, len(inp))
+    row, token, expert = _find_rows(row_id_map, len(inp))
     wide = torch.promote_types(inp.dtype, torch.float32)
     parts = inp[row].to(wide)
     if merging_probs is not None:
@@ -80,7 +81,7 @@ def moe_unpermute(inp: torch.Tensor, row_id_map: torch.Tensor, merging_probs: to
 
 def moe_sort_chunks_by_index(inp: torch.Tensor, split_sizes: torch.Tensor,
                              sorted_index: torch.Tensor) -> torch.Tensor:
-    """Return the chunks of rows in another order."""
+    """Return `inp`, cut into chunks of `split_sizes` rows, with the chunks in the order of `sorted_index`."""
     if not inp.numel():
         return inp.clone()
     require_cuda(inp=inp, split_sizes=split_sizes, sorted_index=sorted_index)
@@ -90,6 +91,6 @@ def moe_sort_chunks_by_index(inp: torch.Tensor, split_sizes: torch.Tensor,
 
 def moe_sort_chunks_by_index_with_probs(inp: torch.Tensor, probs: torch.Tensor, split_sizes: torch.Tensor,
                                         sorted_index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the chunks of rows and of their weights in another order."""
+    """Apply `moe_sort_chunks_by_index` to the rows and to their weights."""
     return (moe_sort_chunks_by_index(inp, split_sizes, sorted_index),
             moe_sort_chunks_by_index(probs, split_sizes, sorted_index))

@@ -1,4 +1,4 @@
-"""Quantization contexts: the active recipe, and the state of a context."""
+"""Contexts that select the quantization recipe of products and parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..common.recipe import DelayedScaling, Recipe
 
 @dataclass
 class FP8GlobalState:
-    """What is on in this process."""
+    """Quantization state of this process."""
 
     fp8_enabled: bool = False
     fp8_calibration: bool = False
@@ -23,48 +23,48 @@ class FP8GlobalState:
 
 
 class FP8GlobalStateManager:
-    """Answers for the state that the contexts set."""
+    """Access to the state that the contexts set."""
 
     quantization_state = FP8GlobalState()
 
     @classmethod
     def is_fp8_enabled(cls) -> bool:
-        """Return whether matrix products are quantised."""
+        """Return whether matrix products are quantized."""
         return cls.quantization_state.fp8_enabled
 
     @classmethod
     def is_fp8_calibration(cls) -> bool:
-        """Return whether scales are collected without quantising."""
+        """Return whether scales are collected without quantization."""
         return cls.quantization_state.fp8_calibration
 
     @classmethod
     def with_fp8_parameters(cls) -> bool:
-        """Return whether new parameters are quantised tensors."""
+        """Return whether new parameters are quantized tensors."""
         return cls.quantization_state.fp8_parameters
 
     @classmethod
     def with_high_precision_init_val(cls) -> bool:
-        """Return whether new quantised parameters keep what they were made from."""
+        """Return whether new quantized parameters store their high-precision initial values."""
         return cls.quantization_state.high_precision_init_val
 
     @classmethod
     def get_fp8_recipe(cls) -> Recipe:
-        """Return the recipe that is on, or the default one."""
+        """Return the active or the default recipe."""
         return cls.quantization_state.fp8_recipe or DelayedScaling()
 
     @classmethod
     def get_fp8_group(cls) -> Any:
-        """Return the group that largest values are reduced over."""
+        """Return the process group for the maximum of largest values."""
         return cls.quantization_state.fp8_distributed_group
 
     @classmethod
     def reset(cls) -> None:
-        """Forget all."""
+        """Reset the state to its defaults."""
         cls.quantization_state = FP8GlobalState()
 
 
 class autocast:
-    """Context in which the matrix products of this library's modules follow a recipe."""
+    """Context in which modules quantize their matrix products by a recipe."""
 
     def __init__(self, enabled: bool = True, calibrating: bool = False, recipe: Recipe | None = None,
                  amax_reduction_group: Any = None, _graph: bool = False) -> None:
@@ -85,14 +85,14 @@ class autocast:
 
 def fp8_autocast(enabled: bool = True, calibrating: bool = False, fp8_recipe: Recipe | None = None,
                  fp8_group: Any = None, _graph: bool = False) -> autocast:
-    """Return `autocast`; the older name."""
+    """Return `autocast`; its previous name."""
     return autocast(enabled, calibrating, fp8_recipe, fp8_group, _graph)
 
 
 @contextmanager
 def quantized_model_init(enabled: bool = True, recipe: Recipe | None = None,
                          preserve_high_precision_init_val: bool = False) -> Iterator[None]:
-    """Context in which modules are made with quantised parameters."""
+    """Context in which new modules have quantized parameters."""
     manager = FP8GlobalStateManager
     old = manager.quantization_state
     manager.quantization_state = replace(
@@ -106,5 +106,5 @@ def quantized_model_init(enabled: bool = True, recipe: Recipe | None = None,
 
 def fp8_model_init(enabled: bool = True, recipe: Recipe | None = None,
                    preserve_high_precision_init_val: bool = False) -> Any:
-    """Return `quantized_model_init`; the older name."""
+    """Return `quantized_model_init`; its previous name."""
     return quantized_model_init(enabled, recipe, preserve_high_precision_init_val)

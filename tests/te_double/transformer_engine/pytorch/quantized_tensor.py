@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 
 class Quantizer:
-    """Makes tensors of one kind."""
+    """Quantizes tensors into one subclass of `QuantizedTensor`."""
 
     def __init__(self, kind: type[QuantizedTensor]) -> None:
         self._kind = kind
@@ -36,16 +36,15 @@ class QuantizedTensor(torch.Tensor):
                                                    requires_grad=requires_grad, device=device)
 
     def dequantize(self, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return what the rowwise bytes stand for."""
+        """Return the values of the rowwise bytes."""
         return self._values().to(dtype or self.dtype)
 
     def quantize_(self, tensor: torch.Tensor) -> QuantizedTensor:
-        """Take the numbers of a tensor."""
+        """Replace the values by those of a tensor, quantized."""
         raise NotImplementedError
 
     def _store(self, **parts: torch.Tensor) -> None:
-        """Copy into the existing memory, which other tensors may share,
-        or adopt the given memory if there is none."""
+        """Copy into the existing memory, which other tensors may share; at first, use the given tensors."""
         for name, part in parts.items():
             if name in vars(self):
                 vars(self)[name].copy_(part)
@@ -53,11 +52,11 @@ class QuantizedTensor(torch.Tensor):
                 setattr(self, name, part)
 
     def _values(self, columnwise: bool = False) -> torch.Tensor:
-        """Return the float32 values of a product's operand, from the rowwise or the columnwise bytes."""
+        """Return the float32 values of a product's operand from the rowwise or columnwise bytes."""
         raise NotImplementedError
 
     def detach(self) -> QuantizedTensor:
-        """Return another tensor of the same bytes."""
+        """Return another tensor that shares the bytes."""
         made = type(self)(self.shape, self.dtype, device=self.device)
         vars(made).update({name: vars(self)[name] for name in (*self.INNER, "_quantizer")})
         return made
@@ -71,7 +70,7 @@ class QuantizedTensor(torch.Tensor):
         if func == torch.ops.aten.view.default:
             raise NotImplementedError(f"{cls.__name__} class does not support tensor views")
         if func._schema.is_mutable and func != torch.ops.aten.copy_.default:
-            raise NotImplementedError(f"the double changes none by {func}")
+            raise NotImplementedError(f"the double does not support {func} on quantized tensors")
 
         def plain(value: Any) -> Any:
             return value.dequantize() if isinstance(value, QuantizedTensor) else value
@@ -80,33 +79,33 @@ class QuantizedTensor(torch.Tensor):
 
 
 class Storage:
-    """Gives the bytes of a quantised tensor's two forms, by the names of their attributes."""
+    """Access to the rowwise and columnwise bytes of a quantized tensor, stored in the attributes `FORMS`."""
 
     FORMS = ("_rowwise_data", "_columnwise_data")
 
     def get_data_tensors(self, rowwise_data: bool = True, columnwise_data: bool = True) -> Any:
-        """Return the bytes of both forms, or of one."""
+        """Return the requested bytes: a tensor, or a tuple of both."""
         found = [getattr(self, name) for name, wanted in
                  zip(self.FORMS, (rowwise_data, columnwise_data), strict=True) if wanted]
         return tuple(found) if len(found) > 1 else found[0]
 
 
 def to_bytes(values: torch.Tensor) -> torch.Tensor:
-    """Return the nearest E4M3 numbers as bytes."""
+    """Round values to E4M3 and return the codes as uint8."""
     return values.clamp(-448.0, 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
 
 
-def of_bytes(data: torch.Tensor) -> torch.Tensor:
-    """Return the float32 numbers that E4M3 bytes stand for."""
+def from_bytes(data: torch.Tensor) -> torch.Tensor:
+    """Return the float32 values of E4M3 codes in a uint8 tensor."""
     return data.view(torch.float8_e4m3fn).float()
 
 
-def scale_of(amax: torch.Tensor, powers: bool = False) -> torch.Tensor:
-    """Return the factor on numbers of a largest magnitude, as `compute_scale_from_amax`: a number for each.
+def compute_scale(amax: torch.Tensor, powers: bool = False) -> torch.Tensor:
+    """Return the quantization scales 448 / amax, like `compute_scale_from_amax`; shape of `amax`.
 
     Args:
-        amax: float32.
-        powers: cut to powers of two.
+        amax: largest magnitudes, float32; 1 is the scale of 0 and of infinity.
+        powers: round down to powers of two.
     """
     scale = torch.div(amax.new_tensor(448.0), amax)
     scale = torch.where((amax == 0) | ~amax.isfinite(), 1.0, scale)

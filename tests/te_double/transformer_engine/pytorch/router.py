@@ -11,7 +11,7 @@ from .constants import RoutingMapFormat
 from .placement import require_cuda
 
 EPSILON = 1e-20
-"""The kernels' summand of the sum that weights are divided by."""
+"""Added by the kernels to the sum of weights before they divide by it."""
 
 
 def _scores(logits: torch.Tensor, score_function: str) -> torch.Tensor:
@@ -21,7 +21,7 @@ def _scores(logits: torch.Tensor, score_function: str) -> torch.Tensor:
 
 
 def _check(logits: torch.Tensor, topk: int) -> None:
-    """Refuse what the extension's checks do."""
+    """Raise the errors of the extension's checks."""
     if logits.dtype == torch.float64:
         raise ValueError("Current TE does not support float64 router type.")
     if not logits.is_contiguous():
@@ -32,20 +32,20 @@ def _check(logits: torch.Tensor, topk: int) -> None:
         raise RuntimeError(f"topk must be in [1, num_experts], got topk={topk}")
 
 
-def _within_groups(scores: torch.Tensor, topk: int, num_groups: int, group_topk: int) -> torch.Tensor:
-    """Return scores [tokens, experts], -inf outside of the groups with the largest sums of their best
-    `topk // group_topk`."""
+def _mask_other_groups(scores: torch.Tensor, topk: int, num_groups: int, group_topk: int) -> torch.Tensor:
+    """Return scores [tokens, experts] with -inf outside the `group_topk` groups with the largest sums of
+    their best `topk // group_topk` scores."""
     grouped = scores.unflatten(-1, (num_groups, -1))
     sums = grouped.topk(topk // group_topk, dim=-1).values.sum(-1)
-    kept = _map(sums, sums.topk(group_topk, dim=-1).indices)
+    kept = _build_map(sums, sums.topk(group_topk, dim=-1).indices)
     return grouped.masked_fill(~kept[..., None], -math.inf).flatten(-2)
 
 
-def _map(like: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+def _build_map(like: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(like, dtype=torch.bool).scatter(-1, chosen, True)
 
 
-class _KeepsChoice(torch.autograd.Function):
+class _SaveSelection(torch.autograd.Function):
     """Saves the selection for the backward pass; like in the kernels, it must not be overwritten before."""
 
     @staticmethod
@@ -55,7 +55,7 @@ class _KeepsChoice(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        assert ctx.saved_tensors  # torch looks here whether they are as they were
+        assert ctx.saved_tensors  # torch raises here if the selection was overwritten
         return gradient, None
 
 
@@ -65,14 +65,14 @@ def fused_topk_with_score_function(
         expert_bias: torch.Tensor | None, routing_map_format: Any = RoutingMapFormat.BYTEMAP,
         topk_indices: Any = None, qb_histogram: Any = None, qb_bin_bounds: Any = None,
         qb_histogram_mode: str | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weights [tokens, experts] (zero where not chosen) and the choice, bool.
+    """Select experts; return weights (zero for unselected experts) and a bool map, both [tokens, experts].
 
-    Sigmoid scores are chosen with the bias, which is taken off again, and divided by their sum where more
-    than one is chosen; softmax is taken before the choice, or (not `use_pre_softmax`) over the chosen ones.
-    All is computed in float32.
+    Sigmoid scores are selected with the bias, weighted without it, and divided by their sum if `topk` > 1.
+    Softmax is applied before the selection, or (without `use_pre_softmax`) to the selected logits. Computed
+    in float32.
     """
     if topk_indices is not None or qb_histogram is not None:
-        raise NotImplementedError("the double chooses into a map of bytes")
+        raise NotImplementedError("the double returns the selection only as a byte map")
     _check(logits, topk)
     require_cuda(logits=logits, expert_bias=expert_bias)
     if expert_bias is not None and score_function != "sigmoid":
@@ -84,7 +84,7 @@ def fused_topk_with_score_function(
     order = scores if expert_bias is None else scores + expert_bias
     if group_topk:
         assert num_groups is not None
-        chosen = _within_groups(order, topk, num_groups, group_topk).topk(topk, dim=-1).indices
+        chosen = _mask_other_groups(order, topk, num_groups, group_topk).topk(topk, dim=-1).indices
     else:
         chosen = order.topk(topk, dim=-1).indices
     weights = order.gather(-1, chosen)
@@ -95,21 +95,21 @@ def fused_topk_with_score_function(
     if score_function == "sigmoid" and topk > 1:
         weights = weights / (weights.sum(-1, keepdim=True) + EPSILON)
     weights = weights * (1.0 if scaling_factor is None else scaling_factor)
-    choice = _map(logits, chosen)
+    choice = _build_map(logits, chosen)
     spread = torch.zeros_like(logits).scatter(-1, chosen, weights.to(logits.dtype))
-    return _KeepsChoice.apply(spread, choice), choice
+    return _SaveSelection.apply(spread, choice), choice
 
 
 def fused_compute_score_for_moe_aux_loss(logits: torch.Tensor, topk: int, score_function: str,
                                          routing_map_format: Any = RoutingMapFormat.BYTEMAP
                                          ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the choice without bias, bool, and normalised scores, both [tokens, experts]."""
+    """Return the bool map of the experts selected without bias, and the scores; both [tokens, experts]."""
     _check(logits, topk)
     require_cuda(logits=logits)
     scores = _scores(logits.float(), score_function)
     if score_function == "sigmoid" and topk > 1:
         scores = scores / (scores.sum(-1, keepdim=True) + EPSILON)
-    return _map(scores, scores.topk(topk, dim=-1).indices), scores
+    return _build_map(scores, scores.topk(topk, dim=-1).indices), scores
 
 
 def fused_moe_aux_loss(probs: torch.Tensor, tokens_per_expert: torch.Tensor, total_num_tokens: Any,

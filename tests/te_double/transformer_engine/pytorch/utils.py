@@ -8,10 +8,10 @@ from . import placement
 
 
 def make_weak_ref(x: Any) -> Any:
-    """Return the same: a CPU's graphs share no memory that another capture could be given."""
+    """Return `x` itself: graphs of the double do not share memory, so a strong reference is harmless."""
     return x
 
 
 def get_cudnn_version() -> tuple[int, int, int]:
-    """Return the version that the chip's machine has."""
+    """Return the cuDNN version of the simulated chip."""
     return placement.CHIP.cudnn

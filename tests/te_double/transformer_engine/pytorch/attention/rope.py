@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def _rotated(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
+def _rotate_half(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
     """Return (-x2, x1) for each pair of channels."""
     if not interleaved:
         first, second = x.chunk(2, dim=-1)
@@ -13,19 +13,19 @@ def _rotated(x: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
-def _places(cu_seqlens: torch.Tensor, tokens: int, cp_size: int, cp_rank: int) -> torch.Tensor:
-    """Return [tokens], each token's position in its document; with context parallelism this process has two
-    of 2 * cp_size pieces."""
+def _compute_positions(cu_seqlens: torch.Tensor, tokens: int, cp_size: int, cp_rank: int) -> torch.Tensor:
+    """Return the position of each local token in its document, [tokens]. With context parallelism this
+    process has two of the 2 * cp_size chunks of each document: number cp_rank from either end."""
     bounds = cu_seqlens.long() // cp_size
-    place = torch.arange(tokens, device=bounds.device)
-    document = torch.bucketize(place, bounds[1:], right=True).clamp(max=len(bounds) - 2)
-    place = place - bounds[document]
+    index = torch.arange(tokens, device=bounds.device)
+    document = torch.bucketize(index, bounds[1:], right=True).clamp(max=len(bounds) - 2)
+    index = index - bounds[document]
     if cp_size == 1:
-        return place
+        return index
     length = (bounds[1:] - bounds[:-1])[document]
     half = length // 2
-    return torch.where(place < half, place + cp_rank * half,
-                       place - half + cp_size * length - (cp_rank + 1) * half)
+    return torch.where(index < half, index + cp_rank * half,
+                       index - half + cp_size * length - (cp_rank + 1) * half)
 
 
 def apply_rotary_pos_emb(t: torch.Tensor, freqs: torch.Tensor, tensor_format: str = "sbhd",
@@ -34,18 +34,17 @@ def apply_rotary_pos_emb(t: torch.Tensor, freqs: torch.Tensor, tensor_format: st
                          cp_rank: int = 0) -> torch.Tensor:
     """Rotate the first channels of each head; positions restart at every packed document.
 
-    Computed in float32, or float64 where the input is, as the fused kernel does.
+    Computed in float32 like the fused kernel, or in float64 for float64 inputs.
 
     Args:
         t: [tokens, batch, heads, channels] (sbhd) or [tokens, heads, channels] (thd).
-        freqs: [positions, 1, 1, rotated channels], angles.
+        freqs: angles, [positions, 1, 1, rotated channels].
         tensor_format: sbhd or thd.
-        start_positions: not served.
-        interleaved: whether a pair of channels lies together.
+        start_positions: not supported.
+        interleaved: whether the two channels of a pair are adjacent.
         fused: must be set.
-        cu_seqlens: [documents + 1] int32, with thd.
-        cp_size: context-parallel size.
-        cp_rank: this process's place in it.
+        cu_seqlens: bounds of the documents, [documents + 1] int32; required with thd.
+        cp_size, cp_rank: size of the context-parallel group, and rank in it.
     """
     if not fused or start_positions is not None or tensor_format not in ("sbhd", "thd"):
         raise NotImplementedError("the double rotates fused, from position 0, sbhd and thd only")
@@ -55,9 +54,9 @@ def apply_rotary_pos_emb(t: torch.Tensor, freqs: torch.Tensor, tensor_format: st
     freqs = freqs.to(wide)
     if tensor_format == "thd":
         assert cu_seqlens is not None
-        angles = freqs[_places(cu_seqlens, len(t), cp_size, cp_rank), 0]
+        angles = freqs[_compute_positions(cu_seqlens, len(t), cp_size, cp_rank), 0]
     else:
         angles = freqs[:len(t)]
-    turned, passed = t[..., :freqs.shape[-1]].to(wide), t[..., freqs.shape[-1]:]
-    turned = turned * angles.cos() + _rotated(turned, interleaved) * angles.sin()
-    return torch.cat((turned.to(t.dtype), passed), dim=-1)
+    rotated, passed = t[..., :freqs.shape[-1]].to(wide), t[..., freqs.shape[-1]:]
+    rotated = rotated * angles.cos() + _rotate_half(rotated, interleaved) * angles.sin()
+    return torch.cat((rotated.to(t.dtype), passed), dim=-1)

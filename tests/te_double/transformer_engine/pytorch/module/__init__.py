@@ -1,4 +1,4 @@
-"""Modules with weights."""
+"""Modules: linear layers, norms, and padding for FP8."""
 
 from .fp8_padding import Fp8Padding, Fp8Unpadding  # noqa: F401
 from .grouped_linear import GroupedLinear  # noqa: F401

@@ -17,12 +17,12 @@ from ..tensor.mxfp8_tensor import MXFP8Tensor
 
 KINDS: dict[str, Any] = {"Float8CurrentScaling": Float8Tensor, "Float8BlockScaling": Float8BlockwiseQTensor,
                          "MXFP8BlockScaling": MXFP8Tensor}
-"""Recipe -> kind of its weights in 8 bits."""
+"""Name of a recipe class -> tensor class of its FP8 weights."""
 _dummies: dict[Any, torch.Tensor] = {}
 
 
 def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) -> torch.Tensor:
-    """Return a placeholder for a weight's gradient, which has been added to `main_grad`."""
+    """Return a placeholder for a weight gradient that has already been added to `main_grad`."""
     found = _dummies.setdefault((*shape, dtype), torch.empty(shape, dtype=dtype))
     return found.zero_() if zero else found.detach()
 
@@ -51,17 +51,17 @@ class TransformerEngineBaseModule(torch.nn.Module):
         self._hooks: list[Callable[[], None]] = []
 
     def _set_group(self, tp_group: Any, tp_size: int) -> None:
-        """Note the tensor-parallel group, or only its size where the group comes later."""
+        """Store the tensor-parallel group, or only its size if the group will be set later."""
         self.tp_size = tp_size if tp_group is None else tp_group.size()
         if tp_group is not None or tp_size == 1:
             self.set_tensor_parallel_group(tp_group)
 
     def set_tensor_parallel_group(self, tp_group: Any) -> None:
-        """Take the tensor-parallel group."""
+        """Set the tensor-parallel group."""
         self.tp_group, self.tp_group_initialized = tp_group, True
 
     def _split_sizes(self, in_features: int, out_features: int, parallel_mode: str | None) -> tuple[int, int]:
-        """Return this process's part of a weight's two sizes."""
+        """Return the input and output features of this rank's weight shard."""
         if parallel_mode not in ("row", "column", None):
             raise AssertionError(f"parallel_mode {parallel_mode} not supported")
         parts = {"row": (self.tp_size, 1), "column": (1, self.tp_size), None: (1, 1)}[parallel_mode]
@@ -69,7 +69,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
 
     def _add_parameter(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: Any,
                       start: Callable[[torch.Tensor], Any] | None) -> torch.nn.Parameter:
-        """Make a parameter, started on the tensor-parallel generator unless it is on meta."""
+        """Register a parameter, initialized by `start` (not on meta), and quantized for FP8 weights."""
         parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         self.register_parameter(name, parameter)
         if start is not None and parameter.device.type != "meta":
@@ -82,7 +82,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
 
     @staticmethod
     def _quantize(parameter: torch.nn.Parameter) -> torch.nn.Parameter:
-        """Return a weight in 8 bits; keep its high-precision initial values if the recipe asks for them."""
+        """Return an FP8 weight, with its high-precision initial values if the context preserves them."""
         manager = FP8GlobalStateManager
         kind = KINDS[type(manager.get_fp8_recipe()).__name__]
         made: Any = torch.nn.Parameter(Quantizer(kind)(parameter.detach()))
@@ -93,18 +93,18 @@ class TransformerEngineBaseModule(torch.nn.Module):
         return made
 
     def _delay_products(self, parameters: list[torch.nn.Parameter]) -> None:
-        """Leave weight gradients to `backward_dw`."""
+        """Postpone the weight gradients of these parameters to `backward_dw`."""
         self._delays_products = True
         for parameter in parameters:
             parameter.skip_backward_post_hook = True  # type: ignore[attr-defined]
 
     def need_backward_dw(self) -> bool:
-        """Return whether weight gradients are left to `backward_dw`."""
+        """Return whether weight gradients are postponed to `backward_dw`."""
         return self._delays_products
 
     @torch.no_grad()
     def backward_dw(self) -> None:
-        """Compute the oldest weight gradients that were left."""
+        """Compute the oldest postponed weight gradients."""
         if not self._delays_products:
             return
         if not self._delayed_products:
@@ -124,7 +124,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
 
     def prepare_forward(self, inp: torch.Tensor, num_gemms: int = 1, allow_non_contiguous: bool = False,
                         allow_different_data_and_param_types: bool = False) -> torch.Tensor:
-        """Note what is on, and check the input as the real module does."""
+        """Store the quantization state, and check the input as the real module does."""
         if self.tp_size > 1 and not getattr(self, "tp_group_initialized", False):
             raise RuntimeError("Tensor parallel group not initialized. Call set_tensor_parallel_group() "
                                "before forward pass when tp_size > 1.")
@@ -140,11 +140,11 @@ class TransformerEngineBaseModule(torch.nn.Module):
         return inp.contiguous()
 
     def _recipe(self) -> Recipe | None:
-        """Return the recipe of the current forward pass, None: no quantisation."""
+        """Return the recipe of the current forward pass; None: no quantization."""
         return FP8GlobalStateManager.get_fp8_recipe() if self.fp8 else None
 
     def init_fp8_metadata(self, num_gemms: int = 1) -> None:
-        """Note what is on."""
+        """Store the state of the active quantization context."""
         manager = FP8GlobalStateManager
         self.fp8, self.fp8_calibration = manager.is_fp8_enabled(), manager.is_fp8_calibration()
         meta = self.fp8_meta

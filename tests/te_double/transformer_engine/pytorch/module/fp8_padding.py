@@ -9,7 +9,7 @@ from ..quantization import FP8GlobalStateManager
 
 
 def alignment(recipe: Recipe) -> int:
-    """Return what the numbers of rows must be multiples of."""
+    """Return the number that row counts must be multiples of."""
     if isinstance(recipe, CustomRecipe):
         return recipe.quantization_alignment
     if isinstance(recipe, MXFP8BlockScaling):
@@ -31,7 +31,7 @@ class _Aligned(torch.nn.Module):
 
 
 class Fp8Padding(_Aligned):
-    """Pads each group."""
+    """Pads each group of rows with zeros."""
 
     def forward(self, inp: torch.Tensor, m_splits: list[int]) -> tuple[torch.Tensor, list[int]]:
         """Return [padded rows, columns] and the groups' padded numbers of rows."""
@@ -42,7 +42,7 @@ class Fp8Padding(_Aligned):
 
 
 class Fp8Unpadding(_Aligned):
-    """Takes the padding away."""
+    """Removes the padding of `Fp8Padding`."""
 
     def forward(self, inp: torch.Tensor, m_splits: list[int]) -> torch.Tensor:
         """Return [rows, columns]; `m_splits` are the numbers of rows without padding."""

@@ -39,13 +39,13 @@ class _Products(torch.autograd.Function):
         d_weights: list[Any] = [None] * len(ctx.weights)
         if ctx.needs_input_grad[4]:
             d_weights = ctx.module._compute_weight_grad(ctx.weights, parts, inp.split(ctx.splits), ctx.recipe,
-                                         ctx.overwrites)
+                                                        ctx.overwrites)
         return d_inp, None, None, None, *d_weights
 
 
 def takes_grouped_tensor(recipe: Recipe | None, dtype: torch.dtype) -> bool:
-    """Return whether one product serves all groups, as `is_module_grouped_tensor_path_supported` says of the
-    `CHIP` with a new cuBLAS."""
+    """Return whether one kernel multiplies all groups, by the rules of
+    `is_module_grouped_tensor_path_supported` for `CHIP` with a new cuBLAS."""
     blackwell = machine.CHIP.capability >= (10, 0)
     if dtype not in (torch.bfloat16, torch.float16) or not (9, 0) <= machine.CHIP.capability <= (11, 0):
         return False
@@ -60,7 +60,7 @@ def takes_grouped_tensor(recipe: Recipe | None, dtype: torch.dtype) -> bool:
 
 
 class GroupedLinear(TransformerEngineBaseModule):
-    """Linear layers with the parameters `weight0`, `weight1`, ...; traffic is the caller's."""
+    """Linear layers with the parameters `weight0`, `weight1`, ...; the caller communicates between ranks."""
 
     def __init__(self, num_gemms: int, in_features: int, out_features: int, sequence_parallel: bool = False,
                  fuse_wgrad_accumulation: bool = False, tp_group: Any = None, tp_size: int = 1,
@@ -94,7 +94,7 @@ class GroupedLinear(TransformerEngineBaseModule):
         self.in_features, self.out_features = self._split_sizes(in_features, out_features, parallel_mode)
         weights = []
         for i in range(num_gemms):
-            # unlike Linear, the real layer leaves its weights without marks of tensor parallelism
+            # unlike Linear, the real layer sets no tensor-parallel attributes on its weights
             weights.append(self._add_parameter(f"weight{i}", (self.out_features, self.in_features),
                                                params_dtype, device, init_method))
             if bias:
@@ -112,14 +112,14 @@ class GroupedLinear(TransformerEngineBaseModule):
             return [weight_gradient(self, w, g, x, recipe, overwrites)
                     for w, g, x in zip(weights, grads, inputs, strict=True)]
 
-        def later() -> None:
+        def accumulate_later() -> None:
             for weight, found in zip(weights, gradients(), strict=True):
                 if not self.fuse_wgrad_accumulation:
                     weight.grad = found
 
         if not self._delays_products:
             return gradients()
-        self._delayed_products.append(later)
+        self._delayed_products.append(accumulate_later)
         return [stand_in(self, weight) for weight in weights]
 
     def forward(self, inp: torch.Tensor, m_splits: Any, is_first_microbatch: bool | None = None,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from .linear import Linear, mark_partial
-from .norm import normalise
+from .norm import normalize
 
 
 class LayerNormLinear(Linear):
@@ -29,7 +29,7 @@ class LayerNormLinear(Linear):
         if parallel_mode == "row":
             raise NotImplementedError("Normalization does not support tensor-parallel distribution.")
         if return_layernorm_output:
-            raise NotImplementedError("the double gives the norm's output to nobody")
+            raise NotImplementedError("the double does not return the output of the norm")
         super().__init__(
             in_features, out_features, sequence_parallel, fuse_wgrad_accumulation, tp_group, tp_size,
             get_rng_state_tracker, None, init_method, bias, return_bias, params_dtype, parallel_mode,
@@ -55,6 +55,6 @@ class LayerNormLinear(Linear):
                 fp8_output: bool | None = False, fp8_grad: bool | None = False) -> Any:
         """Apply norm and layer to [..., in]."""
         inp = self.prepare_forward(inp)
-        normed = normalise(inp, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.normalization,
+        normed = normalize(inp, self.layer_norm_weight, self.layer_norm_bias, self.eps, self.normalization,
                            self.zero_centered_gamma)
         return self._product(normed, is_first_microbatch)

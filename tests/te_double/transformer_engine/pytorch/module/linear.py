@@ -15,7 +15,7 @@ from .weight_gradient import stand_in, weight_gradient
 
 
 def check_executable(*tensors: torch.Tensor) -> None:
-    """Refuse operands that no quantised product takes, as `assert_dim_for_fp8_exec` does."""
+    """Raise ValueError for shapes that no quantized product supports, like `assert_dim_for_fp8_exec`."""
     for tensor in tensors:
         if math.prod(tensor.shape[:-1]) % 8 or tensor.shape[-1] % 16:
             raise ValueError("FP8 execution requires the product of all dimensions except the last to be "
@@ -63,19 +63,19 @@ class _Product(torch.autograd.Function):
 
 
 def mark_split(parameter: Any, axis: int) -> None:
-    """Mark a parameter as split over the tensor-parallel group; on meta that is left out."""
+    """Mark a parameter, unless it is on the meta device, as split over the tensor-parallel group."""
     if parameter.device.type != "meta":
         parameter.tensor_model_parallel, parameter.partition_dim, parameter.partition_stride = True, axis, 1
 
 
 def mark_partial(parameter: Any, sequence_parallel: bool) -> None:
-    """Mark a parameter whose gradient is a part of the sum over the group; on meta that is left out."""
+    """Mark a parameter, unless it is on the meta device, whose gradient must be summed over the group."""
     if parameter.device.type != "meta":
         parameter.sequence_parallel = sequence_parallel
 
 
 class Linear(TransformerEngineBaseModule):
-    """y = x W^T + b."""
+    """Linear layer y = x W^T + b, whole or split over a tensor-parallel group."""
 
     def __init__(self, in_features: int, out_features: int, sequence_parallel: bool = False,
                  fuse_wgrad_accumulation: bool = False, tp_group: Any = None, tp_size: int = 1,
@@ -100,7 +100,7 @@ class Linear(TransformerEngineBaseModule):
         self.in_features, self.out_features = self._split_sizes(in_features, out_features, parallel_mode)
         weight = self._add_parameter("weight", (self.out_features, self.in_features), params_dtype, device,
                                     init_method)
-        mark_split(weight, int(parallel_mode == "row"))  # also one that is not split, as the real layer
+        mark_split(weight, int(parallel_mode == "row"))  # like the real layer, even without parallelism
         self._add_bias(params_dtype, device)
         if delay_wgrad_compute:
             self._delay_products([weight, *([self.bias] if bias else [])])
@@ -116,17 +116,17 @@ class Linear(TransformerEngineBaseModule):
             mark_split(bias, 0)
 
     def _compute_weight_grad(self, weight: torch.Tensor, grad: torch.Tensor, inp: torch.Tensor, recipe: Any,
-              overwrites: bool) -> torch.Tensor | None:
+                             overwrites: bool) -> torch.Tensor | None:
         """Compute the weight gradient now, or queue it for `backward_dw`."""
         if not self._delays_products:
             return weight_gradient(self, weight, grad, inp, recipe, overwrites)
 
-        def later() -> None:
+        def accumulate_later() -> None:
             found = weight_gradient(self, weight, grad, inp, recipe, overwrites)
             if not self.fuse_wgrad_accumulation:
                 weight.grad = found
 
-        self._delayed_products.append(later)
+        self._delayed_products.append(accumulate_later)
         return stand_in(self, weight)
 
     def _product(self, inp: torch.Tensor, is_first_microbatch: bool | None) -> Any:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 
-def normalise(inp: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
+def normalize(inp: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float,
               kind: str, zero_centered_gamma: bool) -> torch.Tensor:
-    """Return RMSNorm (Zhang and Sennrich, arXiv 1910.07467, eq. 4) or LayerNorm over the last axis."""
+    """Apply RMSNorm (Zhang and Sennrich, arXiv 1910.07467, eq. 4) or LayerNorm over the last axis."""
     wide = torch.promote_types(inp.dtype, torch.float32)
     x, gain = inp.to(wide), weight.to(wide) + (1 if zero_centered_gamma else 0)
     if kind == "LayerNorm":
@@ -19,7 +19,7 @@ def normalise(inp: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
 
 
 class _Norm(torch.nn.Module):
-    """What both kinds share."""
+    """Parameters and forward pass of both norms."""
 
     kind = ""
 
@@ -42,26 +42,26 @@ class _Norm(torch.nn.Module):
                 parameter.sequence_parallel = sequence_parallel  # type: ignore[attr-defined]
 
     def forward(self, input: torch.Tensor, *extra_inputs: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        """Normalise [..., size]."""
+        """Normalize `input` [..., size] over the last axis."""
         if extra_inputs or kwargs:
             raise NotImplementedError("the double's norms take one input")
-        return normalise(input, self.weight, self.bias, self.eps, self.kind, self.zero_centered_gamma)
+        return normalize(input, self.weight, self.bias, self.eps, self.kind, self.zero_centered_gamma)
 
     def get_extra_state(self) -> torch.Tensor:
         """Return no bytes: a norm has no products."""
         return torch.empty(0, dtype=torch.uint8)
 
     def set_extra_state(self, state: torch.Tensor) -> None:
-        """Take no bytes."""
+        """Accept the result of `get_extra_state`, which is empty."""
 
 
 class RMSNorm(_Norm):
-    """Root mean square normalisation."""
+    """Root mean square normalization."""
 
     kind = "RMSNorm"
 
 
 class LayerNorm(_Norm):
-    """Layer normalisation."""
+    """Layer normalization."""
 
     kind = "LayerNorm"

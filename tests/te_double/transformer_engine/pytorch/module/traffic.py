@@ -9,19 +9,19 @@ import torch.distributed as dist
 
 
 def gather(tensor: torch.Tensor, group: Any) -> torch.Tensor:
-    """Gather the parts of all processes along the first dimension."""
+    """Concatenate the shards of all ranks along the first axis."""
     parts = [torch.empty_like(tensor) for _ in range(group.size())]
     dist.all_gather(parts, tensor.contiguous(), group=group)
     return torch.cat(parts)
 
 
 def reduce(tensor: torch.Tensor, group: Any) -> torch.Tensor:
-    """Return the sum over processes."""
+    """Return the sum over all ranks."""
     total = tensor.clone()
     dist.all_reduce(total, group=group)
     return total
 
 
 def reduce_scatter(tensor: torch.Tensor, group: Any) -> torch.Tensor:
-    """Return this process's part of the sum over processes."""
+    """Return this rank's shard, along the first axis, of the sum over all ranks."""
     return reduce(tensor, group).chunk(group.size())[group.rank()].contiguous()

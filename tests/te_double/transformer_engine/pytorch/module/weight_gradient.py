@@ -1,4 +1,4 @@
-"""Where a weight's gradient goes: to autograd, straight into `main_grad`, or to a later call."""
+"""Weight gradients of linear layers: returned to autograd, or added to `main_grad`."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from .base import TransformerEngineBaseModule, get_dummy_wgrad
 
 def weight_gradient(module: TransformerEngineBaseModule, weight: torch.Tensor, grad: torch.Tensor,
                     inp: torch.Tensor, recipe: Recipe | None, overwrites: bool) -> torch.Tensor | None:
-    """Compute a weight's gradient; return the value that autograd receives for it.
+    """Compute the gradient of a weight; return the value for autograd.
 
     Args:
         module: has `fuse_wgrad_accumulation`.
         weight: [out, in].
-        grad: [tokens, out], of the output.
+        grad: output gradient [tokens, out].
         inp: [tokens, in].
-        recipe: the quantisation.
-        overwrites: with fused accumulation: whether `main_grad` is set and not added to, as in the first
+        recipe: quantization recipe, or None.
+        overwrites: with fused accumulation, overwrite `main_grad` instead of adding to it, as in the first
             micro-batch of a step.
     """
     if not module.fuse_wgrad_accumulation:

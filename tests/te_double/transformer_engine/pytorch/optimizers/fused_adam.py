@@ -1,5 +1,4 @@
-"""AdamW with the semantics of the fused kernel: step counts per group;
-moments and master weights in separate dtypes."""
+"""AdamW with the semantics of the fused kernel: a step count per group; moments and masters in own dtypes."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import torch
 
 
 class FusedAdam(torch.optim.Optimizer):
-    """AdamW."""
+    """AdamW with optional master weights."""
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999),
                  eps: float = 1e-8, weight_decay: float = 0.0, amsgrad: bool = False, *,
@@ -32,7 +31,7 @@ class FusedAdam(torch.optim.Optimizer):
         self.master_weights, self.use_decoupled_grad = master_weights, use_decoupled_grad
 
     def initialize_state(self, param: Any, store_param_remainders: bool) -> None:
-        """Initialize a parameter's state with zeros, and its master weight if this optimizer keeps it."""
+        """Set the moments of a parameter to zero, and its master weight (if used) to the parameter."""
         for name in ("exp_avg", "exp_avg_sq", *(["master_param"] if self.master_weights else [])):
             self.state[param][name] = torch.zeros_like(param, dtype=self.dtypes[name])
         if self.master_weights:
@@ -44,7 +43,7 @@ class FusedAdam(torch.optim.Optimizer):
         return state if skip_unscale else state.float()
 
     def set_scaled_state(self, param: Any, state_name: str, unscaled_state: torch.Tensor) -> None:
-        """Write a state given in float32."""
+        """Write a state from its float32 value."""
         assert unscaled_state.dtype == torch.float32
         state = self.state[param]
         if state_name not in state:
@@ -52,7 +51,7 @@ class FusedAdam(torch.optim.Optimizer):
         state[state_name].copy_(unscaled_state)
 
     def zero_grad(self, set_to_none: bool | None = None) -> None:  # type: ignore[override]
-        """Forget all gradients of the kind that `step` reads."""
+        """Clear the gradients that `step` reads: `decoupled_grad` or `grad`."""
         name = "decoupled_grad" if self.use_decoupled_grad else "grad"
         for param in (p for group in self.param_groups for p in group["params"]):
             if set_to_none is None or set_to_none:
@@ -63,8 +62,7 @@ class FusedAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None,  # type: ignore[override]
              grad_scaler: Any = None) -> None:
-        """Update all parameters by their gradients; every group's step count advances, even without
-        parameters or gradients."""
+        """Update all parameters with a gradient; the step count of every group advances."""
         for group in self.param_groups:
             group["step"] = group["step"] + 1 if "step" in group else 1
             for param in group["params"]:

@@ -1,4 +1,4 @@
-"""SGD: a name that megatron-core imports together with Adam."""
+"""`FusedSGD`, which megatron-core imports together with `FusedAdam`."""
 
 from __future__ import annotations
 

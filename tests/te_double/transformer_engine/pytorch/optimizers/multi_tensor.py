@@ -9,7 +9,7 @@ import torch
 
 
 class MultiTensorApply:
-    """Applies an operation to lists of tensors, if no list is empty."""
+    """Applies an operation to lists of tensors, without the places where the first list has empty tensors."""
 
     def __init__(self, chunk_size: int) -> None:
         self.chunk_size = chunk_size
@@ -28,7 +28,7 @@ multi_tensor_applier = MultiTensorApply(2048 * 32)
 
 def multi_tensor_scale(chunk_size: int, is_infinite: torch.Tensor, tensor_lists: list[list[torch.Tensor]],
                        scale: float) -> None:
-    """Write scale * source into each target, and 1 into `is_infinite` where a source is not finite."""
+    """Write scale * source into each target; set `is_infinite` to 1 if any source is not finite."""
     for source, target in zip(*tensor_lists, strict=True):
         if not source.isfinite().all():
             is_infinite.fill_(1)
@@ -37,6 +37,6 @@ def multi_tensor_scale(chunk_size: int, is_infinite: torch.Tensor, tensor_lists:
 
 def multi_tensor_l2norm(chunk_size: int, noop_flag: torch.Tensor, tensor_lists: list[list[torch.Tensor]],
                         per_tensor: bool | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the norm of all tensors in float32, and each one's where wanted."""
+    """Return the float32 norm of all tensors together, and the norm of each if `per_tensor` is set."""
     norms = torch.stack([torch.linalg.vector_norm(t, dtype=torch.float32) for t in tensor_lists[0]])
     return norms.norm().view(1), norms if per_tensor else torch.zeros(0)

@@ -1,3 +1,3 @@
-"""Classes of quantised tensors."""
+"""Classes of quantized tensors."""
 
 from ..quantized_tensor import QuantizedTensor  # noqa: F401

@@ -1,28 +1,28 @@
-"""Tensors with a scale per 128 x 128 values."""
+"""E4M3 matrices with a scale per block of 128 x 128 values."""
 
 from __future__ import annotations
 
 import torch
 
-from ..quantized_tensor import QuantizedTensor, Storage, of_bytes, scale_of, to_bytes
+from ..quantized_tensor import QuantizedTensor, Storage, compute_scale, from_bytes, to_bytes
 
 BLOCK = 128
 
 
 def block_amax(numbers: torch.Tensor) -> torch.Tensor:
-    """Return the largest magnitude of each block of [m, n]."""
+    """Return the largest magnitude of each block of a matrix: float32 [row blocks, column blocks]."""
     m, n = numbers.shape
     padded = torch.nn.functional.pad(numbers.abs().float(), (0, -n % BLOCK, 0, -m % BLOCK))
     return padded.view(-(-m // BLOCK), BLOCK, -(-n // BLOCK), BLOCK).amax(dim=(1, 3))
 
 
 def spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-    """Return [m, n] with each block's scale at all of its values."""
+    """Expand the scales of blocks to a matrix of shape `shape`."""
     return scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:shape[0], :shape[1]]
 
 
 class Float8BlockwiseQTensor(Storage, QuantizedTensor):
-    """A matrix in fp8 with a power of two per block, whose scales the double does not pad."""
+    """An E4M3 matrix with a power of two per block. The double does not pad the scales."""
 
     INNER = ("_rowwise_data", "_rowwise_scale_inv", "_columnwise_data", "_columnwise_scale_inv")
     _rowwise_data: torch.Tensor
@@ -32,8 +32,8 @@ class Float8BlockwiseQTensor(Storage, QuantizedTensor):
 
     def quantize_(self, tensor: torch.Tensor, *, noop_flag: torch.Tensor | None = None
                   ) -> Float8BlockwiseQTensor:
-        """Take the numbers of a matrix."""
-        scale = scale_of(block_amax(tensor.detach()), powers=True)
+        """Replace the values by those of a matrix, quantized."""
+        scale = compute_scale(block_amax(tensor.detach()), powers=True)
         self._store(_rowwise_scale_inv=scale.reciprocal(),
                     _rowwise_data=to_bytes(tensor.detach().float() * spread(scale, tensor.shape)))
         self._create_columnwise()
@@ -45,6 +45,6 @@ class Float8BlockwiseQTensor(Storage, QuantizedTensor):
 
     def _values(self, columnwise: bool = False) -> torch.Tensor:
         if columnwise:
-            return (of_bytes(self._columnwise_data)
+            return (from_bytes(self._columnwise_data)
                     * spread(self._columnwise_scale_inv, self._columnwise_data.shape)).t()
-        return of_bytes(self._rowwise_data) * spread(self._rowwise_scale_inv, self.shape)
+        return from_bytes(self._rowwise_data) * spread(self._rowwise_scale_inv, self.shape)

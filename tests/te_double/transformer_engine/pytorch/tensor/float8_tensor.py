@@ -1,15 +1,15 @@
-"""Tensors with one scale."""
+"""E4M3 tensors with one scale."""
 
 from __future__ import annotations
 
 import torch
 
 from .. import placement as machine
-from ..quantized_tensor import QuantizedTensor, Storage, of_bytes, scale_of, to_bytes
+from ..quantized_tensor import QuantizedTensor, Storage, compute_scale, from_bytes, to_bytes
 
 
 class Float8Tensor(Storage, QuantizedTensor):
-    """A tensor in fp8 with one scale, and on Hopper a transposed copy for products that sum over rows."""
+    """An E4M3 tensor with one scale, and on Hopper a transposed copy for products that sum over rows."""
 
     FORMS = ("_data", "_transpose")
     INNER = ("_data", "_scale_inv", "_transpose", "_transpose_invalid")
@@ -19,8 +19,8 @@ class Float8Tensor(Storage, QuantizedTensor):
     _transpose_invalid: bool
 
     def quantize_(self, tensor: torch.Tensor, *, noop_flag: torch.Tensor | None = None) -> Float8Tensor:
-        """Take the numbers of a tensor by its own largest value."""
-        scale = scale_of(tensor.detach().abs().amax().float())
+        """Replace the values by those of a tensor, quantized with a scale from its largest magnitude."""
+        scale = compute_scale(tensor.detach().abs().amax().float())
         self._store(_scale_inv=scale.reciprocal().view(1), _data=to_bytes(tensor.detach().float() * scale))
         self._reset_caches()
         return self
@@ -32,7 +32,7 @@ class Float8Tensor(Storage, QuantizedTensor):
                 self._create_transpose()
             assert self._transpose is not None
             data = self._transpose.t()
-        return of_bytes(data) * self._scale_inv
+        return from_bytes(data) * self._scale_inv
 
     def _create_transpose(self) -> None:
         self._transpose, self._transpose_invalid = self._data.t().contiguous(), False
@@ -42,5 +42,5 @@ class Float8Tensor(Storage, QuantizedTensor):
 
 
 def needs_transpose() -> bool:
-    """Return whether the chip multiplies only what has the summed axis last."""
+    """Return whether the chip multiplies FP8 operands only with the summed axis last, as before Blackwell."""
     return machine.CHIP.capability < (10, 0)

@@ -1,4 +1,4 @@
-"""Tensors with a scale per 16 values."""
+"""E2M1 tensors with a scale per 16 values (NVFP4)."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..quantized_tensor import QuantizedTensor, scale_of, to_bytes
+from ..quantized_tensor import QuantizedTensor, compute_scale, to_bytes
 from .float8_blockwise_tensor import Float8BlockwiseQTensor, block_amax, spread
 from .float8_tensor import Float8Tensor, needs_transpose
 from .mxfp8_tensor import MXFP8Tensor
@@ -64,7 +64,7 @@ def _cast_per_tensor(entries: list[Any], group: Any) -> None:
     amaxes = torch.stack([torch.zeros(()) if master is None else master.abs().amax().float()
                           for _, master, _ in entries])
     torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX, group=group)
-    for (weight, master, start), scale in zip(entries, scale_of(amaxes), strict=True):
+    for (weight, master, start), scale in zip(entries, compute_scale(amaxes), strict=True):
         weight._scale_inv.copy_(scale.reciprocal())
         if master is not None:
             weight._data.view(-1)[start:start + master.numel()] = to_bytes(master.float() * scale).view(-1)
@@ -84,7 +84,7 @@ def _cast_per_block(entries: list[Any], group: Any) -> None:
     torch.distributed.all_reduce(amaxes, op=torch.distributed.ReduceOp.MAX, group=group)
     parts = amaxes.split([amax.numel() for amax in block_amaxes])
     for (weight, master, start), amax, flat in zip(entries, block_amaxes, parts, strict=True):
-        scale = scale_of(flat.view(amax.shape), powers=True)
+        scale = compute_scale(flat.view(amax.shape), powers=True)
         weight._rowwise_scale_inv.copy_(scale.reciprocal())
         if master is not None:
             own_scale = spread(scale, weight.shape).reshape(-1)[start:start + master.numel()]

@@ -22,7 +22,7 @@ _last: list[AttentionCall] = []
 
 
 def window(attn_mask_type: str, size: tuple[int, int] | None) -> tuple[int, int]:
-    """Return the numbers of visible keys left and right of a query's own; -1: all."""
+    """Return the numbers of visible keys left and right of the query's position; -1: all."""
     if attn_mask_type not in MASKS:
         raise NotImplementedError(f"the double has no mask {attn_mask_type!r}")
     if "causal" not in attn_mask_type:
@@ -34,7 +34,7 @@ def window(attn_mask_type: str, size: tuple[int, int] | None) -> tuple[int, int]
     return size
 
 
-def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
              size: tuple[int, int]) -> torch.Tensor:
     """Return [tokens, heads, channels]: softmax(q k^T scale) v for one sequence.
 
@@ -45,8 +45,8 @@ def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
         scale: softmax scale.
         size: see `window`.
     """
-    groups = q.shape[1] // k.shape[1]
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    group_size = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group_size, 1), v.repeat_interleave(group_size, 1)
     distance = torch.arange(len(q))[:, None] - torch.arange(len(k))
     seen = torch.ones_like(distance, dtype=torch.bool)
     if size[0] >= 0:
@@ -59,17 +59,17 @@ def attended(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
     return torch.einsum("hqk,khd->qhd", weights, v.to(wide)).to(q.dtype)
 
 
-def attended_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
+def attend_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
                        scale: float, size: tuple[int, int]) -> torch.Tensor:
-    """Apply `attended` to each document of a packed row."""
+    """Apply `attend` to each document of a packed row."""
     bounds = cu_seqlens.tolist()
-    parts = [attended(q[a:b], k[a:b], v[a:b], scale, size) for a, b in pairwise(bounds) if b > a]
+    parts = [attend(q[a:b], k[a:b], v[a:b], scale, size) for a, b in pairwise(bounds) if b > a]
     # the kernels leave rows after the last document unwritten
     return torch.cat([*parts, q.new_zeros(len(q) - bounds[-1], q.shape[1], v.shape[-1])])
 
 
 class DotProductAttention(TransformerEngineBaseModule):
-    """Attention without weights."""
+    """Softmax attention over queries, keys and values."""
 
     def __init__(self, num_attention_heads: int, kv_channels: Any, num_gqa_groups: int | None = None,
                  attention_dropout: float = 0.0, qkv_format: str = "sbhd", attn_mask_type: str = "causal",
@@ -114,16 +114,16 @@ class DotProductAttention(TransformerEngineBaseModule):
                 score_mod_tensors: Any = None, score_mod_bprop_tensors: Any = None, qkv_layer: Any = None,
                 kv_layer: Any = None, qkv_interleave_dim: int = -3, thd_attention_policies: Any = None,
                 thd_attention_policy_dispatch: str = "auto") -> torch.Tensor:
-        """Compute attention, see `attended`; sbhd has a batch axis after the tokens.
+        """Compute attention, see `attend`; sbhd has a batch axis after the tokens.
 
         Returns:
             [tokens, heads * channels] (thd) or [tokens, batch, heads * channels] (sbhd).
         """
-        refused = (cu_seqlens_q_padded, cu_seqlens_kv_padded, softcap or self.softcap or None,
-                   core_attention_bias, alibi_slopes, inference_params, pad_between_seqs, score_mod,
-                   qkv_layer, kv_layer, thd_attention_policies)
-        if any(given is not None for given in refused) or attention_mask is not None:
-            raise NotImplementedError("the double has plain softmax attention, without masks of the caller")
+        unsupported = (cu_seqlens_q_padded, cu_seqlens_kv_padded, softcap or self.softcap or None,
+                       core_attention_bias, alibi_slopes, inference_params, pad_between_seqs, score_mod,
+                       qkv_layer, kv_layer, thd_attention_policies)
+        if any(given is not None for given in unsupported) or attention_mask is not None:
+            raise NotImplementedError("the double has plain softmax attention, without a mask argument")
         kind, mask = qkv_format or self.qkv_format, attn_mask_type or self.attn_mask_type
         size = window(mask, window_size or self.window_size)
         self.init_fp8_metadata()
@@ -140,10 +140,10 @@ class DotProductAttention(TransformerEngineBaseModule):
             dpa_utils.get_attention_backend(call)
             _last[:] = [call]
         if kind == "thd":
-            out = attended_documents(query_layer, key_layer, value_layer, cu_seqlens_q, self.softmax_scale,
+            out = attend_documents(query_layer, key_layer, value_layer, cu_seqlens_q, self.softmax_scale,
                                      size)
         else:
-            out = torch.stack([attended(q, k, v, self.softmax_scale, size)
+            out = torch.stack([attend(q, k, v, self.softmax_scale, size)
                                for q, k, v in zip(
                 query_layer.unbind(1), key_layer.unbind(1), value_layer.unbind(1), strict=True)], dim=1)
         return out.flatten(-2)
@@ -151,7 +151,7 @@ class DotProductAttention(TransformerEngineBaseModule):
     def _check(self, kind: str, mask: str, key: torch.Tensor, cu_q: Any, cu_kv: Any, longest: Any) -> None:
         """Raise the real module's assertions."""
         assert key.shape[-2] == self.groups, \
-            f"Keys and values must have num_gqa_group = {self.groups} heads! Found {key.shape[-2]}."
+            f"Keys and values must have num_gqa_group = {self.group_size} heads! Found {key.shape[-2]}."
         if kind != "thd":
             return
         assert key.dim() == 3, "Queries, keys and values must be 3D tensors when qkv_format = thd!"

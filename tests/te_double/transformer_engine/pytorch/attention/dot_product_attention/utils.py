@@ -1,5 +1,4 @@
-"""Backend selection under the name that the real module looks up if a call differs from the last; programs
-may call it as well."""
+"""`get_attention_backend`, which `DotProductAttention` calls if a call differs from its previous one."""
 
 from __future__ import annotations
 
@@ -68,8 +67,8 @@ class AttentionParams:
 
 def get_attention_backend(attention_params: AttentionParams | AttentionCall | None = None
                           ) -> tuple[bool, None, bool, int | None, bool, list[bool]]:
-    """Return whether FlashAttention serves, its kernel, the fused kernel, its backend, plain torch, and all
-    candidates; reasons go to the log."""
+    """Return (use FlashAttention, its version, use the fused kernel, its number, use plain torch, [whether
+    each of the three accepts the call]); write reasons for rejections to the log."""
     p = attention_params or AttentionParams()
     call = p if isinstance(p, AttentionCall) else AttentionCall(
         p.qkv_dtype, p.num_heads, (p.head_dim_qk, p.head_dim_v), p.batch_size, p.max_seqlen_q,
@@ -81,5 +80,5 @@ def get_attention_backend(attention_params: AttentionParams | AttentionCall | No
     for backend, why in refused.items():
         log.debug("Disabling %s for %s", backend, why)
     found = choose(call, machine.CHIP)
-    could = [False, FUSED not in refused, UNFUSED not in refused]
-    return False, None, found == FUSED, 1 if found == FUSED else None, found == UNFUSED, could
+    available = [False, FUSED not in refused, UNFUSED not in refused]
+    return False, None, found == FUSED, 1 if found == FUSED else None, found == UNFUSED, available
