@@ -17,8 +17,7 @@ from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.footprint.gpu_capacity import SPILL_LIMITS
 from megatron_sov.plan.pricing import Machines, Pricing, RunStage, build_pricing
-from megatron_sov.plan.search.recommended_layouts import (
-    find_recommended, get_recommended_settings, sets_layout)
+from megatron_sov.plan.search.recommended_layouts import get_recommended_settings, sets_layout
 from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, get_current_choice, iter_layouts
 from megatron_sov.plan.search.sweep import build_stage_spaces
 
@@ -83,7 +82,8 @@ def get_cluster_recommendation(config: RunConfig, machines: Machines,
                                user_settings: Sequence[str]) -> tuple[str, ...]:
     """Return the recommended settings for a run on a cluster; () if `RECOMMENDED` has none."""
     gpu = machines.profile.gpu if machines.profile.gpus_per_node else ""
-    return get_recommended_settings(config, machines.num_ranks, gpu, user_settings)
+    return get_recommended_settings(config, machines.num_ranks, gpu, user_settings,
+                                    machines.profile.dispatchers)
 
 
 def find_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str] = ()
@@ -117,8 +117,7 @@ class LocalSearch:
     def __init__(self, config: RunConfig, pricing: Pricing, user_settings: Sequence[str]) -> None:
         fixed = {setting.partition("=")[0] for setting in user_settings}
         # recommended kernels and dispatchers stay fixed
-        recommended = find_recommended(config, pricing.num_ranks, pricing.machines.profile.gpu,
-                                       user_settings) or ()
+        recommended = get_cluster_recommendation(config, pricing.machines, user_settings)
         may_spill = config.model.num_moe_layers() and not config.gpu.offload_modules and SPILL not in fixed
         self.own_settings = (*([f"{SPILL}={SPILL_LIMITS[0]}"] if may_spill else []), *recommended)
         self.config = apply_settings(config, list(self.own_settings))
