@@ -92,8 +92,8 @@ def test_a_unit_may_be_required() -> None:
 
 
 @pytest.mark.each(("text", "value"), [("12", 12), ("1,000", 1000), (".5", 0.5), ("5 min", 300),
-                                             ("25%", 0.25),
-                                             ("3e-2 km", 30), ("x", None), ("", None), ("1" * 401, None)])
+                                      ("25%", 0.25),
+                                      ("3e-2 km", 30), ("x", None), ("", None), ("1" * 401, None)])
 def test_quantities_convert_to_si_units(text: str, value: float | None) -> None:
     read = read_quantity(text)
     assert (read is None) if value is None else (read is not None and math.isclose(read.value, value))

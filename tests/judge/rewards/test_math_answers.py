@@ -87,8 +87,8 @@ def test_unmarked_numbers_are_not_answers(response: str, own: float, marked: flo
 
 
 @pytest.mark.each("row", [{"response": "1"}, {"response": "1", "answer": ""},
-                                 {"response": "1", "answer": "$$"},
-                                 {"response": "1", "answer": 4}, {"response": "1", "answer": "9" * 10_001}])
+                          {"response": "1", "answer": "$$"},
+                          {"response": "1", "answer": 4}, {"response": "1", "answer": "9" * 10_001}])
 def test_a_row_without_a_readable_answer_is_refused(row: dict) -> None:
     with pytest.raises(Refused):
         Math().score(row)

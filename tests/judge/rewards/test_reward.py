@@ -40,7 +40,7 @@ def test_thoughts_and_calls_are_not_judged(response: str, content: str) -> None:
 
 
 @pytest.mark.each(("given", "reward"), [(1, 1.0), (0.25, 0.25), (True, 1.0), (Fraction(1, 4), 0.25),
-                                               (Score(0.5, {"right": True}), 0.5)])
+                                        (Score(0.5, {"right": True}), 0.5)])
 def test_numbers_are_scores(given: object, reward: float) -> None:
     assert (run_reward(Gives(given), ROW).reward, run_reward(Gives(given), ROW).status) == (reward, "scored")
 

@@ -101,7 +101,7 @@ def test_failures_affect_a_single_row(runner) -> None:
 def test_ended_process_affects_a_single_row(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
     monkeypatch.setattr(workers, "send_message", lambda channel, asked: (sent.append(len(asked)),
-                                                                send_message(channel, asked)))
+                                                                         send_message(channel, asked)))
     monkeypatch.setattr(workers, "FAST_REQUEST_S", 60.0)
     with runner(workers=1) as running:
         result = running.score(build_rows(*map(str, range(40)), "die", *map(str, range(41, 60))))

@@ -78,8 +78,8 @@ def odd(x: Tool) -> None:
 
 
 @pytest.mark.each("function, message", [(untyped, "must have a name and a type"),
-                                            (silent, "has no docstring"), (many, "must have a name"),
-                                            (odd, "have no JSON schema")])
+                                        (silent, "has no docstring"), (many, "must have a name"),
+                                        (odd, "have no JSON schema")])
 def test_functions_without_a_schema_are_refused(function: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"tool {function.__name__}: .*{message}"):
         build_tool(function)

@@ -73,7 +73,7 @@ def _killed_at(round_: int) -> Callable[[ToolPolicy], ToolPolicy]:
 @pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("round_, torn", [(1, b"[0, 1"), (7, b"\0" * 40 + b"\n"), (15, b'[3, 9, 1]\n{"ep')])
 def test_killed_episodes_resume_to_the_same_end(fuzzed: dict[str, Any], tmp_path: Path,
-                                                             round_: int, torn: bytes) -> None:
+                                                round_: int, torn: bytes) -> None:
     episodes, _, encoder = fuzzed["files"]
     expected = [build_row(episode, encoder) for episode in episodes[:12]]
     with pytest.raises(_Killed):

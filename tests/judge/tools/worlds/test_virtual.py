@@ -116,7 +116,7 @@ def test_world_resumes_in_a_process_from_its_state() -> None:
 
 
 @pytest.mark.each("answer, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
-                                          ("220.5", False), ("2200", False), ("A220", False)])
+                                     ("220.5", False), ("2200", False), ("A220", False)])
 def test_answers_match_complete_words(answer: str, counts: bool) -> None:
     assert begin_task({"answers": ["220"]}).score(answer).reward == counts
 
