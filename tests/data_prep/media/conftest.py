@@ -60,7 +60,7 @@ class InProcessReader:
     def close(self) -> None:
         pass
 
-    def build_media(self, found: tuple[list[np.ndarray], dict[str, Any]]) -> DecodedMedia:
+    def _wrap(self, found: tuple[list[np.ndarray], dict[str, Any]]) -> DecodedMedia:
         return DecodedMedia(found[0], **found[1])
 
 
