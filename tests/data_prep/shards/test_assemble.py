@@ -180,7 +180,7 @@ def test_complete_unit_is_reused_and_partial_unit_rebuilt(options: UnitSettings,
     again = UnitEncoder(options, tmp_path / "work").encode(unit)
     assert again == dataclasses.replace(first, encoded_now=False)
     folder = part_folder(tmp_path / "work", first.key)
-    torn = folder.rename(folder.with_name(f"{first.compute_key}.tmp-1"))  # as a killed process leaves it
+    torn = folder.rename(folder.with_name(f"{first.key}.tmp-1"))  # as a killed process leaves it
     assert UnitEncoder(options, tmp_path / "work").encode(unit).encoded_now
     assert (torn / "tokens").read_bytes() == (folder / "tokens").read_bytes()
 
