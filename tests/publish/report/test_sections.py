@@ -91,8 +91,8 @@ def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
                 groups={"learns": 6, "all right": 2}, unjudged={"failed": 3})
     write_round(tmp_path, 1, means=build_means(0.5), groups={"learns": 8}, unjudged={})
     section = SECTIONS["Rounds"].build(Run("rl", {}, rounds=read_rounds(tmp_path)))
-    assert read_curves(section.charts[0]) == {"reward": [0.5, 0.75], "<b>form</b>": [1, 1],
-                                                    "right": [0.5, 0.75]}
+    assert read_curves(section.charts[0]) == {
+        "reward": [0.5, 0.75], "<b>form</b>": [1, 1], "right": [0.5, 0.75]}
     assert read_curves(section.charts[-1]) == {"all right": [0, 2], "learns": [8, 6]}
     assert section.tables[0].rows == [
         ["1", "64", "0.5000", "–", "12.5", "25 %", "8", "–", "–"],
