@@ -8,8 +8,8 @@ from megatron_sov.commands.models.recipes import format_recipe_summary
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.recipes import RECIPES, TINY, get, sources
 from megatron_sov.model.recipes.sources import DEFAULT, ValueSource, select_used
-from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage, fits_gpu
-from megatron_sov.plan.search.recommended_layouts import RECOMMENDED, list_recommended
+from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
+from megatron_sov.plan.search.recommended_layouts import RECOMMENDED, complete_layout, list_recommended
 from megatron_sov.work.clusters.chips import CHIPS
 from megatron_sov.work.clusters.units import GIB
 
@@ -55,9 +55,10 @@ LAYOUTS = """
 ## Layouts for GPUs
 
 These layouts are recommended, best first. `rl` takes the first layout that fits your process count and the
-memory, with 5 % left free ([memory.md](memory.md)); `plan` and `submit` of other stages search for the
-fastest. `plan --sweep` chose them: among layouts at most 2 % slower than the fastest, the layout with the
-least memory. Figures are computed; none is from a GPU yet.
+memory, with 5 % left free, and with `gpu.expert_spill` if twice the mean tokens on an expert-parallel rank
+need it ([memory.md](memory.md)); `plan` and `submit` of other stages search for the fastest. `plan --sweep`
+chose them: among layouts at most 2 % slower than the fastest, the layout with the least memory. Figures are
+computed; none is from a GPU yet.
 
 | command | use |
 |---|---|
@@ -145,10 +146,11 @@ def format_layouts() -> str:
         config = get(name)
         for kind, gpu in CHIPS.items():
             for layout in list_recommended(config, kind):
-                changed = apply_settings(config, list(layout))
-                memory_gib = {ranks: find_fullest_stage(changed, ranks)[1].total / GIB
-                              for ranks in TABLE_RANKS
-                              if not changed.problems(ranks) and fits_gpu(changed, ranks, gpu)}
+                fitting = {ranks: complete_layout(config, layout, ranks, kind) for ranks in TABLE_RANKS}
+                runs = {ranks: apply_settings(config, list(found)) for ranks, found in fitting.items()
+                        if found is not None}
+                memory_gib = {ranks: find_fullest_stage(run, ranks)[1].total / GIB
+                              for ranks, run in runs.items()}
                 settings = ", ".join(f"`{setting}`" for setting in layout) or "its own"
                 sizes = ", ".join(f"{gib:.0f} on {ranks:,}" for ranks, gib in memory_gib.items())
                 rows.append(f"| `{name}` | {gpu.name} | {settings} | {sizes} |\n")

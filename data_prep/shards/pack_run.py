@@ -302,8 +302,10 @@ def _write_sources(job: _PackJob, encoded: list[EncodedSource], artifact: Path
         for source in encoded:
             written = write_shards(source, job.work, artifact, job.dtype, job.rule, job.settings.shard_tokens)
             num_bad = write_quarantine(source, job.work, job.dtype, quarantine)
-            documents = {bucket: sum(split["num_documents"] for split in splits.values()) // source.group
-                         for bucket, splits in written.items()}
+            documents = {}
+            for bucket, splits in written.items():
+                num_sequences = sum(split["num_documents"] for split in splits.values())
+                documents[bucket] = num_sequences // source.group
             accounts[source.name] = account = account_source(source, documents, num_bad)
             for bucket, splits in written.items():
                 unit_tags = [record.tags.get(bucket, {}) for _, record in source.units]

@@ -9,7 +9,8 @@ from annotated_types import Ge, Le
 
 from data_prep.synth.declared.templates import PromptTemplate
 from data_prep.synth.replies import NoReply, NoUsableReply, Reply, find_reply_fault, read_reply
-from megatron_sov.judge.rewards.judge import build_fenced_messages, parse_grade, replace_surrogates
+from megatron_sov.base.documents.rows import replace_surrogates
+from megatron_sov.judge.rewards.judge import build_fenced_messages, parse_grade
 from megatron_sov.work.endpoints.answers import BadAnswer, EndpointUnavailable, RequestRefused
 from megatron_sov.work.endpoints.endpoint import Endpoint
 

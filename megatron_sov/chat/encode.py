@@ -524,9 +524,9 @@ class TurnEncoder:
         Returns:
             The ids after the turn, or None if the template shows no results.
         """
-        calls = tuple({"type": "function", "function": {"name": name if _NAME.fullmatch(name) else "unknown",
-                                                        "arguments": {}}}
-                      for name in names)
+        valid_names = [name if _NAME.fullmatch(name) else "unknown" for name in names]
+        calls = tuple({"type": "function", "function": {"name": name, "arguments": {}}}
+                      for name in valid_names)
         for turn in (_ASSISTANT_MESSAGE, Message("assistant", "", tool_calls=calls)):
             prefix = Conversation((_USER_MESSAGE, turn), (), self._template_kwargs)
             extended = replace(prefix, messages=(*prefix.messages, *messages))

@@ -80,8 +80,10 @@ class HostSnapshot:
         for key, block in blocks_by_id.items():
             # on a GPU, the copies are queued before the synchronize below
             self._memory[key].copy_(block.data.detach(), non_blocking=True)
-        self._parts = {part: [dataclasses.replace(b, data=self._memory[_identify_block(part, b)])
-                              for b in blocks] for part, blocks in owned.items()}
+        self._parts = {}
+        for part, blocks in owned.items():
+            self._parts[part] = [dataclasses.replace(b, data=self._memory[_identify_block(part, b)])
+                                 for b in blocks]
         # after this method, the next training step may overwrite the weights
         if on_gpu():
             torch.cuda.synchronize()
@@ -101,8 +103,9 @@ class HostSnapshot:
 
         run_in_threads([lambda args=file: write_blocks(*args) for file in files],  # type: ignore[misc]
                        count_writers())
-        indices = {part: [index for file_part, _, index in written if file_part == part]
-                   for part in self._parts}
+        indices: dict[str, list[Index]] = {part: [] for part in self._parts}
+        for part, _, index in written:
+            indices[part].append(index)
         records = {name: record for _, writer, _ in written for name, record in writer.files.items()}
         file = SnapshotRecord.file(folder, rank)
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ do not broadcast); and it does not normalize the weight of a single chosen exper
 `test_router.py::test_routing_is_the_formula_at_every_layout_without_padding`.
 """
 
+import contextlib
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -201,6 +202,74 @@ class BalancedRouter(TopKRouter):
         return step.rows[key], max(1, num_tokens * split // step.seq_len)
 
 
+class ExpertSpill:
+    """Moves saved activations of overloaded routed experts to host memory until the backward pass.
+
+    An expert layer's pass keeps its activations on the device while all pending passes of this process hold
+    at most `limit` times the mean tokens per expert-parallel process there. Results keep their bits. The
+    paged stash of Megatron-Core 0.19.2 (`moe_paged_stash`) has the same purpose, but needs
+    `moe_expert_rank_capacity_factor`: HybridEP with fused experts, which drops tokens above the capacity, or
+    NCCL EP, which fails above it.
+    """
+
+    def __init__(self, limit: float) -> None:
+        """Create the spill; `limit` is `gpu.expert_spill`."""
+        self._limit = limit
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget passes without a backward pass, at the start of a step."""
+        self._num_pending, self._stored_load = 0, 0.0
+        self.num_spilled = 0
+        """Layer passes whose activations went to host memory in this step."""
+
+    def attach(self, layer: Any) -> None:
+        """Wrap the routed experts' forward pass of a Megatron-Core `MoELayer`."""
+        experts, config, compute = layer.experts, layer.config, layer.experts.forward
+        copies = config.moe_router_topk * config.expert_tensor_parallel_size
+        weight_shapes = {shape for weight in experts.parameters()
+                         for shape in (weight.shape, weight.shape[::-1])}
+
+        def compute_experts(tokens: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            """[routed tokens, hidden] -> ([routed tokens, hidden], bias)."""
+            if not torch.is_grad_enabled():
+                return compute(tokens, *args, **kwargs)
+            load = len(tokens) / (layer.token_dispatcher.hidden_shape[:-1].numel() * copies)
+            spills = self._stored_load + load > self._limit * (self._num_pending + 1)
+            with _store_on_host(weight_shapes) if spills else contextlib.nullcontext():
+                output, bias = compute(tokens, *args, **kwargs)
+            stored_load = 0.0 if spills else load
+            self._count_pass(1, stored_load)
+            self.num_spilled += spills
+            output.register_hook(lambda gradient: self._count_pass(-1, -stored_load))
+            return output, bias
+
+        experts.forward = compute_experts
+
+    def _count_pass(self, num_passes: int, load: float) -> None:
+        self._num_pending += num_passes
+        self._stored_load += load
+
+
+def _store_on_host(weight_shapes: set[torch.Size]) -> Any:
+    """Return a context in which autograd saves tensors in pinned host memory, except weights and tensors with
+    a shape in `weight_shapes` (quantized weights)."""
+    def copy_to_host(tensor: torch.Tensor) -> tuple[torch.device | None, torch.Tensor]:
+        if isinstance(tensor, torch.nn.Parameter) or tensor.shape in weight_shapes or hasattr(
+                tensor, "_quantizer"):
+            return None, tensor
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda)
+        if tensor.is_cuda:  # a tensor from the exchange's stream must live until this stream has copied it
+            tensor.record_stream(torch.cuda.current_stream())
+        return tensor.device, host.copy_(tensor, non_blocking=True)
+
+    def copy_to_device(stored: tuple[torch.device | None, torch.Tensor]) -> torch.Tensor:
+        device, tensor = stored
+        return tensor if device is None else tensor.to(device, non_blocking=True)
+
+    return torch.autograd.graph.saved_tensors_hooks(copy_to_host, copy_to_device)
+
+
 @dataclass
 class RoutingStep:
     """Optimizer step state, shared by the process's `BalancedRouter` modules.
@@ -229,6 +298,8 @@ class RoutingStep:
     """Layer number -> [local tokens, top_k] int64 per row read, in order. None: no recording."""
     has_graphs: bool = False
     """Whether the current passes use the captured CUDA graphs."""
+    spill: ExpertSpill | None = None
+    """Moves activations of overloaded experts to host memory; None: they stay on the device."""
 
     def begin(self, seq_len: int, num_sequences: int) -> None:
         """Start a step. Values that change are written to tensors: CUDA graphs replay Python numbers from
@@ -238,6 +309,8 @@ class RoutingStep:
             self.num_sequences = torch.empty((), dtype=torch.float32, device=get_local_device())
         self.num_sequences.fill_(num_sequences)
         self.reset_losses()
+        if self.spill is not None:
+            self.spill.reset()
 
     def reset_losses(self) -> None:
         for loss in self.aux_loss.values():

@@ -155,9 +155,11 @@ class PromptEncoder:
             pieces = self.feature_tokens.split(text) if self.feature_tokens else [(text, None)]
         except BadRecord as e:
             raise UserError(f"the prompt {text[:40]!r} {e}") from None
-        # `id_` is the id of an image or audio token; None: `piece` is text
-        return [i for piece, id_ in pieces for i in (
-            self._tokenizer.encode(piece, add_special_tokens=False) if id_ is None else [id_])]
+        ids: list[int] = []
+        for piece, id_ in pieces:
+            # `id_` is the id of an image or audio token; None: `piece` is text
+            ids += self._tokenizer.encode(piece, add_special_tokens=False) if id_ is None else [id_]
+        return ids
 
     def encode_text(self, text: str) -> list[int]:
         """Encode the beginning of an answer, without chat template. Raises `UserError`: the text is invalid,

@@ -45,3 +45,6 @@ class MemoryEstimate:
     """Host memory on the first pipeline stage, under `gpu.optimizer_offload`."""
     fullest: int
     """Peak of the pipeline stage that needs most: every GPU must have as much free memory."""
+    imbalance_limit: float = 0.0
+    """Largest load of the busiest expert-parallel process, relative to the mean, that fits the GPU; 0:
+    unknown GPU or no expert parallelism."""

@@ -1,6 +1,7 @@
 """Plan a run on a cluster: layout, memory, time and cost."""
 
 import dataclasses
+import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,7 +12,8 @@ from megatron_sov.base.figures import format_count, format_days, format_money
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.footprint.gpu_capacity import (
-    find_fullest_stage, find_nearest_layout, get_usable_bytes, refuse_on_nodes, refuse_too_large)
+    find_fullest_stage, find_imbalance_limit, find_nearest_layout, format_imbalance_limit, get_usable_bytes,
+    refuse_on_nodes, refuse_too_large)
 from megatron_sov.plan.footprint.memory import MemoryAccount
 from megatron_sov.plan.pages.layout_report import (
     SweepReport, format_layout, format_model_size, format_set_options, format_sizes, format_submit_command)
@@ -24,7 +26,7 @@ from megatron_sov.plan.search.sweep import (
     SweepSearch, count_layouts, find_fewest_nodes, format_node_advice, has_fitting_layout, search_layouts)
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.chips import Chip
-from megatron_sov.work.clusters.units import GIB, SECONDS_PER_DAY
+from megatron_sov.work.clusters.units import SECONDS_PER_DAY
 from megatron_sov.work.progress.progress_bar import create_bar
 
 MIN_ITEM_SHARE = 0.0005
@@ -66,6 +68,9 @@ class ClusterPlan:
             "processes": self.machines.num_ranks, "layout": dataclasses.asdict(self.config.parallel),
             "gpu": chip.name if chip else None, "fullest_stage": stage + 1,
             "memory_bytes": account.components() | {"total": account.total}}
+        if chip and self.config.parallel.ep > 1:  # null: all tokens on one process fit
+            limit = find_imbalance_limit(self.config, self.machines.num_ranks, chip)
+            values["imbalance_limit"] = limit if limit < math.inf else None
         if self.quotes:
             values["stages"] = [quote_to_json(q) for q in self.quotes]
             values["totals"] = dataclasses.asdict(sum_quotes(self.quotes))
@@ -140,25 +145,25 @@ def format_gpus(machines: Machines) -> str:
 
 
 def format_memory_lines(config: RunConfig, num_ranks: int, chip: Chip | None = None) -> str:
-    """Format two lines: the layout, and the fullest process's `MemoryAccount` in GiB."""
+    """Format the layout, the fullest process's `MemoryAccount` in GiB, and the largest load of experts, in a
+    line each."""
     stage, account = find_fullest_stage(config, num_ranks)
     components = account.components() | ({"on_host": account.on_host} if account.on_host else {})
     least = max(MIN_ITEM_SHARE * account.total, 1)
-    items = ", ".join(f"{item.replace('_', ' ')} {_format_gib(n)}" for item, n in components.items()
+    items = ", ".join(f"{item.replace('_', ' ')} {format_gib(n)}" for item, n in components.items()
                       if n >= least or item in ("weights", "gradients", "optimizer"))
     if chip:
-        count, limit = f"{num_ranks:,} GPUs", f" of {_format_gib(get_usable_bytes(chip))} GiB per GPU"
+        count, limit = f"{num_ranks:,} GPUs", f" of {format_gib(get_usable_bytes(chip))} GiB per GPU"
     else:
         count, limit = f"{num_ranks:,} process{'es' if num_ranks > 1 else ''}", " GiB per process"
+    room = ""
+    if chip and config.parallel.ep > 1:
+        room = "\nexperts: " + format_imbalance_limit(config, find_imbalance_limit(config, num_ranks, chip))
     pp, dispatcher = config.parallel.pp, config.parallel.expert_dispatcher
     position = f" (pipeline stage {stage + 1} of {pp})" if pp > 1 else ""
     kernels = f", experts by {dispatcher}" if dispatcher in ("deepep", "hybridep") else ""
     return (f"{count}: {format_sizes(config.parallel)}{kernels}\n"
-            f"memory: {_format_gib(account.total)}{limit}{position}: {items}")
-
-
-def _format_gib(num_bytes: int) -> str:
-    return f"{num_bytes / GIB:.1f}" if num_bytes >= GIB / 10 else f"{num_bytes / GIB:.2g}"
+            f"memory: {format_gib(account.total)}{limit}{position}: {items}{room}")
 
 
 def find_length_source(request: RecipeRequest) -> str:

@@ -14,7 +14,8 @@ from megatron_sov.plan.pages.quotes import Quote, QuotedMemory
 from megatron_sov.plan.search.space import choice_to_dict, get_current_choice
 from megatron_sov.plan.speed.parameters import UNITS, load_default_parameters
 from megatron_sov.plan.speed.step import (
-    PartsCache, StepTime, estimate_extra_layers, estimate_router_s, estimate_step)
+    SLOW_HOST, PartsCache, StepTime, estimate_extra_layers, estimate_router_s, estimate_slow_host,
+    estimate_step)
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload, build_workload
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters import cluster
@@ -245,8 +246,8 @@ def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu, tflops_per_gpu=step.tflops_per_gpu, mfu=step.mfu,
         hours=train_s / SECONDS_PER_HOUR, cost_usd=gpu_hours * price.typical,
         cost_range_usd=(gpu_hours * price.low, gpu_hours * price.high),
-        notes=(*_list_notes(price, work.imbalance),
-               *_list_router_notes(work, step), *_list_packing_notes(stage.config, work)))
+        notes=(*_list_notes(price, work.imbalance), *_list_router_notes(work, step), _format_slow_host(work),
+               *_list_packing_notes(stage.config, work)))
 
 
 @dataclass(frozen=True)
@@ -286,6 +287,12 @@ def _list_router_notes(work: Workload, step: StepTime) -> list[str]:
     seconds = estimate_router_s(work, load_default_parameters())
     return [f"Routers take {seconds:.2g} s of a step, {seconds / step.total_s:.1%}, counted under dense and "
             "memory-bound."]
+
+
+def _format_slow_host(work: Workload) -> str:
+    step = estimate_slow_host(work)
+    return (f"With a host {SLOW_HOST} times as slow (docs/plan.md), a step takes {step.total_s:.1f} s, "
+            f"MFU {step.mfu:.1%}.")
 
 
 def _list_packing_notes(config: RunConfig, work: Workload) -> list[str]:

@@ -323,7 +323,8 @@ class _Comparison:
         num_read = sum(name.startswith("read") for name in self.checkpoint_tensors)
         prefixes = {"losses": _LOSS, "gradient norms": "gradient norm", "loads of experts": "load of expert",
                     "biases of routers": "router bias"}
-        return {**{kind: sum(name.startswith(prefix) for name in names) for kind, prefix in prefixes.items()},
+        counts = {kind: sum(name.startswith(prefix) for name in names) for kind, prefix in prefixes.items()}
+        return {**counts,
                 "gradients": len(self.gradients), "first moments": sum(parts[name] for name in FIRST_MOMENTS),
                 "second moments": parts["exp_avg_sq"], "weights": parts["weights"],
                 "replicas of weights": len(self.replicas["weights"]),

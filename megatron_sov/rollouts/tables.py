@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from megatron_sov.base.documents.rows import replace_surrogates
 from megatron_sov.rollouts.rows import NOT_WRITTEN, Key, RewardRow, Rollout
 from megatron_sov.work.tables.parquet import build_list_column, read_arrays, read_strings
 
@@ -62,7 +63,7 @@ def rollouts_to_table(rows: Sequence[Rollout], vocab_size: int) -> pa.Table:
         rows, ("round", "attempt", "finish_reason", "temperature", "engine", "began_s", "ended_s"))
     columns["record"] = _json_texts([row.record for row in rows])
     columns["outcome"] = _json_texts([row.outcome for row in rows])
-    columns["response"] = [_replace_surrogates(row.response) for row in rows]
+    columns["response"] = [replace_surrogates(row.response) for row in rows]
     columns |= _route_columns(rows)
     # int64 ids would wrap around silently in an int32 column and look valid.
     is_int32 = all(row.prompt_tokens.dtype == row.tokens.dtype == np.int32 for row in rows)
@@ -130,7 +131,7 @@ def rewards_to_table(rows: Sequence[RewardRow]) -> pa.Table:
     """Convert rewards to columns."""
     columns = _key_columns([row.key for row in rows])
     columns |= _attribute_columns(rows, ("attempt", "reward"))
-    columns |= {name: list(map(_replace_surrogates, texts)) for name, texts
+    columns |= {name: list(map(replace_surrogates, texts)) for name, texts
                 in _attribute_columns(rows, ("reward_version", "status", "reason")).items()}
     columns["components"] = _json_texts([row.components for row in rows])
     return _build_table(columns, REWARDS)
@@ -168,12 +169,7 @@ def _json_texts(values: Sequence[Mapping[str, Any] | None]) -> list[str | None]:
 def _json_text(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False, allow_nan=False)
     # Half a surrogate pair is not valid UTF-8; the escape can be read back exactly.
-    return text if _replace_surrogates(text) == text else json.dumps(value, allow_nan=False)
-
-
-def _replace_surrogates(text: str) -> str:
-    """Replace half surrogate pairs, which a broken engine may send, by question marks."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return text if replace_surrogates(text) == text else json.dumps(value, allow_nan=False)
 
 
 def _route_columns(rows: Sequence[Rollout]) -> dict[str, list[Any]]:

@@ -95,7 +95,7 @@ class Trainer:
         self.policy = ForwardModel(self.model, config.train.head_chunk_tokens)
         self.batches = DataBatches(config, sources, world, options.planned, get_columns(objective))
         self.recorder = Recorder(config, world, self.num_steps, options.began_s)
-        self.guards = Guards(config.guards, world, folder.path, options.faults, self.recorder.record_hang)
+        self.guards = Guards(config, world, folder.path, options.faults, self.recorder.record_hang)
         self.objective = objective(ObjectiveContext(
             config, self.batches, world, folder.path, self._write_event, self.guards.watchdog.pause))
         self.guards.step_guard.compares_losses = has_comparable_loss(self.objective)

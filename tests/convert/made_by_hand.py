@@ -35,11 +35,8 @@ def tensors() -> dict[str, torch.Tensor]:
 
 
 def checkpoint(folder: Path, training: Mapping[str, Any] | None = None) -> Metadata:
-    """Write a valid checkpoint in which each tensor is one piece; return its index.
-
-    Args:
-        training: further entries of common.pt, for a checkpoint with AdamW's state.
-    """
+    """Write a valid checkpoint in which each tensor is one piece; return its index. `training`: further
+    entries of common.pt, for a checkpoint with AdamW's state."""
     folder.mkdir(parents=True)
     state, stored, raw = {}, {}, io.BytesIO()
     moments = {} if training is None else {

@@ -95,18 +95,9 @@ def build_ours(data: str, run: str, recipe: str, precision: str) -> Any:
 
 def continue_stock(folder: str, batches: str, recipe: str, precision: str, layout: dict[str, Any],
                    distributed: bool, saved_after: int = 0, saved: str = "") -> list[float]:
-    """Load weights, optimizer and schedule with Megatron-Core, train on recorded rows and return the losses.
-
-    Args:
-        folder: Megatron's checkpoint.
-        batches: file from `train_ours`.
-        recipe: key of `MODELS`.
-        precision: fp64 or fp32.
-        layout: fields of `ParallelConfig`.
-        distributed: whether Megatron's distributed optimizer shards the state.
-        saved_after: step after which the training is saved; 0: never.
-        saved: folder to save to.
-    """
+    """Load weights, optimizer and schedule with Megatron-Core, train on the rows in `batches` (`train_ours`)
+    and return the losses; save to `saved` after the step `saved_after` (0: never). With `distributed`,
+    Megatron's distributed optimizer shards the state."""
     from megatron.core import parallel_state
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.pipeline_parallel import get_forward_backward_func

@@ -194,8 +194,7 @@ def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path
         convert.from_hf(source, tmp_path / f"{name} ckpt")
         capsys.readouterr()
         convert.to_hf(tmp_path / f"{name} ckpt", tmp_path / f"{name} hf")
-        assert ("token ids may differ" in capsys.readouterr().err) == (
-            name == "other pre-tokenizer")
+        assert ("token ids may differ" in capsys.readouterr().err) == (name == "other pre-tokenizer")
     exported, text = tmp_path / "other pre-tokenizer hf", "in 1234 words 가나다"
     ids = PreTrainedTokenizerFast.from_pretrained(str(solar_dir))(text)["input_ids"]
     assert PreTrainedTokenizerFast.from_pretrained(str(exported))(text)["input_ids"] == ids
@@ -207,16 +206,8 @@ def test_different_pre_tokenizer_is_warned_about(solar_dir: Path, tmp_path: Path
 
 
 def compute_logits(checkpoint: Path, ids: list[int], records: dict[str, np.ndarray]) -> torch.Tensor:
-    """Compute our logits of a row.
-
-    Args:
-        checkpoint: folder of a model with encoders of images and audio.
-        ids: tokens; the placeholders of a kind represent its records in order.
-        records: kind -> records, as the encoder takes them.
-
-    Returns:
-        Shape [tokens, vocabulary].
-    """
+    """Compute our logits [tokens, vocabulary] of a row; the placeholders of a kind in `ids` represent its
+    `records` in order."""
     config = read_checkpoint_settings(checkpoint)
     assert config.model.vision is not None and config.model.audio is not None
     encoders = {PICTURES: config.model.vision, SOUNDS: config.model.audio}
@@ -280,20 +271,19 @@ def test_multimodal_export_has_processor_classes(tmp_path: Path) -> None:
         picture = Image.new("RGB", (60, 30), (255, 0, 0))
         pixels = AutoImageProcessor.from_pretrained(tmp_path)(picture, return_tensors="np")["pixel_values"]
         red = (1 - model.vision.mean[0]) / model.vision.std[0] if model.vision else 0
-        assert pixels.shape == (1, 3, 24, 24) and pixels[0, 0] == pytest.approx(np.full((24, 24), red),
-                                                                                rel=1e-5)
+        assert pixels.shape == (1, 3, 24, 24)
+        assert pixels[0, 0] == pytest.approx(np.full((24, 24), red), rel=1e-5)
         features = AutoFeatureExtractor.from_pretrained(tmp_path)(np.zeros(5), sampling_rate=16_000)
         assert np.shape(features["input_features"]) == (1, 8, 200)
     text_model = get("tiny-qwen3").model
     assert build_processor_files(text_model, tmp_path, {}) == {}
     short_audio = dataclasses.replace(text_model, audio=AudioEncoderConfig("whisper", (6,), num_frames=60))
-    assert "feature_extractor" not in build_processor_files(short_audio, tmp_path,
-                                                            {})["processor_config.json"]
+    processor = build_processor_files(short_audio, tmp_path, {})["processor_config.json"]
+    assert "feature_extractor" not in processor
 
 
 # The text model inside a vision-language folder written by transformers: it is read alone, computes the same,
 # and omitted tensors are reported.
-
 
 PREFIXES = {"as released": ("language_model.model.", "vision_tower.", "multi_modal_projector."),
             "as in memory": ("model.language_model.", "model.vision_tower.", "model.multi_modal_projector.")}

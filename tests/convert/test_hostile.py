@@ -64,8 +64,7 @@ OBJECTS: dict[str, tuple[Any, str]] = {
     "another class": (collections.Counter("ab"), "it names 'collections.Counter'"),
     "an object of ours": (Path, "a Metadata is needed instead of a Name"),
     "no metadata": ([1, 2], "a Metadata is needed instead of a list"),
-    "a text": ("x", "a Metadata is needed instead of a str"),
-    }
+    "a text": ("x", "a Metadata is needed instead of a str")}
 PICKLES: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "EOFError"),
     "no pickle": (b"\x00" * 64, "it has the opcode"),
@@ -80,8 +79,7 @@ PICKLES: dict[str, tuple[bytes, str]] = {
     "tuples without end": (pickle_nested_tuples(200_000), "a Metadata is needed instead of a tuple"),
     "marks alone": (b"\x80\x04((((.", "is not a pickle of plain values"),
     "a mark in a tuple": (b"\x80\x04(\x85.", "is not a pickle of plain values"),
-    "a list that holds itself": (b"\x80\x04]\x94h\x00a.", "a Metadata is needed instead of a list"),
-    }
+    "a list that holds itself": (b"\x80\x04]\x94h\x00a.", "a Metadata is needed instead of a list")}
 
 
 def change_index(change: Callable[[Any], None]) -> Callable[[Path], bytes]:
@@ -137,8 +135,7 @@ INDEX_CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "a part that comes again and again": (repeat_chunks, "is not stored"),
     "an index that holds itself": (refer_to_itself, "a TensorStorageMetadata is needed instead of a Items"),
     "no dtype": (lambda index: setattr(index.state_dict_metadata[KEY], "properties", None), "no properties"),
-    "no storage": (lambda index: setattr(index, "storage_data", None), "does not list stored"),
-    }
+    "no storage": (lambda index: setattr(index, "storage_data", None), "does not list stored")}
 
 
 @pytest.mark.each("name", OBJECTS)

@@ -54,12 +54,8 @@ def build_random_model(recipe: str, precision: str, layout: dict[str, Any]) -> t
 
 
 def export_live_weights(recipe: str, precision: str, layout: dict[str, Any], path: str) -> dict[str, Any]:
-    """Inside ranks: save a random model, and export it without files.
-
-    Returns:
-        Exports to rank 0 ("main"), to all ranks ("everywhere") and in bfloat16; the names of an export that
-        stops after three tensors; and whether exported tensors are copies of the parameters.
-    """
+    """Inside ranks: save a random model, and export it without files: to rank 0 ("main"), to all ranks
+    ("everywhere"), in bfloat16, and until three tensors ("early"). "own memory": exports are copies."""
     config, model = build_random_model(recipe, precision, layout)
     save_checkpoint(Path(path), model, None, {"step": 1, "tokens": 1}, config.to_dict(), None)
     result = {"main": {name: describe_tensor(t) for name, t in export_weights(model)},
@@ -86,8 +82,8 @@ def export_live_weights(recipe: str, precision: str, layout: dict[str, Any], pat
     ids=["all at once", "each"])
 def test_live_export_equals_file_export(ranks, job, tmp_path: Path,
                                         layouts_by_recipe: dict[str, tuple[str, ...]]) -> None:
-    cases = [(recipe, RECIPES[recipe][0], name) for recipe,
-             names in layouts_by_recipe.items() for name in names]
+    cases = [(recipe, RECIPES[recipe][0], name) for recipe, names in layouts_by_recipe.items()
+             for name in names]
     results = ranks(*(job(__file__, "export_live_weights", LAYOUTS[name][0], {
         "recipe": recipe, "precision": precision, "layout": LAYOUTS[name][1],
         "path": str(tmp_path / f"{recipe}-{name}")})

@@ -70,6 +70,17 @@ def gate_bf16() -> dict[str, Any]:
             "dtypes": [str(t.dtype) for t in (router.weight, logits, router.expert_bias)]}
 
 
+def count_forced_tokens(switch: str) -> list[float]:
+    """Return the tokens per expert of a router whose weights send all tokens to the first two experts."""
+    config, model, router = build_first_router(
+        f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}", "model.num_layers=1",
+        f"gpu.force_even_routing={switch}", layout={})
+    model.config.routing_step.begin(512, 1)
+    router.weight.data.zero_()[:2] = 1
+    router(torch.ones(512, 1, config.model.hidden_size))
+    return router.local_tokens_per_expert.tolist()
+
+
 def find_freed_routes() -> list[bool]:
     """Return, for each token dispatcher, whether it has freed its routes after a recomputed pass."""
     from megatron.core.transformer.moe.token_dispatcher import MoEAlltoAllTokenDispatcher
@@ -195,6 +206,13 @@ def test_bf16_logits_are_summed_in_float32_as_in_transformers(ranks, job) -> Non
     assert expected.dtype == torch.float32
     assert (logits - expected).abs().max() < 1e-5, "sums in bf16 would differ by some 1e-2"
     assert (logits - logits.bfloat16()).abs().max() > 1e-3
+
+
+def test_forced_routing_is_even_whatever_the_router_learned(ranks: Any, job: Any) -> None:
+    (learned,), (forced,) = ranks(*(job(__file__, "count_forced_tokens", arguments={"switch": switch})
+                                    for switch in ("off", "on")))
+    assert learned == [512, 512, 0, 0, 0, 0, 0, 0]
+    assert sum(forced) == 2 * 512 and max(forced) < 1.3 * 128
 
 
 def test_routes_are_freed_after_a_pass(ranks: Any, job: Any) -> None:

@@ -10,7 +10,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import PhaseConfig, apply_settings
 from megatron_sov.plan.speed import traffic
 from megatron_sov.plan.speed.parameters import load_default_parameters
-from megatron_sov.plan.speed.step import estimate_extra_layers, estimate_router_s, estimate_step
+from megatron_sov.plan.speed.step import (
+    estimate_extra_layers, estimate_router_s, estimate_slow_host, estimate_step)
 from megatron_sov.plan.speed.traffic import count_local_params, list_messages
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, build_workload
 from megatron_sov.work.clusters.chips import CHIPS, default_links
@@ -103,13 +104,23 @@ def test_no_run_is_faster_than_its_peak() -> None:
     (build_dense(offload=1.0), build_dense()),
     (build_moe(imbalance=2.0), build_moe()),
     (build_moe(cuda_graphs="full"), build_moe(cuda_graphs="full", overlap_ep=True)),
-    (build_moe(), build_moe(cuda_graphs="partial")),
+    (build_moe(), build_moe(cuda_graphs="routers")),
+    (build_moe(cuda_graphs="routers"), build_moe(cuda_graphs="partial")),
     (build_moe(cuda_graphs="partial"), build_moe(cuda_graphs="full")),
     (build_moe(ep=64), build_moe(ep=8)),
     (build_moe(ep=64), build_moe(ep=64, dispatcher="deepep")),
 ])
 def test_slower_workloads_take_longer(slower: Workload, faster: Workload) -> None:
     assert estimate_seconds(slower) > estimate_seconds(faster) * 1.0001
+
+
+def test_graphs_of_routers_help_most_with_a_slow_host() -> None:
+    """Attention and experts are launched one by one in both cases."""
+    eager, graphed = (build_moe(seq_len=512, global_batch_size=4096, cuda_graphs=graphs)
+                      for graphs in ("none", "routers"))
+    assert estimate_slow_host(eager).launch_s > 2 * estimate_step(eager).launch_s
+    saved = 1 - estimate_slow_host(graphed).total_s / estimate_slow_host(eager).total_s
+    assert 0.25 < saved < 0.4
 
 
 def test_overlapped_messages_are_not_slower() -> None:

@@ -77,6 +77,27 @@ def compare_permutations_without_tokens() -> list[Any]:
     return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True)]
 
 
+def train_overloaded(settings: list[str], paths: list[str]) -> list[Any]:
+    """Train two steps in which routers send all tokens to the first process's experts. Return the losses, the
+    gradient norm, the spilled passes of both steps, and the bytes that experts saved on the device."""
+    import torch
+
+    trainer = layout_run._trainer(layout_run.small_config("tiny-solar-open", settings, paths, "lm"))
+    routing_step = trainer.model.config.routing_step
+    for router in trainer.expert_load._list_routers():
+        router.expert_bias[:router.config.num_moe_experts // 2] = 100
+    results, spilled = [], []
+    for _ in range(2):
+        result = train_step(trainer)
+        results.append([result.loss, result.grad_norm])
+        spilled.append(routing_step.spill.num_spilled if routing_step.spill else 0)
+        assert routing_step.spill is None or routing_step.spill._num_pending == 0
+    weights = float(sum(weight.double().abs().sum() for weight in trainer.model.parameters()))
+    is_overloaded = torch.distributed.get_rank() == 0
+    world.leave_world()
+    return [results, weights, spilled, is_overloaded]
+
+
 def _recorder(function: Any, name: tuple[str, str | None], calls: set[Any], *, bound: bool) -> Any:
     @functools.wraps(function)
     def recorded(*args: Any, **kwargs: Any) -> Any:

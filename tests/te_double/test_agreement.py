@@ -75,6 +75,21 @@ def test_a_process_whose_experts_get_no_token_gives_zeros(te_ranks: Any, job: An
 
 
 @pytest.mark.distributed
+def test_overloaded_experts_spill_to_the_host_with_equal_losses(te_ranks: Any, job: Any,
+                                                                packed_data: Any) -> None:
+    """A router that sends all tokens to one process, under overlapped passes and recomputed activations."""
+    settings = ["parallel.ep=2", "model.num_layers=2", "model.num_experts=4", "train.precision=bf16",
+                "model.router_bias_update_rate=0", "parallel.zero1=true", "train.recompute=selective",
+                'gpu.recompute_modules=["layernorm", "moe_act"]', "parallel.expert_overlap=micro_batches"]
+    stored, spilled = te_ranks(*(job(TE_RUN, "train_overloaded", 2, {
+        "settings": [*settings, *more], "paths": [str(packed_data.text)]})
+        for more in ([], ["gpu.expert_spill=1.5"])))
+    for before, after in zip(stored, spilled, strict=True):
+        assert before[:2] == after[:2]
+        assert before[2] == [0, 0] and all((count > 0) == after[3] for count in after[2])
+
+
+@pytest.mark.distributed
 def test_a_router_multiplies_in_transformer_engine(te_ranks: Any, job: Any, packed_data: Any) -> None:
     """bf16 operands, float32 logits and float32 gradients."""
     (found,), = te_ranks(job(TE_RUN, "count_modules_and_products", 1, {

@@ -57,8 +57,10 @@ def run_compare(args: TokenizerCompareOptions) -> int:
                                     args.hidden_size, args.body_params)
     tokenizers = comparison["tokenizers"]
     for title, key in TABLES.items():
-        rows = [[text, *(_format_value(facts["texts"][text][key]) for facts in tokenizers.values())]
-                for text in comparison["texts"]]
+        rows = []
+        for text in comparison["texts"]:
+            values = [facts["texts"][text][key] for facts in tokenizers.values()]
+            rows.append([text, *map(_format_value, values)])
         print(f"{title}\n{align_columns([['text', *tokenizers], *rows], left=(0,))}")
     rows = [[name, *(f"{share:.1%}" for share in facts["shared_with"].values())]
             for name, facts in tokenizers.items()]

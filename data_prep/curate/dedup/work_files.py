@@ -120,8 +120,9 @@ def iter_key_ranges(slices: Sequence[Slice], low: int, high: int, max_records: i
     starts = [0] * len(slices)
     for number in range(1, num_ranges + 1):
         bound = low + (high - low) * number // num_ranges
-        stops = [part.num_records if number == num_ranges else part.find_first_key(bound, start)
-                 for part, start in zip(slices, starts, strict=True)]
+        stops = [part.find_first_key(bound, start) for part, start in zip(slices, starts, strict=True)]
+        if number == num_ranges:
+            stops = [part.num_records for part in slices]
         yield [part.slice_records(start, stop)
                for part, start, stop in zip(slices, starts, stops, strict=True) if stop > start]
         starts = stops

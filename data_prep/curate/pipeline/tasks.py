@@ -31,6 +31,7 @@ from data_prep.curate.sources.source import BrokenRecord, RawDocument, SourceSet
 from data_prep.damaged_files import explain_deletion
 from megatron_sov.base.artifacts import create_file, create_folder, translate_disk_errors, write_atomically
 from megatron_sov.base.documents.records import count_text_bytes
+from megatron_sov.base.documents.rows import replace_surrogates
 from megatron_sov.base.errors import UserError, escape_controls
 from megatron_sov.base.sealed import SEAL, SEAL_PLACEHOLDER, read_seal, seal_file, write_sealed_json
 from megatron_sov.work.tables.parquet import TableFile, iter_row_groups
@@ -337,11 +338,11 @@ class _RowBuffer:
                "synthetic": self.source.synthetic, "extra": None}
         for name in RECORD_COLUMNS:
             value = document.columns.get(name)
-            row[name] = None if value in (None, "") else escape_controls(_replace_surrogates(str(value)))
+            row[name] = None if value in (None, "") else escape_controls(replace_surrogates(str(value)))
         row["licence"] = row["licence"] or self.source.licence or None
         extra = {name: value for name, value in document.columns.items() if name not in RECORD_COLUMNS}
         if extra:
-            row["extra"] = _replace_surrogates(json.dumps(extra, ensure_ascii=False, sort_keys=True,
+            row["extra"] = replace_surrogates(json.dumps(extra, ensure_ascii=False, sort_keys=True,
                                                           default=str))
         for name, values in self._columns.items():
             values.append(row[name])
@@ -353,11 +354,6 @@ class _RowBuffer:
         rows, self._columns = self._columns, {name: [] for name in BASE_SCHEMA.names}
         self._size_bytes = 0
         return rows
-
-
-def _replace_surrogates(text: str) -> str:
-    """Replace lone surrogates, which UTF-8 cannot encode, by "?"."""
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
 
 
 # The middle tasks of a shard: a step's outcomes.

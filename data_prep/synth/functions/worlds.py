@@ -23,7 +23,7 @@ from megatron_sov.judge.rewards.reward import Refused
 from megatron_sov.judge.tools.environment import InfrastructureFault, ToolFault
 from megatron_sov.judge.tools.worlds.goals import contains_words, normalize_text
 from megatron_sov.judge.tools.worlds.virtual import (
-    CallOutcome, Tables, Virtual, VirtualWorld, call_tools, find_world_problems, read_world)
+    CallOutcome, Tables, Virtual, VirtualWorld, call_tools, find_world_problems, is_call, read_world)
 
 MIN_TOOLS, MIN_CHANGING_TOOLS, MIN_ROWS = 4, 2, 6
 MAX_STATES = 24
@@ -221,14 +221,9 @@ def find_draft_problem(draft: Any) -> str:
     if not isinstance(answers, list) or not all(
             isinstance(answer, str) and answer.strip() for answer in answers):
         return "answers must be a list of texts"
-    if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
+    if not isinstance(calls, list) or not all(is_call(call) for call in calls):
         return "calls must be a list of objects with name and arguments"
     return ""
-
-
-def _is_call(call: Any) -> bool:
-    return (isinstance(call, dict) and set(call) == {"name", "arguments"} and isinstance(call["name"], str)
-            and isinstance(call["arguments"], dict))
 
 
 def check_task(task: Mapping[str, Any], min_calls: int, max_calls: int) -> list[SampleVerdict]:

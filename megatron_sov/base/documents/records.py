@@ -430,9 +430,12 @@ def _parse_chat(record: dict[str, Any]) -> tuple[Messages, int]:
         parse = parse_messages if chat == "messages" else parse_sharegpt
         return parse(record[chat], chat), 0
     # TRL allows a string on a side and messages on the other side
-    sides = [[{"role": role, "content": value}] if isinstance(value, str) else value
-             for value, role in ((record["prompt"], "user"), (record[name], "assistant"))]
-    for field_name, messages in zip(("prompt", name), sides, strict=True):
+    sides = []
+    for field_name, role in (("prompt", "user"), (name, "assistant")):
+        messages = record[field_name]
+        if isinstance(messages, str):
+            messages = [{"role": role, "content": messages}]
+        sides.append(messages)
         if not isinstance(messages, list) or not messages:
             raise BadRecord("fields", f"{field_name!r} must be a string, or a non-empty list of messages")
     messages_read = parse_messages([*sides[0], *sides[1]], f"prompt + {name}")

@@ -29,6 +29,11 @@ ROW_FIELDS: dict[str, tuple[tuple[type, ...], str]] = {"response": ((str,), "tex
 """Required field -> accepted types, and the types' name in messages; "": no required field."""
 
 
+def replace_surrogates(text: str) -> str:
+    """Replace half surrogate pairs, which UTF-8 cannot encode, by question marks."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
 def reject_constant(name: str) -> NoReturn:
     """Reject NaN and Infinity with ValueError (for `parse_constant`)."""
     raise ValueError(f"{name} is not JSON")

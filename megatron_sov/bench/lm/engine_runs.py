@@ -286,8 +286,11 @@ def _score_row(hidden: list[torch.Tensor], head: Head, row: _LikelihoodRow) -> t
     if not len(values):
         return values
     ends = row.ends[:len(row.groups)]
-    positions = torch.cat([torch.arange(end - max(len(request.continuation) for request in group), end)
-                           for group, end in zip(row.groups, ends, strict=True)])
+    group_positions = []
+    for group, end in zip(row.groups, ends, strict=True):
+        longest = max(len(request.continuation) for request in group)
+        group_positions.append(torch.arange(end - longest, end))
+    positions = torch.cat(group_positions)
     states = prepare_head_input(hidden[0], head.config)
     best = torch.zeros(len(row.inputs.tokens), dtype=torch.int64)
     best[positions] = head.top_tokens(context.gather_positions(states, positions)).cpu()

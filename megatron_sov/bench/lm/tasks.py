@@ -88,8 +88,10 @@ def load_tasks(names: Sequence[str], sources: TaskSources, settings: LmEvalSetti
             raise UserError(f"--tasks {','.join(names)}: {repeated[0]} is named twice; name it once")
         tasks |= loaded["tasks"]
         groups |= loaded.get("groups", {})
-    hashes = {name: {f"{file.parent.name}/{file.name}": sha256_file(file)
-                     for file in sorted(set(files.get(name, [])))} for name in tasks}
+    hashes: dict[str, dict[str, str]] = {name: {} for name in tasks}
+    for name, task_hashes in hashes.items():
+        for file in sorted(set(files.get(name, []))):
+            task_hashes[f"{file.parent.name}/{file.name}"] = sha256_file(file)
     return LoadedTasks(tasks, groups, hashes, judges)
 
 

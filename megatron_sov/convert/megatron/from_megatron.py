@@ -230,12 +230,13 @@ class DistTensors(StoredTensors):
         """`entries`: key -> [dtype, shape, pieces], see `inert_pickle.Index`. Raises `UserError`: a file is
         missing, or a link out of the folder."""
         self.folder = folder
-        super().__init__(
-            folder, {key: tuple(shape) for key, (_, shape, _) in entries.items()},
-            {key: getattr(torch, dtype) for key, (dtype, _, _) in entries.items()},
-            {key: [StoredBlock(file, f"{start}:{length}", tuple(offset), tuple(extent))
-                   for file, start, length, offset, extent in pieces]
-             for key, (_, _, pieces) in entries.items()}, REMEDY)
+        blocks = {}
+        for key, (_, _, pieces) in entries.items():
+            blocks[key] = [StoredBlock(file, f"{start}:{length}", tuple(offset), tuple(extent))
+                           for file, start, length, offset, extent in pieces]
+        shapes = {key: tuple(shape) for key, (_, shape, _) in entries.items()}
+        dtypes = {key: getattr(torch, dtype) for key, (dtype, _, _) in entries.items()}
+        super().__init__(folder, shapes, dtypes, blocks, REMEDY)
         for file in {piece[0] for _, _, pieces in entries.values() for piece in pieces}:
             if not (folder / file).is_file():
                 raise UserError(f"{folder / file}: is missing; according to the index it contains "

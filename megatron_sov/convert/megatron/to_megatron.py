@@ -151,13 +151,14 @@ def _describe_optimizer(settings: RunConfig, num_updates: int, *, is_expert: boo
     `param_groups` by the optimizer of float32 weights that every process repeats.
     """
     optim = settings.optim
+    # vectors do not decay, and experts have none
+    decays_by_group = (1.0,) if is_expert else (1.0, 0.0)
     groups = [{
         "lr": optim.lr, "betas": (optim.beta1, optim.beta2), "eps": optim.eps,
         "weight_decay": optim.weight_decay * decays, "wd_mult": decays, "lr_mult": 1.0,
         "is_decoupled_lr": False, "is_expert_parallel": is_expert, "default_config": True,
         "max_lr": optim.lr, "min_lr": optim.min_lr, "bias_correction": True,
-        **ADAMW_DEFAULTS}  # vectors do not decay, and experts have none
-        for decays in ((1.0,) if is_expert else (1.0, 0.0))]
+        **ADAMW_DEFAULTS} for decays in decays_by_group]
     return {"optimizer": {"param_groups": [{**group, "step": num_updates} for group in groups]},
             "param_state_sharding_type": CONTENT["distrib_optim_sharding_type"], "param_groups": groups,
             "state": {"common_step": torch.tensor(float(num_updates))}}

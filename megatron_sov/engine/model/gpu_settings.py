@@ -174,6 +174,7 @@ def expert_settings(gpu: GpuConfig, context: KernelContext) -> dict[str, Any]:
     overlap = {"moe_shared_expert_overlap": gpu.shared_expert_overlap == "on" and context.te,
                "overlap_moe_expert_parallel_comm": parallel.expert_overlap == "micro_batches",
                "delay_wgrad_compute": parallel.delay_weight_grads and context.te,
+               "moe_router_force_load_balancing": gpu.force_even_routing == "on",
                **({"moe_flex_dispatcher_num_sms": gpu.exchange_sms} if gpu.exchange_sms else {})}
     if parallel.expert_overlap == "weight_gradients" and context.te:
         overlap[DISPATCH_OVERLAP_FIELD] = True

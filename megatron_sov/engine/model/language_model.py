@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import mlp
+from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 from torch.autograd.function import once_differentiable
@@ -19,7 +19,7 @@ from megatron_sov.engine.model.media_encoders import MediaEncoders
 from megatron_sov.engine.model.rotary import patch_packed_rotation, set_frequencies
 from megatron_sov.engine.model.specs import build_transformer_config, clamp_gates, uses_transformer_engine
 from megatron_sov.engine.parallel.device import get_local_device, on_gpu
-from megatron_sov.engine.router import BalancedRouter, patch_dispatcher_combine
+from megatron_sov.engine.router import BalancedRouter, ExpertSpill, patch_dispatcher_combine
 from megatron_sov.model.config import (
     GpuConfig, LoraConfig, MediaConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig)
 from megatron_sov.model.config.gpu import DEFAULT_GPU
@@ -108,7 +108,13 @@ def build_model(model: ModelConfig, parallel: ParallelConfig, train: TrainConfig
         with use_local_device():
             chunk.adapters = Adapters(chunk, model, lora) if lora.on else None
         clamp_gates(chunk, model)
-    return LanguageModel(chunks, model, lora, encoder_training)
+    language_model = LanguageModel(chunks, model, lora, encoder_training)
+    if gpu.expert_spill and train.recompute is not True and "moe" not in gpu.recompute_modules:
+        config.routing_step.spill = spill = ExpertSpill(gpu.expert_spill)
+        for layer in language_model.modules():
+            if isinstance(layer, MoELayer):
+                spill.attach(layer)
+    return language_model
 
 
 # Megatron-Core creates some parameters on the CPU regardless of the default device (router weights, torch's
@@ -185,23 +191,6 @@ class _SwiGLU(torch.autograd.Function):
         return gradients
 
 
-def mark_parameters(chunk: torch.nn.Module) -> None:
-    """Set the experts' attributes by which Megatron-Core chooses groups for gradient sums and counts
-    parameters in the norm.
-
-    Gradients of routed experts are summed over the expert data-parallel group. Megatron-Core marks experts
-    only for expert-parallel sizes above 1: with `ep = 1` and `etp != tp` each tensor-parallel process would
-    keep the gradient of its own tokens. Transformer Engine marks split weights, but since 2.13 no longer
-    those of grouped linear layers (experts): tensor-parallel processes would compute different gradient
-    norms and clip differently.
-    """
-    for name, parameter in chunk.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.allreduce = parameter.sequence_parallel = False  # type: ignore[attr-defined]
-            if not hasattr(parameter, "tensor_model_parallel"):
-                set_tensor_model_parallel_attributes(parameter, True, int("linear_fc2" in name), 1)
-
-
 def _build_chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
     """Build chunk `vp_stage` of an interleaved pipeline stage. None: the only chunk of the stage."""
     with use_local_device():
@@ -221,7 +210,6 @@ def _build_chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk
         chunk.embedding.register_forward_hook(
             lambda module, inputs, embedded: embedded * model.embedding_multiplier)
     _zero_padding_rows(chunk, model.vocab_size)
-    mark_parameters(chunk)
     return chunk
 
 

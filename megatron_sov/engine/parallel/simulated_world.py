@@ -107,8 +107,9 @@ class SimulatedRanks:
               mock.patch.object(dist, "all_gather_object", _gather_objects)):
             threading.stack_size(STACK_BYTES)
             try:
+                num_threads = self.size if self.size > 1 else 0
                 threads = [threading.Thread(target=run_rank, args=(rank,), daemon=True)
-                           for rank in range(self.size if self.size > 1 else 0)]
+                           for rank in range(num_threads)]
                 for thread in threads:
                     thread.start()
             finally:

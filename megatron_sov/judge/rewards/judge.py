@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard
 
+from megatron_sov.base.documents.rows import replace_surrogates
 from megatron_sov.base.errors import warn
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, Finite, NotNegative, SettingsProblem, below_field, find_broken_rules, to_problem)
@@ -88,11 +89,6 @@ def parse_grade(content: str, low: float, high: float) -> tuple[float, str]:
         raise BadAnswer(f"the judge gave no score from {low:g} to {high:g}")
     reason = grade.get("reason")
     return float(value), reason if isinstance(reason, str) else ""
-
-
-def replace_surrogates(text: str) -> str:
-    """Replace lone surrogates by question marks, for UTF-8."""
-    return text.encode("utf-8", "replace").decode()
 
 
 def is_number(value: Any) -> TypeGuard[float]:

@@ -175,7 +175,8 @@ class GpuConfig:
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "linear_attention": is_set("model.linear_attention"),
-        "router_fusion permute_fusion shared_expert_overlap cuda_graphs": is_set("model.num_experts"),
+        "router_fusion permute_fusion shared_expert_overlap cuda_graphs expert_imbalance expert_spill "
+        "force_even_routing": is_set("model.num_experts"),
         "shared_expert_overlap": is_set("model.num_shared_experts"),
         "exchange_sms": is_one_of("parallel.expert_dispatcher", "deepep", "hybridep"),
         "grad_dtype": is_one_of("train.precision", "bf16"),
@@ -212,14 +213,23 @@ class GpuConfig:
     cuda_graphs: tuple[GraphedPart, ...] = ()
     """Expert layer parts captured as CUDA graphs. moe_router: norm, router and shared experts; moe_preprocess
     (only together with moe_router): also the steps up to the token exchange."""
+    expert_imbalance: Annotated[float, Ge(1)] = 2.0
+    """Tokens on the busiest expert parallel process, relative to the mean, for which GPU memory must suffice.
+    `plan`, `submit` and a run's start refuse layouts with less memory, and a run warns of more tokens."""
+    expert_spill: NotNegative = 0.0
+    """Tokens per expert layer on a process, relative to the mean, whose activations may wait in GPU memory
+    for the backward pass; activations of further layers wait in host memory, which is slow. 0: all wait in
+    GPU memory. No effect on recomputed expert layers."""
+    force_even_routing: Literal["on", "off"] = "off"
+    """Route tokens by random logits, as published MoE benchmarks do; refused by training."""
     shared_expert_overlap: Literal["on", "off"] = "off"
     """Compute shared experts during the routed experts' token exchange."""
     exchange_sms: Annotated[int, Ge(0), Le(256)] = 0
     """Streaming multiprocessors for `parallel.expert_dispatcher` = deepep or hybridep; an even number. 0: the
     kernels' default."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in which a bf16 model accumulates and reduces gradients. bf16 halves memory and messages, and
-    rounds at every addition."""
+    """Dtype in which a bf16 model accumulates and reduces gradients. bf16 halves memory and messages, rounds
+    at every addition, and is refused above 8 micro-batches per step."""
     moment_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype for AdamW's two moments for a bf16 model with ZeRO-1. bf16 saves 4 bytes per weight updated by a
     process, and rounds at every update."""
@@ -269,6 +279,11 @@ class GpuConfig:
              "attention", f"divides heads over parallel.cp = {parallel.cp} processes, which must divide the "
              f"heads per parallel.tp = {parallel.tp} process; latent attention is not supported",
              "set gpu.attention to auto or local, or parallel.cp to 1"),
+            (not self.expert_spill or self.expert_spill >= 1, "expert_spill",
+             "must be 0, or at least 1: with an even load every layer would wait in host memory", "set 1.2"),
+            (not (self.expert_spill and {"expert_fc1", "moe_act"} & {*self.offload_modules}), "expert_spill",
+             "cannot be used with expert_fc1 or moe_act in gpu.offload_modules, which move the same "
+             "activations", "leave one of them out"),
             (self.shared_expert_overlap == "off" or (has_experts and model.num_shared_experts > 0),
              "shared_expert_overlap", "needs a model with shared experts", "leave it out"),
             (self.shared_expert_overlap == "off" or dispatcher == "alltoall", "shared_expert_overlap",

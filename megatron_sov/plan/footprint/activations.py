@@ -20,6 +20,8 @@ DELTA_RULE_CHUNK = 64
 """Tokens per chunk in linear attention (`engine.model.delta_rule`)."""
 QUERY_BLOCK = 1024
 """Queries per mask in sliding-window attention without a fused kernel (`engine.model.attention`)."""
+GRAPH_BYTES = 1 << 20
+"""Device memory per CUDA graph, some 50 kernels. Assumed: vLLM's graphs take about 25 KB per kernel."""
 FLOATS_PER_SCORE = 5
 """Saved float32 numbers per router score: logits, scores, shares, weights and balancing loss. Measured."""
 
@@ -250,8 +252,13 @@ def count_stored_bytes(config: RunConfig, row_tokens: int, kind: LayerKind, save
     if config.train.recompute is True:
         hidden = count_tokens(config, row_tokens).share * config.model.hidden_size
         return hidden * ITEM_BYTES[config.train.precision]
-    return (saved.total - _count_recomputed_bytes(config, saved, kind)
-            - _count_offloaded_bytes(config, saved, kind))
+    stored = (saved.total - _count_recomputed_bytes(config, saved, kind)
+              - _count_offloaded_bytes(config, saved, kind))
+    if kind.with_experts and "moe_preprocess" in config.gpu.cuda_graphs:
+        # the graph returns permuted tokens in its own memory
+        permutes = config.parallel.expert_dispatcher == "alltoall"
+        stored += permutes * saved.expert_input // config.parallel.etp
+    return stored
 
 
 def _count_recomputed_bytes(config: RunConfig, saved: SavedActivations, kind: LayerKind) -> int:
@@ -324,7 +331,7 @@ class StoredActivations:
     unevenly: int
     """Routed experts' bytes in `waiting`, which grow with imbalance."""
     layer_unevenly: int
-    """Routed experts' bytes in `recomputed`."""
+    """Routed experts' bytes in the largest layer."""
 
     @property
     def saved(self) -> int:
@@ -355,6 +362,8 @@ def estimate_stored(config: RunConfig, stage: int, seq_len: int, num_micro_batch
     waiting = sum(stored[kind] * count for kind, count in kind_counts.items())
     if stage == 0:
         waiting += counts[0] * row // p.cp * INDEX_BYTES
+    if config.gpu.cuda_graphs:
+        waiting += _count_graph_bytes(config, stage, num_micro_batches)
     norms = _count_last_stage_bytes(config, row) if last else 0
     waiting += counts[-1] * norms
     recomputed = {}
@@ -367,7 +376,17 @@ def estimate_stored(config: RunConfig, stage: int, seq_len: int, num_micro_batch
         waiting=waiting, head=count_head_gradient_bytes(config, row) if last else 0,
         recomputed=max(recomputed.values(), default=0), norms=norms, largest=saved_by_kind[largest].total,
         unevenly=_count_expert_bytes(config, kind_counts, saved_by_kind),
-        layer_unevenly=saved_by_kind[largest].routed if recomputed.get(largest) else 0)
+        layer_unevenly=saved_by_kind[largest].routed)
+
+
+def _count_graph_bytes(config: RunConfig, stage: int, num_micro_batches: int) -> int:
+    """Return the bytes of the graphs of a stage's trunk layers, without the activations in them."""
+    m, p = config.model, config.parallel
+    layers = [layer for chunk in list_chunk_layers(p, stage, m.num_layers) for layer in chunk]
+    num_layers = sum(list_layer_kinds(m)[layer].with_experts for layer in layers)
+    has_order = p.pp > 1 or p.expert_overlap == "micro_batches"
+    # forward, backward, and delayed weight gradients of shared experts
+    return GRAPH_BYTES * num_layers * (num_micro_batches if has_order else 1) * (2 + p.delay_weight_grads)
 
 
 def _count_expert_bytes(config: RunConfig, kind_counts: dict[LayerKind, int],

@@ -1,11 +1,13 @@
 """Check that a run fits GPU and host memory (`memory.py`), and find the nearest fitting layout."""
 
+import bisect
 import dataclasses
 import itertools
 import math
 import os
 import shlex
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import psutil
 
@@ -16,7 +18,7 @@ from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
 from megatron_sov.model.process_memory import MemoryEstimate, StatePlace
 from megatron_sov.plan.footprint.activations import list_layer_kinds
-from megatron_sov.plan.footprint.memory import MemoryAccount, build_account
+from megatron_sov.plan.footprint.memory import MemoryAccount, build_account, get_largest_imbalance
 from megatron_sov.plan.footprint.stage_parameters import list_chunk_layers
 from megatron_sov.plan.footprint.states import StageBuffers, estimate_states
 from megatron_sov.runs.gpu_driver import list_visible_gpus
@@ -33,6 +35,11 @@ TEACHERS = {"typhoon-s-8b-opd": "qwen3-30b-a3b-2507"}
 """Recipe -> its teacher's recipe (arXiv 2601.18129)."""
 USABLE_HOST_SHARE = 0.9
 """Maximum pinned share of host memory; processes, data and the system need the rest. Assumed."""
+SPILL_LIMITS = (1.2, 1.1)
+"""Proposed `gpu.expert_spill`, the best first: with bias-balanced routers, few processes exceed 1.2 over
+their layers after some hundred steps. Assumed."""
+IMBALANCE_STEP = 0.05
+"""Resolution of `find_imbalance_limit`."""
 DRIVER_FILE = "/dev/nvidiactl"
 """NVIDIA's device file: a machine with the file has GPUs, even without `nvidia-smi`."""
 
@@ -78,8 +85,10 @@ def _list_distinct_stages(config: RunConfig) -> list[int]:
 def estimate_memory(config: RunConfig, num_ranks: int) -> MemoryEstimate:
     """Estimate the memory on a run's processes at the longest samples."""
     first = build_account(config, num_ranks, 0, max(phase.seq_len for phase in config.data.phases))
+    gpus = list_visible_gpus() if config.parallel.ep > 1 else []
+    limit = find_imbalance_limit(config, num_ranks, Gpu(gpus[0].name, gpus[0].memory_bytes)) if gpus else 0.0
     return MemoryEstimate(states=first.states, peak=first.total, on_host=first.on_host,
-                          fullest=find_fullest_stage(config, num_ranks)[1].total)
+                          fullest=find_fullest_stage(config, num_ranks)[1].total, imbalance_limit=limit)
 
 
 def get_usable_bytes(gpu: Gpu) -> int:
@@ -90,6 +99,41 @@ def fits_gpu(config: RunConfig, num_ranks: int, gpu: Gpu) -> bool:
     return find_fullest_stage(config, num_ranks)[1].total <= get_usable_bytes(gpu)
 
 
+def find_imbalance_limit(config: RunConfig, num_ranks: int, gpu: Gpu) -> float:
+    """Return the largest load of the busiest expert-parallel process, relative to the mean, that fits GPU
+    memory; infinity if all tokens on a process fit, 0 if an even load does not."""
+    largest = get_largest_imbalance(config)
+    num_steps = math.ceil((largest - 1) / IMBALANCE_STEP)
+
+    def is_too_large(step: int) -> bool:
+        return not fits_gpu(_set_gpu(config, expert_imbalance=min(largest, 1 + IMBALANCE_STEP * step)),
+                            num_ranks, gpu)
+
+    first = bisect.bisect_left(range(num_steps + 1), True, key=is_too_large)
+    if first > num_steps:
+        return math.inf
+    return round(1 + IMBALANCE_STEP * (first - 1), 2) if first else 0.0
+
+
+def format_imbalance_limit(config: RunConfig, limit: float) -> str:
+    """Format the result of `find_imbalance_limit` as a clause."""
+    spill = config.gpu.expert_spill
+    rest = f", activations above {spill:g} times in host memory" if spill else ""
+    load = "every token" if limit == math.inf else f"{limit:g} times the mean tokens"
+    return f"GPU memory suffices for {load} on one of {config.parallel.ep} expert-parallel ranks{rest}"
+
+
+def spill_experts(config: RunConfig, num_ranks: int, gpu: Gpu) -> str:
+    """Return the `gpu.expert_spill` setting with which a run fits GPU memory, or ""."""
+    if config.gpu.expert_spill or config.parallel.ep == 1:
+        return ""
+    for limit in SPILL_LIMITS:
+        changed = _set_gpu(config, expert_spill=limit)
+        if not changed.problems(num_ranks) and fits_gpu(changed, num_ranks, gpu):
+            return f"gpu.expert_spill={limit}"
+    return ""
+
+
 def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
     """Refuse a run that needs more than the usable GPU memory. Raises `UserError`: with needed and usable
     GiB, and the nearest layout that fits."""
@@ -97,12 +141,16 @@ def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
     if needs.total <= get_usable_bytes(gpu):
         return
     location = f" of pipeline stage {stage + 1}" if config.parallel.pp > 1 else ""
-    nearest, fix = find_nearest_layout(config, num_ranks, gpu), None
+    if needs.imbalance and (limit := find_imbalance_limit(config, num_ranks, gpu)):
+        location += f" at gpu.expert_imbalance = {config.gpu.expert_imbalance:g}, up to {limit:g} fits"
+    fix, settings, name = None, [spill_experts(config, num_ranks, gpu)], "it fits with"
     advice = "no layout fits so many processes: use more GPUs, or a larger parallel.cp for long samples"
-    if nearest is not None:
-        settings = list_changed_settings(config.parallel, nearest)
+    if not settings[0]:
+        nearest, name = find_nearest_layout(config, num_ranks, gpu), "the nearest layout that fits"
+        settings = list_changed_settings(config.parallel, nearest) if nearest else []
+    if settings:
         options = " ".join(f"--set {shlex.quote(setting)}" for setting in settings)
-        advice = f"the nearest layout that fits: {options}"
+        advice = f"{name}: {options}"
         fix = Fix(options=tuple(word for setting in settings for word in ("--set", setting)))
     raise UserError(
         f"{config.recipe} on {num_ranks} processes: {_format_sizes(config.parallel)} needs "
@@ -240,10 +288,10 @@ def _refuse_offload(config: RunConfig, count: int, ranks: Sequence[int], memory_
     share = config.gpu.optimizer_offload
     # In hundredths, then lower: each parameter moves to the host entirely or not.
     nearest = math.floor(100 * share * usable / needs) / 100
-    changed = _set_offload_share(config, nearest)
+    changed = _set_gpu(config, optimizer_offload=nearest)
     while nearest > 0 and count_node_bytes(changed, count, ranks) > usable:
         nearest = round(nearest - 0.01, 2)
-        changed = _set_offload_share(config, nearest)
+        changed = _set_gpu(config, optimizer_offload=nearest)
     advice = "no share fits both host and GPU: use more GPUs, or nodes with more memory"
     if gpu is None or fits_gpu(changed, count, gpu):
         advice = f"the nearest share that fits: --set gpu.optimizer_offload={nearest:g}"
@@ -252,5 +300,5 @@ def _refuse_offload(config: RunConfig, count: int, ranks: Sequence[int], memory_
                     f"{memory_bytes / GIB:.1f} GiB that it {has}; {advice}")
 
 
-def _set_offload_share(config: RunConfig, share: float) -> RunConfig:
-    return dataclasses.replace(config, gpu=dataclasses.replace(config.gpu, optimizer_offload=share))
+def _set_gpu(config: RunConfig, **values: Any) -> RunConfig:
+    return dataclasses.replace(config, gpu=dataclasses.replace(config.gpu, **values))

@@ -21,9 +21,6 @@ LL128_BYTES = 120 * 640 * 8 * 8
 """Bytes under protocol LL128: 120 numbers with 8 bytes for each of 640 threads, 8 steps (`device.h`)."""
 CHANNELS = 16
 """Channels per ring. NCCL opens 16 to 32 over NVLink and fewer over a network. Assumed."""
-EXPECTED_IMBALANCE = 1.2
-"""Tokens on the fullest expert-parallel rank divided by the mean, with bias-balanced routers after some
-hundred steps. Assumed."""
 FRAGMENTATION_SHARE = 0.05
 """Allocator gaps as a share of activations, with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True. Assumed;
 without this setting, a tenth and more are common (GMLake, arXiv 2401.08156, figure 4)."""
@@ -142,8 +139,14 @@ class MemoryAccount:
         return self.weights + self.quantized_weights + self.gradients + self.optimizer
 
 
+def get_largest_imbalance(config: RunConfig) -> float:
+    """Return the load of an expert-parallel process that gets every token, relative to the mean."""
+    num_local = config.model.num_experts // config.parallel.ep if config.model.num_moe_layers() else 1
+    return config.parallel.ep * min(1.0, num_local / max(1, config.model.num_experts_per_token))
+
+
 def build_account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
-                  imbalance: float = EXPECTED_IMBALANCE) -> MemoryAccount:
+                  imbalance: float | None = None) -> MemoryAccount:
     """Predict the memory on the fullest process on pipeline stage `stage` (0-based).
 
     Args:
@@ -151,7 +154,8 @@ def build_account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
         num_ranks: number of processes, valid for the layout.
         stage: pipeline stage.
         seq_len: tokens per sample.
-        imbalance: tokens on the fullest expert-parallel rank divided by the mean.
+        imbalance: tokens on the fullest expert-parallel rank divided by the mean; None:
+            `gpu.expert_imbalance`, or all tokens if that is less.
     """
     p, train, m = config.parallel, config.train, config.model
     states = estimate_states(config, num_ranks, stage)
@@ -163,10 +167,15 @@ def build_account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
                                    for kind in set(list_layer_kinds(m)))
     one_layer = saved.largest + saved.recomputed + passing
     head = _count_head_bytes(config, row // p.cp, row) if stage == p.pp - 1 else 0
+    if imbalance is None:
+        imbalance = min(config.gpu.expert_imbalance, get_largest_imbalance(config))
     excess = imbalance - 1 if p.ep > 1 else 0.0
+    waiting_excess = min(excess, config.gpu.expert_spill - 1) if config.gpu.expert_spill else excess
+    # Without recomputation, `saved.waiting` contains the current layer, except its spilled activations.
+    layer_excess = excess if saved.recomputed else excess - waiting_excess
+    in_layer = int(excess * passing + layer_excess * saved.layer_unevenly)
     # If the head is the peak, imbalance in a layer counts only above the head.
-    uneven = (int(excess * saved.unevenly)
-              + max(one_layer + int(excess * (saved.layer_unevenly + passing)), head) - max(one_layer, head))
+    uneven = int(waiting_excess * saved.unevenly) + max(one_layer + in_layer, head) - max(one_layer, head)
     moving = saved.waiting + max(one_layer, head) + uneven
     return MemoryAccount(
         weights=states.weights - count_replaced_bytes(config, stage, states.elements),

@@ -15,14 +15,17 @@ from megatron_sov.base.figures import format_days, format_share
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
+from megatron_sov.plan.footprint.gpu_capacity import SPILL_LIMITS
 from megatron_sov.plan.pricing import Machines, Pricing, RunStage, build_pricing
 from megatron_sov.plan.search.recommended_layouts import (
     find_recommended, get_recommended_settings, sets_layout)
 from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, get_current_choice, iter_layouts
 from megatron_sov.plan.search.sweep import build_stage_spaces
 
-SPARE_SHARE = 0.1
+SPARE_SHARE = 0.08
 """Share of usable GPU memory that the chosen layout leaves free, if a layout can."""
+SPILL = "gpu.expert_spill"
+"""The search sets it, and drops it if the chosen layout fits without."""
 NUM_STARTS = 6
 """Grid layouts from which the local search starts."""
 LayoutCost = tuple[int, float]
@@ -112,12 +115,14 @@ class LocalSearch:
     """Coordinate descent over `LayoutChoice`, from the cheapest layouts in a coarse grid."""
 
     def __init__(self, config: RunConfig, pricing: Pricing, user_settings: Sequence[str]) -> None:
+        fixed = {setting.partition("=")[0] for setting in user_settings}
         # recommended kernels and dispatchers stay fixed
-        self.own_settings = find_recommended(config, pricing.num_ranks, pricing.machines.profile.gpu,
-                                             user_settings) or ()
+        recommended = find_recommended(config, pricing.num_ranks, pricing.machines.profile.gpu,
+                                       user_settings) or ()
+        may_spill = config.model.num_moe_layers() and not config.gpu.offload_modules and SPILL not in fixed
+        self.own_settings = (*([f"{SPILL}={SPILL_LIMITS[0]}"] if may_spill else []), *recommended)
         self.config = apply_settings(config, list(self.own_settings))
         self.pricing = pricing
-        fixed = {setting.partition("=")[0] for setting in user_settings}
         spaces = build_stage_spaces(self.config, pricing, fixed)
         self.stages: list[RunStage] = [stage for stage, _, _ in spaces]
         self.space: LayoutSpace = spaces[0][1]
@@ -155,6 +160,10 @@ class LocalSearch:
         current_spare = -math.inf if current_cost == BROKEN else self.compute_spare_share(current_choice)
         settings = {setting.partition("=")[0]: setting
                     for setting in (*self.own_settings, *best.list_settings(self.config))}
+        stored = [stage.with_config(apply_settings(stage.config, [f"{SPILL}=0"]))
+                  for stage in self._apply_to_stages(best)]
+        if max(map(self.pricing.count_bytes, stored)) <= self.pricing.limit_bytes:
+            settings.pop(SPILL, None)
         return DefaultLayout(tuple(settings.values()), seconds,
                              current_cost[1] if current_cost[0] == 0 else math.inf,
                              current_spare, num_priced, self.compute_spare_share(best))

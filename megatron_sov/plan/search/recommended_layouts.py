@@ -6,7 +6,7 @@ from pathlib import Path
 
 from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.footprint.gpu_capacity import fits_gpu
+from megatron_sov.plan.footprint.gpu_capacity import fits_gpu, spill_experts
 from megatron_sov.work.clusters.chips import CHIPS
 
 Layout = tuple[str, ...]
@@ -45,10 +45,21 @@ def find_recommended(config: RunConfig, num_ranks: int, gpu: str,
                                        for setting in layout):
             continue
         layout = tuple(setting for setting in layout if setting.partition("=")[0] not in fixed)
-        changed = apply_settings(config, list(layout))
-        if not changed.problems(num_ranks) and fits_gpu(changed, num_ranks, CHIPS[gpu]):
-            return layout
+        if (fitting := complete_layout(config, layout, num_ranks, gpu)) is not None:
+            return fitting
     return None
+
+
+def complete_layout(config: RunConfig, layout: Layout, num_ranks: int, gpu: str) -> Layout | None:
+    """Return a layout that is valid and fits, with `gpu.expert_spill` if it needs the setting; otherwise
+    None."""
+    changed = apply_settings(config, list(layout))
+    if changed.problems(num_ranks):
+        return None
+    if fits_gpu(changed, num_ranks, CHIPS[gpu]):
+        return layout
+    spill = spill_experts(changed, num_ranks, CHIPS[gpu])
+    return (*layout, spill) if spill else None
 
 
 def _is_dispatcher(setting: str) -> bool:

@@ -182,9 +182,11 @@ def group_run_stages(config: RunConfig, num_ranks: int) -> list[tuple[RunStage, 
     """Return a run's kinds of stages: a stage with the kind's total steps, and the kind's stages."""
     # A searched layout sets `train.micro_batch_size`.
     stages = list_run_stages(config, num_ranks, micro_batch_set=True)
-    return [(dataclasses.replace(first, steps=sum(stage.steps for stage in group),
-                                 tokens=sum(stage.tokens for stage in group)), group)
-            for first, group in group_stages(stages)]
+    kinds = []
+    for first, group in group_stages(stages):
+        steps, tokens = sum(stage.steps for stage in group), sum(stage.tokens for stage in group)
+        kinds.append((dataclasses.replace(first, steps=steps, tokens=tokens), group))
+    return kinds
 
 
 def build_stage_spaces(config: RunConfig, pricing: Pricing, fixed: Collection[str]

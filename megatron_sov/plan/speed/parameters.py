@@ -62,7 +62,7 @@ class Parameters:
     quantized_launch: dict[str, float]
     """Precision -> factor on host seconds relative to bf16."""
     graph_launch_share: float
-    """Factor on host seconds under partial CUDA graphs."""
+    """Factor on host seconds under partial CUDA graphs, attention included."""
     moe_ageing: float
     """Factor per year in `software_age_years` on host and memory time for experts."""
     dense_ageing: float

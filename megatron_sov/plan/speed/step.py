@@ -13,6 +13,8 @@ from megatron_sov.plan.speed.workload import HEAD, Block, Workload
 
 EXPERT_STREAMS = 4
 """CUDA streams for grouped products in Transformer Engine."""
+SLOW_HOST = 2
+"""Factor on the fitted host seconds: an H200's virtual machine took 1.9 times as long (docs/gpu.md)."""
 HALF = 0.5
 """Recomputed share for modules `layer` and `op`: every second layer or product."""
 UPDATE_BYTES = {"adam": 34, "muon": 26}
@@ -261,6 +263,13 @@ def estimate_step(w: Workload, parameters: Parameters | None = None,
                     peak_flops_per_s=w.chip.bf16_flops_per_s)
 
 
+def estimate_slow_host(w: Workload, parameters: Parameters | None = None) -> StepTime:
+    """Estimate the seconds per step with a host that takes `SLOW_HOST` times as long for launches."""
+    p = parameters or load_default_parameters()
+    names = ("layer_launch_s", "moe_launch_s", "moe_stall_s")
+    return estimate_step(w, replace(p, **{name: SLOW_HOST * getattr(p, name) for name in names}))
+
+
 def estimate_router_s(w: Workload, parameters: Parameters | None = None) -> float:
     """Return router seconds per step, mean over stages: products and score kernels, which `dense_s` and
     `memory_s` include."""
@@ -418,11 +427,17 @@ def _estimate_launch_s(clock: Clock) -> tuple[float, float]:
         return 0.0, 0.0
     layers = s.num_attention_layers + s.num_linear_layers + s.num_mamba_layers + s.num_predictions
     moe = s.num_moe_layers + (s.num_predictions if s.mtp_moe else 0)
-    share = {"none": 1.0, "partial": p.graph_launch_share}[w.cuda_graphs]
+    layer_s = p.layer_launch_s * clock.age
+    expert_s = p.moe_launch_s * clock.moe_age * (1.0 if w.dropless else p.dropping_launch_share)
+    eager_s = layers * layer_s + moe * expert_s
+    share = p.graph_launch_share if w.cuda_graphs == "partial" else 1.0
+    if w.cuda_graphs == "routers":
+        # Partial graphs save attention's launches too, at most those of a dense layer.
+        saved_s = (1 - p.graph_launch_share) * expert_s - p.graph_launch_share * layer_s
+        share -= s.num_moe_layers * max(0.0, saved_s) / eager_s
     # fitted on forward plus backward pass
     share *= p.quantized_launch[w.precision] * clock.count_passes("", 1.0) / 2
-    experts = moe * p.moe_launch_s * clock.moe_age * (1.0 if w.dropless else p.dropping_launch_share)
-    seconds = (layers * p.layer_launch_s * clock.age + experts) / w.pp
+    seconds = eager_s / w.pp
     return seconds * share, moe / w.pp * p.moe_stall_s * clock.moe_age * share * w.dropless
 
 

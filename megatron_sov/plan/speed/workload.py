@@ -339,8 +339,9 @@ class Workload:
     """Tensor-parallel messages overlap products (user buffers, async TP)."""
     overlap_ep: bool = False
     """Expert messages overlap another micro-batch."""
-    cuda_graphs: Literal["none", "partial", "full"] = "none"
-    """partial: graphs inside layers; full: one graph per step."""
+    cuda_graphs: Literal["none", "routers", "partial", "full"] = "none"
+    """routers: a graph between attention and token exchange; partial: with attention; full: one graph per
+    step."""
     fused_kernels: bool = True
     """Fused kernels between products (Transformer Engine, torch.compile), not a kernel per operation."""
     attention_kernel: Literal["newest", "portable"] = "newest"
@@ -405,6 +406,7 @@ def build_workload(config: RunConfig, phase: PhaseConfig, num_gpus: int, chip: C
         recompute_modules=g.recompute_modules if recompute == "selective" else (),
         dispatcher=p.expert_dispatcher, overlap_grad_reduce=p.overlap_grad_reduce,
         overlap_param_gather=p.overlap_param_gather, overlap_ep=p.expert_overlap == "micro_batches",
+        cuda_graphs="routers" if g.cuda_graphs else "none",
         attention_kernel="portable" if uses_local else "newest", exchanges_heads=p.cp > 1 and not uses_local,
         imbalance=imbalance, grad_bytes=2 if g.grad_dtype == "bf16" else 4,
         weight_bytes=1 if t.fp8_weights and t.fp8 != "mxfp8" else 2,

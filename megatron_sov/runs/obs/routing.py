@@ -21,5 +21,11 @@ def load_entropy(load: ExpertLoads) -> npt.NDArray[np.float64]:
     return np.asarray(-(share * logs).sum(axis=1) / np.log(load.shape[1]))
 
 
+def compute_process_load(load: ExpertLoads, ep: int) -> float:
+    """Return the mean over layers of the busiest expert-parallel process's tokens, relative to the mean."""
+    tokens = load.reshape(len(load), ep, -1).sum(axis=2)
+    return float((tokens / tokens.mean(axis=1, keepdims=True)).mean(axis=0).max())
+
+
 def count_dead_experts(load: ExpertLoads) -> npt.NDArray[np.int64]:
     return np.asarray((load == 0).sum(axis=1), dtype=np.int64)

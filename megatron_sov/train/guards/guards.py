@@ -22,7 +22,7 @@ from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.values import gather_objects
 from megatron_sov.engine.parallel.world import ParallelWorld
-from megatron_sov.model.config import GuardConfig
+from megatron_sov.model.config import GuardConfig, RunConfig
 from megatron_sov.runs.obs import routing
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.train.guards.fault_injection import Fault, FaultInjector
@@ -42,9 +42,10 @@ _is_wait_timed = False
 class Guards:
     """A process's guards."""
 
-    def __init__(self, settings: GuardConfig, world: ParallelWorld, run: Path, faults: Sequence[Fault],
+    def __init__(self, config: RunConfig, world: ParallelWorld, run: Path, faults: Sequence[Fault],
                  on_hang: Callable[[int, dict[str, list[int]]], None]) -> None:
         """Build the guards and start the `Watchdog` thread, which calls `on_hang`."""
+        settings = config.guards
         self.step_guard = StepGuard(settings, world.is_main)
         """Rejects steps with an unusual loss or gradient norm."""
         self.watchdog = Watchdog(run, world.rank, settings.hang_timeout_s, on_hang)
@@ -53,7 +54,7 @@ class Guards:
         """Finds silent data corruption (SDC): hardware that computes wrong bits."""
         self.stragglers = Stragglers(settings)
         """Finds slow processes."""
-        self.routing = RoutingMonitor(settings)
+        self.routing = RoutingMonitor(config)
         """Finds layers whose routing collapses."""
         self.faults = FaultInjector(faults, run, world.rank)
         """Injects faults to test the other guards."""
@@ -206,8 +207,8 @@ def _time_waits() -> None:
 class RoutingMonitor:
     """Records routing figures for MoE layers; a lasting alarm is raised once."""
 
-    def __init__(self, settings: GuardConfig) -> None:
-        self._settings = settings
+    def __init__(self, config: RunConfig) -> None:
+        self._config, self._settings = config, config.guards
         self._idle: np.ndarray | None = None
         """[layers, experts]: consecutive records in which an expert got no token; not in checkpoints."""
         self._active: set[tuple[str, int]] = set()
@@ -234,6 +235,7 @@ class RoutingMonitor:
         previous_idle = np.zeros_like(counts, np.int64) if self._idle is None else self._idle
         self._idle = np.where(counts == 0, previous_idle + 1, 0)
         alarms = dict(self._iter_alarms(layer_numbers, entropy, spread, self._idle))
+        alarms |= dict(self._iter_overloads(layers.tolist(), counts))
         for kind, layer in sorted(alarms.keys() - self._active):
             events.write("alarm", step=step, kind=kind, layer=layer, text=alarms[kind, layer])
         self._active = set(alarms)
@@ -259,3 +261,20 @@ class RoutingMonitor:
                     names += f" and {len(dead) - MAX_LISTED_EXPERTS} others"
                 yield ("dead experts", layer), (f"layer {layer}: expert{plural} {names} got no token "
                                                 f"in {settings.dead_after_records} routing records in a row")
+
+    def _iter_overloads(self, layers: list[int], counts: np.ndarray
+                        ) -> Iterator[tuple[tuple[str, int], str]]:
+        """Yield an alarm for each pipeline stage with an expert process above `gpu.expert_imbalance`."""
+        parallel, num_layers = self._config.parallel, self._config.model.num_layers
+        for stage in range(parallel.pp if parallel.ep > 1 else 0):
+            on_stage = {*parallel.stage_layers(stage, num_layers)}
+            is_last = stage == parallel.pp - 1  # which holds the prediction layer
+            rows = [row for row, layer in enumerate(layers)
+                    if layer in on_stage or (is_last and layer >= num_layers)]
+            load = routing.compute_process_load(counts[rows], parallel.ep) if rows else 1.0
+            if load > self._config.gpu.expert_imbalance:
+                first, last = layers[rows[0]] + 1, layers[rows[-1]] + 1
+                yield ("expert memory", first), (
+                    f"layers {first} to {last}: the busiest expert process gets {load:.2f} times the mean "
+                    f"tokens, and gpu.expert_imbalance = {self._config.gpu.expert_imbalance:g}: GPU memory "
+                    "may not suffice; set gpu.expert_spill=1.2")

@@ -1,5 +1,6 @@
 """Texts that a run prints: a banner with its plan before the first step, and a summary after the last."""
 
+import math
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -58,6 +59,9 @@ def _format_estimate(config: RunConfig, memory: MemoryEstimate) -> str:
         text += f", {format_memory(memory.peak)} with activations"
     if memory.on_host:
         text += f", {format_memory(memory.on_host)} of the host's memory"
+    if memory.imbalance_limit:
+        load = "all" if memory.imbalance_limit == math.inf else f"{memory.imbalance_limit:g} times the mean"
+        text += f", enough for {load} tokens on an expert process"
     return text
 
 

@@ -17,7 +17,7 @@ from megatron_sov.engine.parallel import context
 from megatron_sov.model.config import LinearAttentionConfig, RunConfig, apply_settings
 from megatron_sov.plan.footprint.activations import (
     Tokens, _estimate_fla_attention, count_pending_micro_batches, count_stored_bytes, estimate_saved,
-    list_layer_kinds)
+    estimate_stored, list_layer_kinds)
 from tests.engine.model.test_linear_attention import LocalLinear, pack_row
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
@@ -64,6 +64,18 @@ def test_saved_activations_of_each_layer_kind(recomputed: list[str], offloaded: 
     whole = estimate_saved(config, TOKENS, kind)
     assert count_stored_bytes(config, TOKENS, kind, whole) == 2 * TOKENS * per_token
     assert whole.total == 2 * TOKENS * ALL
+
+
+def test_graphs_keep_permuted_tokens_and_a_megabyte_each() -> None:
+    settings = ("train.recompute=selective", "parallel.pp=2")
+    plain, routers, both = (solar(*settings, *more) for more in (
+        (), ['gpu.cuda_graphs=["moe_router"]'], ['gpu.cuda_graphs=["moe_router", "moe_preprocess"]']))
+    (kind,) = set(list_layer_kinds(plain.model))
+    saved = estimate_saved(plain, TOKENS, kind)
+    assert (count_stored_bytes(both, TOKENS, kind, saved) - count_stored_bytes(plain, TOKENS, kind, saved)
+            == 2 * TOKENS * ROUTED * HIDDEN)
+    graphs = estimate_stored(routers, 0, 4096, 28).waiting - estimate_stored(plain, 0, 4096, 28).waiting
+    assert graphs == 2**20 * 24 * 28 * 2  # layers, micro-batches, forward and backward
 
 
 def test_a_recomputed_layer_keeps_its_input() -> None:

@@ -11,7 +11,8 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import TABLES, count_params
 from megatron_sov.plan.footprint.gpu_capacity import (
-    find_fullest_stage, find_nearest_layout, fits_gpu, list_changed_settings, refuse_too_large)
+    find_fullest_stage, find_imbalance_limit, find_nearest_layout, fits_gpu, list_changed_settings,
+    refuse_too_large)
 from megatron_sov.plan.footprint.stage_parameters import list_stage_parameters as held_by
 from megatron_sov.plan.pricing import list_run_stages, load_machines
 from megatron_sov.plan.search.recommended_layouts import (
@@ -81,6 +82,25 @@ def test_every_recommended_layout_is_valid_and_fits(recipe: str) -> None:
             run = apply_settings(config, list(get_recommended_settings(config, num_ranks, gpu)))
             assert run == apply_settings(config, list(layout)) and not run.problems(num_ranks)
             refuse_too_large(run, num_ranks, CHIPS[gpu])
+
+
+def test_a_layout_without_memory_for_uneven_experts_is_refused_unless_allowed() -> None:
+    """K-EXAONE's layout of 512 H100 runs out of memory at 1.55 times the mean tokens on an expert process."""
+    config, gpu = recipes.get("k-exaone-236b"), CHIPS["h100"]
+    *layout, spill = find_recommended(config, 512, "h100") or ()
+    assert spill == "gpu.expert_spill=1.2"
+    config = apply_settings(config, layout)
+    limit = find_imbalance_limit(config, 512, gpu)
+    loads = [1 + 0.05 * step for step in range(301)]
+    fitting = [load for load in loads
+               if fits_gpu(apply_settings(config, [f"gpu.expert_imbalance={load}"]), 512, gpu)]
+    assert fitting == loads[:len(fitting)] and limit == pytest.approx(fitting[-1]) and 1.5 < limit < 1.6
+    with pytest.raises(UserError, match=rf"on each process of pipeline stage 1 at gpu\.expert_imbalance = 2, "
+                       rf"up to {limit} fits .*; it fits with: --set gpu\.expert_spill=1\.2$"):
+        refuse_too_large(config, 512, gpu)
+    refuse_too_large(apply_settings(config, [f"gpu.expert_imbalance={limit}"]), 512, gpu)
+    refuse_too_large(apply_settings(config, [spill]), 512, gpu)
+    assert find_imbalance_limit(apply_settings(config, [spill]), 512, gpu) > 8
 
 
 @pytest.mark.parametrize(("recipe", "gpu", "nodes", "share"), [

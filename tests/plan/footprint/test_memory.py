@@ -185,6 +185,16 @@ def test_uneven_routing_is_on_top() -> None:
     assert alone.imbalance == 0  # a process with all experts receives all tokens
 
 
+def test_spilled_experts_wait_at_their_limit_and_pass_through_a_layer() -> None:
+    config = build_config("solar-open-102b", parallel__ep=8, train__recompute="false", gpu__expert_spill=1.2)
+    (kind,) = set(list_layer_kinds(config.model))
+    layer = estimate_saved(config, 4096, kind)
+    found = build_account(config, 64, 0, 4096, 8.0)
+    peak = found.one_layer + 7 * 3 * layer.expert_input + int(6.8 * layer.routed)
+    assert found.imbalance == pytest.approx(48 * 0.2 * layer.routed + peak - found.head, abs=2)
+    assert build_account(config, 64, 0, 4096) == build_account(config, 64, 0, 4096, 2.0)
+
+
 def test_the_page_equals_the_script_output() -> None:
     script = ROOT / "docs" / "generate_memory.py"
     code = "import sys, runpy; sys.stdout.write(runpy.run_path(sys.argv[1])['build_page']())"

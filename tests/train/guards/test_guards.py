@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 
 from megatron_sov.base.errors import ExitCode, SilentCorruption
 from megatron_sov.engine.parallel.world import ParallelWorld
+from megatron_sov.model import recipes
 from megatron_sov.model.config import GuardConfig
 from megatron_sov.train.guards import guards
 from megatron_sov.train.guards.guards import Guards, SdcChecks
@@ -95,6 +97,8 @@ def write_report(step, places):
     (folder / "report.json").write_text(json.dumps([step, places]))
 dog = watchdog.Watchdog(folder, 0, 0.0 if case == "off" else 0.4, write_report)
 now_s = [0.0]
+if case == "after short steps":
+    watchdog.MAX_GRACE_S = 0.5
 if case not in ("hang", "lock"):  # the other cases set the clock, so a busy machine cannot change them
     watchdog.time = SimpleNamespace(monotonic=lambda: now_s[0], sleep=time.sleep)
 def hang():
@@ -110,6 +114,17 @@ elif case == "in time":
     now_s[0] += 0.3
     time.sleep(1.0)
     dog.end()
+elif case == "after short steps":
+    dog._timeout_s = 1500.0
+    for step in range(20):
+        dog.begin(step)
+        now_s[0] += 7.0
+        dog.end()
+    dog.begin(20)
+    now_s[0] += 69.0
+    time.sleep(1.5)
+    now_s[0] += 2.0
+    time.sleep(3600)
 elif case == "paused":
     dog.begin(3)
     with dog.pause():
@@ -125,7 +140,7 @@ dog.close()
 
 def test_a_hang_is_reported_and_ended_except_in_slow_phases(tmp_path: Path) -> None:
     cases = {"hang": ExitCode.HANG, "lock": ExitCode.CRASH, "off": ExitCode.OK, "evaluation": ExitCode.OK,
-             "paused": ExitCode.OK, "in time": ExitCode.OK}
+             "paused": ExitCode.OK, "in time": ExitCode.OK, "after short steps": ExitCode.HANG}
     processes = {}
     for case in cases:
         (tmp_path / case).mkdir()
@@ -138,6 +153,7 @@ def test_a_hang_is_reported_and_ended_except_in_slow_phases(tmp_path: Path) -> N
     stacks = (tmp_path / "hang" / "hang" / "step-3-rank-00000.txt").read_text()
     assert "rank 0 stood still in step 3 for 0.4 s" in stacks and "in hang\n" in stacks
     assert "made no progress for guards.hang_timeout_s = 0.4" in outputs["hang"]
+    assert "made no progress for 70 s, 10 times the median step" in outputs["after short steps"]
     assert "Timeout" in outputs["lock"], "faulthandler's own thread needs no lock"
 
 
@@ -145,7 +161,8 @@ def test_compute_times_and_routing_are_checked_at_their_own_intervals(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guards.collectives, "gather_numbers", lambda number: [number])
     settings = GuardConfig(straggler_every_steps=2, routing_every_steps=3, hang_timeout_s=0)
-    all_guards = Guards(settings, ParallelWorld(0, 1, 0, 1, True, True), tmp_path, (),
+    config = replace(recipes.get("tiny-solar-open"), guards=settings)
+    all_guards = Guards(config, ParallelWorld(0, 1, 0, 1, True, True), tmp_path, (),
                         lambda step, places: None)
     all_guards.stragglers.clock = SimpleNamespace(seconds=lambda: 0.1)  # type: ignore[assignment]
     gather_steps: list[int] = []

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_sov.model.config import GuardConfig
+from megatron_sov.model import recipes
+from megatron_sov.model.config import GuardConfig, apply_settings
 from megatron_sov.runs.obs.events import EventLog, read_events
 from megatron_sov.train.guards import guards
 from megatron_sov.train.guards.guards import MAX_LISTED_RANKS, RoutingMonitor, Stragglers
@@ -21,19 +22,22 @@ EQUAL_BIASES, SPREAD_BIASES = [0.1] * 4, [0.9, 0.0, 0.0, -0.2]
 
 
 def list_alarms(tmp_path: Path,
-                records: list[tuple[list[list[float]], list[list[float]]]]) -> list[tuple[int, str, int,
-                                                                                          str]]:
+                records: list[tuple[list[list[float]], list[list[float]]]],
+                *settings: str) -> list[tuple[int, str, int, str]]:
     """Record routing every 10 steps and return the alarms.
 
     Args:
         tmp_path: folder for the event log.
         records: (load, biases), each of shape [layers, experts].
+        settings: of the run.
 
     Returns:
         (step, kind, layer, text) of each alarm.
     """
     log = EventLog(tmp_path / "events.jsonl")
-    monitor = RoutingMonitor(GuardConfig(routing_every_steps=10, min_load_entropy=0.3, dead_after_records=2))
+    monitor = RoutingMonitor(apply_settings(recipes.get("tiny-solar-open"), [
+        "guards.routing_every_steps=10", "guards.min_load_entropy=0.3", "guards.dead_after_records=2",
+        *settings]))
     for step, (load, biases) in zip(range(10, 10 * len(records) + 10, 10), records, strict=True):
         assert monitor.is_due(step) and not monitor.is_due(step + 1)
         monitor.record_load(step, torch.tensor(load, dtype=torch.float64),
@@ -59,6 +63,16 @@ def test_records_hold_the_figures_of_every_routed_layer(tmp_path: Path) -> None:
     assert record["layers"] == [2, 3] and record["dead"] == [2, 0] and record["max_violation"] == [1.0, 0.0]
     assert [round(entropy, 3) for entropy in record["entropy"]] == [0.5, 1.0]
     assert [round(spread, 3) for spread in record["bias_spread"]] == [1.1, 0.0]
+
+
+def test_a_stage_whose_busiest_process_exceeds_its_memory_alarms(tmp_path: Path) -> None:
+    """Per pipeline stage of two layers, over the layers of a process: single layers may exceed the limit."""
+    loads = [[9.0, 6.0, 0.0, 1.0], [2.0, 1.0, 7.0, 6.0], [9.0, 5.0, 1.0, 1.0], [8.0, 6.0, 1.0, 1.0], DENSE]
+    settings = ("model.num_layers=4", "parallel.pp=2", "parallel.ep=2", "gpu.expert_imbalance=1.6")
+    (alarm,) = list_alarms(tmp_path, [(loads, [EQUAL_BIASES] * 5)], *settings)
+    # 14 of 16 tokens in each layer of the second stage, 15 and 3 in the first
+    assert alarm[:3] == (10, "expert memory", 3)
+    assert "layers 3 to 4: the busiest expert process gets 1.75" in alarm[3]
 
 
 def test_a_dense_model_has_no_records(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from megatron_sov.base.figures import format_count, format_days, format_money, f
 from megatron_sov.base.hints.paths import fix_by_packing
 from megatron_sov.chat.vocabulary import check_same_tokens
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
-from megatron_sov.commands.train.setup.feasibility import count_epochs, count_tokens, refuse_unfit_data
+from megatron_sov.commands.train.setup.feasibility import (
+    count_epochs, count_tokens, refuse_even_routing, refuse_unfit_data)
 from megatron_sov.commands.train.setup.packed_files import find_files, list_packable_formats
 from megatron_sov.commands.train.setup.starts import find_start
 from megatron_sov.model.config import RunConfig, apply_settings, parse_data_paths
@@ -18,6 +19,7 @@ from megatron_sov.model.objectives import FORMATS
 from megatron_sov.operate.slurm.stages import StageWork, parse_source_path
 from megatron_sov.operate.slurm.submission import PreparedStage, print_scripts
 from megatron_sov.plan.cluster_plan import quote_run
+from megatron_sov.plan.footprint.gpu_capacity import find_imbalance_limit, format_imbalance_limit
 from megatron_sov.plan.pages.quotes import QuoteTotals, sum_quotes
 from megatron_sov.plan.pricing import Machines, build_pricing
 from megatron_sov.runs.checkpoints import find_tokenizer_folder
@@ -40,6 +42,7 @@ def check_data(work: StageWork) -> StageWork:
     if work.config is None or work.request is None:
         return work
     config, request, recipe_data = work.config, work.request, work.config.data
+    refuse_even_routing(config)
     paths = work.data or tuple(recipe_data.paths)
     _refuse_files(work)
     if not paths or not all((parse_source_path(text) / MANIFEST).is_file() for text in paths):
@@ -100,6 +103,9 @@ def summarize(prepared: PreparedStage) -> list[str]:
     quotes = quote_run(config, prices, (*work.settings, *settings)) if prices and has_steps else []
     unit = f"{profile.gpus_per_node} {prices.chip.name}" if prices else f"{profile.tasks_per_node} processes"
     lines = [f"summary   {work.stage} {config.recipe} on {nodes} x {unit}"]
+    if prices and config.parallel.ep > 1:
+        limit = find_imbalance_limit(config, prices.num_ranks, prices.chip)
+        lines.append(f"experts   {format_imbalance_limit(config, limit)}")
     if not quotes:
         return [*lines, _format_data(work, config)]
     total = sum_quotes(quotes)

@@ -34,6 +34,7 @@ def refuse_unfit(request: RecipeRequest, config: RunConfig, stage: Stage | None,
     """Refuse a training command that does not fit its data or this machine. `stage`: of post-training, or
     None; `is_initial`: the vocabulary can be set; `dry_run`: do not limit the hours of work. Raises
     `UserError`: names the setting that allows the vocabulary, epochs, memory or days of work."""
+    refuse_even_routing(config)
     if config.rollout.rounds and num_prompts and _is_recipe(request):
         _refuse_many_passes(config, num_prompts, list_requested_settings(request))
     if config.data.paths:
@@ -41,6 +42,14 @@ def refuse_unfit(request: RecipeRequest, config: RunConfig, stage: Stage | None,
     refuse_on_this_machine(config, nproc)
     if stage not in (None, "policy") and not has_launcher() and not dry_run:
         _refuse_days(config, num_ranks(nproc))
+
+
+def refuse_even_routing(config: RunConfig) -> None:
+    """Refuse training with a benchmark's routes. Raises `UserError`."""
+    if config.gpu.force_even_routing == "on":
+        raise UserError("gpu.force_even_routing = on: experts get random tokens, so the model learns no "
+                        "routes; leave it out of training",
+                        Fix(left_out=("--set gpu.force_even_routing=on",)))
 
 
 def refuse_recipe_rate(request: RecipeRequest, config: RunConfig, stage: BuiltIn) -> None:

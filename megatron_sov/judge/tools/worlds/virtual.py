@@ -288,7 +288,7 @@ def _read_tool(function: ast.FunctionDef) -> Tool:
 
 def _read_examples(calls: Any, tools: Mapping[str, Tool],
                    problems: list[str]) -> tuple[Mapping[str, Any], ...]:
-    if not isinstance(calls, list) or not all(_is_call(call) for call in calls):
+    if not isinstance(calls, list) or not all(is_call(call) for call in calls):
         problems.append("examples: must be a list of objects with name and arguments")
         return ()
     for place, call in enumerate(calls):
@@ -304,7 +304,7 @@ def _read_examples(calls: Any, tools: Mapping[str, Tool],
     return tuple(calls)
 
 
-def _is_call(call: Any) -> bool:
+def is_call(call: Any) -> bool:
     return (isinstance(call, dict) and call.keys() == {"name", "arguments"}
             and isinstance(call["name"], str) and isinstance(call["arguments"], dict))
 
@@ -429,7 +429,7 @@ class Virtual(World):
         """Return the tables after the goal's calls, without changing the episode's tables."""
         first = self.snapshot()
         for i, call in enumerate(calls):
-            if not _is_call(call):
+            if not is_call(call):
                 raise UserError(f"the task's goal.calls[{i}] must be an object with name and arguments")
             try:
                 self.call(get_text_field(call, "name"), call["arguments"])

@@ -187,6 +187,13 @@ def test_memory_of_a_machine_without_gpus(monkeypatch: pytest.MonkeyPatch, setti
     gpu_capacity.refuse_on_this_machine(config, None)
 
 
+def test_training_refuses_the_even_routing_of_benchmarks() -> None:
+    config = apply_settings(recipes.get("tiny-solar-open"), ["gpu.force_even_routing=on"])
+    request = RecipeRequest(config, (), from_file=False)
+    with pytest.raises(UserError, match=r"^gpu\.force_even_routing = on: experts get random tokens"):
+        refuse_unfit(request, config, None, None, is_initial=True, dry_run=True)
+
+
 @pytest.mark.each(("settings", "num_prompts", "is_refused"), [
     ((), 1, True), ((), 2, True), (("optim.lr=1e-6",), 1, True), ((), 100_000, False),
     (("data.max_epochs=0",), 1, False), (("rollout.rounds=500",), 1, False), (("train.epochs=9",), 1, False),
