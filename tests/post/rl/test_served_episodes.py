@@ -57,7 +57,7 @@ class GreedyModel:
         """Return the rest of the turn whose beginning ends `ids`."""
         opening = CHAT.encode_text(f"{BEGIN}assistant\n")
         start = max(n for n, id_ in enumerate(ids) if id_ == BEGIN_ID) + len(opening)
-        turn = self._turn(ids[:start])
+        turn = self._write_turn(ids[:start])
         num_written = len(ids) - start
         assert list(ids[start:]) == turn[:num_written], "another model wrote the beginning of the turn"
         return turn[num_written:]
@@ -76,7 +76,7 @@ def draw_turn(conversation: Sequence[int]) -> list[int]:
     """Return a random turn, drawn with the conversation as seed."""
     seed = hashlib.sha256(np.array(conversation, np.int32).tobytes()).digest()
     rng, policy = random.Random(seed), FuzzedPolicy("files", CHAT, ENCODER.end_ids[0])
-    while BEGIN_ID in (ids := policy._turn(rng)):
+    while BEGIN_ID in (ids := policy._write_turn(rng)):
         pass
     return ids
 
