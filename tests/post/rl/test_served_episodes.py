@@ -57,7 +57,7 @@ class GreedyModel:
         """Return the rest of the turn whose beginning ends `ids`."""
         opening = CHAT.encode_text(f"{BEGIN}assistant\n")
         start = max(n for n, id_ in enumerate(ids) if id_ == BEGIN_ID) + len(opening)
-        turn = self._write_turn(ids[:start])
+        turn = self._turn(ids[:start])
         num_written = len(ids) - start
         assert list(ids[start:]) == turn[:num_written], "another model wrote the beginning of the turn"
         return turn[num_written:]
