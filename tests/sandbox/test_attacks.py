@@ -112,8 +112,10 @@ attempt(lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)[0].sendto(b
 attempt(lambda: socket.socketpair()[0].connect(UNIX))
 attempt(lambda: socket.socketpair()[0].sendto(b"x", UNIX))
 """, num_refused=5),
-    "raw sockets and netlink": Attack("attempt(socket.socket, socket.AF_PACKET, socket.SOCK_RAW)\n"
-                                      "attempt(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW)", num_refused=2),
+    "raw sockets and netlink": Attack("""
+attempt(socket.socket, socket.AF_PACKET, socket.SOCK_RAW)
+attempt(socket.socket, socket.AF_NETLINK, socket.SOCK_RAW)
+""", num_refused=2),
     "writes outside": Attack("""
 for path in ("/etc/evil", "/usr/lib/evil", "/evil", "/dev/evil", os.__file__, SECRET, FOLDER + "/evil"):
     attempt(open, path, "a")
@@ -219,7 +221,8 @@ for _ in range(1000):  # of names that are too long together for any path
     os.mkdir("folder")
     os.chdir("folder")
 """),
-    "an exit in the middle": Attack("print('REFUSED', flush=True)\nos._exit(0)\nprint('ALLOWED')", num_refused=1),
+    "an exit in the middle": Attack("print('REFUSED', flush=True)\nos._exit(0)\nprint('ALLOWED')",
+                                    num_refused=1),
     "a process left behind": Attack("""
 if os.fork() == 0:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

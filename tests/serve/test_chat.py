@@ -25,7 +25,7 @@ from megatron_sov.cli import main
 from megatron_sov.serve.chat_session import ChatSession, find_chat_model
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.transport import Transport
-from tests.pages_typed import list_commands, page_section
+from tests.pages_typed import page_section
 
 PAGE = page_section("serve.md", "Chat in the terminal")
 
@@ -47,8 +47,7 @@ def endpoint() -> Iterator[ScriptedEndpoint]:
 
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., Any]:
-    """A function `(lines, *words)` that runs `chat` with these words and this input and returns its
-    output."""
+    """A function `(lines, *words)` that runs `chat` with this input and these words; returns its output."""
 
     def run_chat(lines: str, *words: str) -> Any:
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))

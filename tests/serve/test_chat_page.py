@@ -1,5 +1,4 @@
-"""The chat page of `megatron-sov serve` in a browser: answers of two models, keyboard, layout, access
-keys."""
+"""The chat page of `megatron-sov serve` in a browser: answers of two models, keyboard, layout, and keys."""
 
 import json
 import sys
