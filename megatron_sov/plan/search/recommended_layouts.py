@@ -21,6 +21,8 @@ LAYOUT_PREFIXES = ("parallel.", "train.micro_batch_size=", "train.recompute=", "
 """Prefixes: such settings replace the recommended layout."""
 DISPATCHER = "parallel.expert_dispatcher"
 """Setting that depends on the installed kernels: a user who sets it still gets a recommended layout."""
+GRAPHS = 'gpu.cuda_graphs=["moe_router"]'
+"""Setting that layouts get if it is valid and fits: it decides the speed with a slow host."""
 
 
 def list_recommended(config: RunConfig, gpu: str) -> tuple[Layout, ...]:
@@ -45,8 +47,10 @@ def find_recommended(config: RunConfig, num_ranks: int, gpu: str,
                                        for setting in layout):
             continue
         layout = tuple(setting for setting in layout if setting.partition("=")[0] not in fixed)
-        if (fitting := complete_layout(config, layout, num_ranks, gpu)) is not None:
-            return fitting
+        candidates = [layout] if "gpu.cuda_graphs" in fixed else [(*layout, GRAPHS), layout]
+        for candidate in candidates:
+            if (fitting := complete_layout(config, candidate, num_ranks, gpu)) is not None:
+                return fitting
     return None
 
 
