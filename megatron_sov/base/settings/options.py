@@ -207,11 +207,12 @@ class DeclaredCommand:
 
     def run_checks(self, options: Any) -> None:
         """Run the checks before the first write, started process or import of torch (`stop_check`)."""
-        if self.proposal_function:
-            import_reference(self.proposal_function)(options)
-        if self.run_function and not self.runs_in_checks:
+        runs_function = self.runs_in_checks or not self.run_function
+        if not runs_function:
             self.check_options(options)
-        else:
+        if self.proposal_function:  # may import torch, which a fault found by `check` does not need
+            import_reference(self.proposal_function)(options)
+        if runs_function:
             self.run_options(set_dry_run(options))
 
     def check_options(self, options: Any) -> Any:

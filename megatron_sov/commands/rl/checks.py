@@ -1,6 +1,5 @@
 """Checks of `megatron-sov rl train`, `rl run` and `rl generate` before torch is imported."""
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,8 +25,7 @@ from megatron_sov.model.config import RunConfig
 from megatron_sov.model.config.post_training import PolicyConfig, RolloutConfig
 from megatron_sov.model.config.run import add_rounds, retain_policies
 from megatron_sov.post.rl.reward import NO_REWARD, check_reward_fields, resolve_reward_version
-from megatron_sov.rollouts.prompts import (
-    UNUSED_ROWS_FILE, PromptList, UnusedRows, find_shared_prompts, read_prompts)
+from megatron_sov.rollouts.prompts import PromptList, find_shared_prompts, read_prompts
 from megatron_sov.rollouts.round_order import select_round_prompts
 from megatron_sov.rollouts.rows import parse_round_range, read_domain
 from megatron_sov.runs.checkpoints import check_model_path, find_tokenizer_folder
@@ -207,14 +205,6 @@ def find_other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
 def read_training_prompts(options: PromptOptions, *, is_asked: bool) -> PromptList:
     """Read the distinct prompts in --prompts; `is_asked`: see `read_prompts`."""
     return read_prompts(options.prompts, parse_renames(options.renames, ()), is_asked=is_asked)
-
-
-def drop_unused_prompts(source: str, prompts: PromptList, unused: UnusedRows, store: Path) -> PromptList:
-    """Return the prompts without `unused.too_long`, and print the counts for the file."""
-    if is_first_rank():
-        listed = f"; {store / UNUSED_ROWS_FILE} lists them" if unused.rows else ""
-        print(f"{source}: {unused.account.describe()}{listed}", file=sys.stderr)
-    return prompts.exclude(unused.too_long)
 
 
 def read_validation_prompts(file: Path, renames: Sequence[str], training: PromptList, *, is_asked: bool

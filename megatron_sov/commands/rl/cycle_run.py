@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron_sov.commands.rl.checks import (
-    CycleRequest, EnvironmentRequest, RoundsRequest, check_sequence_length, count_max_tokens,
-    drop_unused_prompts, resolve_environment)
+    CycleRequest, RoundsRequest, check_sequence_length, count_max_tokens, resolve_environment)
+from megatron_sov.commands.rl.generation import GenerationBuilder
 from megatron_sov.commands.rl.options import VALIDATION_OPTION
-from megatron_sov.commands.rl.rollout_source import build_rollout_source
 from megatron_sov.commands.train.setup.training import TrainingRequest
 from megatron_sov.commands.train.training_run import run_training
 from megatron_sov.infer.engine import ENGINE_SET
@@ -35,7 +34,6 @@ from megatron_sov.post.rl.round_loader import RoundLoader
 from megatron_sov.post.rl.run import RolloutCycle
 from megatron_sov.post.rl.validation import SampledRounds, Validation, digest_conditions
 from megatron_sov.rollouts.round_order import select_round_prompts
-from megatron_sov.rollouts.store import StoreSettings
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import ROUNDS, VALIDATION, fixed_settings
 from megatron_sov.runs.launch_environment import num_ranks
@@ -111,34 +109,27 @@ class RolloutBuilder:
     """Builds the rollouts for training and validation with the same start, environment and servers."""
 
     request: CycleRequest
-    start: Target
-    environment: EnvironmentRequest | None
+    generation: GenerationBuilder
     servers: LiveServers | None
     """Engine servers; None: the trained model generates."""
 
     @classmethod
     def open(cls, request: CycleRequest) -> "RolloutBuilder":
         """Open the start, and check that responses fit the context length."""
-        config, start = request.rounds.config, find_target(request.rounds.start)
-        environment = resolve_environment(request.options, config)
+        options, config, start = request.options, request.rounds.config, find_target(request.rounds.start)
+        environment = resolve_environment(options, config)
         check_sequence_length(config.rollout, environment, start)
-        return cls(request=request, start=start, environment=environment,
-                   servers=_build_servers(request, start))
+        generation = GenerationBuilder(
+            options=options, config=config, start=start, engine_name=options.engine, environment=environment,
+            provenance={"engine": options.engine, "environment": options.environment,
+                        "reward": options.reward})
+        return cls(request=request, generation=generation, servers=_build_servers(request, start))
 
     def build_training_rollouts(self) -> LiveRollouts:
         """Return the rollouts that answer --prompts in --store."""
         options, rounds = self.request.options, self.request.rounds
-        config = rounds.config
-        source, unused = build_rollout_source(options, config, rounds.prompts, self.start,
-                                              engine_name=options.engine, environment=self.environment)
-        prompts = drop_unused_prompts(f"--prompts {options.prompts}", rounds.prompts, unused, options.store)
-        select_round_prompts(prompts, config.rollout, 1)  # refuses a file with too few prompts
-        settings = GenerationSettings(
-            store=StoreSettings(options.store, self.start.tokenizer_folder, self.start.vocab_size),
-            prompts=prompts, set_aside=unused, rollout=config.rollout, run=options.run, source=source,
-            provenance={"engine": options.engine, "environment": options.environment,
-                        "reward": options.reward},
-            max_gen_batches=config.policy.parts.max_gen_batches)
+        settings = self.generation.build(rounds.prompts, f"--prompts {options.prompts}", options.store)
+        select_round_prompts(settings.prompts, settings.rollout, 1)  # refuses a file with too few prompts
         reward = RewardJudge(options.reward, options.reward_set, options.workers, rounds.reward_version)
         return LiveRollouts(settings=settings, writer=self._build_writer(settings), reward=reward)
 
@@ -151,25 +142,20 @@ class RolloutBuilder:
         options, rounds = self.request.options, self.request.rounds
         if rounds.validation_prompts is None:
             return None
-        config, folder = rounds.config, options.run / VALIDATION
+        config = rounds.config
         rollout = config.rollout.for_validation(len(rounds.validation_prompts))
         # Only training replays expert routes.
         sampled = replace(config, rollout=rollout, policy=replace(config.policy, router_replay=False))
-        source, unused = build_rollout_source(options, sampled, rounds.validation_prompts, self.start,
-                                              engine_name=options.engine, environment=self.environment)
-        prompts = drop_unused_prompts(f"{VALIDATION_OPTION} {options.validation}", rounds.validation_prompts,
-                                      unused, folder)
-        rollout = config.rollout.for_validation(len(prompts))
-        settings = replace(
-            training.settings, prompts=prompts, set_aside=unused, rollout=rollout, source=source,
-            store=StoreSettings(folder, self.start.tokenizer_folder, self.start.vocab_size),
-            max_gen_batches=1)
+        settings = replace(self.generation, config=sampled).build(
+            rounds.validation_prompts, f"{VALIDATION_OPTION} {options.validation}", options.run / VALIDATION)
+        rollout = config.rollout.for_validation(len(settings.prompts))
+        settings = replace(settings, rollout=rollout, max_gen_batches=1)
         conditions = digest_conditions(
-            prompts=prompts, reward_version=rounds.reward_version, rollout=rollout,
-            chosen_by=source.chosen_by, right_from=config.policy.right_from)
+            prompts=settings.prompts, reward_version=rounds.reward_version, rollout=rollout,
+            chosen_by=settings.source.chosen_by, right_from=config.policy.right_from)
         return Validation(
             run=options.run, rollout=config.rollout, right_from=config.policy.right_from,
-            num_responses=len(prompts) * rollout.samples_per_prompt, measured_by=conditions,
+            num_responses=len(settings.prompts) * rollout.samples_per_prompt, measured_by=conditions,
             samples=SampledRounds(config.obs.sample_rows, rollout.rounds),
             rollouts=LiveRollouts(settings=settings, reward=training.reward,
                                   writer=self._build_writer(settings)))

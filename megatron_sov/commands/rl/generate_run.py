@@ -13,9 +13,9 @@ from megatron_sov.base.artifacts import MANIFEST
 from megatron_sov.base.errors import ExitCode, UserError, warn
 from megatron_sov.checkpoint import load
 from megatron_sov.commands.rl.checks import (
-    RolloutsRequest, check_sequence_length, check_tokenizer, count_max_tokens, drop_unused_prompts)
+    RolloutsRequest, check_sequence_length, check_tokenizer, count_max_tokens)
+from megatron_sov.commands.rl.generation import GenerationBuilder
 from megatron_sov.commands.rl.options import RlGenerateOptions
-from megatron_sov.commands.rl.rollout_source import build_rollout_source
 from megatron_sov.engine.parallel.world import run_on_first
 from megatron_sov.infer.decoder.generator import MegatronEngine
 from megatron_sov.infer.engine import ENGINE_SET, Engine, check_engine, choose_engine, run_with_engine
@@ -23,10 +23,9 @@ from megatron_sov.infer.engines.server_engine import ServerEngine
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.infer.request import MEGATRON, VLLM, Batching
 from megatron_sov.post.rl.generate.requests import build_requests, write_by_requests
-from megatron_sov.post.rl.generate.writers import GenerationSettings, write_batches
+from megatron_sov.post.rl.generate.writers import write_batches
 from megatron_sov.rollouts.prompts import write_unused_rows
 from megatron_sov.rollouts.round_order import select_round_prompts
-from megatron_sov.rollouts.store import StoreSettings
 from megatron_sov.runs.checkpoints import read_adapter_base
 from megatron_sov.runs.rounds import Policy, build_start_policy, find_round_policy
 
@@ -42,29 +41,25 @@ def generate_rollouts(request: RolloutsRequest) -> int:
     check_tokenizer(options.start_from, start.tokenizer_folder)
     engine_name = options.engine or choose_engine(start)
     _check_engine(request, engine_name, start)
-    source, unused_rows = build_rollout_source(
-        options, config, request.prompts, start, engine_name=engine_name, environment=request.environment)
-    # unused: longer than `rollout.max_prompt_tokens`
-    prompts = drop_unused_prompts(f"--prompts {options.prompts}", request.prompts, unused_rows, options.store)
-    select_round_prompts(prompts, rollout, request.rounds[0])  # refuses a file with too few prompts
-    settings = GenerationSettings(
-        store=StoreSettings(options.store, start.tokenizer_folder, start.vocab_size), prompts=prompts,
-        set_aside=unused_rows, rollout=rollout, run=options.run, source=source, wait_s=options.wait,
-        provenance={"engine": engine_name, "settings": list(options.engine_set),
-                    "environment": options.environment},
-        max_gen_batches=config.policy.parts.max_gen_batches)
+    generation = GenerationBuilder(
+        options=options, config=config, start=start, engine_name=engine_name, environment=request.environment,
+        wait_s=options.wait, provenance={"engine": engine_name, "settings": list(options.engine_set),
+                                         "environment": options.environment})
+    settings = generation.build(request.prompts, f"--prompts {options.prompts}", options.store)
+    # refuses a file with too few prompts
+    select_round_prompts(settings.prompts, rollout, request.rounds[0])
     find_policy = partial(find_round_policy, options.run, start.path, rollout=rollout)
     initial_policy = build_start_policy(start.path)
 
     def write_rounds(engine: Engine) -> dict[str, Any]:
         # `store.open` creates the store: on rank 0 first, before the other ranks open it.
-        run_on_first(lambda: write_unused_rows(settings.store.open().path, unused_rows))
+        run_on_first(lambda: write_unused_rows(settings.store.open().path, settings.set_aside))
         queue, load_policy = settings.build_queue(request.rounds, find_policy), partial(_load_policy, engine)
         if isinstance(engine, ServerEngine):
             max_running = engine.room  # responses that the servers generate at a time
-            return write_by_requests(build_requests(engine, source, max_running), queue, max_running,
+            return write_by_requests(build_requests(engine, settings.source, max_running), queue, max_running,
                                      load_policy)
-        return write_batches(engine, source, queue, loaded=initial_policy, load_policy=load_policy)
+        return write_batches(engine, settings.source, queue, loaded=initial_policy, load_policy=load_policy)
 
     summary = run_with_engine(
         engine_name, start, write_rounds, longest=count_max_tokens(rollout, request.environment),

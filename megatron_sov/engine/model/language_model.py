@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.tensor_parallel.layers import set_tensor_model_parallel_attributes
 from megatron.core.transformer import mlp
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.transformer.moe.router import Router
@@ -192,23 +191,6 @@ class _SwiGLU(torch.autograd.Function):
         return gradients
 
 
-def mark_parameters(chunk: torch.nn.Module) -> None:
-    """Set the experts' attributes by which Megatron-Core chooses groups for gradient sums and counts
-    parameters in the norm.
-
-    Gradients of routed experts are summed over the expert data-parallel group. Megatron-Core marks experts
-    only for expert-parallel sizes above 1: with `ep = 1` and `etp != tp` each tensor-parallel process would
-    keep the gradient of its own tokens. Transformer Engine marks split weights, but since 2.13 no longer
-    those of grouped linear layers (experts): tensor-parallel processes would compute different gradient
-    norms and clip differently.
-    """
-    for name, parameter in chunk.named_parameters():
-        if ".mlp.experts." in name:
-            parameter.allreduce = parameter.sequence_parallel = False  # type: ignore[attr-defined]
-            if not hasattr(parameter, "tensor_model_parallel"):
-                set_tensor_model_parallel_attributes(parameter, True, int("linear_fc2" in name), 1)
-
-
 def _build_chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk:
     """Build chunk `vp_stage` of an interleaved pipeline stage. None: the only chunk of the stage."""
     with use_local_device():
@@ -228,7 +210,6 @@ def _build_chunk(model: ModelConfig, config: Any, vp_stage: int | None) -> Chunk
         chunk.embedding.register_forward_hook(
             lambda module, inputs, embedded: embedded * model.embedding_multiplier)
     _zero_padding_rows(chunk, model.vocab_size)
-    mark_parameters(chunk)
     return chunk
 
 

@@ -228,8 +228,8 @@ class GpuConfig:
     """Streaming multiprocessors for `parallel.expert_dispatcher` = deepep or hybridep; an even number. 0: the
     kernels' default."""
     grad_dtype: Literal["fp32", "bf16"] = "fp32"
-    """Dtype in which a bf16 model accumulates and reduces gradients. bf16 halves memory and messages, and
-    rounds at every addition."""
+    """Dtype in which a bf16 model accumulates and reduces gradients. bf16 halves memory and messages, rounds
+    at every addition, and is refused above 8 micro-batches per step."""
     moment_dtype: Literal["fp32", "bf16"] = "fp32"
     """Dtype for AdamW's two moments for a bf16 model with ZeRO-1. bf16 saves 4 bytes per weight updated by a
     process, and rounds at every update."""

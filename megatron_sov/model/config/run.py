@@ -37,6 +37,9 @@ from megatron_sov.model.config.post_training import (
     REFERENCE_METHODS, DistillationConfig, PolicyConfig, PolicyParts, PreferenceConfig, RolloutConfig)
 from megatron_sov.model.config.train import GuardConfig, ObsConfig, OptimConfig, TrainConfig
 
+MAX_BF16_SUMS = 8
+"""Micro-batches whose gradients may add up in bf16: the last is 1/8 of the sum, which rounds to 1/256, so its
+gradient keeps 5 of 8 bits."""
 SWITCHES = (("policy.method", tuple(f"policy.{part.name}" for part in dataclasses.fields(PolicyParts))),
             ("preference.method", ("preference.beta", "preference.simpo_gamma")))
 """A setting that selects a method, and the numbers that belong to the method. If the method changes, the
@@ -256,6 +259,11 @@ class RunConfig:
                     f"{pipeline} = {unit}")
         problems = [self._uneven_batch(size, phase, unit, multiple)
                     for size, phase in sorted(sizes.items(), key=lambda item: item[0]) if size % unit]
+        num_sums = max(sizes) // (t.micro_batch_size * dp)
+        problems += find_broken_rules(self.gpu, "gpu", (
+            self.gpu.grad_dtype == "fp32" or num_sums <= MAX_BF16_SUMS, "grad_dtype",
+            f"adds {num_sums} micro-batches of a step with 8 significant bits, and more than {MAX_BF16_SUMS} "
+            "round each other away", "leave it out, or raise train.micro_batch_size"))
         if (steps := self.num_steps()) > MAX_STEPS:
             problems.append(SettingsProblem(
                 Kind.RULE, "train.tokens", f"the token budgets give {steps:,} steps; the limit is "

@@ -137,8 +137,8 @@ class GuardConfig:
     return to the last good checkpoint; samples since that checkpoint are skipped. 0: never."""
     hang_timeout_s: NotNegative = 1500.0
     """Seconds without a finished step after which every process writes stack traces into RUN/hang and exits
-    with code 76. Choose it longer than the slowest step; collectives time out after `parallel.timeout_s`. 0:
-    off."""
+    with code 76. Choose it longer than the slowest step; collectives time out after `parallel.timeout_s`.
+    After 20 steps the limit is 10 times the median step, at least 60 seconds and at most this. 0: off."""
     compare_replicas: bool = True
     """Before each checkpoint, compare weights bit for bit between processes that hold copies."""
     probe_every_steps: NotNegativeInt = 0

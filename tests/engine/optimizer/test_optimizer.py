@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 
+from megatron_sov.model import recipes
+from megatron_sov.model.config import RunConfig, apply_settings
 from tests.tiny import tiny_model
 
 
@@ -83,3 +85,29 @@ def test_updates_are_torchs_adamw(ranks, job) -> None:
     assert bf16["masters"] > 40
     for name, difference in bf16["differences"].items():  # bf16 rounds the fp32 master weights to 8 bits
         assert difference <= bf16["size"][name] * 2 ** -8, name
+
+
+@pytest.mark.each("layout", [
+    "parallel.tp=2 parallel.sp=true parallel.ep=2", "parallel.ep=2 parallel.zero1=true", "parallel.etp=2"])
+def test_every_parameter_counts_once_in_the_gradient_norm(layout: str) -> None:
+    """In bf16, which `plan --prove` leaves out. With gradients of 1 the squared norm counts parameters."""
+    from megatron_sov.engine.parallel import cpu_shims
+
+    cpu_shims.prepare_without_gpu()
+    from megatron_sov.engine.model.language_model import build_model
+    from megatron_sov.engine.optimizer import optimizer, state_shards
+    from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
+
+    def compute_norm(config: RunConfig) -> float:
+        model = build_model(config.model, config.parallel, config.train)
+        own = optimizer.Optimizer(model, config.optim, config.parallel)
+        for parameter in model.parameters():
+            parameter.main_grad.fill_(1)
+        state_shards.assign_gradients(own.shards)
+        return own._compute_grad_norm()
+
+    def play(*settings: str) -> list[float]:
+        config = apply_settings(recipes.get("tiny-k-exaone"), ["train.precision=bf16", *settings])
+        return SimulatedRanks(2 if settings else 1).run(config.parallel, lambda _: compute_norm(config))
+
+    assert {*play(*layout.split())} == {*play()}

@@ -39,35 +39,14 @@ def inspect_shims() -> dict:
             "compiled": torch.compile.__module__}
 
 
-def find_unmarked_weights() -> dict[str, list[str]]:
-    """Return the weights to which Megatron-Core alone, without `mark_parameters`, gives no attributes."""
-    from unittest import mock
-
-    from megatron_sov import recipes
-    from megatron_sov.engine.model import language_model
-    from megatron_sov.engine.parallel import world
-    from megatron_sov.model.config import ParallelConfig
-
-    config = recipes.get("tiny-solar-open")
-    world.join_world(ParallelConfig())
-    with mock.patch.object(language_model, "mark_parameters"):
-        network = language_model.build_model(config.model, ParallelConfig(), config.train)
-    named = list(network.named_parameters())
-    return {"expert": [n for n, p in named if ".mlp.experts." in n and getattr(p, "allreduce", True)],
-            "split": [n for n, p in named if "linear" in n and not hasattr(p, "tensor_model_parallel")]}
-
-
 @pytest.mark.distributed
 def test_cpu_shims_create_all_tensors_on_the_cpu(ranks, job) -> None:
-    (state,), (unmarked,) = ranks(job(__file__, "inspect_shims"), job(__file__, "find_unmarked_weights"))
+    [(state,)] = ranks(job(__file__, "inspect_shims"))
     assert state["is_patched_once"] and not state["on_gpu"] and state["device"] == "cpu"
     assert set(state["devices"]) == {"cpu"} and state["meta"] == "meta"
     assert (state["type"], state["cast"]) == ("torch.cuda.FloatTensor", "torch.int64")
     assert state["norm_is_marked"] and state["config_is_unchanged"]
     assert state["split_sizes"] == [1.0, 1.0] and state["same_generator"] and state["compiled"] == "torch"
-    assert unmarked["expert"], "Megatron-Core now marks experts itself: remove this part of mark_parameters"
-    # `mark_parameters` is needed only for the split weights of Transformer Engine's grouped layers
-    assert not unmarked["split"], "Megatron-Core no longer marks split weights: mark_parameters has to"
 
 
 # Megatron-Core's defects still exist, and `patch_defects` fixes them without the CPU shims.

@@ -13,6 +13,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 Small = Callable[..., RunConfig]
 SELECTIVE = "train.recompute=selective gpu.recompute_modules="
 OFFLOAD = "train.precision=bf16 parallel.zero1=true gpu.optimizer_offload=0.5"
+BF16_SUMS = "train.precision=bf16 gpu.grad_dtype=bf16 train.micro_batch_size=1"
 PASSES = "parallel.ep=2 parallel.expert_overlap=micro_batches"
 ROUTERS, GRAPHS = 'gpu.cuda_graphs=["moe_router"]', 'gpu.cuda_graphs=["moe_router","moe_preprocess"]'
 QUANTISED = "train.precision=bf16 train.fp8=mxfp8"
@@ -192,6 +193,9 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     (f"{ROUTERS} {PASSES.replace('micro_batches', 'weight_gradients')}", 2, ""),
     (f"{GRAPHS} gpu.permute_fusion=off parallel.expert_dispatcher=allgather", 1, ""),
     ("gpu.grad_dtype=bf16 train.precision=fp32", 1, "gpu.grad_dtype"),
+    (f"{BF16_SUMS} train.global_batch_size=8", 1, ""), (f"{BF16_SUMS} train.global_batch_size=16", 2, ""),
+    (f"{BF16_SUMS} train.global_batch_size=9", 1, "gpu.grad_dtype"),
+    (f"{BF16_SUMS} train.global_batch_size=8 data.phases.0.global_batch_size=32", 2, "gpu.grad_dtype"),
     ("gpu.moment_dtype=bf16", 1, "gpu.moment_dtype"),
     ("gpu.optimizer_offload=0.5", 1, "gpu.optimizer_offload"),
     (f"{OFFLOAD} gpu.moment_dtype=bf16", 1, "gpu.optimizer_offload"),

@@ -97,6 +97,8 @@ def write_report(step, places):
     (folder / "report.json").write_text(json.dumps([step, places]))
 dog = watchdog.Watchdog(folder, 0, 0.0 if case == "off" else 0.4, write_report)
 now_s = [0.0]
+if case == "after short steps":
+    watchdog.MAX_GRACE_S = 0.5
 if case not in ("hang", "lock"):  # the other cases set the clock, so a busy machine cannot change them
     watchdog.time = SimpleNamespace(monotonic=lambda: now_s[0], sleep=time.sleep)
 def hang():
@@ -112,6 +114,17 @@ elif case == "in time":
     now_s[0] += 0.3
     time.sleep(1.0)
     dog.end()
+elif case == "after short steps":
+    dog._timeout_s = 1500.0
+    for step in range(20):
+        dog.begin(step)
+        now_s[0] += 7.0
+        dog.end()
+    dog.begin(20)
+    now_s[0] += 69.0
+    time.sleep(1.5)
+    now_s[0] += 2.0
+    time.sleep(3600)
 elif case == "paused":
     dog.begin(3)
     with dog.pause():
@@ -127,7 +140,7 @@ dog.close()
 
 def test_a_hang_is_reported_and_ended_except_in_slow_phases(tmp_path: Path) -> None:
     cases = {"hang": ExitCode.HANG, "lock": ExitCode.CRASH, "off": ExitCode.OK, "evaluation": ExitCode.OK,
-             "paused": ExitCode.OK, "in time": ExitCode.OK}
+             "paused": ExitCode.OK, "in time": ExitCode.OK, "after short steps": ExitCode.HANG}
     processes = {}
     for case in cases:
         (tmp_path / case).mkdir()
@@ -140,6 +153,7 @@ def test_a_hang_is_reported_and_ended_except_in_slow_phases(tmp_path: Path) -> N
     stacks = (tmp_path / "hang" / "hang" / "step-3-rank-00000.txt").read_text()
     assert "rank 0 stood still in step 3 for 0.4 s" in stacks and "in hang\n" in stacks
     assert "made no progress for guards.hang_timeout_s = 0.4" in outputs["hang"]
+    assert "made no progress for 70 s, 10 times the median step" in outputs["after short steps"]
     assert "Timeout" in outputs["lock"], "faulthandler's own thread needs no lock"
 
 
