@@ -125,8 +125,8 @@ def test_submit_writes_the_layouts_of_the_ready_scripts(name: str,
                          str(stage.nodes), "--dry-run", *arguments]) == 0
         submitted = re.search(r"num_nodes=\d+ settings=\(.*\)", capsys.readouterr().out)
         assert submitted is not None, stage.label
-        (ready,) = (script for script in ALL if script.parent.name == name
-                    and re.fullmatch(rf"\d+-{stage.label}\.sbatch", script.name))
+        (ready,) = (script for script in (SCRIPTS / name).iterdir()
+                    if re.fullmatch(rf"\d+-{stage.label}\.sbatch", script.name))
         assert submitted[0] in ready.read_text(), stage.label
         assert set(re.findall(r"expert_dispatcher=(\w+)", submitted[0])) <= {*dispatchers}
 
