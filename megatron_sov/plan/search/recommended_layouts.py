@@ -21,6 +21,8 @@ LAYOUT_PREFIXES = ("parallel.", "train.micro_batch_size=", "train.recompute=", "
 """Prefixes: such settings replace the recommended layout."""
 DISPATCHER = "parallel.expert_dispatcher"
 """Setting that depends on the installed kernels: a user who sets it still gets a recommended layout."""
+GRAPHS = 'gpu.cuda_graphs=["moe_router"]'
+"""Setting that layouts get if it is valid and fits: it decides the speed with a slow host."""
 
 
 def list_recommended(config: RunConfig, gpu: str) -> tuple[Layout, ...]:
@@ -45,21 +47,25 @@ def find_recommended(config: RunConfig, num_ranks: int, gpu: str,
                                        for setting in layout):
             continue
         layout = tuple(setting for setting in layout if setting.partition("=")[0] not in fixed)
-        if (fitting := complete_layout(config, layout, num_ranks, gpu)) is not None:
+        graphs = () if "gpu.cuda_graphs" in fixed else (GRAPHS,)
+        if (fitting := complete_layout(config, layout, num_ranks, gpu, graphs)) is not None:
             return fitting
     return None
 
 
-def complete_layout(config: RunConfig, layout: Layout, num_ranks: int, gpu: str) -> Layout | None:
-    """Return a layout that is valid and fits, with `gpu.expert_spill` if it needs the setting; otherwise
-    None."""
-    changed = apply_settings(config, list(layout))
-    if changed.problems(num_ranks):
-        return None
-    if fits_gpu(changed, num_ranks, CHIPS[gpu]):
-        return layout
-    spill = spill_experts(changed, num_ranks, CHIPS[gpu])
-    return (*layout, spill) if spill else None
+def complete_layout(config: RunConfig, layout: Layout, num_ranks: int, gpu: str,
+                    graphs: Layout = (GRAPHS,)) -> Layout | None:
+    """Return a layout that is valid and fits, with `graphs` if possible, and with `gpu.expert_spill` if it
+    needs the setting; otherwise None."""
+    for candidate in dict.fromkeys(((*layout, *graphs), layout)):
+        changed = apply_settings(config, list(candidate))
+        if changed.problems(num_ranks):
+            continue
+        if fits_gpu(changed, num_ranks, CHIPS[gpu]):
+            return candidate
+        if spill := spill_experts(changed, num_ranks, CHIPS[gpu]):
+            return (*candidate, spill)
+    return None
 
 
 def _is_dispatcher(setting: str) -> bool:

@@ -16,7 +16,7 @@ from megatron_sov.plan.footprint.gpu_capacity import (
 from megatron_sov.plan.footprint.stage_parameters import list_stage_parameters as held_by
 from megatron_sov.plan.pricing import list_run_stages, load_machines
 from megatron_sov.plan.search.recommended_layouts import (
-    RECOMMENDED, find_recommended, get_recommended_settings, sets_layout)
+    GRAPHS, RECOMMENDED, find_recommended, get_recommended_settings, sets_layout)
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.units import GIB
 from tests.plan.stage_counts import count_stage_params
@@ -84,10 +84,18 @@ def test_every_recommended_layout_is_valid_and_fits(recipe: str) -> None:
             refuse_too_large(run, num_ranks, CHIPS[gpu])
 
 
+@pytest.mark.each(("settings", "has_graphs"), [
+    ([], True), (["gpu.cuda_graphs=[]"], False), (["train.recompute=true"], False)])
+def test_recommended_layouts_have_router_graphs_if_valid(settings: list[str], has_graphs: bool) -> None:
+    config = apply_settings(recipes.get("solar-open-102b"), settings)
+    layout = find_recommended(config, 480, "b200", settings)
+    assert layout and (GRAPHS in layout) == has_graphs
+
+
 def test_a_layout_without_memory_for_uneven_experts_is_refused_unless_allowed() -> None:
     """K-EXAONE's layout of 512 H100 runs out of memory at 1.55 times the mean tokens on an expert process."""
     config, gpu = recipes.get("k-exaone-236b"), CHIPS["h100"]
-    *layout, spill = find_recommended(config, 512, "h100") or ()
+    *layout, spill = find_recommended(config, 512, "h100", ["gpu.cuda_graphs=[]"]) or ()
     assert spill == "gpu.expert_spill=1.2"
     config = apply_settings(config, layout)
     limit = find_imbalance_limit(config, 512, gpu)
