@@ -165,14 +165,16 @@ class LocalSearch:
                   for stage in self._apply_to_stages(best)]
         if self.fits(stored):
             settings.pop(SPILL, None)
+        spare = self.compute_spare_share(best)
         graphed = [stage.with_config(apply_settings(stage.config, [*settings.values(), GRAPHS]))
                    for stage in self.stages]
         if self.may_graph and self.fits(graphed):
             settings[GRAPHS] = GRAPHS
             seconds = sum(self.pricing.time_step(stage).total_s * stage.steps for stage in graphed)
+            spare = 1 - max(map(self.pricing.count_bytes, graphed)) / self.pricing.limit_bytes
         return DefaultLayout(tuple(settings.values()), seconds,
                              current_cost[1] if current_cost[0] == 0 else math.inf,
-                             current_spare, num_priced, self.compute_spare_share(best))
+                             current_spare, num_priced, spare)
 
     def fits(self, stages: list[RunStage]) -> bool:
         """Return whether all stages are valid and fit GPU memory."""
