@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import regex
@@ -36,10 +37,20 @@ def test_splits_are_those_of_the_pattern_in_another_regex_engine(preset: Preset,
     assert found == [m.group() for m in regex.finditer(preset.final_pattern, text) if m.group()]
 
 
-def test_a_custom_preset_comes_from_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "rules.json"
-    file.write_text(json.dumps({**asdict(SOLAR_OPEN), "name": "mine", "max_token_bytes": 16}))
-    assert load_preset("custom", file) == replace(SOLAR_OPEN, name="mine", max_token_bytes=16)
+JINJA_EXTENSIONS = ("{% for m in messages %}{%- generation -%}{{ m.content|tojson }}{% endgeneration %}"
+                    "{% break %}{% endfor %}")
+
+
+def write_rules(folder: Path, **changes: object) -> Path:
+    """Write the rules of Solar Open with changes."""
+    (folder / "rules.json").write_text(json.dumps(asdict(SOLAR_OPEN) | changes))
+    return folder / "rules.json"
+
+
+@pytest.mark.each("change", [{"max_token_bytes": 16}, {"chat_template": JINJA_EXTENSIONS}])
+def test_a_custom_preset_comes_from_a_file(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert load_preset("custom", write_rules(tmp_path, name="mine", **change)) == replace(
+        SOLAR_OPEN, name="mine", **change)
 
 
 @pytest.mark.each(("change", "codes"), [
@@ -60,19 +71,9 @@ def test_a_custom_preset_comes_from_a_file(tmp_path: Path) -> None:
     ({"chat_template": "a\n{% for m in %}"}, [("bound", "chat_template")]),
 ])
 def test_bad_rules_are_named(tmp_path: Path, change: dict[str, object], codes: list[tuple[str, str]]) -> None:
-    file = tmp_path / "rules.json"
-    file.write_text(json.dumps({**asdict(SOLAR_OPEN), **change}))
     with pytest.raises(SettingsError) as e:
-        load_preset("custom", file)
+        load_preset("custom", write_rules(tmp_path, **change))
     assert e.value.codes == codes
-
-
-def test_chat_templates_may_use_transformers_jinja_extensions(tmp_path: Path) -> None:
-    template = ("{% for m in messages %}{%- generation -%}{{ m.content|tojson }}{% endgeneration %}{% break "
-                "%}{% endfor %}")
-    file = tmp_path / "rules.json"
-    file.write_text(json.dumps({**asdict(SOLAR_OPEN), "name": "mine", "chat_template": template}))
-    assert load_preset("custom", file).chat_template == template
 
 
 @pytest.mark.each(("name", "file", "content", "message"), [
