@@ -22,6 +22,7 @@ from megatron_sov.base.documents import (
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND_NONE
+from tests.tokenizer.formats.test_export_command import unmatched_text
 
 CHAT = (("system", "Be kind."), ("user", "What is 2+2?"), ("assistant", "It is 4."), ("user", "안녕"),
         ("assistant", "안녕하세요!"))
@@ -272,11 +273,6 @@ def edit_tokenizer(source: Path, target: Path, edit: Callable[[dict[str, Any]], 
 def swap_merges(raw: dict[str, Any]) -> None:
     merges = raw["model"]["merges"]
     merges[0], merges[5] = merges[5], merges[0]
-
-
-def unmatched_text(raw: dict[str, Any]) -> None:
-    """Leave text unmatched, which `tokenizers` keeps and tiktoken drops."""
-    raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "a+"
 
 
 @pytest.mark.each(("edit", "reason"), [
