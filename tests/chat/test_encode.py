@@ -13,7 +13,7 @@ from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.marks import KIND_NONE, KINDS
 from megatron_sov.chat.template import ChatTemplate
-from tests.chat.byte_tokenizer import build_byte_tokenizer
+from tests.chat.byte_tokenizer import build_byte_tokenizer, train_tokenizer
 from tests.pages_typed import blocks, page_section
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
@@ -25,16 +25,10 @@ NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE: merges white space, and a space with the following word."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    result = Tokenizer(models.BPE())
-    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    result.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["[PAD]", "[BOS]", "[EOS]"],
-                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    result.train_from_iterator([" hello hello there\n\n\n user: assistant: user assistant"] * 20, trainer)
+    result = train_tokenizer(" hello hello there\n\n\n user: assistant: user assistant", 400,
+                             "[PAD]", "[BOS]", "[EOS]")
     return PreTrainedTokenizerFast(tokenizer_object=result, bos_token="[BOS]", eos_token="[EOS]")
 
 

@@ -121,8 +121,7 @@ def test_a_gate_that_does_not_pass_ends_the_job(question: Question, run: Path) -
 
 
 def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(question: Question, run: Path,
-                                                              monkeypatch: pytest.MonkeyPatch,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     question("begin")
     logs = srun_says(run, "srun: error: n2: task 1: Exited with exit code 2\n",
                      "error: --data x: does not exist\n")
@@ -220,8 +219,7 @@ def test_another_job_in_the_folder(question: Question, run: Path, holder: str, q
     assert (run / "lock.json").exists() is stays
 
 
-def test_invalid_attempt_arguments_end_the_job(question: Question,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_attempt_arguments_end_the_job(question: Question) -> None:
     for words in (("--asked", "nicely"), ("--code", "one"), ("--max-failures", "few")):
         assert question("end", *words) == "exit 2"
 
