@@ -76,7 +76,7 @@ def test_raw_bytes_and_special_tokens_keep_their_ids(
 
 
 def unmatched_text(raw: dict[str, Any]) -> None:
-    """Leave text unmatched, which `tokenizers` keeps and tiktoken drops."""
+    """Set a split pattern that leaves text unmatched, which `tokenizers` keeps and tiktoken drops."""
     raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "a+"
 
 
