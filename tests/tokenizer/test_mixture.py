@@ -83,7 +83,7 @@ def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
     result = build_sizes(dict.fromkeys(range(0, NUM_BUCKETS, 64), 100))
     assert [choose_share(result, f) for f in (0.25, 0.5, 1, 2.5)] == [GroupShare(0, 16321),
                                                                       GroupShare(0, 32705),
-                                                                 GroupShare(1, 0), GroupShare(2, 32705)]
+                                                                      GroupShare(1, 0), GroupShare(2, 32705)]
 
 
 def test_pieces_are_cut_at_blank_lines_and_chosen_by_their_content() -> None:
