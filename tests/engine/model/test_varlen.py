@@ -40,8 +40,8 @@ torch_here.__signature__ = inspect.signature(INSTALLED_VARLEN)  # type: ignore[a
 
 
 def compute_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor,
-            cu_seq_k: torch.Tensor, max_q: int, max_k: int, scale: float | None,
-            window_size: tuple[int, int]) -> torch.Tensor:
+                   cu_seq_k: torch.Tensor, max_q: int, max_k: int, scale: float | None,
+                   window_size: tuple[int, int]) -> torch.Tensor:
     """Compute flash attention over concatenated sequences in plain torch.
 
     The last query of a sequence is aligned with its last key. `window_size` is (left, right), without the
