@@ -75,6 +75,9 @@ def test_graphs_keep_permuted_tokens_and_a_megabyte_each() -> None:
     saved = estimate_saved(plain, TOKENS, kind)
     assert (count_stored_bytes(both, TOKENS, kind, saved) - count_stored_bytes(plain, TOKENS, kind, saved)
             == 2 * TOKENS * ROUTED * HIDDEN)
+    norms = 'gpu.recompute_modules=["layernorm"]'
+    assert (estimate_stored(solar(*settings, norms, 'gpu.cuda_graphs=["moe_router"]'), 0, 4096, 28)
+            == estimate_stored(routers, 0, 4096, 28)), "the graph returns the norm's output"
     graphs = estimate_stored(routers, 0, 4096, 28).waiting - estimate_stored(plain, 0, 4096, 28).waiting
     assert graphs == 2**20 * 24 * 28 * 2  # layers, micro-batches, forward and backward
 

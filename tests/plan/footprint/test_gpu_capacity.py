@@ -15,8 +15,9 @@ from megatron_sov.plan.footprint.gpu_capacity import (
     refuse_too_large)
 from megatron_sov.plan.footprint.stage_parameters import list_stage_parameters
 from megatron_sov.plan.pricing import list_run_stages, load_machines
+from megatron_sov.plan.search.local_search import get_cluster_recommendation
 from megatron_sov.plan.search.recommended_layouts import (
-    RECOMMENDED, find_recommended, get_recommended_settings, sets_layout)
+    GRAPHS, RECOMMENDED, find_recommended, get_recommended_settings, sets_layout)
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.units import GIB
 from tests.plan.stage_counts import count_stage_params
@@ -86,10 +87,18 @@ def test_every_recommended_layout_is_valid_and_fits(recipe: str) -> None:
             refuse_too_large(run, num_ranks, CHIPS[gpu])
 
 
+@pytest.mark.each(("settings", "has_graphs"), [
+    ([], True), (["gpu.cuda_graphs=[]"], False), (["train.recompute=true"], False)])
+def test_recommended_layouts_have_router_graphs_if_valid(settings: list[str], has_graphs: bool) -> None:
+    config = apply_settings(recipes.get("solar-open-102b"), settings)
+    layout = find_recommended(config, 480, "b200", settings)
+    assert layout and (GRAPHS in layout) == has_graphs
+
+
 def test_a_layout_without_memory_for_uneven_experts_is_refused_unless_allowed() -> None:
     """K-EXAONE's layout of 512 H100 runs out of memory at 1.55 times the mean tokens on an expert process."""
     config, gpu = recipes.get("k-exaone-236b"), CHIPS["h100"]
-    *layout, spill = find_recommended(config, 512, "h100") or ()
+    *layout, spill = find_recommended(config, 512, "h100", ["gpu.cuda_graphs=[]"]) or ()
     assert spill == "gpu.expert_spill=1.2"
     config = apply_settings(config, layout)
     limit = find_imbalance_limit(config, 512, gpu)
@@ -118,10 +127,21 @@ def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(rec
         config = apply_settings(recipes.get(recipe), settings)
         recommended = get_recommended_settings(config, where.num_ranks, gpu, settings)
         run = apply_settings(config, list(recommended))
-        assert run.parallel.expert_overlap == "micro_batches" and run.train.fp8 == "blockwise"
+        assert run.parallel.expert_overlap == "micro_batches"
+        assert run.train.fp8 == ("mxfp8" if gpu == "b200" else "blockwise"), "Blackwell emulates blockwise"
         assert run.parallel.expert_dispatcher == dispatcher
         reached.append(prices.time_step(list_run_stages(run, where.num_ranks, micro_batch_set=True)[0]).mfu)
     assert reached[0] > share > reached[1]
+
+
+def test_a_profile_without_hybridep_gets_layouts_without_it() -> None:
+    config, where = recipes.get("k-exaone-236b"), load_machines("h100", 64)
+    hybrid, plain = (get_cluster_recommendation(config, dataclasses.replace(
+        where, profile=dataclasses.replace(where.profile, dispatchers=dispatchers)), ())
+        for dispatchers in (("alltoall", "hybridep"), ("alltoall",)))
+    assert "parallel.expert_dispatcher=hybridep" in hybrid
+    assert plain and not any(setting.startswith("parallel.expert_dispatcher") for setting in plain)
+    assert get_cluster_recommendation(config, where, ()) == plain
 
 
 def test_user_settings_stay_under_a_recommended_layout() -> None:
