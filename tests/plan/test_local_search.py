@@ -1,5 +1,4 @@
-"""The layout that a plan searches by default: as fast as that of a sweep, with spare memory, without changing
-settings of the user."""
+"""The layout that a plan finds by default: as fast as a sweep's, with spare memory, within user settings."""
 
 import dataclasses
 

@@ -80,13 +80,11 @@ def test_tables_merge_equal_stages(quotes: list[Quote]) -> None:
 
 # Formatted amounts.
 
-
 def test_memory_has_few_digits() -> None:
     assert [format_gib(n * 2**30) for n in (0, 0.0123, 38.84, 2048)] == ["0.0", "0.012", "38.8", "2,048.0"]
 
 
 # Tables of quotes: unique words, no empty rows, and figures with units.
-
 
 def build_quote(**changes: Any) -> Quote:
     """Return the quote of a stage that takes one hour on 8 GPUs, with changed fields."""
@@ -125,7 +123,6 @@ def test_notes_are_printed_once_with_the_price_range() -> None:
 
 
 # A stage's price is the sum of parts with their own assumptions.
-
 
 def get_pricing(where: Machines) -> Pricing:
     """Return the pricing of a cluster whose GPUs are known."""
@@ -198,7 +195,6 @@ def test_an_fp8_recipe_that_a_chip_lacks_is_refused(cluster: str, unsupported: s
 
 # The output of `megatron-sov plan` for a run.
 
-
 RAMP = ["train.ramp_from_batch_size=8", "train.ramp_increment=8", "train.ramp_steps=40"]
 
 
@@ -240,7 +236,6 @@ def test_the_command_prints_and_refuses(capsys: pytest.CaptureFixture[str]) -> N
 
 # A run is priced in stages: phases of a curriculum, or the stages of `extend`.
 
-
 @pytest.mark.each("recipe", ["solar-open-102b", "k-exaone-236b", "tiny-solar-open", "qwen3-8b"])
 def test_phases_have_the_steps_and_tokens_of_the_schedule(recipe: str) -> None:
     config = apply_settings(recipes.get(recipe), ["train.ramp_from_batch_size=8", "train.ramp_increment=8",
@@ -276,7 +271,6 @@ def test_stages_with_equal_steps_are_one_group() -> None:
 
 # Nodes of a profile: number, GPUs, limits, and implausible numbers.
 
-
 def test_nodes_of_gpus() -> None:
     machines = load_machines("b200", 60)
     assert machines.num_ranks == 480 and machines.chip is not None
@@ -299,7 +293,6 @@ def test_fewer_than_one_node_is_refused(nodes: int) -> None:
 
 
 # A run on a cluster: the layout that it uses, and the fields that scripts read.
-
 
 @pytest.mark.deep
 def test_a_set_layout_is_kept_and_an_open_one_recommended() -> None:

@@ -50,7 +50,6 @@ def test_fewest_nodes_are_minimal() -> None:
 
 # The command that a plan proposes is accepted by `submit`.
 
-
 @pytest.mark.each(("recipe", "stage"), [
     ("tiny-solar-open", "pretrain"), ("tiny-k-exaone-extend", "extend"), ("tiny-typhoon-s", "sft"),
     ("tiny-solar-open-dpo", "prefer"), ("tiny-typhoon-s-opd", "rl-run"),
@@ -73,7 +72,6 @@ def test_settings_are_quoted_for_a_shell() -> None:
 
 
 # The report of a search.
-
 
 CONFIG = recipes.get("qwen3-8b")
 PLAIN = LayoutChoice(ParallelConfig(zero1=True), 1, (False, ()))
@@ -101,7 +99,6 @@ def test_speed_in_table_and_json_follows_from_the_step_time() -> None:
 
 
 # Layouts in words, and reasons for excluding others.
-
 
 def change_layout(**changes: int) -> LayoutChoice:
     """Return `PLAIN` with changed sizes of parallelism."""
@@ -143,7 +140,6 @@ def test_rare_rules_are_counted_together() -> None:
 
 
 # The grid contains the run's own layout, and the proposed --set values reproduce the searched layout.
-
 
 @pytest.mark.each("recipe", ["solar-open-102b", "k-exaone-236b-extend", "qwen3-8b", "tiny-k-exaone"])
 def test_proposed_settings_reproduce_the_layout(recipe: str) -> None:
@@ -188,7 +184,6 @@ def test_search_keeps_tp_inside_a_node_and_rows_long_enough() -> None:
 
 
 # Uneven pipelines against every possible split of the layers.
-
 
 MODEL = recipes.get("k-exaone-236b").model
 
@@ -290,7 +285,6 @@ def test_equal_stages_without_gain_from_uneven_ones() -> None:
 
 
 # A search equals trying every combination, proposes only accepted layouts, and counts excluded ones.
-
 
 SMALL_SPACE = LayoutSpace(
     tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), etp=(1, 2), zero1=(False, True),

@@ -1,5 +1,4 @@
-"""Estimated step times and messages: equal to calculations by hand and papers' formulas, and changed as each
-setting should."""
+"""Estimated step times and messages, against calculations by hand, papers' formulas and other settings."""
 
 from dataclasses import replace
 
@@ -195,7 +194,6 @@ def test_a_stage_with_more_layers_sends_more() -> None:
 
 # Matrix products per GPU: summed over GPUs they equal the model's, at any layout.
 
-
 def build_published(name: str, **settings: object) -> Workload:
     """Return a micro-batch of 4,096 tokens of a published model on 16 GPUs."""
     return replace(Workload(published_shapes()[name], H100, default_links(H100), num_gpus=16, seq_len=4096,
@@ -253,7 +251,6 @@ def test_the_fullest_rank_has_more_rows() -> None:
 
 # Sizes derived from a workload's settings, and workloads of recipes.
 
-
 LINKS = default_links(H100)
 W = Workload(ModelShape(2, 64, 4, 16, 2, 100), H100, LINKS, 64, 4096, 2, 128, tp=2, pp=4, cp=2, ep=4)
 
@@ -282,7 +279,6 @@ def test_workload_takes_settings_of_the_run() -> None:
 
 
 # Communication volumes against the papers' formulas.
-
 
 DENSE = ModelShape(num_layers=4, hidden_size=1024, num_heads=8, head_dim=128, num_kv_heads=8,
                    vocab_size=1000, dense_ffn_dim=4096)

@@ -1,5 +1,4 @@
-"""Sizes, FLOPs and bytes of a step's work, against recipes, published tables, torch's counter and hand
-counts."""
+"""Sizes, FLOPs and bytes of a step, against recipes, published tables, torch's counter and hand counts."""
 
 from collections import Counter
 from dataclasses import replace
@@ -74,8 +73,7 @@ def test_exchanged_heads_by_hand() -> None:
 
 
 def test_rows_of_linear_attention_are_exchanged_by_hand() -> None:
-    """Each of Solar Open 2's 64 heads sends 3 x 128 channels, 128 decays and a rate in bf16, and gets 128
-    results in float32."""
+    """Each of 64 heads sends 3 x 128 channels, 128 decays and a rate in bf16, and gets 128 float32 results."""
     run = apply_settings(recipes.get("solar-open2-250b"), [
         "parallel.cp=4", "parallel.pp=1", "train.recompute=false"])
     work = build_workload(run, run.data.phases[0], 32, CHIPS["h100"], default_links(CHIPS["h100"]))
@@ -125,7 +123,6 @@ def test_a_forward_pass_has_the_flops_that_torch_counts() -> None:
 
 
 # Bytes of kernels without products, counted by hand.
-
 
 H100 = CHIPS["h100"]
 W = Workload(ModelShape(2, 64, 4, 16, 2, 100, dense_ffn_dim=128, num_experts=8, num_experts_per_token=2,

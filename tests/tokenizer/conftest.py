@@ -206,8 +206,7 @@ def brute_force() -> Callable[..., list[Pair]]:
 
 
 class Toy(LoadedTokenizer):
-    """A tokenizer that takes the longest token at every position; special tokens come last and are never
-    encoded from text."""
+    """A tokenizer that takes the longest token at each position. Special tokens are last, and never in text."""
 
     library = "toy"
 

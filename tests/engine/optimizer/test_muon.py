@@ -196,7 +196,6 @@ def test_matrices_follow_torch_muon_and_other_parameters_torch_adamw(names: set[
 # Rows of each matrix, and the orthogonal update against torch's Newton-Schulz and a singular value
 # decomposition.
 
-
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 

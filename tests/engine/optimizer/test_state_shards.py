@@ -103,7 +103,6 @@ def test_zero1_assigns_disjoint_parameter_ranges(ranks, job) -> None:
 
 # Rectangles of flat ranges against numpy's element order.
 
-
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 

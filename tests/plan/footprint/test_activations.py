@@ -102,7 +102,6 @@ def test_layers_differ_in_window_experts_and_positions() -> None:
 
 # Micro-batches in flight against a simulated schedule, and their saved bytes against a trained step.
 
-
 ONE_RANK_CASES = ("dense, recomputed", "experts and a shared one", "windows, NoPE, prediction layer",
          "linear and gated")
 PARALLEL_CASES = ("dense, pp 2 with vpp 2", "experts, tp 2 with sp, etp 2")

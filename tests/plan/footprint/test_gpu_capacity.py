@@ -190,8 +190,7 @@ def list_large_runs(every: bool) -> list[tuple[RunConfig, list[tuple[int, int]]]
 
 
 def get_stage_kind(run: RunConfig, stage: int) -> tuple[int, int, bool, bool]:
-    """Return the properties that determine a stage's size: number of layers and of layers with linear
-    attention, first or last."""
+    """Return what determines a stage's size: layers, layers with linear attention, whether first or last."""
     layers = run.parallel.stage_layers(stage, run.model.num_layers)
     types = run.model.layer_types()
     num_linear = sum(types[layer] == "linear_attention" for layer in layers)

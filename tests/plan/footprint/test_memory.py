@@ -1,5 +1,4 @@
-"""The memory account of a process: items against their settings, the output head against autograd, and the
-printed page."""
+"""The memory account of a process: items and their settings, the output head and autograd, the page."""
 
 import dataclasses
 import subprocess
@@ -79,8 +78,7 @@ def test_an_adapted_head_is_counted_with_its_merged_copy(ranks: Any, job: Any) -
 
 
 def measure_divergence_peaks(beta: float, top_k: int) -> list[int]:
-    """Return the peak bytes of [a divergence, a cross-entropy, a cross-entropy with capped logits], each of
-    two chunks and with gradients."""
+    """Return the peak bytes of [divergence, cross-entropy, with capped logits] of two chunks, with gradients."""
 
     def measure_peak(compute: Any) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -221,7 +219,6 @@ def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
 
 
 # Pinned bytes of an offloaded optimizer by hand, and refusals with a fitting share.
-
 
 def build_offloaded_config(share: float, *settings: str) -> RunConfig:
     return apply_settings(recipes.get("solar-open-102b"),

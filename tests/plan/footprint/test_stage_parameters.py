@@ -1,5 +1,4 @@
-"""Parameters of a pipeline stage, their buffers, communicators and quantized copies, against Megatron-Core's
-modules and counts by hand."""
+"""Parameters, buffers, communicators and quantized copies of a stage, against Megatron-Core and hand counts."""
 
 import math
 from collections import Counter
@@ -57,14 +56,12 @@ def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, jo
 
 # Buffers laid out by runs of equal parameters equal those laid out parameter by parameter.
 
-
 SIZES = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 6), st.booleans()), min_size=1, max_size=8)
 
 
 def count_by_parameter(sizes: list[ParameterRun], num_ranks: int, bucket_numel: int | None,
                        end_multiple: int) -> tuple[int, list[Counter[int]]]:
-    """Return the buffer's number of elements, and for each rank the updated elements by rule, both computed
-    parameter by parameter."""
+    """Return the buffer's elements and each rank's updated elements by rule, both parameter by parameter."""
     multiple = math.lcm(num_ranks, end_multiple)
     buckets: list[list[tuple[int, int, int]]] = [[]]
     bounds, offset, first = [], 0, 0
@@ -125,7 +122,6 @@ def test_gaps_are_zero1s(sharded: bool, numel: int) -> None:
 
 # Memory estimates of libraries, by their formulas.
 
-
 LAYOUTS: tuple[tuple[str, list[str], int], ...] = (
     ("tiny-qwen3", [], 1), ("tiny-qwen3", [], 8), ("tiny-qwen3", ["parallel.zero1=false"], 8),
     ("tiny-qwen3", ["parallel.tp=2", "parallel.pp=2"], 16),
@@ -177,10 +173,8 @@ def test_communicators_are_those_of_a_step(ranks: Any, job: Any) -> None:
 # Sizes of quantized weights in Transformer Engine, counted by hand, and the weights that are quantized,
 # compared with the model's parameters.
 
-
 HIDDEN, HEAD_DIM, NUM_EXPERTS = 4096, 128, 128
-"""Sizes of Solar Open. It also has 48 layers, 64 query heads, 8 key/value heads, and 1280 channels in an
-expert and in the shared expert."""
+"""Sizes of Solar Open. It also has 48 layers, 64 query and 8 key/value heads, 1280 channels per expert."""
 
 
 def solar(*changes: str) -> RunConfig:
@@ -223,8 +217,7 @@ def test_the_prediction_layer_is_quantised_in_8_bits_alone() -> None:
 
 
 def test_the_account_of_a_process_has_them() -> None:
-    """Tensorwise copies have two bytes per weight of attention and experts, and a float32 scale per
-    matrix."""
+    """Tensorwise copies of attention and experts have two bytes per weight and a float32 scale per matrix."""
     (_, before), (_, after) = (find_fullest_stage(solar(*changes), 512)
                                for changes in ((), ("train.fp8=tensorwise",)))
     assert after.total - before.total == after.quantized_weights

@@ -26,7 +26,6 @@ from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 # Merging by ranks against tiktoken, and the last merge that produces a token.
 
-
 def draw_vocabulary(seed: int) -> dict[bytes, int]:
     """Return token -> rank: all bytes, then random strings of a, b and c, many of which no merge reaches."""
     rng = random.Random(seed)

@@ -1,5 +1,4 @@
-"""Files of an exported tokenizer: text never encodes to special tokens, and bytes are spelled as in the
-`tokenizers` library."""
+"""Tokenizer files: text never encodes to special tokens, and bytes are spelled as in `tokenizers`."""
 
 from collections.abc import Callable
 from dataclasses import replace

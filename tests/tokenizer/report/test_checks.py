@@ -94,8 +94,7 @@ HANGUL = [("ì", "ķ"), ("ìķ", "Ī")]  # EC 95 88: 안
 @pytest.mark.deep
 def test_a_sound_tokenizer_passes(build: Build, heldout: dict[str, Path],
                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tries every twelfth block of Unicode, which covers all planes and Hangul. Another test checks that the
-    blocks are complete."""
+    """Tries every twelfth block of Unicode, in all planes and Hangul; another test checks all blocks."""
     every = scalars_module._iter_blocks
     monkeypatch.setattr(scalars_module, "_iter_blocks", lambda end: islice(every(end), 0, None, 12))
     opened = open_tokenizer(build(pairs=[*PAIRS, *HANGUL]))

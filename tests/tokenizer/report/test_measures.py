@@ -19,7 +19,6 @@ from tokenizer.report.measures import (
 
 # Held-out texts: their figures, read limits, and pieces.
 
-
 def build_text(*chunks: str) -> NamedText:
     return NamedText("t", "t", list(chunks), True)
 
