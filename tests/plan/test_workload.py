@@ -73,7 +73,7 @@ def test_exchanged_heads_by_hand() -> None:
 
 
 def test_rows_of_linear_attention_are_exchanged_by_hand() -> None:
-    """Each of 64 heads sends 3 x 128 channels, 128 decays and a rate in bf16, and gets 128 float32 results."""
+    """Each of 64 heads sends 3 x 128 channels, 128 decays, a rate in bf16, and gets 128 float32 results."""
     run = apply_settings(recipes.get("solar-open2-250b"), [
         "parallel.cp=4", "parallel.pp=1", "train.recompute=false"])
     work = build_workload(run, run.data.phases[0], 32, CHIPS["h100"], default_links(CHIPS["h100"]))

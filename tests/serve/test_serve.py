@@ -1,4 +1,4 @@
-"""`megatron-sov serve` as in docs/serve.md: OpenAI's client gets the text of `generate`; refusals, shutdown."""
+"""`megatron-sov serve` as in docs/serve.md: OpenAI's client gets the text of `generate`; refusals; end."""
 
 import contextlib
 import io

@@ -195,7 +195,7 @@ def describe_vllm(sources: Sources) -> dict[str, Any]:
 
 @functools.cache
 def list_calls(package: str) -> list[tuple[str, int, frozenset[str]]]:
-    """Return (name, number of positional arguments, keywords) of calls into a package, but for starred ones."""
+    """Return (name, number of positional arguments, keywords) of calls into a package but starred ones."""
     found = []
     for file in sorted((ROOT / "megatron_sov").rglob("*.py")):
         text = file.read_text(encoding="utf-8")

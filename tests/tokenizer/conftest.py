@@ -206,7 +206,7 @@ def brute_force() -> Callable[..., list[Pair]]:
 
 
 class Toy(LoadedTokenizer):
-    """A tokenizer that takes the longest token at each position. Special tokens are last, and never in text."""
+    """A tokenizer that takes the longest token at each position. Special tokens are never in text."""
 
     library = "toy"
 

@@ -78,7 +78,7 @@ def test_an_adapted_head_is_counted_with_its_merged_copy(ranks: Any, job: Any) -
 
 
 def measure_divergence_peaks(beta: float, top_k: int) -> list[int]:
-    """Return the peak bytes of [divergence, cross-entropy, with capped logits] of two chunks, with gradients."""
+    """Return peak bytes of [divergence, cross-entropy, with capped logits] of two chunks, with gradients."""
 
     def measure_peak(compute: Any) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:

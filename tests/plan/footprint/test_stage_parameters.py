@@ -1,4 +1,4 @@
-"""Parameters, buffers, communicators and quantized copies of a stage, against Megatron-Core and hand counts."""
+"""Parameters, buffers, communicators and quantized copies of a stage, against Megatron-Core and counts."""
 
 import math
 from collections import Counter
