@@ -68,7 +68,7 @@ CASES = [(documents, window, 1024) for documents in ("few", "one", "many", "half
 
 
 def attend_with_double(cp: int, signature: str) -> list[dict[str, Any]]:
-    """Inside ranks: run `test_attention.compare_attention` with a double of `varlen_attn`, and count calls."""
+    """Inside ranks: run `test_attention.compare_attention` with a counted double of `varlen_attn`."""
     calls = 0
 
     def count_and_compute(*args: Any, **kwargs: Any) -> torch.Tensor:
