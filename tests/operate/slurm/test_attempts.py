@@ -233,7 +233,6 @@ def test_no_torch_is_imported() -> None:
 
 # The history of attempts: strikes against nodes, failures in a row, progress.
 
-
 @pytest.fixture
 def history(tmp_path: Path) -> AttemptHistory:
     """The empty history of job 7."""
@@ -293,7 +292,6 @@ def test_the_parts_of_a_rollout_store_are_progress(tmp_path: Path) -> None:
 
 
 # The rank that failed first, read from the output of srun of Slurm 22.05.
-
 
 KILLED = """srun: error: n3: task 2: Killed
 srun: launch/slurm: _step_signal: Terminating StepId=7.0
