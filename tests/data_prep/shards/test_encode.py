@@ -22,7 +22,7 @@ from megatron_sov.base.documents import (
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND_NONE
-from tests.tokenizer.formats.test_export_command import unmatched_text
+from tests.tokenizer.formats.test_export_command import leave_text_unmatched
 
 CHAT = (("system", "Be kind."), ("user", "What is 2+2?"), ("assistant", "It is 4."), ("user", "안녕"),
         ("assistant", "안녕하세요!"))
@@ -286,7 +286,7 @@ def swap_merges(raw: dict[str, Any]) -> None:
     (lambda raw: raw["added_tokens"][5].update(special=False), "is matched in ordinary text"),
     (lambda raw: raw["model"].update(dropout=0.1), "not plain byte-level BPE"),
     (lambda raw: raw["model"]["vocab"].update({"zqzqzq": 384}), "not 256 bytes and one token for each merge"),
-    (unmatched_text, "tiktoken differs on"),
+    (leave_text_unmatched, "tiktoken differs on"),
 ])
 def test_unsupported_tokenizer_is_not_fast(tokenizers: dict[str, Path], tmp_path: Path,
                                            edit: Callable[[dict[str, Any]], Any], reason: str) -> None:
