@@ -165,7 +165,6 @@ def test_two_commands_do_not_share_a_folder(small_run: Path, capsys: pytest.Capt
 # The Slurm jobs of a run, with programs that only record the submissions; `tests/operate/slurm` has a real
 # Slurm.
 
-
 PROFILE = """description: jobs are recorded, not run
 partition: batch
 account: ""
