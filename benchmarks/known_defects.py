@@ -40,11 +40,7 @@ MASKS, LOSSES = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]), torch.tensor([[1.0],
 """Learned tokens of two ranks, and the loss of each of a rank's tokens."""
 LOGITS, LABEL = torch.arange(8.0).view(1, 1, 8), torch.tensor([[7]])
 CONFIG = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "use_cpu_initialization": True,
-          "linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 4,
-          "linear_value_head_dim": 4, "linear_conv_kernel_dim": 4, "normalization": "RMSNorm",
-          "activation_func": torch.nn.functional.silu, "gradient_accumulation_fusion": False,
-          "softmax_type": "learnable", "masked_softmax_fusion": False, "mtp_num_layers": 1,
-          "mtp_loss_scaling_factor": 1.0}
+          "softmax_type": "learnable", "mtp_num_layers": 1, "mtp_loss_scaling_factor": 1.0}
 
 
 def smoothed_loss(config: Any, group: Any, masks: Any, losses: Any) -> torch.Tensor:
@@ -87,11 +83,11 @@ def masked_gradient(config: Any, group: Any, masks: Any, losses: Any) -> torch.T
     return theta.grad / group.size()
 
 
-def prediction_scale_over_router_scale(config: Any, group: Any, masks: Any, losses: Any) -> torch.Tensor:
+def prediction_scale_over_router_scale(config: Any, group: Any, masks: Any, losses: Any) -> Any:
     config.num_moe_experts = 2
     masked_gradient(config, group, masks, losses)
-    return (MTPLossAutoScaler.main_loss_backward_scale
-            / moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale)
+    router_scale: Any = moe_utils.MoEAuxLossAutoScaler.main_loss_backward_scale
+    return MTPLossAutoScaler.main_loss_backward_scale / router_scale
 
 
 def prediction_gradient(config: Any, group: Any, masks: Any, losses: Any) -> torch.Tensor:
@@ -114,9 +110,8 @@ def run_stock(name: str, axis: str) -> str:
         own = slice(group.rank(), group.rank() + 1) if group.size() == 2 else slice(2)
         return float(globals()[name](config, group, MASKS[own], LOSSES[own]))
 
-    one, two = (SimulatedRanks(size).run(ParallelConfig(tp=size if axis == "tp" else 1,
-                                                        cp=size if axis == "cp" else 1), run_rank)
-                for size in (1, 2))
+    one, two = (SimulatedRanks(size).run(ParallelConfig(
+        tp=size if axis == "tp" else 1, cp=size if axis == "cp" else 1), run_rank) for size in (1, 2))
     return f"{name.replace('_', ' ')} {one[0]:.4g} on one rank, {two[0]:.4g} and {two[1]:.4g} at {axis} 2"
 
 
@@ -124,8 +119,8 @@ def prove(run: str) -> str:
     recipe, num_ranks, *settings = run.split()
     verdict = prove_run(apply_settings(recipes.get(recipe), [
         *settings, "train.global_batch_size=8", "train.micro_batch_size=1"]), int(num_ranks))[1]
-    text = f"{verdict.largest:.1e} apart at most, {verdict.messages:,} messages"
-    return f"{verdict.outcome}, {verdict.places[0] if verdict.places else text}"
+    equal = f"{verdict.largest:.1e} apart at most, {verdict.messages:,} messages"
+    return f"{verdict.outcome}, {[*verdict.places, equal][0]}"
 
 
 DEFECTS = yaml.safe_load((Path(__file__).parent / "data/known_defects.yaml").read_text(encoding="utf-8"))

@@ -17,7 +17,7 @@ GRID, NUM_PICTURE_TOKENS, NUM_SOUND_TOKENS = 4, 16, 512
 def save_codecs(pictures: Path, sounds: Path) -> None:
     """Write codecs with random weights of pictures of 16 x 16 pixels and of sounds."""
     for kind, folder in (("vqmodel", pictures), ("dac", sounds)):
-        hf_folders.save(kind, folder.with_name(f"{folder.name}-hf"))
+        hf_folders.save_network(kind, folder.with_name(f"{folder.name}-hf"))
         import_codec(kind, folder.with_name(f"{folder.name}-hf"), folder)
 
 

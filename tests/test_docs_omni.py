@@ -56,8 +56,8 @@ def test_the_page_leads_from_media_to_a_model_that_is_judged(
     monkeypatch.chdir(tmp_path)
     write_media(tmp_path)
     Path("text-tokenizer").symlink_to(packed_data.tokenizer)
-    hf_folders.save("vqmodel", Path("vqmodel-hf"), lambda: hf_folders.vqmodel(256))
-    hf_folders.save("dac", Path("dac-hf"))
+    hf_folders.save_network("vqmodel", Path("vqmodel-hf"), lambda: hf_folders.build_vqmodel(256))
+    hf_folders.save_network("dac", Path("dac-hf"))
     for line in list_commands(PAGE):
         program, *words = shlex.split(line)
         words += shlex.split(next((FEWER[word] for word in words[:3] if word in FEWER), ""))

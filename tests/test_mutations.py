@@ -167,7 +167,7 @@ def write_store(folder: Path, tokenizer: Path, write_round: Callable[..., None])
 def write_codec(folder: Path) -> None:
     """Write a codec of pictures with random weights."""
     source = folder.with_name(f"{folder.name}-hf")
-    hf_folders.save("vqmodel", source)
+    hf_folders.save_network("vqmodel", source)
     import_codec("vqmodel", source, folder)
     shutil.rmtree(source)
 

@@ -11,7 +11,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.chat.marks import prepend_mark
 from megatron_sov.chat.template import ChatTemplate
-from tests.judge.tools.fuzzed_episodes import BEGIN, END, TEMPLATE, chat_encoder
+from tests.judge.tools.fuzzed_episodes import BEGIN, END, TEMPLATE, build_small_encoder
 
 # as Qwen3's: several results share a user's turn, and contents are looked into
 WRAPPED = (
@@ -26,7 +26,7 @@ USERS = [None, "And now?", "  말 \n"]
 
 
 def build_chat_encoder(template: str) -> ChatEncoder:
-    return ChatEncoder(ChatTemplate(template, "", END, "tok"), chat_encoder()._with_special)
+    return ChatEncoder(ChatTemplate(template, "", END, "tok"), build_small_encoder()._with_special)
 
 
 @pytest.mark.parametrize("template", [TEMPLATE, WRAPPED], ids=["plain", "wrapped"])
@@ -64,7 +64,7 @@ def test_tool_result_cannot_open_turn(template: str) -> None:
 
 
 def test_written_turn_is_decoded_without_end_token() -> None:
-    turns = TurnEncoder(chat_encoder(), "tok")
+    turns = TurnEncoder(build_small_encoder(), "tok")
     written = turns.encode("the room")
     assert turns.text(written) == turns.text(written[:-1]) == "the room"
     assert not turns.differs(written)

@@ -1,4 +1,4 @@
-"""Packs of one tokenizer share a proof."""
+"""A fixture that checks tiktoken's ids once per tokenizer instead of in every `sov-data pack`."""
 
 import pytest
 
@@ -11,14 +11,13 @@ PROOFS: dict[str, Proof] = {}
 
 @pytest.fixture(autouse=True)
 def each_tokenizer_is_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Prove once per tokenizer that tiktoken gives its ids: the
-    proof takes most of the time of a small pack."""
+    """Cache `Encoder.prove_fast`, a comparison with tiktoken that takes most of the time of a small pack."""
     prove = Encoder.prove_fast
 
     def prove_once(encoder: Encoder, samples: list[str]) -> Proof:
-        known = sha256_file(encoder.file)
-        if known not in PROOFS:
-            PROOFS[known] = prove(encoder, samples)
-        return PROOFS[known]
+        digest = sha256_file(encoder.file)
+        if digest not in PROOFS:
+            PROOFS[digest] = prove(encoder, samples)
+        return PROOFS[digest]
 
     monkeypatch.setattr(Encoder, "prove_fast", prove_once)

@@ -1,4 +1,4 @@
-"""Accounts in `sov-data` commands: each record is written or set aside for a reason."""
+"""`sov-data pack` counts each record as written, or as set aside for a reason."""
 
 from pathlib import Path
 

@@ -1,5 +1,5 @@
-"""Rows in every layout of TRL's and LLaMA-Factory's documentation, stored by `datasets`: rendered as by the
-chat template, or refused with the command that reads them."""
+"""Rows in every layout of TRL's and LLaMA-Factory's documentation, stored by `datasets`: they are encoded
+like the chat template in transformers, or rejected with the command that reads them."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from megatron_sov.rollouts.prompts import read_prompts
 datasets = pytest.importorskip("datasets", reason="the extra `eval` is not installed")
 Rows = list[dict[str, Any]]
 Shown = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
-"""Messages and tools, as a chat template is given them."""
+"""Messages and tools, the arguments of a chat template."""
 STORED = ("lines.jsonl", "list.json", "a.parquet", "disk", "hub")
 IMAGE = b"\x89PNG\r\n"
 
@@ -141,7 +141,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 
 def store(rows: Rows, folder: Path) -> None:
-    """Save rows in each way that `datasets` has, and as a folder of the hub."""
+    """Save rows in each format of `datasets` (`STORED`, a.csv), and as a folder of the Hugging Face Hub."""
     data = datasets.Dataset.from_list(rows)
     datasets.disable_progress_bars()
     data.save_to_disk(folder / "disk")
@@ -179,7 +179,7 @@ def pack_ids(encoder: Encoder, path: Path, kind: str) -> list[list[int]]:
 
 
 def render_with_transformers(folder: Path, conversations: list[Shown], **more: Any) -> list[list[int]]:
-    """Return what transformers makes of conversations, with the eos of a document."""
+    """Return the ids of conversations by transformers, with the eos that ends a document."""
     loaded = AutoTokenizer.from_pretrained(folder)
     found = []
     for messages, tools in conversations:
@@ -189,7 +189,7 @@ def render_with_transformers(folder: Path, conversations: list[Shown], **more: A
 
 
 def read_chats(path: Path) -> list[Shown]:
-    """Return what a chat template is given of the chats at a path."""
+    """Return the messages and tools of the chats at a path."""
     return [([m.to_dict() for m in d.messages], list(d.tools) or None)
             for d in read_documents(list_files(path), RecordReading("chat"))]
 
@@ -209,7 +209,7 @@ def test_chats_equal_the_output_of_the_template(tmp_path: Path, folder: Path, en
     for stored in ("lines.jsonl", "list.json"):  # `to_json` writes the table's nulls, which JSON keeps
         found[stored] = [(remove_nulls(messages), remove_nulls(tools)) for messages, tools in found[stored]]
     assert found == dict.fromkeys(STORED, conversations)
-    if not any(tools for _, tools in conversations):  # which this template does not know
+    if not any(tools for _, tools in conversations):  # this template has no tools
         expected = render_with_transformers(folder, conversations)
         assert {stored: pack_ids(encoder, tmp_path / stored, "chat") for stored in STORED} == dict.fromkeys(
             STORED, expected)
@@ -243,10 +243,10 @@ def test_the_proposed_columns_let_an_unknown_layout_be_read(tmp_path: Path, fold
     expected = [(d.messages, d.chosen, d.rejected) for d in read_documents(
         [tmp_path / "known.jsonl"], RecordReading(kind))]
     command = "" if kind == "prompt" else "sov-data pack "  # `rl` reads prompts too
-    for way in STORED:
+    for file_name in STORED:
         with pytest.raises(UserError, match=f"name yours with `{command}--columns {proposed}`"):
-            list(read_documents(list_files(tmp_path / way), RecordReading(kind)))
-        documents = list(read_documents(list_files(tmp_path / way),
+            list(read_documents(list_files(tmp_path / file_name), RecordReading(kind)))
+        documents = list(read_documents(list_files(tmp_path / file_name),
                                         RecordReading(kind, renames=parse_renames([proposed]))))
         conversations = [(d.messages, d.chosen, d.rejected) for d in documents]
         assert list_turns(conversations) == list_turns(expected)
@@ -313,9 +313,9 @@ def test_other_rows_are_refused_with_the_command_that_reads_them(tmp_path: Path,
         store([row], tmp_path)
         stored = list(STORED)
     for kind, sentence in wanted.items():
-        for way in stored:
+        for file_name in stored:
             with pytest.raises(UserError, match=sentence):
-                list(read_documents(list_files(tmp_path / way), RecordReading(kind)))
+                list(read_documents(list_files(tmp_path / file_name), RecordReading(kind)))
         if len(stored) > 1:
             with pytest.raises(UserError, match=r"is a table \(columns: .*to_parquet or to_json"):
                 list(read_documents(list_files(tmp_path / "a.csv"), RecordReading(kind)))
@@ -331,7 +331,7 @@ def test_judged_pictures_and_chats_as_prompts_are_refused(tmp_path: Path) -> Non
 
 
 def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:
-    """What differs from row to row `datasets` stores as strings of JSON."""
+    """With `on_mixed_types="use_json"`, `datasets` stores values whose type varies as JSON strings."""
     tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {
         "type": "object", "properties": {"x": {"type": kind}}}}} for kind in ("integer", ["string", "null"])]
     chats = [[say("user", "a"), {"role": "assistant", "content": "", "tool_calls": [
@@ -349,7 +349,6 @@ def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:
 
 def test_ignored_fields_of_messages_are_reported_and_counted(
         tmp_path: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The field first occurs after a thousand records."""
     rows: Rows = [{"messages": qa(f"q{i}", f"a{i}")} for i in range(1, 9)]
     rows[4]["messages"][1] |= {"refusal": None, "annotations": [{"x": 1}]}
     for i in (5, 6):
@@ -359,7 +358,7 @@ def test_ignored_fields_of_messages_are_reported_and_counted(
             {"from": m["role"], "value": m["content"], **{k: v for k, v in m.items() if k not in (
                 "role", "content")}} for m in row["messages"]]} for row in rows])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read))
-        for _ in range(2):  # the second time from units that are complete
+        for _ in range(2):  # the second run reuses complete units
             pack_sources(folder, [PackSource(name, tmp_path / f"{name}.jsonl")], tmp_path / "out",
                          PackSettings(reading=RecordReading("chat")), overwrite=True)
             assert (f"{name}: does not read ts (2), annotations (1) (fields of messages, with the number of "

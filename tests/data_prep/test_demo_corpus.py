@@ -55,7 +55,7 @@ def test_strip_markup_keeps_words() -> None:
 
 @pytest.fixture(autouse=True)
 def few_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read a twentieth of the standard library and no packages: the whole takes a quarter of a minute."""
+    """Read a twentieth of the standard library and no packages; everything would take 15 s."""
     library = demo_corpus.list_stdlib_files()[::20]
     monkeypatch.setattr(demo_corpus, "list_stdlib_files", lambda: library)
     monkeypatch.setattr(demo_corpus, "list_package_files", list)

@@ -51,14 +51,14 @@ def test_wrong_tags_give_one_sentence(tokenizers: dict[str, Path], tmp_path: Pat
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": f"{i} text", "kind": [i], "n": i})
                                                 for i in range(70)))
     (tmp_path / "a.txt").write_text("plain text")
-    for source, tag, said in (
+    for source, tag, message in (
             ("a.jsonl", "kind", "a.jsonl:1: has '[0]' in field 'kind', which --tag names; must be a word"),
             ("a.jsonl", "n", "--tag n: source a has 70 values of it, e.g. '0' and '9'; a tag describes a"),
             ("a.jsonl", "web:kind=ko", "--tag web:kind=ko: there is no source 'web' (sources: a)"),
             ("a.txt", "kind", "is plain text, which has no field 'kind'; pass JSONL or Parquet")):
         assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", str(tmp_path / source),
                      "--tag", tag, "--output", str(tmp_path / "out"), "--workers", "1"]) == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

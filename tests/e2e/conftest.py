@@ -1,4 +1,4 @@
-"""`pretrain` and `run` as a user calls them, with small settings."""
+"""Fixtures that build small `pretrain` commands and start `megatron-sov` processes as a user does."""
 
 import subprocess
 import time
@@ -19,7 +19,7 @@ Command = Callable[..., list[str]]
 
 @pytest.fixture(scope="session")
 def pretrain(packed_data: Any) -> Command:
-    """Return `command(run, *arguments, **settings)`: the arguments of a small `megatron-sov pretrain`."""
+    """A function `(run, *arguments, settings=())` that returns the words of a small `pretrain` command."""
 
     def command(run: Path, *arguments: str, settings: tuple[str, ...] = ()) -> list[str]:
         chosen = format_set_options((*SMALL, *settings))
@@ -31,8 +31,7 @@ def pretrain(packed_data: Any) -> Command:
 
 @pytest.fixture
 def start(warm_python: str) -> Any:
-    """Return `start(argv) -> Popen`: a process equivalent to `megatron-sov ARGV`; remaining processes are
-    killed at the end."""
+    """A function `(argv) -> Popen` that starts `megatron-sov ARGV`; the test's end kills what still runs."""
     running: list[subprocess.Popen[str]] = []
 
     def run(argv: list[str]) -> subprocess.Popen[str]:
@@ -47,7 +46,7 @@ def start(warm_python: str) -> Any:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 600) -> None:
-    """Wait until the condition holds while the process runs."""
+    """Poll until `condition()` is true; fail if the process ends before or after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, process.communicate()
@@ -57,5 +56,5 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], time
 
 @pytest.fixture
 def until() -> Any:
-    """Return `wait_for` (test modules cannot import this file)."""
+    """The function `wait_for`, as a fixture because test modules cannot import this file."""
     return wait_for

@@ -1,4 +1,4 @@
-"""Damaged checkpoints: any damage to any file is detected, and the run loads the previous checkpoint."""
+"""Damage to any file of a checkpoint is detected, and a resumed run loads the checkpoint before it."""
 
 import json
 import shutil
@@ -28,15 +28,16 @@ def delete_file(file: Path) -> None:
     file.unlink()
 
 
-DAMAGES = (truncate_file, flip_bit, delete_file)
+DAMAGE_FUNCTIONS = (truncate_file, flip_bit, delete_file)
 
 
 def get_checkpoint_folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step}"
 
 
-def hashes(run: Path, step: int) -> dict[str, str]:
-    """Return file name -> digest; for `state.json`, the content without `wall_s`, which differs per run."""
+def read_hashes(run: Path, step: int) -> dict[str, str]:
+    """Return the hash of each file of a checkpoint by file name; of `state.json` its text without `wall_s`,
+    the run's time in seconds, which no two runs share."""
     state = json.loads((get_checkpoint_folder(run, step) / "state.json").read_text())
     files = read_manifest(get_checkpoint_folder(run, step)).files
     return {name: record.digest for name, record in files.items() if name != "state.json"} | {
@@ -44,9 +45,9 @@ def hashes(run: Path, step: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_command: Any) -> Path:
-    """Return a run on two processes that has a checkpoint of every step."""
-    run = tmp_path_factory.mktemp("kept") / "run"
+def complete_run(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_command: Any) -> Path:
+    """A complete run on two processes with a checkpoint of every step."""
+    run = tmp_path_factory.mktemp("complete") / "run"
     result = run_command(*pretrain(run, *EP2, settings=SETTINGS))
     assert result.returncode == 0, result.stderr
     return run
@@ -55,59 +56,59 @@ def kept(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_command: A
 @pytest.mark.distributed
 @pytest.mark.essential
 def test_the_newest_valid_checkpoint_resumes_to_the_same_bits(tmp_path: Path, pretrain: Any, run_command: Any,
-                                                              kept: Path) -> None:
-    """Damages one kind of file after another, from the newest checkpoint back to step 2."""
-    at_once = tmp_path / "at-once"
-    assert run_command(*pretrain(at_once, *EP2,
+                                                              complete_run: Path) -> None:
+    """Damages another kind of file in each checkpoint from the newest back to step 3: step 2 is loaded."""
+    synchronous = tmp_path / "at-once"
+    assert run_command(*pretrain(synchronous, *EP2,
                                  settings=(*SETTINGS, "train.async_save=false"))).returncode == 0
-    assert all(hashes(at_once, step) == hashes(kept, step) for step in range(1, STEPS + 1)), (
-        "in the background or at once")
+    assert all(read_hashes(synchronous, step) == read_hashes(complete_run, step)
+               for step in range(1, STEPS + 1)), "written before the next step, or in the background"
 
     broken = tmp_path / "broken"
-    shutil.copytree(kept, broken)
+    shutil.copytree(complete_run, broken)
     (broken / "complete.json").unlink()
-    in_the_way = {8: ("optimizer/00000/rank-00001-00000.safetensors", truncate_file),
-                  7: ("model.index.json", flip_bit), 6: ("state.json", delete_file), 5: (MANIFEST, flip_bit),
-                  4: ("tokenizer/tokenizer.json", truncate_file), 3: (MANIFEST, delete_file)}
-    for step, (name, spoil) in in_the_way.items():
-        spoil(get_checkpoint_folder(broken, step) / name)
+    damages = {8: ("optimizer/00000/rank-00001-00000.safetensors", truncate_file),
+               7: ("model.index.json", flip_bit), 6: ("state.json", delete_file), 5: (MANIFEST, flip_bit),
+               4: ("tokenizer/tokenizer.json", truncate_file), 3: (MANIFEST, delete_file)}
+    for step, (name, damage_file) in damages.items():
+        damage_file(get_checkpoint_folder(broken, step) / name)
     (broken / "checkpoints" / ".writing-step-9-0a1b2c3d").mkdir()
     result = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
     assert result.returncode == 0, result.stderr
     found = [e for e in read_events(broken / "events.jsonl")
              if e["event"] in ("damaged_checkpoint", "resume")]
-    assert [e.get("path") for e in found] == [*(f"checkpoints/step-{step}" for step in in_the_way), None]
-    for event, (step, (name, _)) in zip(found, in_the_way.items(), strict=False):
+    assert [e.get("path") for e in found] == [*(f"checkpoints/step-{step}" for step in damages), None]
+    for event, (step, (name, _)) in zip(found, damages.items(), strict=False):
         assert f"checkpoints/step-{step}/{name}: " in event["reason"]
         assert f"warning: {event['reason']}; step-{step} is renamed to damaged-step-{step}" in result.stderr
         assert (broken / "checkpoints" / f"damaged-step-{step}").is_dir(), "never deleted"
     assert found[-1]["reason"] == "continued from step-2"
-    assert all(hashes(broken, step) == hashes(kept, step) for step in range(1, STEPS + 1))
+    assert all(read_hashes(broken, step) == read_hashes(complete_run, step) for step in range(1, STEPS + 1))
     assert not list((broken / "checkpoints").glob(".*"))
 
     lost = tmp_path / "lost"
-    shutil.copytree(kept, lost, ignore=shutil.ignore_patterns("step-[2-8]"))
+    shutil.copytree(complete_run, lost, ignore=shutil.ignore_patterns("step-[2-8]"))
     (lost / "complete.json").unlink()
     delete_file(get_checkpoint_folder(lost, 1) / "state.json")
-    for _ in range(2):  # and it stays refused
+    for _ in range(2):  # the second attempt fails like the first
         result = run_command(*pretrain(lost, *EP2, "--resume", settings=SETTINGS))
         assert result.returncode == 2 and "Traceback" not in result.stderr
         assert ("no sound checkpoint is left (damaged-step-1); restore one from a copy as step-N"
                 in result.stderr)
 
 
-def test_every_damage_to_every_file_is_detected(kept: Path, tmp_path: Path) -> None:
+def test_every_damage_to_every_file_is_detected(complete_run: Path, tmp_path: Path) -> None:
     path = tmp_path / "checkpoints" / "step-8"
-    shutil.copytree(get_checkpoint_folder(kept, STEPS), path)
+    shutil.copytree(get_checkpoint_folder(complete_run, STEPS), path)
     names = sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file())
     assert {Path(n).suffix for n in names} >= {".safetensors", ".json"} and len(names) >= 9
     for name in names:
-        for spoil in DAMAGES:
+        for damage_file in DAMAGE_FUNCTIONS:
             content = (path / name).read_bytes()
-            spoil(path / name)
+            damage_file(path / name)
             problem = find_damage(path)
             assert problem is not None and problem.startswith(f"{path / name}: "), (
-                name, spoil.__name__, problem)
+                name, damage_file.__name__, problem)
             (path / name).write_bytes(content)
     assert find_damage(path) is None
 
@@ -115,12 +116,13 @@ def test_every_damage_to_every_file_is_detected(kept: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize("command",
                          [("convert", "to-hf", "RUN", "OUT"), ("generate", "RUN", "--prompt", "a")])
 @pytest.mark.parametrize("name", [MANIFEST, "model/00000/rank-00000-00000.safetensors"])
-def test_commands_name_the_file_and_the_checkpoint_before(kept: Path, tmp_path: Path,
+def test_commands_name_the_file_and_the_checkpoint_before(complete_run: Path, tmp_path: Path,
                                                           capfd: pytest.CaptureFixture[str],
                                                           command: tuple[str, ...], name: str,
                                                           one_rank: None) -> None:
     for step in (6, 7, 8):
-        shutil.copytree(get_checkpoint_folder(kept, step), get_checkpoint_folder(tmp_path / "run", step))
+        shutil.copytree(get_checkpoint_folder(complete_run, step),
+                        get_checkpoint_folder(tmp_path / "run", step))
     delete_file(get_checkpoint_folder(tmp_path / "run", 7) / MANIFEST)
     flip_bit(get_checkpoint_folder(tmp_path / "run", 8) / name)
     argv = [{"RUN": str(tmp_path / "run"), "OUT": str(tmp_path / "out")}.get(part, part) for part in command]
@@ -130,13 +132,13 @@ def test_commands_name_the_file_and_the_checkpoint_before(kept: Path, tmp_path: 
         code = e.code
     stderr = capfd.readouterr().err
     assert code == 2 and f"{get_checkpoint_folder(tmp_path / 'run', 8) / name}: " in stderr, stderr
-    assert (f"use the checkpoint before it, {get_checkpoint_folder(tmp_path / 'run', 6)}" in stderr
-            and not (tmp_path / "out").exists())
+    assert f"use the checkpoint before it, {get_checkpoint_folder(tmp_path / 'run', 6)}" in stderr
+    assert not (tmp_path / "out").exists()
 
 
-def test_a_run_does_not_start_from_a_damaged_one(kept: Path, tmp_path: Path, pretrain: Any,
+def test_a_run_does_not_start_from_a_damaged_one(complete_run: Path, tmp_path: Path, pretrain: Any,
                                                  run_command: Any) -> None:
-    shutil.copytree(get_checkpoint_folder(kept, 8), get_checkpoint_folder(tmp_path / "run", 8))
+    shutil.copytree(get_checkpoint_folder(complete_run, 8), get_checkpoint_folder(tmp_path / "run", 8))
     truncate_file(get_checkpoint_folder(tmp_path / "run", 8) / "model/00000/rank-00000-00000.safetensors")
     result = run_command(*pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS))
     assert result.returncode == 2 and ("there is no checkpoint before it; restore it from "
@@ -144,8 +146,8 @@ def test_a_run_does_not_start_from_a_damaged_one(kept: Path, tmp_path: Path, pre
     assert not (tmp_path / "new").exists()
 
 
-# A full disk: one message, exit code 2, no partial file, and the run can resume.
-
+# A full disk ends a run with one message, exit code 2 and no partial file, and the run can resume. A limit on
+# the size of a file stands in for the full disk.
 
 FULL_DISK = ("train.steps=4", "train.checkpoint_every_steps=2")
 
@@ -164,7 +166,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path, pretrain: Any, run_comma
     assert again.returncode == 0, again.stderr
     steps = [e["step"] for e in read_run_events(run, "step")]
     assert steps[-4:] == [1, 2, 3, 4] and 2 <= len(steps) - 4 <= 4, (
-        "it may go on while the checkpoint is written")
+        "the first run may do steps 3 and 4 while the checkpoint of step 2 is written")
 
 
 def test_events_that_do_not_fit(tmp_path: Path, pretrain: Any, run_command: Any) -> None:

@@ -27,20 +27,22 @@ def test_the_first_step_has_the_models_own_loss(tmp_path: Path, hf_models: dict[
                          "--from", str(hf_models["solar_open"]), "--nproc", "2",
                          *format_set_options(SETTINGS))
     assert result.returncode == 0, result.stderr
-    first = read_run_events(run, "step")[0]
+    first_step = read_run_events(run, "step")[0]
 
     config = from_dict(json.loads((run / "config.json").read_text()))
     sources = open_sources(config.data.paths, config.model.vocab_size)
     entry, samples = SampleOrder(config, sources).next_batch()
     model = AutoModelForCausalLM.from_pretrained(hf_models["solar_open"], dtype=torch.float32)
-    nats = targets = 0.0
+    loss_sum = weight_sum = 0.0
     for sample in samples:
         row = build_row(sample, sources[sample.source].open_split("train"), entry.seq_len)
-        for a, b in zip(row.bounds, row.bounds[1:], strict=False):
+        for start, end in zip(row.bounds, row.bounds[1:], strict=False):  # one document of the row
             with torch.no_grad():
-                logits = model(input_ids=torch.from_numpy(row.tokens[a:b])[None], use_cache=False).logits[0]
-            losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(row.labels[a:b]),
+                input_ids = torch.from_numpy(row.tokens[start:end])[None]
+                logits = model(input_ids=input_ids, use_cache=False).logits[0]
+            losses = torch.nn.functional.cross_entropy(logits, torch.from_numpy(row.labels[start:end]),
                                                        reduction="none")
-            nats += float((losses * torch.from_numpy(row.weights[a:b])).sum())
-            targets += float(row.weights[a:b].sum())
-    assert first["loss"] == pytest.approx(nats / targets, abs=1e-5)
+            weights = torch.from_numpy(row.weights[start:end])
+            loss_sum += float((losses * weights).sum())
+            weight_sum += float(weights.sum())
+    assert first_step["loss"] == pytest.approx(loss_sum / weight_sum, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Injected faults: the reaction of the run, and the same final bits as a run that skips the same samples."""
+"""Injected faults: how a run reacts, and that it ends with the bits of a run that skips the same samples."""
 
 import json
 import os
@@ -25,27 +25,28 @@ from megatron_sov.train.stages.stage import Stage
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.head_dim=8",
          "model.expert_ffn_dim=16", 'data.phases=[{"name": "main", "seq_len": 32}]',
          "model.num_experts=4", "train.global_batch_size=8", "train.micro_batch_size=4",
-         "data.heldout_tokens=128",
-         "train.eval_every_steps=0", "train.hidden_dropout=0.1", "train.keep_checkpoints=0")
+         "data.heldout_tokens=128", "train.eval_every_steps=0", "train.hidden_dropout=0.1",
+         "train.keep_checkpoints=0")
 STORM = (*SMALL, "train.steps=30", "train.checkpoint_every_steps=4", "train.async_save=false",
          "guards.window_steps=20", "guards.hang_timeout_s=14", "guards.straggler_every_steps=6",
          "guards.straggler_ratio=1.2", "guards.routing_every_steps=3")
 STORM_FAULTS = ("kill@step=3,rank=1", "bitflip@step=11,rank=1", "corrupt-checkpoint@save=16",
                 "hang@step=20,rank=1", "nan@step=21,rank=1", "slow-rank@step=25,rank=1,seconds=0.3,steps=6",
                 "spike@step=27")
-"""Further ends of a rank, where it starts, loads, and saves, has test_resume.py."""
+"""Faults during steps; test_resume.py kills ranks while they start, load and save."""
 RESTARTS = ([137, 77, 76], [0, 8, 16])
-"""Exit codes for kill, bitflip and hang, and the steps that are gone back to."""
-STORM_REFUSED = "data.skip_steps=[[21, 21], [27, 27]]"
-ROLLED = (*SMALL, "train.steps=14", "train.checkpoint_every_steps=3", "guards.rollback_after_skips=3",
-          "guards.hang_timeout_s=0", "parallel.zero1=true", "parallel.overlap_param_gather=true",
-          "parallel.overlap_grad_reduce=true")
-ROLLED_FAULTS = tuple(f"nan@step={step},rank={step % 2}" for step in (8, 9, 10))
-ROLLED_PASSED_OVER = "data.skip_steps=[[7, 10]]"
+"""Exit codes after kill, bitflip and hang, and the newest checkpoint at each restart (step-16 is damaged)."""
+STORM_SKIPPED = "data.skip_steps=[[21, 21], [27, 27]]"
+ROLLBACK = (*SMALL, "train.steps=14", "train.checkpoint_every_steps=3", "guards.rollback_after_skips=3",
+            "guards.hang_timeout_s=0", "parallel.zero1=true", "parallel.overlap_param_gather=true",
+            "parallel.overlap_grad_reduce=true")
+ROLLBACK_FAULTS = tuple(f"nan@step={step},rank={step % 2}" for step in (8, 9, 10))
+ROLLBACK_SKIPPED = "data.skip_steps=[[7, 10]]"
 
 
-def runs(data: str, folder: str) -> dict[str, int]:
-    """Runs in a process that has imported everything: forks launchers of two ranks; returns exit codes."""
+def run_scenarios(data: str, folder: str) -> dict[str, int]:
+    """Run each fault scenario ("storm", "rolled") and its counterpart "by hand", which skips the same steps
+    without a fault. Return the exit code of each run's launcher, which is forked from this process."""
     def run(name: str, settings: tuple[str, ...], faults: tuple[str, ...] = ()) -> int:
         began_s = time.monotonic()
         child = os.fork()
@@ -71,9 +72,9 @@ def runs(data: str, folder: str) -> dict[str, int]:
 
     return {
         "storm": run("storm", STORM, STORM_FAULTS),
-        "storm by hand": run("storm by hand", (*STORM, STORM_REFUSED)),
-        "rolled": run("rolled", ROLLED, ROLLED_FAULTS),
-        "rolled by hand": run("rolled by hand", (*ROLLED, ROLLED_PASSED_OVER)),
+        "storm by hand": run("storm by hand", (*STORM, STORM_SKIPPED)),
+        "rolled": run("rolled", ROLLBACK, ROLLBACK_FAULTS),
+        "rolled by hand": run("rolled by hand", (*ROLLBACK, ROLLBACK_SKIPPED)),
     }
 
 
@@ -81,8 +82,8 @@ def read_guard_events(run: Path, *kinds: str) -> list[dict[str, Any]]:
     return [e for e in read_events(run / "events.jsonl") if e["event"] in kinds]
 
 
-def last_checkpoint(run: Path) -> dict[str, Any]:
-    """Return the hashes of all files of a run's last checkpoint, and the loop state without its history."""
+def read_last_checkpoint(run: Path) -> dict[str, Any]:
+    """Return the file hashes of a run's last checkpoint, and of `state.json` the fields without times."""
     path = max((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name.removeprefix("step-")))
     files = {name: record.digest for name, record in read_manifest(path).files.items()
              if name != "state.json"}
@@ -94,19 +95,20 @@ def last_checkpoint(run: Path) -> dict[str, Any]:
 @pytest.mark.distributed
 def test_any_injected_fault_equals_a_run_without_the_skipped_samples(ranks: Any, job: Any, packed_data: Any,
                                                                      tmp_path: Path) -> None:
-    """That a run gives up where nothing is left to go back to, test_interrupts.py shows."""
-    ((codes,),) = ranks(job(__file__, "runs", 1, {"data": str(packed_data.text), "folder": str(tmp_path)}))
+    """test_interrupts.py tests the run that has no checkpoint to roll back to."""
+    arguments = {"data": str(packed_data.text), "folder": str(tmp_path)}
+    ((codes,),) = ranks(job(__file__, "run_scenarios", 1, arguments))
     assert codes == {"storm": 0, "storm by hand": 0, "rolled": 0, "rolled by hand": 0}
     for name in ("storm", "rolled"):
-        assert last_checkpoint(tmp_path / name) == last_checkpoint(tmp_path / f"{name} by hand")
-    _storm_is_told(tmp_path / "storm")
+        assert read_last_checkpoint(tmp_path / name) == read_last_checkpoint(tmp_path / f"{name} by hand")
+    check_storm_events(tmp_path / "storm")
     (rollback,) = read_guard_events(tmp_path / "rolled", "rollback")
     assert (rollback["step"], rollback["back_to"], rollback["refused"]) == (10, 6, 3)
     assert [e["ranks"] for e in read_guard_events(tmp_path / "rolled", "skip")] == [[0], [1], [0]], (
-        "whose loss was no number")
+        "ranks whose loss was not finite")
 
 
-def _storm_is_told(run: Path) -> None:
+def check_storm_events(run: Path) -> None:
     """Check that the events contain every fault and the run's reaction."""
     assert {e["fault"].split(",")[0] for e in read_guard_events(run, "fault")} == {
         f.split(",")[0] for f in STORM_FAULTS}
@@ -115,9 +117,9 @@ def _storm_is_told(run: Path) -> None:
     (damaged,), (corruption,), (hang,) = (read_guard_events(run, kind)
                                           for kind in ("damaged_checkpoint", "sdc", "hang"))
     assert damaged["path"] == "checkpoints/step-16"
-    assert corruption["step"] == 12 and corruption["ranks"] == [0, 1], "of two replicas both are named"
+    assert corruption["step"] == 12 and corruption["ranks"] == [0, 1], "either replica may be wrong"
     assert hang["step"] == 20 and hang["places"]["fault_injection.py, trigger"] == [1], (
-        "the others wait somewhere else")
+        "only rank 1 hangs in the fault; rank 0 waits in a collective")
     assert "trigger" in (run / "hang" / "step-20-rank-00001.txt").read_text()
     skips = {e["step"]: e for e in read_guard_events(run, "skip")}
     assert sorted(skips) == [21, 27] and skips[21]["ranks"] == [1]

@@ -1,4 +1,4 @@
-"""Ctrl-C during a long step: immediate acknowledgement, and a second Ctrl-C exits without damage on disk."""
+"""Ctrl-C during a long step is acknowledged immediately; a second Ctrl-C ends the run and damages no file."""
 
 import os
 import signal
@@ -19,12 +19,12 @@ SETTINGS = ("train.steps=8", "train.checkpoint_every_steps=2", "train.async_save
 
 
 def is_slow(run: Path) -> bool:
-    """Return whether the slow step has begun; until then a signal stops the run after the step before it."""
+    """Return whether the injected slow step has begun; a signal before it would stop the run a step early."""
     return any((run / FAULTS).glob("slow-rank*.json"))
 
 
 def interrupt(run: Path) -> None:
-    """Send SIGINT to the launcher of a run's processes."""
+    """Send SIGINT, the signal of Ctrl-C, to the launcher of a run's processes."""
     holder = read_lock(run)
     assert holder is not None, run
     os.kill(psutil.Process(holder["pid"]).ppid(), signal.SIGINT)
@@ -82,37 +82,37 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_comma
     assert [event["step"] for event in read_run_events(run, "eval")] == [0, 8]
 
 
-ENDED = ("train.steps=6", "train.eval_every_steps=0")
+SHORT = ("train.steps=6", "train.eval_every_steps=0")
 
 
 @pytest.mark.distributed
 def test_status_shows_why_a_run_ended(pretrain: Any, run_command: Any, tmp_path: Path,
                                       capsys: pytest.CaptureFixture[str]) -> None:
-    refused, crashed, learned = tmp_path / "refused", tmp_path / "crashed", tmp_path / "learned"
+    refused, crashed, unguarded = tmp_path / "refused", tmp_path / "crashed", tmp_path / "unguarded"
     arguments = {refused: ("--inject", "nan@step=1,nan@step=2", "--set", "guards.rollback_after_skips=2"),
-                 learned: ("--inject", "nan@step=3", "--set", "guards.skip=false", "--set",
-                           "train.checkpoint_every_steps=2"),
+                 unguarded: ("--inject", "nan@step=3", "--set", "guards.skip=false", "--set",
+                             "train.checkpoint_every_steps=2"),
                  crashed: ("--inject", "raise@step=2", "--set", "train.max_restarts=0")}
-    ended = {run: run_command(*pretrain(run, *words, settings=ENDED)) for run, words in arguments.items()}
-    assert [ended[run].returncode for run in (refused, crashed, learned)] == [2, 1, 2]
-    sentences = {refused: "steps 1 to 2 were rejected in a row (the last: "
+    results = {run: run_command(*pretrain(run, *words, settings=SHORT)) for run, words in arguments.items()}
+    assert [results[run].returncode for run in (refused, crashed, unguarded)] == [2, 1, 2]
+    reasons = {refused: "steps 1 to 2 were rejected in a row (the last: "
                           "the loss is nan), and no earlier checkpoint exists",
-                 learned: "step 3: the loss is nan and the gradient norm nan; "
+               unguarded: "step 3: the loss is nan and the gradient norm nan; "
                           "lower optim.lr = 0.004 and start a new --run --from "
-                          f"{learned}/checkpoints/step-2, the last checkpoint, or switch on guards.skip",
-                 crashed: "rank 0 ended with exit code 1, and train.max_restarts = 0 lets no process start "
+                          f"{unguarded}/checkpoints/step-2, the last checkpoint, or switch on guards.skip",
+               crashed: "rank 0 ended with exit code 1, and train.max_restarts = 0 lets no process start "
                           "again; find the cause"}
-    for run, sentence in sentences.items():
-        assert f"error: {sentence}" in ended[run].stderr
+    for run, reason in reasons.items():
+        assert f"error: {reason}" in results[run].stderr
         assert main(["status", str(run)]) == 0
         status = capsys.readouterr().out
-        assert f"  state       ended ({sentence}" in status
+        assert f"  state       ended ({reason}" in status
         assert ("  incidents   2 x step rejected (megatron-sov logs" in status) == (run == refused)
         assert main(["logs", str(run)]) == 0
-        assert f"ended by an error: {sentence}" in capsys.readouterr().out
+        assert f"ended by an error: {reason}" in capsys.readouterr().out
 
 
-FAILING = """
+FAILING_OBJECTIVE = """
 import os, time
 from megatron_sov.checkpoint.host_snapshot import HostSnapshot
 from megatron_sov.train.objectives.data_objective import LanguageModelling
@@ -140,8 +140,8 @@ class Failing(LanguageModelling):
 @pytest.mark.distributed
 def test_a_checkpoint_in_progress_is_completed_after_an_error(pretrain: Any, run_command: Any,
                                                               tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(FAILING)
-    settings = (*ENDED, f"objective.name={tmp_path}/mine.py:Failing", "train.checkpoint_every_steps=2",
+    (tmp_path / "mine.py").write_text(FAILING_OBJECTIVE)
+    settings = (*SHORT, f"objective.name={tmp_path}/mine.py:Failing", "train.checkpoint_every_steps=2",
                 "train.max_restarts=0")
     result = run_command(*pretrain(tmp_path / "run", "--nproc", "2", settings=settings))
     assert result.returncode == 1 and "ValueError: a defect of one process" in result.stderr, result.stderr

@@ -1,5 +1,5 @@
-"""On GPUs each rank is a new process that reads its work from a file. A double of the GPU check makes that
-happen on a CPU, and the results equal those of forked ranks."""
+"""Ranks on GPUs are new processes that read their work from a file. A replaced `launcher.on_gpu` starts such
+processes on CPUs, and their checkpoints equal those of forked ranks."""
 
 import os
 from pathlib import Path
@@ -20,7 +20,7 @@ class Own(LanguageModelling):
 
 
 def run_commands(commands: list[list[str]], as_on_gpu: bool) -> list[int]:
-    """Run commands one after another and return their exit codes. Runs in a process with all imports."""
+    """Run `megatron-sov` commands one after another in forks of this process and return their exit codes."""
     from megatron_sov.cli import main
     from megatron_sov.engine.parallel import launcher
     from megatron_sov.engine.parallel.world import STORE_PORT
@@ -44,14 +44,14 @@ def run_commands(commands: list[list[str]], as_on_gpu: bool) -> list[int]:
 
 
 def read_file_hashes(checkpoint: Path) -> dict[str, Any]:
-    """Return the hashes of a checkpoint's files, except the file with the hours worked."""
+    """Return the manifest's record of each file of a checkpoint except `state.json`, which contains times."""
     return {name: record for name, record in read_manifest(checkpoint).files.items() if name != "state.json"}
 
 
 @pytest.mark.deep
 @pytest.mark.distributed
 def test_spawned_ranks_equal_forked_ranks(ranks: Any, job: Any, pretrain: Any, tmp_path: Path) -> None:
-    """Also for a stage with work before training: computing a teacher's states."""
+    """Compares a pretraining run, and a distillation, which computes the teacher's states before training."""
     (tmp_path / "own.py").write_text(OWN_OBJECTIVE)
     base_settings = (*SETTINGS, f"objective.name={tmp_path}/own.py:Own", "parallel.ep=2")
 

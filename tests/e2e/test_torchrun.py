@@ -1,5 +1,5 @@
-"""Two nodes without Slurm, each with a torchrun agent as in docs/slurm.md: the same bits as two local
-processes."""
+"""Two nodes without Slurm, each with a torchrun agent as in docs/slurm.md, get the losses and gradient norms
+of two local processes; and torchrun passes the options of every command in docs/."""
 
 import os
 import re
@@ -21,11 +21,11 @@ STEPS = 6
 SECTION = page_section("slurm.md", "Several nodes without Slurm")
 LOCAL_VALUES = {"$NODE_RANK": "{rank}", "node-0": "127.0.0.1", "$PORT": "{port}",
                 "--nproc-per-node 8": "--nproc-per-node 1"}
-"""Text on the page -> replacement for this machine, on which each node has one process."""
+"""Text of the page's command -> its replacement here: two agents on this machine with one process each."""
 
 
 def build_agent_command(rank: int, port: int, arguments: list[str]) -> list[str]:
-    """Return the page's command for one node, with other `pretrain` arguments."""
+    """Return the page's torchrun command for the node `rank`, with these arguments of `pretrain`."""
     (command,) = (block for block in blocks(SECTION, "sh") if "--node-rank" in block)
     for text, replacement in LOCAL_VALUES.items():
         assert text in command, text

@@ -1,4 +1,4 @@
-"""Folders of tiny codecs with random weights, as transformers and diffusers write them."""
+"""Tiny codecs with random weights, saved as transformers and diffusers save them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 
-def vqmodel(num_codes: int = 16) -> Any:
-    """Pictures of 16 x 16 pixels in 4 x 4 tokens."""
+def build_vqmodel(num_codes: int = 16) -> Any:
+    """Return a codec of pictures: 16 x 16 pixels become 4 x 4 codes."""
     from diffusers import VQModel
 
     return VQModel(block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3,
@@ -16,16 +16,16 @@ def vqmodel(num_codes: int = 16) -> Any:
                    latent_channels=4, sample_size=16)
 
 
-def dac() -> Any:
-    """Sounds of 16 kHz in frames of 640 samples, three codes of 512 in each."""
+def build_dac() -> Any:
+    """Return a codec of 16 kHz sounds: a frame of 640 samples becomes three codes, each from 512."""
     from transformers import DacConfig, DacModel
 
     return DacModel(DacConfig(encoder_hidden_size=4, decoder_hidden_size=32, downsampling_ratios=[4, 4, 5, 8],
                               n_codebooks=3, codebook_size=512, codebook_dim=4, sampling_rate=16_000))
 
 
-def mimi() -> Any:
-    """The same by another network, four codes of 64."""
+def build_mimi() -> Any:
+    """Return another codec of 16 kHz sounds: a frame of 640 samples becomes four codes, each from 64."""
     from transformers import MimiConfig, MimiModel
 
     return MimiModel(MimiConfig(
@@ -34,14 +34,14 @@ def mimi() -> Any:
         num_hidden_layers=1, intermediate_size=16, num_attention_heads=2, num_key_value_heads=2))
 
 
-MADE: dict[str, Callable[[], Any]] = {"vqmodel": vqmodel, "dac": dac, "mimi": mimi}
+BUILDERS: dict[str, Callable[[], Any]] = {"vqmodel": build_vqmodel, "dac": build_dac, "mimi": build_mimi}
 
 
-def save(kind: str, folder: Path, made: Callable[[], Any] | None = None) -> Any:
-    """Write a folder; returns its network."""
+def save_network(kind: str, folder: Path, build: Callable[[], Any] | None = None) -> Any:
+    """Save the codec of `build`, or of `BUILDERS[kind]`, into `folder`, and return its network."""
     torch.manual_seed(0)
-    network = (made or MADE[kind])().eval().requires_grad_(False)
-    for name, tensor in network.state_dict().items():  # codebooks begin as codes that are nearly the same
+    network = (build or BUILDERS[kind])().eval().requires_grad_(False)
+    for name, tensor in network.state_dict().items():  # initial codes are nearly equal
         if name.endswith(("embed_sum", "quantize.embedding.weight")):
             tensor.normal_()
     network.save_pretrained(folder)

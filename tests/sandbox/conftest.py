@@ -1,4 +1,4 @@
-"""One sandbox per enclosure that this machine has."""
+"""A sandbox for each enclosure that this machine has."""
 
 from collections.abc import Iterator
 
@@ -10,9 +10,10 @@ from megatron_sov.sandbox.sandbox import Sandbox
 
 @pytest.fixture(scope="module", params=["namespaces", "landlock"])
 def sandbox(request: pytest.FixtureRequest) -> Iterator[Sandbox]:
+    """A sandbox with default limits. Tests are skipped for an enclosure that this machine does not have."""
     try:
-        made = Sandbox(enclosure=request.param)
+        sandbox = Sandbox(enclosure=request.param)
     except UserError as e:
         pytest.skip(str(e))
-    with made:
-        yield made
+    with sandbox:
+        yield sandbox

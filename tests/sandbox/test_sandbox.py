@@ -1,4 +1,4 @@
-"""Outputs of a sandbox, and recovery from failures of its own processes."""
+"""Outcomes of programs in a sandbox, failures of the sandbox's own processes, and resource limits."""
 
 import os
 import shutil
@@ -66,14 +66,14 @@ def test_each_program_starts_in_an_empty_folder(sandbox: Sandbox) -> None:
         assert outcome.stdout == "['program.py']\n"
 
 
-@pytest.mark.parametrize("program, what", [
+@pytest.mark.parametrize("program, problem", [
     (Program("", files={"../x": ""}), "'../x' must be a relative path"),
     (Program("", files={"/etc/x": ""}), "'/etc/x' must be a relative path"),
     (Program("\ud800"), "half of a surrogate pair"),
     (Program("", stdin=b"x"), "stdin is of type bytes"),  # type: ignore[arg-type]
 ])
-def test_invalid_programs_are_refused(program: Program, what: str) -> None:
-    assert what in program.find_problem()
+def test_invalid_programs_are_refused(program: Program, problem: str) -> None:
+    assert problem in program.find_problem()
 
 
 def test_a_program_longer_than_the_limit_is_refused() -> None:
@@ -81,11 +81,11 @@ def test_a_program_longer_than_the_limit_is_refused() -> None:
 
 
 def test_outcomes_come_in_order_from_several_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    meeting = threading.Barrier(2, timeout=600)
+    barrier = threading.Barrier(2, timeout=600)
 
-    def run(self: Worker, *given: Any, now: Any = Worker.run) -> Outcome:
-        meeting.wait()  # two run at a time
-        outcome: Outcome = now(self, *given)
+    def run(self: Worker, *arguments: Any, original_run: Any = Worker.run) -> Outcome:
+        barrier.wait()  # passes only if two workers run at the same time
+        outcome: Outcome = original_run(self, *arguments)
         return outcome
 
     with Sandbox(workers=2) as sandbox, ThreadPoolExecutor(2) as pool:
@@ -110,16 +110,16 @@ def test_a_dead_server_gives_no_verdict_and_is_replaced(sandbox: Sandbox, tmp_pa
 
 
 def test_a_killed_owner_leaves_no_processes_or_folders(sandbox: Sandbox, tmp_path: Path) -> None:
-    told, tell = os.pipe()
+    read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
         tempfile.tempdir = str(tmp_path)
         with Sandbox(enclosure=sandbox.enclosure) as own:
             children = [child.pid for child in psutil.Process().children(recursive=True)]
-            os.write(tell, f"{children}\n".encode())
+            os.write(write_end, f"{children}\n".encode())
             own.run(Program("import time; time.sleep(600)"), Limits(wall_s=600))
         os._exit(0)
-    servers = [psutil.Process(child) for child in eval(os.read(told, 1000))]
+    servers = [psutil.Process(child) for child in eval(os.read(read_end, 1000))]
     assert servers
     time.sleep(0.3)
     os.kill(pid, signal.SIGKILL)
@@ -150,11 +150,11 @@ def test_a_machine_without_an_enclosure_is_an_honest_refusal(monkeypatch: pytest
 
 def test_a_user_command_can_enclose_programs(tmp_path: Path) -> None:
     wrapper = tmp_path / "wrapper"
-    wrapper.write_text(f'#!/bin/sh\necho "in $1" > "$1/told"\nexec {sys.executable} -S "$3"\n')
+    wrapper.write_text(f'#!/bin/sh\necho "in $1" > "$1/note"\nexec {sys.executable} -S "$3"\n')
     wrapper.chmod(0o755)
     with Sandbox(Limits(wall_s=20), command=(str(wrapper), "{folder}")) as sandbox:
         assert sandbox.enclosure == "command"
-        outcome = sandbox.run(Program("print(input(), open('told').read())", "x\n"))
+        outcome = sandbox.run(Program("print(input(), open('note').read())", "x\n"))
         assert outcome.stdout.startswith("x in ") and outcome.status == "ok"
         folder = outcome.stdout.split()[2]
         assert not Path(folder).exists()
@@ -179,7 +179,7 @@ NOBODY = 65534
 
 @pytest.fixture
 def folder() -> Iterator[Path]:
-    """A folder of a user who is not root, whom no folder is closed to."""
+    """A folder below /tmp. A test as root continues as its owner "nobody", since root can read any folder."""
     path = Path(tempfile.mkdtemp(prefix="folders-", dir="/tmp"))
     is_root = os.geteuid() == 0
     if is_root:
@@ -205,7 +205,7 @@ def test_folders_deeper_than_path_max_are_counted(folder: Path) -> None:
     os.close(fd)
     (folder / "link").symlink_to("/usr")
     num_bytes, num_entries = measure_folder(str(folder))
-    assert num_bytes >= 1 << 16 and num_entries == 32
+    assert num_bytes >= 1 << 16 and num_entries == 30 + 2  # folders, the file and the link
     remove_folder(str(folder))
     assert not folder.exists()
 
@@ -220,7 +220,7 @@ def test_unreadable_folders_count_as_full_and_are_removed(folder: Path, mode: in
     assert not folder.exists()
 
 
-HONEST = [
+HONEST_PROGRAMS = [
     ("print(sum(range(100)))", "4950"),
     ("print(2 ** 1000 % 1007)", str(2 ** 1000 % 1007)),
     ("a, b = map(int, input().split()); print(a + b)", "7"),
@@ -277,11 +277,12 @@ HONEST = [
     ("import sys; print(len(str(3 ** 20_000)), int('7' * 5000) % 10)", "9543 7"),
     ("print(sorted({'b', 'a'}), {3, 1, 2}, len({str(i) for i in range(999)}))", "['a', 'b'] {1, 2, 3} 999"),
 ]
+"""Programs, and their output for the input "3 4"."""
 
 
 def test_honest_programs_are_not_affected(sandbox: Sandbox) -> None:
-    programs = [Program(source, stdin="3 4\n") for source, _ in HONEST]
-    for outcome, (source, expected) in zip(map(sandbox.run, programs), HONEST, strict=True):
+    programs = [Program(source, stdin="3 4\n") for source, _ in HONEST_PROGRAMS]
+    for outcome, (source, expected) in zip(map(sandbox.run, programs), HONEST_PROGRAMS, strict=True):
         assert (outcome.status, outcome.stdout.strip()) == ("ok", expected), (source, outcome)
         assert outcome.stderr == "" or "unittest" in source
 
@@ -291,14 +292,14 @@ def test_programs_can_import_only_numpy_of_this_environment(sandbox: Sandbox, pa
     source = f"""
 import os
 import numpy
-around = os.path.dirname(os.path.dirname(numpy.__file__))
+site_packages = os.path.dirname(os.path.dirname(numpy.__file__))
 for path in ("{package}/__init__.py", "{package}"):
     try:
-        print(open(around + "/" + path).read(1) or "read", os.listdir(around + "/" + path))
+        print(open(site_packages + "/" + path).read(1) or "read", os.listdir(site_packages + "/" + path))
     except OSError:
         pass
 try:
-    print(set(os.listdir(around)) - {{"numpy", "numpy.libs"}} or "")
+    print(set(os.listdir(site_packages)) - {{"numpy", "numpy.libs"}} or "")
 except OSError:
     print()
 try:
@@ -315,7 +316,7 @@ import {package}
 
 def test_an_environment_below_tmp_is_readable_without_its_neighbors(
         sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    folder = tempfile.mkdtemp(dir="/tmp")  # pytest's folder may lie elsewhere
+    folder = tempfile.mkdtemp(dir="/tmp")  # pytest's folder may not be below /tmp
     request.addfinalizer(lambda: shutil.rmtree(folder))
     package = Path(folder, "venv/site-packages/numpy")
     package.mkdir(parents=True)
@@ -362,30 +363,32 @@ def test_a_folder_of_all_users_never_becomes_readable(tmp_path: Path,
 
 
 LIMITS = Limits(wall_s=1, cpu_s=20, memory_bytes=256 << 20)
-LAST_IN_LINE = """
+LOW_PRIORITY = """
 import os, time
 os.sched_setaffinity(0, {{{core}}})
 os.setpriority(os.PRIO_PROCESS, 0, 10)
-if os.path.exists("/proc/self/autogroup"):  # else each session has as much as any other
+if os.path.exists("/proc/self/autogroup"):  # with autogroups, priorities only count within a session
     open("/proc/self/autogroup", "w").write("10")
 """
-"""A program that gets what others leave of one core; only a command of one's own lets it ask for that."""
+"""Prefix of a program that runs on one core with low priority, which only `command_sandbox` allows."""
 
 
 @pytest.fixture(scope="module")
-def by_command() -> Iterator[Sandbox]:
-    with Sandbox(LIMITS, command=("sh", "-c", f'exec {sys.executable} -IS "$1"')) as made:
-        yield made
+def command_sandbox() -> Iterator[Sandbox]:
+    """A sandbox whose command is a plain shell, which encloses nothing."""
+    with Sandbox(LIMITS, command=("sh", "-c", f'exec {sys.executable} -IS "$1"')) as sandbox:
+        yield sandbox
 
 
 @pytest.fixture
 def busy_core() -> Iterator[int]:
+    """The number of a core on which another process computes for three times the wall-time limit."""
     core = min(os.sched_getaffinity(0))
     pid = os.fork()
     if pid == 0:
         os.sched_setaffinity(0, {core})
-        until = time.monotonic() + 3 * LIMITS.wall_s  # a killed program needs a processor to die, too
-        while time.monotonic() < until:
+        end_s = time.monotonic() + 3 * LIMITS.wall_s  # then a killed program gets the core, to end
+        while time.monotonic() < end_s:
             pass
         os._exit(0)
     yield core
@@ -401,19 +404,19 @@ threading.Thread(target=work).start()
 """
 
 
-def test_waiting_for_a_processor_does_not_count_as_time(by_command: Sandbox, busy_core: int) -> None:
-    outcome = by_command.run(Program(LAST_IN_LINE.format(core=busy_core) + WORK))
+def test_waiting_for_a_processor_does_not_count_as_time(command_sandbox: Sandbox, busy_core: int) -> None:
+    outcome = command_sandbox.run(Program(LOW_PRIORITY.format(core=busy_core) + WORK))
     assert outcome.status == "ok" and outcome.wall_s > LIMITS.wall_s and outcome.starved_s, outcome
 
 
-def test_a_program_that_sleeps_is_not_starved(by_command: Sandbox, busy_core: int) -> None:
-    outcome = by_command.run(Program(
+def test_a_program_that_sleeps_is_not_starved(command_sandbox: Sandbox, busy_core: int) -> None:
+    outcome = command_sandbox.run(Program(
         "import time; time.sleep(0.1); open('x', 'w').write('x'); time.sleep(60)"))
     assert outcome.status == "timeout"
     assert outcome.wall_s - outcome.starved_s > LIMITS.wall_s / 3, outcome
 
 
-def test_resources_of_the_enclosing_command_count(by_command: Sandbox) -> None:
-    outcome = by_command.run(Program("import time; x = bytearray(b'x' * (100 << 20)); time.sleep(5)"),
-                             Limits(wall_s=20, memory_bytes=64 << 20))
-    assert outcome.status == "memory", "sh has become the program"
+def test_resources_of_the_enclosing_command_count(command_sandbox: Sandbox) -> None:
+    outcome = command_sandbox.run(Program("import time; x = bytearray(b'x' * (100 << 20)); time.sleep(5)"),
+                                  Limits(wall_s=20, memory_bytes=64 << 20))
+    assert outcome.status == "memory", "the shell's process has become the program"

@@ -1,4 +1,4 @@
-"""A server in its own process, and its address."""
+"""The fixture `serving`, which runs `megatron-sov serve` in a process of its own."""
 
 import contextlib
 import json
@@ -19,31 +19,30 @@ LIMIT_S = 600
 
 @dataclass
 class Served:
-    """A server that answers."""
+    """A server that accepts requests."""
 
     url: str
-    """Its address, up to `/v1`."""
+    """Address, up to `/v1`."""
     model: str
-    """The name of its model."""
+    """Name of the model."""
     pid: int
-    """Its first rank."""
+    """Process id of the first rank."""
     thread: threading.Thread
-    """In which the command runs."""
+    """Thread that waits for the end of the command."""
     ended: list[Any] = field(default_factory=list)
-    """Exit code of the server, after it has ended."""
+    """Result of the command, after it has ended."""
 
 
 @pytest.fixture(scope="session")
 def serving(run_command: Any, tmp_path_factory: pytest.TempPathFactory
             ) -> Callable[..., AbstractContextManager[Served]]:
-    """Return `serving(target, *options)`, a context with a running
-    server; the server must end without error."""
+    """A function `(target, *options)` that returns a context with a running `Served`, which then ends."""
 
     @contextlib.contextmanager
-    def served(target: Path, *options: str) -> Iterator[Served]:
+    def serve(target: Path, *options: str) -> Iterator[Served]:
         file = tmp_path_factory.mktemp("served") / "address.json"
         ended: list[Any] = []
-        # of an option that is given twice the last counts: a port of the page's may be another test's
+        # the last --port counts: a port in the options, copied from docs/, may be in use
         argv = ["serve", str(target), *options, "--port", "0", "--address-file", str(file)]
         thread = threading.Thread(target=lambda: ended.append(run_command(*argv)))
         thread.start()
@@ -63,4 +62,4 @@ def serving(run_command: Any, tmp_path_factory: pytest.TempPathFactory
         assert (ended[0].returncode, file.exists()) == (0, False), ended[0].stderr
         assert "Traceback" not in ended[0].stderr, ended[0].stderr
 
-    return served
+    return serve

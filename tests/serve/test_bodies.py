@@ -1,4 +1,4 @@
-"""Request bodies: a malformed one gets a one-sentence error, at a cost bounded by its length."""
+"""Request bodies of the server: parsed messages, one-sentence errors, and memory bounded by their length."""
 
 import json
 import tracemalloc
@@ -12,7 +12,7 @@ from megatron_sov.serve.bodies import (
 
 MANY = 20_000
 HI = '"messages": [{"role": "user", "content": "hi"}]'
-COSTLY = {
+LONG_BODIES = {
     "parts": (parse_completion_body, f'{{"prompt": [{",".join(["{}"] * MANY)}]}}', "prompt is"),
     "messages": (parse_chat_body, f'{{"messages": [{",".join(["0"] * MANY)}]}}', "messages is"),
     "names": (parse_chat_body, f'{{{HI}, {",".join(f"{chr(34)}a{i}{chr(34)}:0" for i in range(MANY))}}}',
@@ -23,13 +23,13 @@ COSTLY = {
 }
 
 
-@pytest.mark.each("name", COSTLY)
+@pytest.mark.each("name", LONG_BODIES)
 def test_a_thoroughly_malformed_body_is_refused_cheaply(name: str) -> None:
-    ask, body, said = COSTLY[name]
+    parse, body, message = LONG_BODIES[name]
     tracemalloc.start()
     try:
-        with pytest.raises(RefusedRequest, match=said) as error:
-            ask(body.encode(), "m")
+        with pytest.raises(RefusedRequest, match=message) as error:
+            parse(body.encode(), "m")
         _, peak_bytes = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
@@ -43,11 +43,11 @@ def test_prompts_are_texts_or_ids(prompt: str, prompts: Any) -> None:
     assert parse_completion_body(f'{{"prompt": {prompt}}}'.encode(), "m").prompts == prompts
 
 
-@pytest.mark.each(("options", "tells"), [("", False), (', "stream_options": {}', False),
-                                                (', "stream_options": {"include_usage": true}', True)])
-def test_a_stream_reports_usage_on_request(options: str, tells: bool) -> None:
-    asked: CompletionRequest = parse_chat_body(f'{{{HI}, "stream": true{options}}}'.encode(), "m")
-    assert asked.include_usage is tells
+@pytest.mark.each(("options", "include_usage"), [
+    ("", False), (', "stream_options": {}', False), (', "stream_options": {"include_usage": true}', True)])
+def test_a_stream_reports_usage_on_request(options: str, include_usage: bool) -> None:
+    request: CompletionRequest = parse_chat_body(f'{{{HI}, "stream": true{options}}}'.encode(), "m")
+    assert request.include_usage is include_usage
 
 
 @pytest.mark.each("options", ['{"include_usag": true}', '{"include_usage": 1}', "[]"])
@@ -57,10 +57,10 @@ def test_invalid_stream_options_are_refused(options: str) -> None:
 
 
 CALL = {"id": "c1", "type": "function", "function": {"name": "get", "arguments": '{"unit": null}'}}
-OPENAI: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
+OPENAI_MESSAGES: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
     "developer": ([{"role": "developer", "content": "Be short."}, {"role": "user", "content": "hi"}],
                   [{"role": "system", "content": "Be short."}, {"role": "user", "content": "hi"}]),
-    "what its own server returned": (
+    "fields of an OpenAI server's answer": (
         [{"role": "user", "content": "hi", "name": None},
          {"role": "assistant", "content": "yo", "refusal": None, "annotations": [], "audio": None,
           "function_call": None, "tool_calls": None}, {"role": "user", "content": "and?", "name": ""}],
@@ -84,13 +84,14 @@ OPENAI: dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]]]] = {
             {"type": "function", "function": {"name": "get", "arguments": {"unit": None}}}]},
          {"role": "tool", "name": "get", "content": "r"}]),
 }
+"""Messages as OpenAI's clients send them, and as they are parsed."""
 
 
-@pytest.mark.each("name", OPENAI)
+@pytest.mark.each("name", OPENAI_MESSAGES)
 def test_messages_of_openais_clients_are_read(name: str) -> None:
-    sent, shown = OPENAI[name]
+    sent, parsed = OPENAI_MESSAGES[name]
     [chat] = parse_chat_body(json.dumps({"messages": sent}).encode(), "m").prompts
-    assert isinstance(chat, Conversation) and [m.to_dict() for m in chat.messages] == shown
+    assert isinstance(chat, Conversation) and [m.to_dict() for m in chat.messages] == parsed
 
 
 @pytest.mark.each(("more", "message"), [
@@ -100,7 +101,7 @@ def test_messages_of_openais_clients_are_read(name: str) -> None:
     ({"prefix": True}, "has 'prefix'"), ({"from": "human"}, "has 'from'"),
     ({"function_call": {"name": "get"}, "tool_calls": [CALL]}, "'tool_calls' and 'function_call'"),
     ({"function_call": "auto"}, "has no function with a name")])
-def test_fields_of_messages_that_hold_something_are_refused(more: dict[str, Any], message: str) -> None:
+def test_unknown_fields_with_a_value_are_refused(more: dict[str, Any], message: str) -> None:
     sent = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo", **more}]
     with pytest.raises(RefusedRequest, match=message):
         parse_chat_body(json.dumps({"messages": sent}).encode(), "m")

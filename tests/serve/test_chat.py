@@ -1,4 +1,4 @@
-"""`megatron-sov chat` as on docs/serve.md: prompts, output, and the saved conversation."""
+"""`megatron-sov chat`, with the commands of docs/serve.md: prompts, output, and limits of the context."""
 
 import io
 import os
@@ -25,14 +25,14 @@ from megatron_sov.cli import main
 from megatron_sov.serve.chat_session import ChatSession, find_chat_model
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.transport import Transport
-from tests.pages_typed import list_commands, page_section
+from tests.pages_typed import page_section
 
 PAGE = page_section("serve.md", "Chat in the terminal")
-TYPED = list_commands(PAGE)
 
 
 def reply(request: Any) -> dict[str, Any]:
-    """Return an answer with the number of questions so far, with thoughts; or a truncated answer."""
+    """Return an answer with reasoning that names the number of questions and the last one, for the scripted
+    endpoint; the question "long" gets a truncated answer."""
     questions = [m["content"] for m in request["messages"] if m["role"] == "user"]
     return {"content": f"{len(questions)} asked, last {questions[-1]}", "reasoning_content": "I count them.",
             "finish_reason": "length" if questions[-1] == "long" else "stop"}
@@ -40,24 +40,25 @@ def reply(request: Any) -> dict[str, Any]:
 
 @pytest.fixture
 def endpoint() -> Iterator[ScriptedEndpoint]:
+    """A running endpoint that answers with `reply`."""
     with serving(ScriptedEndpoint(reply)) as server:
         yield server
 
 
 @pytest.fixture
 def talk(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., Any]:
-    """Return `talk(lines, *words)`: the command's output for piped lines."""
+    """A function `(lines, *words)` that runs `chat` with this input and these words; returns its output."""
 
-    def talked(lines: str, *words: str) -> Any:
+    def run_chat(lines: str, *words: str) -> Any:
         monkeypatch.setattr("sys.stdin", io.StringIO(lines))
         assert main(["chat", *words]) == 0
         return capsys.readouterr()
 
-    return talked
+    return run_chat
 
 
-class Shown:
-    """A screen that remembers."""
+class RecordingScreen:
+    """A screen of `ChatSession` that records what it is to show."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -85,7 +86,7 @@ def test_each_piped_line_prints_exactly_one_answer(endpoint: ScriptedEndpoint, t
 
 
 def test_oldest_turns_are_dropped_at_the_context_limit(endpoint: ScriptedEndpoint) -> None:
-    session, screen = ChatSession(find_chat_model(endpoint.url, ""), {}), Shown()
+    session, screen = ChatSession(find_chat_model(endpoint.url, ""), {}), RecordingScreen()
     for text in ("a", "b", "c"):
         session.ask(text, screen)
     endpoint.next = ["too long", "too long"]
@@ -106,12 +107,13 @@ def test_control_characters_are_removed_and_ctrl_c_stops_only_the_answer() -> No
         master, slave = pty.openpty()
         process = subprocess.Popen([sys.executable, "-m", "megatron_sov", "chat", server.url], stdin=slave,
                                    stdout=slave, stderr=slave, start_new_session=True,
-                                   # a shell makes background processes ignore it
+                                   # a shell's background processes ignore SIGINT
                                    preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL))
         os.close(slave)
         output = ""
 
-        def until(text: str, press: Callable[[], None] = lambda: None) -> None:
+        def wait_for(text: str, press: Callable[[], None] = lambda: None) -> None:
+            """Press a key and wait until the terminal shows `text`; the output up to it is dropped."""
             nonlocal output
             deadline_s = time.monotonic() + 300
             press()
@@ -119,24 +121,24 @@ def test_control_characters_are_removed_and_ctrl_c_stops_only_the_answer() -> No
                 assert time.monotonic() < deadline_s, output
                 if select.select([master], [], [], 5)[0]:
                     output += os.read(master, 4096).decode(errors="replace")
-                else:  # Python loses an interrupt that strikes a finaliser; who sees nothing presses again
+                else:  # Python loses an interrupt that comes during a finalizer, so the key is pressed again
                     press()
             output = output.partition(text)[2]
 
-        until("you> ")
+        wait_for("you> ")
         os.write(master, b"x\n")
-        until("\\x1b[31m")
-        until("you> ")
+        wait_for("\\x1b[31m")
+        wait_for("you> ")
         server.slow_s = 600.0
         os.write(master, b"wait\n")
         while len(server.requests) < 2:
             time.sleep(0.02)
-        until("stopped", press=partial(process.send_signal, signal.SIGINT))
-        until("you> ")
+        wait_for("stopped", press=partial(process.send_signal, signal.SIGINT))
+        wait_for("you> ")
         server.slow_s = 0.0
         os.write(master, b"again\n")
-        until("ok")
-        until("you> ")
+        wait_for("ok")
+        wait_for("you> ")
         os.write(master, b"\x04")
         assert process.wait(60) == 0
         os.close(master)
@@ -149,11 +151,11 @@ def test_the_pages_commands_talk_to_a_checkpoint(talk: Any, tmp_path: Path, one_
     monkeypatch.setattr(sys, "executable", warm_python)
     Path("my-checkpoint").symlink_to(imported["solar_open"])
     (piped,) = re.findall(r"^printf '(.*)' \| megatron-sov chat (.*) > answers.txt$", PAGE, re.MULTILINE)
-    alone = talk(piped[0].replace("\\n", "\n"), *shlex.split(piped[1]), "--max-new-tokens", "6", "--set",
+    output = talk(piped[0].replace("\\n", "\n"), *shlex.split(piped[1]), "--max-new-tokens", "6", "--set",
                  "train.num_threads=1").out
     assert main(["generate", "my-checkpoint", "--chat", "--prompt", "1 + 2?", "--max-new-tokens", "6"]) == 0
-    written = alone.partition("\n")[0]
-    assert capsys.readouterr().out == f"user: 1 + 2?\nassistant: {written}\n"
+    first_answer = output.partition("\n")[0]
+    assert capsys.readouterr().out == f"user: 1 + 2?\nassistant: {first_answer}\n"
 
 
 @pytest.mark.each(("words", "message"), [

@@ -1,5 +1,4 @@
-"""The chat page of `megatron-sov serve` in a browser: streamed answers, keys, two models next to each
-other, and access keys."""
+"""The chat page of `megatron-sov serve` in a browser: answers of two models, keyboard, layout, and keys."""
 
 import json
 import sys
@@ -23,25 +22,25 @@ HOSTILE = '</p><script>window.hacked = 1</script><img src=x onerror="window.hack
 KEY = "secret-key"
 
 
-class Scripted(BaseHTTPRequestHandler):
-    """Serves the page and answers as two models, to clients with the key."""
+class ScriptedHandler(BaseHTTPRequestHandler):
+    """Serves the page, and answers as the models "a" and "b" to requests with the access key."""
 
     server: Any
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else a body waits 40 ms for the word that its head has come
+    disable_nagle_algorithm = True  # otherwise a body waits 40 ms for the acknowledgement of its header
 
     def do_GET(self) -> None:
         if self.path == "/":
             self._send(200, render_chat().encode(), "text/html; charset=utf-8")
-        elif self._may():
+        elif self._check_key():
             cards = [{"id": name, "max_model_len": 4096, "has_chat_template": True} for name in ("a", "b")]
             self._send(200, json.dumps({"data": cards}).encode())
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        if not self._may():
+        if not self._check_key():
             return
-        self.server.asked.append(body)
+        self.server.bodies.append(body)
         text = body["messages"][-1]["content"]
         if len(body["messages"]) > 5:
             self._send(400, b'{"error": {"message": "too long", "code": "context_length_exceeded"}}')
@@ -54,11 +53,12 @@ class Scripted(BaseHTTPRequestHandler):
             self.server.released.wait(300)
             self.close_connection = True
             return
-        said = HOSTILE if text == "hostile" else f"{body['model']}: {text}"
-        answer = completion({"content": said, "reasoning_content": "I think."})
+        content = HOSTILE if text == "hostile" else f"{body['model']}: {text}"
+        answer = completion({"content": content, "reasoning_content": "I think."})
         self._send(200, stream_of(answer), "text/event-stream")
 
-    def _may(self) -> bool:
+    def _check_key(self) -> bool:
+        """Return whether the request has the access key; answer with status 401 otherwise."""
         if self.headers.get("authorization") == f"Bearer {KEY}":
             return True
         self._send(401, b'{"error": {"message": "no key"}}')
@@ -72,13 +72,14 @@ class Scripted(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing."""
+        """Print no log."""
 
 
 @pytest.fixture
 def scripted() -> Iterator[Any]:
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Scripted)
-    server.asked, server.released = [], threading.Event()
+    """A running server with the attributes `url`, `bodies` (requests) and `released` (ends slow answers)."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), ScriptedHandler)
+    server.bodies, server.released = [], threading.Event()
     server.url = f"http://127.0.0.1:{server.server_port}/"
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield server
@@ -89,12 +90,13 @@ def scripted() -> Iterator[Any]:
 
 @pytest.fixture
 def page(browser: str, tmp_path: Path) -> Iterator[DrivenPage]:
-    with drive_browser(browser, tmp_path) as found:
-        yield found
+    """An empty page of a browser."""
+    with drive_browser(browser, tmp_path) as page:
+        yield page
 
 
 def send_question(page: DrivenPage, text: str, number: int, key: str = "Enter") -> None:
-    """Type a question and send it; return when its message is the last one."""
+    """Type a question and send it with `key`; wait until the page shows `number` turns."""
     page.value("document.getElementById('message').focus()")
     page.type(text)
     page.press(key)
@@ -111,7 +113,7 @@ def read_texts(page: DrivenPage, selector: str) -> list[str]:
 def test_model_output_is_shown_as_text_and_saved(page: DrivenPage, scripted: Any) -> None:
     page.open(f"{scripted.url}#token={KEY}")
     page.wait("document.getElementById('title').textContent === 'a, b'")
-    assert page.value("location.hash") == "", "a key in the address would be seen and kept"
+    assert page.value("location.hash") == "", "the key is removed from the address"
     page.value("document.getElementById('system').value = 'Be brief.'")
     page.value("document.querySelectorAll('#choice input')[1].click()")
     send_question(page, "hostile", 1)
@@ -142,20 +144,20 @@ def test_keys_send_break_lines_and_stop_and_retry_replaces_the_answer(page: Driv
     send_question(page, "two", 1)
     page.wait(IS_QUIET)
     assert read_texts(page, ".said") == ["a: one\ntwo", "b: one\ntwo"], "both answer"
-    assert scripted.asked[0]["messages"] == [{"role": "user", "content": "one\ntwo"}]
-    assert (scripted.asked[0]["temperature"], scripted.asked[0]["max_tokens"]) == (0.7, 2048)
+    assert scripted.bodies[0]["messages"] == [{"role": "user", "content": "one\ntwo"}]
+    assert (scripted.bodies[0]["temperature"], scripted.bodies[0]["max_tokens"]) == (0.7, 2048)
     send_question(page, "slow", 2)
     page.wait("[...document.querySelectorAll('.said')].slice(2).every((one) => one.textContent === 'begun')")
     page.press("Escape")
     page.wait(IS_QUIET)
     assert read_texts(page, ".turn:last-child .below span") == ["stopped", "stopped"]
-    before = len(scripted.asked)
+    before = len(scripted.bodies)
     page.value("[...document.querySelectorAll('.turn:last-child button')].find("
                "(one) => one.textContent === 'Regenerate').click()")
     page.wait("document.querySelectorAll('.said')[2].textContent === 'begun'")
     page.value("document.getElementById('stop').click()")
     page.wait(IS_QUIET)
-    assert [body["model"] for body in scripted.asked[before:]] == ["a"]
+    assert [body["model"] for body in scripted.bodies[before:]] == ["a"]
     # the oldest turn is left out where the context ends, and the page says so
     send_question(page, "three", 3)
     page.wait(IS_QUIET)

@@ -1,5 +1,4 @@
-"""Serving a Hugging Face folder with transformers: its own greedy continuations, and requests that only a
-checkpoint supports."""
+"""Serving a Hugging Face folder with transformers: greedy answers equal `generate`; refused requests."""
 
 import json
 import re
@@ -15,12 +14,12 @@ import torch
 from megatron_sov.cli import main
 
 PROMPTS = ["def parse(self", "The ", "import argparse\n" * 5, "한국어 ", "x"]
-NEW = 12
+NUM_NEW_TOKENS = 12
 
 
 @pytest.fixture
 def folder(tmp_path: Path, token_shards: Path) -> Path:
-    """A tiny random model of a family with no weight map here."""
+    """A tiny random GPT-2, a family that this project cannot import, with a tokenizer."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -48,15 +47,16 @@ def test_greedy_answers_are_those_of_generate(folder: Path, serving: Any) -> Non
     expected = []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").input_ids
-        written = network.generate(ids, max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        expected.append(remove_special_tokens(tokenizer.decode(written[0, ids.shape[1]:])))
+        output = network.generate(ids, max_new_tokens=NUM_NEW_TOKENS, do_sample=False, eos_token_id=-1,
+                                  pad_token_id=0)
+        expected.append(remove_special_tokens(tokenizer.decode(output[0, ids.shape[1]:])))
     assert len(set(expected)) > 3
     with serving(folder, "--max-batch", "2", "--max-length", "128") as served:
         client = openai.OpenAI(base_url=served.url, api_key="none", max_retries=0)
 
         def ask(prompt: str) -> str:
             return str(client.completions.create(
-                model=served.model, prompt=prompt, max_tokens=NEW, temperature=0,
+                model=served.model, prompt=prompt, max_tokens=NUM_NEW_TOKENS, temperature=0,
                 extra_body={"ignore_eos": True}).choices[0].text)
 
         # more requests than slots

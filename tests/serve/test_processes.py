@@ -22,7 +22,7 @@ def test_two_processes_answer_like_one_and_end_with_their_parent(serving: Any, i
     for number, prompt in enumerate(PROMPTS):
         assert main(["generate", str(imported["solar_open"]), "--prompt", prompt, "--samples", "2", "--json",
                      "--temperature", "1", "--seed", str(number), "--max-new-tokens", str(6 + number)]) == 0
-        expected.append([found["text"] for found in json.loads(capsys.readouterr().out)])
+        expected.append([sample["text"] for sample in json.loads(capsys.readouterr().out)])
     monkeypatch.setenv("SERVE_KEY", "sesame")
     parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
     with serving(imported["solar_open"], *TYPED[1], "--parent-pid", str(parent.pid),
@@ -31,9 +31,9 @@ def test_two_processes_answer_like_one_and_end_with_their_parent(serving: Any, i
         assert [model.id for model in client.models.list()] == ["solar_open"]
 
         def ask(number: int) -> list[str]:
-            found = client.completions.create(model="solar_open", prompt=PROMPTS[number], n=2, seed=number,
-                                              temperature=1, max_tokens=6 + number)
-            return [choice.text for choice in found.choices]
+            answer = client.completions.create(model="solar_open", prompt=PROMPTS[number], n=2, seed=number,
+                                               temperature=1, max_tokens=6 + number)
+            return [choice.text for choice in answer.choices]
 
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
             assert list(pool.map(ask, range(len(PROMPTS)))) == expected
@@ -45,8 +45,8 @@ def test_two_processes_answer_like_one_and_end_with_their_parent(serving: Any, i
         assert two.ended and not os.path.exists(f"/proc/{two.pid}")
 
 
-def kept(longest: list[int]) -> list[dict[str, int]]:
-    """Return the numbers that layers of each kind keep of two sequences, for caches of several lengths."""
+def count_cache_elements(lengths: list[int]) -> list[dict[str, int]]:
+    """Return the cache elements of linear and of full attention, for two sequences of each maximum length."""
     import torch
 
     from megatron_sov.engine.decode.cached_decoder import CachedDecoder
@@ -57,8 +57,8 @@ def kept(longest: list[int]) -> list[dict[str, int]]:
     from tests.tiny import tiny_model
 
     _, model = tiny_model("tiny-solar-open2", "model.num_experts=4", layout={})
-    found = []
-    for tokens in longest:
+    results = []
+    for tokens in lengths:
         with CachedDecoder(ForwardModel(model, 50), CacheSize(2, tokens)) as decoder:
             for past, length in ((0, 7), (7, 1), (8, 1)):
                 spans = [CacheSpan(slot, past, [5] * length) for slot in range(2)]
@@ -68,13 +68,13 @@ def kept(longest: list[int]) -> list[dict[str, int]]:
                 kind = "attention" if isinstance(layer, CachedAttention) else "linear"
                 tensors = layer.stored or () if isinstance(layer, CachedAttention) else vars(layer).values()
                 sizes[kind] += sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
-            found.append(sizes)
+            results.append(sizes)
     world.leave_world()
-    return found
+    return results
 
 
 @pytest.mark.distributed
 def test_linear_attention_state_is_constant_in_length(ranks: Any, job: Any) -> None:
-    ((short, long),) = ranks(job(__file__, "kept", 1, {"longest": [64, 4096]}))[0]
+    ((short, long),) = ranks(job(__file__, "count_cache_elements", 1, {"lengths": [64, 4096]}))[0]
     assert short["linear"] == long["linear"] > 0
     assert long["attention"] == short["attention"] * 4096 // 64

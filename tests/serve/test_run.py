@@ -1,5 +1,5 @@
-"""The server with a scripted model that writes the user's message, one token a row: tool calls, thoughts,
-limits, slow and lost clients, access keys, shutdown."""
+"""The HTTP server with a scripted model that repeats the user's message: tool calls, reasoning, limits, slow
+and lost clients, access keys, shutdown."""
 
 import asyncio
 import contextlib
@@ -29,7 +29,8 @@ from megatron_sov.serve.http_server import HttpServer
 from megatron_sov.serve.scheduler import BatchScheduler, RequestQueue
 from megatron_sov.serve.settings import ServeSettings
 
-SLOTS, LONGEST = 2, 400
+NUM_SLOTS, MAX_LENGTH = 2, 400
+"""Sequences that the model generates at the same time, and tokens of the longest one."""
 TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|endofturn|>{% endfor %}"
             "{% if tools %}<|tool|>{{ tools | tojson }}{% endif %}"
             "{% if add_generation_prompt %}<|assistant|>{% if thinks %}<think>{% endif %}{% endif %}")
@@ -59,20 +60,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class ScriptedModel:
-    """A model that writes the answer contained in the prompt."""
+    """A model that repeats the last user message of the prompt, one token per step."""
 
     encoder: RequestEncoder
     scheduler: BatchScheduler
     rows: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(10**6))
-    """Number of rows that the model may still generate."""
+    """Number of steps that the model may still make."""
     wants_stop: list[str] = field(default_factory=list)
+    """The reason of a shutdown, once there is one."""
     joined: list[NewSequence] = field(default_factory=list)
     left: list[int] = field(default_factory=list)
 
     def run(self) -> None:
         remaining: dict[int, list[int]] = {}
-        while not (changes := self.scheduler.choose_changes(SLOTS - len(remaining), not remaining)).ends:
-            assert len(remaining) + len(changes.joining) <= SLOTS
+        while not (changes := self.scheduler.choose_changes(NUM_SLOTS - len(remaining), not remaining)).ends:
+            assert len(remaining) + len(changes.joining) <= NUM_SLOTS
             for number in changes.leaving:
                 remaining.pop(number, None)
                 self.left.append(number)
@@ -88,7 +90,7 @@ class ScriptedModel:
             remaining = {number: answer for number, answer in remaining.items() if answer}
 
     def answer(self, joining: NewSequence) -> list[int]:
-        """Return the text between the user's mark and the end of the turn, and that end."""
+        """Return the token ids of the last user message and of the end of a turn."""
         tokenizer = self.encoder._tokenizer
         content = tokenizer.decode(list(joining.prompt), skip_special_tokens=False)
         content = content.rpartition("<|user|>")[2].partition("<|endofturn|>")[0]
@@ -113,18 +115,18 @@ class RunningServer:
 
 @pytest.fixture
 def opened(folder: Path) -> Callable[..., AbstractContextManager[RunningServer]]:
-    """Return `opened(**settings)`, a context with a running server."""
+    """A function `(vocab=300, **settings)` that returns a context with a `RunningServer`."""
 
     @contextlib.contextmanager
     def open_server(vocab: int = 300, **options: Any) -> Iterator[RunningServer]:
         settings = ServeSettings("scripted", port=0, **options)
         target: Any = SimpleNamespace(tokenizer_folder=folder, path=folder, is_hf=True, vocab_size=vocab)
-        encoder = RequestEncoder(target, LONGEST)
+        encoder = RequestEncoder(target, MAX_LENGTH)
         queue = RequestQueue(settings.max_waiting)
         stop: list[str] = []
         scheduler = BatchScheduler(queue, encoder, lambda: stop[0] if stop else None, lambda: False)
         model = ScriptedModel(encoder, scheduler, wants_stop=stop)
-        server = HttpServer(settings, queue, encoder, 0.0, LONGEST)
+        server = HttpServer(settings, queue, encoder, 0.0, MAX_LENGTH)
         server.start()
         runs = threading.Thread(target=model.run)
         runs.start()
@@ -340,7 +342,7 @@ def test_an_address_in_use_is_refused(opened: Any) -> None:
     with opened() as server:
         port = int(server.url.removesuffix("/v1").rpartition(":")[2])
         with pytest.raises(UserError, match=f"--port {port}: cannot be listened on"):
-            HttpServer(ServeSettings("m", port=port), RequestQueue(1), server.model.encoder, 0.0, LONGEST)
+            HttpServer(ServeSettings("m", port=port), RequestQueue(1), server.model.encoder, 0.0, MAX_LENGTH)
 
 
 @pytest.mark.tier1_cases(4)

@@ -40,6 +40,17 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
                                       "train.fp8_bf16_layers_at_end=1", "train.recompute=selective",
                                       'gpu.recompute_modules=["layernorm"]'),
                {"quantises": True, "steps": 2}, [2 * 2 * 2] * 2),
+    # a graph per micro-batch; a third one computes the weight gradients of shared experts
+    "overlapped messages": ("tiny-solar-open", 2, (
+        *OVERLAP, "model.num_layers=3", "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
+        "parallel.overlap_param_gather=true", "parallel.delay_weight_grads=true",
+        "train.recompute=selective", 'gpu.recompute_modules=["layernorm", "moe_act"]'), {"steps": 2},
+        [3 * 3 * 4] * 2),
+    # the dense layer and the prediction layer have no graph
+    "overlapped stages": ("tiny-k-exaone", 4, (
+        *OVERLAP, "model.num_layers=6", "parallel.pp=2", "parallel.vpp=2",
+        "parallel.pipeline_layout=[2,2,1,1]", "model.mtp_experts=true", "train.recompute=selective",
+        'gpu.recompute_modules=["layernorm"]'), {"graphs": ROUTER_ONLY, "steps": 2}, [2 * 2 * 4] * 2),
 }
 """(recipe, processes, settings, arguments of `graph_run.both`, replayed passes of each step on process 0).
 The passes are 2 (forward and backward) x layers x micro-batches."""

@@ -341,9 +341,9 @@ class GpuConfig:
         """Check CUDA graphs: captured code must not synchronise with the host or run Python hooks."""
         if not self.cuda_graphs:
             return []
-        permutes, dispatcher = "moe_preprocess" in self.cuda_graphs, parallel.expert_dispatcher
+        permutes = "moe_preprocess" in self.cuda_graphs
         recomputed = self.recompute_modules
-        syncs_to_permute = dispatcher == "alltoall" and self.permute_fusion == "off"
+        syncs_to_permute = parallel.expert_dispatcher == "alltoall" and self.permute_fusion == "off"
         return find_broken_rules(
             self, "gpu",
             (model.num_moe_layers() > 0, "cuda_graphs", "need a model with experts", "leave it out"),
@@ -352,10 +352,6 @@ class GpuConfig:
             (train.recompute is not True and "moe" not in recomputed, "cuda_graphs",
              "cannot be used if whole layers are recomputed: the first forward pass stores nothing for the "
              "graph's backward pass", "use selective recomputation without moe, or leave it out"),
-            ("layernorm" not in recomputed or (permutes and dispatcher == "alltoall"), "cuda_graphs",
-             "return the norm's output, which gpu.recompute_modules = layernorm frees, unless the graph "
-             "permutes tokens for parallel.expert_dispatcher = alltoall",
-             "name moe_preprocess too, or take layernorm out"),
             ("shared_experts" not in recomputed or train.fp8 == "none", "cuda_graphs",
              "cannot capture shared_experts of gpu.recompute_modules with train.fp8: recomputation restores "
              "the random state", "take shared_experts out, or leave it out"),

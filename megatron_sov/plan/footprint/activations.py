@@ -273,7 +273,10 @@ def _count_recomputed_bytes(config: RunConfig, saved: SavedActivations, kind: La
     # `moe` includes `moe_act` and `shared_experts`: count their bytes once.
     if "moe" in modules:
         return num_bytes + saved.router + saved.routed + saved.shared
-    if "layernorm" in modules and kind.with_experts and config.model.block_norms != "post":
+    # a graph returns the norm's output, unless it permutes tokens for alltoall
+    permutes = "moe_preprocess" in config.gpu.cuda_graphs and config.parallel.expert_dispatcher == "alltoall"
+    keeps_norm = (config.gpu.cuda_graphs and not permutes) or config.model.block_norms == "post"
+    if "layernorm" in modules and kind.with_experts and not keeps_norm:
         num_bytes += saved.ffn_input  # linear layers contain all further norms
     if "moe_act" in modules:
         num_bytes += saved.expert_activated

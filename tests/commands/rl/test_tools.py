@@ -13,7 +13,7 @@ from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.judge.tools.environment import FAULTS
 from megatron_sov.judge.tools.registry import BUILT_IN, ENVIRONMENT_PLUGINS
 from megatron_sov.work.progress.journal import open_journal
-from tests.judge.tools.fuzzed_episodes import BEGIN, END, TEMPLATE, chat_encoder
+from tests.judge.tools.fuzzed_episodes import BEGIN, END, TEMPLATE, build_small_encoder
 
 PAGE = Path(__file__).parents[3] / "docs/tools.md"
 
@@ -61,7 +61,7 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
                                                           get_refusal: Any, read_output: Any) -> None:
     model = folder / "model"
     shutil.copytree(hf_models["solar_open"], model)
-    chat = chat_encoder()
+    chat = build_small_encoder()
     chat._with_special.save(str(model / "tokenizer.json"))
     (model / "tokenizer_config.json").write_text(json.dumps({"eos_token": END, "bos_token": BEGIN}))
     (model / "chat_template.jinja").write_text(TEMPLATE)

@@ -1,4 +1,4 @@
-"""Trained scorers, and files of planted labels."""
+"""Fixtures: trained scorers, and label files whose labels follow from planted words."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +22,7 @@ def scorers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def labels_file(tmp_path: Path) -> Callable[..., Path]:
-    """Return a function that writes planted labels."""
+    """A function that writes `count` planted labels for a classifier or regressor, and returns the file."""
     def write(kind: str = "classifier", count: int = 200, seed: int = 0) -> Path:
         return write_lines(tmp_path / f"{kind}-{seed}.jsonl", plant_labels(kind, count, seed))
 

@@ -7,6 +7,6 @@ Encode = Callable[..., int]
 
 
 def build_media_chat(*parts: tuple[str, str], answer: Any = "Yes.") -> dict[str, Any]:
-    """Return a chat that shows media, as (kind, path) or ("text", text)."""
+    """Return a chat of one user message with `parts`, (kind, path) or ("text", text), and an answer."""
     content = [{"type": kind, ("text" if kind == "text" else "path"): value} for kind, value in parts]
     return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}

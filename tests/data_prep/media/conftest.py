@@ -21,7 +21,7 @@ from tokenizer.media import MediaTokens, add_media
 
 
 class Greys:
-    """A picture's 2 x 2 quarters, 8 shades each."""
+    """Picture codec: one token per quarter of an 8 x 8 picture, its mean brightness in 8 shades."""
 
     side_pixels, grid, codebook_size = 8, 2, 8
 
@@ -31,7 +31,7 @@ class Greys:
 
 
 class Loudness:
-    """A tenth of a second's largest sample, 8 steps."""
+    """Sound codec: one token per 0.1 s (800 samples), the largest magnitude in 8 steps."""
 
     sample_rate_hz, samples_per_token, codebook_size, max_piece_s = 8000, 800, 8, 0.5
 
@@ -40,34 +40,33 @@ class Loudness:
         return (filled.abs().amax(1) * 7).round().long().clamp(max=7)
 
 
-class Here:
-    """Read media in this process, which starts faster than the
-    reading processes that tests/omni/media tests."""
+class InProcessReader:
+    """Replaces `MediaReader`: reads media in this process, without starting reader processes."""
 
     def __init__(self, root: Path, limits: MediaLimits, processes: int) -> None:
         self._root, self._limits = root.resolve(), limits
 
     def read_picture(self, path: str, sides: tuple[int, ...], animated: str) -> DecodedMedia:
-        return self._told(read_picture(resolve_media_path(self._root, path), PictureRequest(sides, animated),
-                                       self._limits))
+        return self._wrap(read_picture(resolve_media_path(self._root, path), PictureRequest(sides, animated),
+                                              self._limits))
 
     def read_sound(self, path: str, rate_hz: int) -> DecodedMedia:
         arrays, facts = read_sound(resolve_media_path(self._root, path), rate_hz, self._limits)
-        return self._told(([arrays], facts))
+        return self._wrap(([arrays], facts))
 
     def read_video(self, path: str, sampling: VideoSampling) -> DecodedMedia:
-        return self._told(read_video(resolve_media_path(self._root, path), sampling, self._limits))
+        return self._wrap(read_video(resolve_media_path(self._root, path), sampling, self._limits))
 
     def close(self) -> None:
         pass
 
-    def _told(self, found: tuple[list[np.ndarray], dict[str, Any]]) -> DecodedMedia:
+    def _wrap(self, found: tuple[list[np.ndarray], dict[str, Any]]) -> DecodedMedia:
         return DecodedMedia(found[0], **found[1])
 
 
 @pytest.fixture
 def media(tmp_path: Path) -> Path:
-    """Return a folder with two pictures (one of them twice), two sounds, an animation, and a broken file."""
+    """A folder with a black and two white pictures, sounds of 0.1 and 1.5 s, an animation, a broken file."""
     root = tmp_path / "media"
     root.mkdir()
     for name, shade in (("dark", 0), ("light", 255), ("twin", 255)):
@@ -83,30 +82,30 @@ def media(tmp_path: Path) -> Path:
 @pytest.fixture
 def encode(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch,
            request: pytest.FixtureRequest) -> Encode:
-    """A function that encodes records, given as lists, with both codecs and both banks."""
+    """A function that runs `sov-data encode-media` on records with both codecs and both banks: pictures of 4
+    x 4 pixels with 3 placeholders, sounds in pieces of 1 s with 8 bands and 5 placeholders."""
     codecs = {"images": Greys(), "sounds": Loudness()}
     for name in codecs:
         with create_artifact(tmp_path / name, "codec") as artifact:
             artifact.content = {"codec": name, "config": {}}
     monkeypatch.setattr(encoder, "_open_codec", lambda folder, *rest: codecs[folder.name] if folder else None)
-    if request.module.__name__.rpartition(".")[2] != "test_page":  # which has it as it is
-        monkeypatch.setattr(encoder, "MediaReader", Here)
+    if request.module.__name__.rpartition(".")[2] != "test_page":  # test_page.py runs the real reader
+        monkeypatch.setattr(encoder, "MediaReader", InProcessReader)
 
     def run(records: list[Any], *options: str, output: str = "corpus") -> int:
         (tmp_path / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
         return main(["encode-media", "--input", str(tmp_path / "records.jsonl"), "--media-root", str(media),
-                     "--image-tokenizer", str(tmp_path / "images"), "--audio-tokenizer",
-                     str(tmp_path / "sounds"),
-                     "--continuous-pictures", "4:3", "--continuous-sounds", "8:1:5", "--threads", "1",
-                     "--output",
-                     str(tmp_path / output), *options])
+                     "--image-tokenizer", str(tmp_path / "images"),
+                     "--audio-tokenizer", str(tmp_path / "sounds"), "--continuous-pictures", "4:3",
+                     "--continuous-sounds", "8:1:5", "--threads", "1", "--output", str(tmp_path / output),
+                     *options])
 
     return run
 
 
 @pytest.fixture(scope="session")
 def omni(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer artifact with 8 tokens of sounds and 8 of pictures."""
+    """A tokenizer artifact with 8 audio and 8 vision tokens."""
     folder = tmp_path_factory.mktemp("omni") / "omni"
     add_media(tokenizers["solar-open"], folder, MediaTokens(8, 8))
     return folder

@@ -42,13 +42,14 @@ def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
     assert user.count(IMAGE_PAD) == 3 and user.endswith("\nWhat?")
     assert first["media"] == {"pictures": [[0, 3]]}
     user = second["messages"][0]["content"]
-    # 1.5 s in pieces of 0.5 s for the codec and of 1 s, 5 slots each, for the encoder
+    # 1.5 s are 15 codec tokens (0.5 * 7 rounds to 4), and two pieces of 1 s with 5 and 3 placeholders
     assert parse_codebook_tokens("audio", user) == [4] * 15 and user.count(AUDIO_PAD) == 5 + 3
     assert parse_codebook_tokens("image", user) == [0] * 4 + [7] * 4 and '"image_01"' in user
-    # the twin has the light picture's content, and shares its row
+    # twin.png has the content of light.png and shares its record 0
     assert second["media"] == {"pictures": [[1, 3], [0, 3]], "sounds": [[0, 5], [1, 3]]}
     assert third["messages"][0]["content"].count(VIDEO_PAD) == 6
     pictures = read_bank(tmp_path / "corpus", PICTURES)
+    # light, dark, and the two frames of the animation (black, white)
     assert [int(p.max()) for p in pictures] == [255, 0, 0, 255] and pictures.shape[1:] == (3, 4, 4)
     content = read_manifest(tmp_path / "corpus", "media_corpus").content
     assert content["num_media"] == {"image": 3, "audio": 1, "video": 1} and content["format"] == "chat"
@@ -90,18 +91,18 @@ def test_killed_encoding_resumes_to_the_same_bytes(encode: Encode, tmp_path: Pat
     chats = [build_media_chat(("image", name))
              for name in ("light.png", "dark.png", "twin.png", "dark.png", "light.png")]
     assert encode(chats, output="whole") == 0
-    whole, calls = MediaRecordEncoder.encode, []
+    encode_unit, calls = MediaRecordEncoder.encode, []
 
-    def killed(self: MediaRecordEncoder, *arguments: Any) -> Any:
+    def interrupt_second_call(self: MediaRecordEncoder, *arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return whole(self, *arguments)
+        return encode_unit(self, *arguments)
 
-    monkeypatch.setattr(MediaRecordEncoder, "encode", killed)
+    monkeypatch.setattr(MediaRecordEncoder, "encode", interrupt_second_call)
     assert encode(chats) == ExitCode.INTERRUPTED
     assert not (tmp_path / "corpus").exists() and (tmp_path / ".corpus.work").is_dir()
-    assert encode(chats) == 0 and len(calls) == 4  # the first of three units was kept
+    assert encode(chats) == 0 and len(calls) == 4  # two of three units were left, after two calls
     for name in ("records.jsonl", "pictures.bin", "bad_media.jsonl"):
         assert (tmp_path / "corpus" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert not (tmp_path / ".corpus.work").exists()
@@ -174,10 +175,7 @@ def test_escaped_media_tokens_are_found() -> None:
         parse_record(b"{" + b"[" * 100_000)
 
 
-# A run as Slurm jobs: the submitted jobs, and the same bytes as a run on one machine.
-
-
-PROFILE = """description: noted, not run
+PROFILE = """description: jobs are recorded, not run
 partition: cpu
 account: lab
 cpus_per_node: 8
@@ -187,8 +185,8 @@ memory: 16G
 
 
 @pytest.fixture
-def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """Return the submitted work: function, number of tasks, dependency, and folder of logs."""
+def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    """The submitted jobs: (function, number of tasks, ids of the jobs to wait for, folder of logs)."""
     found: list[tuple[Any, ...]] = []
 
     def submit(script: Path, *, after: list[str]) -> str:
@@ -205,7 +203,7 @@ def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ..
     return found
 
 
-def test_cluster_jobs_write_the_same_bytes(encode: Encode, tmp_path: Path, noted: list[tuple[Any, ...]],
+def test_cluster_jobs_write_the_same_bytes(encode: Encode, tmp_path: Path, jobs: list[tuple[Any, ...]],
                                            monkeypatch: pytest.MonkeyPatch,
                                            capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(encode_media_run, "RECORDS_PER_UNIT", 1)
@@ -214,18 +212,18 @@ def test_cluster_jobs_write_the_same_bytes(encode: Encode, tmp_path: Path, noted
     there = ("--cluster", str(tmp_path / "profile.yaml"), "--workers", "2")
     assert encode(chats, *there, output="there") == 0
     assert "submitted encode 101, finish 102" in capsys.readouterr().out
-    (work, num_tasks, after, logs), (last, one, behind, _) = noted
-    assert (num_tasks, after, one, behind) == (2, [], 1, ["101"])
+    (run_task, num_tasks, dependencies, logs), (run_last, num_last_tasks, last_dependencies, _) = jobs
+    assert (num_tasks, dependencies) == (2, []) and (num_last_tasks, last_dependencies) == (1, ["101"])
     assert "--gres" not in (logs / "job.sbatch").read_text()
     assert Jobs.read(tmp_path / ".there.slurm").numbers == {"encode": "101", "finish": "102"}
-    work(1)
-    noted.clear()
-    assert encode(chats, *there, output="there") == 0  # typed again: what is not done
-    (work, num_tasks, _, _), (last, *_) = noted
+    run_task(1)
+    jobs.clear()
+    assert encode(chats, *there, output="there") == 0  # a second start submits the incomplete work
+    (run_task, num_tasks, _, _), (run_last, *_) = jobs
     assert num_tasks == 2
     for task in range(2):
-        work(task)
-    last(0)
+        run_task(task)
+    run_last(0)
     for name in ("records.jsonl", "pictures.bin"):
         assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
     assert not (tmp_path / ".there.work").exists()

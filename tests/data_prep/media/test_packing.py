@@ -35,12 +35,11 @@ CALLS = ("{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}{% for ca
 
 def pack(omni: Path, corpus: Path, output: Path, *options: str) -> int:
     return main(["pack", "--tokenizer", str(omni), "--input", str(corpus), "--output", str(output),
-                 "--heldout", "0",
-                 "--workers", "1", *options])
+                 "--heldout", "0", "--workers", "1", *options])
 
 
 def read_columns(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
-    """Return the source's manifest entry, and each shard's ids, feature numbers, loss weights and banks."""
+    """Return the source's manifest entry, and each shard's columns (ids, features, weights) and banks."""
     source = read_manifest(folder).content["sources"][0]
     shards = []
     for record in source["splits"]["train"]["shards"]:
@@ -64,16 +63,17 @@ def test_placeholders_name_features_in_the_shard(encode: Encode, omni: Path, tmp
     assert source[FEATURES]["pictures"]["placeholder_ids"] == [token(IMAGE_PAD), token(VIDEO_PAD)]
     seen: list[int] = []
     for shard in shards:
-        stands = np.isin(shard["ids"], [token(t) for t in (IMAGE_PAD, VIDEO_PAD, AUDIO_PAD)])
-        assert ((shard[FEATURES] != NO_FEATURE) == stands).all() and not shard["loss"][stands].any()
+        is_placeholder = np.isin(shard["ids"], [token(t) for t in (IMAGE_PAD, VIDEO_PAD, AUDIO_PAD)])
+        assert ((shard[FEATURES] != NO_FEATURE) == is_placeholder).all()
+        assert not shard["loss"][is_placeholder].any()
         numbers = shard[FEATURES][np.isin(shard["ids"], source[FEATURES]["pictures"]["placeholder_ids"])]
         # a picture has three rows: a placeholder's number is 3 * record + row
         assert (numbers % 3).tolist() == [0, 1, 2] * (len(numbers) // 3)
         seen += [int(shard["pictures"][n // 3].max()) for n in numbers[::3]]
         assert len(shard["pictures"]) == len(set((numbers // 3).tolist()))  # each content once
-    assert seen == [255, 0, 255, 0, 255]
+    assert seen == [255, 0, 255, 0, 255]  # light, dark, twin, and the two frames of the animation
     sounds = np.concatenate([s[FEATURES][s["ids"] == token(AUDIO_PAD)] for s in shards])
-    assert sounds.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+    assert sounds.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]  # the two pieces of long.wav have 5 and 3 slots
     assert verify_shards(tmp_path / "shards")[0] == []
 
 
@@ -115,8 +115,8 @@ def test_documents_learn_everything_except_placeholders(encode: Encode, omni: Pa
     assert pack(omni, tmp_path / "corpus", tmp_path / "shards") == 0
     _, (shard,) = read_columns(tmp_path / "shards")
     tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
-    assert shard["loss"].sum() == len(shard["ids"]) - 3
-    assert list(shard["ids"]).count(tokenizer.token_to_id("<|end|>")) == 0  # spelled, and no token of media
+    assert shard["loss"].sum() == len(shard["ids"]) - 3  # all but the 3 placeholders of the picture
+    assert list(shard["ids"]).count(tokenizer.token_to_id("<|end|>")) == 0  # "<|end|>" is encoded as text
     text = tokenizer.decode(shard["ids"].tolist(), skip_special_tokens=False)
     assert text.startswith("A <|end|> b\n<|mime_start|>") and text.count("<|vision00000|>") == 4
     assert text.endswith(json.loads((omni / "tokenizer_config.json").read_text())["eos_token"])

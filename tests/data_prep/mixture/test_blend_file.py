@@ -27,7 +27,7 @@ def write_blend(folder: Path, text: str) -> Path:
 
 
 def map_weights(blend: Blend, tag: str) -> dict[str, float]:
-    """Return value of a tag -> trillions of tokens over all phases."""
+    """Return each value of a tag -> trillions of tokens over all phases."""
     found: Counter[str] = Counter()
     for phase in blend.phases:
         for entry in phase.entries:
@@ -36,14 +36,14 @@ def map_weights(blend: Blend, tag: str) -> dict[str, float]:
 
 
 def test_solar_blend_equals_published_table() -> None:
-    """Published figures: tokens of each kind; tokens of each phase with its Korean and synthetic parts."""
+    """Compare with Solar Open's published trillions of tokens per kind, and per phase with its shares of
+    Korean and synthetic text in percent and its quality level."""
     blend = read_blend(find_blend("solar-open"))
     kinds = map_weights(blend, "kind")
     assert {kind: round(t, 0 if kind == "en" else 1) for kind, t in kinds.items()} == {
         "en": 13, "math_code": 3.7, "ko": 1.1, "ja": 0.8, "multilingual": 0.8, "domain:*": 0.4}
     published = {"1": (10.8, 3.3, 10.2, "basic"), "2.A": (5.3, 3.2, 32.0, "L1"),
-                 "2.B": (2.7, 16.4, 36.1, "L2"),
-                 "2.C": (1.2, 13.6, 64.5, "L3")}
+                 "2.B": (2.7, 16.4, 36.1, "L2"), "2.C": (1.2, 13.6, 64.5, "L3")}
     assert [phase.name for phase in blend.phases] == list(published)
     for phase in blend.phases:
         tokens, korean, synthetic, level = published[phase.name]
@@ -188,8 +188,8 @@ def test_entries_without_source_are_listed() -> None:
                                        ({"kind": "en"}, 0.7)),
                            build_phase("2", 1, ({"kind": "math_code"}, 1.0)))
     lines = get_refusal(expected).splitlines()
-    assert lines[1:] == ["  phase 1: no source is kind=ja (10 %)", "  phase 1: no source is kind=ko level=L1 "
-                                                                   "(20 %)",
+    assert lines[1:] == ["  phase 1: no source is kind=ja (10 %)",
+                         "  phase 1: no source is kind=ko level=L1 (20 %)",
                          "  phase 2: no source is kind=math_code (100 %)"]
     assert lines[0] == (
         "blend test: 3 problems; the sources are ko-basic, ko-L3, en-L3, code, their tags kind: en, ko; "
@@ -198,14 +198,13 @@ def test_entries_without_source_are_listed() -> None:
     assert "their tags none (pack them with --tag)" in get_refusal(expected, [build_source("web", 5)])
     assert "no source is kind=ko" in get_refusal(TWO,
                                                  [build_source("ko", 0, kind="ko"), build_source("code", 1),
-                                                       *SOURCES[2:3]])
+                                                  *SOURCES[2:3]])
 
 
 def test_source_in_two_entries_is_rejected() -> None:
     twice = build_blend(build_phase("1", 1, ({"kind": "ko"}, 0.5), ({"level": "L3"}, 0.5)))
     assert ("phase 1: source ko-L3 is meant by two entries, kind=ko (50 %) and level=L3 (50 %); tell them "
-            "apart"
-            in get_refusal(twice))
+            "apart" in get_refusal(twice))
 
 
 def test_missing_shares_may_be_spread() -> None:

@@ -17,8 +17,9 @@ def write(path: Path, *records: Any) -> Path:
     return path
 
 
-COUNTED = {"num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alone": 1, "num_unfinished": 0,
-           "num_passed_over": 0}
+COUNTS = {"num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alone": 1, "num_unfinished": 0,
+          "num_passed_over": 0}
+"""Manifest counts for a written group of 3 responses, a group with equal rewards, and a single response."""
 
 
 def build_group(*rewards: Any, prompt: Any = "2 + 2?") -> dict[str, Any]:
@@ -27,7 +28,7 @@ def build_group(*rewards: Any, prompt: Any = "2 + 2?") -> dict[str, Any]:
 
 
 def run_step(step: str, file: Path, *more: str) -> tuple[list[dict[str, Any]], dict[str, int]]:
-    """Run `groups` or `pairs`; return the rows that it writes, and the counts in its manifest."""
+    """Run `sov-data groups` or `pairs`; return its output rows, and the counts in its manifest."""
     folder = file.parent / "-".join([step, *more])
     assert main([step, "--input", str(file), "--output", str(folder), *more]) == 0
     rows = [json.loads(row) for row in (folder / f"{step}.jsonl").read_text().splitlines()]
@@ -47,7 +48,7 @@ def test_each_response_becomes_a_chat_with_advantage(tmp_path: Path, capsys) -> 
     assert all(c["tools"] == [] for c in chats)
     assert [c["advantage"] for c in chats] == pytest.approx([1.0, -1.0, 1 / 3])
     assert [c["group_share"] for c in chats] == pytest.approx([1 / 3] * 3)
-    assert counted == COUNTED
+    assert counted == COUNTS
     assert ("6 responses read: 3 written, 3 set aside (2 equal rewards, 1 only response to its prompt)\n"
             in capsys.readouterr().out)
 
@@ -116,7 +117,7 @@ def test_scored_lines_become_groups_and_pairs(tmp_path: Path, capsys) -> None:
     assert pairs == [
         {"prompt": [{"role": "user", "content": "a"}], "chosen": [{"role": "assistant", "content": "best"}],
          "rejected": [{"role": "assistant", "content": "bad"}]}]
-    assert counted == COUNTED
+    assert counted == COUNTS
     assert ("8 responses read: 2 written, 6 set aside (2 equal rewards, 1 neither best nor worst, "
             "1 no reward, 1 no text, 1 only response to its prompt)\n") in capsys.readouterr().out
     assert [chat["advantage"] for chat in run_step("groups", file)[0]] == [0.5, 1.0, -1.0]
@@ -152,7 +153,8 @@ def test_a_truncated_response_is_never_preferred(tmp_path: Path, capsys) -> None
     assert texts(rows) == [("cut but best", "cut"), ("all cut", "too"), ("as good but cut", "no")]
     assert (counted["num_unfinished"], counted["num_passed_over"]) == (5, 0)
 
-    # in a group its reward has its place, and its text is learned where it is a bad one only
+    # a truncated response counts in the mean reward of its group, but is learned only with a negative
+    # advantage
     rows, counted = run_step("groups", file)
     assert [(row["messages"][-1]["content"], row["advantage"], round(1 / row["group_share"]))
             for row in rows] == [("whole", 0.0, 3), ("cut", -1.0, 3), ("too", -1.0, 2), ("whole", 1.0, 3),

@@ -22,17 +22,17 @@ def test_query_with_solutions_becomes_a_document(tmp_path: Path, capsys) -> None
     file = write(tmp_path / "in.jsonl", QUERY, {"query": "One?", "solutions": ["Only this one."]})
     assert main(["trajectories", "--input", str(file), "--output", str(tmp_path / "out")]) == 0
     (line,) = (tmp_path / "out/trajectories.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"id": 1, "text": "Is odd plus odd even?\n\n"
-                                                 f"Solution 1\n{SAME}\n\nSolution 2\n"
-                                                 "<think>\n3 + 5 = 8\n</think>\n\nYes, it is."}
+    assert json.loads(line) == {
+        "id": 1, "text": f"Is odd plus odd even?\n\nSolution 1\n{SAME}\n\nSolution 2\n"
+                         "<think>\n3 + 5 = 8\n</think>\n\nYes, it is."}
     content = read_manifest(tmp_path / "out", "corpus").content["trajectories"]
     assert content == {"num_documents": 1, "num_solutions": 2, "num_left_out": 1}
     assert "2 queries read: 1 written, 1 set aside (1 too few different solutions)" in capsys.readouterr().out
 
 
 def test_choose_diverse_takes_farthest_solutions() -> None:
-    """Words a to h: the second solution shares two of four triples with the first,
-    the third none, the fourth all."""
+    """Similarity counts shared word triples: the second solution shares two of four distinct triples with the
+    first, the third none, the fourth all."""
     texts = ["a b c d e", "a b c d x", "p q r s", "a b c d e"]
     solutions = [Solution(text) for text in texts]
     assert [s.answer for s in choose_diverse(solutions, 2, 0.8)] == ["a b c d e", "p q r s"]

@@ -25,7 +25,7 @@ def texts(token_shards: Path) -> list[str]:
 
 
 def encode_texts(tokenizer: Path, texts: list[str]) -> tuple[list[list[int]], int]:
-    """Return the ids of each text, and eos."""
+    """Return the token ids of each text without eos, and the id of eos."""
     from data_prep.shards.encode import Encoder
 
     encoder = Encoder(tokenizer)
@@ -33,7 +33,7 @@ def encode_texts(tokenizer: Path, texts: list[str]) -> tuple[list[list[int]], in
 
 
 def build_pair(prefix: Path, documents: list[list[list[int]]], dtype: Any = np.uint16) -> Path:
-    """Have the library write documents, each a list of sequences, as preprocess_data does."""
+    """Write documents (lists of sequences of ids) with Megatron-Core's builder, as preprocess_data does."""
     import torch
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
@@ -82,7 +82,7 @@ def test_adopt_links_files_and_joins_sentences(tokenizer: Path, texts: list[str]
     halves.insert(5, [[]])  # a document without tokens
     halves.append([[0, eos]])
     real = build_pair(tmp_path / "real", halves, np.int32)
-    prefix = tmp_path / "split_sentences"  # as caches of downloads have it: links to what is elsewhere
+    prefix = tmp_path / "split_sentences"  # symbolic links, as in a download cache
     for ending in (".bin", ".idx"):
         Path(f"{prefix}{ending}").symlink_to(f"{real}{ending}")
     assert cli.main(["adopt", str(prefix), "--tokenizer", str(tokenizer), "--heldout", "0", "--link",
@@ -95,7 +95,7 @@ def test_adopt_links_files_and_joins_sentences(tokenizer: Path, texts: list[str]
 
 
 def change_index(pair: Path, folder: Path, at: int, raw: bytes) -> Path:
-    """Return a copy of a pair with changed bytes in its index file."""
+    """Copy a pair to FOLDER/bad.bin and bad.idx, with the bytes `raw` at offset `at` of the index."""
     whole = bytearray(Path(f"{pair}.idx").read_bytes())
     whole[at:at + len(raw)] = raw
     Path(f"{folder}/bad.idx").write_bytes(whole)
@@ -124,18 +124,18 @@ def test_adopt_rejects_another_tokenizer(tokenizer: Path, texts: list[str], tmp_
                                          capsys: pytest.CaptureFixture[str]) -> None:
     ids, eos = encode_texts(tokenizer, texts[:50])
 
-    def refused(name: str, documents: list[list[int]], *more: str) -> str:
+    def adopt_error(name: str, documents: list[list[int]], *more: str) -> str:
         prefix = build_pair(tmp_path / name, [[document] for document in documents])
         assert cli.main(["adopt", str(prefix), "--tokenizer", str(tokenizer), "--output",
                          str(tmp_path / "out"), *more]) == 2
         return capsys.readouterr().err
 
-    assert "has id 1024, and the tokenizer's ids are 0 to 1023" in refused(
+    assert "has id 1024, and the tokenizer's ids are 0 to 1023" in adopt_error(
         "large", [[*ids[0], 1024, eos], *ids[1:]])
     shifted = [[*((id_ - 300) % 700 + 300 - 7 for id_ in document), eos] for document in ids]
-    assert "is of another tokenizer" in refused("shifted", shifted)
-    assert "every document ends with id 5" in refused("other-eod", [[*document, 5] for document in ids])
-    assert "1 of 50 documents do not end with the tokenizer's eos" in refused(
+    assert "is of another tokenizer" in adopt_error("shifted", shifted)
+    assert "every document ends with id 5" in adopt_error("other-eod", [[*document, 5] for document in ids])
+    assert "1 of 50 documents do not end with the tokenizer's eos" in adopt_error(
         "one-without", [[*document, eos] for document in ids[:-1]] + [ids[-1]])
-    assert "--link: keeps the files as they are" in refused("ok", ids, "--link")
+    assert "--link: keeps the files as they are" in adopt_error("ok", ids, "--link")
     assert not (tmp_path / "out").exists()

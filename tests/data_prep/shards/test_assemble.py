@@ -1,4 +1,4 @@
-"""Units and shards, compared with a plain reading of the same input."""
+"""Encoded units and the shards assembled from them, compared with a plain reading of the same input."""
 
 import dataclasses
 import json
@@ -23,26 +23,25 @@ from megatron_sov.base.documents import BadRecord, Conversation, Document, Recor
 from megatron_sov.work.progress.resumable import part_folder
 
 IDS = [0, 0, 2, 1, None, None, 3, 0, 3]
-"""Ids of the records, three in a file. The second 0 and the second 3 came before in their file; the third 0
-is the id of another text in another file."""
+"""Ids of nine records, three per file. 1 and 8 repeat an id of their file, 7 an id of another file."""
 REPEATED = (1, 8)
 
 
 @pytest.fixture
-def chosen(tokenizers: dict[str, Path]) -> UnitSettings:
+def options(tokenizers: dict[str, Path]) -> UnitSettings:
     return UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
                         EncodingSettings())
 
 
 @pytest.fixture(params=[1, 10**9], ids=["a unit a file", "one unit"])
-def source(request: pytest.FixtureRequest, chosen: UnitSettings,
+def source(request: pytest.FixtureRequest, options: UnitSettings,
            tmp_path: Path) -> tuple[EncodedSource, Path]:
     """Nine documents in three files, and the folder of their units."""
     for number in range(3):
         rows = [{"text": f"document {i}"} | ({} if IDS[i] is None else {"id": IDS[i]})
                 for i in range(3 * number, 3 * number + 3)]
         (tmp_path / f"{number}.jsonl").write_text("\n".join(["{", *map(json.dumps, rows)]))
-    encoder = UnitEncoder(chosen, tmp_path / "work")
+    encoder = UnitEncoder(options, tmp_path / "work")
     encoded_source = EncodedSource("s", "text", tmp_path)
     encoded_source.units += [(unit, encoder.encode(unit))
                              for unit in plan_units(sorted(tmp_path.glob("*.jsonl")), request.param)]
@@ -87,11 +86,11 @@ def test_repeated_documents_equal_plain_search(rows: list[tuple[int, int, int]])
     assert assemble.find_repeated_documents(ids, files_, hashes).tolist() == expected
 
 
-def test_line_numbers_continue_over_spans(chosen: UnitSettings, tmp_path: Path,
+def test_line_numbers_continue_over_spans(options: UnitSettings, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     lines = [json.dumps({"text": f"line {i}"}) if i % 40 else "bad" for i in range(1, 400)]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    encoder = UnitEncoder(chosen, tmp_path / "work")
+    encoder = UnitEncoder(options, tmp_path / "work")
     encoded = EncodedSource("s", "text", tmp_path)
     monkeypatch.setattr(files, "WHOLE_FILE_BYTES", 0)
     encoded.units += [(unit, encoder.encode(unit)) for unit in plan_units([tmp_path / "a.jsonl"], 700)]
@@ -129,7 +128,7 @@ def test_shards_keep_order_limit_and_groups(lengths: list[int], shard_tokens: in
             lines += Path(f"{folder}/{shard.prefix}.extra.jsonl").read_text().split()
         assert (found == [[i] * n for i, n in enumerate(lengths)]
                 and lines == [str(i) for i in range(len(lengths))])
-        # none was closed with room for the next
+        # no shard was closed with room for the first group of the next shard
         for shard, following in zip(writer.shards, writer.shards[1:], strict=False):
             first = open_split(Path(folder) / following.prefix).lengths_tokens[:group].sum()
             assert shard.num_tokens + first > shard_tokens
@@ -143,53 +142,53 @@ def write_lines(folder: Path, name: str = "a.jsonl", lines: list[str] = LINES) -
     return folder / name
 
 
-def key(file: Path, chosen: UnitSettings) -> str:
+def compute_key(file: Path, options: UnitSettings) -> str:
     [unit] = plan_units([file])
-    return compute_unit_key(unit, chosen)
+    return compute_unit_key(unit, options)
 
 
-def test_unit_key_depends_on_bytes_and_settings_only(chosen: UnitSettings, tmp_path: Path) -> None:
-    known = key(write_lines(tmp_path), chosen)
-    moved = dataclasses.replace(chosen, tokenizer=tmp_path / "elsewhere")
-    assert key(write_lines(tmp_path, "b.jsonl"), moved) == known
-    for changed in (dataclasses.replace(chosen, tokenizer_sha256="c"),
-                    dataclasses.replace(chosen, config_sha256="c"),
-                    dataclasses.replace(chosen, dtype="int32"),
-                    dataclasses.replace(chosen, reading=RecordReading("text", "body")),
-                    dataclasses.replace(chosen, reading=RecordReading("text", max_document_bytes=99)),
-                    dataclasses.replace(chosen, encoding=EncodingSettings(bos="start"))):
-        assert key(tmp_path / "a.jsonl", changed) != known
+def test_unit_key_depends_on_bytes_and_settings_only(options: UnitSettings, tmp_path: Path) -> None:
+    known = compute_key(write_lines(tmp_path), options)
+    moved = dataclasses.replace(options, tokenizer=tmp_path / "elsewhere")
+    assert compute_key(write_lines(tmp_path, "b.jsonl"), moved) == known
+    for changed in (dataclasses.replace(options, tokenizer_sha256="c"),
+                    dataclasses.replace(options, config_sha256="c"),
+                    dataclasses.replace(options, dtype="int32"),
+                    dataclasses.replace(options, reading=RecordReading("text", "body")),
+                    dataclasses.replace(options, reading=RecordReading("text", max_document_bytes=99)),
+                    dataclasses.replace(options, encoding=EncodingSettings(bos="start"))):
+        assert compute_key(tmp_path / "a.jsonl", changed) != known
     for name, lines in (("a.jsonl", LINES[1:]), ("a.jsonl", ["{}", *LINES[1:]]), ("a.txt", LINES)):
-        assert key(write_lines(tmp_path, name, lines), chosen) != known
+        assert compute_key(write_lines(tmp_path, name, lines), options) != known
 
 
-def test_unit_key_of_parquet_depends_on_values_and_columns(chosen: UnitSettings, tmp_path: Path) -> None:
+def test_unit_key_of_parquet_depends_on_values_and_columns(options: UnitSettings, tmp_path: Path) -> None:
     keys = set()
     for table in ({"text": ["a", "b"]}, {"text": ["a", "c"]}, {"body": ["a", "b"]}):
         parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
-        keys |= {key(tmp_path / "a.parquet", chosen), key(tmp_path / "a.parquet", chosen)}
+        keys |= {compute_key(tmp_path / "a.parquet", options), compute_key(tmp_path / "a.parquet", options)}
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-5])
-    keys.add(key(tmp_path / "a.parquet", chosen))
+    keys.add(compute_key(tmp_path / "a.parquet", options))
     assert len(keys) == 4
 
 
-def test_complete_unit_is_reused_and_partial_unit_rebuilt(chosen: UnitSettings, tmp_path: Path) -> None:
+def test_complete_unit_is_reused_and_partial_unit_rebuilt(options: UnitSettings, tmp_path: Path) -> None:
     [unit] = plan_units([write_lines(tmp_path)])
-    first = UnitEncoder(chosen, tmp_path / "work").encode(unit)
+    first = UnitEncoder(options, tmp_path / "work").encode(unit)
     assert first.encoded_now and first.num_sequences == 50 and first.num_lines == (50,)
-    again = UnitEncoder(chosen, tmp_path / "work").encode(unit)
+    again = UnitEncoder(options, tmp_path / "work").encode(unit)
     assert again == dataclasses.replace(first, encoded_now=False)
     folder = part_folder(tmp_path / "work", first.key)
     torn = folder.rename(folder.with_name(f"{first.key}.tmp-1"))  # as a killed process leaves it
-    assert UnitEncoder(chosen, tmp_path / "work").encode(unit).encoded_now
+    assert UnitEncoder(options, tmp_path / "work").encode(unit).encoded_now
     assert (torn / "tokens").read_bytes() == (folder / "tokens").read_bytes()
 
 
-def test_unit_stores_a_row_per_sequence(chosen: UnitSettings, tmp_path: Path) -> None:
+def test_unit_stores_a_row_per_sequence(options: UnitSettings, tmp_path: Path) -> None:
     write_lines(tmp_path, "a.jsonl", [LINES[0], "{", "", LINES[1]])
     (tmp_path / "b.txt").write_text("only text")
     [unit] = plan_units([tmp_path / "a.jsonl", tmp_path / "b.txt"])
-    record = UnitEncoder(chosen, tmp_path / "work").encode(unit)
+    record = UnitEncoder(options, tmp_path / "work").encode(unit)
     stored = open_unit(tmp_path / "work", record.key, "uint16")
     assert stored.sequences["line"].tolist() == [1, 4, 0] and stored.sequences["span"].tolist() == [0, 0, 1]
     assert stored.sequences["bytes"].tolist() == [len("line 0 한국어".encode()),
@@ -200,14 +199,14 @@ def test_unit_stores_a_row_per_sequence(chosen: UnitSettings, tmp_path: Path) ->
     assert record.num_bad == {"json": 1} and record.num_lines == (4, 0)
 
 
-def test_bad_record_without_text_is_stored(chosen: UnitSettings, tmp_path: Path) -> None:
+def test_bad_record_without_text_is_stored(options: UnitSettings, tmp_path: Path) -> None:
     [unit] = plan_units([write_lines(tmp_path, "a.jsonl", [LINES[0], '{"\\ud800": 1}'])])
-    record = UnitEncoder(chosen, tmp_path / "work").encode(unit)
+    record = UnitEncoder(options, tmp_path / "work").encode(unit)
     [row] = open_unit(tmp_path / "work", record.key, "uint16").iter_bad_rows()
     assert row["code"] == "fields" and "(fields: ?)" in row["reason"]
 
 
-def test_document_rejected_by_template_is_found_in_batch(chosen: UnitSettings, tmp_path: Path,
+def test_document_rejected_by_template_is_found_in_batch(options: UnitSettings, tmp_path: Path,
                                                          monkeypatch: pytest.MonkeyPatch) -> None:
     from megatron_sov.chat.template import ChatTemplate
 
@@ -223,7 +222,7 @@ def test_document_rejected_by_template_is_found_in_batch(chosen: UnitSettings, t
     lines = [{"messages": [{"role": "system" if i in refused else "user", "content": str(i)},
                            {"role": "assistant", "content": "yes"}]} for i in range(20)]
     [unit] = plan_units([write_lines(tmp_path, "chat.jsonl", list(map(json.dumps, lines)))])
-    record = UnitEncoder(dataclasses.replace(chosen, reading=RecordReading("chat")),
+    record = UnitEncoder(dataclasses.replace(options, reading=RecordReading("chat")),
                          tmp_path / "work").encode(unit)
     stored = open_unit(tmp_path / "work", record.key, "uint16")
     assert [r["line"] - 1 for r in stored.iter_bad_rows()] == list(refused)

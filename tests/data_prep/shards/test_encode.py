@@ -1,4 +1,4 @@
-"""Tokens and masks, compared with transformers."""
+"""Token ids and loss masks of texts, chats and preferences, compared with transformers and TRL."""
 
 import json
 import re
@@ -22,6 +22,7 @@ from megatron_sov.base.documents import (
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND_NONE
+from tests.tokenizer.formats.test_export_command import leave_text_unmatched
 
 CHAT = (("system", "Be kind."), ("user", "What is 2+2?"), ("assistant", "It is 4."), ("user", "안녕"),
         ("assistant", "안녕하세요!"))
@@ -75,11 +76,11 @@ def test_chat_ids_and_masks_equal_transformers(folder: Path, encoder: Encoder) -
 def test_spelled_special_tokens_stay_text(encoder: Encoder, parts: list[str]) -> None:
     text = "".join(parts)
     ids = encode_text(encoder, text)
-    assert (ids[:-1] >= 64).all() and ids[-1] == encoder.eos_id
+    assert (ids[:-1] >= 64).all() and ids[-1] == encoder.eos_id  # ids below 64 are special tokens
     plain, _ = encode_chat(encoder, (("user", "a"), ("assistant", "b")))
     hostile, types = encode_chat(encoder, (("user", text), ("assistant", text)))
     assert hostile[hostile < 64].tolist() == plain[plain < 64].tolist()
-    assert (types == TYPE_RESPONSE).sum() == len(ids)  # the same text, and its end token in the place of EOS
+    assert (types == TYPE_RESPONSE).sum() == len(ids)  # the text, and the end of the turn instead of EOS
 
 
 def test_batches_are_flat_columns(encoder: Encoder) -> None:
@@ -131,7 +132,7 @@ def test_preference_is_two_sequences_with_equal_prompt(encoder: Encoder) -> None
     for i, side in enumerate((pair.chosen, pair.rejected)):
         start = int(batch.lengths_tokens[:i].sum())
         part = slice(start, start + int(batch.lengths_tokens[i]))
-        # the prompt has no assistant, so the chat's mask is the pair's
+        # the prompt has no assistant turn, so the pair's mask equals that of the chat
         ids, types = encode_chat(encoder, (*prompt, ("assistant", side[0].content)))
         assert np.array_equal(batch.ids[part], ids) and np.array_equal(get_token_types(batch)[part], types)
 
@@ -167,16 +168,16 @@ def test_changed_tokenizer_is_rejected(folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.each(("given", "imported", "output"), [
     ("hf", "hf", "hf-tokenizer"),
-    ("packed", "packed/tokenizer", "packed-tokenizer"),  # token shards, a checkpoint: it lies inside
+    ("packed", "packed/tokenizer", "packed-tokenizer"),  # token shards and checkpoints contain a tokenizer
     ("run", "run/checkpoints/step-10/tokenizer", "run-tokenizer"),  # newest step, not last by name
     ("hf/tokenizer.json", "hf/tokenizer.json", "tokenizer-tokenizer"),
-    ("hf/config.json", "hf", "hf-tokenizer"),  # next to a tokenizer.json: it stands for the folder
+    ("hf/config.json", "hf", "hf-tokenizer"),  # a file next to tokenizer.json means the folder
     ("old/my.tiktoken", "old/my.tiktoken", "my-tokenizer"),
     ("old", "old", "old-tokenizer"),
 ])
 def test_foreign_tokenizer_is_rejected_with_import_command(given: str, imported: str, output: str,
-                                                          folder: Path, tmp_path: Path,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
+                                                           folder: Path, tmp_path: Path,
+                                                           monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     steps = [f"run/checkpoints/step-{step}/tokenizer" for step in (9, 10)]
     for name in ("hf", "packed/tokenizer", *steps):
@@ -196,8 +197,8 @@ def test_foreign_tokenizer_is_rejected_with_import_command(given: str, imported:
 
 
 def test_prompt_and_completion_equal_trl(folder: Path, encoder: Encoder, tmp_path: Path) -> None:
-    """Reference as in TRL: render prompt and full chat, and learn the ids after the rendered prompt with its
-    generation prefix; here the last learned token is the end of the turn."""
+    """TRL renders prompt and full chat, and learns all ids after the prompt with its generation prefix; here
+    the last learned token is the end of the turn."""
     loaded = AutoTokenizer.from_pretrained(folder)
     first = [{"role": "user", "content": "2+2?"}]
     turns = [*first, {"role": "assistant", "content": "4"}, {"role": "user", "content": "안녕"}]
@@ -214,8 +215,8 @@ def test_prompt_and_completion_equal_trl(folder: Path, encoder: Encoder, tmp_pat
         assert batch.ids[:len(whole)].tolist() == whole
         assert not learned[:len(begin)].any()
         learned_text = loaded.decode(batch.ids[learned])
-        assert learned_text == answer[0]["content"] + ("<|end|>" if "solar" in folder.name
-                                                       else "<|endofturn|>")
+        end = "<|end|>" if "solar" in folder.name else "<|endofturn|>"
+        assert learned_text == answer[0]["content"] + end
         assert loaded.decode(whole[len(begin):]).rstrip("\n").endswith(learned_text)
 
 
@@ -274,11 +275,6 @@ def swap_merges(raw: dict[str, Any]) -> None:
     merges[0], merges[5] = merges[5], merges[0]
 
 
-def unmatched_text(raw: dict[str, Any]) -> None:
-    """Leave text unmatched, which `tokenizers` keeps and tiktoken drops."""
-    raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "a+"
-
-
 @pytest.mark.each(("edit", "reason"), [
     (swap_merges, "do not rise with its merges"),
     (lambda raw: raw.update(normalizer={"type": "Lowercase"}), "normalizer is Lowercase"),
@@ -290,7 +286,7 @@ def unmatched_text(raw: dict[str, Any]) -> None:
     (lambda raw: raw["added_tokens"][5].update(special=False), "is matched in ordinary text"),
     (lambda raw: raw["model"].update(dropout=0.1), "not plain byte-level BPE"),
     (lambda raw: raw["model"]["vocab"].update({"zqzqzq": 384}), "not 256 bytes and one token for each merge"),
-    (unmatched_text, "tiktoken differs on"),
+    (leave_text_unmatched, "tiktoken differs on"),
 ])
 def test_unsupported_tokenizer_is_not_fast(tokenizers: dict[str, Path], tmp_path: Path,
                                            edit: Callable[[dict[str, Any]], Any], reason: str) -> None:

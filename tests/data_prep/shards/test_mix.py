@@ -23,7 +23,7 @@ from megatron_sov.train.data.sources import open_sources
 
 @pytest.fixture(scope="module")
 def parts(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Text in two sources of 1 : 3 tokens, and chats."""
+    """Folders of packed text, with the sources `few` and `many` (1 : 3 tokens), and of packed chats."""
     folder = tmp_path_factory.mktemp("mix")
     for name, count in (("few", 50), ("many", 150)):
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{1000 + i} words"})
@@ -33,9 +33,9 @@ def parts(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
     settings = PackSettings(heldout_share=0)
     pack_sources(tokenizers["solar-open"], [PackSource(n, folder / f"{n}.jsonl") for n in ("few", "many")],
-         folder / "text", settings)
+                 folder / "text", settings)
     pack_sources(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "chats",
-         PackSettings(0.1, RecordReading("chat")))
+                 PackSettings(0.1, RecordReading("chat")))
     return folder / "text", folder / "chats"
 
 
@@ -96,9 +96,9 @@ def test_mix_rejects_contradicting_parts(parts: tuple[Path, Path], tokenizers: d
     text, chats = parts
     (tmp_path / "x.txt").write_text("one document")
     pack_sources(tokenizers["k-exaone"], [PackSource("x", tmp_path / "x.txt")], tmp_path / "other",
-         PackSettings(heldout_share=0))
+                 PackSettings(heldout_share=0))
     pack_sources(tokenizers["solar-open"], [PackSource("y", tmp_path / "x.txt")], tmp_path / "bos",
-         PackSettings(0, bos="start"))
+                 PackSettings(0, bos="start"))
     for given, rule in (([MixPart(text, None), MixPart(tmp_path / "other", None)], "tokenizer_sha256 is"),
                         ([MixPart(text, None), MixPart(tmp_path / "bos", None)],
                          "bos_id is 1, that of .* is None"),
@@ -115,7 +115,7 @@ def test_mix_rejects_contradicting_parts(parts: tuple[Path, Path], tokenizers: d
 
 def test_mix_rejects_heldout_documents_in_training(tokenizers: dict[str, Path], tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
-    """The shared document has the smallest hash in one source, which loses it, but not in the other."""
+    """The shared document has the smallest hash of source `one`, which holds it out; `other` trains on it."""
     texts = sorted((f"document {i} of many" for i in range(60)),
                    key=lambda text: hash_document(Document("", text)))
     shared, contents = texts[20], {"one": texts[20:40], "other": [texts[20], *texts[:10]]}

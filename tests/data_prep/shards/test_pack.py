@@ -118,8 +118,8 @@ def test_chats_have_sidecars(corpus: Path, tokenizers: dict[str, Path], tmp_path
                              capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "chats"
     pack_sources(tokenizers["k-exaone"], [PackSource("chat", corpus / "chat.jsonl")], output,
-         PackSettings(reading=RecordReading("chat")))
-    assert "warning: " not in capsys.readouterr().err, "it is asked behind what it is trained behind"
+                 PackSettings(reading=RecordReading("chat")))
+    assert "warning: " not in capsys.readouterr().err, "prompts are equal in training and generation"
     [source] = read_manifest(output).content["sources"]
     assert source["format"] == "chat" and source["sidecars"] == ["loss", "type", "kind"]
     for split in ("train", "heldout"):
@@ -143,7 +143,7 @@ def test_preference_pairs_stay_in_one_split_and_shard(tokenizers: dict[str, Path
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = PackSettings(0.2, RecordReading("preference"), shard_tokens=300)
     pack_sources(tokenizers["solar-open"], [PackSource("pairs", tmp_path / "pairs.jsonl")], tmp_path / "out",
-         settings)
+                 settings)
     [source] = read_manifest(tmp_path / "out").content["sources"]
     assert source["group_documents"] == 2
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
@@ -165,7 +165,7 @@ def test_prompts_keep_reward_fields(tokenizers: dict[str, Path], tmp_path: Path)
     rows = [{"prompt": [{"role": "user", "content": f"{i} + 1?"}], "answer": i + 1} for i in range(30)]
     (tmp_path / "asked.jsonl").write_text("\n".join(map(json.dumps, rows)))
     pack_sources(tokenizers["solar-open"], [PackSource("asked", tmp_path / "asked.jsonl")], tmp_path / "out",
-         PackSettings(0.2, RecordReading("prompt"), shard_tokens=200))
+                 PackSettings(0.2, RecordReading("prompt"), shard_tokens=200))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     answers = []
     for shard in iter_shards(tmp_path / "out", read_manifest(tmp_path / "out").content):
@@ -261,7 +261,7 @@ def stops_after_one(*arguments):
 pack_run.encode_units = stops_after_one
 main(sys.argv[1:])
 """
-"""Start `sov-data ARGUMENTS`, which blocks after its first unit; its workers finish their units."""
+"""Program that runs `sov-data ARGUMENTS` and blocks after the first unit; its workers finish their units."""
 
 
 def start_packing(tokenizer: Path, text: Path, output: Path, workers: int) -> subprocess.Popen[bytes]:
@@ -272,7 +272,7 @@ def start_packing(tokenizer: Path, text: Path, output: Path, workers: int) -> su
 
 
 def complete_units(output: Path) -> dict[Path, int]:
-    """Return the complete units of a command under way, with the time at which each was written."""
+    """Return folder -> modification time of each complete unit of a running command."""
     return {p.parent: p.stat().st_mtime_ns for p in work_folder(output).glob("*/*/record.json")
             if ".tmp-" not in p.parent.name}
 
@@ -367,7 +367,7 @@ def test_chat_rejected_by_template_is_named(tokenizers: dict[str, Path], tmp_pat
     with pytest.raises(UserError,
                        match=r"chat\.jsonl:3: is refused by the chat template of .*\(user first\)"):
         pack_sources(tokenizer, [PackSource("chat", tmp_path / "chat.jsonl")], tmp_path / "out",
-             PackSettings(reading=RecordReading("chat")))
+                     PackSettings(reading=RecordReading("chat")))
     assert "prompts differ between training and inference" in capsys.readouterr().err
 
 
@@ -380,7 +380,7 @@ def test_single_text_is_cut_into_documents(tokenizers: dict[str, Path], tmp_path
     for name, file, share in (("cut", "Korean.txt", 0.02), ("whole", "Korean.txt", 0.0),
                               ("record", "one.jsonl", 0.02)):
         pack_sources(tokenizers["solar-open"], [PackSource("ko", tmp_path / file)], tmp_path / name,
-             PackSettings(heldout_share=share))
+                     PackSettings(heldout_share=share))
         [source] = read_manifest(tmp_path / name).content["sources"]
         shards[name] = [source["splits"][split]["num_documents"] for split in ("train", "heldout")]
     captured = capsys.readouterr()

@@ -28,7 +28,7 @@ def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_pa
     settings = PackSettings(0.2, RecordReading("preference", columns=("score", "step")), shard_tokens=400)
     pack_sources(tokenizers["solar-open"],
          [PackSource("pairs", tmp_path / "pairs.jsonl"), PackSource("rows", tmp_path / "rows.parquet")],
-         tmp_path / "out", settings)
+                 tmp_path / "out", settings)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     [source, same] = open_sources({str(tmp_path / "out"): 1.0}, 10**6, formats=("preference",))
     assert source.columns == same.columns == ("score", "step")
@@ -36,9 +36,9 @@ def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_pa
     for split in ("train", "heldout"):
         documents, others = source.open_split(split), same.open_split(split)
         for i, length in enumerate(documents.lengths):
-            asked = int(re.findall(r"(\d+) \+ 1\?", tokenizer.decode(documents.tokens(i, 0, length)))[0])
-            record_numbers.add(asked)
-            for name, wanted in (("score", -asked if i % 2 else asked), ("step", asked / 2)):
+            number = int(re.findall(r"(\d+) \+ 1\?", tokenizer.decode(documents.tokens(i, 0, length)))[0])
+            record_numbers.add(number)
+            for name, wanted in (("score", -number if i % 2 else number), ("step", number / 2)):
                 assert set(documents.column(name, i, 0, length).tolist()) == {wanted}
                 assert others.column(name, i, 0, length).tolist() == [wanted] * length
     assert record_numbers == set(range(20))
@@ -66,9 +66,9 @@ def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_pa
 def test_wrong_columns_are_rejected(tokenizers: dict[str, Path], tmp_path: Path, format_: str,
                                     columns: list[str], row: dict[str, Any], message: str,
                                     capsys: pytest.CaptureFixture[str]) -> None:
-    asked = {"text": "one and two", "prompt": "a", "chosen": "b", "rejected": "c"} | row
+    number = {"text": "one and two", "prompt": "a", "chosen": "b", "rejected": "c"} | row
     (tmp_path / "asked.jsonl").write_text("".join(
-        json.dumps(asked | {"text": f"number {i}", "prompt": str(i)}) + "\n" for i in range(9)))
+        json.dumps(number | {"text": f"number {i}", "prompt": str(i)}) + "\n" for i in range(9)))
     words = [word for name in columns for word in ("--column", name)]
     code = main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", format_, *words,
                  "--input", str(tmp_path / "asked.jsonl"), "--output", str(tmp_path / "new"),
@@ -119,7 +119,7 @@ def test_too_many_buckets_are_rejected(tokenizers: dict[str, Path], tmp_path: Pa
              str(tmp_path / "out"), "--input", f"web={tmp_path / 'web.jsonl'}"]
     assert main([*words, "--bucket-by", "n"]) == 2
     assert "field 'n' has 65 values, --bucket-by makes at most 64 sources" in capsys.readouterr().err
-    # the source a, of bucket b-x, and a-b, of bucket x
+    # bucket b-x of source a, and bucket x of source a-b
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": "one", "kind": "b-x"}) + "\n")
     both = [f"a={tmp_path / 'other.jsonl'}", f"a-b={tmp_path / 'web.jsonl'}"]
     assert main([*words[:-1], *both, "--bucket-by", "kind"]) == 2

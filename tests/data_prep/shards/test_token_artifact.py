@@ -24,7 +24,7 @@ from megatron_sov.base.errors import UserError
 
 
 def source(name: str, train: int, heldout: int) -> dict[str, Any]:
-    """Return the record of a source with so many shards of each split."""
+    """Return the manifest entry of a source with `train` training and `heldout` held-out shards."""
     return {"name": name, "splits": {
         split: {"shards": [{"prefix": f"{name}/{split}-{i:05}", "num_tokens": i} for i in range(n)]}
         for split, n in (("heldout", heldout), ("train", train))}}
@@ -132,7 +132,7 @@ def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: 
                                          capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "one.txt").write_text("some text of one document " * 100)
     pack_sources(tokenizers["solar-open"], [PackSource("one", tmp_path / "one.txt")], tmp_path / "shards",
-         PackSettings(heldout_share=1e-9))
+                 PackSettings(heldout_share=1e-9))
     assert main(["inspect", str(tmp_path / "shards")]) == 0
     lines = capsys.readouterr().out.split("artifact of kind")[1].splitlines()
     assert [line.removeprefix("  ") for line in lines[1:5]] == format_table(tmp_path / "shards")
@@ -146,17 +146,17 @@ def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: 
     assert heldout == ["one", "text", "heldout", "1", "0", "0", "0", "-"]
 
 
-def heldout(share: float, count: int = 4000) -> set[int]:
+def choose_heldout(share: float, count: int = 4000) -> set[int]:
     rule = HeldoutRule(share)
     hashes = np.array([hash_document(Document("", f"document {i}")) for i in range(count)], np.uint64)
     return set(np.flatnonzero(rule.is_heldout(hashes)).tolist())
 
 
 def test_larger_heldout_share_extends_smaller() -> None:
-    two, ten = heldout(0.02), heldout(0.10)
+    two, ten = choose_heldout(0.02), choose_heldout(0.10)
     assert two < ten
     assert 50 <= len(two) <= 115 and 330 <= len(ten) <= 470  # binomial, 4 standard deviations
-    assert heldout(0.0) == set()
+    assert choose_heldout(0.0) == set()
 
 
 @given(st.text(), st.text())
@@ -179,25 +179,25 @@ def test_answers_to_a_prompt_share_the_hash() -> None:
                       rejected=(Message("assistant", "5"),))
              for c in ("4", "four")]
     asked = Document("", messages=prompt, awaits_response=True, extra='{"answer": 4}')
-    of_a_group = [Document("", messages=(*prompt, Message("assistant", a)), num_prompt=1) for a in "45"]
-    assert len({hash_document(d) for d in (*pairs, asked, *of_a_group)}) == 1
-    alone = [Document("", messages=d.messages) for d in of_a_group]
+    group_members = [Document("", messages=(*prompt, Message("assistant", a)), num_prompt=1) for a in "45"]
+    assert len({hash_document(d) for d in (*pairs, asked, *group_members)}) == 1
+    alone = [Document("", messages=d.messages) for d in group_members]
     assert len({hash_document(d) for d in (asked, *alone)}) == 3
 
 
-def split_of(rule: HeldoutRule, hash_: int) -> bool:
+def is_heldout(rule: HeldoutRule, hash_: int) -> bool:
     return bool(rule.is_heldout(np.array([hash_], np.uint64))[0])
 
 
 def test_small_source_holds_out_smallest_hash() -> None:
     rule = HeldoutRule(1e-9)
     rule.add_source(1 << 60, (1 << 64) - 1)
-    assert split_of(rule, 1 << 60) and not split_of(rule, (1 << 64) - 1)
-    rule.add_source(1 << 61, 1 << 61)  # one document, however often: it is needed for training
-    assert not split_of(rule, 1 << 61)
-    assert not rule.keep_for_training((1 << 64) - 1), "it is trained on anyway"
-    assert rule.keep_for_training(1 << 60) and not split_of(rule, 1 << 60), "a twin elsewhere was chosen"
-    assert rule.keep_for_training(5) and not split_of(rule, 5) and split_of(rule, 4)
+    assert is_heldout(rule, 1 << 60) and not is_heldout(rule, (1 << 64) - 1)
+    rule.add_source(1 << 61, 1 << 61)  # all documents are equal: they are needed for training
+    assert not is_heldout(rule, 1 << 61)
+    assert not rule.keep_for_training((1 << 64) - 1), "this document was not held out"
+    assert rule.keep_for_training(1 << 60) and not is_heldout(rule, 1 << 60), "a copy elsewhere was held out"
+    assert rule.keep_for_training(5) and not is_heldout(rule, 5) and is_heldout(rule, 4)
     none = HeldoutRule(0.0)
     none.add_source(1, 2)
-    assert not split_of(none, 1)
+    assert not is_heldout(none, 1)

@@ -32,13 +32,12 @@ def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
              for a in ANSWERS]
     (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, lines)))
     pack_sources(tokenizers["solar-open"], [PackSource("chat", folder / "chat.jsonl")], folder / "out",
-         PackSettings(0.2, RecordReading("chat")))
+                 PackSettings(0.2, RecordReading("chat")))
     return folder / "out"
 
 
 def rehash(data: Path) -> None:
-    """Update the manifest's hashes to the changed files, so that only the
-    checks after the hashes can find the change."""
+    """Update the hashes in the manifest, so that only checks of the contents can find the damage."""
     raw = json.loads((data / "manifest.json").read_text())
     raw["files"] = {name: FileRecord.of(data / name) for name in raw["files"]}
     (data / "manifest.json").write_text(format_json(raw | {"sha256": ""}))
@@ -50,7 +49,7 @@ def set_token(data: Path, index: int, value: int) -> None:
     tokens.flush()
 
 
-def leak(data: Path) -> None:
+def copy_training_to_heldout(data: Path) -> None:
     """Rewrite the held-out split as a copy of one training document."""
     length = int(np.fromfile(data / "chat/train-00000.idx", "<i4", 1, offset=34)[0])
     columns = {s: np.fromfile(data / f"chat/train-00000.{s}", d, length)
@@ -73,7 +72,7 @@ def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
     (tmp_path / "a.jsonl").write_text('{"text": "same"}\n{"text": "other"}\n'
                                       '{"text": "same"}\n{"text": "same"}\n')
     pack_sources(tokenizers["solar-open"], [PackSource("a", tmp_path / "a.jsonl")], tmp_path / "out",
-         PackSettings(heldout_share=0))
+                 PackSettings(heldout_share=0))
     capsys.readouterr()
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().out.splitlines()[1:] == [
@@ -83,7 +82,7 @@ def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
 @pytest.mark.each(("damage", "message"), [
     (lambda d: set_token(d, 3, 384), "ids reach from 2 to 384, must lie in 0..383"),
     (lambda d: set_token(d, -1, 100), "1 documents do not end with id 2"),
-    (leak, "1 documents are in both splits"),
+    (copy_training_to_heldout, "1 documents are in both splits"),
     (lambda d: write_values(d / "chat/train-00000.loss", "<f4", 3),
      "train-00000.loss: holds values other than 0.0, 1.0"),
     (lambda d: write_values(d / "chat/train-00000.type", "u1", 9),
@@ -132,12 +131,13 @@ def test_routes_are_checked_against_shape(chats: Path, tmp_path: Path) -> None:
     assert verify_shards(data)[0] == []
     routes = data / "chat/train-00000.routes"
     content = bytearray(routes.read_bytes())
-    content[2 * shape.bytes_per_token] = 4
-    for damage, said in ((bytes(content), r"from token 0 on, sends token 2 in layer 0 .* to \[4, 1\]; exp"),
-                         (bytes(content[:-1]), r"has \d+ bytes, \d+ tokens need \d+")):
+    content[2 * shape.bytes_per_token] = 4  # token 2, layer 0: only experts 0 to 3 exist
+    for damage, message in (
+            (bytes(content), r"from token 0 on, sends token 2 in layer 0 .* to \[4, 1\]; exp"),
+            (bytes(content[:-1]), r"has \d+ bytes, \d+ tokens need \d+")):
         routes.write_bytes(damage)
         rehash(data)
-        assert re.search(rf"train-00000\.routes: {said}", "\n".join(verify_shards(data)[0]))
+        assert re.search(rf"train-00000\.routes: {message}", "\n".join(verify_shards(data)[0]))
     source["routes"]["top_k"] = 5
     (data / "manifest.json").write_text(json.dumps(json.loads((data / "manifest.json").read_text())
                                                    | {"content": raw["content"]}))
@@ -195,7 +195,7 @@ def test_samples_mark_learned_tokens(chats: Path, capsys: pytest.CaptureFixture[
 def test_samples_name_both_sides_of_a_preference(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."}\n')
     pack_sources(tokenizers["k-exaone"], [PackSource("p", tmp_path / "p.jsonl")], tmp_path / "out",
-         PackSettings(0, RecordReading("preference")))
+                 PackSettings(0, RecordReading("preference")))
     samples = sample_documents(tmp_path / "out", None, "train", 9, 100, seed=0)
     assert "document 0, chosen" in samples[0] and "⟦Blue.<|endofturn|>⟧" in samples[1]
     assert "document 1, rejected" in samples[3] and "⟦Green.<|endofturn|>⟧" in samples[4]

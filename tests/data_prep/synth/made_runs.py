@@ -41,7 +41,7 @@ def finish_run(output: Path, kind: Kind = "text", checks: Path | None = None, in
 
 
 def write_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]]) -> Path:
-    """Write a folder whose items have these samples; item i is called i0, i1, ..."""
+    """Write a run folder whose items, with the ids i0, i1, ..., have these samples."""
     output.mkdir(parents=True, exist_ok=True)
     with lock_work_folder(output, "sov-data synth", {}):
         add_records(output, [(i, {
@@ -56,14 +56,14 @@ def write_run(output: Path, items: Sequence[Sequence[Mapping[str, Any]]]) -> Pat
 
 
 def add_records(output: Path, records: Sequence[tuple[int, Mapping[str, Any]]], writer: str = "") -> None:
-    """Keep records of items, in this order."""
+    """Append (item number, record) pairs to the run's journal of `writer`, in this order."""
     journal = Journal(work_folder(output), writer)
     journal.add((number, json.dumps(record).encode()) for number, record in records)
     journal.close()
 
 
 def copy_run(run: Path, folder: Path) -> Path:
-    """Return a copy of a run, records and all."""
+    """Copy a run and its work folder to `folder`, and return the copy."""
     shutil.copytree(work_folder(run), work_folder(folder))
     return Path(shutil.copytree(run, folder))
 

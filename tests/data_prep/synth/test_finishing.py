@@ -159,7 +159,7 @@ def test_accepted_text_can_be_packed(texts: Path, tokenizers: dict[str, Path], t
 def test_accepted_prompts_are_readable_by_rl(tmp_path: Path) -> None:
     output = write_run(tmp_path / "prompts",
                        [[build_sample({"prompt": "How much is 3 and 4?", "answer": "7"})],
-                                              [build_sample({"prompt": GOOD, "answer": "8"})]])
+                        [build_sample({"prompt": GOOD, "answer": "8"})]])
     prompts = read_prompts(finish_run(output, "prompt") / "kept.jsonl", is_asked=True)
     assert [prompt.record["answer"] for prompt in prompts] == ["7", "8"]
 

@@ -75,7 +75,7 @@ def test_a_stop_request_does_not_wait_for_the_model_to_load(model: Path, tmp_pat
     threading.Timer(0.3, stop.ask, ["enough"]).start()
     with pytest.raises(StopRequested, match="enough"), \
             serve_model(model, "x: ", sleep=stop.sleep,
-                    program=program(tmp_path, "import time; time.sleep(3600)")):
+                        program=program(tmp_path, "import time; time.sleep(3600)")):
         pass
     assert not servers(tmp_path)
 

@@ -1,4 +1,4 @@
-"""Fixtures: rewards registered by one test only, and one sandbox per enclosure."""
+"""Fixtures that forget the rewards of earlier tests and share one sandbox per enclosure."""
 
 from collections.abc import Iterator
 
@@ -10,13 +10,14 @@ from megatron_sov.sandbox.sandbox import SANDBOXES, Sandbox
 
 
 @pytest.fixture(autouse=True)
-def no_rewards_of_other_tests(monkeypatch: pytest.MonkeyPatch) -> None:
+def forget_rewards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start each test without rewards that other tests have registered."""
     monkeypatch.setattr(REWARD_PLUGINS, "_known", {})
 
 
 @pytest.fixture(scope="module", params=["namespaces", "landlock"])
 def enclosure(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Name of an available enclosure; programs of a test module share one sandbox of it."""
+    """Name of an enclosure that this machine has; the programs of a test module share one sandbox of it."""
     try:
         sandbox = Sandbox(enclosure=request.param)
     except UserError as e:

@@ -1,4 +1,4 @@
-"""Choices, quantities and short answers: unusual correct forms, and plausible wrong ones."""
+"""Reward `stem`: unusual correct forms of choices, quantities and short answers, and plausible wrong ones."""
 
 import math
 
@@ -9,9 +9,10 @@ from megatron_sov.judge.rewards.answers import (
 from megatron_sov.judge.rewards.reward import Refused
 
 
-def right(response: str, answer: object, **more) -> bool:
-    settings = {name: more.pop(name) for name in ("unit_required", "kind") if name in more}
-    return Stem(**settings).score({"response": response, "answer": answer, **more}).reward == 1.0
+def is_right(response: str, answer: object, unit_required: bool = False, **fields) -> bool:
+    """Return whether a response to a row with this gold answer, and further fields, has reward 1."""
+    row = {"response": response, "answer": answer, **fields}
+    return Stem(unit_required=unit_required).score(row).reward == 1.0
 
 
 @pytest.mark.each(("response", "found"), [
@@ -20,14 +21,15 @@ def right(response: str, answer: object, **more) -> bool:
     ("$$1$$ and\n$$2$$", "$2$"), ("$$1$$\n2", "2"), ("$$1$$\n" + "so " * 20, None), ("$$\n1", "1"),
     ("$$" + "1" * 501 + "$$", None), ("the answer is $$3$$ or so", "$3$"), ("\\[1\n\\boxed{2}\\]", "2")])
 def test_a_displayed_formula_is_an_answer(response: str, found: str | None) -> None:
-    assert extract_final_answer(response) == found or (found is None
-                                                       and len(extract_final_answer(response) or "") > 500)
+    answer = extract_final_answer(response)
+    is_too_long = len(answer or "") > 500  # a text that is no answer of a row
+    assert answer == found or (found is None and is_too_long)
 
 
 @pytest.mark.each("answer", ["()", "...", "\"'\"", "[ ]", ["B", "?"]])
 def test_a_gold_answer_that_is_not_equal_to_itself_is_refused(answer: object) -> None:
     with pytest.raises(Refused, match=r"is not equal to itself as a text|answer ="):
-        right("\\boxed{B}", answer)
+        is_right("\\boxed{B}", answer)
 
 
 @pytest.mark.each("response", [
@@ -37,7 +39,7 @@ def test_a_gold_answer_that_is_not_equal_to_itself_is_refused(answer: object) ->
     "The answer is B. I hope this answer helps you!", "Let me answer this.\nB", "**Answer**\n\nB",
     "Answer - B", "the answer choice B", "Answer (B)"])
 def test_choices_are_recognized(response: str) -> None:
-    assert right(response, "B", choices=["ionic bonds", "polar bonds", "none"])
+    assert is_right(response, "B", choices=["ionic bonds", "polar bonds", "none"])
 
 
 @pytest.mark.each("response", [
@@ -46,7 +48,7 @@ def test_choices_are_recognized(response: str) -> None:
     "I do not know which of A, B, C, D it is, since all of them could be argued for at length",
     "the answer is B or C", "Answer: A, B, C, D", "\\boxed{B, C}", "The answer is B, A and C"])
 def test_wrong_and_missing_choices(response: str) -> None:
-    assert not right(response, "B")
+    assert not is_right(response, "B")
 
 
 @pytest.mark.each(("response", "answer"), [
@@ -66,7 +68,7 @@ def test_wrong_and_missing_choices(response: str) -> None:
     ("\\boxed{3 m/s²}", "3 m/s^2"), ("\\boxed{3 m/s}", "v = 3 m/s"), ("v = 300 cm/s", "v = 3 m/s"),
     ("\\boxed{v = 3}", "3"), ("\\boxed{9/3 = 3}", "3")])
 def test_quantities_are_recognized(response: str, answer: str) -> None:
-    assert right(response, answer)
+    assert is_right(response, answer)
 
 
 @pytest.mark.each(("response", "answer"), [
@@ -78,7 +80,7 @@ def test_quantities_are_recognized(response: str, answer: str) -> None:
     ("\\boxed{-3/4}", "3/4"), ("\\boxed{2\\frac{1}{2}}", "10.5"), ("\\boxed{\\frac{1}{2}5}", "0.04"),
     ("\\boxed{10²}", "102"), ("4 m/s", "v = 3 m/s"), ("\\boxed{41 = 3}", "3")])
 def test_wrong_quantities(response: str, answer: str) -> None:
-    assert not right(response, answer)
+    assert not is_right(response, answer)
 
 
 def test_integers_may_be_compared_with_a_tolerance() -> None:
@@ -87,23 +89,26 @@ def test_integers_may_be_compared_with_a_tolerance() -> None:
 
 
 def test_a_unit_may_be_required() -> None:
-    assert not right("\\boxed{3}", "3 m", unit_required=True)
-    assert right("\\boxed{300 cm}", "3 m", unit_required=True)
+    assert not is_right("\\boxed{3}", "3 m", unit_required=True)
+    assert is_right("\\boxed{300 cm}", "3 m", unit_required=True)
 
 
-@pytest.mark.each(("text", "value"), [("12", 12), ("1,000", 1000), (".5", 0.5), ("5 min", 300),
-                                             ("25%", 0.25),
-                                             ("3e-2 km", 30), ("x", None), ("", None), ("1" * 401, None)])
+@pytest.mark.each(("text", "value"), [
+    ("12", 12), ("1,000", 1000), (".5", 0.5), ("5 min", 300), ("25%", 0.25), ("3e-2 km", 30),
+    ("x", None), ("", None), ("1" * 401, None)])
 def test_quantities_convert_to_si_units(text: str, value: float | None) -> None:
-    read = read_quantity(text)
-    assert (read is None) if value is None else (read is not None and math.isclose(read.value, value))
+    quantity = read_quantity(text)
+    if value is None:
+        assert quantity is None
+    else:
+        assert quantity is not None and math.isclose(quantity.value, value)
 
 
 def test_short_answers_are_normalized() -> None:
-    assert right("The answer is **the Mitochondrion**.", "mitochondrion")
-    assert right("\\boxed{\\text{NaCl}}", "NaCl")
-    assert right("정답은 엽록체", ["미토콘드리아", "엽록체"])
-    assert not right("The answer is chloroplast", "mitochondrion")
+    assert is_right("The answer is **the Mitochondrion**.", "mitochondrion")
+    assert is_right("\\boxed{\\text{NaCl}}", "NaCl")
+    assert is_right("정답은 엽록체", ["미토콘드리아", "엽록체"])
+    assert not is_right("The answer is chloroplast", "mitochondrion")
     assert normalize_answer(" The  Ｗater. ") == "water"
 
 
@@ -113,12 +118,12 @@ def test_rows_without_an_answer_are_refused(answer: object) -> None:
         Stem().score({"response": "x", "answer": answer})
 
 
-@pytest.mark.each("text", ["\\boxed{" * 50_000, "answer is " * 50_000, "<answer>" * 50_000,
-                                  "{" * 500_000,
-                                  "a" * 1_000_000, "정답" * 100_000])
+@pytest.mark.each("text", [
+    "\\boxed{" * 50_000, "answer is " * 50_000, "<answer>" * 50_000, "{" * 500_000, "a" * 1_000_000,
+    "정답" * 100_000])
 def test_hostile_responses_are_fast(text: str) -> None:
-    assert not right(text, "B")
-    assert not right(text, "3 m/s")
+    assert not is_right(text, "B")
+    assert not is_right(text, "3 m/s")
 
 
 def test_last_complete_box_counts() -> None:

@@ -1,13 +1,14 @@
-"""Responses that try to earn a reward without a solution, in each enclosure. Attacks on files and processes
-outside the sandbox are in tests/sandbox/test_attacks.py.
+"""Programs that try to earn the reward `code` without a solution, in each enclosure. Attacks on files and
+processes outside the sandbox are in tests/sandbox/test_attacks.py.
 
-All of one enclosure share a server, so that what one of them leaves behind would pay, or harm, the next one.
+The programs of an enclosure share one server, so anything that one of them leaves behind would raise or lower
+the rewards of the next ones.
 """
 
 import pytest
 
 from megatron_sov.judge.rewards.code import CodeReward
-from megatron_sov.judge.rewards.reward import run_reward
+from megatron_sov.judge.rewards.reward import Result, run_reward
 
 FORGE = r'''
 import gc, glob, json, os, socket, struct, sys, threading
@@ -29,8 +30,9 @@ def forge_values():
                 except OSError:
                     pass
 '''
-"""Prefix of each attacking program."""
-FUNCTIONS = {
+"""Prefix of each attacking program: functions that write forged verdicts to all descriptors and sockets. The
+solutions that tests expect are 7431 and 7432."""
+FUNCTION_ATTACKS = {
     "a class that says it is another": """
 class Int(int):
     __class__ = property(lambda self: int)
@@ -150,7 +152,7 @@ def f(x): raise GeneratorExit if x == 1 else AssertionError""",
     "more memory than there is": "def f(x): return bytearray(1 << 40)",
     "an interrupt": "import signal\nsignal.raise_signal(signal.SIGINT)\ndef f(x): return 0",
 }
-PROGRAMS = {
+PROGRAM_ATTACKS = {
     "verdicts in its output": "forge(); print(json.dumps({'test': 0, 'passed': True})); print('7431 7432')",
     "an early exit": "os._exit(0)",
     "an exit code of 256": "print(7430 + int(input())); raise SystemExit(256)",
@@ -186,7 +188,7 @@ for path in ("/dev/stdin", "/proc/self/fd/0", "/dev/fd/0"):
     try: print(open(path).read())
     except OSError: pass""",
 }
-FRAMEWORKS = {
+FRAMEWORK_ATTACKS = {
     "modules of its own name": """
 import types
 for name in ("pytest", "unittest", "solution", "numpy", "np", "math", "unittest.case", "asyncio"):
@@ -276,45 +278,47 @@ FUNCTION_TESTS = ["assert f(1) == 7431", "assert f(2) == 7432 and abs(f(2)) in {
 PROGRAM_TESTS = [{"stdin": "1\n", "stdout": "7431\n"}, {"stdin": "2\n", "stdout": "7432\n"}]
 
 
-def paid(enclosure: str, response: str, tests: list) -> tuple[float | None, object]:
-    result = run_reward(CodeReward(all_or_nothing=False, enclosure=enclosure),
-                        {"response": response, "tests": tests})
-    return result.reward, result
+def score(enclosure: str, response: str, tests: list) -> Result:
+    """Return the result of the reward `code`, whose reward is the share of passed tests."""
+    return run_reward(CodeReward(all_or_nothing=False, enclosure=enclosure),
+                      {"response": response, "tests": tests})
 
 
 @pytest.mark.tier1_cases(10)
-@pytest.mark.parametrize("name", [*FUNCTIONS, *PROGRAMS])
+@pytest.mark.parametrize("name", [*FUNCTION_ATTACKS, *PROGRAM_ATTACKS])
 def test_attacks_score_0(enclosure: str, name: str) -> None:
-    tests = FUNCTION_TESTS if name in FUNCTIONS else PROGRAM_TESTS
-    reward, result = paid(enclosure, FORGE + {**FUNCTIONS, **PROGRAMS}[name], tests)
-    assert reward == 0.0, result
+    tests = FUNCTION_TESTS if name in FUNCTION_ATTACKS else PROGRAM_TESTS
+    result = score(enclosure, FORGE + {**FUNCTION_ATTACKS, **PROGRAM_ATTACKS}[name], tests)
+    assert result.reward == 0.0, result
 
 
 @pytest.mark.tier1_cases(8)
-@pytest.mark.parametrize("name", FRAMEWORKS)
+@pytest.mark.parametrize("name", FRAMEWORK_ATTACKS)
 def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
-    result = run_reward(CodeReward(all_or_nothing=False, enclosure=enclosure, number_tolerance=1e-6),
-                        {"response": FORGE + FRAMEWORKS[name], "tests": FRAMEWORK_TESTS, "entry_point": "f"})
+    row = {"response": FORGE + FRAMEWORK_ATTACKS[name], "tests": FRAMEWORK_TESTS, "entry_point": "f"}
+    reward = CodeReward(all_or_nothing=False, enclosure=enclosure, number_tolerance=1e-6)
+    result = run_reward(reward, row)
     assert (result.reward, result.status) == (0.0, "scored"), result
 
 
 @pytest.mark.tier1_cases(8)
-@pytest.mark.parametrize("ends", ["os._exit(0)", "sys.exit(0)", "os.closerange(3, 64)",
-                                  "os.kill(os.getpid(), 9)"])
+@pytest.mark.parametrize("exit_call", ["os._exit(0)", "sys.exit(0)", "os.closerange(3, 64)",
+                                       "os.kill(os.getpid(), 9)"])
 @pytest.mark.parametrize("test", [
     "import pytest\nwith pytest.raises(Exception):\n    f(1)", "assert f(0) == 0\nassert f(1) == 1",
     "try:\n    f(1)\n    assert False\nexcept (ValueError, RuntimeError, OSError):\n    assert True",
     "import pytest\ndef test_a():\n    for x in (1, 2):\n        with pytest.raises(Exception):\n"
     "            f(x)"])
-def test_program_exit_is_not_an_expected_error(enclosure: str, test: str, ends: str) -> None:
-    program = f"import os, sys\ndef f(x):\n    if x:\n        {ends}\n    return 0\n"
-    assert paid(enclosure, program, [test])[0] == 0.0
-    raising = program.replace(ends, "raise ValueError")
-    assert paid(enclosure, raising, [test])[0] == ("f(0)" not in test)
+def test_program_exit_is_not_an_expected_error(enclosure: str, test: str, exit_call: str) -> None:
+    program = f"import os, sys\ndef f(x):\n    if x:\n        {exit_call}\n    return 0\n"
+    assert score(enclosure, program, [test]).reward == 0.0
+    raising = program.replace(exit_call, "raise ValueError")
+    expects_error = "f(0)" not in test
+    assert score(enclosure, raising, [test]).reward == expects_error
 
 
 def test_honest_solutions_pass_after_attacks(enclosure: str) -> None:
-    assert paid(enclosure, HONEST, FUNCTION_TESTS)[0] == 1.0
-    assert paid(enclosure, HONEST + "print(f(int(input())))", PROGRAM_TESTS)[0] == 1.0
+    assert score(enclosure, HONEST, FUNCTION_TESTS).reward == 1.0
+    assert score(enclosure, HONEST + "print(f(int(input())))", PROGRAM_TESTS).reward == 1.0
     row = {"response": HONEST, "tests": FRAMEWORK_TESTS, "entry_point": "f"}
     assert run_reward(CodeReward(enclosure=enclosure), row).reward == 1.0

@@ -1,4 +1,4 @@
-"""Verdicts equal a plain interpreter, and solutions cannot forge them."""
+"""Reward `code`: verdicts equal those of `exec` in a plain interpreter, and solutions cannot forge them."""
 
 from typing import Any
 
@@ -12,7 +12,8 @@ from megatron_sov.sandbox.sandbox import SANDBOXES
 from tests.typed_words import keys_of
 
 
-def share(enclosure: str, response: str, tests: Any, **fields: Any) -> Result:
+def score(enclosure: str, response: str, tests: Any, **fields: Any) -> Result:
+    """Return the result of a row with these tests and fields; its reward is the share of passed tests."""
     return run_reward(CodeReward(all_or_nothing=False, enclosure=enclosure, test_time_s=2),
                       {"response": response, "tests": tests, **fields})
 
@@ -67,22 +68,23 @@ SOLUTIONS = {
 @pytest.mark.parametrize("name", SOLUTIONS)
 def test_verdicts_equal_a_plain_interpreter(enclosure: str, name: str) -> None:
     solution, tests = SOLUTIONS[name]
-    right = 0
+    num_passed = 0
     for test in tests:
         names: dict[str, Any] = {"__name__": "__main__"}
         try:
             exec(solution + "\n" + test, names)
             for key in [key for key in names if key.startswith("test_")]:
                 names[key]()
-            right += 1
+            num_passed += 1
         except (Exception, SystemExit):
             pass
-    result = share(enclosure, f"So:\n```python\n{solution}\n```\n", tests)
-    assert result.components["passed"] == right, result
-    assert right and (right < len(tests) or name == "containers")
+    result = score(enclosure, f"So:\n```python\n{solution}\n```\n", tests)
+    assert result.components["passed"] == num_passed, result
+    some_fail = num_passed < len(tests) or name == "containers"
+    assert num_passed and some_fail
 
 
-CHEATS = {  # forged messages, exits and ends of other processes: test_attackers.py
+CHEATS = {  # test_attackers.py has forged messages and exits
     "what equals everything": """
 class All:
     def __eq__(self, other): return True
@@ -138,7 +140,7 @@ with open("colorsys.py", "w") as written:
     written.write("import builtins\\nbuiltins.abs = lambda x: 0")
 def f(x): return 0""",
 }
-EXPECTED = ["assert f(1) == 1234", "assert abs(f(1) - 1234) < 1e-6", "assert set([f(1)]) == {1234}",
+CHEAT_TESTS = ["assert f(1) == 1234", "assert abs(f(1) - 1234) < 1e-6", "assert set([f(1)]) == {1234}",
             "assert sorted([f(1)]) == [1234]", "import math\nassert math.isclose(f(1), 1234)",
             "assert f(1) in (1234,)", "import colorsys\nassert abs(f(1) - 1234) < 1e-6",
             "assert 1234 in [f(1)]", "assert all(map(lambda x: f(x) == 1234, range(9)))"]
@@ -146,35 +148,35 @@ EXPECTED = ["assert f(1) == 1234", "assert abs(f(1) - 1234) < 1e-6", "assert set
 
 @pytest.mark.each("name", CHEATS)
 def test_solutions_cannot_forge_verdicts(enclosure: str, name: str) -> None:
-    result = share(enclosure, CHEATS[name], EXPECTED)
+    result = score(enclosure, CHEATS[name], CHEAT_TESTS)
     assert (result.status, result.reward) == ("scored", 0.0), result
     assert result.components["why"]
 
 
 def test_thousands_of_failures_are_a_verdict(enclosure: str) -> None:
-    complains = "def f(x):\n    raise ValueError(chr(0x1F600) * 300)"
-    result = share(enclosure, complains, ["assert f(1)"] * 400)
+    raising = "def f(x):\n    raise ValueError(chr(0x1F600) * 300)"
+    result = score(enclosure, raising, ["assert f(1)"] * 400)
     assert (result.status, result.reward) == ("scored", 0.0), result
     assert "ValueError" in result.components["why"]
 
 
 def test_an_output_may_be_as_long_as_the_expected_one(enclosure: str) -> None:
-    long = {"stdin": "", "stdout": "1234567\n" * 200_000}
-    result = share(enclosure, "print('1234567\\n' * 200_000)", [long])
+    test = {"stdin": "", "stdout": "1234567\n" * 200_000}
+    result = score(enclosure, "print('1234567\\n' * 200_000)", [test])
     assert (result.status, result.reward) == ("scored", 1.0), result
 
 
 def test_outputs_and_calls_are_compared(enclosure: str) -> None:
     reads = "n = int(input())\nprint(n * 2, ' ')\nprint()"
-    assert share(enclosure, reads, [{"stdin": "4\n", "stdout": "8\n"}, {"stdin": "5", "stdout": "11"},
+    assert score(enclosure, reads, [{"stdin": "4\n", "stdout": "8\n"}, {"stdin": "5", "stdout": "11"},
                                     {"stdin": "x", "stdout": ""}]).reward == pytest.approx(1 / 3)
     adds = "class Solution:\n    def add(self, a, b=0):\n        return (a + b, [a])"
     calls = [{"function": "Solution().add", "arguments": [1, 2], "expected": [3, [1]]},
              {"function": "Solution().add", "arguments": {"a": 1, "b": 1}, "expected": [2, [1]]},
              {"function": "Solution().add", "expected": None}]
-    assert share(enclosure, adds, calls).reward == pytest.approx(2 / 3)
+    assert score(enclosure, adds, calls).reward == pytest.approx(2 / 3)
     check = "def check(candidate):\n    assert candidate(2) == 4\n"
-    assert share(enclosure, "def twice(x):\n    return 2 * x", check, entry_point="twice").reward == 1
+    assert score(enclosure, "def twice(x):\n    return 2 * x", check, entry_point="twice").reward == 1
 
 
 def test_all_or_nothing_is_the_default_and_explains_failures(enclosure: str) -> None:
@@ -192,17 +194,17 @@ def test_all_or_nothing_is_the_default_and_explains_failures(enclosure: str) -> 
 @pytest.mark.each("outcome, status, reward", [
     (Outcome("infrastructure", None, "", "", "the server failed", 0, 0), "failed", None),
     (Outcome("infrastructure", None, "", "", "the machine is too busy", 630, 4.0, 600.0), "failed", None),
-    (Outcome("timeout", None, "", "", "took longer than 30 s", 55, 0.1, 25.0), "timeout", 0.0),  # it slept
+    (Outcome("timeout", None, "", "", "took longer than 30 s", 55, 0.1, 25.0), "timeout", 0.0),  # it waited
     (Outcome("timeout", None, "", "", "took more than 10 s of processors", 2, 10.0, 0.5), "timeout", 0.0),
     (Outcome("refused", None, "", "", "has 17 MiB", 0, 0), "refused", None),
     (Outcome("memory", None, "", "", "took more", 1, 1), "scored", 0.0)])
 def test_machine_failures_have_no_reward(outcome: Outcome, status: str, reward: float | None,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken:
+    class FixedSandbox:
         def run(self, program: Program, limits: object) -> Outcome:
             return outcome
 
-    monkeypatch.setitem(SANDBOXES, ("auto", (), 1), Broken())
+    monkeypatch.setitem(SANDBOXES, ("auto", (), 1), FixedSandbox())
     result = run_reward(CodeReward(), {"response": "x", "tests": ["assert x"]})
     assert (result.status, result.reward) == (status, reward)
 
@@ -221,7 +223,8 @@ def test_slow_program_stays_within_the_row_limit(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(CodeReward, "_run_program", lambda *_: (runs.append(None), slow)[1])
     row = {"response": "while 1: pass", "tests": [{"stdin": "", "stdout": "1"}] * 100}
     result = run_reward(CodeReward(all_or_nothing=False), row)
-    assert (result.status, result.reward) == ("timeout", 0.0) and 20 < len(runs) < 30
+    assert (result.status, result.reward) == ("timeout", 0.0)
+    assert 20 < len(runs) < 30, "programs of 10 s each until the row's time is spent, not all 100"
     assert keys_of(CodeReward(test_time_s=100)) == ["time_limit_s"]
     assert keys_of(CodeReward(test_time_s=99)) == []
 

@@ -1,4 +1,4 @@
-"""Tests in a row: trivial and faulty tests are refused, and public formats work."""
+"""Tests of rows of the reward `code`: public formats are run, and trivial or faulty tests refuse the row."""
 
 from typing import Any
 
@@ -11,22 +11,23 @@ from megatron_sov.sandbox.program import Outcome, Program
 
 ADD = "```python\ndef add(a, b):\n    return a + b\n```"
 SUBTRACT = "```python\ndef add(a, b):\n    return a - b\n```"
-NOTHING = "```python\ndef other(a, b):\n    return a * b\n```"
+OTHER = "```python\ndef other(a, b):\n    return a * b\n```"
 BROKEN = "```python\ndef add(a, b)\n    return a + b\n```"
 
 
 def score(response: str, tests: Any, **fields: Any) -> Result:
+    """Return the result of a row with these tests and fields: reward 1 if all tests pass, otherwise 0."""
     return run_reward(CodeReward(test_time_s=5), {"response": response, "tests": tests, **fields})
 
 
-NO_TESTS = [
+WITHOUT_ASSERTION = [
     "# add(1, 2) == 3", "print(add(1, 2))", "add(1, 2)", "import math", "pass", "'assert add(1, 2) == 3'",
     "def helper():\n    assert add(1, 2) == 3", "def test_add():\n    print(add(1, 2))",
     "class Sum:\n    def verify(self):\n        assert add(1, 2) == 3",
     "class TestAdd:\n    def run(self):\n        assert add(1, 2) == 3",
     "x = lambda: add(1, 2) == 3", "async def main():\n    assert add(1, 2) == 3"]
 
-EMPTY_TESTS = [
+TRIVIAL = [
     "assert True", "assert 1 + 1 == 2", "assert add(1, 2) == add(1, 2)",
     "if False:\n    assert add(1, 2) == 3",
     "def test_a():\n    yield\n    assert add(1, 2) == 3",
@@ -36,12 +37,12 @@ EMPTY_TESTS = [
     "assert add(1, 2) != 7", "add(1, 2)\nassert callable(add)"]
 
 
-@pytest.mark.each("test", [*NO_TESTS, *EMPTY_TESTS])
+@pytest.mark.each("test", [*WITHOUT_ASSERTION, *TRIVIAL])
 def test_a_row_that_every_program_would_pass_or_fail_is_refused(test: str) -> None:
     for response in (ADD, SUBTRACT):
         result = score(response, [test])
         assert (result.reward, result.status) == (None, "refused"), result
-        assert "asserts nothing" in result.reason or test in EMPTY_TESTS
+        assert "asserts nothing" in result.reason or test in TRIVIAL
 
 
 @pytest.mark.parametrize("response, tests", [
@@ -62,23 +63,23 @@ def test_rows_may_expect_none_errors_and_constants(response: str, tests: list[An
     assert score("x = 1", tests).reward == 0.0
 
 
-FAULTY = ["import pandas\nassert add(1, 2) == 3", "from helpers import check_sum\nassert add(1, 2) == 3",
-          "x = add(1, 2)\nimport pandas\nassert x == 3", "open('data.json').read()\nassert add(1, 2) == 3",
-          "import pytest\n@pytest.mark.xfail\ndef test_a():\n    assert add(1, 2) == 3",
-          "assert 1 == 2\nassert add(1, 2) == 3", "def check(candidate):\n    import pandas\n"
-          "    assert candidate(1, 2) == 3",
-          "raise ValueError('no data')\nadd(1, 2)"]
+FAULTY_TESTS = [
+    "import pandas\nassert add(1, 2) == 3", "from helpers import check_sum\nassert add(1, 2) == 3",
+    "x = add(1, 2)\nimport pandas\nassert x == 3", "open('data.json').read()\nassert add(1, 2) == 3",
+    "import pytest\n@pytest.mark.xfail\ndef test_a():\n    assert add(1, 2) == 3",
+    "assert 1 == 2\nassert add(1, 2) == 3", "raise ValueError('no data')\nadd(1, 2)",
+    "def check(candidate):\n    import pandas\n    assert candidate(1, 2) == 3"]
 
 
-@pytest.mark.each("test", FAULTY)
+@pytest.mark.each("test", FAULTY_TESTS)
 def test_tests_that_fail_by_themselves_are_refused(test: str) -> None:
-    for response in (ADD, SUBTRACT, BROKEN, NOTHING, "no program"):
+    for response in (ADD, SUBTRACT, BROKEN, OTHER, "no program"):
         result = score(response, ["assert add(1, 2) == 3", test])
         assert (result.reward, result.status) == (None, "refused"), result
         assert "test 2 of 2 fails before it uses the program" in result.reason
 
 
-FORMS: dict[str, Any] = {
+FORMATS: dict[str, Any] = {
     "MBPP": ["assert add(1, 2) == 3", "assert add(0, 2) == 2"],
     "HumanEval": "METADATA = {'author': 'x'}\n\ndef check(candidate):\n    assert candidate(1, 2) == 3\n",
     "HumanEval that calls": "def check(candidate):\n    assert candidate(1, 2) == 3\n\ncheck(add)\n",
@@ -102,11 +103,11 @@ FORMS: dict[str, Any] = {
 
 
 @pytest.mark.tier1_cases(6)
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_public_test_formats(form: str) -> None:
-    assert score(ADD, FORMS[form]).reward == 1.0, score(ADD, FORMS[form])
-    for wrong in (SUBTRACT, BROKEN, NOTHING, "I cannot."):
-        result = score(wrong, FORMS[form])
+    assert score(ADD, FORMATS[form]).reward == 1.0, score(ADD, FORMATS[form])
+    for wrong in (SUBTRACT, BROKEN, OTHER, "I cannot."):
+        result = score(wrong, FORMATS[form])
         assert (result.reward, result.status) == (0.0, "scored") and result.components["why"], result
 
 
@@ -124,11 +125,12 @@ def test_check_gets_the_one_function_of_the_program() -> None:
     assert score(helped, check).reward == 1.0
     assert score(helped.replace("a + b", "a - b"), check).reward == 0.0
     assert score("x = 1", check).components["why"] == "defines no function"
-    two = "def add(a, b):\n    return a + b\ndef sub(a, b):\n    return a - b"
-    assert "entry_point is missing, and the program has add, sub:" in score(two, check).reason
-    assert score(two, check, entry_point="add").reward == 1.0
-    assert score(two, check, entry_point="sub").reward == 0.0
-    assert score(two, check, entry_point="mul").components["why"] == "NameError: name 'mul' is not defined"
+    two_functions = "def add(a, b):\n    return a + b\ndef sub(a, b):\n    return a - b"
+    assert "entry_point is missing, and the program has add, sub:" in score(two_functions, check).reason
+    assert score(two_functions, check, entry_point="add").reward == 1.0
+    assert score(two_functions, check, entry_point="sub").reward == 0.0
+    missing = score(two_functions, check, entry_point="mul")
+    assert missing.components["why"] == "NameError: name 'mul' is not defined"
     method = "class Solution:\n    def add(self, a, b):\n        return a + b"
     assert score(method, check, entry_point="Solution().add").reward == 1.0
     assert score(method, check, entry_point="add; import os").status == "refused"
@@ -144,7 +146,7 @@ def test_inputs_of_taco_and_livecodebench_are_read(tests: Any) -> None:
     assert score(response.replace("sum", "max"), tests).reward == 0.0
 
 
-@pytest.mark.each("tests, what", [
+@pytest.mark.each("tests, reason", [
     ({"inputs": ["1"], "outputs": []}, "lists of one length"),
     ({"inputs": [[1]], "outputs": [1], "fn_name": "f"}, "write each as function"),
     ([{"input": "[1]", "output": "1", "testtype": "functional"}], "must be a text of Python"),
@@ -163,24 +165,25 @@ def test_inputs_of_taco_and_livecodebench_are_read(tests: Any) -> None:
     (["import pytest\n@pytest.mark.parametrize('a', [1, 2])\ndef test_a(a):\n    assert add(a, 0) == a"],
      "test_a takes arguments"),
     (["def test_a(*, capsys):\n    add(1, 2)\n    assert capsys.readouterr()"], "test_a takes arguments")])
-def test_malformed_tests_are_refused(tests: Any, what: str) -> None:
+def test_malformed_tests_are_refused(tests: Any, reason: str) -> None:
     result = score(ADD, tests)
-    assert (result.reward, result.status) == (None, "refused") and what in result.reason, result
+    assert (result.reward, result.status) == (None, "refused") and reason in result.reason, result
 
 
 def test_names_that_tests_take_from_the_program() -> None:
-    def names(*texts: str) -> set[str]:
+    def find_names(*texts: str) -> set[str]:
         return set(read_tests({"tests": list(texts)}, 0.0, "lines").names)
 
-    assert names("assert f(1) == g.x + abs(2)") == {"f", "g"}
-    assert names("import math\nfrom os import path\nassert f(math.pi, path) == [x for x in y]") == {"f", "y"}
-    assert names("def test_a(f=1):\n    x = h()\n    assert f(x)") == {"h"}
-    assert names("from solution import a as b, c\nassert b(c)") == {"a", "c"}
-    assert names("import solution as s\nassert s.a(s.b)") == {"a", "b"}
-    assert names("def test_a():\n    class T:\n        assert f(lambda z: z + k)") == {"f", "k"}
-    assert names("x = 1\nassert f(x)", "assert g(x)") == {"f", "g"}
+    assert find_names("assert f(1) == g.x + abs(2)") == {"f", "g"}
+    assert find_names(
+        "import math\nfrom os import path\nassert f(math.pi, path) == [x for x in y]") == {"f", "y"}
+    assert find_names("def test_a(f=1):\n    x = h()\n    assert f(x)") == {"h"}
+    assert find_names("from solution import a as b, c\nassert b(c)") == {"a", "c"}
+    assert find_names("import solution as s\nassert s.a(s.b)") == {"a", "b"}
+    assert find_names("def test_a():\n    class T:\n        assert f(lambda z: z + k)") == {"f", "k"}
+    assert find_names("x = 1\nassert f(x)", "assert g(x)") == {"f", "g"}
     with pytest.raises(Refused):
-        names("x = 1")
+        find_names("x = 1")
 
 
 @pytest.mark.each("printed, expected, equal", [
@@ -192,7 +195,7 @@ def test_only_newlines_end_a_line(printed: str, expected: str, equal: bool) -> N
 
 
 @pytest.mark.each("printed, expected, lines, tokens, close", [
-    # printed, expected; equal by lines, by tokens, by lines with a tolerance of 1e-6
+    # equal by lines; by tokens; by lines with a tolerance of 1e-6
     ("1 2", "1 2", True, True, True), ("1  2", "1 2", False, True, True), ("1\n2", "1 2", False, True, False),
     (str(1 / 3), "0.333333333333", False, False, True), ("0.33334", "0.333333", False, False, False),
     ("1000000.5", "1000000.1", False, False, True), ("1000002.5", "1000000.1", False, False, False),
@@ -212,22 +215,22 @@ def test_outputs_by_lines_tokens_and_within_a_tolerance(printed: str, expected: 
 
 
 def test_a_row_or_a_setting_gives_the_tolerance() -> None:
-    third = [{"stdin": "", "stdout": "0.333333333333"}]
+    outputs = [{"stdin": "", "stdout": "0.333333333333"}]
     calls = [{"function": "f", "arguments": [[0.1, 0.2]], "expected": [0.3, {"n": 3}]}]
-    response, adds = "print(1/3)", "def f(a):\n    return (sum(a), {'n': 3})"
-    assert [score(response, third).reward, score(adds, calls).reward] == [0.0, 0.0]
-    assert [score(response, third, number_tolerance=1e-6).reward,
-            score(adds, calls, number_tolerance=1e-6).reward] == [1.0, 1.0]
+    printing, adding = "print(1/3)", "def f(a):\n    return (sum(a), {'n': 3})"
+    assert score(printing, outputs).reward == 0.0 and score(adding, calls).reward == 0.0
+    assert score(printing, outputs, number_tolerance=1e-6).reward == 1.0
+    assert score(adding, calls, number_tolerance=1e-6).reward == 1.0
     lenient = CodeReward(number_tolerance=1e-6, compare_by="tokens")
-    for answer, tests, right in ((response, third, 1.0), (adds, calls, 1.0),
-                                 (adds.replace("3", "4"), calls, 0.0),
-                                 ("print(0.3, 1)", [{"stdin": "", "stdout": "0.3\n1"}], 1.0)):
-        assert run_reward(lenient, {"response": answer, "tests": tests}).reward == right
-    strict = {"response": response, "tests": third, "number_tolerance": 0, "compare_by": "lines"}
-    assert run_reward(lenient, strict).reward == 0.0
+    for response, tests, reward in ((printing, outputs, 1.0), (adding, calls, 1.0),
+                                    (adding.replace("3", "4"), calls, 0.0),
+                                    ("print(0.3, 1)", [{"stdin": "", "stdout": "0.3\n1"}], 1.0)):
+        assert run_reward(lenient, {"response": response, "tests": tests}).reward == reward
+    strict_row = {"response": printing, "tests": outputs, "number_tolerance": 0, "compare_by": "lines"}
+    assert run_reward(lenient, strict_row).reward == 0.0
     for field, value in (("number_tolerance", -1), ("number_tolerance", "x"), ("number_tolerance", True),
                          ("compare_by", "words")):
-        assert field in score(response, third, **{field: value}).reason
+        assert field in score(printing, outputs, **{field: value}).reason
 
 
 def test_tests_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +244,7 @@ def test_tests_are_checked_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CodeReward, "_run_program", note_run)
     row = {"response": ADD, "tests": ["assert add(1, 2) == 3 # proved once"]}
     assert [run_reward(CodeReward(), row).reward for _ in range(3)] == [1.0] * 3
-    assert len(runs) == 4 and sum("_Stub" in stdin for stdin in runs) == 1
+    assert len(runs) == 3 + 1 and sum("_Stub" in stdin for stdin in runs) == 1, "three responses, one check"
 
 
 NUMPY_TESTS = ["assert np.allclose(f(1), {})", "assert np.allclose({}, f(1))",
@@ -256,8 +259,8 @@ NUMPY_TESTS = ["assert np.allclose(f(1), {})", "assert np.allclose({}, f(1))",
     ("[]", "3.0", 0.0), ("np.zeros((0, 1))", "[3.0, 4.0]", 0.0), ("np.zeros(0)", "[3.0]", 0.0),
     ("[[]]", "[[3.0]]", 0.0), ("np.zeros(0)", "[]", 1.0), ("np.zeros((0, 2))", "np.zeros((0, 2))", 1.0),
     ("[3.0, 4.0]", "[3.0, 4.0]", 1.0), ("3", "3.0", 1.0)])
-def test_empty_array_equals_nothing(test: str, result: str, expected: str, reward: float) -> None:
-    """numpy broadcasts, and all of nothing is true."""
+def test_empty_array_equals_only_empty_arrays(test: str, result: str, expected: str, reward: float) -> None:
+    """An empty array must not pass: numpy broadcasts it, and `all` of no elements is true."""
     text = "import numpy as np\n" + test.format(expected)
     program = f"```python\nimport numpy as np\ndef f(x):\n    return {result}\n```"
     assert score(program, [text]).reward == reward

@@ -1,4 +1,4 @@
-"""Reward `constraint`: check functions of a row."""
+"""Reward `constraint`: runs the check functions of a row, Python sources that accept or reject a response."""
 
 import sys
 import types
@@ -71,7 +71,7 @@ def test_segmented_texts_equal_typhoon_s(monkeypatch: pytest.MonkeyPatch) -> Non
 
 TEXTS = ["One line.", "a, b and c", "", "  ", "서울은 한국의 수도입니다.", "ภาษาไทย", "- x\n- y\n- z",
          '"in quotes"', "5 and 7", "a" * 10_000, "\U0001f600", "null\0byte"]
-HONEST = [
+CHECK_SOURCES = [
     "def evaluate(response):\n    return ',' not in response",
     "import re\ndef evaluate(response):\n    return bool(re.search(r'\\d', response))",
     "def evaluate(response: str) -> bool:\n    return all(l.startswith('- ') for l in response.split('\\n'))",
@@ -85,10 +85,11 @@ HONEST = [
 
 
 def check(source: str, texts: Sequence[str], call_s: float = 0.5) -> list[ConstraintVerdict]:
+    """Return the verdict of the check function in `source` on each text, in a sandbox."""
     return check_texts(shared_sandbox(), source, texts, call_s=call_s)
 
 
-@pytest.mark.each("source", HONEST)
+@pytest.mark.each("source", CHECK_SOURCES)
 def test_verdicts_equal_a_plain_interpreter(source: str) -> None:
     assert find_check_problem(source) == ""
     names: dict[str, object] = {}
@@ -97,14 +98,14 @@ def test_verdicts_equal_a_plain_interpreter(source: str) -> None:
     for text in TEXTS:
         try:
             expected.append(names["evaluate"](text))  # type: ignore[operator]
-        except ValueError:  # max() of nothing
+        except ValueError:  # max() of an empty text
             expected.append(None)
-    assert [one.accepts for one in check(source, TEXTS)] == expected
+    assert [verdict.accepts for verdict in check(source, TEXTS)] == expected
 
 
 def test_function_state_does_not_survive_a_text() -> None:
     source = "seen = []\ndef evaluate(response):\n    seen.append(response)\n    return len(seen) == 1"
-    assert [one.accepts for one in check(source, ["a", "b", "c"])] == [True] * 3
+    assert [verdict.accepts for verdict in check(source, ["a", "b", "c"])] == [True] * 3
 
 
 def test_ended_process_costs_a_single_text() -> None:
@@ -132,9 +133,9 @@ def test_endless_call_is_the_last() -> None:
     ("print('[0, true, \"\", true]')", "gave a NoneType"),
 ])
 def test_missing_verdicts_have_a_reason(body: str, reason: str) -> None:
-    told, = check(f"def evaluate(response):\n    {body}", ["x"])
-    assert told.accepts is None
-    assert reason in told.reason
+    verdict, = check(f"def evaluate(response):\n    {body}", ["x"])
+    assert verdict.accepts is None
+    assert reason in verdict.reason
 
 
 PROBLEMS = {
@@ -182,4 +183,4 @@ def evaluate(response):
             pass
     return True"""
     assert find_check_problem(source) == ""
-    assert [one.accepts for one in check(source, ["a"])] == [None]
+    assert [verdict.accepts for verdict in check(source, ["a"])] == [None]

@@ -1,4 +1,4 @@
-"""Reward `ifeval`: rows, arguments and refusals."""
+"""Reward `ifeval`: rows of the public data sets, instructions with invalid arguments, missing packages."""
 
 import sys
 from typing import Any
@@ -38,7 +38,7 @@ def test_the_columns_of_the_data_set_are_read() -> None:
     assert read_instructions(row) == [("punctuation:no_comma", {}), ("count:numbers", {"N": 2})]
     rewards = [IfEval().score({**row, "response": text}).reward for text in ("1 and 2", "1, 2", "1")]
     assert rewards == [1.0, 0.0, 0.0]
-    assert len(load_checks()) == 25 + 58
+    assert len(load_checks()) == 25 + 58  # instructions of IFEval and of IFBench
 
 
 @pytest.mark.each(("row", "reason"), [

@@ -1,4 +1,4 @@
-"""Verdicts equal math-verify's; hostile answers only affect their row."""
+"""Reward `math`: verdicts equal those of math-verify, and hostile answers only affect their row."""
 
 import sys
 from itertools import product
@@ -18,15 +18,13 @@ pytest.importorskip("math_verify", reason="the extra `rl` is not installed")
 
 GOLDS = ["42", "$\\frac{1}{2}$", "$3\\sqrt{2}$", "$x^2+2x+1$", "$(1,2)$", "$\\{1,2,3\\}$", "$-7$", "$0.125$",
          "$\\frac{\\pi}{4}$", "$[0,1)$", "$1,234$", "$x=3$", "$\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}$"]
-RESPONSES = ["so \\boxed{42}", "The answer is 42.", "$0.5$", "\\boxed{1/2}", "$\\frac{2}{4}$",
-             "$\\sqrt{18}$", "$3\\cdot\\sqrt2$",
-             "$(x+1)^2$", "$(1, 2)$", "(2,1)", "$\\{3,2,1\\}$", "\\boxed{-7}", "7", "$\\frac18$", "12.5%",
-             "$\\pi/4$",
-             "$0.785398$", "$[0,1]$", "$[0,1)$", "1234", "$x = 3$", "3",
-             "$\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}$", "",
-             "I do not know", "\\boxed{}", "$\\frac{1}{0}$", "\\boxed{42.0}", "\\boxed{4.2\\times10^1}",
-             "\\boxed{\\dfrac{1}{2}}", "x + 1 = 43, so \\boxed{x = 42}", "\\boxed{1{,}234}",
-             "\\boxed{-7\\text{ m}}"]
+RESPONSES = [
+    "so \\boxed{42}", "The answer is 42.", "$0.5$", "\\boxed{1/2}", "$\\frac{2}{4}$", "$\\sqrt{18}$",
+    "$3\\cdot\\sqrt2$", "$(x+1)^2$", "$(1, 2)$", "(2,1)", "$\\{3,2,1\\}$", "\\boxed{-7}", "7", "$\\frac18$",
+    "12.5%", "$\\pi/4$", "$0.785398$", "$[0,1]$", "$[0,1)$", "1234", "$x = 3$", "3",
+    "$\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}$", "", "I do not know", "\\boxed{}", "$\\frac{1}{0}$",
+    "\\boxed{42.0}", "\\boxed{4.2\\times10^1}", "\\boxed{\\dfrac{1}{2}}", "x + 1 = 43, so \\boxed{x = 42}",
+    "\\boxed{1{,}234}", "\\boxed{-7\\text{ m}}"]
 
 
 @pytest.mark.deep
@@ -35,15 +33,15 @@ def test_verdicts_equal_math_verify() -> None:
 
     pairs = list(product(GOLDS, RESPONSES))[::2]  # an odd number of responses: each meets every other gold
     golds = {gold: parse(gold if "$" in gold else f"\\boxed{{{gold}}}") for gold in GOLDS}
-    found = {response: parse(response) for response in RESPONSES}
-    own = [verify(golds[gold], found[response]) for gold, response in pairs]
+    answers = {response: parse(response) for response in RESPONSES}
+    expected = [verify(golds[gold], answers[response]) for gold, response in pairs]
     request = request_reward("math", {})
     with create_runner(request, build_versioned_reward(request), 2) as running:
         results = running.score([{"answer": gold, "response": response} for gold, response in pairs])
     assert len(pairs) > 200
-    assert [pair for pair, result, verdict in zip(pairs, results, own, strict=True)
+    assert [pair for pair, result, verdict in zip(pairs, results, expected, strict=True)
             if (result.status, result.reward) != ("scored", float(verdict))] == []
-    assert 5 <= sum(own) < 50
+    assert 5 <= sum(expected) < 50
 
 
 @pytest.mark.parametrize(("items", "reward"), [(FOOLING, 0.0), (HONEST, 1.0)], ids=["fooling", "honest"])
@@ -73,42 +71,28 @@ def test_adjacent_boxes_are_separate_numbers() -> None:
     assert Math().score({"answer": "204", "response": corrected}).reward == 1.0
 
 
-@pytest.mark.each(("response", "own", "marked"), [
+@pytest.mark.each(("response", "reward", "reward_if_marked"), [
     ("There are 42 cases here and nobody has the time to go through all of them", 1.0, 0.0),
     ("Nobody has the time to go through all of them. The answer is 42.", 1.0, 1.0), ("\\boxed{42}", 1.0, 1.0),
     ("\\boxed{41}", 0.0, 0.0), ("It is somewhere between 1 and 42", 1.0, 0.0), ("So\n42", 1.0, 1.0),
     ("It is between $1$ and $42$", 0.0, 0.0), ("So it must be $42$", 1.0, 1.0), ("정답은 42", 1.0, 1.0),
     ("<answer>42</answer>", 0.0, 1.0), ("**The answer is: 42**", 1.0, 1.0),
     ("The answer is unclear", 0.0, 0.0)])
-def test_unmarked_numbers_are_not_answers(response: str, own: float, marked: float) -> None:
+def test_unmarked_numbers_are_not_answers(response: str, reward: float, reward_if_marked: float) -> None:
     row = {"answer": "42", "response": response}
-    assert Math(marked_only=False).score(row).reward == own
-    assert Math().score(row).reward == marked
+    assert Math(marked_only=False).score(row).reward == reward
+    assert Math().score(row).reward == reward_if_marked
 
 
-@pytest.mark.each("row", [{"response": "1"}, {"response": "1", "answer": ""},
-                                 {"response": "1", "answer": "$$"},
-                                 {"response": "1", "answer": 4}, {"response": "1", "answer": "9" * 10_001}])
+@pytest.mark.each("row", [
+    {"response": "1"}, {"response": "1", "answer": ""}, {"response": "1", "answer": "$$"},
+    {"response": "1", "answer": 4}, {"response": "1", "answer": "9" * 10_001}])
 def test_a_row_without_a_readable_answer_is_refused(row: dict) -> None:
     with pytest.raises(Refused):
         Math().score(row)
 
 
-@pytest.mark.each(("answer", "response"), [
-    ("80779853376", "\\boxed{123456 \\times 654321}"), ("1048576", "\\boxed{2^{20}}"),
-    ("42", "\\boxed{17+25}"), ("\\frac{1}{3}", "\\boxed{\\int_0^1 x^2 dx}"),
-    ("5050", "\\boxed{\\sum_{k=1}^{100} k}"), ("120", "\\boxed{\\binom{10}{3}}"),
-    ("12", "\\boxed{\\gcd(48,36)}"), ("42", "\\boxed{\\frac{84}{2}}"), ("42", "\\boxed{\\sqrt{1764}}"),
-    ("24", "\\boxed{4!}"), ("42", "The answer is 6*7"), ("x=42", "\\boxed{x=17+25}"),
-    ("42", "Answer: $6 \\cdot 7$"), ("42", "\\boxed{41=42}"), ("42", "\\boxed{x=41=42}"),
-    ("7", "\\boxed{a+b=3+5=7}"), ("7", "\\boxed{n=6 n=7}"), ("7", "\\boxed{a=6, b=7}"),
-    ("3", "\\boxed{\\frac{6}{-2}}"),
-    ("0.5", "\\boxed{2^{-1}}"), ("\\frac{\\pi}{4}", "\\boxed{\\int_0^1 \\frac{1}{1+x^2} dx}")])
-def test_restated_questions_are_not_answers(answer: str, response: str) -> None:
-    assert Math().score({"answer": answer, "response": response}).reward == 0.0
-
-
-@pytest.mark.each(("answer", "given"), [
+NUMBERS = [
     ("42", "42.0"), ("42", "+42"), ("42", "x=42"), ("42", "n_1 = 42"), ("42", "f(3)=42"),
     ("42", "6\\times 7=42"), ("42", "42\\%"), ("0.42", "42\\%"), ("42\\%", "42\\%"),
     ("42", "42\\text{ cm}^2"), ("42", "\\$42"), ("42", "42^\\circ"), ("42", "\\text{42}"),
@@ -119,17 +103,17 @@ def test_restated_questions_are_not_answers(answer: str, response: str) -> None:
     ("3\\sqrt{2}", "\\sqrt{18}"), ("x=42", "42"), (".5", "\\frac12"),
     ("-42", "\u221242"), ("42", "42°"), ("42", "\uff14\uff12"), ("-.5", "\\frac{1}{-2}"), ("7", "|S|=7"),
     ("7", "m+n=3+4=7"),
-    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}")])
-def test_a_number_may_be_written_in_any_way(answer: str, given: str) -> None:
-    assert Math().score({"answer": answer, "response": f"So \\boxed{{{given}}}."}).reward == 1.0
+    ("\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}", "\\begin{bmatrix}1&2\\\\3&4\\end{bmatrix}")]
+"""Gold answers, and boxed answers that spell the same number in another way."""
 
 
-@pytest.mark.each(("boxes", "four", "both"), [
+# The rewards for the gold answers "4" and "\\{3, 4\\}".
+@pytest.mark.each(("boxes", "reward_of_4", "reward_of_both"), [
     ("\\boxed{3}, no wait \\boxed{4}", 1.0, 0.0), ("\\boxed{3}\n\n\\boxed{4}", 1.0, 1.0),
     ("\\boxed{3}" + " and so on" * 30 + " \\boxed{4}", 1.0, 0.0), ("\\boxed{3}\\boxed{4}", 1.0, 1.0),
     ("\\boxed{3}, \\boxed{4} (as asked, in \\boxed{})", 0.0, 1.0), ("\\boxed{3} and \\boxed{4}", 0.0, 1.0)])
-def test_last_boxes_form_the_answer(boxes: str, four: float, both: float) -> None:
-    for answer, reward in (("4", four), ("3", 0.0), ("\\{3, 4\\}", both)):
+def test_last_boxes_form_the_answer(boxes: str, reward_of_4: float, reward_of_both: float) -> None:
+    for answer, reward in (("4", reward_of_4), ("3", 0.0), ("\\{3, 4\\}", reward_of_both)):
         assert Math().score({"answer": answer, "response": boxes}).reward == reward
 
 
@@ -144,11 +128,11 @@ def test_hostile_answers_score_0() -> None:
     request = request_reward("math", {"cpu_limit_s": 1.0})
     with create_runner(request, build_versioned_reward(request), 2) as running:
         *results, honest = running.score(rows)
-        (unfair,) = running.score([{"answer": "1000000000!", "response": "\\boxed{42}"}])
+        (hostile_gold,) = running.score([{"answer": "1000000000!", "response": "\\boxed{42}"}])
     assert honest.reward == 1.0
     assert [(row["response"][:30], result) for row, result in zip(rows, results, strict=False)
             if result.reward != 0.0] == []
-    assert (unfair.status, unfair.reward) == ("timeout", None), "that is not the response's fault"
+    assert (hostile_gold.status, hostile_gold.reward) == ("timeout", None), "the response did not cause it"
 
 
 def test_libraries_are_part_of_the_version() -> None:
@@ -159,11 +143,21 @@ def test_libraries_are_part_of_the_version() -> None:
 
 
 @pytest.mark.each(("answer", "response", "reward"), [
-    # rounded to decimals all of these are 0
+    # restated questions are not answers
+    ("80779853376", "\\boxed{123456 \\times 654321}", 0), ("1048576", "\\boxed{2^{20}}", 0),
+    ("42", "\\boxed{17+25}", 0), ("\\frac{1}{3}", "\\boxed{\\int_0^1 x^2 dx}", 0),
+    ("5050", "\\boxed{\\sum_{k=1}^{100} k}", 0), ("120", "\\boxed{\\binom{10}{3}}", 0),
+    ("12", "\\boxed{\\gcd(48,36)}", 0), ("42", "\\boxed{\\frac{84}{2}}", 0), ("24", "\\boxed{4!}", 0),
+    ("42", "\\boxed{\\sqrt{1764}}", 0), ("42", "The answer is 6*7", 0), ("x=42", "\\boxed{x=17+25}", 0),
+    ("42", "Answer: $6 \\cdot 7$", 0), ("42", "\\boxed{41=42}", 0), ("42", "\\boxed{x=41=42}", 0),
+    ("7", "\\boxed{a+b=3+5=7}", 0), ("7", "\\boxed{n=6 n=7}", 0), ("7", "\\boxed{a=6, b=7}", 0),
+    ("3", "\\boxed{\\frac{6}{-2}}", 0),
+    ("0.5", "\\boxed{2^{-1}}", 0), ("\\frac{\\pi}{4}", "\\boxed{\\int_0^1 \\frac{1}{1+x^2} dx}", 0),
+    # small numbers, which rounding to decimals would make 0
     ("1.6 \\times 10^{-19}", "\\boxed{9.1 \\times 10^{-31}}", 0), ("0.0000005", "\\boxed{0.0000001}", 0),
     ("1.6 \\times 10^{-19}", "\\boxed{1.60e-19}", 1), ("0.0000005", "\\boxed{5 \\times 10^{-7}}", 1),
     ("0", "\\boxed{10^{-8}}", 0), ("0", "\\boxed{0.0}", 1),
-    # several numbers, or one that is taken back
+    # several numbers, or a number that is revoked
     ("42", "So 41, 42", 0), ("42", "<answer>40 41 42</answer>", 0), ("42", "$41$ $42$", 0),
     ("42", "The answer is 42. No, 43.", 0), ("42", "The answer is 42 (not sure, could be 43)", 0),
     ("42", "The answer is 42. Wait, let me see: 6 * 7 = 42", 1), ("\\{41, 42\\}", "\\boxed{41, 42}", 1),
@@ -172,7 +166,7 @@ def test_libraries_are_part_of_the_version() -> None:
     ("42", "\\boxed{\\lt 42}", 0), ("42", "\\boxed{\\propto 42}", 0),
     ("5 km", "\\boxed{5 \\text{ miles}}", 0), ("5 miles", "\\boxed{5 \\text{ mi}}", 1),
     ("30^\\circ", "\\boxed{30 \\text{ radians}}", 0),
-    # dress
+    # formatting commands around the number
     ("42", "\\boxed{\\boldsymbol{42}}", 1), ("42", "\\boxed{\\textcolor{red}{42}}", 1),
     ("42", "\\boxed{\\color{red}42}", 1), ("42", "\\boxed{\\,42~\\text{m}}", 1),
     ("1000000", "\\boxed{1\\ 000\\ 000}", 1), ("5 km", "\\boxed{\\(5 \\text{ m}\\)}", 0),
@@ -218,7 +212,7 @@ def test_libraries_are_part_of_the_version() -> None:
     ("12", "The answer is 5 + 7 = 12.", 1), ("42", "The answer is 42, a number.", 1),
     ("42", "The answer is 42!", 1), ("42", "The answer is 42 (see above).", 1),
     ("\\text{Monday}", "The answer is Monday.", 1), ("서울", "정답은 서울", 1),
-    # boxes in thoughts are ignored
+    # boxes in thinking are ignored
     ("42", "<think>\\boxed{42}</think> The answer is 41.", 0.0),
     ("42", "<think>\\boxed{41}</think> The answer is 42.", 1.0),
     ("42", "<think>\\boxed{42}</think> I do not know.", 0.0), ("42", "\\boxed{41}</think>\\boxed{42}", 1.0)])
@@ -274,14 +268,11 @@ BOXED = [
 """Gold answers, boxed answers of responses, and whether these are right."""
 
 
-@pytest.mark.parametrize(("answer", "given", "reward"), BOXED)
+@pytest.mark.each(("answer", "given", "reward"), [
+    *BOXED, *((answer, given, 1) for answer, given in NUMBERS),
+    *((answer, answer, 1) for answer, _, _ in BOXED if "boxed" not in answer and "$" not in answer)])
 def test_gold_answers_are_parsed_completely(answer: str, given: str, reward: float) -> None:
     assert Math().score({"answer": answer, "response": f"So \\boxed{{{given}}}."}).reward == reward
-
-
-@pytest.mark.each("answer", [answer for answer, _, _ in BOXED if "boxed" not in answer and "$" not in answer])
-def test_a_gold_answer_equals_itself(answer: str) -> None:
-    assert Math().score({"answer": answer, "response": f"So \\boxed{{{answer}}}."}).reward == 1.0
 
 
 @pytest.mark.each("answer", [

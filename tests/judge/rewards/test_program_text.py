@@ -1,78 +1,73 @@
-"""Extraction of the program from a response."""
+"""Extraction of the Python program from the Markdown of a response."""
 
 import pytest
 
 from megatron_sov.judge.rewards.program_text import (
     extract_program, find_definitions, find_entry_points, parse_python)
 
-P = "print(5)\n"
-F = "def f(x):\n    return x + 1\n"
+PRINTING = "print(5)\n"
+FUNCTION = "def f(x):\n    return x + 1\n"
 
 
-def test_last_python_block_outside_thoughts_counts() -> None:
-    response = ("<think>```python\nno\n```</think>One:\n```python\na = 1\n```\nor\n"
-                "  ```py\nb = 2\n  ```\n```sh\nls\n```")
-    assert extract_program(response) == "b = 2\n"
-    assert extract_program("print(1)") == "print(1)"
+BLANKS = 'x = """a\n   \n  b"""\nprint(x)\n'
+FENCE = 'def f(x):\n    """Add.\n\n    ```\n    f(1)\n    ```\n    """\n    return x + 1\n'
+
+
+@pytest.mark.each(("response", "names", "program"), [
+    # the last block of Python outside of thoughts counts
+    ("<think>```python\nno\n```</think>One:\n```python\na = 1\n```\nor\n  ```py\nb = 2\n  ```\n"
+     "```sh\nls\n```", (), "b = 2\n"), ("print(1)", (), "print(1)"),
+    # a response without such a block is the program
+    ("I cannot do this.", (), "I cannot do this."),
+    ("```\nno program at all\n```", (), "```\nno program at all\n```"),
+    ("```python\nbroken(\n```\n```\nno program\n```", (), "broken(\n"),
+    # a fence inside a docstring does not end the block, and lines keep their blanks
+    (f"```python\n{FENCE}```\n", ("f",), FENCE), (f"```python\n{BLANKS}```", (), BLANKS),
+    ("1. ```python\n   x = 1\n   y = '''a\nb'''\n   ```", (), "x = 1\ny = '''a\nb'''\n")])
+def test_program_of_a_response(response: str, names: tuple[str, ...], program: str) -> None:
+    assert extract_program(response, names) == program
 
 
 @pytest.mark.each("response", [
-    f"```python\n{P}```\nOutput:\n```\n5\n```",
-    f"```\n{P}```\nOutput:\n```\n5\n```\nand\n```\n[5]\n```",
-    f"```python\n{P}```\n```output\nprint(6)\n```\n```text\nprint(7)\n```",
+    f"```python\n{PRINTING}```\nOutput:\n```\n5\n```",
+    f"```\n{PRINTING}```\nOutput:\n```\n5\n```\nand\n```\n[5]\n```",
+    f"```python\n{PRINTING}```\n```output\nprint(6)\n```\n```text\nprint(7)\n```",
     "1. So:\n\n   ```python\n   print(5)\n   ```",
     "1. ```python\n   print(5)\n   ```",
     "- So:\n\t```python\n\tprint(5)\n\t```\n",
     "```python\n    print(5)\n```",
-    f"```python\n{P}",
-    f"So:\n```py\n{P}\n",
-    f"Draft:\n```python\nprint(4)\nNow better:\n```python\n{P}```",
-    f"~~~python\n{P}~~~\n",
-    f"````python\n{P}````\n```\n4\n```",
-    f"```Python3 title=\"a.py\"\n{P}```",
-    f"``` python\r\n{P.strip()}\r\n```\r\n",
-    f"```{{.python}}\n{P}```",
-    f"```python\nprint(\n```\n```\n{P}```",
-    f"````markdown\n```python\nprint(4)\n```\n````\n```python\n{P}```",
-    f"Python:\n```python\n{P}```\nC:\n```c\nint main() {{}}\n```",
-    f"```python\n{P}``` \nand more text `x`",
+    f"```python\n{PRINTING}",
+    f"So:\n```py\n{PRINTING}\n",
+    f"Draft:\n```python\nprint(4)\nNow better:\n```python\n{PRINTING}```",
+    f"~~~python\n{PRINTING}~~~\n",
+    f"````python\n{PRINTING}````\n```\n4\n```",
+    f"```Python3 title=\"a.py\"\n{PRINTING}```",
+    f"``` python\r\n{PRINTING.strip()}\r\n```\r\n",
+    f"```{{.python}}\n{PRINTING}```",
+    f"```python\nprint(\n```\n```\n{PRINTING}```",
+    f"````markdown\n```python\nprint(4)\n```\n````\n```python\n{PRINTING}```",
+    f"Python:\n```python\n{PRINTING}```\nC:\n```c\nint main() {{}}\n```",
+    f"```python\n{PRINTING}``` \nand more text `x`",
     "print(5)"])
 def test_the_program_that_prints_is_found(response: str) -> None:
-    assert extract_program(response).strip() == P.strip()
+    assert extract_program(response).strip() == PRINTING.strip()
 
 
 @pytest.mark.each("response", [
-    f"```python\n{F}```\nUsage:\n```python\nprint(f(1))\n```",
-    f"```python\n{F}```\nUsage:\n```python\nfrom solution import f\nprint(f(1))\n```",
-    f"Draft:\n```python\ndef f(x): return 0\n```\nFinal:\n```python\n{F}```",
-    f"```python\ndef g(x): return 0\n```\n```python\n{F}```\n```python\nassert f(1) == 2\n```",
-    f"```python\n{F}```\nIt prints\n```\n2\n```",
-    f"```\n{F}```\n```\n>>> f(1)\n2\n```",
-    f"```python\n{F}```\nor\n```python\ndef f(x:\n```",
-    f"```python\n{F}\nif __name__ == '__main__':\n    print(f(1))\n```\n```python\nprint(f(2))\n```",
+    f"```python\n{FUNCTION}```\nUsage:\n```python\nprint(f(1))\n```",
+    f"```python\n{FUNCTION}```\nUsage:\n```python\nfrom solution import f\nprint(f(1))\n```",
+    f"Draft:\n```python\ndef f(x): return 0\n```\nFinal:\n```python\n{FUNCTION}```",
+    f"```python\ndef g(x): return 0\n```\n```python\n{FUNCTION}```\n```python\nassert f(1) == 2\n```",
+    f"```python\n{FUNCTION}```\nIt prints\n```\n2\n```",
+    f"```\n{FUNCTION}```\n```\n>>> f(1)\n2\n```",
+    f"```python\n{FUNCTION}```\nor\n```python\ndef f(x:\n```",
+    f"```python\n{FUNCTION}\nif __name__ == '__main__':\n    print(f(1))\n```\n```python\nprint(f(2))\n```",
     "1. Code:\n   ```python\n   def f(x):\n       return x + 1\n   ```\n"
     "2. Run:\n   ```python\n   f(1)\n   ```",
-    F])
+    FUNCTION])
 @pytest.mark.each("names", [("f",), ("f", "List"), ()])
 def test_the_program_that_tests_call_is_found(response: str, names: tuple[str, ...]) -> None:
-    assert extract_program(response, names).startswith(F.rstrip())
-
-
-def test_fence_inside_a_docstring_does_not_end_the_block() -> None:
-    program = 'def f(x):\n    """Add.\n\n    ```\n    f(1)\n    ```\n    """\n    return x + 1\n'
-    assert extract_program(f"```python\n{program}```\n", ("f",)) == program
-
-
-def test_lines_keep_their_blanks() -> None:
-    program = 'x = """a\n   \n  b"""\nprint(x)\n'
-    assert extract_program(f"```python\n{program}```") == program
-    assert extract_program("1. ```python\n   x = 1\n   y = '''a\nb'''\n   ```") == "x = 1\ny = '''a\nb'''\n"
-
-
-def test_response_without_a_block_is_the_program() -> None:
-    assert extract_program("I cannot do this.") == "I cannot do this."
-    assert extract_program("```\nno program at all\n```") == "```\nno program at all\n```"
-    assert extract_program("```python\nbroken(\n```\n```\nno program\n```") == "broken(\n"
+    assert extract_program(response, names).startswith(FUNCTION.rstrip())
 
 
 @pytest.mark.each("response", [
@@ -91,7 +86,7 @@ def test_top_level_definitions() -> None:
 
 
 @pytest.mark.each("source, found", [
-    (F, ["f"]), ("def g(): pass\ndef f(): return g()", ["f"]), ("def f(): return f()", ["f"]),
+    (FUNCTION, ["f"]), ("def g(): pass\ndef f(): return g()", ["f"]), ("def f(): return f()", ["f"]),
     ("def a(): pass\ndef b(): pass", ["a", "b"]), ("x = 1", []), ("def f(:", None),
     ("class A:\n    def m(self): return g()\ndef g(): pass\ndef f(): pass", ["f"]),
     ("async def f(): pass", ["f"]), ("f = lambda x: x", []), ("def f(): pass\nx = f()", ["f"]),

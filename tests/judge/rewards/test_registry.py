@@ -1,4 +1,4 @@
-"""Rewards by name and by file, invalid settings, and versions."""
+"""Registry of rewards: rewards by name and from files, TRL's reward functions, settings, and versions."""
 
 import ast
 import asyncio
@@ -16,9 +16,9 @@ from megatron_sov.judge.rewards.registry import build_versioned_reward, find_mis
 from megatron_sov.judge.rewards.reward import OPERATION, REWARDS, run_reward
 from megatron_sov.judge.rewards.version import collect_settings, compute_version
 
-OWN = '''
+CONTAINS = '''
 class Contains:
-    """Right is a response with a word."""
+    """Reward 1 for a response that contains a word at least `times` times."""
 
     def __init__(self, *, word: str = "yes", times: int = 1) -> None:
         self.word, self.times = word, times
@@ -30,8 +30,9 @@ class Contains:
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
+    """A file with the reward `Contains`."""
     path = tmp_path / "contains.py"
-    path.write_text(OWN)
+    path.write_text(CONTAINS)
     return path
 
 
@@ -47,14 +48,14 @@ def test_version_depends_on_file_and_settings(file: Path) -> None:
 
     before = version()
     assert before == version(word="yes") != version(word="no")
-    file.write_text(OWN.replace(">=", ">"))
+    file.write_text(CONTAINS.replace(">=", ">"))
     assert version() != before
 
 
 def test_file_changed_after_the_request_is_refused(file: Path) -> None:
     request = request_reward(f"{file}:Contains", {})
     before = build_versioned_reward(request).version
-    file.write_text(OWN.replace(">=", ">"))
+    file.write_text(CONTAINS.replace(">=", ">"))
     with pytest.raises(UserError, match=r"contains\.py has changed since this command began"):
         build_versioned_reward(request)
     assert build_versioned_reward(request_reward(f"{file}:Contains", {})).version != before
@@ -83,9 +84,9 @@ def other(rows):
     versioned_reward = build_versioned_reward(request_reward(f"{file}:starts_well", {}))
     row = {"response": "yes, it is", "answer": "yes", "prompt": "p"}
     assert run_reward(versioned_reward.reward, row).reward == 1.0
-    # messages where the prompt is messages, as in TRL
-    assert run_reward(versioned_reward.reward, {**row, "prompt": [{"role": "user",
-                                                                   "content": "p"}]}).reward == 1.0
+    # as in TRL, completions of a prompt that is a list of messages are lists of messages
+    messages = [{"role": "user", "content": "p"}]
+    assert run_reward(versioned_reward.reward, {**row, "prompt": messages}).reward == 1.0
     with pytest.raises(UserError, match=r"is a class with score\(self, row\) or a function f\(comp"):
         request_reward(f"{file}:other", {})
 
@@ -132,16 +133,17 @@ RESPONSES = ["a", "ab", "abc", "abcd"]
 
 
 def compute_trl_rewards(function: Any, rows: list[dict[str, Any]]) -> list[float | None]:
-    """Return rewards as TRL's `GRPOTrainer._calculate_rewards`: one call for a group, by keywords."""
+    """Return the rewards of a group of rows as TRL's `GRPOTrainer._calculate_rewards` computes them: one call
+    with keyword arguments, and NaN or None for a row without a reward."""
     import torch
 
     fields = {name: [row[name] for row in rows] for name in rows[0] if name not in ("prompt", "response")}
-    given = {"prompts": [row["prompt"] for row in rows], "completions": [row["response"] for row in rows],
-             **fields}
+    arguments = {"prompts": [row["prompt"] for row in rows], "completions": [row["response"] for row in rows],
+                 **fields}
     parameters = inspect.signature(function).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        given = {name: value for name, value in given.items() if name in parameters}
-    output = function(**given)
+        arguments = {name: value for name, value in arguments.items() if name in parameters}
+    output = function(**arguments)
     output = asyncio.run(output) if inspect.iscoroutine(output) else output
     values = torch.tensor([math.nan if reward is None else float(reward) for reward in output],
                           dtype=torch.float32)
@@ -163,8 +165,8 @@ def test_trl_function_gets_the_arguments_of_trl(name: str, tmp_path: Path) -> No
     reward = build_versioned_reward(request).reward
     result = run_reward(reward, rows)
     assert result.status == "scored" and result.components[REWARDS] == expected
-    single = [run_reward(reward, row) for row in rows]
-    assert [one.reward for one in single] == [compute_trl_rewards(scope[name], [row])[0] for row in rows]
+    for row in rows:  # a group of one row
+        assert [run_reward(reward, row).reward] == compute_trl_rewards(scope[name], [row])
 
 
 @pytest.mark.each("name", ["many", "matrix", "number", "text", "infinite"])
@@ -182,14 +184,14 @@ def test_function_with_token_ids_refuses_rows_without_them(tmp_path: Path) -> No
     assert result.status == "refused" and "has no 'completion_ids'" in result.reason
 
 
-CODE = '''"""What it is."""
-from megatron_sov.judge.rewards import parts  # a part of it
+CODE = '''"""Docstring of the module."""
+from megatron_sov.judge.rewards import parts  # comment
 LIMIT = 3
-"""The most."""
+"""Docstring of a constant."""
 
 def score(row):
-    """Return it."""
-    return len(row["response"]) > LIMIT  # more is right
+    """Docstring of a function."""
+    return len(row["response"]) > LIMIT  # a longer comment
 '''
 
 
@@ -205,25 +207,26 @@ class Long:
         return len(row["response"]) >= self.min_chars
 
 
-def of(reward: Long, files: dict[str, str] | None = None) -> str:
+def get_version(reward: Long, files: dict[str, str] | None = None) -> str:
+    """Return the version of a reward whose sources are `files`, path -> text."""
     return compute_version(reward, collect_settings(reward, {}), files or {"long.py": "1"})
 
 
 def test_version_covers_code_and_settings_but_operational_ones() -> None:
-    assert of(Long()) == of(Long(5)) == of(Long(5, speed=9))
-    assert of(Long()) != of(Long(6))
-    assert of(Long(), {"long.py": "1"}) != of(Long(), {"long.py": "2"})
+    assert get_version(Long()) == get_version(Long(5)) == get_version(Long(5, speed=9))
+    assert get_version(Long()) != get_version(Long(6))
+    assert get_version(Long(), {"long.py": "1"}) != get_version(Long(), {"long.py": "2"})
 
 
 def test_library_version_changes_the_version(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = of(Long())
+    before = get_version(Long())
     monkeypatch.setattr("importlib.metadata.version", lambda name: "99.0")
-    assert of(Long()) != before
+    assert get_version(Long()) != before
 
 
 @pytest.mark.each(("old", "new", "same"), [
-    ("  # more is right", "  # long enough", True), ('"""Return it."""', '"""Say whether."""', True),
-    ('"""The most."""', '"""At most."""', True), ("\n\ndef", "\n\n\n\ndef", True),
+    ("  # a longer comment", "  # another", True), ("Docstring of a function.", "Another.", True),
+    ("Docstring of a constant.", "Another.", True), ("\n\ndef", "\n\n\n\ndef", True),
     ("LIMIT = 3", "LIMIT = 4", False), ("> LIMIT", ">= LIMIT", False),
     ("import parts", "import other", False),
 ])
@@ -239,16 +242,16 @@ def test_imported_modules_change_the_version(monkeypatch: pytest.MonkeyPatch) ->
              "megatron_sov.judge.rewards.reward": "x = 1\n", "megatron_sov.judge.rewards.version": "y = 1\n"}
     monkeypatch.setattr(version, "read_source", files.__getitem__)
 
-    def code() -> dict[str, str]:
+    def hash_code() -> dict[str, str]:
         version.hash_code.cache_clear()
         return version.hash_code("megatron_sov.judge.rewards.registry")
 
-    before = code()
+    before = hash_code()
     assert set(before) == {"megatron_sov.judge.rewards.registry", "megatron_sov.judge.rewards.reward"}
     files["megatron_sov.judge.rewards.version"] = "y = 2\n"
-    assert code() == before
+    assert hash_code() == before
     files["megatron_sov.judge.rewards.reward"] = "x = 2\n"
-    assert code() != before
+    assert hash_code() != before
     version.hash_code.cache_clear()
 
 
@@ -263,7 +266,7 @@ def test_settings_from_a_constructor() -> None:
 def test_sources_of_all_rewards_are_hashed() -> None:
     code = version.hash_code("megatron_sov.judge.rewards.reward")
     assert set(code) == {"megatron_sov.judge.rewards.reward", "megatron_sov.chat.marks",
-                         "megatron_sov.chat.tool_calls"}, "what it reads of a response is judged"
+                         "megatron_sov.chat.tool_calls"}, "the modules that read a response"
     assert Path(version.__file__).is_file()
 
 
@@ -277,9 +280,10 @@ def test_sources_of_all_rewards_are_hashed() -> None:
      {"domain": "chat"}, "")])
 def test_missing_fields_are_found_before_generation(name: str, settings: dict[str, Any], row: dict[str, Any],
                                                     field: str) -> None:
-    versioned_reward = build_versioned_reward(asked := request_reward(name, settings))
-    assert find_missing_field(asked, versioned_reward, row) == field
+    request = request_reward(name, settings)
+    versioned_reward = build_versioned_reward(request)
+    assert find_missing_field(request, versioned_reward, row) == field
     if field and name != "composed":
-        # the early message equals the message of scoring
+        # scoring without the field refuses the row
         verdict = run_reward(versioned_reward.reward, {**row, "response": "42"})
         assert verdict.status == "refused" and field in verdict.reason

@@ -1,4 +1,4 @@
-"""Every row gets a status; a fault is never a reward of 0."""
+"""Results of rewards: each row gets a status, and an error gives no reward instead of 0."""
 
 import math
 from decimal import Decimal
@@ -11,16 +11,16 @@ from megatron_sov.judge.rewards.reward import (
 from megatron_sov.judge.rewards.scoring import MAX_EXAMPLES, ScoringTally
 
 
-class Gives:
-    """A reward that returns or raises a fixed value."""
+class FixedReward:
+    """A reward that returns `outcome`, or raises it if it is an exception."""
 
-    def __init__(self, what: object) -> None:
-        self.what = what
+    def __init__(self, outcome: object) -> None:
+        self.outcome = outcome
 
     def score(self, row):
-        if isinstance(self.what, BaseException):
-            raise self.what
-        return self.what
+        if isinstance(self.outcome, BaseException):
+            raise self.outcome
+        return self.outcome
 
 
 ROW = {"response": "4"}
@@ -40,9 +40,10 @@ def test_thoughts_and_calls_are_not_judged(response: str, content: str) -> None:
 
 
 @pytest.mark.each(("given", "reward"), [(1, 1.0), (0.25, 0.25), (True, 1.0), (Fraction(1, 4), 0.25),
-                                               (Score(0.5, {"right": True}), 0.5)])
+                                        (Score(0.5, {"right": True}), 0.5)])
 def test_numbers_are_scores(given: object, reward: float) -> None:
-    assert (run_reward(Gives(given), ROW).reward, run_reward(Gives(given), ROW).status) == (reward, "scored")
+    result = run_reward(FixedReward(given), ROW)
+    assert (result.reward, result.status) == (reward, "scored")
 
 
 @pytest.mark.each(("given", "status", "reason"), [
@@ -56,13 +57,13 @@ def test_numbers_are_scores(given: object, reward: float) -> None:
     (Refused("has no 'answer'"), "refused", "has no 'answer'"), (TimeoutError(), "timeout", ""),
     (MemoryError(), "refused", "")])
 def test_invalid_values_and_exceptions_leave_no_reward(given: object, status: str, reason: str) -> None:
-    result = run_reward(Gives(given), ROW)
+    result = run_reward(FixedReward(given), ROW)
     assert (result.reward, result.status) == (None, status)
     assert result.reason and reason in result.reason
 
 
 def test_a_reason_is_one_short_line() -> None:
-    reason = run_reward(Gives(ValueError("x" * 10_000 + "\nsecond line")), ROW).reason
+    reason = run_reward(FixedReward(ValueError("x" * 10_000 + "\nsecond line")), ROW).reason
     assert len(reason) == 300
     assert "\n" not in reason
 
@@ -75,10 +76,11 @@ def test_components_are_plain_json() -> None:
 
 
 def test_different_rewards_for_a_row_are_a_failure() -> None:
-    one, other = Result(0.0, "scored"), Result(1.0, "scored")
-    assert merge_repeated_results(one, one) == one
-    assert merge_repeated_results(one, other).status == "failed"
-    assert "gave 0, then 1 for the same row under one version" in merge_repeated_results(one, other).reason
+    first, second = Result(0.0, "scored"), Result(1.0, "scored")
+    assert merge_repeated_results(first, first) == first
+    merged = merge_repeated_results(first, second)
+    assert merged.status == "failed"
+    assert "gave 0, then 1 for the same row under one version" in merged.reason
 
 
 @pytest.mark.parametrize(("row", "reason"), [({}, "has no 'answer'"),
@@ -98,6 +100,6 @@ def test_tally_names_the_first_rows_without_a_reward() -> None:
     assert tally.mean == 1.0
     assert tally.examples[0] == "line 4: failed: no judge" and len(tally.examples) == MAX_EXAMPLES
     assert tally.format_counts("rows") == "2,000 failed, 3 scored rows, mean reward 1.0000"
-    without_places = ScoringTally()
-    without_places.add(None, "timeout")
-    assert without_places.statuses == {"timeout": 1} and without_places.examples == []
+    without_lines = ScoringTally()
+    without_lines.add(None, "timeout")
+    assert without_lines.statuses == {"timeout": 1} and without_lines.examples == []

@@ -1,4 +1,4 @@
-"""A reward that hangs, crashes or is random only affects its row."""
+"""Scoring in processes: a reward that hangs, crashes or is random only affects its row."""
 
 import json
 import os
@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.judge.rewards import scoring as room
+from megatron_sov.judge.rewards import scoring
 from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.judge.rewards.scoring import BATCH_ROWS, ProcessRunner, score_file
 from megatron_sov.work.processes import workers
@@ -29,7 +29,7 @@ from megatron_sov.base.errors import UserError
 count = itertools.count()
 
 class Does:
-    """Does what the response says, and says which process it was."""
+    """Does what the response names, or returns it as a number."""
 
     def __init__(self, *, size: int = 1) -> None:
         self.size = size
@@ -67,6 +67,10 @@ class Does:
 
 @pytest.fixture
 def runner(tmp_path: Path) -> Callable[..., ProcessRunner]:
+    """A function that returns a runner of the reward `Does`.
+
+    Its keyword arguments are those of `ProcessRunner`, and "settings" of the reward.
+    """
     (tmp_path / "does.py").write_text(CODE)
     return lambda **more: ProcessRunner(request_reward(f"{tmp_path}/does.py:Does", more.pop("settings", {})),
                                         more.get("time_limit_s", 20.0), more.get("workers", 2),
@@ -100,18 +104,19 @@ def test_failures_affect_a_single_row(runner) -> None:
 
 def test_ended_process_affects_a_single_row(runner, monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[int] = []
-    monkeypatch.setattr(workers, "send_message", lambda channel, asked: (sent.append(len(asked)),
-                                                                send_message(channel, asked)))
+    monkeypatch.setattr(workers, "send_message",
+                        lambda channel, rows: (sent.append(len(rows)), send_message(channel, rows)))
     monkeypatch.setattr(workers, "FAST_REQUEST_S", 60.0)
     with runner(workers=1) as running:
         result = running.score(build_rows(*map(str, range(40)), "die", *map(str, range(41, 60))))
     assert [r.reward for r in result] == [*range(40), None, *range(41, 60)]
-    # row 40 is among the 32 rows after the first 31; the rows after it go to another process
+    # requests double from 1 to 16 rows; row 40 ends the process during the next, of the last 29 rows, and
+    # another process starts with one row again
     assert sent == [1, 2, 4, 8, 16, 29, 1, 2, 4, 8, 4]
     sent.clear()
     monkeypatch.setattr(workers, "FAST_REQUEST_S", -1.0)
     with runner(workers=1, time_limit_s=0.7) as running:
-        # the limit is of one row, and rows after the first 32 are judged once
+        # the limit is per row: five rows of 0.2 s pass
         result = running.score(build_rows(*["1"] * 32, *["nap"] * 5))
     assert sent == [1] * 37 and {r.status for r in result} == {"scored"}
 
@@ -126,7 +131,7 @@ def test_busy_judge_scores_0_and_waiting_judge_has_no_reward(runner) -> None:
     assert result[1].components == {"why": result[1].reason}
     with runner(cpu_limit_s=0.2, control="5", time_limit_s=0.3) as running:
         assert running.score(build_rows("hang", "1"))[0].reward is None
-    with runner(cpu_limit_s=0.2, control="loop") as running:  # then the row keeps it busy, or the reward
+    with runner(cpu_limit_s=0.2, control="loop") as running:  # the machine may be to blame
         assert [(r.reward, r.status) for r in running.score(build_rows("loop", "1"))] == [
             (None, "timeout"), (1.0, "scored")]
 
@@ -155,7 +160,7 @@ def test_user_error_stops_scoring(runner) -> None:
 
 @pytest.mark.deep
 def test_reward_sees_safe_and_requested_variables(runner, monkeypatch: pytest.MonkeyPatch) -> None:
-    forkserver._forkserver._stop()  # the next one is started with these
+    forkserver._forkserver._stop()  # the next fork server starts with the variables set here
     monkeypatch.setenv("WANDB_API_KEY", "secret")
     monkeypatch.setenv("MY_VERIFIER", "at home")
     for variables, seen in (((), 1.0), (("MY_VERIFIER",), 2.0)):
@@ -164,10 +169,10 @@ def test_reward_sees_safe_and_requested_variables(runner, monkeypatch: pytest.Mo
 
 
 def test_gpu_order_variable_is_preserved(monkeypatch: pytest.MonkeyPatch) -> None:
-    had = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "3", "HF_TOKEN": "secret"}
-    monkeypatch.setattr(os, "environ", dict(had))
+    before = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "3", "HF_TOKEN": "secret"}
+    monkeypatch.setattr(os, "environ", dict(before))
     remove_unsafe_variables()
-    assert os.environ.keys() == had.keys() - {"HF_TOKEN"}
+    assert os.environ.keys() == before.keys() - {"HF_TOKEN"}
 
 
 def test_large_time_limits_work(runner) -> None:
@@ -181,7 +186,7 @@ def test_fork_server_preloads_modules_of_all_runners() -> None:
     assert {"colorsys", "wave"} <= set(forkserver._forkserver._preload_modules)
 
 
-KILLED = '''
+ENDLESS_SCORING = '''
 import sys
 from megatron_sov.judge.rewards.registry import request_reward
 from megatron_sov.judge.rewards.scoring import ProcessRunner
@@ -192,14 +197,14 @@ with ProcessRunner(request_reward(sys.argv[1], {}), 3600.0, 1) as running:
 
 
 def test_busy_process_ends_with_its_killed_command(tmp_path: Path) -> None:
-    own = tmp_path / "pid"
+    pid_file = tmp_path / "pid"
     (tmp_path / "does.py").write_text(CODE.replace('if what == "loop":', f"""if what == "loop":
-            with open({str(own)!r}, "w") as file:
+            with open({str(pid_file)!r}, "w") as file:
                 file.write(str(os.getpid()))"""))
-    command = subprocess.Popen([sys.executable, "-c", KILLED, f"{tmp_path}/does.py:Does"])
-    while not (own.exists() and own.read_text()) and command.poll() is None:
+    command = subprocess.Popen([sys.executable, "-c", ENDLESS_SCORING, f"{tmp_path}/does.py:Does"])
+    while not (pid_file.exists() and pid_file.read_text()) and command.poll() is None:
         time.sleep(0.01)
-    process = psutil.Process(int(own.read_text()))
+    process = psutil.Process(int(pid_file.read_text()))
     command.kill()
     command.wait()
     process.wait(60)
@@ -208,9 +213,9 @@ def test_busy_process_ends_with_its_killed_command(tmp_path: Path) -> None:
 @pytest.mark.parametrize("is_early", [True, False])
 def test_orphaned_process_ends_without_a_traceback(is_early: bool, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
-    # they would change this process
+    # `_start_judge` would limit the memory and change the signals of this test's process
     for name in ("remove_unsafe_variables", "limit_memory", "signal"):
-        monkeypatch.setattr(room, name, Mock())
+        monkeypatch.setattr(scoring, name, Mock())
     (tmp_path / "does.py").write_text(CODE)
     command, own = socket.socketpair()
     with own:
@@ -219,7 +224,7 @@ def test_orphaned_process_ends_without_a_traceback(is_early: bool, tmp_path: Pat
         else:
             send_message(command, [({"response": "1"}, True)])
             own.shutdown(socket.SHUT_WR)
-        serve_requests(own, room._start_judge, (request_reward(f"{tmp_path}/does.py:Does", {}), (), 1.0))
+        serve_requests(own, scoring._start_judge, (request_reward(f"{tmp_path}/does.py:Does", {}), (), 1.0))
     command.close()
 
 
@@ -238,11 +243,10 @@ def test_function_gets_all_responses_to_a_prompt(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(LONGEST)
     request = request_reward(f"{tmp_path}/own.py:longest", {})
     chat = [{"role": "user", "content": "c"}]
-    given = [("a", "x"), ("a", "xyz"), ("b", "xy"), (chat, "x"), (chat, "xy"), ("d", "die"), ("d", "x"),
-             ("a", "xy"), ("e", "x"), ("e", "none"), (None, "x"), (None, "xy"),
-             ("b", None)]
-    with room.create_runner(request, build_versioned_reward(request), 2) as running:
-        outcome = running.score([{"prompt": prompt, "response": text} for prompt, text in given])
+    pairs = [("a", "x"), ("a", "xyz"), ("b", "xy"), (chat, "x"), (chat, "xy"), ("d", "die"), ("d", "x"),
+             ("a", "xy"), ("e", "x"), ("e", "none"), (None, "x"), (None, "xy"), ("b", None)]
+    with scoring.create_runner(request, build_versioned_reward(request), 2) as running:
+        outcome = running.score([{"prompt": prompt, "response": text} for prompt, text in pairs])
     assert [(result.reward, result.status) for result in outcome] == [
         (0.0, "scored"), (1.0, "scored"), (1.0, "scored"), (0.0, "scored"), (1.0, "scored"),
         (None, "failed"), (None, "failed"), (0.0, "scored"), (None, "refused"), (1.0, "scored"),
@@ -251,15 +255,15 @@ def test_function_gets_all_responses_to_a_prompt(tmp_path: Path) -> None:
 
 def test_groups_stay_together_in_parts_and_files(tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text(LONGEST)
-    # 127 rows, then a group that the limit of a batch would cut
+    # one row less than a batch, then a group that the end of the batch would split
     lines = [{"prompt": f"p{i}", "response": "x"} for i in range(BATCH_ROWS - 1)]
     lines += [{"prompt": "last", "response": "x" * n} for n in (1, 2, 3)]
     (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    for asked in (request_reward(f"{tmp_path}/own.py:longest", {}), request_reward("composed", {"parts": {
-            "long": {"reward": f"{tmp_path}/own.py:longest"}}})):
-        score_file(asked, build_versioned_reward(asked), tmp_path / "in.jsonl", tmp_path / "out.jsonl", 2,
-                   lambda count: None,
-                   redo=True)
+    own = f"{tmp_path}/own.py:longest"
+    parts = {"long": {"reward": own}}
+    for request in (request_reward(own, {}), request_reward("composed", {"parts": parts})):
+        score_file(request, build_versioned_reward(request), tmp_path / "in.jsonl", tmp_path / "out.jsonl", 2,
+                   lambda count: None, redo=True)
         written = (tmp_path / "out.jsonl").read_text().splitlines()
         rewards = [json.loads(line)["reward"] for line in written]
         assert rewards == [1.0] * (BATCH_ROWS - 1) + [0.0, 0.0, 1.0]

@@ -1,4 +1,4 @@
-"""The reimplemented part of pytest equals pytest; assertions are counted."""
+"""The parts of pytest that the reward `code` reimplements equal pytest, and assertions are counted."""
 
 import ast
 import itertools
@@ -12,7 +12,7 @@ import pytest
 from megatron_sov.judge.rewards.solution_frameworks import (
     TICK, AssertionCounter, calls_name, is_assertion, is_close, make_pytest)
 
-SUBSET: Any = make_pytest()
+OUR_PYTEST: Any = make_pytest()
 VALUES = [0, 1, -1, 1.0, 1.0000001, 0.999999, 1e-13, 1e-7, 1e6, 1e6 + 0.5, math.inf, -math.inf, math.nan, "x",
           None, "1", 1j, 1 + 1e-9j, Fraction(1, 3), 1 / 3, [0.1], [0.1 + 1e-9], (0.1,), [0.1, 0.2],
           {"a": 0.1}, {"a": 0.1 + 1e-9}, {"b": 0.1}, [], 10 ** 400]
@@ -25,18 +25,20 @@ def test_approx_equals_pytest() -> None:
                 theirs = bool(actual == pytest.approx(expected, **settings))
             except (TypeError, OverflowError):
                 continue
-            ours = bool(actual == SUBSET.approx(expected, **settings))
+            ours = bool(actual == OUR_PYTEST.approx(expected, **settings))
             assert ours == theirs, (actual, expected, settings)
-            assert bool(actual != SUBSET.approx(expected, **settings)) is not ours
+            assert bool(actual != OUR_PYTEST.approx(expected, **settings)) is not ours
 
 
 def test_approx_takes_arrays_and_decimals() -> None:
     import numpy as np
 
-    assert np.array([0.1, 0.2]) == SUBSET.approx(np.array([0.1 + 1e-9, 0.2]))
-    assert SUBSET.approx([0.1]) == np.array([0.1 + 1e-9]) and np.float64(0.1) == SUBSET.approx(0.1 + 1e-9)
-    assert np.array([0.1, 0.2]) != SUBSET.approx([0.1]) and SUBSET.approx(Decimal("0.1")) == Decimal("0.1")
-    assert Decimal("0.1") != SUBSET.approx(0.2)
+    assert np.array([0.1, 0.2]) == OUR_PYTEST.approx(np.array([0.1 + 1e-9, 0.2]))
+    assert OUR_PYTEST.approx([0.1]) == np.array([0.1 + 1e-9])
+    assert np.float64(0.1) == OUR_PYTEST.approx(0.1 + 1e-9)
+    assert np.array([0.1, 0.2]) != OUR_PYTEST.approx([0.1])
+    assert OUR_PYTEST.approx(Decimal("0.1")) == Decimal("0.1")
+    assert Decimal("0.1") != OUR_PYTEST.approx(0.2)
 
 
 @pytest.mark.each("error", [ValueError("bad 3"), KeyError("x"), None, SystemExit(0)])
@@ -52,7 +54,7 @@ def test_raises_equals_pytest(error: BaseException | None, expected: Any, match:
             return "AssertionError" if type(e).__name__ in ("AssertionError", "Failed") else type(e).__name__
         return repr(info.value)
 
-    assert outcome(SUBSET) == outcome(pytest)
+    assert outcome(OUR_PYTEST) == outcome(pytest)
 
 
 @pytest.mark.each("text, counted", [

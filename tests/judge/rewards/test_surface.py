@@ -1,5 +1,4 @@
-"""Requested forms, lengths, repetitions and languages: answers that meet them, narrowly miss them, or are
-hostile."""
+"""Rewards `format`, `length`, `repetition` and `language`: correct, nearly correct and hostile responses."""
 
 import json
 import time
@@ -17,21 +16,19 @@ from megatron_sov.judge.rewards.surface import (
 TAGS = ("think", "answer")
 
 
-def reward(response: str, **settings) -> float:
+def score_format(response: str, **settings) -> float:
     return Format(**settings).score({"response": response}).reward
 
 
-@pytest.mark.each(("text", "has_them"), [
+@pytest.mark.each(("text", "is_valid"), [
     ("<think>why</think><answer>4</answer>", True), (" <think>a < b</think>\n<answer>4</answer>\n", True),
     ("<think>why</think>", False), ("<answer>4</answer><think>why</think>", False),
     ("so: <think>why</think><answer>4</answer>", False), ("<think>why</think><answer>4</answer> done", False),
     ("<think>why</think><answer> </answer>", False), ("<think>a<answer>4</answer></think>", False),
     ("<think>a</think><answer>4</answer><answer>5</answer>", False),
-    ("</think><think><answer>4</answer>", False),
-    ("<THINK>why</THINK><answer>4</answer>", False),
-])
-def test_tags_are_required_once_and_in_order(text: str, has_them: bool) -> None:
-    assert has_tag_sequence(text, TAGS) is has_them
+    ("</think><think><answer>4</answer>", False), ("<THINK>why</THINK><answer>4</answer>", False)])
+def test_tags_are_required_once_and_in_order(text: str, is_valid: bool) -> None:
+    assert has_tag_sequence(text, TAGS) is is_valid
 
 
 @pytest.mark.each(("text", "value"), [
@@ -51,12 +48,13 @@ def test_json_beyond_the_limit_is_refused() -> None:
 
 
 def test_checks_count_together_and_a_pattern_is_of_the_whole_response() -> None:
-    asked = {"json_keys": ("a", "b"), "regex": r"\{.*\}"}
-    assert reward('{"a": 1,\n"b": 2}', **asked) == 1.0
-    assert reward('{"a": 1}', **asked) == 0.0
-    assert reward('{"a": 1}', **asked, all_or_nothing=False) == pytest.approx(2 / 3)
-    assert reward(" The answer is 4. ", regex=r"The answer is \d+\.") == 1.0
-    assert reward("The answer is 4. Or 5.", regex=r"The answer is \d+\.") == 0.0
+    checks = {"json_keys": ("a", "b"), "regex": r"\{.*\}"}
+    assert score_format('{"a": 1,\n"b": 2}', **checks) == 1.0
+    assert score_format('{"a": 1}', **checks) == 0.0
+    # valid JSON that the pattern matches, without the key "b"
+    assert score_format('{"a": 1}', **checks, all_or_nothing=False) == pytest.approx(2 / 3)
+    assert score_format(" The answer is 4. ", regex=r"The answer is \d+\.") == 1.0
+    assert score_format("The answer is 4. Or 5.", regex=r"The answer is \d+\.") == 0.0
 
 
 @pytest.mark.each(("settings", "problem"), [
@@ -87,7 +85,7 @@ def test_length_in_tokens_requires_num_tokens(num_tokens: object) -> None:
         Length().score({"response": "x", "num_tokens": num_tokens})
 
 
-SOUND = ("Water boils at a lower temperature on a mountain, because the pressure of the air is lower there. "
+TEXT = ("Water boils at a lower temperature on a mountain, because the pressure of the air is lower there. "
          "An egg therefore takes longer to cook, and a pressure cooker helps. ......")
 
 
@@ -96,16 +94,16 @@ def score_repetition(response: str, **row) -> float:
 
 
 @pytest.mark.each(("response", "fields", "reward"), [
-    (SOUND, {}, 0.0), ("", {}, 0.0), ("물은 산에서 더 낮은 온도에서 끓는다. 기압이 낮기 때문이다.", {}, 0.0),
-    (SOUND, {"finish_reason": "stop"}, 0.0), (SOUND, {"finish_reason": "length"}, -1.0),
-    *((SOUND + loop, {}, -1.0)
+    (TEXT, {}, 0.0), ("", {}, 0.0), ("물은 산에서 더 낮은 온도에서 끓는다. 기압이 낮기 때문이다.", {}, 0.0),
+    (TEXT, {"finish_reason": "stop"}, 0.0), (TEXT, {"finish_reason": "length"}, -1.0),
+    *((TEXT + loop, {}, -1.0)
       for loop in ("I am sorry. " * 6, "a" * 100, "ha ha " * 10, "다시 " * 20, "\x07" * 60))])
 def test_loops_and_missing_ends_are_the_worst(response: str, fields: dict[str, str], reward: float) -> None:
     assert score_repetition(response, **fields) == reward
 
 
 def test_repeated_passage_counts_by_its_share() -> None:
-    paragraph = SOUND.partition(" ......")[0]
+    paragraph = TEXT.partition(" ......")[0]
     assert find_final_loop(paragraph * 2)[1] == 2
     assert -1 < score_repetition(paragraph * 2) < 0
 
@@ -118,7 +116,7 @@ def test_final_loop_has_the_shortest_period(text: str, piece: str, repeats: int)
 
 
 def test_loop_inside_a_repeated_passage_is_detected() -> None:
-    looping = SOUND + "no " * 20
+    looping = TEXT + "no " * 20
     assert find_final_loop(looping + looping, 24)[1] >= 19
 
 
@@ -129,7 +127,7 @@ def test_repeated_n_grams_are_counted() -> None:
 
 
 def test_penalty_of_a_missing_end_is_set() -> None:
-    assert Repetition(no_end_penalty=0).score({"response": SOUND, "finish_reason": "length"}).reward == 0.0
+    assert Repetition(no_end_penalty=0).score({"response": TEXT, "finish_reason": "length"}).reward == 0.0
 
 
 def test_loop_search_is_linear() -> None:
@@ -141,33 +139,32 @@ def test_loop_search_is_linear() -> None:
 KOREAN = "서울은 대한민국의 수도이며 약 구백만 명이 사는 도시입니다."
 
 
-def reward_of_language(response: str, **settings) -> float:
+def score_language(response: str, **settings) -> float:
     return LanguageReward(**settings).score({"response": response}).reward
 
 
-@pytest.mark.each(("language", "text"), [
+IN_ONE_LANGUAGE = [
     ("ko", KOREAN), ("th", "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย"), ("ja", "東京は日本の首都です。カタカナ"),
     ("ru", "Москва — столица России"), ("en", "Seoul is the capital of Korea."), ("el", "Η Αθήνα"),
     ("ar", "القاهرة"),
     ("hi", "दिल्ली भारत की राजधानी है"), ("ko", KOREAN + " `print(x)` $x^2 + y$ https://example.com/a"),
-    ("en", "Ｆｕｌｌ width letters, and ﬁne ligatures")])
-def test_text_in_a_single_language_scores_1(language: str, text: str) -> None:
-    assert reward_of_language(text, language=language) == pytest.approx(1.0)
+    ("en", "Ｆｕｌｌ width letters, and ﬁne ligatures"), ("ko", KOREAN + " (Seoul)")]
+WITHOUT_LETTERS = ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀", "```\ncode only\n```"]
+
+
+@pytest.mark.each(("language", "text", "reward"), [
+    *((language, text, 1.0) for language, text in IN_ONE_LANGUAGE),
+    *(("en", text, 0.0) for text in WITHOUT_LETTERS), ("ko", "This answer is English. 한국", 0.0)])
+def test_text_in_its_language_scores_1_and_other_text_0(language: str, text: str, reward: float) -> None:
+    assert score_language(text, language=language) == pytest.approx(reward)
 
 
 def test_other_languages_count_up_to_a_share() -> None:
-    assert reward_of_language(KOREAN + " (Seoul)", language="ko") == pytest.approx(1.0)
     mixed = "서울은 대한민국의 capital이고 많은 people이 함께 모여 사는 아름다운 city입니다"
     switched = LanguageReward("ko").score({"response": mixed})
     assert 0 < switched.reward < 0.9
     assert switched.components["also_share"] > 0.2
-    assert reward_of_language("This answer is English. 한국", language="ko") == 0.0
-    assert reward_of_language(KOREAN + " 首都", language="ko") < 1.0
-
-
-@pytest.mark.each("text", ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀", "```\ncode only\n```"])
-def test_text_without_letters_scores_0(text: str) -> None:
-    assert reward_of_language(text, language="en") == 0.0
+    assert score_language(KOREAN + " 首都", language="ko") < 1.0
 
 
 def test_row_names_its_language() -> None:

@@ -1,4 +1,4 @@
-"""Forget environments registered by a test module."""
+"""A fixture that forgets the environments that other test modules have registered."""
 
 import pytest
 
@@ -6,5 +6,5 @@ from megatron_sov.judge.tools.registry import ENVIRONMENT_PLUGINS
 
 
 @pytest.fixture(autouse=True, scope="module")
-def no_environments_of_others() -> None:
+def forget_environments() -> None:
     ENVIRONMENT_PLUGINS._known.clear()

@@ -1,4 +1,4 @@
-"""A world with misbehaving tools."""
+"""A world whose tool `misbehave` hangs, exits, raises, or returns values that are too large or not JSON."""
 
 import os
 import sys
@@ -16,13 +16,13 @@ class Hostile(World):
 
     @tool
     def add(self) -> int:
-        """Count one more."""
+        """Add 1 to the counter and return it."""
         self.state["count"] += 1
         return self.state["count"]
 
     @tool
     def misbehave(self, how: str) -> object:
-        """Misbehave after a change of the state.
+        """Add 100 to the counter, then misbehave.
 
         Args:
             how: kind of misbehavior.

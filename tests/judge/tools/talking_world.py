@@ -1,4 +1,4 @@
-"""A conversing world whose user asks until the model gives a number."""
+"""A world with a user, who answers each turn until the model writes a number."""
 
 from megatron_sov.judge.tools.environment import InfrastructureFault, TurnReply, World, tool
 

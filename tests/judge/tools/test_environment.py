@@ -35,10 +35,11 @@ def test_schema_equals_transformers() -> None:
         "function", expected["name"], expected["description"])
     schema = function["parameters"]
     assert schema["required"] == expected["parameters"]["required"]
-    for name, told in expected["parameters"]["properties"].items():
-        assert schema["properties"][name]["description"] == told["description"]
-    assert [schema["properties"][name]["type"] for name in ("city", "nights", "kinds")] == [
-        expected["parameters"]["properties"][name]["type"] for name in ("city", "nights", "kinds")]
+    expected_properties = expected["parameters"]["properties"]
+    for name, argument in expected_properties.items():
+        assert schema["properties"][name]["description"] == argument["description"]
+    for name in ("city", "nights", "kinds"):
+        assert schema["properties"][name]["type"] == expected_properties[name]["type"]
     assert schema["properties"]["view"] == {"enum": ["sea", "yard"], "type": "string", "default": "yard",
                                             "description": "To which side."}
 
@@ -78,8 +79,8 @@ def odd(x: Tool) -> None:
 
 
 @pytest.mark.each("function, message", [(untyped, "must have a name and a type"),
-                                            (silent, "has no docstring"), (many, "must have a name"),
-                                            (odd, "have no JSON schema")])
+                                        (silent, "has no docstring"), (many, "must have a name"),
+                                        (odd, "have no JSON schema")])
 def test_functions_without_a_schema_are_refused(function: Any, message: str) -> None:
     with pytest.raises(UserError, match=f"tool {function.__name__}: .*{message}"):
         build_tool(function)

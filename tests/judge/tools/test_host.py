@@ -1,4 +1,4 @@
-"""Environment processes: failed calls are reported and keep the state."""
+"""Environments in processes of their own: a failed call is reported and does not change the state."""
 
 import json
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ TASK = {"question": "Try."}
 
 @pytest.fixture(scope="module")
 def host() -> Iterator[EnvironmentHost]:
-    """A host process; if a test ends it, the next call starts another."""
-    with EnvironmentHost(request_environment(f"{FILE}:Hostile", {}), LIMITS) as found:
-        yield found
+    """A host of the hostile world. If a test ends its process, the next call starts another."""
+    with EnvironmentHost(request_environment(f"{FILE}:Hostile", {}), LIMITS) as host:
+        yield host
 
 
 @pytest.mark.each("how, fault", [
@@ -31,8 +31,8 @@ def test_a_failed_call_does_not_change_state(host: EnvironmentHost, how: str, fa
     host.reset(TASK)
     assert host.call(ToolCall("add", {})).text == "1"
     result = host.call(ToolCall("misbehave", {"how": how}))
-    assert (result.fault, result.text.startswith("error: misbehave: "), len(result.text) <= 200) == (
-        fault, True, True), result
+    assert result.fault == fault and result.text.startswith("error: misbehave: "), result
+    assert len(result.text) <= LIMITS.max_tool_chars, result
     assert host.call(ToolCall("add", {})).text == "2"
 
 

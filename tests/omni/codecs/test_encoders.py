@@ -1,4 +1,4 @@
-"""Media encoders: shapes, independence of records, and the compressor's scan."""
+"""Encoders of pictures and sounds: shapes of parameters and features, and the scan of the compressor."""
 
 import sys
 from types import ModuleType
@@ -17,7 +17,8 @@ from megatron_sov.omni.codecs.ta_tok import UnitSimVQ
 
 
 def draw_inputs(tokens: int) -> tuple[torch.Tensor, ...]:
-    """Return x, dt, a, b, c for two sequences."""
+    """Return random x [2, tokens, 3, 4], dt [2, tokens, 3], a [3], b and c [2, tokens, 5] of a scan: two
+    sequences, three heads of size 4, and a state of size 5."""
     torch.manual_seed(tokens)
     return (torch.randn(2, tokens, 3, 4).double(), torch.rand(2, tokens, 3).double(),
             -torch.rand(3).double() * 3, *torch.randn(2, 2, tokens, 5).double())
@@ -47,11 +48,11 @@ def test_mixer_equals_transformers_with_norm_before_gate() -> None:
     theirs.load_state_dict(ours.state_dict())
     norm = ours.norm
 
-    class Before(torch.nn.Module):
+    class NormBeforeGate(torch.nn.Module):
         def forward(self, states: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
             return norm(states) * torch.nn.functional.silu(gate)
 
-    theirs.norm = Before()
+    theirs.norm = NormBeforeGate()
     states = torch.randn(2, 21, 16)
     assert float((ours(states) - theirs.eval()(states)).detach().abs().max()) < 1e-4
 
@@ -66,22 +67,21 @@ def test_compressed_feature_depends_on_its_chunk_and_earlier_chunks() -> None:
     features = torch.randn(1, 50, 8).double()
     before = network(features).detach()
     changed = {}
-    for place in (3, 24, 25, 49):
+    for place in (3, 24, 25, 49):  # two in the first chunk of 25 features, two in the second
         other = features.clone()
         other[0, place] += 1
-        changed[place] = (network(other).detach() - before).abs().amax(-1)[0] > 1e-9
+        changed[place] = ((network(other).detach() - before).abs().amax(-1)[0] > 1e-9).tolist()
     assert before.shape == (1, 2, 8)
-    assert [changed[place].tolist() for place in (3, 24)] == [[True, True]] * 2
-    assert [changed[place].tolist() for place in (25, 49)] == [[False, True]] * 2
+    assert changed == {3: [True, True], 24: [True, True], 25: [False, True], 49: [False, True]}
     # an average would ignore the order
     assert float((network(features.flip(1))[:, -1] - before[:, -1]).detach().abs().max()) > 1e-3
 
 
 def test_installed_kernel_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: dict[str, int] = {}
+    arguments: dict[str, int] = {}
 
     def kernel(x: Any, dt: Any, a: Any, b: Any, c: Any, chunk_size: int) -> Any:
-        asked.update(groups=b.shape[2], chunk_size=chunk_size)
+        arguments.update(groups=b.shape[2], chunk_size=chunk_size)
         return scan(x, dt, a, b[:, :, 0], c[:, :, 0])
 
     modules = {name: ModuleType(name) for name in (
@@ -93,7 +93,7 @@ def test_installed_kernel_is_selected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(encoders.importlib.util, "find_spec", lambda name: name == "mamba_ssm")
     assert select_scan(torch.device("cpu")) is scan
     result = select_scan(torch.device("cuda"))(*draw_inputs(70))
-    assert result.equal(scan(*draw_inputs(70))) and asked == {"groups": 1, "chunk_size": 64}
+    assert result.equal(scan(*draw_inputs(70))) and arguments == {"groups": 1, "chunk_size": 64}
 
 
 QWEN = VisionEncoderConfig(
@@ -112,14 +112,15 @@ PUBLISHED = (VisionEncoderConfig(placeholder_ids=(1,)),
              AudioEncoderConfig(placeholder_ids=(2,), compression=25))
 
 
-def model(*encoders: Any, hidden_size: int = 32) -> ModelConfig:
-    """Return a model with encoders."""
-    of: dict[str, Any] = {"vision" if isinstance(e, VisionEncoderConfig) else "audio": e for e in encoders}
-    return ModelConfig("llama", 64, hidden_size, 2, 4, 4, 8, num_experts=0, dense_ffn_dim=64, **of)
+def build_model_config(*encoders: Any, hidden_size: int = 32) -> ModelConfig:
+    """Return the config of a small Llama model with these encoder configs."""
+    fields: dict[str, Any] = {"vision" if isinstance(e, VisionEncoderConfig) else "audio": e
+                              for e in encoders}
+    return ModelConfig("llama", 64, hidden_size, 2, 4, 4, 8, num_experts=0, dense_ffn_dim=64, **fields)
 
 
-def records(config: Any, count: int) -> torch.Tensor:
-    """Return raw pictures or spectrograms."""
+def draw_records(config: Any, count: int) -> torch.Tensor:
+    """Return `count` random pictures (uint8) or spectrograms (float16) for an encoder with `config`."""
     random = np.random.default_rng(3)
     if isinstance(config, VisionEncoderConfig):
         return torch.from_numpy(random.integers(0, 256, (count, *config.record_shape), dtype=np.uint8))
@@ -129,14 +130,14 @@ def records(config: Any, count: int) -> torch.Tensor:
 @pytest.mark.each(("encoders", "hidden_size"), [
     ((QWEN, QWEN_AUDIO), 32), ((SIGLIP, WHISPER), 32), (PUBLISHED, 4096)])
 def test_parameter_shapes_follow_from_the_config(encoders: tuple[Any, ...], hidden_size: int) -> None:
-    made: dict[str, tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
     with torch.device("meta"):
         for name, config in zip(("vision", "audio"), encoders, strict=True):
             network = MediaEncoder(config, hidden_size)
-            made |= {f"{name}.{key}": tuple(p.shape) for key, p in network.named_parameters()}
-    config = model(*encoders, hidden_size=hidden_size)
-    assert list(made.items()) == list(encoder_shapes(config).items())
-    assert count_encoder_params(config) == sum(int(np.prod(shape)) for shape in made.values())
+            shapes |= {f"{name}.{key}": tuple(p.shape) for key, p in network.named_parameters()}
+    config = build_model_config(*encoders, hidden_size=hidden_size)
+    assert list(shapes.items()) == list(encoder_shapes(config).items())
+    assert count_encoder_params(config) == sum(int(np.prod(shape)) for shape in shapes.values())
 
 
 def test_published_encoders_have_the_published_number_of_features() -> None:
@@ -151,7 +152,7 @@ def test_features_do_not_depend_on_the_batch(config: Any) -> None:
     network = MediaEncoder(config, 32).double()
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
-    raw = records(config, 3)
+    raw = draw_records(config, 3)
     together = network(raw)
     assert together.shape == (3, config.slots, 32)
     alone = torch.cat([network(record[None]) for record in raw])
@@ -166,7 +167,7 @@ def test_patches_equal_the_transformers_processor() -> None:
     processor = Qwen2VLImageProcessorPil(
         patch_size=2, merge_size=2, temporal_patch_size=2, do_resize=False, image_mean=list(QWEN.mean),
         image_std=list(QWEN.std))
-    raw = records(QWEN, 2)
+    raw = draw_records(QWEN, 2)
     theirs = processor(images=[picture.numpy() for picture in raw], input_data_format="channels_first",
                        return_tensors="pt")
     mean, std = (torch.tensor(x)[:, None, None] for x in (QWEN.mean, QWEN.std))
@@ -180,7 +181,7 @@ def test_frozen_parts_stay_in_evaluation_mode() -> None:
     network.encoder.requires_grad_(False)
     network.train()
     assert not network.encoder.training and network.adapter.training
-    features = network(records(SIGLIP, 1))
+    features = network(draw_records(SIGLIP, 1))
     features.sum().backward()
     assert network.adapter.fc2.weight.grad is not None
     assert all(p.grad is None for p in network.encoder.parameters())
@@ -197,6 +198,7 @@ def test_nearest_code_has_the_largest_cosine() -> None:
 
 def test_large_codebooks_are_searched_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     quantiser, vectors = UnitSimVQ(4, 30), torch.randn(5, 6, 4)
-    whole = quantiser.find_nearest(vectors)
+    expected = quantiser.find_nearest(vectors)
+    # 5 x 6 vectors have 30 distances each to 30 codes; a part has at most 70, so two vectors
     monkeypatch.setattr("megatron_sov.omni.codecs.ta_tok._MAX_DISTANCES", 70)
-    assert torch.equal(quantiser.find_nearest(vectors), whole)
+    assert torch.equal(quantiser.find_nearest(vectors), expected)

@@ -1,4 +1,4 @@
-"""Codec folders: round trip, hostile manifests and damaged weights."""
+"""Folders of codecs: a saved codec opens unchanged; hostile manifests and damaged weights are refused."""
 
 import re
 from dataclasses import replace
@@ -21,13 +21,14 @@ SETTINGS = TATokSettings(side_pixels=8, encoder=SiglipSettings(
 
 @pytest.fixture
 def codec(tmp_path: Path) -> Path:
+    """The folder of a tiny TA-Tok codec."""
     torch.manual_seed(0)
     save_codec(tmp_path / "codec", "ta-tok", TATok(SETTINGS))
     return tmp_path / "codec"
 
 
 def write_codec(folder: Path, content: Any, state: dict[str, torch.Tensor]) -> Path:
-    """Write a codec artifact with arbitrary content."""
+    """Write a codec artifact with any manifest content and weights, and return its folder."""
     with create_artifact(folder, ARTIFACT_KIND) as writer:
         save_file(state, writer.path / WEIGHTS)
         writer.content = content
@@ -36,11 +37,11 @@ def write_codec(folder: Path, content: Any, state: dict[str, torch.Tensor]) -> P
 
 def test_saved_codec_opens_with_the_same_weights(codec: Path) -> None:
     torch.manual_seed(0)
-    own, read = TATok(SETTINGS), open_codec(codec)
+    original, opened = TATok(SETTINGS), open_codec(codec)
     pictures = torch.rand(2, 3, 8, 8)
-    assert torch.equal(read.encode(pictures), own.eval().encode(pictures))
-    assert (read.settings, read.training) == (SETTINGS, False)
-    assert not any(p.requires_grad for p in read.parameters())
+    assert torch.equal(opened.encode(pictures), original.eval().encode(pictures))
+    assert (opened.settings, opened.training) == (SETTINGS, False)
+    assert not any(p.requires_grad for p in opened.parameters())
 
 
 @pytest.mark.each(("content", "message"), [
@@ -71,10 +72,10 @@ def test_weights_must_fit_the_settings(codec: Path, tmp_path: Path) -> None:
         (SETTINGS, {**state, "more": torch.zeros(1)}, "has more, which its settings do not ask for"),
         (SETTINGS, {**state, "to_code.bias": torch.zeros(4, dtype=torch.int64)}, "numbers of kind I64"),
         (SETTINGS, {**state, "to_code.bias": torch.tensor([0.0, 1, float("nan"), 2])}, "are not finite")]
-    for i, (settings, tensors, said) in enumerate(cases):
-        folder = write_codec(tmp_path / str(i), {"codec": "ta-tok", "config": to_plain_values(settings)},
-                             tensors)
-        with pytest.raises(UserError, match=said):
+    for i, (settings, tensors, message) in enumerate(cases):
+        content = {"codec": "ta-tok", "config": to_plain_values(settings)}
+        folder = write_codec(tmp_path / str(i), content, tensors)
+        with pytest.raises(UserError, match=message):
             open_codec(folder)
 
 

@@ -1,4 +1,4 @@
-"""Codecs from transformers and diffusers folders agree with the official classes."""
+"""Codecs imported from folders of transformers and diffusers encode and decode as the official classes."""
 
 import json
 import re
@@ -15,14 +15,15 @@ from megatron_sov.omni.codecs.folder import WEIGHTS, open_codec
 from megatron_sov.omni.codecs.hf_codecs import DacCodec, HfAudioSettings
 from megatron_sov.omni.codecs.published import import_codec
 from tests.omni.codecs.test_folder import write_codec
-from tests.omni.hf_folders import MADE, save, vqmodel
+from tests.omni.hf_folders import BUILDERS, build_vqmodel, save_network
 
 PICTURES = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+"""Three pictures with values from 0 to 1."""
 SOUND = torch.rand(7001, generator=torch.Generator().manual_seed(2)) - 0.5
 
 
 def test_picture_codec_equals_the_official_class(tmp_path: Path) -> None:
-    network = save("vqmodel", tmp_path / "hf")
+    network = save_network("vqmodel", tmp_path / "hf")
     pixels = PICTURES * 2 - 1
     with torch.no_grad():
         ids = network.quantize(network.encode(pixels).latents)[2][2].view(3, -1)
@@ -32,21 +33,21 @@ def test_picture_codec_equals_the_official_class(tmp_path: Path) -> None:
     assert (codec.side_pixels, codec.grid, codec.codebook_size) == (16, 4, 16)
     result = codec.encode(PICTURES)
     assert torch.equal(result, ids) and result.dtype == torch.int64 and len(result.unique()) > 1
-    again = codec.decode(result)
-    torch.testing.assert_close(again, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
-    assert again.shape == PICTURES.shape and float(again.std()) > 0.01
+    pictures = codec.decode(result)
+    torch.testing.assert_close(pictures, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
+    assert pictures.shape == PICTURES.shape and float(pictures.std()) > 0.01
 
 
 @pytest.mark.tier1_cases(2)
 @pytest.mark.parametrize("kind", ["dac", "mimi"])
 @pytest.mark.parametrize("num_codebooks", [1, 3])
 def test_sound_codecs_equal_official_classes(tmp_path: Path, kind: str, num_codebooks: int) -> None:
-    network = save(kind, tmp_path / "hf")
+    network = save_network(kind, tmp_path / "hf")
     import_codec(kind, tmp_path / "hf", tmp_path / "codec", num_codebooks=num_codebooks)
     codec = open_codec(tmp_path / "codec")
-    filled = torch.nn.functional.pad(SOUND, (0, -len(SOUND) % 640))[None, None]
+    padded = torch.nn.functional.pad(SOUND, (0, -len(SOUND) % 640))[None, None]  # 11 frames of 640 samples
     with torch.no_grad():
-        codes = network.encode(filled, **{codec.CODEBOOKS_ARGUMENT: num_codebooks}).audio_codes
+        codes = network.encode(padded, **{codec.CODEBOOKS_ARGUMENT: num_codebooks}).audio_codes
         decoded = network.decode(audio_codes=codes).audio_values.flatten()
     size = {"dac": 512, "mimi": 64}[kind]
     assert (codec.sample_rate_hz, codec.codebook_size) == (16_000, size * num_codebooks)
@@ -64,10 +65,10 @@ def test_sound_codecs_equal_official_classes(tmp_path: Path, kind: str, num_code
 
 
 def test_long_sounds_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    save("dac", tmp_path / "hf")
+    save_network("dac", tmp_path / "hf")
     import_codec("dac", tmp_path / "hf", tmp_path / "codec")
     codec = open_codec(tmp_path / "codec")
-    codec.max_piece_s = 0.1  # two frames
+    codec.max_piece_s = 0.1  # 1,600 samples: two whole frames of 640
     pieces = [codec.encode(SOUND[start:start + 1280]) for start in range(0, len(SOUND), 1280)]
     assert torch.equal(codec.encode(SOUND), torch.cat(pieces))
 
@@ -82,16 +83,16 @@ def change_config(folder: Path, **fields: Any) -> None:
     ("dac", {"codebook_size": 2**60}, "is too large for a codec"),
     ("mimi", {"rope_parameters": {"rope_type": "none"}}, "cannot load it")])
 def test_invalid_configs_are_refused(tmp_path: Path, kind: str, fields: dict[str, Any], message: str) -> None:
-    save(kind, tmp_path / "hf")
+    save_network(kind, tmp_path / "hf")
     change_config(tmp_path / "hf", **fields)
     with pytest.raises(UserError, match=message):
         import_codec(kind, tmp_path / "hf", tmp_path / "codec")
     assert not (tmp_path / "codec").exists()
 
 
-@pytest.mark.each("kind", list(MADE))
+@pytest.mark.each("kind", list(BUILDERS))
 def test_incomplete_weights_are_refused(tmp_path: Path, kind: str) -> None:
-    save(kind, tmp_path / "hf")
+    save_network(kind, tmp_path / "hf")
     (file,) = (tmp_path / "hf").glob("*.safetensors")
     tensors = load_file(file)
     save_file(dict(list(tensors.items())[1:]), file, {"format": "pt"})
@@ -110,7 +111,7 @@ def test_incomplete_weights_are_refused(tmp_path: Path, kind: str) -> None:
     ({"block_out_channels": "x"}, "cannot build VQModel"), ({"num_vq_embeddings": 17}, "has the shape"),
     ({"in_channels": "${oc.env:HOME}"}, "cannot build VQModel")])
 def test_hostile_manifests_are_refused(tmp_path: Path, config: dict[str, Any], message: str) -> None:
-    save("vqmodel", tmp_path / "hf")
+    save_network("vqmodel", tmp_path / "hf")
     import_codec("vqmodel", tmp_path / "hf", tmp_path / "codec")
     content = read_manifest(tmp_path / "codec", "codec").content
     content["config"]["config"] |= config
@@ -121,15 +122,15 @@ def test_hostile_manifests_are_refused(tmp_path: Path, config: dict[str, Any], m
 
 @pytest.mark.each("rate_hz", [0, -1, None])
 def test_sound_codec_needs_a_rate(tmp_path: Path, rate_hz: int | None) -> None:
-    save("dac", tmp_path / "hf")
+    save_network("dac", tmp_path / "hf")
     config = DacCodec.from_folder(tmp_path / "hf").settings.config
     with pytest.raises(UserError, match="the codec's configuration"):
         DacCodec(HfAudioSettings({**config, "sampling_rate": rate_hz}))
 
 
 def test_invalid_side_and_codebook_count_are_refused(tmp_path: Path) -> None:
-    save("vqmodel", tmp_path / "pictures", lambda: vqmodel(40))
-    save("mimi", tmp_path / "sounds")
+    save_network("vqmodel", tmp_path / "pictures", lambda: build_vqmodel(40))
+    save_network("mimi", tmp_path / "sounds")
     import_codec("vqmodel", tmp_path / "pictures", tmp_path / "codec", side_pixels=32)
     assert open_codec(tmp_path / "codec").grid == 8
     with pytest.raises(UserError, match="side_pixels = 30:"):

@@ -1,4 +1,4 @@
-"""Import of published tokenizers, with doubles that have the authors' tensor names; and hostile files."""
+"""Import of published codecs, TA-Tok and CosyVoice 2, with small doubles of their networks; hostile files."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ from megatron_sov.omni.codecs.published import import_codec
 
 
 class PublishedTATok(nn.Module):
-    """csuhan/Tar's `TextAlignedTokenizer` up to the ids, with its names; codes by the largest cosine."""
+    """The encoder of csuhan/Tar's `TextAlignedTokenizer`, with its tensor names; ids by largest cosine."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,18 +37,19 @@ class PublishedTATok(nn.Module):
         self.scale_layer = nn.Module()
         self.scale_layer.register_buffer("shift", torch.full((1, 3, 1, 1), 0.5))
 
-    def codes(self) -> torch.Tensor:
+    def compute_codes(self) -> torch.Tensor:
         regularizer = self.bottleneck.regularizer
         return F.normalize(regularizer.embedding_proj(regularizer.embedding.weight), dim=-1)
 
     def encode(self, pictures: torch.Tensor) -> torch.Tensor:
         features = self.encoder((pictures - 0.5) / 0.5, output_hidden_states=True).hidden_states[-2]
         vectors = F.normalize(self.bottleneck.in_linear(self.encode_task_layer(features)), dim=-1)
-        return (vectors @ self.codes().T).argmax(-1)
+        return (vectors @ self.compute_codes().T).argmax(-1)
 
 
 @pytest.fixture
 def published_network() -> PublishedTATok:
+    """The double of TA-Tok with fixed random weights."""
     torch.manual_seed(0)
     return PublishedTATok().eval().requires_grad_(False)
 
@@ -58,10 +59,10 @@ def test_ta_tok_ids_equal_the_authors_code(tmp_path: Path, published_network: Pu
                                            form: str) -> None:
     source = tmp_path / "model"
     source.mkdir()
-    begin = "model.discrete_vision_model." if form == "released" else ""
-    save_file({f"{begin}{name}": tensor.clone() for name, tensor in published_network.state_dict().items()}
-              | ({"model.language_model.w": torch.zeros(2)} if begin else {}),
-              source / "model.safetensors")
+    prefix = "model.discrete_vision_model." if form == "released" else ""
+    other_tensors = {"model.language_model.w": torch.zeros(2)} if form == "released" else {}
+    state = {f"{prefix}{name}": tensor.clone() for name, tensor in published_network.state_dict().items()}
+    save_file(state | other_tensors, source / "model.safetensors")
     import_codec("ta-tok", source, tmp_path / "codec")
     codec = open_codec(tmp_path / "codec")
     pictures = torch.rand(4, 3, 20, 20, generator=torch.Generator().manual_seed(2))
@@ -80,9 +81,9 @@ def test_other_networks_are_refused(tmp_path: Path, published_network: Published
              ({k: v for k, v in state.items() if k != code_bias}, "lacks to_code.bias"),
              ({**state, "encode_task_layer.0.bias": torch.zeros(9)}, r"has the shape \[9\], not \[32\]"),
              ({**state, "encode_task_layer.0.bias": torch.full((32,), torch.nan)}, "not finite")]
-    for tensors, said in cases:
+    for tensors, message in cases:
         save_file(tensors, file)
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=message):
             import_codec("ta-tok", file, tmp_path / "codec")
     assert not (tmp_path / "codec").exists()
 
@@ -100,20 +101,20 @@ def test_pickles_and_damaged_files_are_refused(tmp_path: Path, monkeypatch: pyte
     assert not Path("codec").exists()
 
 
-def module(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
-    """Install a fake package for a test."""
+def add_module(monkeypatch: pytest.MonkeyPatch, name: str, **content: Any) -> None:
+    """Add a module with these attributes, and the packages above it, to `sys.modules` for a test."""
     parts = name.split(".")
     for i in range(1, len(parts) + 1):
-        above = ".".join(parts[:i])
-        if above not in sys.modules:
-            monkeypatch.setitem(sys.modules, above, ModuleType(above))
+        package = ".".join(parts[:i])
+        if package not in sys.modules:
+            monkeypatch.setitem(sys.modules, package, ModuleType(package))
     for key, value in content.items():
         monkeypatch.setattr(sys.modules[name], key, value, raising=False)
 
 
 @dataclass
 class ModelConfig:
-    """s3tokenizer's."""
+    """Double of `s3tokenizer.model_v2.ModelConfig`."""
 
     n_mels: int = 128
     n_audio_ctx: int = 1500
@@ -124,7 +125,7 @@ class ModelConfig:
 
 
 class S3TokenizerV2(nn.Module):
-    """s3tokenizer's, with its outermost names: two convolutions of stride 2, and its quantiser."""
+    """Double of `s3tokenizer.model_v2.S3TokenizerV2`: its convolutions of stride 2 and its quantizer."""
 
     def __init__(self, name: str, config: ModelConfig) -> None:
         super().__init__()
@@ -147,7 +148,7 @@ class S3TokenizerV2(nn.Module):
 
 
 def log_mel_spectrogram(audio: torch.Tensor, n_mels: int = 128, padding: int = 0) -> torch.Tensor:
-    """s3tokenizer's, in its shape alone."""
+    """Double of `s3tokenizer.utils.log_mel_spectrogram` that returns its shape: [n_mels, samples / 160]."""
     return audio.view(-1, 160)[:, :n_mels].T * 20
 
 
@@ -157,14 +158,14 @@ def test_cosyvoice2_uses_the_network_of_s3tokenizer(tmp_path: Path, monkeypatch:
     save_file(network.state_dict(), tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match=r"s3tokenizer .*`pip install s3tokenizer`"):
         import_codec("cosyvoice2", tmp_path / "weights.safetensors", tmp_path / "codec")
-    module(monkeypatch, "s3tokenizer.model_v2", ModelConfig=ModelConfig, S3TokenizerV2=S3TokenizerV2)
-    module(monkeypatch, "s3tokenizer.utils", log_mel_spectrogram=log_mel_spectrogram,
-           onnx2torch=lambda path, out, verbose: network.state_dict())
+    add_module(monkeypatch, "s3tokenizer.model_v2", ModelConfig=ModelConfig, S3TokenizerV2=S3TokenizerV2)
+    add_module(monkeypatch, "s3tokenizer.utils", log_mel_spectrogram=log_mel_spectrogram,
+               onnx2torch=lambda path, out, verbose: network.state_dict())
     import_codec("cosyvoice2", tmp_path / "weights.safetensors", tmp_path / "codec")
     codec = open_codec(tmp_path / "codec")
     sound = torch.rand(16_000 * 31, generator=torch.Generator().manual_seed(1)) - 0.5
     ids = codec.encode(sound)
-    assert (len(ids), ids.dtype, codec.codebook_size) == (31 * 25, torch.int64, 6561)
+    assert (len(ids), ids.dtype, codec.codebook_size) == (31 * 25, torch.int64, 3**8)
     frames = log_mel_spectrogram(sound[:640 * 7], 80)[None]
     assert torch.equal(codec.encode(sound[:640 * 7]), network.quantize(frames, torch.tensor([28]))[0][0])
     assert [len(codec.encode(sound[:n])) for n in (0, 1, 640, 641)] == [0, 1, 1, 2]

@@ -1,4 +1,4 @@
-"""Prompts with encoder features equal training rows, and answers have the same probabilities."""
+"""Prompts with media equal the start of training rows, and answers get the log-probabilities of training."""
 
 import json
 import shlex
@@ -31,35 +31,37 @@ from megatron_sov.train.data.streams import PackedSegment
 from megatron_sov.train.objectives.microbatch import build_micro_batch
 from tests.omni_model import save_codecs, save_omni_model
 
-RECORD = [{"type": "image", "path": "one.png"}, {"type": "audio", "path": "word.wav"},
-          {"type": "text", "text": "What?"}]
-OTHER = [{"type": "image", "path": "two.png"}, *RECORD[1:]]
+CONTENT = [{"type": "image", "path": "one.png"}, {"type": "audio", "path": "word.wav"},
+           {"type": "text", "text": "What?"}]
+OTHER_CONTENT = [{"type": "image", "path": "two.png"}, *CONTENT[1:]]
 CODECS = "--image-tokenizer pictures --audio-tokenizer sounds"
 
 
 @dataclass(frozen=True)
 class Site:
-    """Folder with a model, codecs and media, and the training rows."""
+    """A folder with a model, codecs and media files, and the training rows of both records in it."""
 
     folder: Path
     rows: list[PackedRow]
 
     @property
     def answers(self) -> list[list[int]]:
-        """The assistant's tokens per row."""
+        """Token ids of the assistant's message in each row."""
         return [row.tokens[1:][row.weights[:-1] > 0].tolist() for row in self.rows]
 
 
 @pytest.fixture(scope="module")
-def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, packed_data: Any) -> Site:
-    """Training data with both codecs and both banks."""
+def shared_site(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory,
+                packed_data: Any) -> Site:
+    """Two records with a picture, a sound and a question, packed with the ids of codecs and with features."""
     folder, random = tmp_path_factory.mktemp("site"), np.random.default_rng(0)
     for name in ("one", "two"):
         Image.fromarray(random.integers(256, size=(20, 16, 3), dtype=np.uint8)).save(folder / f"{name}.png")
     soundfile.write(folder / "word.wav", random.uniform(-0.5, 0.5, 40_000), 16_000)
     save_codecs(folder / "pictures", folder / "sounds")
     answer = {"role": "assistant", "content": "Seven and two."}
-    records = [{"messages": [{"role": "user", "content": shown}, answer]} for shown in (RECORD, OTHER)]
+    records = [{"messages": [{"role": "user", "content": content}, answer]}
+               for content in (CONTENT, OTHER_CONTENT)]
     (folder / "records.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     with pytest.MonkeyPatch.context() as patch:
         for name, value in as_one_rank.items():
@@ -80,22 +82,21 @@ def made(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory, 
 
 
 @pytest.fixture
-def site(made: Site, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """The folder as working directory."""
-    monkeypatch.chdir(made.folder)
-    return made
+def site(shared_site: Site, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Site:
+    """The shared site, whose folder is the working directory."""
+    monkeypatch.chdir(shared_site.folder)
+    return shared_site
 
 
-def asked(tokenizers: dict[str, Path] | None = None, **options: Any) -> Any:
-    """Encode both prompts."""
-
-    prompt_media_encoder = PromptMediaEncoder(Path(), tokenizers or {"image": Path("pictures"),
-                                                                     "audio": Path("sounds")})
-    return encode_media_prompts(find_target(Path("model")), [RECORD, OTHER], prompt_media_encoder, **options)
+def encode_prompts(tokenizers: dict[str, Path] | None = None, **options: Any) -> Any:
+    """Encode the user's messages of both records, with the codecs of the site or other `tokenizers`."""
+    codecs = tokenizers or {"image": Path("pictures"), "audio": Path("sounds")}
+    return encode_media_prompts(find_target(Path("model")), [CONTENT, OTHER_CONTENT],
+                                PromptMediaEncoder(Path(), codecs), **options)
 
 
 def test_prompt_equals_the_start_of_its_training_row(site: Site) -> None:
-    prompts = asked()
+    prompts = encode_prompts()
     for row, ids, inputs in zip(site.rows, prompts.ids, prompts.encoder_inputs, strict=True):
         assert ids == row.tokens[:len(ids)].tolist() and len(ids) + len(site.answers[0]) <= len(row.tokens)
         assert row.encoder_inputs is not None
@@ -104,18 +105,19 @@ def test_prompt_equals_the_start_of_its_training_row(site: Site) -> None:
             trained = row.encoder_inputs[kind]
             assert (part.places == trained.places).all() and (part.features == trained.features).all()
             assert all((a == b).all() for a, b in zip(part.records, trained.records, strict=True))
-    # a picture of 4 features; 2.5 s in pieces of 2 s, 50 features each
+    # a picture has 4 features; a sound has 50 in each piece of 2 s, so 63 in 2.5 s
     assert [len(prompts.encoder_inputs[0][kind].places) for kind in ("pictures", "sounds")] == [4, 63]
     with pytest.raises(UserError, match="audio, which needs --audio-to"):
-        asked(tokenizers={"image": Path("pictures")})
-    bare = asked(with_features=False)
-    pads = {prompts.encoder.find_token_id(IMAGE_PAD), prompts.encoder.find_token_id(AUDIO_PAD)}
-    assert pads < set(prompts.ids[0]) and not pads & set(bare.ids[0]) and bare.encoder_inputs == [{}, {}]
+        encode_prompts(tokenizers={"image": Path("pictures")})
+    discrete = encode_prompts(with_features=False)
+    placeholders = {prompts.encoder.find_token_id(IMAGE_PAD), prompts.encoder.find_token_id(AUDIO_PAD)}
+    assert placeholders < set(prompts.ids[0]) and not placeholders & set(discrete.ids[0])
+    assert discrete.encoder_inputs == [{}, {}]
 
 
 def score_answer(policy: ForwardModel, prompt: list[int], answer: list[int], media: EncoderInputs
                  ) -> list[float]:
-    """Return the answer's log-probabilities by a forward pass without a cache."""
+    """Return the log-probabilities of an answer's tokens, computed by a forward pass without a cache."""
     batch = DocumentBatch([[*prompt, *answer]], get_local_device())
     batch.inputs = replace(batch.inputs, encoder_inputs=media)
     logits = policy.logits(batch, torch.arange(len(answer)) + len(prompt) - 1)
@@ -125,25 +127,25 @@ def score_answer(policy: ForwardModel, prompt: list[int], answer: list[int], med
 @pytest.mark.deep
 def test_decoder_and_training_logprobs_agree(site: Site) -> None:
     """Prompts with equal ids but different images have different log-probabilities."""
-    prompts, answers = asked(), site.answers
-    seen, second = prompts.encoder_inputs
-    other = {**seen, "pictures": replace(seen["pictures"], records=second["pictures"].records)}
-    shown = (seen, other, seen)
+    prompts, answers = encode_prompts(), site.answers
+    first, second = prompts.encoder_inputs
+    other_picture = {**first, "pictures": replace(first["pictures"], records=second["pictures"].records)}
+    media_inputs = (first, other_picture, first)
 
-    def work(loaded: LoadedModel) -> Any:
+    def compute_logprobs(loaded: LoadedModel) -> Any:
         policy, trained = loaded.policy, []
         for batch in [build_micro_batch(row) for row in site.rows]:
             (row_logprobs,) = policy.map([batch], lambda hidden, head, b: head.logprobs(hidden[0], b.labels))
             trained.append(row_logprobs[batch.weights > 0].tolist())
         scored = [score_answer(policy, prompts.ids[i], answers[i], prompts.encoder_inputs[i]) for i in (0, 1)]
         written = [MegatronEngine(policy, Batching(prefill_tokens=tokens)).generate(
-            [prompts.ids[0]] * 3, Sampling(4), encoder_inputs=list(shown)) for tokens in (8192, 7)]
+            [prompts.ids[0]] * 3, Sampling(4), encoder_inputs=list(media_inputs)) for tokens in (8192, 7)]
         rescored = [score_answer(policy, prompts.ids[0], answer, media)
-                    for answer, media in zip(written[0].continuations, shown, strict=True)]
+                    for answer, media in zip(written[0].continuations, media_inputs, strict=True)]
         return trained, scored, [result.logprobs for result in written], rescored
 
     trained, scored, written, rescored = run_forward_model(
-        find_target(Path("model")), ["train.precision=fp64"], None, work)
+        find_target(Path("model")), ["train.precision=fp64"], None, compute_logprobs)
     for row_logprobs, answer_logprobs in zip(trained, scored, strict=True):
         assert answer_logprobs == pytest.approx(row_logprobs, abs=1e-9)
     for logprobs in written:

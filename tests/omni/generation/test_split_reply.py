@@ -1,4 +1,4 @@
-"""Splitting replies into parts."""
+"""`split_reply`: the text, pictures and speech in the token ids of a reply."""
 
 import time
 
@@ -15,8 +15,8 @@ BLOCKS = (VocabularyBlock(AUDIO, len(WORDS), 20), VocabularyBlock(IMAGE, len(WOR
 MARKS = MarkIds.from_vocabulary(lambda name: WORDS.index(name) if name in WORDS else None)
 
 
-def _ids(text: str) -> list[int]:
-    """Tokenize a text of words, marks and codebook tokens."""
+def encode(text: str) -> list[int]:
+    """Return the token ids of a text that consists of `WORDS` and codebook tokens."""
     ids = []
     while text:
         word = next((w for w in WORDS if text.startswith(w)), None) or spelling.find_media_token(text)
@@ -29,7 +29,7 @@ def _ids(text: str) -> list[int]:
 
 def test_formatted_blocks_split_into_parts() -> None:
     picture, speech = format_image_tokens([3, 1, 4, 1, 5, 9], 3, 900, 1200), format_audio_tokens([2, 7, 1])
-    reply = _ids(f"ab{picture}b{speech}a")
+    reply = encode(f"ab{picture}b{speech}a")
     assert split_reply(reply, BLOCKS, MARKS) == [
         TextPart((0, 1)), ImagePart((3, 1, 4, 1, 5, 9)), TextPart((1,)), AudioPart((2, 7, 1)),
         TextPart((0,))]
@@ -37,12 +37,12 @@ def test_formatted_blocks_split_into_parts() -> None:
 
 @pytest.mark.each(("ids", "parts"), [
     ([], []),
-    (_ids(format_image_tokens([1, 2], 2, 1, 1))[:-1], [ImagePart((1, 2), complete=False)]),
-    (_ids("<|discrete_image_start|>b"), [ImagePart((), complete=False), TextPart((1,))]),
-    (_ids("<|vision00001|>a<|audio0005|>"),
+    (encode(format_image_tokens([1, 2], 2, 1, 1))[:-1], [ImagePart((1, 2), complete=False)]),
+    (encode("<|discrete_image_start|>b"), [ImagePart((), complete=False), TextPart((1,))]),
+    (encode("<|vision00001|>a<|audio0005|>"),
      [ImagePart((1,), complete=False), TextPart((0,)), AudioPart((5,))]),
-    (_ids("<|audio0001|>b<|audio0002|>"), [AudioPart((1,)), TextPart((1,)), AudioPart((2,))]),
-    (_ids("<|discrete_image_start|><|vision00001|><|discrete_image_start|><|vision00002|>"),
+    (encode("<|audio0001|>b<|audio0002|>"), [AudioPart((1,)), TextPart((1,)), AudioPart((2,))]),
+    (encode("<|discrete_image_start|><|vision00001|><|discrete_image_start|><|vision00002|>"),
      [ImagePart((1,), complete=False), ImagePart((2,), complete=False)]),
 ])
 def test_incomplete_replies_are_split(ids: list[int], parts: list[ReplyPart]) -> None:
@@ -60,7 +60,7 @@ def test_long_speech_is_split_in_linear_time() -> None:
     speech = [BLOCKS[0].first] * 200_000
     begin_s = time.process_time()
     assert split_reply(speech, BLOCKS, MARKS) == [AudioPart((0,) * len(speech))]
-    assert time.process_time() - begin_s < 2.5  # one tuple per token took minutes
+    assert time.process_time() - begin_s < 2.5  # concatenating tuples took minutes
 
 
 def test_replies_without_marks_are_split_by_codebook_ids() -> None:

@@ -1,4 +1,4 @@
-"""Media items equal the output of OmniServe's chat template; banks; codecs of training data."""
+"""Media in texts equal the output of OmniServe's chat template; shapes of banks; codecs of training data."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ from megatron_sov.omni.media.items import (
 
 
 def test_picture_item_has_type_discrete_and_continuous_blocks() -> None:
-    # omni_chainer/tests/chat_template/track_b/chat_template.jinja, lines 98 to 100, its two pads filled in
+    # OmniServe's omni_chainer/tests/chat_template/track_b/chat_template.jinja, lines 98 to 100, with two pads
     discrete = format_image_tokens([7, 65535, 0, 1], 2, 400, 300)
     assert discrete == ("<|discrete_image_start|><|vision_ratio_4:3|>"
                         "<|vision00007|><|vision65535|><|vision_eol|>"
@@ -33,7 +33,7 @@ def test_picture_item_has_type_discrete_and_continuous_blocks() -> None:
 
 
 def test_sound_item_states_its_length() -> None:
-    # lines 106 to 109 of the same
+    # lines 106 to 109 of that template
     item = MediaItem(AUDIO, 3, "audio/mpeg", "user_query.wav", 2.5, format_audio_tokens([1, 6560]), 1)
     assert item.format_text() == (
         '<|mime_start|>{"id": "audio_03", "type": "audio/mpeg", "filename": "user_query.wav"}<|mime_end|>\n'
@@ -44,7 +44,7 @@ def test_sound_item_states_its_length() -> None:
 
 
 def test_video_item_has_no_discrete_block() -> None:
-    # lines 92 to 94 of the same
+    # lines 92 to 94 of that template
     item = MediaItem(VIDEO, 0, "video/mp4", "video.mp4", 4.0, format_audio_tokens([1]), 1)
     assert item.format_text() == (
         '<|mime_start|>{"id": "video_00", "type": "video/mp4", "filename": "video.mp4"}<|mime_end|>\n'
@@ -75,8 +75,8 @@ def test_nearest_ratio(width: int, height: int, ratio: tuple[int, int]) -> None:
 
 
 def test_drawing_is_a_tool_call() -> None:
-    assert build_drawing_call("X")["function"] == {"name": "t2i_model_generation",
-                                             "arguments": {"discrete_image_token": "X"}}
+    assert build_drawing_call("X")["function"] == {
+        "name": "t2i_model_generation", "arguments": {"discrete_image_token": "X"}}
 
 
 SHAPES = {PICTURES: BankShape(PICTURES, (3, 4, 4), 2, (7, 8)),
@@ -100,7 +100,7 @@ def test_invalid_bank_shapes_are_refused(change: dict[str, object], words: str) 
 
 def test_bank_of_partial_records_is_refused(tmp_path: Path) -> None:
     shape, file = SHAPES[PICTURES], tmp_path / "a.pictures"
-    pictures = np.arange(96, dtype=np.uint8).reshape(2, 3, 4, 4)
+    pictures = np.arange(2 * 48, dtype=np.uint8).reshape(2, 3, 4, 4)  # records of 3 x 4 x 4 bytes
     file.write_bytes(pictures.tobytes())
     np.testing.assert_array_equal(open_bank(file, shape), pictures)
     file.write_bytes(pictures.tobytes()[:-1])
@@ -115,19 +115,20 @@ def test_short_sounds_use_their_share_of_slots(frames: int, slots: int) -> None:
     assert SHAPES[SOUNDS].count_slots(frames) == slots
 
 
-def artifact(path: Path, kind: str, content: dict[str, object], *inputs: Path) -> Path:
-    with create_artifact(path, kind) as made:
-        made.content = content
-        for one in inputs:
-            made.add_input(one)
+def write_artifact(path: Path, kind: str, content: dict[str, object], *inputs: Path) -> Path:
+    """Write an artifact that consists of a manifest with this content and these inputs."""
+    with create_artifact(path, kind) as writer:
+        writer.content = content
+        for input_path in inputs:
+            writer.add_input(input_path)
     return path
 
 
 def test_other_codecs_than_those_of_the_data_are_refused(tmp_path: Path) -> None:
-    one, other = (artifact(tmp_path / name, "codec", {"codec": name}) for name in ("one", "other"))
-    corpus = artifact(tmp_path / "corpus", MEDIA_CORPUS, {
+    one, other = (write_artifact(tmp_path / name, "codec", {"codec": name}) for name in ("one", "other"))
+    corpus = write_artifact(tmp_path / "corpus", MEDIA_CORPUS, {
         "codecs": {"image": {"manifest_sha256": manifest_sha256(one)}}})
-    shards = artifact(tmp_path / "shards", "token_shards", {}, corpus)
+    shards = write_artifact(tmp_path / "shards", "token_shards", {}, corpus)
     known = find_data_codecs([shards, tmp_path / "gone"])
     assert known == {"image": {manifest_sha256(one)}}
     check_same_codecs({"image": one, "audio": other}, known, "--{kind}-tokenizer")

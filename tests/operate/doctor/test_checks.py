@@ -1,4 +1,4 @@
-"""`doctor` on simulated machines: packages, programs and libraries added or removed."""
+"""Checks of `doctor` on simulated machines: with and without GPUs, packages, programs and libraries."""
 
 import importlib.metadata
 import json
@@ -16,16 +16,16 @@ from megatron_sov.commands.operate.doctor.checks import MachineCheck
 from megatron_sov.operate import contract
 
 
-def module(folder: Path, name: str, text: str = "", **files: str) -> None:
-    """Write a package into a folder."""
+def write_package(folder: Path, name: str, text: str = "", **subpackages: str) -> None:
+    """Write a package with this source, and subpackages by name, into a folder."""
     (folder / name).mkdir(parents=True)
     (folder / name / "__init__.py").write_text(text)
-    for file, content in files.items():
-        (folder / name / file).mkdir()
-        (folder / name / file / "__init__.py").write_text(content)
+    for subpackage, content in subpackages.items():
+        (folder / name / subpackage).mkdir()
+        (folder / name / subpackage / "__init__.py").write_text(content)
 
 
-def program(folder: Path, name: str, text: str) -> None:
+def write_program(folder: Path, name: str, text: str) -> None:
     """Write an executable shell script into a folder."""
     (folder / name).write_text(f"#!/bin/sh\n{text}\n")
     (folder / name).chmod(0o755)
@@ -33,7 +33,7 @@ def program(folder: Path, name: str, text: str) -> None:
 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder in front of the import path."""
+    """A folder that comes first in the import path; modules imported from it are forgotten after the test."""
     monkeypatch.syspath_prepend(str(tmp_path))
     yield tmp_path
     for name in [n for n, m in sys.modules.items()
@@ -52,7 +52,7 @@ def test_a_missing_library_is_broken_and_named(monkeypatch: pytest.MonkeyPatch) 
 def test_a_foreign_package_that_is_imported_in_our_place_is_broken(site: Path,
                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     assert {c.status for c in doctor.iter_shadow_checks()} == {"ok"}
-    module(site, "tokenizer")
+    write_package(site, "tokenizer")
     monkeypatch.delitem(sys.modules, "tokenizer", raising=False)
     found = {c.name: c for c in doctor.iter_shadow_checks()}
     assert found["data_prep"].status == "ok"
@@ -107,7 +107,7 @@ def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.Mo
 ])
 def test_transformer_engine_counts_if_it_imports(site: Path, monkeypatch: pytest.MonkeyPatch, text: str,
                                                  status: str, detail: str) -> None:
-    module(site, "transformer_engine", pytorch=text)
+    write_package(site, "transformer_engine", pytorch=text)
     assert [(c.status, c.detail) for c in doctor.iter_transformer_engine_checks()] == [(status, detail)]
 
 
@@ -126,13 +126,13 @@ def test_signatures_are_compared_with_those_that_this_project_calls(tmp_path: Pa
     for text in ("try:\n    def f(a: int, *, b: int = 1): ...\nfinally: 0\nclass A:\n    def g(self, x): ...",
                  "def f(a, *, b=2): ...", "def f(a, *, b=1): ...\nclass A: ..."):
         (tmp_path / "engine_double/__init__.py").write_text(text)
-        problems.append(only(doctor.iter_contract_checks()).detail)
-    read = "engine-double 1 differs from 2, which this project supports: "
+        problems.append(get_only(doctor.iter_contract_checks()).detail)
+    differs = "engine-double 1 differs from 2, which this project supports: "
     assert problems == ["engine-double: the signatures match",
-                        f"{read}f of engine_double/__init__.py takes (a, *, b=2), not (a, *, b=1)",
-                        f"{read}A.g of engine_double/__init__.py is gone"]
+                        f"{differs}f of engine_double/__init__.py takes (a, *, b=2), not (a, *, b=1)",
+                        f"{differs}A.g of engine_double/__init__.py is gone"]
     (tmp_path / "engine_double/__init__.py").write_text("(")
-    assert " cannot be read (SyntaxError: " in only(doctor.iter_contract_checks()).detail
+    assert " cannot be read (SyntaxError: " in get_only(doctor.iter_contract_checks()).detail
 
 
 def test_signatures_are_read_from_every_folder_of_a_namespace_package(
@@ -142,30 +142,30 @@ def test_signatures_are_read_from_every_folder_of_a_namespace_package(
         (tmp_path / distribution / "shared_double" / file).write_text("def f(a): ...")
         monkeypatch.syspath_prepend(str(tmp_path / distribution))
     monkeypatch.setattr(contract, "CONTRACT", tmp_path / "contract.json")
-    for file, wrong in (("extra", ""), ("needed", ""), ("absent", "shared_double/absent.py is gone")):
+    for file, problem in (("extra", ""), ("needed", ""), ("absent", "shared_double/absent.py is gone")):
         (tmp_path / "contract.json").write_text(json.dumps(
             {"shared_double": {"version": "2", "files": {f"shared_double/{file}.py": {"f": "a"}}}}))
-        assert contract.find_first_difference("shared_double") == ("2", wrong)
+        assert contract.find_first_difference("shared_double") == ("2", problem)
 
 
 def test_a_machine_with_gpus_cannot_train_without_transformer_engine(site: Path,
                                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    module(site, "transformer_engine", pytorch="raise OSError('libcublas.so.13: cannot open')")
+    write_package(site, "transformer_engine", pytorch="raise OSError('libcublas.so.13: cannot open')")
     assert [(c.status, c.detail) for c in doctor.iter_transformer_engine_checks()] == [
         ("broken", "is installed but does not import (OSError: libcublas.so.13: cannot open)")]
     monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
-    assert only(doctor.iter_transformer_engine_checks()).status == "broken"
+    assert get_only(doctor.iter_transformer_engine_checks()).status == "broken"
 
 
 @pytest.mark.parametrize(("loaded", "status"), [((9, 14, 0), "warning"), ((9, 19, 0), "ok")])
 def test_two_cudnn_versions_in_one_process_are_reported(site: Path, monkeypatch: pytest.MonkeyPatch,
                                                         loaded: tuple[int, ...], status: str) -> None:
-    """Of an H200 with one in the system and one in torch's environment: `SUBLIBRARY_LOADING_FAILED`."""
+    """On an H200, cuDNN of the system and cuDNN of torch's environment gave `SUBLIBRARY_LOADING_FAILED`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
-    module(site, "transformer_engine", pytorch=f"def get_cudnn_version(): return {loaded}")
-    check = only(doctor.iter_transformer_engine_checks())
+    write_package(site, "transformer_engine", pytorch=f"def get_cudnn_version(): return {loaded}")
+    check = get_only(doctor.iter_transformer_engine_checks())
     assert check.status == status
     if status == "warning":
         assert "has loaded cuDNN 9.14.0, and torch 9.19.0" in check.detail and "CUDNN_HOME" in check.remedy
@@ -174,7 +174,7 @@ def test_two_cudnn_versions_in_one_process_are_reported(site: Path, monkeypatch:
 @pytest.mark.parametrize(("gpu", "text", "status", "detail"), [
     (False, "", "missing", "no recipe works: this machine has no GPU"),
     (True, "raise OSError", "missing", "no recipe works: Transformer Engine does not work"),
-    # a Hopper
+    # as on Hopper GPUs
     (True, "def yes(return_reason): return True, ''\n"
            "def no(return_reason): return False, 'Device compute capability 10.0+ required.'\n"
            "is_fp8_available = is_fp8_block_scaling_available = yes\n"
@@ -184,25 +184,26 @@ def test_two_cudnn_versions_in_one_process_are_reported(site: Path, monkeypatch:
 def test_the_recipes_that_the_gpu_can_take_are_listed(site: Path, monkeypatch: pytest.MonkeyPatch, gpu: bool,
                                                       text: str, status: str, detail: str) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    module(site, "transformer_engine", pytorch=text)
-    check = only(gpu_checks.iter_quantization_checks())
+    write_package(site, "transformer_engine", pytorch=text)
+    check = get_only(gpu_checks.iter_quantization_checks())
     assert (check.name, check.status, check.detail) == ("train.fp8", status, detail)
 
 
-def only(found) -> MachineCheck:
-    (check,) = found
+def get_only(checks) -> MachineCheck:
+    """Return the check of an iterator that yields one."""
+    (check,) = checks
     return check
 
 
 def test_program_versions_are_read_from_the_programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert only(doctor.iter_slurm_checks()).status == "missing"
-    program(tmp_path, "sbatch", "echo slurm 24.11.1")
-    assert only(doctor.iter_slurm_checks()) == MachineCheck("Slurm", "ok", "slurm 24.11.1")
+    assert get_only(doctor.iter_slurm_checks()).status == "missing"
+    write_program(tmp_path, "sbatch", "echo slurm 24.11.1")
+    assert get_only(doctor.iter_slurm_checks()) == MachineCheck("Slurm", "ok", "slurm 24.11.1")
 
 
 def test_sandbox_support_is_detected_by_running_a_program(monkeypatch: pytest.MonkeyPatch) -> None:
-    check = only(doctor.iter_sandbox_checks())
+    check = get_only(doctor.iter_sandbox_checks())
     assert (check.status, check.detail.partition(":")[0]) in (
         ("ok", "namespaces"), ("ok", "landlock"), ("missing", "this machine cannot isolate a program"))
 
@@ -210,7 +211,7 @@ def test_sandbox_support_is_detected_by_running_a_program(monkeypatch: pytest.Mo
         raise UserError("none: 2 problems\n  namespaces: not allowed\n  landlock: version 0")
 
     monkeypatch.setattr(doctor, "detect_enclosure", refuse)
-    check = only(doctor.iter_sandbox_checks())
+    check = get_only(doctor.iter_sandbox_checks())
     assert check.status == "missing" and "namespaces: not allowed; landlock: version 0" in check.detail
 
 

@@ -32,8 +32,8 @@ SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "
 
 @pytest.fixture(scope="session")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A `VirtualCluster`; where none can be had tests are skipped."""
-    reason = virtual_cluster.why_not()
+    """A running `VirtualCluster`. Tests are skipped on a machine that cannot run one."""
+    reason = virtual_cluster.find_obstacle()
     if reason:
         pytest.skip(reason)
     with virtual_cluster.VirtualCluster(tmp_path_factory.mktemp("cluster")) as running:
@@ -42,14 +42,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture
 def until() -> Callable[..., None]:
-    """Return `until(condition, timeout_s, what)`, which waits for a condition."""
+    """The function `until(condition, timeout_s, what)`, which waits until `condition()` is true."""
     return virtual_cluster.until
 
 
 @pytest.fixture
 def site(cluster: Any, warm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with `site.yaml`, the virtual cluster's profile; commands of this process
-    go to that cluster."""
+    """The working directory, with the virtual cluster's profile `site.yaml`; Slurm uses that cluster."""
     for name in os.environ:
         if name.startswith(("SLURM", "SBATCH", "SRUN")) or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
@@ -61,14 +60,14 @@ def site(cluster: Any, warm_python: str, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.fixture
 def small() -> tuple[str, ...]:
-    """--set arguments of the smallest model."""
+    """The words `--set KEY=VALUE ...` of a model that trains in seconds."""
     return tuple(format_set_options(SMALL))
 
 
 @pytest.fixture
 def submit(site: Path) -> Callable[..., str]:
-    """Return `submit(records, *words) -> job`: runs `megatron-sov submit` and returns the number of the
-    last job in `records`."""
+    """A function `(records, *words)` that runs `megatron-sov submit` with these words and returns the number
+    of the last job in the folder `records`."""
 
     def run(records: Path, *words: str) -> str:
         assert cli.main(["submit", *words]) == 0

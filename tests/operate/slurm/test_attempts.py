@@ -1,4 +1,4 @@
-"""Decisions of a job script for every way in which an attempt can start and end."""
+"""Answers of attempts.py to a job script: what to do when an attempt starts or ends in a certain way."""
 
 import io
 import json
@@ -21,6 +21,7 @@ Question = Callable[..., str]
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
+    """A run folder without checkpoints."""
     folder = tmp_path / "run"
     (folder / "checkpoints").mkdir(parents=True)
     return folder
@@ -28,8 +29,8 @@ def run(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def question(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Question:
-    """Return `question(action, *words, restart=, queue=) -> answer`, asked by job 7 on n1
-    and n2 of four nodes."""
+    """A function `(action, *words, restart=0, queue=..., usable=...)` that asks attempts.py as job 7 on nodes
+    n1 and n2 does, and returns its answer. `queue` is the output of squeue."""
 
     def ask(action: str, *words: str, restart: int = 0, queue: str = "7 RUNNING\n",
             usable: str = "n1,n2,n3,n4") -> str:
@@ -46,15 +47,16 @@ def question(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def get_last_record(run: Path) -> dict[str, Any]:
-    """Return the last record."""
+    """Return the last line of the run's attempts.jsonl."""
     return dict(json.loads((run / "slurm/attempts.jsonl").read_text().splitlines()[-1]))
 
 
-def checkpoint(run: Path, step: int) -> None:
+def add_checkpoint(run: Path, step: int) -> None:
     (run / f"checkpoints/step-{step}").mkdir()
 
 
-def srun_says(run: Path, text: str, rank_log: str = "") -> tuple[str, ...]:
+def write_logs(run: Path, text: str, rank_log: str = "") -> tuple[str, ...]:
+    """Write the output of srun and the log of rank 1; return the option that names their folder."""
     (run / "srun.log").write_text(text)
     (run / "rank-1.log").write_text(rank_log)
     return "--logs", str(run)
@@ -70,12 +72,12 @@ def test_a_complete_stage_ends_the_job(question: Question, run: Path) -> None:
     question("begin")
     (run / "complete.json").write_text("{}")
     assert question("end", "--code", "0") == "exit 0"
-    assert question("begin", restart=1) == "exit 0", "an attempt too many finds nothing to do"
+    assert question("begin", restart=1) == "exit 0", "nothing is left to do in a second attempt"
 
 
 def test_an_exit_code_alone_does_not_make_a_stage_complete(question: Question, run: Path) -> None:
     question("begin")
-    checkpoint(run, 10)
+    add_checkpoint(run, 10)
     assert question("end", "--code", "0") == "requeue"
     assert get_last_record(run)["outcome"] == "stopped"
 
@@ -88,13 +90,13 @@ def test_an_exit_code_alone_does_not_make_a_stage_complete(question: Question, r
 def test_a_failed_gate_and_a_hang_blame_no_node(question: Question, run: Path, code: str, says: str,
                                                 rank_log: str, answer: str, record: dict[str, Any]) -> None:
     question("begin")
-    assert question("end", "--code", code, *srun_says(run, says, rank_log)) == answer
+    assert question("end", "--code", code, *write_logs(run, says, rank_log)) == answer
     assert get_last_record(run).items() >= record.items()
 
 
 def test_the_time_limit_puts_the_job_back_and_a_cancellation_does_not(question: Question, run: Path) -> None:
     question("begin")
-    checkpoint(run, 10)
+    add_checkpoint(run, 10)
     assert question("end", "--code", "0", "--asked", "limit") == "requeue"
     assert get_last_record(run)["reason"] == "its time limit came near; saved so far: step 10"
     question("begin", restart=1)
@@ -103,8 +105,8 @@ def test_the_time_limit_puts_the_job_back_and_a_cancellation_does_not(question: 
 
 
 def test_waiting_for_other_jobs_requeues_without_blame(question: Question, run: Path) -> None:
-    logs = srun_says(run, "srun: error: n1: task 1: Exited with exit code 75\n",
-                     "round 2 waits for a policy that round 1 has trained\n")
+    logs = write_logs(run, "srun: error: n1: task 1: Exited with exit code 75\n",
+                      "round 2 waits for a policy that round 1 has trained\n")
     for restart in range(2):
         question("begin", restart=restart)
         assert question("end", "--code", "75", *logs, restart=restart) == "requeue"
@@ -121,28 +123,27 @@ def test_a_gate_that_does_not_pass_ends_the_job(question: Question, run: Path) -
 
 
 def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(question: Question, run: Path,
-                                                              monkeypatch: pytest.MonkeyPatch,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     question("begin")
-    logs = srun_says(run, "srun: error: n2: task 1: Exited with exit code 2\n",
-                     "error: --data x: does not exist\n")
+    logs = write_logs(run, "srun: error: n2: task 1: Exited with exit code 2\n",
+                      "error: --data x: does not exist\n")
     messages: list[str] = []
     monkeypatch.setattr(attempts, "log_message", messages.append)
     assert question("end", "--code", "143", *logs) == "exit 2", (
-        "the siblings' 143 hides the code of the first")
+        "143 is the code of ranks ended after the first, which ended with 2")
     assert messages == ["attempt 1: mistake, rank 1 on n2 ended with exit code 2: error: --data x: "
                         "does not exist"]
 
 
 def test_a_node_that_fails_twice_is_excluded(question: Question, run: Path) -> None:
-    logs = srun_says(run, "srun: error: n2: task 1: Killed\n")
+    logs = write_logs(run, "srun: error: n2: task 1: Killed\n")
     question("begin")
-    checkpoint(run, 10)
+    add_checkpoint(run, 10)
     assert question("end", "--code", "137", *logs) == "requeue"
     question("begin", restart=1)
-    checkpoint(run, 20)
+    add_checkpoint(run, 20)
     assert question("end", "--code", "137", *logs, restart=1) == "requeue n2"
-    assert question("begin", restart=2) == "requeue n2", "where Slurm gave it again all the same"
+    assert question("begin", restart=2) == "requeue n2", "Slurm assigned the excluded node again"
 
 
 def test_a_node_that_fails_preflight_is_excluded(question: Question, run: Path) -> None:
@@ -152,17 +153,17 @@ def test_a_node_that_fails_preflight_is_excluded(question: Question, run: Path) 
 
 
 def test_a_rank_that_computes_wrongly_takes_its_node_out(question: Question, run: Path) -> None:
-    logs = srun_says(run, "srun: error: n1: task 0: Exited with exit code 77\n")
+    logs = write_logs(run, "srun: error: n1: task 0: Exited with exit code 77\n")
     question("begin")
     (run / "events.jsonl").write_text('{"event": "sdc", "step": 7, "ranks": [1], "hosts": ["n2.site.org"]}\n')
     four = ("--nodes", "n1,n2,n3,n4")
-    assert question("end", "--code", "77", *logs, *four) == "requeue n2", "not n1, which only said so first"
+    assert question("end", "--code", "77", *logs, *four) == "requeue n2", "not n1, which ended first"
     question("begin", restart=1)
-    assert question("end", "--code", "77", *logs, restart=1) == "requeue n2", "one of two: nobody knows which"
+    assert question("end", "--code", "77", *logs, restart=1) == "requeue n2", "n1 stays in the job"
 
 
 def test_failures_without_progress_stop_the_job(question: Question, run: Path) -> None:
-    logs = srun_says(run, "srun: error: n2: task 1: Exited with exit code 1\n")
+    logs = write_logs(run, "srun: error: n2: task 1: Exited with exit code 1\n")
     answers = []
     for restart in range(3):
         question("begin", restart=restart)
@@ -171,27 +172,27 @@ def test_failures_without_progress_stop_the_job(question: Question, run: Path) -
 
 
 def test_a_job_without_usable_nodes_stops(question: Question, run: Path) -> None:
-    logs = srun_says(run, "srun: error: n2: task 1: Killed\n")
+    logs = write_logs(run, "srun: error: n2: task 1: Killed\n")
     question("begin")
     assert question("end", "--code", "137", *logs, "--max-strikes", "1", usable="n1,n2") == "exit 1"
 
 
 def test_a_node_that_went_down_gets_a_strike(question: Question, run: Path) -> None:
     question("begin")
-    checkpoint(run, 10)
+    add_checkpoint(run, 10)
     assert question("begin", "--down", "n2,n9", restart=1) == "run"
     history = AttemptHistory(run / "slurm", "7")
     assert history.count_strikes() == {"n2": 1}
-    first = history.attempts[0].end
-    assert (first is not None
-            and (first["outcome"], first["reason"], first["progress"]) == ("cut_off", "n2 went down", 10))
+    end = history.attempts[0].end
+    assert end is not None
+    assert (end["outcome"], end["reason"], end["progress"]) == ("cut_off", "n2 went down", 10)
 
 
 def test_a_restarted_cancelled_attempt_counts_as_cut_off(question: Question, run: Path) -> None:
     """If another node of a job dies, Slurm ends the script in the same way as a cancelled job."""
     for restart in (0, 1):
         assert question("begin", "--down", "n2", restart=restart) == "run"
-        checkpoint(run, 10 * restart + 10)
+        add_checkpoint(run, 10 * restart + 10)
         assert question("end", "--code", "0", "--asked", "cancel", restart=restart) == "exit 75"
     assert question("begin", "--down", "n2", restart=2) == "requeue n2", "two strikes"
     reasons = [r["reason"] for r in map(json.loads, (run / "slurm/attempts.jsonl").read_text().splitlines())
@@ -203,25 +204,24 @@ def test_a_repeatedly_cut_off_job_stops(question: Question) -> None:
     assert [question("begin", restart=restart) for restart in range(4)] == ["run", "run", "run", "exit 1"]
 
 
-@pytest.mark.parametrize(("holder", "queue", "answer", "stays"), [
-    ("5", "7 RUNNING\n", "run", False),  # job 5 is gone: its lock is taken away
+@pytest.mark.parametrize(("holder", "queue", "answer", "lock_stays"), [
+    ("5", "7 RUNNING\n", "run", False),  # job 5 has ended: its lock is removed
     ("5", "5 COMPLETING\n7 RUNNING\n", "wait", True),
     ("5", "5 RUNNING\n7 RUNNING\n", "exit 2", True),
-    ("5", "", "run", True),  # Slurm did not answer: nothing is concluded, and the lease decides
-    ("7", "7 RUNNING\n", "run", True),  # this job's own: the run itself knows that its start before has ended
-    ("", "7 RUNNING\n", "run", True),  # not of Slurm: the lease decides
+    ("5", "", "run", True),  # Slurm did not answer: the lock's lease decides
+    ("7", "7 RUNNING\n", "run", True),  # the lock of this job's earlier attempt, which the run takes over
+    ("", "7 RUNNING\n", "run", True),  # not of a Slurm job: the lock's lease decides
 ])
 def test_another_job_in_the_folder(question: Question, run: Path, holder: str, queue: str, answer: str,
-                                   stays: bool) -> None:
+                                   lock_stays: bool) -> None:
     lock: dict[str, Any] = {"host": "n9", "pid": 1, "started_s": 0.0, "beat": 1}
     (run / "lock.json").write_text(
         json.dumps(lock | ({"slurm_job": holder, "slurm_restart": 0} if holder else {})))
     assert question("begin", queue=queue) == answer
-    assert (run / "lock.json").exists() is stays
+    assert (run / "lock.json").exists() is lock_stays
 
 
-def test_invalid_attempt_arguments_end_the_job(question: Question,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_attempt_arguments_end_the_job(question: Question) -> None:
     for words in (("--asked", "nicely"), ("--code", "one"), ("--max-failures", "few")):
         assert question("end", *words) == "exit 2"
 
@@ -231,41 +231,42 @@ def test_no_torch_is_imported() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
-# Consequences of earlier attempts: strikes against nodes, failures in a row, progress.
-
+# The history of attempts: strikes against nodes, failures in a row, progress.
 
 @pytest.fixture
 def history(tmp_path: Path) -> AttemptHistory:
+    """The empty history of job 7."""
     return AttemptHistory(tmp_path, "7")
 
 
-def attempt(history: AttemptHistory, before: int, after: int, **found: list[str]) -> None:
+def add_crash(history: AttemptHistory, before: int, after: int, **nodes: list[str]) -> None:
+    """Record an attempt that crashed, its progress before and after, and "blamed" or "sick" nodes."""
     restart = len(history.attempts)
     history.record_begin(restart, ["n1", "n2"], before)
-    history.record_end(restart, "crash", "why", after, **found)
+    history.record_end(restart, "crash", "why", after, **nodes)
 
 
 def test_progress_resets_the_failure_count(history: AttemptHistory) -> None:
-    attempt(history, 0, 0)
-    attempt(history, 0, 0)
+    add_crash(history, 0, 0)
+    add_crash(history, 0, 0)
     assert history.count_failures() == 2
-    attempt(history, 0, 10)
+    add_crash(history, 0, 10)
     assert history.count_failures() == 0
-    attempt(history, 10, 10)
+    add_crash(history, 10, 10)
     assert history.count_failures() == 1
 
 
 def test_a_sick_node_does_not_count_as_failure(history: AttemptHistory) -> None:
-    attempt(history, 0, 0)
-    attempt(history, 0, 0, sick=["n1"])
+    add_crash(history, 0, 0)
+    add_crash(history, 0, 0, sick=["n1"])
     assert (history.count_failures(), history.list_excluded(2)) == (1, ["n1"])
 
 
 def test_a_new_job_begins_with_a_clean_record(history: AttemptHistory, tmp_path: Path) -> None:
-    attempt(history, 0, 0, blamed=["n1"])
+    add_crash(history, 0, 0, blamed=["n1"])
     later = AttemptHistory(tmp_path, "8")
     assert later.attempts == [] and not later.count_strikes()
-    assert len(AttemptHistory(tmp_path, "7").attempts) == 1, "what was written is read again"
+    assert len(AttemptHistory(tmp_path, "7").attempts) == 1, "attempts are read from the file"
 
 
 def test_progress_grows_with_checkpoints_of_all_stages_and_with_unfinished_parts(tmp_path: Path) -> None:
@@ -274,8 +275,8 @@ def test_progress_grows_with_checkpoints_of_all_stages_and_with_unfinished_parts
     for name in ("checkpoints/step-20", "checkpoints/step-100", "checkpoints/.writing-step-200",
                  "stages/1-long/checkpoints/step-7", "rounds/0001"):
         (run / name).mkdir(parents=True)
-    assert measure_progress(run) == 107
-    (run / "rounds/0001/manifest.json").write_text("{}")  # published: no start writes it again
+    assert measure_progress(run) == 100 + 7  # the highest step of each stage
+    (run / "rounds/0001/manifest.json").write_text("{}")  # a published round counts one
     assert measure_progress(run) == 108
     (tmp_path / ".run.units").mkdir()
     (tmp_path / ".run.units/0.bin").write_text("")
@@ -290,8 +291,7 @@ def test_the_parts_of_a_rollout_store_are_progress(tmp_path: Path) -> None:
     assert measure_progress(tmp_path / "store") == 3
 
 
-# The rank that failed first, from the output of srun (in the form of Slurm 22.05).
-
+# The rank that failed first, read from the output of srun of Slurm 22.05.
 
 KILLED = """srun: error: n3: task 2: Killed
 srun: launch/slurm: _step_signal: Terminating StepId=7.0
@@ -317,8 +317,8 @@ def test_the_first_to_fail_is_named(log: str, message: str, code: int | None) ->
 
 
 def test_other_output_of_srun_is_not_a_failure() -> None:
-    assert find_first_failure("srun: Job step aborted: Waiting up to 4 seconds for job step to finish.\n"
-                         "srun: got SIGCONT\n") is None
+    output = "srun: Job step aborted: Waiting up to 4 seconds for job step to finish.\nsrun: got SIGCONT\n"
+    assert find_first_failure(output) is None
 
 
 def test_log_tail_shows_the_last_state_of_a_progress_bar(tmp_path: Path) -> None:

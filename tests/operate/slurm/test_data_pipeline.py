@@ -1,5 +1,4 @@
-"""A data pipeline as Slurm arrays: the same bytes as a local run, and a failed job is reported and
-resumed."""
+"""Data pipelines and `map` as Slurm arrays: the same bytes as local processes, failed and stopped jobs."""
 
 import hashlib
 import json
@@ -21,7 +20,7 @@ steps:
   - code: own.py:judge
 output: {name: "{source}-{kind}"}
 """
-OWN = """import dataclasses
+STEP = """import dataclasses
 from megatron_sov.base.documents import LeftOut
 
 def judge(document):
@@ -31,7 +30,7 @@ def judge(document):
 """
 
 
-SLOW = """import dataclasses, os, pathlib, time
+SLOW_STEP = """import dataclasses, os, pathlib, time
 FOLDER = pathlib.Path(__file__).parent
 
 def judge(document):
@@ -43,16 +42,17 @@ def judge(document):
 
 
 def write_pipeline(folder: Path) -> Path:
-    """Write a pipeline over five files in three shards."""
+    """Write a pipeline over five files, which become three shards, and return its file."""
     (folder / "raw").mkdir()
     for number in range(5):
         (folder / f"raw/{number}.txt").write_text(f"note number {number}\n" * 100)
-    (folder / "own.py").write_text(OWN)
+    (folder / "own.py").write_text(STEP)
     (folder / "pipeline.yaml").write_text(PIPELINE)
     return folder / "pipeline.yaml"
 
 
-def text_hashes(output: Path) -> dict[str, str]:
+def hash_output(output: Path) -> dict[str, str]:
+    """Return file name -> SHA-256 of the pipeline's Parquet files."""
     return {str(file.relative_to(output)): hashlib.sha256(file.read_bytes()).hexdigest()
             for file in sorted((output / "text").rglob("*.parquet"))}
 
@@ -63,15 +63,16 @@ def test_array_jobs_write_the_same_files_as_local_processes(cluster: Any, site: 
     file = write_pipeline(site)
     assert cli.main(["run", str(file), "--output", "here", "--workers", "1"]) == 0
     own = (site / "own.py").read_text()
-    (site / "own.py").write_text(own.replace('"a three"', '"a three" if not document.text else 1 / 0'))
+    failing = own.replace('"a three"', '"a three" if not document.text else 1 / 0')
+    (site / "own.py").write_text(failing)
     command = ["run", str(file), "--output", "there", "--cluster", "site.yaml"]
     assert cli.main(command) == 0
     assert "submitted 4 jobs" in capsys.readouterr().out
     numbers = Jobs.read(site / "there").numbers
-    assert cli.main(["run", str(file), "--output", "there", "--workers", "1"]) == 2, "two at one folder"
+    assert cli.main(["run", str(file), "--output", "there", "--workers", "1"]) == 2, "jobs write there"
     assert "work in this folder" in capsys.readouterr().err
     assert cluster.wait(numbers["00-parse"])["JobState"] == "COMPLETED"
-    assert cluster.wait(numbers["finish"])["JobState"] == "CANCELLED", "as all that waits for a failed job"
+    assert cluster.wait(numbers["finish"])["JobState"] == "CANCELLED", "it depends on a failed job"
     (site / "own.py").write_text(own)
     assert cli.main(command) == 0
     printed = capsys.readouterr().out
@@ -82,14 +83,14 @@ def test_array_jobs_write_the_same_files_as_local_processes(cluster: Any, site: 
     assert result["JobState"] == "COMPLETED", (site / "there/logs/finish").glob("**/*.out")
     assert cli.main(command) == 0
     assert "complete from before" in capsys.readouterr().out
-    assert text_hashes(site / "there") == text_hashes(site / "here") != {}
+    assert hash_output(site / "there") == hash_output(site / "here") != {}
 
 
 @pytest.mark.deep  # test_jobs.py stops a job
 @pytest.mark.distributed
 def test_a_stopped_job_is_requeued_and_resumes(cluster: Any, site: Path, until: Callable[..., None]) -> None:
     file = write_pipeline(site)
-    (site / "own.py").write_text(SLOW)
+    (site / "own.py").write_text(SLOW_STEP)
     assert cli.main(["run", str(file), "--output", "here", "--workers", "1"]) == 0
     (site / "slow").touch()
     (site / "begun").mkdir()
@@ -99,6 +100,7 @@ def test_a_stopped_job_is_requeued_and_resumes(cluster: Any, site: Path, until: 
     array = next(number for name, number in numbers.items() if name.endswith("code"))
     # the last task that begins has the array's own number
     until(lambda: (site / "begun" / array).exists(), 600, "the task with the number of its array")
+    # job number of each task -> its name "array_index"
     tasks = {cluster.job(f"{array}_{task}")["JobId"]: f"{array}_{task}" for task in range(3)}
     cluster.run("scancel", "--batch", "--signal=USR1", tasks[array])  # as Slurm does before the time limit
     until(lambda: cluster.job(tasks[array])["JobState"] != "RUNNING", 600, "a job that goes back")
@@ -106,7 +108,7 @@ def test_a_stopped_job_is_requeued_and_resumes(cluster: Any, site: Path, until: 
     assert cluster.wait(numbers["finish"])["JobState"] == "COMPLETED"
     assert {number: cluster.job(task)["Restarts"] for number, task in tasks.items()} == {
         number: str(int(number == array)) for number in tasks}
-    assert text_hashes(site / "there") == text_hashes(site / "here") != {}
+    assert hash_output(site / "there") == hash_output(site / "here") != {}
 
 
 @pytest.mark.distributed

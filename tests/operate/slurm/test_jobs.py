@@ -1,5 +1,4 @@
-"""Generated scripts, submitted unchanged to a real Slurm: runs
-with sick nodes, dead nodes and time limits."""
+"""Generated scripts, submitted to a real Slurm: sick and dead nodes, time limits, chains, and side jobs."""
 
 import json
 import shlex
@@ -20,21 +19,21 @@ from megatron_sov.train.side_jobs.evaluations import ExportEvaluations
 from tests.run_files import read_steps
 
 STEPS = {False: 75, True: 100}
-"""Number of steps, depending on whether the test also kills a rank:
-each event must occur before the run ends."""
+"""Whether the test kills a rank -> number of steps, enough for all events before the run ends."""
 Submit = Callable[..., str]
 
 
-def pretrain(packed: Any, run: Path, small: tuple[str, ...], *more: str) -> list[str]:
+def build_arguments(packed: Any, run: Path, small: tuple[str, ...], *more: str) -> list[str]:
+    """Return the arguments of a small `pretrain`."""
     return ["tiny-solar-open", "--data", str(packed.text), "--run", str(run), *small, *more]
 
 
-def ends(records: Path) -> list[dict[str, Any]]:
+def read_attempt_ends(records: Path) -> list[dict[str, Any]]:
     return [r for r in read_events(records / "attempts.jsonl") if r["event"] == "end"]
 
 
 def submit_twice(submit: Submit, capsys: pytest.CaptureFixture[str], records: Path, *words: str) -> str:
-    """Return the number of a job that excludes a second job of the same run."""
+    """Submit a job, check that a second job of the same run is refused, and return the job's number."""
     job = submit(records, *words)
     assert cli.main(["submit", *words]) == 2
     assert f"its job {job} is " in capsys.readouterr().err
@@ -46,40 +45,39 @@ def submit_twice(submit: Submit, capsys: pytest.CaptureFixture[str], records: Pa
 def test_a_run_survives_sick_nodes_time_limit_crash_and_killed_rank(
         cluster: Any, site: Path, submit: Submit, until: Any, small: tuple[str, ...], packed_data: Any,
         run_command: Any, killed: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """The final loss equals an undisturbed run's, bit for bit. Tests of attempts.py and of the launcher (e2e)
-    cover ranks that die by themselves."""
+    """The losses equal an undisturbed run's. test_attempts.py and tests/e2e cover ranks that crash."""
     length = ("--set", f"train.steps={STEPS[killed]}", "--set", "train.checkpoint_every_steps=10")
-    undisturbed = run_command("pretrain", *pretrain(packed_data, site / "whole", small, *length),
+    undisturbed = run_command("pretrain", *build_arguments(packed_data, site / "whole", small, *length),
                               "--nproc", "2")
     assert undisturbed.returncode == 0, undisturbed.stderr
     (site / "scratch").mkdir()
-    # n1's own disk is broken
+    # on n1 the scratch folder is read-only
     cluster.in_node("n1", "mount", "-t", "tmpfs", "-o", "ro", "tmpfs", str(site / "scratch"))
     profile = (site / "site.yaml").read_text().replace("enabled: false",
                                                        "min_free_disk_bytes: 1\n  max_matmul_ratio: 1000")
-    (site / "looks.yaml").write_text(profile + f"scratch: {site / 'scratch'}\n")
+    (site / "preflight.yaml").write_text(profile + f"scratch: {site / 'scratch'}\n")
     run, records = site / "run", site / "run/slurm"
-    cluster.wait_idle(["n1", "n2", "n3", "n4"])  # else the job would begin on others than the sick one
-    job = submit_twice(submit, capsys, records, "pretrain", "--cluster", "looks.yaml", "--nodes", "2",
-                       *pretrain(packed_data, run, small, *length))
+    cluster.wait_idle(["n1", "n2", "n3", "n4"])  # otherwise the job would not begin on the sick node n1
+    job = submit_twice(submit, capsys, records, "pretrain", "--cluster", "preflight.yaml", "--nodes", "2",
+                       *build_arguments(packed_data, run, small, *length))
 
-    def reaches(step: int, restarts: int) -> None:
-        def there() -> bool:
+    def wait_for_step(step: int, restarts: int) -> None:
+        def is_reached() -> bool:
             result = cluster.job(job)
             assert result["JobState"] in ("PENDING", "RUNNING", "COMPLETING"), (
                 result, (records / f"{job}.log").read_text())
             return len(read_steps(run)) >= step and result["Restarts"] == str(restarts)
 
-        until(there, 600, f"step {step}")
+        until(is_reached, 600, f"step {step}")
 
     try:
-        reaches(8, 1)
-        assert cluster.job(job)["NodeList"] == "n[2-3]", "n1 was looked at and left out"
+        wait_for_step(8, 1)
+        assert cluster.job(job)["NodeList"] == "n[2-3]", "preflight has excluded n1"
         # the signal that Slurm sends before the time limit
         cluster.run("scancel", "--batch", "--signal=USR1", job)
-        reaches(len(read_steps(run)) + 8, 2)
+        wait_for_step(len(read_steps(run)) + 8, 2)
         cluster.crash("n2")
-        reaches(len(read_steps(run)) + 8, 3)
+        wait_for_step(len(read_steps(run)) + 8, 3)
         assert cluster.job(job)["NodeList"] == "n[3-4]"
         if killed:
             cluster.ranks("n4")[0].kill()
@@ -89,19 +87,21 @@ def test_a_run_survives_sick_nodes_time_limit_crash_and_killed_rank(
         cluster.resume("n2")
     log = (records / f"{job}.log").read_text()
     assert (result["JobState"], result["ExitCode"]) == ("COMPLETED", "0:0"), log
-    assert [e["outcome"] for e in ends(records)] == [
+    assert [e["outcome"] for e in read_attempt_ends(records)] == [
         "sick_nodes", "stopped", "cut_off", *["crash"] * killed, "complete"], log
-    assert ends(records)[2]["reason"] == "n2 went down"
-    assert not killed or "rank 1 on n4" in ends(records)[3]["reason"]
+    assert read_attempt_ends(records)[2]["reason"] == "n2 went down"
+    assert not killed or "rank 1 on n4" in read_attempt_ends(records)[3]["reason"]
     assert "n1 is not fit: rank 0: disk cannot be written" in log
-    assert [(s["step"], s["loss"]) for s in read_steps(run)] == [(s["step"], s["loss"])
-                                                                 for s in read_steps(site / "whole")]
+    losses, expected = ([(step["step"], step["loss"]) for step in read_steps(folder)]
+                        for folder in (run, site / "whole"))
+    assert losses == expected
     assert len(read_steps(run)) == STEPS[killed]
     script = (records / "pretrain.sbatch").read_text()
     code = next(records.glob("code-*"))
     assert str(code) in script and (code / "megatron_sov/operate/slurm/attempts.py").is_file()
     assert json.loads((records / "pretrain.json").read_text())["config"]["train"]["steps"] == STEPS[killed]
-    again = submit(records, "pretrain", "--cluster", "site.yaml", *pretrain(packed_data, run, small, *length))
+    again = submit(records, "pretrain", "--cluster", "site.yaml",
+                   *build_arguments(packed_data, run, small, *length))
     assert cluster.wait(again)["JobState"] == "COMPLETED", "a complete run has nothing left to do"
 
 
@@ -170,21 +170,21 @@ def test_a_job_brings_the_figures_of_an_export(site: Path, cluster: Any, until: 
         "data.heldout_tokens=128", "train.export_every_checkpoints=1", 'evaluate.background.tasks=["ppl"]',
         "evaluate.background.where=slurm", f"evaluate.background.cluster={site / 'site.yaml'}"])
     events: list[dict[str, Any]] = []
-    beside = ExportEvaluations(run, config, lambda name, **fields: events.append({"event": name, **fields}))
-    # no job begins before the partition is up: else a quick one ends before its submission is seen to
+    evaluations = ExportEvaluations(run, config,
+                                    lambda name, **fields: events.append({"event": name, **fields}))
+    # a partition that is down holds the job in the queue, so it cannot end before the assertions
     cluster.run("scontrol", "update", "partitionname=batch", "state=down")
     try:
-        beside.wait()
-        # the job waits in Slurm's queue
-        assert events == [] and len(beside._submitted) == 1
+        evaluations.wait()
+        assert events == [] and len(evaluations._submitted) == 1
     finally:
         cluster.run("scontrol", "update", "partitionname=batch", "state=up")
 
-    def told() -> bool:
-        beside.poll(now=True)
+    def has_event() -> bool:
+        evaluations.poll(now=True)
         return bool(events)
 
-    until(told, 600, "the figures of the job")
+    until(has_event, 600, "the figures of the job")
     assert [(e["event"], e["step"], e.get("error")) for e in events] == [("evaluation", 10, None)]
     figures = json.loads((run / "evaluations/step-10.ppl.json").read_text())
     assert set(figures) == {"first", "second"} and all(row["bits_per_byte"] > 0 for row in figures.values())

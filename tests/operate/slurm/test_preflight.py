@@ -1,4 +1,4 @@
-"""The node check before a job: criteria of a sick node, and one real check by two ranks."""
+"""The preflight check of nodes before a job: criteria of sick nodes, and a real check by two ranks."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from megatron_sov.work.clusters.cluster import PreflightConfig
 
 LIMITS = {**asdict(PreflightConfig()), "num_gpus": 8, "ranks_per_node": 1}
 SOUND = NodeReport("n1", 0, num_gpus=8, free_disk_bytes=10**12, matmul_s=0.002, matmul_tflops=600.0,
-               checksum=17.0, clock_skew_s=0.01, allreduce_s=0.1)
+                   checksum=17.0, clock_skew_s=0.01, allreduce_s=0.1)
 
 
-def judge(folder: Path, *reports: NodeReport, limits: dict[str, Any] = LIMITS) -> dict[str, str]:
+def find_sick(folder: Path, *reports: NodeReport, limits: dict[str, Any] = LIMITS) -> dict[str, str]:
+    """Write the reports as those of ranks 0, 1, ... on n1 to n3; return sick node -> reason."""
     for i, report in enumerate(reports):
         (folder / f"rank-{i}.json").write_text(json.dumps(asdict(replace(report, rank=i))))
     return find_sick_nodes(folder, ["n1", "n2", "n3"], limits)
@@ -36,7 +37,7 @@ OTHERS = (SOUND, replace(SOUND, node="n3"))
 
 
 def test_sound_nodes_pass(tmp_path: Path) -> None:
-    assert judge(tmp_path, *OTHERS, replace(SOUND, node="n2")) == {}
+    assert find_sick(tmp_path, *OTHERS, replace(SOUND, node="n2")) == {}
 
 
 @pytest.mark.each(("changed", "message"), [
@@ -55,43 +56,43 @@ def test_sound_nodes_pass(tmp_path: Path) -> None:
     ({"allreduce_s": 11.0}, "the all-reduce took 11.00 s, at most 10 s wanted"),
 ])
 def test_a_sick_node_is_named_with_the_figure(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
-    assert judge(tmp_path, *OTHERS, replace(SOUND, node="n2", **changed)) == {"n2": f"rank 2: {message}"}
+    assert find_sick(tmp_path, *OTHERS, replace(SOUND, node="n2", **changed)) == {"n2": f"rank 2: {message}"}
 
 
 def test_single_gpu_ranks_see_all_gpus_of_the_node_together(tmp_path: Path) -> None:
     ranks = [replace(SOUND, node=node, num_gpus=1, gpu_uuid=f"{node}-{i}")
              for node, count in (("n1", 8), ("n2", 7), ("n3", 8)) for i in range(count)]
-    sick = judge(tmp_path, *ranks)
+    sick = find_sick(tmp_path, *ranks)
     assert set(sick) == {"n2"} and sick["n2"].endswith(": 7 GPUs, 8 wanted")
 
 
 def test_a_product_on_a_gpu_is_timed_by_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a double of CUDA's clock: host work next to the product does not count."""
-    done: list[str] = []
+    """Doubles of CUDA events record the order of calls: only the product is between the two events."""
+    calls: list[str] = []
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
         def record(self) -> None:
-            done.append("mark")
+            calls.append("mark")
 
         def synchronize(self) -> None:
-            done.append("wait")
+            calls.append("wait")
 
         def elapsed_time(self, end: Event) -> float:
             return 0.65  # milliseconds
 
-    class OnGpu:
+    class GpuMatrix:
         device = SimpleNamespace(type="cuda")
 
-        def __matmul__(self, other: OnGpu) -> str:
-            done.append("product")
+        def __matmul__(self, other: GpuMatrix) -> str:
+            calls.append("product")
             return "product"
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    assert time_product(OnGpu(), OnGpu()) == ("product", pytest.approx(0.65e-3))
-    assert done == ["mark", "product", "mark", "wait"]
+    assert time_product(GpuMatrix(), GpuMatrix()) == ("product", pytest.approx(0.65e-3))
+    assert calls == ["mark", "product", "mark", "wait"]
 
 
 def test_a_rank_reports_its_driver_and_transformer_engine(tmp_path: Path,
@@ -113,18 +114,19 @@ def test_a_rank_reports_its_driver_and_transformer_engine(tmp_path: Path,
 
 
 def test_a_slow_product_counts_against_a_fixed_limit_too(tmp_path: Path) -> None:
-    sick = judge(tmp_path, *OTHERS, replace(SOUND, node="n2"), limits={**LIMITS, "min_matmul_tflops": 700})
+    limits = {**LIMITS, "min_matmul_tflops": 700}
+    sick = find_sick(tmp_path, *OTHERS, replace(SOUND, node="n2"), limits=limits)
     assert set(sick) == {"n1", "n2", "n3"}
 
 
 def test_a_rank_that_never_came_is_laid_to_its_node(tmp_path: Path) -> None:
     hung = [replace(r, allreduce_s=None, error="timeout") for r in OTHERS]
-    assert judge(tmp_path, *hung) == {"n2": "0 of 1 ranks came to look at it"}
+    assert find_sick(tmp_path, *hung) == {"n2": "0 of 1 ranks came to look at it"}
 
 
 def test_an_all_reduce_failure_without_a_culprit_blames_no_node(tmp_path: Path) -> None:
     hung = [replace(r, allreduce_s=None, error="timeout") for r in (*OTHERS, replace(SOUND, node="n2"))]
-    assert judge(tmp_path, *hung) == {"all nodes": "the all-reduce did not end (timeout)"}
+    assert find_sick(tmp_path, *hung) == {"all nodes": "the all-reduce did not end (timeout)"}
     assert set(find_sick_nodes(tmp_path / "none", ["n1"], LIMITS)) == {"all nodes"}
 
 

@@ -1,5 +1,4 @@
-"""The scripts in slurm/scripts: the chains they submit, their
-acceptance by a real Slurm, and a real `sbatch` run."""
+"""The scripts in slurm/scripts: they equal their chains, and a real Slurm accepts and runs them."""
 
 import json
 import os
@@ -24,25 +23,24 @@ from megatron_sov.bench.lm.task_files import check_task_names
 from megatron_sov.commands.operate.submit.chain import list_chains, read_chain
 from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.operate.slurm.stages import STAGES, build_stage_work
-from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
+from megatron_sov.plan.search.recommended_layouts import sets_layout
 from megatron_sov.post.rl.reward import resolve_reward_version
 from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.work.clusters import cluster as cluster_profiles
-from megatron_sov.work.clusters.units import GIB
 from tests.typed_words import format_set_options
 from tokenizer.cli import COMMANDS as TOKENIZER_COMMANDS
 
 ROOT = Path(__file__).parents[3]
 SCRIPTS = ROOT / "slurm/scripts"
-ALL = sorted(SCRIPTS.glob("*/*.sbatch"))
-BIG = ("k-exaone-236b", "solar-open-102b")
+SCRIPT_FILES = sorted(SCRIPTS.glob("*/*.sbatch"))
+LARGE = ("k-exaone-236b", "solar-open-102b")
 TINY = ("tiny-k-exaone", "tiny-solar-open")
 DATA_PROGRAMS = {"data": DATA_COMMANDS, "tokenizer": TOKENIZER_COMMANDS}
 """Stage -> commands of its program."""
 
 
 def test_published_and_tiny_recipes_have_scripts() -> None:
-    assert list_chains() == sorted(p.name for p in SCRIPTS.iterdir()) == [*BIG, *TINY]
+    assert list_chains() == sorted(p.name for p in SCRIPTS.iterdir()) == [*LARGE, *TINY]
     assert set(list_chains()) <= set(recipes.names())
     for name in list_chains():
         stages = [stage.stage for stage in read_chain(name).stages]
@@ -50,7 +48,7 @@ def test_published_and_tiny_recipes_have_scripts() -> None:
             "tokenizer", "pretrain", "extend", "sft", "rl-run", "prefer", "convert", "eval", "eval-lm"], name
 
 
-@pytest.mark.parametrize(("big", "tiny"), [*zip(BIG, TINY, strict=True)])
+@pytest.mark.parametrize(("big", "tiny"), [*zip(LARGE, TINY, strict=True)])
 def test_tiny_scripts_use_the_tiny_recipes_of_the_large_ones(big: str, tiny: str) -> None:
     def list_recipes(name: str) -> list[str]:
         stages = [stage for stage in read_chain(name).stages if STAGES[stage.stage].ranks]
@@ -59,7 +57,7 @@ def test_tiny_scripts_use_the_tiny_recipes_of_the_large_ones(big: str, tiny: str
     assert [recipes.TINY[recipe] for recipe in list_recipes(tiny)] == list_recipes(big)
 
 
-@pytest.mark.parametrize("name", [*BIG, *TINY])
+@pytest.mark.parametrize("name", [*LARGE, *TINY])
 def test_script_parts_that_submit_does_not_check_are_valid(name: str) -> None:
     """Checks options of `sov-data` and `sov-tokenizer`, rewards of rounds, and names of benchmarks."""
     for stage in read_chain(name).stages:
@@ -77,7 +75,7 @@ def test_script_parts_that_submit_does_not_check_are_valid(name: str) -> None:
             check_task_names(options.tasks.split(","), options.settings.sources)
 
 
-@pytest.mark.parametrize("name", BIG)
+@pytest.mark.parametrize("name", LARGE)
 def test_recipe_sources_equal_the_packed_sources_of_the_chain(name: str) -> None:
     packed: dict[str, set[str]] = {}
     for stage in read_chain(name).stages:
@@ -98,7 +96,7 @@ def test_recipe_sources_equal_the_packed_sources_of_the_chain(name: str) -> None
 
 
 @pytest.mark.tier1_cases(1)
-@pytest.mark.parametrize("name", [*TINY, *BIG])
+@pytest.mark.parametrize("name", [*TINY, *LARGE])
 def test_scripts_are_generated_by_their_chain(name: str, tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -111,31 +109,41 @@ def test_scripts_are_generated_by_their_chain(name: str, tmp_path: Path,
         "slurm/scripts is stale: run `make scripts`")
 
 
-@pytest.mark.parametrize("name", BIG)
-def test_notes_state_the_estimated_memory(name: str) -> None:
+@pytest.mark.deep
+@pytest.mark.parametrize("name", LARGE)
+def test_submit_writes_the_layouts_of_the_ready_scripts(name: str,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """A chain names no layout: both take the profile's, with a dispatcher that its image has."""
     chain = read_chain(name)
-    profile = cluster_profiles.load_profile(chain.cluster, needs_account=False)
+    dispatchers = cluster_profiles.load_profile(chain.cluster, needs_account=False).dispatchers
     for stage in chain.stages:
-        if STAGES[stage.stage].ranks:
-            config = build_stage_work(stage.stage, shlex.split(stage.arguments), STAGE_PARSERS).config
-            assert config is not None
-            need = find_fullest_stage(config, stage.nodes * profile.tasks_per_node)[1].total / GIB
-            assert re.findall(r"bout (\d+) GiB", stage.note) == [f"{need:.0f}"], (stage.stage, stage.note)
+        if not STAGES[stage.stage].ranks:
+            continue
+        arguments = [word.replace("$WORK", "/work") for word in shlex.split(stage.arguments)]
+        assert not sets_layout(arguments), stage.label
+        assert cli.main(["submit", stage.stage, "--cluster", chain.cluster, "--account", "a", "--nodes",
+                         str(stage.nodes), "--dry-run", *arguments]) == 0
+        submitted = re.search(r"num_nodes=\d+ settings=\(.*\)", capsys.readouterr().out)
+        assert submitted is not None, stage.label
+        (ready,) = (script for script in (SCRIPTS / name).iterdir()
+                    if re.fullmatch(rf"\d+-{stage.label}\.sbatch", script.name))
+        assert submitted[0] in ready.read_text(), stage.label
+        assert set(re.findall(r"expert_dispatcher=(\w+)", submitted[0])) <= {*dispatchers}
 
 
 def test_scripts_contain_no_machine_specific_paths() -> None:
-    for script in ALL:
+    for script in SCRIPT_FILES:
         text = script.read_text()
         assert not re.search(r"code-[0-9a-f]{12}|PYTHONPATH=|--chdir", text), script
         assert str(ROOT) not in text and sys.executable not in text, script
         assert text.count("records=\"$WORK\"/") == text.count("target=\"$WORK\"/") == 1, script
-        account = "--account=NAME " if script.parent.name in BIG else ""
+        account = "--account=NAME " if script.parent.name in LARGE else ""
         assert f"#   sbatch {account}{script.relative_to(ROOT)}\n" in text
 
 
 def test_slurm_accepts_every_script_unchanged(cluster: Any, site: Path) -> None:
     """With each script's number of nodes: a partition of the virtual cluster has 64 nodes in name only."""
-    for script in ALL:
+    for script in SCRIPT_FILES:
         assert subprocess.run(["bash", "-n", str(script)], check=False).returncode == 0, script
         cluster.run("sbatch", "--test-only", "--partition=wide", str(script))
     pretrain = SCRIPTS / "k-exaone-236b/06-pretrain.sbatch"
@@ -161,7 +169,7 @@ def read_logs(job: str, work: Path) -> str:
 
 
 @pytest.mark.parametrize(("name", "all_scripts"), [
-    *(pytest.param(name, True, marks=pytest.mark.deep) for name in (BIG[0], TINY[1])), (TINY[1], False)])
+    *(pytest.param(name, True, marks=pytest.mark.deep) for name in (LARGE[0], TINY[1])), (TINY[1], False)])
 def test_scripts_start_and_name_missing_inputs(name: str, all_scripts: bool, cluster: Any, site: Path,
                                                warm_python: str) -> None:
     """All scripts of a recipe, or the first of each stage, in a $WORK with only a tiny recipe's corpus."""
@@ -173,7 +181,8 @@ def test_scripts_start_and_name_missing_inputs(name: str, all_scripts: bool, clu
     for number, script in enumerate(sorted((SCRIPTS / name).glob("*.sbatch"))):
         if not all_scripts and stages[number] in stages[:number]:
             continue
-        nodes = ("--nodes=1",) if script.parent.name in BIG and "_NUM_NODES in" in script.read_text() else ()
+        needs_nodes = script.parent.name in LARGE and "_NUM_NODES in" in script.read_text()
+        nodes = ("--nodes=1",) if needs_nodes else ()
         variables = export_variables(WORK=work / script.parent.name, PYTHON=warm_python)
         jobs[script] = cluster.sbatch(variables, *nodes, str(script), cwd=site)
     for script, job in jobs.items():

@@ -1,5 +1,4 @@
-"""Job scripts: arguments reach the program unchanged, and a real
-Slurm accepts every template with every profile."""
+"""Texts of job scripts: arguments reach the program unchanged, and a real Slurm accepts all templates."""
 
 import dataclasses
 import itertools
@@ -24,8 +23,9 @@ TRAIN = ("--data", "tokens", "--run", "runs/a b", "--set", "train.steps=5", "--s
          "train.global_batch_size=64", "--set", "train.micro_batch_size=1")
 ARGUMENTS = {
     "tokenizer": ("train", "--preset", "solar-open", "--vocab-size", "512", "--input", "text", "--output",
-                  "tokenizer"), "data": ("pack", "--tokenizer", "tokenizer", "--input", "a.jsonl", "--input",
-                                         "b.jsonl", "--output", "tokens"),
+                  "tokenizer"),
+    "data": ("pack", "--tokenizer", "tokenizer", "--input", "a.jsonl", "--input", "b.jsonl", "--output",
+             "tokens"),
     "pretrain": ("tiny-solar-open", *TRAIN), "extend": ("tiny-solar-open", "--from", "runs/a", *TRAIN),
     "sft": ("tiny-solar-open", "--from", "runs/a", *TRAIN),
     "prefer": ("tiny-solar-open", "--from", "runs/a", "--method", "ipo", *TRAIN),
@@ -42,6 +42,7 @@ ARGUMENTS = {
                     "--run", "runs/b", "--set", "rollout.rounds=3", "--wait", "3600"),
     "rl-reward": ("--store", "store", "--reward", "math", "--wait", "3600"),
 }
+"""Stage -> arguments of its program."""
 H100, LOCAL = load_profile("h100", account="me"), load_profile("local")
 NASTY = "it's $HOME `id` \"x\" \\ & | ; > * ? # ! ~ {} ()\t한국어"
 
@@ -50,12 +51,13 @@ def prepare_job(stage: str, words: tuple[str, ...], profile: ClusterProfile, **r
     return prepare_stage(SubmitRequest(stage, words, profile, **request), STAGE_PARSERS)
 
 
-def script(stage: str, profile: ClusterProfile, *more: str, **request: Any) -> str:
+def build_script(stage: str, profile: ClusterProfile, *more: str, **request: Any) -> str:
+    """Return the text of the first script of a stage, with `ARGUMENTS` and further arguments."""
     return prepare_job(stage, (*ARGUMENTS[stage], *more), profile, **request).texts[0]
 
 
 def read_bash_array(text: str, array: str = "command") -> list[str]:
-    """Let bash read the assignment of an array out of a script; returns its words."""
+    """Return the words of an array that a script assigns, as bash reads them."""
     (block,) = re.findall(rf"^{array}=\(.*?\)$", text, re.MULTILINE | re.DOTALL)
     program = f'settings=()\n{block}\nprintf "%s\\0" "${{{array}[@]}}"'
     return subprocess.run(["bash", "-uc", program], capture_output=True, text=True,
@@ -68,24 +70,24 @@ def test_every_stage_has_a_template_and_is_on_the_page() -> None:
     assert {name for row in rows for name in re.findall("[a-z-]+", row)} == set(STAGES)
 
 
-EACH: tuple[tuple[str, dict[str, Any]], ...] = (
+REQUESTS: tuple[tuple[str, dict[str, Any]], ...] = (
     *((stage, {}) for stage in STAGES), ("data", {"array": 2}), ("rl-generate", {"array": 2}),
     ("pretrain", {"nodes": 4, "min_nodes": 1}))
-"""Stage and its command line."""
-WHOLE = ("h100", "local")
+"""Stage and fields of its `SubmitRequest`."""
+MAIN_PROFILES = ("h100", "local")
 """Profiles with which every template is tried: with and without GPUs and an account."""
 
 
-@pytest.mark.parametrize(("name", "asked"), [
-    *(pytest.param(name, EACH, id=name, marks=() if name in WHOLE else pytest.mark.deep)
+@pytest.mark.parametrize(("name", "requests"), [
+    *(pytest.param(name, REQUESTS, id=name, marks=() if name in MAIN_PROFILES else pytest.mark.deep)
       for name in cluster.list_profiles()),
-    *(pytest.param(name, EACH[-1:], id=f"{name}, training")
-      for name in cluster.list_profiles() if name not in WHOLE)])
+    *(pytest.param(name, REQUESTS[-1:], id=f"{name}, training")
+      for name in cluster.list_profiles() if name not in MAIN_PROFILES)])
 def test_a_real_slurm_takes_every_template(site: Path, name: str,
-                                           asked: tuple[tuple[str, dict[str, Any]], ...]) -> None:
-    profile = dataclasses.replace(cluster.load_profile(name, account="me"), account="me" if name != "local"
-                                  else "")
-    texts = [text for stage, request in asked
+                                           requests: tuple[tuple[str, dict[str, Any]], ...]) -> None:
+    account = "" if name == "local" else "me"
+    profile = dataclasses.replace(cluster.load_profile(name, account="me"), account=account)
+    texts = [text for stage, request in requests
              for text in prepare_job(stage, ARGUMENTS[stage], profile, **request).texts]
     for text in texts:
         client.check_script(text)
@@ -93,11 +95,11 @@ def test_a_real_slurm_takes_every_template(site: Path, name: str,
 
 
 @pytest.mark.each(("stage", "kind"),
-                         [*itertools.product(("pretrain", "data"), ("apptainer", "enroot", "pyxis"))])
+                  [*itertools.product(("pretrain", "data"), ("apptainer", "enroot", "pyxis"))])
 def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
     box = ContainerConfig(kind, "/images/my image.sif", ("/shared", "/raid:/scratch"))
     profile = dataclasses.replace(H100, container=box, environment={"NCCL_DEBUG": "WARN"})
-    text = script(stage, profile)
+    text = build_script(stage, profile)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
     expected = {
         "apptainer": ["apptainer", "exec", "--nv", "--bind", "/shared", "--bind", "/raid:/scratch", box.image,
@@ -115,7 +117,8 @@ def test_python_runs_in_the_container(stage: str, kind: Any) -> None:
 def test_request_overrides_stage_and_stage_overrides_profile() -> None:
     def limit(stage: str, name: str, **request: Any) -> str:
         match = re.search(r"^#SBATCH --time=(.*)$",
-                          script(stage, cluster.load_profile(name, account="me"), **request), re.MULTILINE)
+                          build_script(stage, cluster.load_profile(name, account="me"), **request),
+                          re.MULTILINE)
         assert match is not None
         return match[1]
 
@@ -127,14 +130,14 @@ def test_request_overrides_stage_and_stage_overrides_profile() -> None:
 @pytest.mark.each(("stage", "loads"), [*itertools.product(("pretrain", "data"), ("true", "false"))])
 def test_the_clusters_own_lines_may_name_variables_that_are_not_set(stage: str, loads: str) -> None:
     profile = dataclasses.replace(H100, setup=('echo "$UNSET_BY_ALL"',), modules=("cuda/13.0",))
-    head = script(stage, profile).partition("# -- where things are")[0]
+    head = build_script(stage, profile).partition("# -- where things are")[0]
     shell = f"module() {{ {loads}; }}\n{head}\necho went on; echo $UNSET_BY_ALL; echo not reached"
     completed = subprocess.run(["bash", "-c", shell], capture_output=True, text=True, check=False)
     if loads == "true":
         assert completed.stdout == "\nwent on\n" and "UNSET_BY_ALL: unbound variable" in completed.stderr
     else:
-        assert (completed.returncode == 2 and completed.stdout == "\n"
-                and completed.stderr == "job: modules of the profile cannot be loaded\n")
+        assert completed.returncode == 2 and completed.stdout == "\n"
+        assert completed.stderr == "job: modules of the profile cannot be loaded\n"
 
 
 def test_jobs_with_a_shared_store_are_one_array() -> None:
@@ -160,7 +163,7 @@ def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> N
     (text,), work = prepared.texts, prepared.work
     assert read_bash_array(text) == ["-m", "megatron_sov", *stage.split("-"), *ARGUMENTS[stage], "--resume"]
     assert "#SBATCH --ntasks-per-node=8" in text and work.completion == Path.cwd() / "runs/b/complete.json"
-    assert {path.name for path in work.inputs} == {"a", "p.jsonl"}, "the store need not be there yet"
+    assert {path.name for path in work.inputs} == {"a", "p.jsonl"}, "the store may be missing"
     assert work.config is not None and [p.name for p in work.config.data.phases] == [
         "round-0001", "round-0002", "round-0003"]
     with pytest.raises(UserError, match=r"rollout\.rounds = 0: nothing to train"):
@@ -176,7 +179,7 @@ def test_user_arguments_reach_the_program_unchanged(tmp_path: Path) -> None:
 
 def test_a_profile_is_quoted_too(site: Path, cluster: Any) -> None:
     profile = dataclasses.replace(LOCAL, environment={"X": NASTY}, modules=(NASTY,), scratch=NASTY)
-    text = script("pretrain", profile)
+    text = build_script("pretrain", profile)
     (line,) = [line for line in text.splitlines() if line.startswith("export X=")]
     assert subprocess.run(["bash", "-c", f'{line}; printf "%s" "$X"'], capture_output=True, text=True,
                           check=True).stdout == NASTY
@@ -203,31 +206,32 @@ def test_a_path_that_slurm_would_rewrite_is_refused() -> None:
 
 def test_scripts_contain_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_API_KEY", "hush-hush")
-    assert "hush-hush" not in script("pretrain", LOCAL)
+    assert "hush-hush" not in build_script("pretrain", LOCAL)
 
 
 def test_settings_change_with_the_number_of_nodes() -> None:
-    text = script("pretrain", dataclasses.replace(LOCAL, ranks_per_node=1), "--set", "parallel.ep=4", nodes=4,
-                  min_nodes=1, settings={2: ("parallel.ep=2",), 1: ("parallel.ep=1",)})
+    text = build_script("pretrain", dataclasses.replace(LOCAL, ranks_per_node=1), "--set", "parallel.ep=4",
+                        nodes=4, min_nodes=1, settings={2: ("parallel.ep=2",), 1: ("parallel.ep=1",)})
     assert "#SBATCH --nodes=1-4\n" in text
 
-    def chosen(count: int) -> str:
+    def run_choice(count: int) -> str:
+        """Run the script's choice of settings on a job with `count` nodes."""
         block = text[text.index("case $SLURM_JOB_NUM_NODES"):text.index("esac") + 4]
         program = f'SLURM_JOB_NUM_NODES={count}\n{block}\necho $num_nodes "${{settings[@]}}"'
         return subprocess.run(["bash", "-c", program], capture_output=True, text=True,
                               check=False).stdout.strip()
 
-    assert [chosen(n) for n in (4, 3, 2, 1)] == ["4", "2 --set parallel.ep=2", "2 --set parallel.ep=2",
-                                                 "1 --set parallel.ep=1"]
-    assert chosen(5) == ""
+    assert [run_choice(count) for count in (4, 3, 2, 1)] == [
+        "4", "2 --set parallel.ep=2", "2 --set parallel.ep=2", "1 --set parallel.ep=1"]
+    assert run_choice(5) == ""
 
 
-IN_AN_ARRAY = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
-"""Slurm gives the last task of an array the number of the whole array."""
+ARRAY_TASK = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2"}
+"""Variables of the last task of an array, whose job number is that of the whole array."""
 
 
 @pytest.mark.each(("variables", "name"), [
-    (IN_AN_ARRAY, "7_2"), ({**IN_AN_ARRAY, "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "8"}, "7_0"),
+    (ARRAY_TASK, "7_2"), ({**ARRAY_TASK, "SLURM_ARRAY_TASK_ID": "0", "SLURM_JOB_ID": "8"}, "7_0"),
     ({"SLURM_JOB_ID": "7"}, "7")])
 def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dict[str, str],
                                                   name: str) -> None:
@@ -244,7 +248,7 @@ def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dic
 
     (trap,) = [line for line in _step_lines(LOCAL, tmp_path, 1, 1) if line.startswith("trap")]
     assert run_lines(f"{trap}\nkill -USR1 $$\ntrue") == [f"scontrol requeue {name}"]
-    text = script("data", LOCAL, array=2)
+    text = build_script("data", LOCAL, array=2)
     answer = text[text.index("answer() {"):text.index("# -- signals")].replace("sleep 300", "true")
     assert run_lines(f"{answer}\nanswer 'requeue n2,n3'") == [
         f"scontrol requeue {name}", f"scontrol update JobId={name} ExcNodeList=n2,n3"]
@@ -254,7 +258,7 @@ def test_a_task_of_an_array_requeues_itself_alone(tmp_path: Path, variables: dic
 
 @pytest.mark.parametrize(("resolves", "address"), [(True, "n7"), (False, "10.0.0.7")])
 def test_master_address_is_the_first_node_or_its_ip(tmp_path: Path, resolves: bool, address: str) -> None:
-    text = script("pretrain", LOCAL)
+    text = build_script("pretrain", LOCAL)
     lines = text[text.index("MASTER_ADDR=${nodes%%,*}"):text.index("MASTER_PORT=")]
     answer = 'echo "NodeName=$3 Arch=x86_64"; echo "   NodeAddr=10.0.0.7 NodeHostName=n7"'
     (tmp_path / "scontrol").write_text(f"#!/bin/bash\n{answer}\n")
@@ -268,12 +272,11 @@ def test_master_address_is_the_first_node_or_its_ip(tmp_path: Path, resolves: bo
 
 
 def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -> None:
-    """Slurm gives a rank /tmp where the folder of TMPDIR is not on its node, before the rank can make it."""
-    text = script("pretrain", dataclasses.replace(H100, scratch=str(tmp_path / "no such/folder")))
+    """Slurm sets TMPDIR of a rank to /tmp if its folder does not exist on the node yet."""
+    text = build_script("pretrain", dataclasses.replace(H100, scratch=str(tmp_path / "no such/folder")))
     (as_rank,) = re.findall(r"^as_rank='.*?'$", text, re.MULTILINE | re.DOTALL)
-    exported = next(line for line in text.splitlines() if line.startswith("export TMPDIR="))
-    carried = next(line for line in text.splitlines() if line.startswith("export JOB_TMPDIR="))
-    shell = f'{exported}\n{carried}\n{as_rank}\nTMPDIR=/tmp bash -c "$as_rank" rank printenv TMPDIR'
+    exports = re.findall(r"^export (?:JOB_)?TMPDIR=.*$", text, re.MULTILINE)
+    shell = "\n".join([*exports, as_rank, 'TMPDIR=/tmp bash -c "$as_rank" rank printenv TMPDIR'])
     completed = subprocess.run(["bash", "-c", shell], env={"PATH": os.environ["PATH"], "USER": "ada"},
                                capture_output=True, text=True)
     assert completed.stdout == f"{tmp_path}/no such/folder/ada\n"
@@ -282,7 +285,7 @@ def test_ranks_make_the_scratch_folder_that_slurm_did_not_find(tmp_path: Path) -
 
 def test_engine_servers_get_whole_nodes(site: Path) -> None:
     vllm = ("--engine", "vllm", "--engine-set", "tp=4")
-    text = script("rl-run", H100, *vllm, nodes=2, engine_nodes=2)
+    text = build_script("rl-run", H100, *vllm, nodes=2, engine_nodes=2)
     assert "#SBATCH --nodes=4" in text and "tail -n 2" in text and "i < 2" in text
     client.check_script(text)
     assert subprocess.run(["bash", "-n"], input=text, text=True, check=False).returncode == 0
@@ -291,12 +294,12 @@ def test_engine_servers_get_whole_nodes(site: Path) -> None:
     assert engines[-6:-2] == ["--engine-set", "servers=2", "--engine-set",
                               'devices=["0", "1", "2", "3", "4", "5", "6", "7"]']
     assert "settings=(--engine-set weights=" in text and '--engine-url "http://$address:' in text
-    own = script("rl-run", H100, *vllm, "--engine-set", "weights=/shared/w", nodes=2, engine_nodes=1)
-    assert "engine_settings=()" in own
-    sent = script("rl-run", H100, *vllm, "--engine-set", "transfer=collective", nodes=2, engine_nodes=1)
-    assert "engine_settings=()" in sent, "no files need to be seen by both"
-    for words, told in (((), "are for `submit rl-run ... --engine vllm`"),
-                        (("--engine", "vllm", "--engine-url", "http://n9:8000"), "without --engine-url"),
-                        (("--engine", "vllm", "--engine-set", "tp=16"), "must divide the 8 of a node")):
-        with pytest.raises(UserError, match=re.escape(told)):
-            script("rl-run", H100, *words, nodes=2, engine_nodes=1)
+    shared = build_script("rl-run", H100, *vllm, "--engine-set", "weights=/shared/w", nodes=2, engine_nodes=1)
+    assert "engine_settings=()" in shared
+    sent = build_script("rl-run", H100, *vllm, "--engine-set", "transfer=collective", nodes=2, engine_nodes=1)
+    assert "engine_settings=()" in sent, "a collective transfer needs no folder for weights"
+    for words, message in (((), "are for `submit rl-run ... --engine vllm`"),
+                           (("--engine", "vllm", "--engine-url", "http://n9:8000"), "without --engine-url"),
+                           (("--engine", "vllm", "--engine-set", "tp=16"), "must divide the 8 of a node")):
+        with pytest.raises(UserError, match=re.escape(message)):
+            build_script("rl-run", H100, *words, nodes=2, engine_nodes=1)

@@ -1,4 +1,4 @@
-"""The files of a submission: scripts, a copy of the code, and the outputs of array parts."""
+"""Submission of jobs: parts of arrays, searched layouts, the copied code, inputs, and Slurm's messages."""
 
 import dataclasses
 import itertools
@@ -32,9 +32,9 @@ def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: P
     parts, join = prepare_job("data", PACK, LOCAL, array=2).jobs
     assert parts.array_inputs == ("a=x.jsonl", "b.jsonl", "c")
     assert parts.work.arguments == ("pack", "--tokenizer", "t", "--workers", "2")
-    made = [tmp_path / "out.parts/part-0", tmp_path / "out.parts/part-1"]
-    assert join.work.arguments == ("mix", *map(str, made), "--output", f"{tmp_path}/out")
-    assert join.needs == tuple(part / "manifest.json" for part in made)
+    folders = [tmp_path / "out.parts/part-0", tmp_path / "out.parts/part-1"]
+    assert join.work.arguments == ("mix", *map(str, folders), "--output", f"{tmp_path}/out")
+    assert join.needs == tuple(folder / "manifest.json" for folder in folders)
 
 
 def test_a_script_that_slurm_refuses_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,21 +48,21 @@ def test_a_script_that_slurm_refuses_is_reported(monkeypatch: pytest.MonkeyPatch
 SOLAR = ("solar-open-102b", "--data", "tokens", "--run", "run")
 
 
-def layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str, ...]]:
-    """Return the settings by number of nodes that a submission to H100s gets."""
+def find_layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple[str, ...]]:
+    """Return number of nodes -> settings that the submission of `SOLAR` to H100 nodes adds."""
     return prepare_job("pretrain", (*SOLAR, *more), H100, nodes=nodes, **request).jobs[0].layouts
 
 
 @pytest.mark.deep
 def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
-    """A user who has other kernels gets another layout; a layout that the user set stays."""
+    """Settings of kernels change the layout; settings of a layout are not changed."""
     result = find_layout(recipes.get("solar-open-102b"), Machines("h100", H100, 64))
-    assert result is not None and "parallel.expert_dispatcher=hybridep" in result.settings
-    assert layouts()[64] == result.settings
-    portable = layouts("--set", "parallel.expert_dispatcher=alltoall", "--set", "gpu.attention=local")[64]
-    assert portable and not any("dispatcher" in setting or "attention" in setting for setting in portable)
-    assert layouts("--set", "parallel.pp=8") == {64: ()}
-    assert layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
+    assert result is not None and not any("dispatcher" in setting for setting in result.settings)
+    assert find_layouts()[64] == result.settings
+    portable = find_layouts("--set", "gpu.attention=local")[64]
+    assert portable and not any("attention" in setting for setting in portable)
+    assert find_layouts("--set", "parallel.pp=8") == {64: ()}
+    assert find_layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
         64: ("parallel.pp=4", "train.micro_batch_size=3")}
     script = prepare_job("pretrain", SOLAR, H100, nodes=64).jobs[0]
     stages = next(setting for setting in result.settings if setting.startswith("parallel.pp="))
@@ -79,10 +79,20 @@ def test_a_job_with_fewer_nodes_keeps_its_layout_if_it_fits() -> None:
         assert not apply_settings(config, list(settings)).problems(nodes * H100.tasks_per_node)
 
 
+def test_a_dispatcher_that_the_image_lacks_is_refused() -> None:
+    hybrid = ("parallel.ep=16", "parallel.pp=4", "parallel.expert_dispatcher=hybridep")
+    options = [word for setting in hybrid for word in ("--set", setting)]
+    with pytest.raises(UserError, match=r"^parallel\.expert_dispatcher = hybridep: the profile's dispatchers "
+                                        r"are alltoall, allgather; choose one of them, or add hybridep"):
+        find_layouts(*options)
+    built = dataclasses.replace(H100, dispatchers=("alltoall", "hybridep"))
+    assert prepare_job("pretrain", (*SOLAR, *options), built, nodes=64).jobs[0].layouts == {64: ()}
+
+
 def test_a_layout_too_large_for_the_gpus_is_refused_with_a_fitting_one() -> None:
     with pytest.raises(UserError, match=r"needs 111\.3 GiB on each process .* the nearest layout that fits: "
                                         r"--set parallel\.pp=2$"):
-        layouts("--set", "parallel.ep=8", "--set", "train.fp8=none", nodes=60)
+        find_layouts("--set", "parallel.ep=8", "--set", "train.fp8=none", nodes=60)
     unknown = prepare_job("pretrain", (*SOLAR, "--set", "parallel.ep=8"), dataclasses.replace(H100, gpu=""),
                           nodes=60)
     assert unknown.jobs[0].layouts == {60: ()}
@@ -93,13 +103,13 @@ def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.Monkey
     text = prepare_job("data", PACK, LOCAL, array=2).texts[0]
     block = text[text.index("inputs=("):text.index("run_step \"$attempt/srun.log\"")]
 
-    def inputs(task: int) -> list[str]:
+    def read_inputs(task: int) -> list[str]:
         program = f'SLURM_ARRAY_TASK_ID={task} target=there\n{block}\nprintf "%s\\n" "${{command[@]}}"'
         words = subprocess.run(["bash", "-uc", program], capture_output=True, text=True,
                                check=True).stdout.splitlines()
         return [word for flag, word in itertools.pairwise(words) if flag == "--input"]
 
-    assert (inputs(0), inputs(1)) == (["a=x.jsonl", "c"], ["b.jsonl"])
+    assert (read_inputs(0), read_inputs(1)) == (["a=x.jsonl", "c"], ["b.jsonl"])
 
 
 def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,17 +125,22 @@ def test_a_job_runs_the_code_as_it_was(tmp_path: Path, monkeypatch: pytest.Monke
                                capture_output=True, text=True, check=True)
     files = ("megatron_sov/operate/slurm/attempts.py", "tokenizer/__init__.py", "slurm/__init__.py")
     assert completed.stdout.split() == [f"{code}/{file}" for file in files]
-    assert ((code / "slurm/templates/header.sbatch.j2").is_file()
-            and (code / "slurm/clusters/local.yaml").is_file())
+    assert (code / "slurm/templates/header.sbatch.j2").is_file()
+    assert (code / "slurm/clusters/local.yaml").is_file()
     assert list_submitted_jobs(tmp_path / "hf.slurm") == ["17", "17"]
 
 
 def test_code_that_changes_while_it_is_copied_is_not_submitted(tmp_path: Path,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     prepared = prepare_job("convert", ("to-hf", "run", str(tmp_path / "hf")), LOCAL)
-    copies = submission.shutil.copyfile
-    monkeypatch.setattr(submission.shutil, "copyfile", lambda a, b: copies(a, b) and b.write_text("#")
-                        if b.name == "cli.py" else copies(a, b))
+    copyfile = submission.shutil.copyfile
+
+    def copy_and_change(source: Path, target: Path) -> None:
+        copyfile(source, target)
+        if target.name == "cli.py":
+            target.write_text("#")
+
+    monkeypatch.setattr(submission.shutil, "copyfile", copy_and_change)
     with pytest.raises(UserError, match="the code changed while it was copied"):
         submission.submit_jobs(prepared, [])
     assert list((tmp_path / "hf.slurm").iterdir()) == []
@@ -175,7 +190,6 @@ def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeyp
 
 
 # Output of Slurm's programs as a one-line message, and the jobs that are still in the queue.
-
 
 @pytest.mark.each(("text", "message"), [
     ("sbatch: error: invalid partition specified: x\n"

@@ -1,4 +1,4 @@
-"""`megatron-sov submit`: every mistake is one message, before anything is submitted or written."""
+"""`megatron-sov submit` and `submit chain`: a mistake is one message, and nothing is submitted or written."""
 
 import json
 import shlex
@@ -15,38 +15,38 @@ from tests.pages_typed import blocks, page_text, shell_lines
 
 RUN = ("tiny-solar-open", "--data", "tokens", "--run", "runs/a", "--set", "train.steps=5", "--set",
        "train.global_batch_size=8", "--set", "train.micro_batch_size=1")
-HERE = ("--cluster", "site.yaml")
-BESIDE = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.background.tasks=["ppl"]',
+CLUSTER = ("--cluster", "site.yaml")
+EVALUATION = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.background.tasks=["ppl"]',
           "--set", "evaluate.background.where=slurm", "--set")
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    (("pretrian", *HERE, *RUN), "stage 'pretrian': does not exist; did you mean 'pretrain'?"),
+    (("pretrian", *CLUSTER, *RUN), "stage 'pretrian': does not exist; did you mean 'pretrain'?"),
     (("pretrain", *RUN),
      "--cluster: is missing; pass one of a100, b200, b300, gb200, gb300, h100, h200, local, one-node"),
     (("pretrain", "--cluster", "h100", *RUN), "--cluster h100: account: is missing; pass --account NAME"),
-    (("pretrain", *HERE, "--nodes", "3", *RUN), "--nodes 3 x 1 processes do not fit tiny-solar-open: "
+    (("pretrain", *CLUSTER, "--nodes", "3", *RUN), "--nodes 3 x 1 processes do not fit tiny-solar-open: "
                                                 "train.global_batch_size = 8"),
-    (("pretrain", *HERE, "--nodes", "2", "--min-nodes", "4", *RUN),
+    (("pretrain", *CLUSTER, "--nodes", "2", "--min-nodes", "4", *RUN),
      "--min-nodes 4: must not be above --nodes 2"),
-    (("pretrain", *HERE, "tiny-solar-open", "--run", "x"),
+    (("pretrain", *CLUSTER, "tiny-solar-open", "--run", "x"),
      "--data: is missing; pass a file of chats, pairs or text, or a folder made by `sov-data pack`"),
-    (("pretrain", *HERE, *RUN, "--nodes-set", "two:a=1"),
+    (("pretrain", *CLUSTER, *RUN, "--nodes-set", "two:a=1"),
      "--nodes-set two:a=1: must have the form N:key=value"),
-    (("pretrain", *HERE, "--time", "2", *RUN), "time limit '2': is 120 s, and the job is asked to save"),
-    (("pretrain", *HERE, "--nodes-set", "2:parallel.ep=2", *RUN),
+    (("pretrain", *CLUSTER, "--time", "2", *RUN), "time limit '2': is 120 s, and the job is asked to save"),
+    (("pretrain", *CLUSTER, "--nodes-set", "2:parallel.ep=2", *RUN),
      "--nodes-set 2:parallel.ep=2: the job has never 2 nodes"),
-    (("pretrain", *HERE, "--nodes", "8", *RUN), "Slurm refuses the job: "),
-    (("pretrain", *HERE, *RUN[:4], "/dev/null/x", *RUN[5:]),
+    (("pretrain", *CLUSTER, "--nodes", "8", *RUN), "Slurm refuses the job: "),
+    (("pretrain", *CLUSTER, *RUN[:4], "/dev/null/x", *RUN[5:]),
      "/dev/null/x/slurm: cannot be made, since a file is in the way"),
-    (("data", *HERE, "--prove", "pack", "--input", "a", "--output", "x"),
+    (("data", *CLUSTER, "--prove", "pack", "--input", "a", "--output", "x"),
      "--prove: checks the layout of a training stage"),
-    (("data", *HERE, "--array", "3", "pack", "--input", "a", "--output", "x"),
+    (("data", *CLUSTER, "--array", "3", "pack", "--input", "a", "--output", "x"),
      "--array 3: must lie between 2 and the number of"),
-    (("tokenizer", *HERE, "train", "--input", "en=nowhere:0.5", "--output", "x"),
+    (("tokenizer", *CLUSTER, "train", "--input", "en=nowhere:0.5", "--output", "x"),
      "/nowhere does not exist; make it before"),
-    (("pretrain", *HERE, "--continue", *RUN), "--continue: belongs to a chain"),
-    (("pretrain", *HERE, *RUN, *BESIDE, "evaluate.background.cluster=h100"),
+    (("pretrain", *CLUSTER, "--continue", *RUN), "--continue: belongs to a chain"),
+    (("pretrain", *CLUSTER, *RUN, *EVALUATION, "evaluate.background.cluster=h100"),
      "evaluate.background.cluster = h100: the run could not submit"),
 ])
 def test_a_mistake_gives_one_sentence_and_no_files(site: Path, capsys: pytest.CaptureFixture[str],
@@ -64,9 +64,9 @@ def test_missing_slurm_is_reported_but_dry_runs_print_the_script(site: Path,
                                                                  monkeypatch: pytest.MonkeyPatch) -> None:
     (site / "tokens").mkdir()
     monkeypatch.setenv("PATH", "/nowhere")
-    assert cli.main(["submit", "pretrain", *HERE, *RUN]) == 2
+    assert cli.main(["submit", "pretrain", *CLUSTER, *RUN]) == 2
     assert "sinfo: is not on PATH, so Slurm is not installed here" in capsys.readouterr().err
-    assert cli.main(["submit", "pretrain", *HERE, "--dry-run", *RUN]) == 0
+    assert cli.main(["submit", "pretrain", *CLUSTER, "--dry-run", *RUN]) == 0
     assert "#SBATCH --job-name=pretrain-a\n" in capsys.readouterr().out
     assert not (site / "runs").exists()
 
@@ -76,10 +76,10 @@ def test_every_layout_that_a_job_may_have_is_proved_first(site: Path, capsys: py
                                                           monkeypatch: pytest.MonkeyPatch,
                                                           refuted_ranks: int | None, code: int) -> None:
     (site / "tokens").mkdir()
-    asked = []
+    proved = []
 
     def prove_run(config: RunConfig, num_ranks: int) -> tuple[int, SimpleNamespace]:
-        asked.append((num_ranks, config.parallel.ep))
+        proved.append((num_ranks, config.parallel.ep))
         return num_ranks, SimpleNamespace(outcome="differs" if num_ranks == refuted_ranks else "equal")
 
     # tests/proof covers the proofs, whose imports are heavy; another test may have run the command
@@ -87,12 +87,12 @@ def test_every_layout_that_a_job_may_have_is_proved_first(site: Path, capsys: py
     monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", SimpleNamespace(
         EQUAL="equal", prove_run=prove_run,
         format_proof=lambda small, verdict: f"{small}: {verdict.outcome}"))
-    assert cli.main(["submit", "pretrain", *HERE, "--prove", "--dry-run", "--nodes", "4", "--min-nodes", "2",
-                     "--nodes-set", "2:parallel.ep=2", *RUN]) == code
+    assert cli.main(["submit", "pretrain", *CLUSTER, "--prove", "--dry-run", "--nodes", "4",
+                     "--min-nodes", "2", "--nodes-set", "2:parallel.ep=2", *RUN]) == code
 
-    script, said = capsys.readouterr()
-    assert asked == [(4, 1), (2, 2)]
-    assert "4: equal" in said and ("2: differs" in said) == (code == 3)
+    script, messages = capsys.readouterr()
+    assert proved == [(4, 1), (2, 2)]
+    assert "4: equal" in messages and ("2: differs" in messages) == (code == 3)
     assert ("#SBATCH" in script) == (code == 0) and "equal" not in script
 
 
@@ -101,13 +101,12 @@ def test_missing_inputs_are_reported_before_proofs(site: Path, capsys: pytest.Ca
     monkeypatch.delitem(sys.modules, "megatron_sov.commands.operate.submit.prove_run", raising=False)
     monkeypatch.setitem(sys.modules, "megatron_sov.proof.layout_proof", None)  # importing it fails
 
-    assert cli.main(["submit", "pretrain", *HERE, "--prove", *RUN]) == 2
+    assert cli.main(["submit", "pretrain", *CLUSTER, "--prove", *RUN]) == 2
 
     assert "/tokens does not exist; make it before" in capsys.readouterr().err
 
 
 # Chain files.
-
 
 PACK = "{stage: data, arguments: pack --tokenizer t --input t --output tokens}"
 TRAIN = ("{stage: pretrain, arguments: tiny-solar-open --data tokens --run run --set train.steps=2 "

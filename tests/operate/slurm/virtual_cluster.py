@@ -1,10 +1,8 @@
-"""A private, real Slurm cluster on this machine: a controller, and several nodes that tests can kill and
-freeze.
+"""A real Slurm cluster on this machine: a controller, and several nodes that tests can kill and freeze.
 
-Daemons run in the foreground as children of this process.  Each node lives in its own process, host name and
-mount namespaces, so that its death is one SIGKILL and takes everything that ran there.  Needs root and
-Debian's packages (`make slurm`); claims more cores, memory and GPUs than there are,
-since nothing looks for them.
+Daemons run in the foreground as children of this process. Each node has its own process, host name and mount
+namespaces, so one SIGKILL ends it with everything that runs on it. The cluster needs root and Debian's
+packages (`make slurm`). Its configuration names more cores, memory and GPUs than the machine has.
 """
 
 from __future__ import annotations
@@ -73,9 +71,9 @@ RealMemory=2000000 Gres=gpu:{gpus}
 NAMESPACES = ("unshare", "--pid", "--fork", "--uts", "--mount", "--mount-proc")
 DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare", "setpriv")
 CPUS, GPUS = 224, 8
-"""What each node claims: as much as the largest of the shipped profiles asks for."""
+"""Cores and GPUs of each node in the configuration, as many as the largest shipped profile requests."""
 WIDE = 64
-"""Nodes of the partition `wide`, which are never started: they are there for `sbatch --test-only`."""
+"""Number of nodes in the partition `wide`, which are never started, for `sbatch --test-only`."""
 PROFILE = """description: virtual nodes
 account: ""
 time_limit: "30"
@@ -84,10 +82,10 @@ gpus_per_node: 0
 cpus_per_node: 1
 """
 """A cluster profile of these nodes, for commands that submit arrays."""
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+END_STATES = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
-def why_not() -> str | None:
+def find_obstacle() -> str | None:
     """Return the reason why this machine cannot run a cluster, or None."""
     if os.geteuid():
         return "a private Slurm cluster needs root"
@@ -98,7 +96,14 @@ def why_not() -> str | None:
 
 
 class VirtualCluster:
-    """`with VirtualCluster(folder) as cluster: cluster.sbatch(script)`."""
+    """A Slurm cluster with its files in `folder`: `with VirtualCluster(folder) as cluster`.
+
+    Attributes:
+        folder: Configuration, state, logs and sockets.
+        partitions: Names of partitions, each with all nodes; the first is the default.
+        names: Names of the nodes, n1, n2, ...
+        env: Environment variables with which Slurm's programs use this cluster.
+    """
 
     def __init__(self, folder: Path, partitions: tuple[str, ...] = ("batch",), num_nodes: int = 4) -> None:
         self.folder, self.partitions = folder.resolve(), partitions
@@ -161,24 +166,23 @@ class VirtualCluster:
     # nodes
 
     def start(self, node: str) -> None:
-        """Switch a node on."""
+        """Start a node's daemon."""
         begin = f'hostname {node}; mount --bind "{self.folder}/etc/hosts" /etc/hosts'
         self._daemon(node, *NAMESPACES, "--kill-child", "bash", "-c",
                      f'{begin}; exec slurmd -D -N {node} -f "$SLURM_CONF"')
 
     def crash(self, node: str) -> None:
-        """Kill the whole node at once, and tell the controller, which
-        would notice only after half a minute."""
+        """Kill a node and report it to the controller, which would notice only after half a minute."""
         self._kill(node, signal.SIGKILL)
         self.run("scontrol", "update", f"nodename={node}", "state=down", "reason=crash")
 
     def freeze(self, node: str) -> None:
-        """The node hangs with everything on it; the controller has to notice by itself."""
+        """Suspend all processes of a node. The controller is not told."""
         for process in self.processes(node):
             process.suspend()
 
     def resume(self, node: str) -> None:
-        """Bring a dead or frozen node back."""
+        """Restart a dead or frozen node and wait until it is idle."""
         self._kill(node, signal.SIGKILL)
         self.start(node)
         self.run("scontrol", "update", f"nodename={node}", "state=resume", check=False)
@@ -190,8 +194,8 @@ class VirtualCluster:
 
     def ranks(self, node: str) -> list[psutil.Process]:
         """Return the training processes of a node."""
-        return [p
-                for p in self.processes(node) if p.name().startswith("python") and "--resume" in p.cmdline()]
+        return [process for process in self.processes(node)
+                if process.name().startswith("python") and "--resume" in process.cmdline()]
 
     def in_node(self, node: str, *command: str) -> None:
         """Run a command in a node's own view of the file systems."""
@@ -221,7 +225,8 @@ class VirtualCluster:
             time.sleep(0.5)
         raise TimeoutError(f"job {number}: the controller does not answer")
 
-    def wait(self, number: str, states: tuple[str, ...] = ENDED, timeout_s: float = 600) -> dict[str, str]:
+    def wait(self, number: str, states: tuple[str, ...] = END_STATES,
+             timeout_s: float = 600) -> dict[str, str]:
         """Wait until a job is in one of the states; return the controller's record."""
         try:
             until(lambda: self.job(number)["JobState"] in states, timeout_s, f"job {number}: {states}")
@@ -262,7 +267,7 @@ class VirtualCluster:
 
 
 def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
-    """Wait until the condition holds."""
+    """Wait until `condition()` is true; after `timeout_s`, raise an error that says `what` did not occur."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:
@@ -271,8 +276,7 @@ def until(condition: Callable[[], bool], timeout_s: float, what: str) -> None:
 
 
 def _free_ports(count: int) -> int:
-    """Return the first of `count` free ports, below the range of
-    the ranks and the system's ephemeral ports."""
+    """Return the first of `count` free ports, below the ports of ranks and the system's ephemeral ports."""
     for _ in range(200):
         first = random.randrange(12000, 20000 - count)
         try:

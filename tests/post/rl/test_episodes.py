@@ -19,7 +19,7 @@ from megatron_sov.rollouts.round_order import PromptPiece
 from megatron_sov.rollouts.rows import NOT_WRITTEN, UNFINISHED, Rollout, select_last_attempts
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.runs.rounds import Policy
-from tests.judge.tools.fuzzed_episodes import LIMITS, FuzzedPolicy, chat_encoder
+from tests.judge.tools.fuzzed_episodes import LIMITS, FuzzedPolicy, build_small_encoder
 
 ROLLOUT = RolloutConfig(prompts_per_round=2, samples_per_prompt=2, deadline_s=2.0)
 
@@ -39,7 +39,7 @@ class TimedPolicy:
 
 
 def test_an_episode_continues_after_a_deadline(tmp_path: Path) -> None:
-    chat = chat_encoder()
+    chat = build_small_encoder()
     encoder = TurnEncoder(chat, "the test's tokenizer")
     request = request_environment("files", {})
     environment: Any = build_versioned_environment(request)[0]

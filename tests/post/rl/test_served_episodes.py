@@ -37,12 +37,12 @@ from megatron_sov.runs.rounds import Policy
 from megatron_sov.work.endpoints.token_server import (
     ABORTED, LENGTH, STOP, TokenAnswer, TokenRequest, VersionSpan)
 from megatron_sov.work.progress.locks import Claims
-from tests.judge.tools.fuzzed_episodes import BEGIN, LIMITS, FuzzedPolicy, chat_encoder
+from tests.judge.tools.fuzzed_episodes import BEGIN, LIMITS, FuzzedPolicy, build_small_encoder
 
 ROLLOUT = RolloutConfig(rounds=1, prompts_per_round=2, samples_per_prompt=2, piece_prompts=2,
                         max_new_tokens=LIMITS.max_response_tokens)
 SHAPE = RouteShape(2, 2, 8)
-CHAT = chat_encoder()
+CHAT = build_small_encoder()
 ENCODER = TurnEncoder(CHAT, "the test's tokenizer")
 (BEGIN_ID,) = CHAT.encode_text(BEGIN)
 
@@ -76,7 +76,7 @@ def draw_turn(conversation: Sequence[int]) -> list[int]:
     """Return a random turn, drawn with the conversation as seed."""
     seed = hashlib.sha256(np.array(conversation, np.int32).tobytes()).digest()
     rng, policy = random.Random(seed), FuzzedPolicy("files", CHAT, ENCODER.end_ids[0])
-    while BEGIN_ID in (ids := policy._turn(rng)):
+    while BEGIN_ID in (ids := policy._write_turn(rng)):
         pass
     return ids
 

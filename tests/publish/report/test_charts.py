@@ -1,4 +1,4 @@
-"""Charts of the report, and the note about series that were not drawn."""
+"""Charts of the report, curves of steps, and the events that they are read from."""
 
 import json
 import math
@@ -20,8 +20,8 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, final_step_events, pa
 from tests.run_files import read_run_events
 
 
-def list_series(chart: Chart) -> list[str]:
-    return [one.name for one in chart.plot.series]
+def list_series_names(chart: Chart) -> list[str]:
+    return [series.name for series in chart.plot.series]
 
 
 def test_the_loss_is_drawn_at_every_step_with_its_moving_mean(runs: list[Path]) -> None:
@@ -32,7 +32,7 @@ def test_the_loss_is_drawn_at_every_step_with_its_moving_mean(runs: list[Path]) 
     curve = run.get_curve("loss")
     drawn = dict(zip(curve.steps.tolist(), curve.values.tolist(), strict=True))
     assert len(raw.x) <= MAX_POINTS and all(drawn[x] == y for x, y in zip(raw.x, raw.y, strict=True))
-    assert list_series(by_source) == ["english", "korean", "code"]
+    assert list_series_names(by_source) == ["english", "korean", "code"]
 
 
 def test_phases_are_bands_and_restarts_are_rules(runs: list[Path]) -> None:
@@ -52,7 +52,7 @@ def test_a_diverged_run_is_marked_in_its_report(tmp_path: Path) -> None:
 
 def test_heldout_chart_has_a_line_for_each_source_and_the_total(runs: list[Path]) -> None:
     (bits,) = heldout_charts(read_run(runs[0]))
-    assert list_series(bits) == ["english", "korean", "code", "all sources"]
+    assert list_series_names(bits) == ["english", "korean", "code", "all sources"]
     assert bits.plot.y.title == "bits per byte"
 
 
@@ -75,7 +75,6 @@ def test_needles_have_a_map_for_each_kind_and_language() -> None:
 
 
 # Step curves: restarts, downsampling, smoothing.
-
 
 steps_in_any_order = st.lists(st.fixed_dictionaries(
     {"event": st.just("step"), "step": st.integers(0, 30), "loss": st.floats(0, 10)}, optional={
@@ -104,7 +103,7 @@ def test_the_last_of_a_repeated_step_counts_as_in_final_steps(events: list[dict]
 
 def test_phases_come_from_step_events() -> None:
     table = StepTable()
-    # step 3 done again
+    # a restart repeats steps 2 to 4, of which step 3 is now in phase "a"
     for step, phase in ((1, "a"), (2, "a"), (3, "b"), (4, "b"), (2, "a"), (3, "a"), (4, "b"), (5, "a")):
         table.add_event({"event": "step", "step": step, "phase": phase})
     assert table.find_phases() == [("a", 1, 3), ("b", 4, 4), ("a", 5, 5)]
@@ -113,11 +112,10 @@ def test_phases_come_from_step_events() -> None:
 
 def test_numbers_spelt_as_text_are_read() -> None:
     table = StepTable()
-    for step, loss in enumerate((1.5, "nan", "inf", "-inf", None)):
+    for step, loss in enumerate((1.5, "nan", "inf", "-inf", None)):  # as JSON has no such numbers
         table.add_event({"event": "step", "step": step, "loss": loss})
     loss = table.build_curves()[""]["loss"]
-    assert (loss.values[0] == 1.5 and math.isnan(loss.values[1])
-            and loss.values[2:].tolist() == [math.inf, -math.inf])
+    np.testing.assert_array_equal(loss.values, [1.5, math.nan, math.inf, -math.inf])
     assert loss.steps.tolist() == [0, 1, 2, 3]  # a step without a loss has no point
     assert loss.drop_nonfinite().steps.tolist() == [0]
 
@@ -132,7 +130,8 @@ def test_downsampling_keeps_every_spike_of_a_long_curve() -> None:
     assert drawn.steps[0] == 1 and drawn.steps[-1] == 300_000
     assert np.all(np.diff(drawn.steps) > 0)
     assert drawn.values.max() == 104 and drawn.values.min() == values.min()
-    for spike in spikes:  # only a higher spike within the same 300 steps may hide a spike
+    # 2000 points are minimum and maximum of 999 stretches of 300 steps: only a higher spike hides another
+    for spike in spikes:
         near = np.abs(drawn.steps - 1 - spike) <= 301
         assert drawn.values[near].max() >= values[spike]
 
@@ -163,7 +162,7 @@ def test_wall_time_leaves_out_the_pause_between_attempts(tmp_path: Path) -> None
              for event, time_s in times]
     (tmp_path / "events.jsonl").write_text("\n".join(lines) + "\n")
     run = read_run(tmp_path)
-    assert run.wall_time_s == 30 + 20
+    assert run.wall_time_s == (130 - 100) + (5020 - 5000)  # a conversion is no training
     assert run.attempts[1].outcome == "stopped: time limit"
 
 
@@ -200,8 +199,8 @@ def test_needles_and_samples_are_the_newest(tmp_path: Path) -> None:
         log.write("sample", step=step, prompt="a", text=str(step))
         log.write("sample", step=step, prompt="b", text=str(step))
     run = read_run(tmp_path)
-    assert [(n["when"], n["by"], n["step"]) for n in run.needles] \
-        == [("before", "generation", 20), ("after", "generation", 20), ("after", "likelihood", 20)]
+    assert [(needles["when"], needles["by"], needles["step"]) for needles in run.needles] == [
+        ("before", "generation", 20), ("after", "generation", 20), ("after", "likelihood", 20)]
     assert [s["text"] for s in run.samples] == ["20", "20"]
 
 
@@ -217,17 +216,18 @@ def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
         read_run(tmp_path)
 
 
-BAD = ("x", 1e308, None, [1], {"a": "b"}, True, -1, [["x"]], 10**30, [{}])
+WRONG_VALUES = ("x", 1e308, None, [1], {"a": "b"}, True, -1, [["x"]], 10**30, [{}])
 
 
 def test_fields_of_a_wrong_type_break_neither_report_nor_status(runs: list[Path], tmp_path: Path) -> None:
-    kinds = {event["event"]: event for run in runs for event in read_events(run / EVENTS)}
-    lines = [json.dumps(event | {name: bad}) for event in kinds.values() for name in event if name != "event"
-             for bad in BAD]
-    cell = kinds["needle"]["cells"][0]
-    lines += [json.dumps(kinds["needle"] | {"cells": [cell, cell | {name: bad}]})
-              for name in cell for bad in BAD]
-    (tmp_path / EVENTS).write_text("\n".join([*map(json.dumps, kinds.values()), *lines]) + "\n")
+    by_kind = {event["event"]: event for run in runs for event in read_events(run / EVENTS)}
+    events = list(by_kind.values())
+    events += [event | {name: value} for event in by_kind.values() for name in event if name != "event"
+               for value in WRONG_VALUES]
+    needle = by_kind["needle"]
+    cell = needle["cells"][0]
+    events += [needle | {"cells": [cell, cell | {name: value}]} for name in cell for value in WRONG_VALUES]
+    (tmp_path / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in events))
     assert "Held-out loss" in render_report([read_run(tmp_path)])
     assert format_run_state(read_run_state(tmp_path))
 

@@ -14,8 +14,14 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog
 from megatron_sov.runs.obs.meters import LOSS, Meter, build_headline_fields
 
 
-def write(folder: Path, objective: str, **start: Any) -> Path:
-    """Write a run of an objective with the meters of all built-in ones."""
+def write_run_of(folder: Path, objective: str, **start: Any) -> Path:
+    """Write a run of four steps and rounds with meters of all built-in objectives.
+
+    Args:
+        folder: The new run folder, which is also returned.
+        objective: The setting `objective.name` of the run.
+        start: Further fields of the event `run_start`.
+    """
     events: list[dict[str, Any]] = []
     for step in range(1, 5):
         means = {"reward": step / 4, "response_tokens": 10.0, "domains": {"a": {"reward": 1}}}
@@ -38,7 +44,7 @@ PAIRS = (Meter("pairs_right", "pairs right", "share", "higher"), Meter("margin",
 def test_headline_is_the_measure_of_the_objective(objective: str, declared: tuple[Meter, ...],
                                                   titles: list[str], tmp_path: Path) -> None:
     start = build_headline_fields(declared, comparable=objective == "lm") if declared else {}
-    run = read_run(write(tmp_path / "run", objective, **start))
+    run = read_run(write_run_of(tmp_path / "run", objective, **start))
     assert [meter.title for meter, _ in find_headline_curves(run)] == titles
     page = render_report([run])
     assert ("nats per token" in page) == (objective == "lm")
@@ -48,25 +54,25 @@ def test_headline_is_the_measure_of_the_objective(objective: str, declared: tupl
 def test_a_run_may_declare_its_own_meters(tmp_path: Path) -> None:
     declared = [{"name": "mine", "unit": "share", "better": "higher", "label": "My share"},
                 {"name": "absent"}]
-    run = read_run(write(tmp_path / "run", "obj.py:Mine", headline=declared))
+    run = read_run(write_run_of(tmp_path / "run", "obj.py:Mine", headline=declared))
     ((meter, curve),) = find_headline_curves(run)
     assert (meter.name, meter.title, meter.text(0.5)) == ("mine", "My share", "50 %")
     assert curve.values.tolist() == [1, 2, 3, 4]
 
 
 def test_invalid_meters_fall_back_to_the_loss(tmp_path: Path) -> None:
-    run = read_run(write(tmp_path / "run", "lm", headline=[{"name": "absent"}, "odd"]))
+    run = read_run(write_run_of(tmp_path / "run", "lm", headline=[{"name": "absent"}, "odd"]))
     assert [meter.title for meter, _ in find_headline_curves(run)] == ["loss"]
 
 
 def test_rounds_are_points_over_steps(tmp_path: Path) -> None:
-    run = read_run(write(tmp_path / "run", "policy"))
+    run = read_run(write_run_of(tmp_path / "run", "policy"))
     assert run.curves["rounds"]["learning_groups"].values.tolist() == [0.25, 0.5, 0.75, 1.0]
     assert "domains" not in run.curves["rounds"]
 
 
 def log_stage(folder: Path, objective: str, *events: dict[str, Any], **start: Any) -> Path:
-    """Write a run of some events."""
+    """Write a run of the event `run_start`, with the fields `start`, and these events; return `folder`."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps({"objective": {"name": objective}}), encoding="utf-8")
     log = EventLog(folder / EVENTS)
@@ -78,7 +84,7 @@ def log_stage(folder: Path, objective: str, *events: dict[str, Any], **start: An
 
 
 def build_evaluation(step: int, **bits: float) -> dict[str, Any]:
-    """Return an evaluation whose sources have as many bytes as tokens; the source "chat" has turns."""
+    """Return an `eval` event with the bits per byte of each source. A token is a byte; "chat" has turns."""
     return {"event": "eval", "step": step, "heldout": {
         name: {"loss": value * math.log(2), "bits_per_byte": value, "tokens": 100,
                **({"turns": {"first": {"loss": value, "tokens": 9}}} if name == "chat" else {})}
@@ -91,7 +97,7 @@ def build_score(mean: float, **settings: str) -> dict[str, Any]:
 
 
 def test_each_stage_gains_on_its_first_figures(tmp_path: Path) -> None:
-    """The demo's figures: text, responses, pairs, and a rule."""
+    """The figures are of four kinds: held-out text, responses, pairs, and rewards of a rule."""
     pretrain = log_stage(tmp_path / "pretrain", "lm", build_evaluation(5, en=4.0, ko=6.0),
                          build_evaluation(9, en=2.0, ko=3.0), build_evaluation(9, chat=3.0))
     sft = log_stage(tmp_path / "sft", "lm", build_evaluation(1, chat=3.0), build_evaluation(9, chat=2.0),

@@ -1,4 +1,4 @@
-"""Scores in the report: the latest per checkpoint, names of missing ones, and verdicts."""
+"""Scores in the report: benchmarks, evaluations during training, pass@k, and verdicts."""
 
 import json
 from pathlib import Path
@@ -15,11 +15,13 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog
 
 
 def build_section(title: str, **events: list[dict[str, Any]]) -> PageSection:
-    """Return a section of a run that has these events."""
+    """Return the section `title` of a run with these events, given as lists by kind."""
     return SECTIONS[title].build(Run("run", {}, scores=events.get("eval_lm", []), events=events))
 
 
-def event(task: str = "aime24", step: int | None = 100, value: Any = 0.5, **fields: Any) -> dict[str, Any]:
+def build_score(task: str = "aime24", step: int | None = 100, value: Any = 0.5,
+                **fields: Any) -> dict[str, Any]:
+    """Return an `eval_lm` event: the score of one task on the checkpoint of `step`."""
     return {"event": "eval_lm", "task": task, "task_hash": "t", "model_hash": f"m{step}", "metric": "acc",
             "k": None, "filter": "none", "mode": "default", "step": step, "value": value,
             "interval": [0.4, 0.6], "items": 30, "failed": 0, "at_limit": 2,
@@ -27,15 +29,17 @@ def event(task: str = "aime24", step: int | None = 100, value: Any = 0.5, **fiel
 
 
 def test_of_one_checkpoint_the_newest_measurement_counts() -> None:
-    scores = read_scores([event(value=0.1), event(step=200, value=0.7), event(value=0.3)])
+    scores = read_scores([build_score(value=0.1), build_score(step=200, value=0.7), build_score(value=0.3)])
     assert [(s.step, s.value) for s in scores] == [(100, 0.3), (200, 0.7)]
-    named = read_scores([event(metric="pass@k", k=8), event(metric="acc", filter="strict", mode="thinking")])
+    named = read_scores([build_score(metric="pass@k", k=8),
+                         build_score(metric="acc", filter="strict", mode="thinking")])
     assert [s.metric for s in named] == ["pass@8", "acc (strict, thinking)"]
 
 
 def test_the_section_has_a_line_for_each_task() -> None:
-    result = build_section("Scores", eval_lm=[event(), event(step=200, value=0.62, interval=[0.5, 0.7]),
-                                              event("own", step=200, value=None, interval=None)])
+    result = build_section("Scores", eval_lm=[
+        build_score(), build_score(step=200, value=0.62, interval=[0.5, 0.7]),
+        build_score("own", step=200, value=None, interval=None)])
     assert len(result.charts) == 1 and result.charts[0].plot.series[0].name == "aime24, acc"
     (ours,) = result.tables
     assert ours.rows[0] == ["aime24", "acc", "200", "62 %", "50 % to 70 %", "30", "0", "2"]
@@ -43,24 +47,25 @@ def test_the_section_has_a_line_for_each_task() -> None:
 
 
 def test_a_perplexity_is_not_shown_as_a_share() -> None:
-    result = build_section("Scores", eval_lm=[event(metric="word_perplexity", value=14.2, interval=None)])
+    score = build_score(metric="word_perplexity", value=14.2, interval=None)
+    result = build_section("Scores", eval_lm=[score])
     assert result.tables[0].rows[0][3] == "14.2"
 
 
-def test_steps_and_hashes_of_a_stranger_break_no_page() -> None:
-    events = [event(step=1 << 40, task_hash=["a"], model_hash={}), event(step=5, task_hash=["a"])]
+def test_unusual_steps_and_hashes_break_no_page() -> None:
+    events = [build_score(step=1 << 40, task_hash=["a"], model_hash={}), build_score(step=5, task_hash=["a"])]
     assert len(build_section("Scores", eval_lm=events).charts) == 1
 
 
 # Curves of evaluations during training.
 
-
-def write(run: Path) -> None:
+def write_evaluations(run: Path) -> None:
+    """Write result files of evaluation jobs: of steps 20 and 100, one failed, one torn, and one that runs."""
     (run / "evaluations").mkdir(parents=True)
     for step, bits in ((20, 2.5), (100, 1.5)):
-        figures = {"ko": {"loss": 1.0, "bits_per_byte": bits, "tokens": 5}}
-        (run / f"evaluations/step-{step}.ppl.json").write_text(json.dumps(figures))
-    cells = [{"kind": "single", "language": "korean", "correct": right, "samples": 4} for right in (4, 1)]
+        by_source = {"ko": {"loss": 1.0, "bits_per_byte": bits, "tokens": 5}}
+        (run / f"evaluations/step-{step}.ppl.json").write_text(json.dumps(by_source))
+    cells = [{"kind": "single", "language": "korean", "correct": correct, "samples": 4} for correct in (4, 1)]
     (run / "evaluations/step-20.needle.json").write_text(json.dumps({"cells": cells}))
     (run / "evaluations/step-20.pairs.json").write_text(json.dumps(
         {"judged": {"pairs": 8, "chosen_likelier": 0.75}}))
@@ -71,20 +76,21 @@ def write(run: Path) -> None:
 
 
 def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> None:
-    write(tmp_path)
+    write_evaluations(tmp_path)
     result = read_evaluations(tmp_path)
-    assert [(b.step, b.task) for b in result] == [(20, "needle"), (20, "pairs"), (20, "ppl"), (40, "ppl"),
-                                                  (100, "needle"), (100, "ppl")]
-    (bits,), (right,) = source_curves(result, "ppl", "bits_per_byte"), needle_curves(result)
+    assert [(evaluation.step, evaluation.task) for evaluation in result] == [
+        (20, "needle"), (20, "pairs"), (20, "ppl"), (40, "ppl"), (100, "needle"), (100, "ppl")]
+    (bits,), (needles,) = source_curves(result, "ppl", "bits_per_byte"), needle_curves(result)
     assert (bits.name, bits.steps.tolist(), bits.values.tolist()) == ("ko", [20, 100], [2.5, 1.5])
-    assert (right.name, right.steps.tolist(), right.values.tolist()) == ("single, korean", [20], [62.5])
+    assert (needles.name, needles.steps.tolist()) == ("single, korean", [20])
+    assert needles.values.tolist() == [100 * (4 + 1) / (4 + 4)]
     (ranked,) = source_curves(result, "pairs", "chosen_likelier", 100)
     assert (ranked.name, ranked.steps.tolist(), ranked.values.tolist()) == ("judged", [20], [75.0])
     (section,) = build_sections(read_run(tmp_path))
     assert section.title == "Evaluation during training" and len(section.charts) == 3
     (table,) = section.tables
-    assert ([row[:2] for row in table.rows] == [["40", "ppl"], ["100", "needle"]]
-            and table.rows[1][2] == "no memory")
+    assert [row[:2] for row in table.rows] == [["40", "ppl"], ["100", "needle"]]
+    assert table.rows[1][2] == "no memory"
 
 
 def test_scores_of_later_jobs_join_those_of_events(tmp_path: Path, written_scores: Any) -> None:
@@ -93,6 +99,7 @@ def test_scores_of_later_jobs_join_those_of_events(tmp_path: Path, written_score
         written_scores(tmp_path / f"evaluations/step-{step}.lm.json", scores, model=f"export {step}")
     (tmp_path / "evaluations/step-60.lm.json").write_text('{"tasks": [], "model": {"hash": "x"}}')
     log = EventLog(tmp_path / "events.jsonl")
+    # the run was moved since: its first score is also an event, with another path
     log.write("eval_lm", **read_evaluations(tmp_path)[0].scores[0] | {"output": "where the run was before"})
     log.close()
     run = read_run(tmp_path)
@@ -105,11 +112,11 @@ def test_scores_of_later_jobs_join_those_of_events(tmp_path: Path, written_score
 
 # pass@k of a run's models in its report.
 
-
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "seed": 3}
 
 
-def figures(share: float) -> dict:
+def build_pass_k(share: float) -> dict:
+    """Return the fields of a `passk` event in which pass@1, pass@8 and the mean reward are `share`."""
     rows = [{"k": k, "value": share, "interval": [share - 0.1, share + 0.1], "num_prompts": 30}
             for k in (1, 8)]
     return {"num_prompts": 30, "num_samples": 240, "statuses": {"scored": 233, "timeout": 7},
@@ -120,20 +127,20 @@ def test_each_prompt_set_has_a_curve_of_its_newest_scores(tmp_path: Path) -> Non
     log = EventLog(tmp_path / EVENTS)
     for step, share in ((100, 0.2), (200, 0.3), (200, 0.4)):
         log.write("passk", step=step, input="data/aime.jsonl", reward="math", sampling=SAMPLING,
-                  **figures(share))
+                  **build_pass_k(share))
     log.close()
     (section,) = build_sections(read_run(tmp_path))
     assert section.title == "pass@k" and len(section.charts) == 2
     assert section.charts[1].caption == "aime.jsonl, math, step 200: 95 % intervals over 30 prompts."
     assert [row[1:] for row in section.tables[0].rows] == [
         [step, "30", "240", "5", f"{format_share(share)} (k = 1)", f"{format_share(share)} (k = 8)",
-         f"{share:.4f}",
-         "temperature 0.8, top-p 0.95, seed 3"] for step, share in (("100", 0.2), ("200", 0.4))]
-    assert [c.name for c in section.charts[1].plot.series] == ["pass@k", "maj@k"]
+         f"{share:.4f}", "temperature 0.8, top-p 0.95, seed 3"]
+        for step, share in (("100", 0.2), ("200", 0.4))]
+    assert [series.name for series in section.charts[1].plot.series] == ["pass@k", "maj@k"]
 
 
 def test_files_with_equal_names_are_separate_prompt_sets() -> None:
-    events = [{"step": 1, "input": file, "reward": "math", **figures(0.5)}
+    events = [{"step": 1, "input": file, "reward": "math", **build_pass_k(0.5)}
               for file in ("gsm8k/test.jsonl", "math/test.jsonl", "aime.jsonl")]
     result = build_section("pass@k", passk=events)
     assert [row[0] for row in result.tables[0].rows] == [
@@ -142,17 +149,18 @@ def test_files_with_equal_names_are_separate_prompt_sets() -> None:
 
 # Verdicts in one table: subject, outcome, figure.
 
-
-def rows(own: list[Path]) -> list[list[str]]:
-    tables = verdict_tables([read_run(path) for path in own])
+def list_verdicts(runs: list[Path]) -> list[list[str]]:
+    """Return the rows of the verdict table of these run folders, as text without HTML tags."""
+    tables = verdict_tables([read_run(path) for path in runs])
     return [[cell.striptags() if hasattr(cell, "striptags") else cell for cell in row]
             for table in tables for row in table.rows]
 
 
 def test_every_judgement_has_a_row(runs: list[Path], toy: Path) -> None:
-    assert rows([toy])[1] == ["Gate", "passed", "retrieval: needles 85 %, 80 % needed; short-context loss "
-                              "2.000, limit 2.100; step 10"]
-    assert rows(runs) == [
+    assert list_verdicts([toy])[1] == [
+        "Gate", "passed",
+        "retrieval: needles 85 %, 80 % needed; short-context loss 2.000, limit 2.100; step 10"]
+    assert list_verdicts(runs) == [
         ["Stages", "2 of 2", "pretrain, extend: complete"],
         ["Needles", "no gate set", "extend: 97 % found, up to 2,048 tokens"],
         ["Export", "passed", "pretrain: 2 of 2 checks"]]
@@ -168,7 +176,7 @@ def test_failed_evaluations_are_named(tmp_path: Path) -> None:
     log.write("conversion", target="hf", checks=[{"name": "a", "value": 1, "limit": 0, "passed": False},
                                                  {"name": "b", "value": 0, "limit": 0, "passed": True}])
     name = tmp_path.name
-    assert rows([tmp_path]) == [
+    assert list_verdicts([tmp_path]) == [
         ["Stages", "0 of 1", f"{name} stopped: time limit"],
         ["Gate", "FAILED", f"{name}: short-context loss 2.500, limit 2.100; step 7"],
         ["Export", "FAILED", f"{name}: 1 of 2 checks"]]

@@ -1,4 +1,4 @@
-"""Key figures and sections of a run."""
+"""Key figures and sections of a run's report, and the command `report`."""
 
 import math
 from pathlib import Path
@@ -39,8 +39,7 @@ def test_key_figures(runs: list[Path]) -> None:
     assert found["Parameters"] == ("2.89 M", "1.12 M active for each token")
     assert found["Tokens trained"] == ("1.64 M", "400 steps")
     assert found["Needle score"] == ("97 %", "up to 2,048 tokens")
-    # The three sources have the same tokens and bytes a token, so all together have the mean
-    # loss's bits per byte.
+    # losses as in conftest.py; the sources have equal numbers of tokens and 3.4 bytes per token
     best = (2.3 + 2.6 + 1.8) / 3 + 5 * math.exp(-400 / 70)
     assert found["Best held-out"] == (f"{best / math.log(2) / 3.4:.4f}", "bits per byte, step 400")
 
@@ -53,8 +52,8 @@ def test_heldout_table_has_bits_per_byte(runs: list[Path]) -> None:
 
 def test_warnings_are_listed_by_step(tmp_path: Path) -> None:
     EventLog(tmp_path / "events.jsonl").write("warning", step=8, text="source ko is in epoch 4.1")
-    assert build_section(tmp_path,
-                         "Warnings and faults").tables[0].rows == [["8", "source ko is in epoch 4.1"]]
+    section = build_section(tmp_path, "Warnings and faults")
+    assert section.tables[0].rows == [["8", "source ko is in epoch 4.1"]]
 
 
 def test_long_and_many_samples_are_truncated_with_a_note(tmp_path: Path) -> None:
@@ -66,70 +65,70 @@ def test_long_and_many_samples_are_truncated_with_a_note(tmp_path: Path) -> None
     assert section.samples[0]["text"] == "x" * 2000 + "\n… (2,100 more characters)"
 
 
-# Rounds of reinforcement learning in the report, from the manifests that they were published with.
+# Rounds of reinforcement learning in the report, read from the manifests of the rounds.
 
-
-def publish(run: Path, number: int, **content: object) -> None:
+def write_round(run: Path, number: int, **content: object) -> None:
+    """Write the artifact of round `number`, whose manifest has these fields."""
     with create_artifact(run / "rounds" / f"{number:04d}", "tokens") as artifact:
         artifact.content = {"round": number, **content}
 
 
-def means(reward: float, **more: object) -> dict[str, object]:
+def build_means(reward: float, **more: object) -> dict[str, object]:
+    """Return the manifest field `means` of a round of 64 responses with this mean reward."""
     return {"responses": 64, "reward": reward, "components": {"right": reward, "<b>form</b>": 1.0},
             "response_tokens": 12.5, "truncated": 0.25, "staleness_steps": 0.0,
             "domains": {"sums": {"responses": 64, "reward": reward}}} | more
 
 
-def values(chart: Chart) -> dict[str, list[float]]:
+def read_curves(chart: Chart) -> dict[str, list[float]]:
+    """Return name -> y values of each curve of a chart."""
     return {curve.name: list(curve.y) for curve in chart.plot.series}
 
 
 def test_a_round_is_a_point_of_each_curve_and_a_row(tmp_path: Path) -> None:
-    publish(tmp_path, 2, means={**means(0.75), "pass_rate": 0.625}, groups={"learns": 6, "all right": 2},
-            unjudged={"failed": 3})
-    publish(tmp_path, 1, means=means(0.5), groups={"learns": 8}, unjudged={})
+    write_round(tmp_path, 2, means={**build_means(0.75), "pass_rate": 0.625},
+                groups={"learns": 6, "all right": 2}, unjudged={"failed": 3})
+    write_round(tmp_path, 1, means=build_means(0.5), groups={"learns": 8}, unjudged={})
     section = SECTIONS["Rounds"].build(Run("rl", {}, rounds=read_rounds(tmp_path)))
-    assert values(section.charts[0]) == {"reward": [0.5, 0.75], "<b>form</b>": [1, 1],
-                                               "right": [0.5, 0.75]}
-    assert values(section.charts[-1]) == {"all right": [0, 2], "learns": [8, 6]}
+    assert read_curves(section.charts[0]) == {
+        "reward": [0.5, 0.75], "<b>form</b>": [1, 1], "right": [0.5, 0.75]}
+    assert read_curves(section.charts[-1]) == {"all right": [0, 2], "learns": [8, 6]}
     assert section.tables[0].rows == [
         ["1", "64", "0.5000", "–", "12.5", "25 %", "8", "–", "–"],
         ["2", "64", "0.7500", "62.5 %", "12.5", "25 %", "6", "all right 2", "failed 3"]]
 
 
 def test_unscored_and_damaged_rounds_are_shown(tmp_path: Path) -> None:
-    publish(tmp_path, 1, means={"responses": 0}, groups={}, late=[], unjudged={"failed": 9})
-    publish(tmp_path, 2, means=means(0.5), groups={"learns": 1}, late=[], unjudged={})
+    write_round(tmp_path, 1, means={"responses": 0}, groups={}, late=[], unjudged={"failed": 9})
+    write_round(tmp_path, 2, means=build_means(0.5), groups={"learns": 1}, late=[], unjudged={})
     (tmp_path / "rounds" / "0002" / "manifest.json").write_text("{")
     rows = SECTIONS["Rounds"].build(Run("rl", {}, rounds=read_rounds(tmp_path))).tables[0].rows
     assert [row[0] for row in rows] == ["1"] and rows[0][-1] == "failed 9"
 
 
-# Which runs trained one model.
+# Only runs of one model share charts.
 
-
-def names(*paths: Path) -> tuple[list[str], list[str]]:
-    """Return the runs of one model, and the runs of other models."""
+def split_names(*paths: Path) -> tuple[list[str], list[str]]:
+    """Return the names of the runs of the first run's model, and of the runs of other models."""
     own, others = split_by_model([read_run(path) for path in paths])
     return [run.name for run in own], [run.name for run in others]
 
 
 def test_runs_of_other_sizes_have_separate_charts(runs: list[Path], toy: Path) -> None:
-    assert names(runs[0], toy, runs[1]) == (["pretrain", "extend"], ["retrieval"])
+    assert split_names(runs[0], toy, runs[1]) == (["pretrain", "extend"], ["retrieval"])
 
 
 def test_the_first_run_says_which_model_it_is(runs: list[Path], toy: Path) -> None:
-    assert names(toy, *runs) == (["retrieval"], ["pretrain", "extend"])
+    assert split_names(toy, *runs) == (["retrieval"], ["pretrain", "extend"])
 
 
 def test_a_run_without_recorded_size_joins_the_first_chart(runs: list[Path], tmp_path: Path) -> None:
     EventLog(tmp_path / "events.jsonl").write("step", step=1, loss=1.0)
     for order in ((runs[0], tmp_path), (tmp_path, runs[0])):
-        assert names(*order)[1] == []
+        assert split_names(*order)[1] == []
 
 
 # Samples end with a whole line.
-
 
 @pytest.mark.each(("text", "shown"), [
     ("short", "short"), ("exactly 10", "exactly 10"), ("", ""),
@@ -145,7 +144,7 @@ def test_a_long_sample_ends_with_a_whole_line_or_word(text: str, shown: str) -> 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """A run in which everything went wrong once."""
+    """The folder of a run with one event of each kind of fault, and two rejected steps."""
     log = EventLog(tmp_path / "events.jsonl")
     for step in range(1, 41):
         if step not in (9, 20):
@@ -190,10 +189,11 @@ def test_a_long_list_is_truncated_with_a_note(tmp_path: Path) -> None:
     assert len(table.rows) == MAX_ROWS + 1 and table.rows[-1][2] == "… and 30 more in the run's events"
 
 
-def write(path: Path) -> None:
+def write_validations(path: Path) -> None:
+    """Write a run with validations at steps 0 and 10, the latter twice, and sampled responses of both."""
     path.mkdir(exist_ok=True)
     log = EventLog(path / "events.jsonl")
-    for step, reward in ((0, 0.25), (10, 0.25), (10, 0.5)):  # a step that was done again: the last counts
+    for step, reward in ((0, 0.25), (10, 0.25), (10, 0.5)):  # step 10 is repeated: the last counts
         figures = {"num_prompts": 4, "num_samples": 8, "reward": reward, "response_tokens": 12.0,
                    "truncated": 0.125, "pass_at_k": [
                        {"k": 1, "value": reward, "interval": [0.1, 0.9]},
@@ -208,7 +208,7 @@ def write(path: Path) -> None:
 
 
 def test_the_report_shows_validations_and_the_newest_samples(tmp_path: Path) -> None:
-    write(tmp_path)
+    write_validations(tmp_path)
     run = read_run(tmp_path)
     validation, samples = build_sections(run)
     assert validation.title == "Validation" and len(validation.charts) == 5
@@ -217,8 +217,9 @@ def test_the_report_shows_validations_and_the_newest_samples(tmp_path: Path) -> 
     assert len(by_step.rows) == 2 and by_step.rows[1] == [
         "10", "4", "8", "0.5000", "1: 50 % (10 % to 90 %); 2: 75 % (20 % to 100 %)", "12.0", "12.5 %"]
     curves = validation_curves(run)
-    assert {name: curves[name].values.tolist() for name in ("reward", "pass_at_2", "domain/math/reward")} == {
-        "reward": [0.25, 0.5], "pass_at_2": [0.5, 0.75], "domain/math/reward": [0.25, 0.5]}
+    assert curves["reward"].values.tolist() == [0.25, 0.5]
+    assert curves["pass_at_2"].values.tolist() == [0.5, 0.75]
+    assert curves["domain/math/reward"].values.tolist() == [0.25, 0.5]
     table = samples.tables[0]
     assert table.head[0] == "prompt (validation at step 10)" and table.rows == [
         ["asked at 10", "<script>x</script>", "0.5", '{"format": 1.0}', "3", "stop"]]

@@ -1,4 +1,4 @@
-"""Transformations of a benchmark text that a decontamination step must see through."""
+"""Transformations of a benchmark text in which the step `decontaminate` must still find it."""
 
 import re
 import unicodedata

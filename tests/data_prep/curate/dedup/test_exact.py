@@ -1,4 +1,4 @@
-"""Of equal documents one stays."""
+"""Step `exact_dedup`: one of several equal documents remains."""
 
 from pathlib import Path
 
@@ -30,14 +30,14 @@ def test_the_first_of_the_highest_priority_stays(tmp_path: Path) -> None:
 def test_results_do_not_depend_on_shards_and_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = [str(number * number % 61) for number in range(200)]
     first: dict[str, int] = {}
-    expected = {place: first[text] for place, text in enumerate(texts)
-                if first.setdefault(text, place) != place}
+    expected = {position: first[text] for position, text in enumerate(texts)
+                if first.setdefault(text, position) != position}
     for size, records in ((200, 1 << 20), (30, 7), (23, 40)):
         monkeypatch.setattr(exact, "RANGE_RECORDS", records)
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 200, size)]
-        place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
+        position = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
         duplicates = find_duplicates(MemoryView.of(shards, tmp_path / str(size)), partitions=5)
-        assert {place[one]: place[other] for one, other in duplicates.items()} == expected
+        assert {position[one]: position[other] for one, other in duplicates.items()} == expected
 
 
 def test_character_width_and_spaces_are_ignored(tmp_path: Path) -> None:

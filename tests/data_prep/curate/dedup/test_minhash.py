@@ -1,4 +1,4 @@
-"""Near duplicates: the step finds the pairs that a comparison of all pairs finds."""
+"""Step `minhash_dedup` finds the same near duplicates as a comparison of all pairs."""
 
 import random
 from itertools import chain
@@ -37,7 +37,7 @@ def plant_near_duplicates(num_texts: int, seed: int = 0) -> list[str]:
 
 
 def compare_all_pairs(documents: list[Doc], threshold: float, ngram: int) -> dict[str, str]:
-    """Map each dropped document to the similar document that stays, by comparing all pairs."""
+    """Return dropped document -> remaining similar document; all pairs are compared, longest first."""
     sets = [set(compute_shingles(d.text, ngram).tolist()) for d in documents]
     kept: list[int] = []
     found = {}
@@ -52,7 +52,7 @@ def compare_all_pairs(documents: list[Doc], threshold: float, ngram: int) -> dic
     return found
 
 
-def windows(count: int, step: int = 3, size: int = 60) -> list[str]:
+def build_windows(count: int, step: int = 3, size: int = 60) -> list[str]:
     """Return overlapping windows over one text: neighbours are similar, distant windows share no words."""
     text = [f"w{number}x" for number in range(step * count + size)]
     return [" ".join(text[step * number:step * number + size]) for number in range(count)]
@@ -72,13 +72,13 @@ def test_pairs_equal_a_comparison_of_all_pairs(tmp_path: Path) -> None:
     assert find_duplicates(view, threshold=0.7, ngram=3, num_bands=100, rows_per_band=4) == expected
 
 
-SECOND_CHAIN = [text.upper().replace("W", "V") for text in windows(20)]
+SECOND_CHAIN = [text.upper().replace("W", "V") for text in build_windows(20)]
 CHAINS = {
-    "windows": windows(40),
-    "shuffled": random.Random(3).sample(windows(40), 40),
-    "star": ["x y z " + " ".join(f"w{i}x" for i in range(60))] * 9 + windows(1),
-    "two chains": list(chain.from_iterable(zip(windows(20), SECOND_CHAIN, strict=True))),
-    "none": windows(12, step=30)}
+    "windows": build_windows(40),
+    "shuffled": random.Random(3).sample(build_windows(40), 40),
+    "star": ["x y z " + " ".join(f"w{i}x" for i in range(60))] * 9 + build_windows(1),
+    "two chains": list(chain.from_iterable(zip(build_windows(20), SECOND_CHAIN, strict=True))),
+    "none": build_windows(12, step=30)}
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -147,10 +147,11 @@ def test_all_invalid_settings_are_reported() -> None:
 
 
 COUNTS = (5, 0, 7, 0, 0, 9)
-"""Documents of each shard; some shards are empty or begin at one place."""
+"""Number of documents in each shard; some shards are empty."""
 
 
-def _lengths(register: Register, draw: random.Random, longest: int) -> dict[int, int]:
+def register_random_lengths(register: Register, draw: random.Random, longest: int) -> dict[int, int]:
+    """Register documents with 1 to `longest` - 1 characters; return document number -> length."""
     lengths: dict[int, int] = {}
     for rank, count in enumerate(COUNTS):
         register.write_table(rank, [(row, draw.randrange(1, longest), f"web:{rank}:{row}")
@@ -188,7 +189,7 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
     # Shards of lower priority (here `web`) have higher ranks.
     view = MemoryView.of(shards, tmp_path, **({"book": 1} if num_pairs == 40 else {}))
     register = Register(tmp_path / "documents")
-    lengths = _lengths(register, draw, 2 if num_pairs == 120 else 4)
+    lengths = register_random_lengths(register, draw, 2 if num_pairs == 120 else 4)
     pairs = [draw.sample(sorted(lengths), 2) for _ in range(num_pairs)]
     order = DocumentOrder(view)
     numbers = np.array(pairs, np.uint64).reshape(-1, 2)
@@ -202,7 +203,7 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
     clusters.write_dropped(tmp_path / "dropped")
 
     def place(number: int) -> tuple[int, int, int]:
-        is_book = num_pairs == 40 and number >> 32 == 0  # the first rank is that of the higher priority
+        is_book = num_pairs == 40 and number >> 32 == 0  # the shard with the higher priority has rank 0
         return (0 if is_book else 1, -lengths[number], number)
 
     expected = search_plainly(sorted(lengths, key=place), pairs)

@@ -1,4 +1,4 @@
-"""A small pipeline for tests: two sources, a step on single documents, and a step over all documents."""
+"""A small pipeline: two sources, a step on single documents (`shorten`) and on all documents (`unique`)."""
 
 import hashlib
 from collections.abc import Sequence
@@ -33,14 +33,14 @@ output:
 
 @dataclass(frozen=True)
 class ShortenSettings:
-    """How long texts may be."""
+    """Settings of the step `shorten`."""
 
     longest: AtLeastOne = 100
-    """Characters."""
+    """Characters after which a text is truncated."""
     not_below: int = 10
-    """Shorter ones are dropped."""
+    """Texts with fewer characters are dropped."""
     lists: tuple[Path, ...] = ()
-    """Files of words that are cut."""
+    """Files of words that are removed from texts."""
 
 
 class Shorten(Step):
@@ -67,14 +67,14 @@ class Shorten(Step):
 
 @dataclass(frozen=True)
 class UniqueSettings:
-    """Settings of a step without settings."""
+    """Empty settings of the step `unique`."""
 
     def problems(self) -> list[str]:
         return []
 
 
 class Unique(Step):
-    """Keeps one of equal texts: from the source with the highest priority, and there the first."""
+    """Drops all but one of equal texts: the first of the source with the highest priority remains."""
 
     kind = "unique"
     Settings = UniqueSettings
@@ -108,12 +108,12 @@ class Unique(Step):
 
 @pytest.fixture(autouse=True)
 def steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let pipeline files name the steps above."""
+    """Register the steps `shorten` and `unique` for pipeline files."""
     known = {"shorten": Shorten, "unique": Unique}
-    found = step.load_step_class
+    load_step_class = step.load_step_class
 
     def step_class(kind: str) -> type[Step]:
-        return known[kind] if kind in known else found(kind)
+        return known[kind] if kind in known else load_step_class(kind)
 
     for kind in known:
         monkeypatch.setitem(step.STEPS, kind, "")
@@ -128,22 +128,21 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def finished_tasks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
-    """Return the list that tasks enter themselves into as they are
-    done in this process: stage, source, number."""
+    """The tasks (stage, source, number) that have completed in this process; grows during a run."""
     found: list[tuple[str, str, int]] = []
-    really = tasks._run_open_task
+    run_open_task = tasks._run_open_task
 
-    def noting(plan: Any, file: Path, output: Path, stage: Any, task: Any, mark: Path) -> None:
-        really(plan, file, output, stage, task, mark)
+    def run_and_record(plan: Any, file: Path, output: Path, stage: Any, task: Any, mark: Path) -> None:
+        run_open_task(plan, file, output, stage, task, mark)
         found.append((stage.name, *task))
 
-    monkeypatch.setattr(tasks, "_run_open_task", noting)
+    monkeypatch.setattr(tasks, "_run_open_task", run_and_record)
     return found
 
 
 @pytest.fixture
 def small_run(tmp_path: Path) -> Path:
-    """Write the sources and the file of the small run; returns its folder."""
+    """A folder with the sources `web` (texts 0 to 5) and `books` (texts 4 to 7), and pipeline.yaml."""
     for name, numbers in (("web", range(6)), ("books", range(4, 8))):
         (tmp_path / name).mkdir()
         for number in numbers:

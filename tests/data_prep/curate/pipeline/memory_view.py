@@ -46,11 +46,11 @@ class MemoryView:
 
 
 def run_step(make: type[Step], settings: Any, view: MemoryView) -> dict[str, StepOutcome]:
-    """Return id -> what a step makes of the documents of a view.
+    """Run all passes of a step, and return document id -> outcome.
 
-    Every pass and every shard has a step of its own, as in processes of their own; passes are run twice, the
-    second time backwards, and must leave the same files; documents are judged twice, the second time
-    backwards, with the same outcome.
+    Every pass and every shard gets a new step object, as in separate processes. Passes run twice, the second
+    time in reverse order, and must write the same files; documents are judged twice, the second time in
+    reverse order, with equal outcomes.
     """
     for number, step_pass in enumerate(make(settings).list_passes()):
         tasks = list(range(len(view.shards) if step_pass.num_tasks is None else step_pass.num_tasks))
@@ -73,7 +73,7 @@ def run_step(make: type[Step], settings: Any, view: MemoryView) -> dict[str, Ste
             again = step.judge_document(document)
             assert again == found[document.id], f"{document.id}: another outcome after other documents"
     unknown = {name for outcome in found.values() for name in outcome.values} - set(make.added_columns)
-    assert not unknown, f"{make.kind} gives columns that it does not name in `adds`: {sorted(unknown)}"
+    assert not unknown, f"{make.kind} returns columns that are not in its `added_columns`: {sorted(unknown)}"
     return found
 
 

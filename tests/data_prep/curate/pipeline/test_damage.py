@@ -24,12 +24,12 @@ from tests.data_prep.curate.pipeline.test_tasks import write_base
 RECORD = np.dtype([("key", "<u8"), ("doc", "<u8")])
 
 
-def _base(folder: Path) -> tuple[Path, Callable[[], Any]]:
+def make_base(folder: Path) -> tuple[Path, Callable[[], Any]]:
     write_base(folder / "a.parquet", [3, 2])
     return folder / "a.parquet", lambda: list(iter_row_batches("s", [folder / "a.parquet"]))
 
 
-def _layer(folder: Path) -> tuple[Path, Callable[[], Any]]:
+def make_layer(folder: Path) -> tuple[Path, Callable[[], Any]]:
     write_base(folder / "a.parquet", [3])
     with LayerFile(folder / "b.parquet", {"score": "float32"}) as layer:
         layer.write_outcomes([StepOutcome(values={"score": 0.5}), StepOutcome("no"),
@@ -38,12 +38,12 @@ def _layer(folder: Path) -> tuple[Path, Callable[[], Any]]:
     return files[1], lambda: list(iter_row_batches("s", files))
 
 
-def _array(folder: Path) -> tuple[Path, Callable[[], Any]]:
+def make_array(folder: Path) -> tuple[Path, Callable[[], Any]]:
     write_array(folder / "a.npy", np.arange(40))
     return folder / "a.npy", lambda: read_array(folder / "a.npy").tolist()
 
 
-def _buckets(folder: Path) -> tuple[Path, Callable[[], Any]]:
+def make_buckets(folder: Path) -> tuple[Path, Callable[[], Any]]:
     records = np.zeros(12, RECORD)
     records["key"], records["doc"] = np.arange(12), 7
     write_buckets(folder / "a", records, np.repeat([0, 1, 3], 4), 4)
@@ -51,20 +51,20 @@ def _buckets(folder: Path) -> tuple[Path, Callable[[], Any]]:
     return path, lambda: [open_bucket(path, RECORD, b).read_records().tolist() for b in range(4)]
 
 
-def _json(folder: Path) -> tuple[Path, Callable[[], Any]]:
+def make_json(folder: Path) -> tuple[Path, Callable[[], Any]]:
     sealed.write_sealed_json(folder / "a.json",
                              {"documents_in": 5, "dropped": {"a": {"bytes": 1}}, "cpu_s": 0.25})
     return folder / "a.json", lambda: sealed.read_sealed_json(folder / "a.json")
 
 
-def _lines(folder: Path) -> tuple[Path, Callable[[], Any]]:
+def make_lines(folder: Path) -> tuple[Path, Callable[[], Any]]:
     (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (
         {"document": "s:0:1", "item": "x"}, {sealed.SEAL: sealed.SEAL_PLACEHOLDER})))
     sealed.seal_file(folder / "a.jsonl")
     return folder / "a.jsonl", lambda: sealed.read_sealed_lines(folder / "a.jsonl")
 
 
-KINDS = [_base, _layer, _array, _buckets, _json, _lines]
+KINDS = [make_base, make_layer, make_array, make_buckets, make_json, make_lines]
 
 
 @pytest.mark.parametrize("make", KINDS)
@@ -91,7 +91,7 @@ def test_a_seal_is_found_after_a_long_footer_and_ignored_inside_rows(tmp_path: P
     for table in (rows, rows.replace_schema_metadata({"names": "x" * 200_000})):
         with pq.ParquetWriter(file, table.schema, compression="none") as writer:
             writer.write_table(table)
-        assert sealed.open_sealed_parquet(file).read().num_rows == 2, "a file of others is not damaged"
+        assert sealed.open_sealed_parquet(file).read().num_rows == 2, "a file without a seal is not damaged"
         with pq.ParquetWriter(file, table.schema, compression="none") as writer:
             writer.write_table(table)
             sealed.seal_parquet(writer)

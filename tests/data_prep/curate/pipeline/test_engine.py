@@ -82,12 +82,12 @@ def test_a_killed_command_leaves_neither_processes_nor_its_lock(
     (own_step_pipeline / "own.py").write_text("import pathlib, time\n\ndef judge(document):\n"
                                               "    pathlib.Path(__file__).with_name('begun').touch()\n"
                                               "    time.sleep(600)\n")
-    with open(tmp_path / "said", "w") as said:
+    with open(tmp_path / "said", "w") as log:
         running = subprocess.Popen(
             [sys.executable, "-m", "data_prep.cli",
              *build_command(own_step_pipeline, "--workers", str(workers))],
-            stdout=said, stderr=said, start_new_session=True,
-            # a parallel test runner ignores Ctrl-C, and its children would inherit that
+            stdout=log, stderr=log, start_new_session=True,
+            # a parallel test runner ignores SIGINT, and its children would inherit that
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     request.addfinalizer(lambda: [os.kill(pid, signal.SIGKILL) for pid in list_living_processes(running.pid)])
     wait_until(lambda: (own_step_pipeline / "begun").exists() or running.poll() is not None)
@@ -103,7 +103,7 @@ def test_a_killed_command_leaves_neither_processes_nor_its_lock(
 
 
 def list_living_processes(group: int) -> list[int]:
-    """Return the processes of a group that have not ended."""
+    """Return the ids of the running processes of a process group."""
     found = []
     for process in psutil.process_iter(["status"]):
         with contextlib.suppress(ProcessLookupError):
@@ -113,10 +113,10 @@ def list_living_processes(group: int) -> list[int]:
 
 
 def wait_until(happened: Callable[[], bool]) -> None:
-    """Wait for something that happens soon."""
-    end = time.monotonic() + 600
+    """Wait until `happened` returns True, for at most 10 minutes."""
+    end_s = time.monotonic() + 600
     while not happened():
-        assert time.monotonic() < end, "it did not happen"
+        assert time.monotonic() < end_s, "the awaited event did not happen"
         time.sleep(0.05)
 
 
@@ -162,10 +162,10 @@ def test_two_commands_do_not_share_a_folder(small_run: Path, capsys: pytest.Capt
     assert "is being written by another process" in capsys.readouterr().err
 
 
-# What Slurm's jobs of a run are, with programs that only take note; `tests/operate/slurm` has a real Slurm.
+# The Slurm jobs of a run, with programs that only record the submissions; `tests/operate/slurm` has a real
+# Slurm.
 
-
-PROFILE = """description: noted, not run
+PROFILE = """description: jobs are recorded, not run
 partition: batch
 account: ""
 qos: long
@@ -184,7 +184,7 @@ echo "$((100 + n))"
 
 @pytest.fixture
 def submissions(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the words and the script of each submission, in order."""
+    """A folder with a file per submission, in order: the arguments of sbatch, then the script."""
     programs, folder = tmp_path / "programs", tmp_path / "noted"
     folder.mkdir()
     programs.mkdir()
@@ -204,7 +204,7 @@ def build_cluster_command(small_run: Path, output: str) -> list[str]:
 
 
 def run_job(logs: Path, monkeypatch: pytest.MonkeyPatch, jobs: int = 1, tasks_per_job: int = 1) -> None:
-    """Do what the jobs of an array do."""
+    """Run the jobs of a Slurm array in this process, one after another."""
     for job in range(jobs):
         monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(job))
         monkeypatch.setattr(sys, "argv", ["array_job", str(logs), str(tasks_per_job)])
@@ -223,7 +223,7 @@ def test_arrays_wait_for_each_other_and_call_their_program_by_its_path(small_run
         assert f"-m megatron_sov.work.submit.array_job {small_run}/out/logs/{name} " in script
         assert "--container-image=reg/image:1 --container-mounts=/data" in script
         assert f"export PYTHONPATH={Path(array_job.__file__).parents[3]} " in script
-    assert "#SBATCH --array=0-1\n" in scripts[0], "several shards to a job, where an array may have two"
+    assert "#SBATCH --array=0-1\n" in scripts[0], "MaxArraySize = 3 needs several shards per job"
     assert "#SBATCH --cpus-per-task=8\n" in scripts[-1] and "--cpus-per-task=8 --label" in scripts[-1]
     assert "#SBATCH --mem-per-cpu=2048M\n" in scripts[-1]
 

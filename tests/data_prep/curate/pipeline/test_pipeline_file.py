@@ -89,6 +89,7 @@ def test_removed_keys_are_refused_with_their_replacement(small_run: Path, name: 
 
 
 FORMERLY = ("arrow", "dataset", "epub", "office", "parallel")
+"""Removed source formats."""
 
 
 def test_a_missing_file_is_reported_with_an_example_to_copy(tmp_path: Path) -> None:
@@ -106,11 +107,11 @@ def test_a_file_becomes_settings(small_run: Path) -> None:
                                              "{lists: [words.txt]}\n    only: {kinds: [en]}"))
     pipeline = load_pipeline(file)
     assert [step.kind for step in pipeline.steps] == ["shorten"] * 5
-    assert pipeline.steps[2].to_settings() == {"longest": 50, "not_below": 10, "lists": []}, "a single value"
+    assert pipeline.steps[2].to_settings() == {"longest": 50, "not_below": 10, "lists": []}, "shorthand"
     step = pipeline.steps[3]
     assert step.only == StepFilter(kinds=("en",))
-    assert step.to_settings()["lists"] == ["words.txt"], "as it is written"
-    assert step.build_step(pipeline.folder).list_files() == (small_run / "words.txt",), "where it lies"
+    assert step.to_settings()["lists"] == ["words.txt"], "the path as written"
+    assert step.build_step(pipeline.folder).list_files() == (small_run / "words.txt",), "relative to the file"
     assert pipeline.sources[0].path == ("web",) and pipeline.sources[0].folder == small_run
 
 
@@ -194,7 +195,7 @@ def test_a_wrong_command_line_is_one_message(tmp_path: Path, words: list[str], m
 
 @pytest.fixture
 def no_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hide the optional libraries of steps, and import the steps again."""
+    """Hide the optional libraries of steps, and let the steps be imported again."""
     for library in ("ftfy", "py3langid", "phonenumbers"):
         monkeypatch.setitem(sys.modules, library, None)
     for module in ("encoding", "pii.step"):

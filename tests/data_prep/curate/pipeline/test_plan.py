@@ -1,4 +1,4 @@
-"""Shards, names and addresses of a run's files."""
+"""Division of sources into shards, and addresses (hashes of content and settings) of a run's files."""
 
 import os
 from pathlib import Path
@@ -12,7 +12,8 @@ from data_prep.curate.sources.source import SourcePiece
 from megatron_sov.base.errors import UserError
 
 
-def shards(*sizes: int) -> list[list[int]]:
+def split_sizes(*sizes: int) -> list[list[int]]:
+    """Split pieces of these sizes into shards of at most 100 bytes; return the sizes in each shard."""
     pieces = [SourcePiece("text", f"{number:05}", 0, size, size) for number, size in enumerate(sizes)]
     into_shards = split_into_shards(pieces, 100)
     assert list(into_shards) == list(range(len(into_shards)))
@@ -21,9 +22,9 @@ def shards(*sizes: int) -> list[list[int]]:
 
 
 def test_a_shard_ends_before_it_exceeds_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert shards(40, 60, 1, 500, 0, 99, 2) == [[40, 60], [1], [500], [0, 99], [2]]
+    assert split_sizes(40, 60, 1, 500, 0, 99, 2) == [[40, 60], [1], [500], [0, 99], [2]]
     monkeypatch.setattr(plan_module, "MAX_PIECES", 2)
-    assert shards(0, 0, 0, 0, 0) == [[0, 0], [0, 0], [0]]
+    assert split_sizes(0, 0, 0, 0, 0) == [[0, 0], [0, 0], [0]]
 
 
 def test_files_are_copied_if_hard_links_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,21 +17,21 @@ Done = list[tuple[str, str, int]]
 
 
 def run_pipeline(small_run: Path, *words: str, code: int = 0) -> Path:
-    """Run the pipeline in this process; returns its folder."""
+    """Run the pipeline in this process, expect the exit code, and return the output folder."""
     assert cli.main(["run", str(small_run / "pipeline.yaml"), "--output", str(small_run / "out"), "--workers",
                      "1", *words]) == code
     return small_run / "out"
 
 
 def change_pipeline(small_run: Path, before: str, after: str) -> None:
-    """Change the pipeline file."""
+    """Replace the first `before` in pipeline.yaml by `after`."""
     text = (small_run / "pipeline.yaml").read_text()
     assert before in text
     (small_run / "pipeline.yaml").write_text(text.replace(before, after, 1))
 
 
 def read_first_words(output: Path) -> dict[str, list[str]]:
-    """Return name -> the first two words of its documents."""
+    """Return output name -> first two words of each of its documents."""
     return {folder.name: [" ".join(text.split()[:2]) for file in sorted(folder.glob("*.parquet"))
                           for text in pq.read_table(file)["text"].to_pylist()]
             for folder in sorted((output / "text").iterdir())}
@@ -73,7 +73,7 @@ def test_complete_stages_are_not_repeated(small_run: Path, finished_tasks: Done,
     shutil.rmtree(output / "text")
     run_pipeline(small_run)
     assert len(finished_tasks) == number and "complete from before" not in capsys.readouterr().out
-    assert read_files(output / "text") == before, "what was deleted is there again"
+    assert read_files(output / "text") == before, "deleted output is written again"
 
 
 def test_a_changed_setting_repeats_its_step_and_later_ones(small_run: Path, finished_tasks: Done) -> None:
@@ -88,7 +88,7 @@ def test_a_changed_setting_repeats_its_step_and_later_ones(small_run: Path, fini
     finished_tasks.clear()
     change_pipeline(small_run, "longest: 200", "longest: 300")
     run_pipeline(small_run)
-    assert finished_tasks == [], "the folders of the first run still stand"
+    assert finished_tasks == [], "the folders of the first run are reused"
     assert read_files(output / "text") == first
 
 
@@ -108,7 +108,7 @@ def test_a_source_that_a_step_passes_is_left_alone(small_run: Path, finished_tas
     change_pipeline(small_run, "  - unique: {}\n", "  - unique: {}\n    only: {sources: [books]}\n")
     change_pipeline(small_run, "  - shorten: {longest: 300}\n", "")
     output = run_pipeline(small_run)
-    assert "text 4" in read_first_words(output)["web-long"], "it keeps what books have too"
+    assert "text 4" in read_first_words(output)["web-long"], "web keeps texts that books have too"
     finished_tasks.clear()
     (small_run / "books/9.txt").write_text("a new book " * 30)
     run_pipeline(small_run)
@@ -191,4 +191,4 @@ def test_a_dry_run_lists_the_remaining_shards(small_run: Path, capsys: pytest.Ca
     change_pipeline(small_run, "longest: 300", "longest: 200")
     text = run_dry(small_run, capsys)
     assert "01-shorten: 4 of 4 shards done" in text and "03-shorten: 0 of 4 shards done" in text
-    assert (small_run / "out/manifest.json").is_file(), "nothing is taken back"
+    assert (small_run / "out/manifest.json").is_file(), "a dry run deletes nothing"

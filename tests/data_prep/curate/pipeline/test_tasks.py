@@ -11,7 +11,7 @@ from megatron_sov.base.errors import UserError
 
 
 def write_base(file: Path, sizes: list[int]) -> list[LayerRow]:
-    """Write a base with groups of rows of these sizes."""
+    """Write a base file with row groups of these sizes, and return all rows."""
     rows = []
     with TableFile(file, BASE_SCHEMA) as base:
         for size in sizes:

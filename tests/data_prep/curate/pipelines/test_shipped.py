@@ -41,4 +41,4 @@ def test_its_output_is_sorted_by_the_columns_of_its_blend(blend: Path) -> None:
     output = parse_located_yaml((READY / blend.name).read_text()).value["output"]
     keys = {key for phase in read_blend(blend).phases for entry in phase.entries for key in entry.where}
     assert keys - {SOURCE} <= set(re.findall(r"{(\w+)}", output["name"])), (
-        "a source of two kinds is chosen by neither")
+        "a source with two values of a key matches no entry of the blend")

@@ -34,7 +34,7 @@ def read(tmp_path: Path) -> Read:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content.encode() if isinstance(content, str) else content)
         reader = create_reader(SourceSettings("test", (path,), tmp_path, format_, text_field=text_field,
-                                      options=options))
+                                              options=options))
         return [one for piece in reader.list_pieces() for one in reader.read_piece(piece)]
 
     return read_all

@@ -1,4 +1,4 @@
-"""A step that would change a sample rejects the sample."""
+"""Checks of `sov-data synth` reject a sample that a pipeline step would change, here by masking an e-mail."""
 
 import sys
 from pathlib import Path

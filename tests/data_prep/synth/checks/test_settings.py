@@ -1,5 +1,4 @@
-"""Steps files for generated samples: steps over the sources of a
-run, and the texts of a record that they see."""
+"""Steps files for generated samples: steps for each source of a run, and the texts that they check."""
 
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def test_mistakes_in_a_steps_file_are_reported_with_their_line(file: Path, chang
     assert message in str(problem)
 
 
-TOLD = {"messages": [
+CHAT = {"messages": [
     {"role": "system", "content": "Be short."}, {"role": "user", "content": "Where is it?"},
     {"role": "assistant", "content": "", "tool_calls": [
         {"function": {"name": "find", "arguments": {"id": "secret"}}}]},
@@ -65,11 +64,11 @@ TOLD = {"messages": [
 
 def test_each_kind_has_its_texts() -> None:
     assert extract_texts("text", {"text": "A tide."}) == {"samples": "A tide."}
-    assert extract_texts("chat", TOLD) == {
+    assert extract_texts("chat", CHAT) == {
         "samples": "Where is it?\n\nBusan\n\nThe tool told me.\n\nIn Busan.",
         "answers": "The tool told me.\n\nIn Busan."}
     assert extract_texts("prompt", {"prompt": "1 + 1?", "answer": "2"}) == {"samples": "1 + 1?"}
-    assert extract_texts("prompt", {"prompt": TOLD["messages"][:2]}) == {"samples": "Where is it?"}
+    assert extract_texts("prompt", {"prompt": CHAT["messages"][:2]}) == {"samples": "Where is it?"}
     assert extract_texts("task", {"question": "Mend it.", "files": {"a": "b"}}) == {"samples": "Mend it."}
     assert extract_texts("task", {"world": {"tables": {}}}) == {}
 

@@ -67,7 +67,8 @@ EVERYTHING, NOTHING, HANGS = "accepts", "rejects", "hangs"
 
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Let functions be the letters that they accept, or a word, and return those that were run."""
+    """Replace check functions by strings of the letters that they accept, or one of EVERYTHING, NOTHING and
+    HANGS; return the list of the functions that were run."""
     run: list[str] = []
 
     def check(source: str, texts: Sequence[str]) -> list[ConstraintVerdict]:
@@ -89,7 +90,7 @@ def check_drafts(drafts: Sequence[Any], ordinary: Sequence[str] = ("z",), **more
 
 
 def select_by_autoif(drafts: Sequence[FunctionDraft], accuracy: float) -> set[str]:
-    """The functions that AutoIF's released step 3 keeps (a case stays if one function agrees)."""
+    """Return the functions that step 3 of AutoIF's code keeps; it keeps a case if any function agrees."""
     cases = {(case.text, case.keeps) for draft in drafts for case in draft.cases}
     sources = {draft.source for draft in drafts}
     agreed = {(text, keeps) for text, keeps in cases if any((text in source) == keeps for source in sources)}
@@ -106,11 +107,11 @@ def test_the_same_functions_stay_as_with_the_authors_code(letters: list[str]) ->
         drafts = [FunctionDraft(rng.choice([truth, truth, rng.choice(sets)]), tuple(
             Case(text, (text in truth) != (rng.random() < 0.15)) for text in rng.choices("abcd", k=3)))
             for _ in range(5)]
-        telling = {source for source in select_by_autoif(drafts, 0.8) if any(
+        expected = {source for source in select_by_autoif(drafts, 0.8) if any(
             case.keeps and case.text in source for draft in drafts for case in draft.cases)}
-        # no letter is "z": each function rejects an ordinary text
-        assert set(check_drafts(drafts).functions) == telling
-        compared += bool(telling)
+        # no function accepts "z", the ordinary text that it must reject
+        assert set(check_drafts(drafts).functions) == expected
+        compared += bool(expected)
     assert compared > 50
 
 
@@ -142,7 +143,7 @@ def test_functions_that_do_not_end_are_few(letters: list[str]) -> None:
 SOURCE = "def evaluate(response):\n    return True"
 
 
-def write(cases: object, source: str = SOURCE) -> str:
+def format_reply(cases: object, source: str = SOURCE) -> str:
     return f"Here:\n```python\n{source}\n```\nand\n```json\n{json.dumps(cases)}\n```"
 
 
@@ -150,13 +151,14 @@ def test_a_reply_is_a_block_of_python_and_one_of_json() -> None:
     cases = [{"input": "a", "output": True}, {"input": "b", "output": " False"},
              {"input": "c", "output": "maybe"}, {"input": 3, "output": True}, {"output": True}, "x",
              {"input": "d", "output": 1}]
-    assert parse_draft(write(cases)) == FunctionDraft(SOURCE, (Case("a", True), Case("b", False)))
+    assert parse_draft(format_reply(cases)) == FunctionDraft(SOURCE, (Case("a", True), Case("b", False)))
 
 
 @pytest.mark.parametrize(("reply", "fault"), [
-    (write({"input": "a"}), "has no block of JSON"), (f"```python\n{SOURCE}\n```", "has no block of JSON"),
-    (write([], "import os\n" + SOURCE), "imports os"), ("I cannot do that.", "is no Python"),
-    ("", "has no function"), (write([]).replace("[]", "[" * 100_000), "has no block of JSON")])
+    (format_reply({"input": "a"}), "has no block of JSON"), ("I cannot do that.", "is no Python"),
+    (f"```python\n{SOURCE}\n```", "has no block of JSON"), ("", "has no function"),
+    (format_reply([], "import os\n" + SOURCE), "imports os"),
+    (format_reply([]).replace("[]", "[" * 100_000), "has no block of JSON")])
 def test_a_reply_of_another_form_is_described(reply: str, fault: str) -> None:
     assert fault in str(parse_draft(reply))
 

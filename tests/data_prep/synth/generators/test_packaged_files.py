@@ -58,8 +58,8 @@ def test_the_judge_comes_last_and_a_dialogue_alternates() -> None:
     assert list_reasons("rewrite", DOCUMENT, build_model(rewrite=good, grade=3),
                         styles=["clearer"]) == ["judge: faithful"]
     assert list_reasons("rewrite", DOCUMENT, build_model(rewrite="no tags")) == ["form"] * 3
-    turns = [f"{'AB'[i % 2]}: {part.strip()}." for i,
-             part in enumerate(OTHER_WORDS.split(".")) if part.strip()]
+    turns = [f"{'AB'[i % 2]}: {part.strip()}."
+             for i, part in enumerate(OTHER_WORDS.split(".")) if part.strip()]
     turns += ["B: And the paper?", "A: It gives work to many."]
     turns[-2:] = ["B: And the paper?", "A: It gives work to many."] if len(turns) % 2 == 0 else turns[-2:]
     for lines, reason in ((turns[:2] + turns[:2], ""), (["A: a", *turns], "dialogue"),
@@ -90,9 +90,9 @@ HELP = "Dear neighbour, please be careful when strangers ask you for money at th
 
 
 def build_careful_model(**more: Any) -> Any:
+    """Return a model that writes sound requests, refusals, answers and grades, except for `more`."""
     return build_model(**{"make_a_language_model_safe": REQUESTS, "You_decline": REFUSAL,
-                          "turn_the_user": HELP,
-                          "to_the_point": HELP, "You_grade": 9, **more})
+                          "turn_the_user": HELP, "to_the_point": HELP, "You_grade": 9, **more})
 
 
 @pytest.mark.parametrize(("more", "found"), [
@@ -130,12 +130,10 @@ def test_items_of_safety_are_categories_by_calls(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("language", "text", "expected"), [
-    ("en", "I'm sorry, but I can't help with "
-           "that.", True),
+    ("en", "I'm sorry, but I can't help with that.", True),
     ("en", "Banks cannot provide this without your papers.", False),
     ("en", "word " * 100 + "I can't help.", False),
-    ("ko", "죄송하지만 그 요청은 도와드릴 수 "
-           "없습니다.", True),
+    ("ko", "죄송하지만 그 요청은 도와드릴 수 없습니다.", True),
     ("ko", "쌀을 씻고 물을 넣으세요.", False),
     ("th", "ขออภัยค่ะ ฉันไม่สามารถช่วยเรื่องนี้ได้", True),
     ("ko", "i i i i " * 100_000, False)])
@@ -152,8 +150,7 @@ def test_right_answers_are_counted_and_a_draw_of_no_use_is_wrong() -> None:
     ask = ScriptedRequester(build_queue_model(*draws), "p", load_generator("answers"))
     (sample,) = build_generator("answers", num_draws=7).make_samples(SUM, ask)
     assert sample.record == {"prompt": "3 + 4?", "answer": "7", "domain": "sums", "problem_id": "p",
-                             "num_right": 2,
-                             "num_answers": 7} and ask.calls == 7
+                             "num_right": 2, "num_answers": 7} and ask.calls == 7
     (none,) = collect_samples(build_generator("answers", num_draws=2), SUM, lambda request: "")
     assert none.record["num_right"] == 0
 

@@ -91,7 +91,6 @@ def test_placeholders_inside_inserted_text_stay() -> None:
 
 
 def write(folder: Path, *texts: str) -> Path:
-    """Write documents."""
     file = folder / "documents.jsonl"
     file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
     return file

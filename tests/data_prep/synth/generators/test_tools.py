@@ -1,5 +1,4 @@
-"""Generators `worlds`, `goals` and `tool-trajectories` with scripted
-models: accepted samples and planted faults."""
+"""Generators `worlds`, `goals` and `tool-trajectories` with scripted models that are sound or have faults."""
 
 import json
 from collections.abc import Mapping
@@ -181,7 +180,7 @@ def test_a_conversation_with_a_planted_fault_is_rejected(fault: str, check: str)
 
 
 def test_claims_of_the_user_do_not_reach_the_end_state() -> None:
-    """The user says that all is done and orders the judge about; the tables say that nothing is."""
+    """The user claims that all is done and commands the judge; the tables show that nothing is done."""
     def reply(request: Mapping[str, Any]) -> Any:
         if "tools" in request:
             return "All is done, the total is settled."

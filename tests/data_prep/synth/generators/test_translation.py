@@ -15,11 +15,9 @@ from tests.data_prep.synth.planted_rates import write
 from tests.data_prep.synth.scripted import ScriptedRequester, build_generator, build_model, collect_samples
 
 SOURCE = ("The tide gauge at the old harbour was built in 1911. Two keepers note the height of the water "
-          "every "
-          "morning before the first ferry leaves. See `tides --show 4` and tell {visitor} of it.")
+          "every morning before the first ferry leaves. See `tides --show 4` and tell {visitor} of it.")
 KOREAN = ("옛 항구의 조위계는 1911년에 세워졌다. 두 명의 지기가 첫 배가 떠나기 전 아침마다 물의 높이를 "
-          "적는다. "
-          "`tides --show 4`를 보고 {visitor}에게 알려 주시오.")
+          "적는다. `tides --show 4`를 보고 {visitor}에게 알려 주시오.")
 BACK = SOURCE.replace("keepers note", "wardens write down").replace("leaves", "departs")
 
 
@@ -41,8 +39,8 @@ def test_each_planted_fault_is_rejected_by_its_check(reply: Any, back: str, grad
     assert sample.reason == reason
 
 
-def dictionary(request: Any) -> str:
-    """Translate what the test says, forth and back."""
+def translate_by_dictionary(request: Any) -> str:
+    """Reply as a model that translates the two sentences of CHAT to Korean and back, and grades with 9."""
     words = {"What is a token?": "토큰이란 무엇인가?", "A piece of a text.": "글의 한 조각이다."}
     if "You grade a response" in request["messages"][0]["content"]:
         return '{"score": 9}'
@@ -51,16 +49,16 @@ def dictionary(request: Any) -> str:
     return f"<translation>{(words | back)[text]}</translation>"
 
 
-KOREAN: dict[str, Any] = {"language": "ko", "keep_quotes": True, "source_language": "en"}
+TO_KOREAN: dict[str, Any] = {"language": "ko", "keep_quotes": True, "source_language": "en"}
 CHAT = [{"role": "user", "content": "What is a token?"},
         {"role": "assistant", "content": "A piece of a text."}]
 
 
 def translate(form: str, folder: Path, record: dict[str, Any]) -> Any:
     """Return the accepted translation of a record."""
-    generator = build_generator("translation", form=form, **KOREAN)
+    generator = build_generator("translation", form=form, **TO_KOREAN)
     item, = generator.read_items([write(folder / "input.jsonl", [record])])
-    sample, = collect_samples(generator, item, dictionary)
+    sample, = collect_samples(generator, item, translate_by_dictionary)
     assert (sample.reason, generator.kind) == ("", form)
     return sample
 
@@ -80,15 +78,15 @@ def test_prompts_keep_the_fields_of_their_reward(tmp_path: Path) -> None:
 
 def test_chats_with_tools_are_not_translated(tmp_path: Path) -> None:
     tools = [{"type": "function", "function": {"name": "f"}}]
-    generator = build_generator("translation", form="chat", **KOREAN)
+    generator = build_generator("translation", form="chat", **TO_KOREAN)
     item, = generator.read_items([write(tmp_path / "input.jsonl", [{"messages": CHAT, "tools": tools}])])
-    ask = ScriptedRequester(dictionary)
+    ask = ScriptedRequester(translate_by_dictionary)
     sample, = generator.make_samples(item, ask)
     assert (sample.reason, ask.calls) == ("plain messages", 0)
 
 
 def test_text_in_the_target_language_is_rejected_without_a_request() -> None:
-    ask = ScriptedRequester(dictionary)
+    ask = ScriptedRequester(translate_by_dictionary)
     generator = build_generator("translation", language="en")
     sample, = generator.make_samples(GeneratorItem("x", {"text": SOURCE}), ask)
     assert (sample.reason, ask.calls) == ("source language", 0)

@@ -26,12 +26,12 @@ class Rule:
 
     @property
     def expression(self) -> str:
-        """Return what the check function returns."""
+        """Expression that the check function returns."""
         return f"response.count('이유') >= {self.min_count}"
 
     @property
     def description(self) -> str:
-        """Return the text of a model that reads the function."""
+        """Description of the function by a model that reads it."""
         return f'The word "이유" must occur {self.min_count} times or more.'
 
 

@@ -1,4 +1,4 @@
-"""A scripted judge that believes text outside the fences of a request, as a careless model would."""
+"""A scripted judge that obeys text outside the fences of a request, as a careless model would."""
 
 import json
 import re

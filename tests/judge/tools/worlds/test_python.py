@@ -1,6 +1,6 @@
-"""Programs in the sandbox world: the observation for each way a program can end.
+"""The `python` world: the observation for each way in which a program can end.
 
-The sandbox is a double here; its own tests say what it holds.
+A double replaces the sandbox, which has its own tests in tests/sandbox.
 """
 
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ from megatron_sov.judge.tools.environment import ToolFault
 from megatron_sov.judge.tools.worlds import python as world
 from megatron_sov.judge.tools.worlds.python import Python
 
-ENDS = {"print(1)": ("ok", "1\n", "", ""), "x": ("error", "", "NameError: x\n", "exit code 1"),
+OUTCOMES = {"print(1)": ("ok", "1\n", "", ""), "x": ("error", "", "NameError: x\n", "exit code 1"),
         "while 1: pass": ("timeout", "so far\n", "", "took longer than 10 s"),
         "full": ("infrastructure", "", "", "no space"), "\0": ("refused", "", "", "no program"),
         "pass": ("ok", "", "", "")}
@@ -21,16 +21,16 @@ ENDS = {"print(1)": ("ok", "1\n", "", ""), "x": ("error", "", "NameError: x\n", 
 
 @pytest.fixture
 def python(monkeypatch: pytest.MonkeyPatch) -> Python:
-    """The world with a sandbox that knows the ends of some programs."""
-    class Double:
+    """The world with a sandbox that returns the outcome of each program in `OUTCOMES`."""
+    class FixedSandbox:
         def __init__(self, limits: Any) -> None:
             assert (limits.wall_s, limits.cpu_s, limits.memory_bytes) == (10, 10, 512 << 20)
 
         def run(self, program: Any) -> Any:
-            status, stdout, stderr, reason = ENDS[program.source]
+            status, stdout, stderr, reason = OUTCOMES[program.source]
             return SimpleNamespace(status=status, stdout=stdout, stderr=stderr, reason=reason)
 
-    monkeypatch.setattr(world, "Sandbox", Double)
+    monkeypatch.setattr(world, "Sandbox", FixedSandbox)
     result = Python()
     result.reset(Python.EXAMPLES[0])
     return result
@@ -51,9 +51,9 @@ def test_a_broken_sandbox_is_not_the_programs_fault(python: Python, program: str
 
 
 def test_missing_sandbox_is_reported_before_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
-    def none(limits: Any) -> Any:
+    def fail(limits: Any) -> Any:
         raise UserError("this machine cannot enclose a program")
 
-    monkeypatch.setattr(world, "Sandbox", none)
+    monkeypatch.setattr(world, "Sandbox", fail)
     with pytest.raises(UserError, match="cannot enclose"):
         Python().reset(Python.EXAMPLES[0])

@@ -1,5 +1,5 @@
-"""The `verifiers` world, played through its bridge against a small double of the library.
-`benchmarks/verifiers_worlds.py` uses the library itself."""
+"""The `verifiers` world with a small double of the library `verifiers`, in a process of its own.
+benchmarks/verifiers_worlds.py uses the library itself."""
 
 import contextlib
 import json
@@ -40,10 +40,10 @@ TOOLS = [{"type": "function", "function": {"name": "add", "description": "Add.",
     "type": "object", "properties": {"n": {"type": "integer"}}}}}]
 
 class Environment:
-    """Plays a task that is a list of what is said before each turn; the reward counts the turns."""
+    """Plays a task, a list of user messages, one before each turn; the reward counts turns, plus 0.5."""
 
     def __init__(self, config):
-        print("what an environment prints is no message")
+        print("printed text is no message of the protocol")
         self.how = config
         self.config = {name: Made(client=None) for name in config["seats"]}
         self.taskset = config["tasks"]
@@ -122,9 +122,17 @@ def build_text_turn(text: str) -> ServedTurn:
     return ServedTurn("", text)
 
 
-def settings(folder: Path, tasks: Any = (["Say a.", "Say b."],), seats: Any = ("agent",),
-             repeat: bool = False, **how: Any) -> dict[str, Any]:
-    """Write the library double and its settings; return the settings of the world."""
+def write_library(folder: Path, tasks: Any = (["Say a.", "Say b."],), seats: Any = ("agent",),
+                  repeat: bool = False, **how: Any) -> dict[str, Any]:
+    """Write the library double and its config file into `folder`, and return the settings of the world.
+
+    Args:
+        folder: Folder of the package and the config.
+        tasks: User messages of each task.
+        seats: Agents of the environment that have no client.
+        repeat: The world's setting `repeat`, whether a resumed episode may repeat calls of tools.
+        how: Misbehavior of the environment: "forgets", "counts" (a file) or "wrong_key".
+    """
     for name, text in MODULES.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
@@ -135,15 +143,15 @@ def settings(folder: Path, tasks: Any = (["Say a.", "Say b."],), seats: Any = ("
 
 @pytest.fixture
 def play(tmp_path: Path) -> Iterator[Play]:
-    """Returns a function that makes the world of the double, with settings of both."""
+    """A function that returns a world of the double; its keyword arguments are those of `write_library`."""
     worlds: list[Any] = []
 
-    def made(**given: Any) -> Any:
-        worlds.append(build_versioned_environment(request_environment("verifiers",
-                                                                      settings(tmp_path, **given)))[0])
+    def build_world(**arguments: Any) -> Any:
+        request = request_environment("verifiers", write_library(tmp_path, **arguments))
+        worlds.append(build_versioned_environment(request)[0])
         return worlds[-1]
 
-    yield made
+    yield build_world
     for world in worlds:
         world.end()
 
@@ -209,10 +217,10 @@ def test_rewritten_conversation_has_no_reward(play: Play) -> None:
 
 
 def test_episode_resumes_in_another_process(tmp_path: Path) -> None:
-    asked, pids = request_environment("verifiers", settings(tmp_path)), tmp_path / "pids"
+    request, pids = request_environment("verifiers", write_library(tmp_path)), tmp_path / "pids"
     with (tmp_path / "verifiers/v1/__init__.py").open("a") as file:
         file.write(f"\nopen({str(pids)!r}, 'a').write(f'{{os.getpid()}} ')\n")
-    with EnvironmentHost(asked, EpisodeLimits()) as host:
+    with EnvironmentHost(request, EpisodeLimits()) as host:
         host.reset(TASK)
         assert host.converses and host.reply(build_text_turn("a")) == EnvironmentReply(user="Say b.")
         state = host.state
@@ -222,7 +230,7 @@ def test_episode_resumes_in_another_process(tmp_path: Path) -> None:
         assert host.reply(build_text_turn("b")).is_over and host.score("b").reward == 2.5
     for pid in map(int, pids.read_text().split()):
         with contextlib.suppress(ProcessLookupError):
-            assert select.select([os.pidfd_open(pid)], [], [], 60)[0], "it lives on"
+            assert select.select([os.pidfd_open(pid)], [], [], 60)[0], "the process has not ended"
 
 
 @pytest.mark.tier1_cases(4)
@@ -253,10 +261,10 @@ def test_withheld_network_variables_are_reported(play: Play, monkeypatch: pytest
         play(wrong_key=True).reset(TASK)
 
 
-@pytest.mark.each("given, match", [
+@pytest.mark.each("change, match", [
     ({"config": "nowhere.toml"}, "is no file in TOML or JSON"),
     ({"config": __file__}, "is no file in TOML or JSON"),
     ({"python": "no-python"}, "names no program")])
-def test_settings_name_a_file_and_a_program(given: dict[str, str], match: str, tmp_path: Path) -> None:
+def test_settings_name_a_file_and_a_program(change: dict[str, str], match: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=match):
-        build_versioned_environment(request_environment("verifiers", settings(tmp_path) | given))
+        build_versioned_environment(request_environment("verifiers", write_library(tmp_path) | change))

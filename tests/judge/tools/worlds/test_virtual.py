@@ -1,4 +1,4 @@
-"""Virtual worlds: tools and goals."""
+"""The `virtual` world: tables and tools that a task defines, their validation, and goals of tasks."""
 
 import copy
 from collections.abc import Callable
@@ -21,6 +21,7 @@ BORROW = {"member_id": "M1", "book_id": "B3", "due": "2026-06-30"}
 
 
 def begin_task(goal: Any = None, **more: Any) -> Virtual:
+    """Return a world after the reset with a task of the example library, this goal and further fields."""
     world = Virtual()
     world.reset({"question": "?", "world": LIBRARY, "goal": goal or {}, **more})
     return world
@@ -56,9 +57,9 @@ def test_code_that_fails_halfway_leaves_the_tables_as_they_were(last: str, code:
                                                                 monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(virtual, "CALL_LIMITS", replace(virtual.CALL_LIMITS, cpu_s=0.5))
     ending = 'return f"{book[\'title\']} is back"'
-    bent = edit_world(lambda world: world.update(code=world["code"].replace(ending, last)))
-    assert bent != LIBRARY
-    world = begin_task(world=bent)
+    failing = edit_world(lambda world: world.update(code=world["code"].replace(ending, last)))
+    assert failing != LIBRARY
+    world = begin_task(world=failing)
     first = world.snapshot()
     with pytest.raises(ToolFault, match=f"(?i){message}") as fault:
         world.call("return_book", {"loan_id": "L1"})
@@ -66,11 +67,11 @@ def test_code_that_fails_halfway_leaves_the_tables_as_they_were(last: str, code:
 
 
 def test_new_rows_are_compared_without_their_keys_and_free_columns() -> None:
-    """Two books may be lent in either order, and the desk's note is nobody's goal."""
-    both = [build_call("borrow_book", **BORROW), build_call("borrow_book", **BORROW | {"book_id": "B1"})]
-    world = begin_task({"calls": both})
-    for made in reversed(both):
-        world.call(made["name"], made["arguments"] | {"note": "as asked"})
+    """Two books may be lent in either order, and `note` is a free column."""
+    calls = [build_call("borrow_book", **BORROW), build_call("borrow_book", **BORROW | {"book_id": "B1"})]
+    world = begin_task({"calls": calls})
+    for call in reversed(calls):
+        world.call(call["name"], call["arguments"] | {"note": "as asked"})
     assert world.score("").reward == 1
     world.call("extend_loan", {"loan_id": "L1", "due": "2026-07-07"})
     assert world.score("").reward == 0  # a change that the task does not require
@@ -116,18 +117,20 @@ def test_world_resumes_in_a_process_from_its_state() -> None:
 
 
 @pytest.mark.each("answer, counts", [("It costs 220.", True), ("$220!", True), ("1,220", False),
-                                          ("220.5", False), ("2200", False), ("A220", False)])
+                                     ("220.5", False), ("2200", False), ("A220", False)])
 def test_answers_match_complete_words(answer: str, counts: bool) -> None:
     assert begin_task({"answers": ["220"]}).score(answer).reward == counts
 
 
 def edit_world(edit: Callable[[Any], object]) -> Any:
+    """Return a copy of the example library that `edit` has changed in place."""
     world = copy.deepcopy(LIBRARY)
     edit(world)
     return world
 
 
-def code(old: str, new: str) -> Callable[[Any], object]:
+def edit_code(old: str, new: str) -> Callable[[Any], object]:
+    """Return an edit for `edit_world` that replaces text of the world's code."""
     return lambda world: world.update(code=world["code"].replace(old, new))
 
 
@@ -150,15 +153,15 @@ def test_example_world_is_valid() -> None:
      lambda w: w["tables"]["books"]["rows"]["B1"].update(copies="1")),
     ("row B2 of books: colour: Extra inputs",
      lambda w: w["tables"]["books"]["rows"]["B2"].update(colour="x")),
-    ("code: is no Python", code("def find_books(", "def find books(")),
-    ("code: imports os.path; it may import", code("from datetime import date", "import os.path")),
-    ("code: uses .today", code("date.fromisoformat(text)", "date.today()")),
-    ("tool find_books: its argument title must have a type", code("title: str", "title")),
-    ("tool find_books: must take `tables` first", code("def find_books(tables, ", "def find_books(")),
-    ("tool find_books: 'open(1)' is no type", code("title: str", "title: open(1)")),
-    ("find_books was given wrong arguments: title", code("title: str", "title: Literal[('a',)]")),
+    ("code: is no Python", edit_code("def find_books(", "def find books(")),
+    ("code: imports os.path; it may import", edit_code("from datetime import date", "import os.path")),
+    ("code: uses .today", edit_code("date.fromisoformat(text)", "date.today()")),
+    ("tool find_books: its argument title must have a type", edit_code("title: str", "title")),
+    ("tool find_books: must take `tables` first", edit_code("def find_books(tables, ", "def find_books(")),
+    ("tool find_books: 'open(1)' is no type", edit_code("title: str", "title: open(1)")),
+    ("find_books was given wrong arguments: title", edit_code("title: str", "title: Literal[('a',)]")),
     ("tables.books.free: must be a list of columns", lambda w: w["tables"]["books"].update(free=[["x"]])),
-    ("tool return_book: has no docstring", code('"""Take a book back.', 'f"""Take a book back.')),
+    ("tool return_book: has no docstring", edit_code('"""Take a book back.', 'f"""Take a book back.')),
     ("examples: have no call of return_book", lambda w: w["examples"].pop()),
     ("examples[0]: find_member was given wrong arguments: email",
      lambda w: w["examples"][0].update(arguments={})),
@@ -171,10 +174,10 @@ def test_broken_rules_are_reported(message: str, edit: Callable[[Any], object]) 
 @pytest.mark.each("kind", [
     "'{}'", "list['{}']", "str | '{}'", "dict[str, '{}']", "list[Literal['a'], '{}']", "(str, int)", "3"])
 def test_no_type_of_a_world_is_evaluated_in_this_process(kind: str, tmp_path: Path) -> None:
-    """Pydantic evaluates the text of a forward reference as Python."""
+    """Pydantic would evaluate a forward reference, a type given as text, as Python."""
     kind = kind.format(f"open({str(tmp_path / 'made')!r}, chr(119)).close()".replace("'", '"'))
     column = edit_world(lambda w: w["tables"]["books"]["columns"].update(x=kind))
-    for world in (column, edit_world(code("title: str", f"title: {kind}"))):
+    for world in (column, edit_world(edit_code("title: str", f"title: {kind}"))):
         assert any("is no type" in problem for problem in find_world_problems(world))
     assert not (tmp_path / "made").exists()
 

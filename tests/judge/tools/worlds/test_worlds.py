@@ -1,4 +1,4 @@
-"""All built-in worlds: examples are solvable, and states round-trip through JSON."""
+"""Built-in worlds: their examples are solvable, states round-trip through JSON, and arithmetic is safe."""
 
 import json
 import time
@@ -11,7 +11,6 @@ from megatron_sov.judge.tools.environment import ToolFault
 from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 from megatron_sov.judge.tools.worlds.calculator import evaluate_expression
 
-# World -> for each example, the tool calls (tool, arguments) and the final answer.
 SOLUTIONS: dict[str, list[tuple[list[tuple[str, dict[str, Any]]], str]]] = {
     "calculator": [([("calculate", {"expression": "17 * 23 + 2 ** 10"})], "The answer is 1415."),
                    ([("calculate", {"expression": "1/3 + 1/6"})], "The answer is 0.5")],
@@ -29,38 +28,38 @@ SOLUTIONS: dict[str, list[tuple[list[tuple[str, dict[str, Any]]], str]]] = {
                  "It is loan L2."),
                 ([("return_book", {"loan_id": "L1"})], "Thank you.")],
 }
+"""World -> for each example, the tool calls (tool, arguments) and the final answer."""
 
 
-def world(name: str, **settings: Any) -> Any:
-    """Build the built-in world `name`."""
+def build_world(name: str, **settings: Any) -> Any:
+    """Return the built-in world `name` with these settings."""
     return build_versioned_environment(request_environment(name, settings))[0]
 
 
 @pytest.mark.each("name", SOLUTIONS)
 def test_examples_are_solvable_but_not_by_inaction(name: str) -> None:
-    made = world(name)
-    for task, (calls, answer) in zip(made.EXAMPLES, SOLUTIONS[name], strict=True):
-        made.reset(task)
-        assert made.score("").reward == 0, made.score("")
+    world = build_world(name)
+    for task, (calls, answer) in zip(world.EXAMPLES, SOLUTIONS[name], strict=True):
+        world.reset(task)
+        assert world.score("").reward == 0, world.score("")
         for tool, arguments in calls:
-            made.call(tool, arguments)
-        assert made.score(answer).reward == 1, made.score(answer)
+            world.call(tool, arguments)
+        assert world.score(answer).reward == 1, world.score(answer)
 
 
 @pytest.mark.each("name", SOLUTIONS)
 def test_state_round_trips_through_json(name: str) -> None:
-    made, other = world(name), world(name)
+    world, other = build_world(name), build_world(name)
     calls, answer = SOLUTIONS[name][1]
-    made.reset(made.EXAMPLES[1])
-    first = made.snapshot()
+    world.reset(world.EXAMPLES[1])
+    first_state = world.snapshot()
     for tool, arguments in calls:
-        made.call(tool, arguments)
-    state = json.loads(json.dumps(made.snapshot()))
-    other.reset(made.EXAMPLES[1])
-    other.restore(state)
-    assert other.snapshot() == made.snapshot() and other.score(answer).reward == 1
-    made.reset(made.EXAMPLES[1])
-    assert made.snapshot() == first == json.loads(json.dumps(first))
+        world.call(tool, arguments)
+    other.reset(world.EXAMPLES[1])
+    other.restore(json.loads(json.dumps(world.snapshot())))
+    assert other.snapshot() == world.snapshot() and other.score(answer).reward == 1
+    world.reset(world.EXAMPLES[1])
+    assert world.snapshot() == first_state == json.loads(json.dumps(first_state))
 
 
 @pytest.mark.each("name, task, message", [
@@ -69,12 +68,12 @@ def test_state_round_trips_through_json(name: str) -> None:
     ("files", {"question": "?", "goal": {"files": {}}, "files": {"../a": ""}}, "which is no path")])
 def test_invalid_tasks_are_refused(name: str, task: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        world(name).reset(task)
+        build_world(name).reset(task)
 
 
 @pytest.mark.each("path", ["", "/etc/passwd", "a//b", "../a", "a/..", "app", "notes.txt/a", "a\0b"])
 def test_paths_stay_in_the_tree(path: str) -> None:
-    files = world("files")
+    files = build_world("files")
     files.reset(files.EXAMPLES[0])
     with pytest.raises(ToolFault):
         files.call("write_file", {"path": path, "text": ""})
@@ -85,7 +84,7 @@ def test_paths_stay_in_the_tree(path: str) -> None:
     ("0.1 + 0.2", "0.30000000000000004"), ("sqrt(2) ** 2", "2.0000000000000004"), ("max(1, 2.5)", "2.5"),
     ("gcd(12, 18) + factorial(5)", "126"), ("round(2.567, 2)", "2.57"), ("(1/2) ** -3", "8"),
     ("2 ** 0.5", "1.4142135623730951"), ("round(pi, 4)", "3.1416")])
-def test_values(expression: str, value: str) -> None:
+def test_values_of_expressions(expression: str, value: str) -> None:
     assert evaluate_expression(expression) == value
 
 

@@ -1,4 +1,4 @@
-"""Decode images, audio and video into arrays."""
+"""Decoders of picture, sound and video files: the arrays they return, and error codes of bad files."""
 
 import struct
 from pathlib import Path
@@ -16,6 +16,7 @@ LIMITS = MediaLimits(pixels=10_000)
 
 
 def read(file: Path, animated: str = "refuse") -> np.ndarray:
+    """Return the pixels of a picture, resized to 4 x 4: uint8 [3, 4, 4]."""
     return read_picture(file, PictureRequest((4,), animated), LIMITS)[0][0]
 
 
@@ -29,7 +30,7 @@ def save(folder: Path, picture: Image.Image, name: str = "a.png", **options: obj
     ("RGBA", (200, 0, 0, 0), (255, 255, 255)), ("LA", (0, 0), (255, 255, 255)), ("P", 0, (0, 0, 0)),
     ("RGBA", (0, 0, 0, 255), (0, 0, 0)), ("I;16", 0xABCD, (0xAB, 0xAB, 0xAB))])
 def test_pixel_modes_become_rgb_on_white(tmp_path: Path, mode: str, colour: object,
-                                             expected: tuple[int, int, int]) -> None:
+                                         expected: tuple[int, int, int]) -> None:
     pixels = read(save(tmp_path, Image.new(mode, (8, 8), colour)))
     assert pixels.shape == (3, 4, 4) and pixels.dtype == np.uint8
     assert all((pixels[c] == expected[c]).all() for c in range(3))
@@ -65,7 +66,8 @@ def test_mpo_is_not_an_animation(tmp_path: Path) -> None:
     assert abs(int(read(file)[0, 0, 0]) - 250) <= 3
 
 
-def bad_files(folder: Path) -> dict[str, Path]:
+def write_bad_pictures(folder: Path) -> dict[str, Path]:
+    """Write pictures that are refused; return the file for each error code."""
     whole = save(folder, Image.effect_noise((60, 60), 50), "whole.png").read_bytes()
     for name, content in {"text.png": b"hello", "empty.png": b"", "cut.png": whole[:len(whole) // 2],
                           "svg.svg": b"<svg/>", "eps.eps": b"%!PS-Adobe-3.0 EPSF-3.0\n"}.items():
@@ -78,7 +80,7 @@ def bad_files(folder: Path) -> dict[str, Path]:
 
 
 def test_bad_pictures_are_reported_by_code(tmp_path: Path) -> None:
-    for code, file in bad_files(tmp_path).items():
+    for code, file in write_bad_pictures(tmp_path).items():
         with pytest.raises(BadRecord) as error:
             read(file)
         assert error.value.code == code, file
@@ -89,10 +91,11 @@ def test_bad_pictures_are_reported_by_code(tmp_path: Path) -> None:
 
 
 SOUND_LIMITS = MediaLimits(duration_s=3.0)
-SECOND = np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000) * 0.5
+TONE = np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000) * 0.5
+"""One second of 440 Hz at 48 kHz."""
 
 
-def pitch_hz(samples: np.ndarray, rate_hz: int) -> float:
+def find_pitch_hz(samples: np.ndarray, rate_hz: int) -> float:
     return float(np.abs(np.fft.rfft(samples)).argmax() * rate_hz / len(samples))
 
 
@@ -105,15 +108,15 @@ def test_resampling_keeps_pitch_length_and_loudness(tmp_path: Path, name: str, r
     found, facts = read_sound(tmp_path / name, 16_000, SOUND_LIMITS)
     assert found.dtype == np.float32 and abs(len(found) - 16_000) <= 1
     assert abs(facts["duration_s"] - 1) < 1e-3
-    assert pitch_hz(found, 16_000) == pytest.approx(440, abs=1)
-    assert found.std() == pytest.approx(0.3536, rel=0.01)
+    assert find_pitch_hz(found, 16_000) == pytest.approx(440, abs=1)
+    assert found.std() == pytest.approx(0.5 / np.sqrt(2), rel=0.01)  # of a sine with amplitude 0.5
 
 
 @pytest.mark.each("channels", [1, 2, 6])
 def test_channels_are_averaged(tmp_path: Path, channels: int) -> None:
-    many = np.zeros((1600, channels))
-    many[:, 0] = 0.5
-    soundfile.write(tmp_path / "a.wav", many, 16_000, subtype="FLOAT")
+    samples = np.zeros((1600, channels))
+    samples[:, 0] = 0.5
+    soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
     found, _ = read_sound(tmp_path / "a.wav", 16_000, SOUND_LIMITS)
     np.testing.assert_allclose(found, 0.5 / channels, rtol=1e-6)
 
@@ -122,7 +125,7 @@ def test_channels_are_averaged(tmp_path: Path, channels: int) -> None:
 @pytest.mark.each("subtype", ["PCM_16", "PCM_24", "FLOAT"])
 @pytest.mark.each("share", [0.3, 0.9, 0.9999])
 def test_truncated_wav_is_refused(tmp_path: Path, file_format: str, subtype: str, share: float) -> None:
-    soundfile.write(tmp_path / "a.wav", SECOND, 48_000, format=file_format, subtype=subtype)
+    soundfile.write(tmp_path / "a.wav", TONE, 48_000, format=file_format, subtype=subtype)
     whole = (tmp_path / "a.wav").read_bytes()
     assert read_sound(tmp_path / "a.wav", 16_000, SOUND_LIMITS)[1]["duration_s"] == pytest.approx(1)
     (tmp_path / "a.wav").write_bytes(whole[:int(len(whole) * share)])
@@ -131,22 +134,23 @@ def test_truncated_wav_is_refused(tmp_path: Path, file_format: str, subtype: str
     assert error.value.code == "truncated"
 
 
-@pytest.mark.each("extra", ["chunks behind", "chunks before", "written into a pipe"])
-def test_wav_variants_are_read_completely(tmp_path: Path, extra: str) -> None:
-    soundfile.write(tmp_path / "a.wav", SECOND, 48_000, subtype="PCM_16")
+@pytest.mark.each("variant", ["chunk after the data", "chunk before the data", "written into a pipe"])
+def test_wav_variants_are_read_completely(tmp_path: Path, variant: str) -> None:
+    soundfile.write(tmp_path / "a.wav", TONE, 48_000, subtype="PCM_16")
     whole = bytearray((tmp_path / "a.wav").read_bytes())
-    at = whole.index(b"data")
-    if extra == "chunks behind":
+    data_start = whole.index(b"data")
+    if variant == "chunk after the data":
         whole += b"note" + (3).to_bytes(4, "little") + b"abc\0"
-    elif extra == "chunks before":
-        whole[at:at] = b"bext" + (5).to_bytes(4, "little") + b"abcde\0"
-    else:  # unknown lengths of file and data
-        whole[4:8] = whole[at + 4:at + 8] = b"\xff" * 4
+    elif variant == "chunk before the data":
+        whole[data_start:data_start] = b"bext" + (5).to_bytes(4, "little") + b"abcde\0"
+    else:  # the lengths of file and data are unknown
+        whole[4:8] = whole[data_start + 4:data_start + 8] = b"\xff" * 4
     (tmp_path / "a.wav").write_bytes(whole)
     assert read_sound(tmp_path / "a.wav", 16_000, SOUND_LIMITS)[1]["duration_s"] == pytest.approx(1)
 
 
-def write_bad(folder: Path) -> None:
+def write_bad_sounds(folder: Path) -> None:
+    """Write sound files that are refused."""
     soundfile.write(folder / "silence.wav", np.zeros(0), 16_000)
     soundfile.write(folder / "long.wav", np.zeros(4 * 8_000), 8_000)
     for name, value in (("numbers.wav", np.nan), ("infinite.wav", np.inf), ("loud.wav", 3000.0)):
@@ -155,10 +159,10 @@ def write_bad(folder: Path) -> None:
         soundfile.write(folder / name, samples, 16_000, subtype="FLOAT")
     (folder / "no_sound.wav").write_bytes(b"hello")
     soundfile.write(folder / "a.aiff", np.zeros(100), 16_000)
-    # implausible rate in the header
+    # an implausible sample rate
     soundfile.write(folder / "rate.wav", np.zeros(100), 16_000)
     raw = bytearray((folder / "rate.wav").read_bytes())
-    raw[24:28] = struct.pack("<I", 10)
+    raw[24:28] = struct.pack("<I", 10)  # the field of the sample rate, in Hz
     (folder / "rate.wav").write_bytes(raw)
 
 
@@ -167,7 +171,7 @@ def write_bad(folder: Path) -> None:
     ("loud.wav", "numbers"), ("no_sound.wav", "no_sound"), ("a.aiff", "no_sound"), ("rate.wav", "rate"),
     ("gone.wav", "no_sound")])
 def test_bad_sounds_are_reported_by_code(tmp_path: Path, name: str, code: str) -> None:
-    write_bad(tmp_path)
+    write_bad_sounds(tmp_path)
     with pytest.raises(BadRecord) as error:
         read_sound(tmp_path / name, 16_000, SOUND_LIMITS)
     assert error.value.code == code and str(tmp_path) not in error.value.reason
@@ -176,7 +180,8 @@ def test_bad_sounds_are_reported_by_code(tmp_path: Path, name: str, code: str) -
 VIDEO_LIMITS = MediaLimits(duration_s=60.0)
 
 
-def shades(array: np.ndarray) -> list[int]:
+def read_shades(array: np.ndarray) -> list[int]:
+    """Return the first value of each frame."""
     return [int(frame[0, 0, 0]) for frame in array]
 
 
@@ -187,5 +192,5 @@ def test_animation_is_sampled_at_midpoints(tmp_path: Path, suffix: str) -> None:
     frames[0].save(tmp_path / f"a{suffix}", save_all=True, append_images=frames[1:],
                    duration=[1000, 1000, 1000, 3000], lossless=True)
     (found,), facts = read_video(tmp_path / f"a{suffix}", VideoSampling(4, max_frames=3), VIDEO_LIMITS)
-    assert found.shape == (3, 3, 4, 4) and shades(found) == [40, 120, 120]
+    assert found.shape == (3, 3, 4, 4) and read_shades(found) == [40, 120, 120]
     assert facts["duration_s"] == pytest.approx(6.0)

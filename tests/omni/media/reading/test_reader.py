@@ -1,4 +1,4 @@
-"""Decoding in child processes: paths outside the root, and decoders that crash, hang or write."""
+"""`MediaReader`, which decodes in child processes: paths outside its root, and hostile decoders."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -21,7 +21,7 @@ from pathlib import Path
 from megatron_sov.omni.media.reading import decoder_process
 read = decoder_process.read_picture
 
-def hostile(file, asked, limits):
+def hostile(file, request, limits):
     name = Path(file).stem
     if name == "crash":
         os.abort()
@@ -34,7 +34,7 @@ def hostile(file, asked, limits):
         open("/etc/passwd").read()
     if name == "write":
         open("/tmp/left-by-a-decoder", "w").write("x")
-    arrays, facts = read(file, asked, limits)
+    arrays, facts = read(file, request, limits)
     return (arrays * 1000 if name == "much" else arrays), facts
 
 decoder_process.read_picture = hostile
@@ -43,6 +43,7 @@ decoder_process.read_picture = hostile
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
+    """A folder of media with a picture and a sound; its parent has the picture outside.png."""
     (tmp_path / "media/deep").mkdir(parents=True)
     Image.new("RGB", (8, 8), (9, 9, 9)).save(tmp_path / "media/deep/a.png")
     Image.new("RGB", (8, 8)).save(tmp_path / "outside.png")
@@ -52,8 +53,8 @@ def root(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def reader(root: Path) -> Iterator[MediaReader]:
-    with MediaReader(root) as found:
-        yield found
+    with MediaReader(root) as reader:
+        yield reader
 
 
 def test_reader_decodes_pictures_and_sounds(reader: MediaReader) -> None:
@@ -64,9 +65,9 @@ def test_reader_decodes_pictures_and_sounds(reader: MediaReader) -> None:
     assert (sound.duration_s, sound.mime_type, picture.width) == (0.1, "audio/wav", 8)
 
 
-@pytest.mark.parametrize("path", ["../outside.png", "/etc/passwd", "", "deep/../../outside.png", "a\0b",
-                                  "link.png",
-                                  "links/outside.png", "deep\\a.png"])
+@pytest.mark.parametrize("path", [
+    "../outside.png", "/etc/passwd", "", "deep/../../outside.png", "a\0b", "link.png", "links/outside.png",
+    "deep\\a.png"])
 def test_paths_outside_the_root_are_refused(reader: MediaReader, root: Path, path: str) -> None:
     (root / "link.png").symlink_to(root.parent / "outside.png")
     (root / "links").symlink_to(root.parent)
@@ -85,7 +86,7 @@ def test_missing_and_large_files_are_refused(root: Path) -> None:
 
 @pytest.fixture
 def hostile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """Function from the name of a misbehaviour to the error code of the read."""
+    """A function that reads a picture with a misbehaving decoder (see `HOSTILE`); returns its error code."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code/hostile.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path / "code")
