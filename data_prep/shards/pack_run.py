@@ -155,7 +155,7 @@ def _choose_fix(bad: BadRecord, path: Path, kind: str) -> Fix | None:
     if path.is_file() and (fix := fix_records(path, bad.reason)):
         return fix
     # the other lines can be packed
-    return Fix(options=("--on-bad", "quarantine")) if bad.code == "json" else None
+    return Fix(options=("--on-bad", "quarantine")) if bad.code in ("json", "duplicate_id") else None
 
 
 def _open_media_corpora(sources: Mapping[str, Path], kind: str | None) -> "MediaCorpora | None":

@@ -117,13 +117,16 @@ def _format_step_settings(step: str, values: Mapping[str, str]) -> str:
 
 
 def _index_command_notes(program: str, word: str, typed: Sequence[str]) -> Mapping[str, str]:
-    """Return foreign command -> note with our command. A typed model, or the stage in a typed configuration
-    file, selects a note of its own."""
+    """Return foreign command -> note with our command. A typed model, a typed text after a folder, or the
+    stage in a typed configuration file, selects a note of its own."""
     rows = load_table()["commands"].get(program, {})
     notes = {name: note for words, note in rows.items() for name in words.split()}
     config = _read_configurations(typed)
-    if _names_model(typed, config):
-        notes |= {name: notes[f"{name}+model"] for name in [*notes] if f"{name}+model" in notes}
+    arguments = [word for word in typed if not word.startswith("-")]
+    has_text = len(arguments) > 1 and not any(map(os.path.exists, arguments[1:]))
+    has_text = has_text and not any(word.startswith("-") and _is_output(word) for word in typed)
+    form = "+text" if has_text else "+model" if _names_model(typed, config) else "+"
+    notes |= {name: notes[name + form] for name in [*notes] if name + form in notes}
     if (stage := _find_stage(config)) in notes and word.lower() in notes:
         notes[word.lower()] = notes[stage]
     return notes

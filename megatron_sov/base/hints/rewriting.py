@@ -16,7 +16,8 @@ from megatron_sov.base.errors import find_nearest_name, fix_missing
 from megatron_sov.base.hints.foreign import multiply_context, parse_blend, parse_object
 from megatron_sov.base.hints.kinds import classify_word
 from megatron_sov.base.hints.table import (
-    find_by_parts, find_note, find_our_value, get_last_part, index_words, load_table, normalize_word)
+    find_by_parts, find_note, find_our_value, get_last_part, index_words, load_table, normalize_word,
+    translate_to_settings)
 from megatron_sov.base.hints.values import (
     GPUS_PER_NODE, SWITCHES, FindSetting, compute_odds, compute_share, find_value, parse_cluster,
     translate_setting, translate_value)
@@ -299,6 +300,9 @@ class Rewrite:
             self.add_setting(option, f"{name}={values[0]}")
         elif name := self._find_data_option(values):
             self.add_words(f"{option} is {name} here", name, *values)
+        elif self.find is None and (setting := _find_training_setting(option, values)):
+            self.add_words(f"{option}: is --set {setting} of the commands that train (pretrain, sft, ...); "
+                           "leave it out")
         else:
             self.add_words(f"{option}: nothing takes this; leave it out")
 
@@ -380,6 +384,14 @@ def find_nearest_option(option: str, options: Sequence[str]) -> str:
     """Return the option with the most similar name; "" below `MIN_SIMILARITY`."""
     nearest = find_nearest_name(option, options)
     return nearest if difflib.SequenceMatcher(None, option, nearest).ratio() >= MIN_SIMILARITY else ""
+
+
+def _find_training_setting(option: str, values: Sequence[str]) -> str:
+    """Return `name=value` of the setting for a foreign option with its values; "": none."""
+    value, word = "".join(values[:1]), get_last_part(option)
+    setting = find_our_value(value, word)
+    names = [setting] if "=" in setting else translate_to_settings(word)
+    return "".join(name if "=" in name else f"{name}={value or 'VALUE'}" for name in names[:1])
 
 
 def _find_misspelt(key: str, names: Sequence[str]) -> str:

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from megatron_sov.base.command_line import Parser, check_arguments
 from megatron_sov.base.errors import IS_CHECKING, ExitCode, Fix, UserError, choose_free_path
 from megatron_sov.base.hints.lines import apply_fix
+from megatron_sov.base.hints.table import load_table, normalize_word
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import DeclaredCommand, Flag, read_options
 from megatron_sov.commands import COMMANDS
@@ -34,6 +35,7 @@ def resume_run(options: "ResumeOptions") -> int:
     """Repeat the command that started a run, and return its exit code."""
     folder, first = options.run.absolute(), read_command(options.run)
     name, parser = _build_parser(first)
+    _check_checkpoint(options, first)
     _check_arguments(name, options, first)
     first_options = _parse_options(parser, [*first.words[len(name.split()):], "--resume"])
     resumed = _replace_by_folder(first_options, folder, first)
@@ -77,6 +79,30 @@ class ResumeOptions:
 
 
 RESUME = DeclaredCommand(ResumeOptions, resume_run)
+
+
+def _check_checkpoint(options: ResumeOptions, first: TypedCommand) -> None:
+    """Raise `UserError` for another program's option that names a checkpoint, with the command of a new run
+    from the checkpoint."""
+    names, arguments = load_table()["which_checkpoint"].split(), list(options.arguments)
+    index = next((i for i, word in enumerate(arguments) if word.startswith("--")
+                  and normalize_word(word.partition("=")[0]) in names), None)
+    if index is None:
+        return
+    has_value = index + 1 < len(arguments) and not arguments[index + 1].startswith("-")
+    num_words = 2 if has_value and "=" not in arguments[index] else 1
+    typed = " ".join(arguments[index:index + num_words])
+    del arguments[index:index + num_words]
+    step = re.search(r"(\d*)\D*\Z", typed)
+    steps = {int(path.name[5:]): path for path in options.run.glob("checkpoints/step-*")}
+    sentence = (f"{typed}: `megatron-sov resume` continues from the newest checkpoint, and a new run begins "
+                f"with an earlier one (steps in {options.run}: {', '.join(map(str, sorted(steps)))})")
+    start = steps.get(int(step[1] or 0)) if step else None
+    line = Fix(f"megatron-sov resume {shlex.join([str(options.run), *arguments])}")
+    if start is not None:
+        line = _propose_new_run(dataclasses.replace(options, arguments=tuple(arguments)), first, Path.cwd(),
+                                Fix(options=("--from", str(start))))
+    raise UserError(sentence, line)
 
 
 def _check_arguments(name: str, options: ResumeOptions, first: TypedCommand) -> None:

@@ -75,6 +75,11 @@ class RecipeOptions(PluginOptions):
     def is_recipe(word: str) -> bool:
         return word in recipes.names()
 
+    @staticmethod
+    def find_recipe(model: str) -> str:
+        """Return the recipe of a model on the Hugging Face hub, OWNER/NAME; "": none."""
+        return _find_released(model)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingOptions(RecipeOptions):

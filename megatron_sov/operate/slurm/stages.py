@@ -409,6 +409,7 @@ def find_layouts(work: StageWork, profile: ClusterProfile, num_nodes: int, min_n
                                       (*work.settings, *node_settings))
             chosen = (*layout, *node_settings)
         config = apply_settings(work.config, list(chosen)) if chosen else work.config
+        _refuse_missing_dispatcher(config, profile)
         problems = config.problems(num_ranks)
         if not problems:
             if gpu:
@@ -422,6 +423,14 @@ def find_layouts(work: StageWork, profile: ClusterProfile, num_nodes: int, min_n
             raise UserError(f"--nodes {count} x {profile_ranks} processes do not fit {config.recipe}: "
                             f"{'; '.join(map(str, problems))}")
     return layouts
+
+
+def _refuse_missing_dispatcher(config: RunConfig, profile: ClusterProfile) -> None:
+    dispatcher = config.parallel.expert_dispatcher
+    if config.model.num_moe_layers() and dispatcher not in profile.dispatchers:
+        raise UserError(f"parallel.expert_dispatcher = {dispatcher}: the profile's dispatchers are "
+                        f"{', '.join(profile.dispatchers)}; choose one of them, or add {dispatcher} to the "
+                        "profile once its kernels import in the job's Python (`megatron-sov doctor`)")
 
 
 def _layout_fits(config: RunConfig, num_ranks: int, gpu: str) -> bool:

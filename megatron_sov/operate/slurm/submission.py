@@ -26,11 +26,13 @@ from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.model.config import apply_settings
 from megatron_sov.operate.slurm.stages import ENGINE_SET, Commands, StageWork, build_stage_work, find_layouts
+from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
 from megatron_sov.runs.folder import SUBMISSIONS, list_submitted_jobs
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.version import OUR_PACKAGES
 from megatron_sov.work.clusters import client, cluster
 from megatron_sov.work.clusters.cluster import ClusterProfile, parse_time_limit
+from megatron_sov.work.clusters.units import GIB
 
 PLAIN = re.compile(r"[A-Za-z0-9_./:,=@+%-]+")
 PORTS = 20000, 10000
@@ -102,14 +104,17 @@ class SlurmJob:
         unit = (f"{profile.gpus_per_node} GPUs" if profile.gpus_per_node
                 else f"{profile.ranks_per_node} processes on CPUs")
         assert self.work.config is not None, self.work.stage
-        layout = apply_settings(self.work.config, list(self.layouts[nodes])).parallel
+        config = apply_settings(self.work.config, list(self.layouts[nodes]))
+        layout = config.parallel
         values = {f.name: getattr(layout, f.name)
                   for f in dataclasses.fields(layout) if getattr(layout, f.name) != f.default}
         chosen = [name if value is True else f"{name} {value}" for name, value in values.items()]
         num_ranks = nodes * profile.tasks_per_node
         chosen.append(f"data parallel {num_ranks // layout.ranks_per_replica}")
         more = f", and {self.engine_nodes} nodes of engine servers" if self.engine_nodes else ""
-        return f"Asks for {nodes} x {unit}{more}; layout: {', '.join(chosen)}."
+        memory = find_fullest_stage(config, num_ranks)[1].total / GIB
+        return (f"Asks for {nodes} x {unit}{more}; layout: {', '.join(chosen)}; train.fp8 "
+                f"{config.train.fp8}; {memory:.3g} GiB of memory per rank (docs/memory.md).")
 
 
 def render_script(job: SlurmJob) -> str:

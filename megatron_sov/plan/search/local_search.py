@@ -17,8 +17,7 @@ from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
 from megatron_sov.plan.footprint.gpu_capacity import SPILL_LIMITS
 from megatron_sov.plan.pricing import Machines, Pricing, RunStage, build_pricing
-from megatron_sov.plan.search.recommended_layouts import (
-    GRAPHS, find_recommended, get_recommended_settings, sets_layout)
+from megatron_sov.plan.search.recommended_layouts import GRAPHS, get_recommended_settings, sets_layout
 from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, get_current_choice, iter_layouts
 from megatron_sov.plan.search.sweep import build_stage_spaces
 
@@ -83,7 +82,8 @@ def get_cluster_recommendation(config: RunConfig, machines: Machines,
                                user_settings: Sequence[str]) -> tuple[str, ...]:
     """Return the recommended settings for a run on a cluster; () if `RECOMMENDED` has none."""
     gpu = machines.profile.gpu if machines.profile.gpus_per_node else ""
-    return get_recommended_settings(config, machines.num_ranks, gpu, user_settings)
+    return get_recommended_settings(config, machines.num_ranks, gpu, user_settings,
+                                    machines.profile.dispatchers)
 
 
 def find_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str] = ()
@@ -117,8 +117,8 @@ class LocalSearch:
     def __init__(self, config: RunConfig, pricing: Pricing, user_settings: Sequence[str]) -> None:
         fixed = {setting.partition("=")[0] for setting in user_settings}
         # recommended kernels and dispatchers stay fixed; graphs would exclude full recomputation
-        recommended = find_recommended(config, pricing.num_ranks, pricing.machines.profile.gpu,
-                                       (*user_settings, "gpu.cuda_graphs=[]")) or ()
+        recommended = get_cluster_recommendation(config, pricing.machines,
+                                                 (*user_settings, "gpu.cuda_graphs=[]"))
         self.may_graph = "gpu.cuda_graphs" not in fixed
         may_spill = config.model.num_moe_layers() and not config.gpu.offload_modules and SPILL not in fixed
         self.own_settings = (*([f"{SPILL}={SPILL_LIMITS[0]}"] if may_spill else []), *recommended)
@@ -165,14 +165,16 @@ class LocalSearch:
                   for stage in self._apply_to_stages(best)]
         if self.fits(stored):
             settings.pop(SPILL, None)
+        spare = self.compute_spare_share(best)
         graphed = [stage.with_config(apply_settings(stage.config, [*settings.values(), GRAPHS]))
                    for stage in self.stages]
         if self.may_graph and self.fits(graphed):
             settings[GRAPHS] = GRAPHS
             seconds = sum(self.pricing.time_step(stage).total_s * stage.steps for stage in graphed)
+            spare = 1 - max(map(self.pricing.count_bytes, graphed)) / self.pricing.limit_bytes
         return DefaultLayout(tuple(settings.values()), seconds,
                              current_cost[1] if current_cost[0] == 0 else math.inf,
-                             current_spare, num_priced, self.compute_spare_share(best))
+                             current_spare, num_priced, spare)
 
     def fits(self, stages: list[RunStage]) -> bool:
         """Return whether all stages are valid and fit GPU memory."""

@@ -1,7 +1,7 @@
 """Recommended layouts for recipes, by GPU and number of processes."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from megatron_sov.base.hints.table import load_package_table
@@ -31,22 +31,27 @@ def list_recommended(config: RunConfig, gpu: str) -> tuple[Layout, ...]:
 
 
 def find_recommended(config: RunConfig, num_ranks: int, gpu: str,
-                     user_settings: Sequence[str] = ()) -> Layout | None:
-    """Return the first recommended layout that is valid for `num_ranks` processes and fits; None: no layout
-    does.
+                     user_settings: Sequence[str] = (),
+                     dispatchers: Collection[str] = ()) -> Layout | None:
+    """Return the first recommended layout that is valid for `num_ranks` processes and fits, with the chip's
+    FP8 recipe; None: no layout does.
 
     Args:
         config: the run.
         num_ranks: number of processes.
         gpu: key in `CHIPS`.
         user_settings: settings from --set, which stay: layouts with a different dispatcher are skipped.
+        dispatchers: dispatchers in the cluster's image; empty: all.
     """
     fixed = {setting.partition("=")[0] for setting in user_settings}
+    allowed = [f"{DISPATCHER}={dispatcher}" for dispatcher in dispatchers]
+    if DISPATCHER in fixed:
+        allowed = [setting for setting in user_settings if _is_dispatcher(setting)]
     for layout in list_recommended(config, gpu):
-        if DISPATCHER in fixed and any(_is_dispatcher(setting) and setting not in user_settings
-                                       for setting in layout):
+        if allowed and any(_is_dispatcher(setting) and setting not in allowed for setting in layout):
             continue
-        layout = tuple(setting for setting in layout if setting.partition("=")[0] not in fixed)
+        layout = tuple(setting for setting in (*layout, *_choose_fp8(config, gpu))
+                       if setting.partition("=")[0] not in fixed)
         graphs = () if "gpu.cuda_graphs" in fixed else (GRAPHS,)
         if (fitting := complete_layout(config, layout, num_ranks, gpu, graphs)) is not None:
             return fitting
@@ -68,6 +73,12 @@ def complete_layout(config: RunConfig, layout: Layout, num_ranks: int, gpu: str,
     return None
 
 
+def _choose_fp8(config: RunConfig, gpu: str) -> Layout:
+    """Return the chip's `train.fp8` in place of `blockwise`: Blackwell multiplies MX blocks, and Transformer
+    Engine 2.20 emulates larger blocks there."""
+    return ("train.fp8=mxfp8",) if config.train.fp8 == "blockwise" and CHIPS[gpu].fp4_flops_per_s else ()
+
+
 def _is_dispatcher(setting: str) -> bool:
     return setting.startswith(f"{DISPATCHER}=")
 
@@ -77,6 +88,6 @@ def sets_layout(settings: Sequence[str]) -> bool:
     return any(setting.startswith(LAYOUT_PREFIXES) and not _is_dispatcher(setting) for setting in settings)
 
 
-def get_recommended_settings(config: RunConfig, num_ranks: int, gpu: str,
-                             user_settings: Sequence[str] = ()) -> Layout:
-    return find_recommended(config, num_ranks, gpu, user_settings) or ()
+def get_recommended_settings(config: RunConfig, num_ranks: int, gpu: str, user_settings: Sequence[str] = (),
+                             dispatchers: Collection[str] = ()) -> Layout:
+    return find_recommended(config, num_ranks, gpu, user_settings, dispatchers) or ()

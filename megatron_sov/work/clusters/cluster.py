@@ -143,6 +143,10 @@ class ClusterProfile:
     """Container for a job's Python."""
     python: str = ""
     """Python program on the nodes or in the container; empty: the login node's, or python3 in a container."""
+    dispatchers: tuple[Literal["alltoall", "allgather", "deepep", "hybridep"], ...] = ("alltoall",
+                                                                                        "allgather")
+    """Values of `parallel.expert_dispatcher` that work in the job's Python. `plan` and `submit` recommend no
+    others; deepep and hybridep need kernels in the image (docs/gpu.md)."""
     scratch: AbsolutePath = ""
     """Folder for temporary files on each node's local disk, created if missing; empty: default."""
     preflight: PreflightConfig = PreflightConfig()

@@ -18,12 +18,13 @@ def test_a_plan_for_a_cluster_has_its_layout_and_memory(capsys: pytest.CaptureFi
     assert main(["plan", "solar-open-102b", "--cluster", "h100", "--nodes", "64"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == ("solar-open-102b: 102.7 B parameters (12.1 B active) on 20 T tokens (the recipe's), "
-                        "64 x 8 H100-80GB: 102 days, $3.71 M")
+                        "64 x 8 H100-80GB: 121 days, $4.39 M")
     assert lines[1].startswith("layout: fastest of ") and "; the recipe's own takes " in lines[1]
-    assert lines[2].startswith("512 GPUs: tp 2, pp 4, ep 16, ZeRO-1, experts by hybridep")
-    assert lines[3].startswith("memory: ") and " GiB per GPU (pipeline stage 1 of 4): weights " in lines[3]
-    assert lines[5] == "What it takes:" and lines[6].split()[:2] == ["stage", "context"]
-    assert lines[11].split()[:2] == ["total", "20"]
+    assert lines[2] == "512 GPUs: pp 8, ep 8, ZeRO-1"
+    assert lines[3].startswith("memory: ") and " GiB per GPU (pipeline stage 1 of 8): weights " in lines[3]
+    assert lines[4].startswith("experts: GPU memory suffices for ")
+    assert lines[6] == "What it takes:" and lines[7].split()[:2] == ["stage", "context"]
+    assert lines[12].split()[:2] == ["total", "20"]
     assert any(line.split()[:2] == ["step", "tokens"] for line in lines)  # the schedule
     assert main(["plan", "tiny-solar-open", "--cluster", "local", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out)

@@ -82,11 +82,13 @@ def test_words_after_the_folder_override_the_recorded_command(begin_run: BeginRu
     ("--from b", "pretrain tiny-qwen3 --data tokens:2 --nproc 2 --set train.steps=9 --run runs/a-2 --from b"),
     ("--run b", "pretrain tiny-qwen3 --data tokens:2 --nproc 2 --set train.steps=9 --from runs/a --run b"),
     ("--set optim.lr=1 --from b", "pretrain tiny-qwen3 --data tokens:2 --nproc 2 --set train.steps=9 --set "
-                                  "optim.lr=1 --run runs/a-2 --from b")])
+                                  "optim.lr=1 --run runs/a-2 --from b"),
+    ("--ckpt-step 5", "pretrain tiny-qwen3 --data tokens:2 --nproc 2 --set train.steps=9 --run runs/a-2 "
+                      "--from runs/a/checkpoints/step-5")])
 def test_other_weights_and_other_folders_are_a_new_run(typed: str, line: str, begin_run: BeginRun,
                                                        parsed: Parsed,
                                                        capsys: pytest.CaptureFixture[str]) -> None:
-    begin_run(*BEGIN_COMMAND)
+    (begin_run(*BEGIN_COMMAND) / "checkpoints/step-5").mkdir(parents=True)
     assert cli.main(["resume", "runs/a", *typed.split()]) == 2 and not parsed
     assert f"write\n  megatron-sov {line}\n" in capsys.readouterr().err
 

@@ -23,11 +23,10 @@ from megatron_sov.bench.lm.task_files import check_task_names
 from megatron_sov.commands.operate.submit.chain import list_chains, read_chain
 from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.operate.slurm.stages import STAGES, build_stage_work
-from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
+from megatron_sov.plan.search.recommended_layouts import sets_layout
 from megatron_sov.post.rl.reward import resolve_reward_version
 from megatron_sov.runs.obs.events import final_step_events, read_events
 from megatron_sov.work.clusters import cluster as cluster_profiles
-from megatron_sov.work.clusters.units import GIB
 from tests.typed_words import format_set_options
 from tokenizer.cli import COMMANDS as TOKENIZER_COMMANDS
 
@@ -110,16 +109,26 @@ def test_scripts_are_generated_by_their_chain(name: str, tmp_path: Path,
         "slurm/scripts is stale: run `make scripts`")
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("name", LARGE)
-def test_notes_state_the_estimated_memory(name: str) -> None:
+def test_submit_writes_the_layouts_of_the_ready_scripts(name: str,
+                                                        capsys: pytest.CaptureFixture[str]) -> None:
+    """A chain names no layout: both take the profile's, with a dispatcher that its image has."""
     chain = read_chain(name)
-    profile = cluster_profiles.load_profile(chain.cluster, needs_account=False)
+    dispatchers = cluster_profiles.load_profile(chain.cluster, needs_account=False).dispatchers
     for stage in chain.stages:
-        if STAGES[stage.stage].ranks:
-            config = build_stage_work(stage.stage, shlex.split(stage.arguments), STAGE_PARSERS).config
-            assert config is not None
-            need = find_fullest_stage(config, stage.nodes * profile.tasks_per_node)[1].total / GIB
-            assert re.findall(r"bout (\d+) GiB", stage.note) == [f"{need:.0f}"], (stage.stage, stage.note)
+        if not STAGES[stage.stage].ranks:
+            continue
+        arguments = [word.replace("$WORK", "/work") for word in shlex.split(stage.arguments)]
+        assert not sets_layout(arguments), stage.label
+        assert cli.main(["submit", stage.stage, "--cluster", chain.cluster, "--account", "a", "--nodes",
+                         str(stage.nodes), "--dry-run", *arguments]) == 0
+        submitted = re.search(r"num_nodes=\d+ settings=\(.*\)", capsys.readouterr().out)
+        assert submitted is not None, stage.label
+        (ready,) = (script for script in (SCRIPTS / name).iterdir()
+                    if re.fullmatch(rf"\d+-{stage.label}\.sbatch", script.name))
+        assert submitted[0] in ready.read_text(), stage.label
+        assert set(re.findall(r"expert_dispatcher=(\w+)", submitted[0])) <= {*dispatchers}
 
 
 def test_scripts_contain_no_machine_specific_paths() -> None:

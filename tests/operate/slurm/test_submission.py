@@ -57,11 +57,10 @@ def find_layouts(*more: str, nodes: int = 64, **request: Any) -> dict[int, tuple
 def test_a_run_gets_the_layout_that_a_search_finds_for_its_gpus() -> None:
     """Settings of kernels change the layout; settings of a layout are not changed."""
     result = find_layout(recipes.get("solar-open-102b"), Machines("h100", H100, 64))
-    assert result is not None and "parallel.expert_dispatcher=hybridep" in result.settings
+    assert result is not None and not any("dispatcher" in setting for setting in result.settings)
     assert find_layouts()[64] == result.settings
-    kernels = ("--set", "parallel.expert_dispatcher=alltoall", "--set", "gpu.attention=local")
-    portable = find_layouts(*kernels)[64]
-    assert portable and not any("dispatcher" in setting or "attention" in setting for setting in portable)
+    portable = find_layouts("--set", "gpu.attention=local")[64]
+    assert portable and not any("attention" in setting for setting in portable)
     assert find_layouts("--set", "parallel.pp=8") == {64: ()}
     assert find_layouts(settings={64: ("parallel.pp=4", "train.micro_batch_size=3")}) == {
         64: ("parallel.pp=4", "train.micro_batch_size=3")}
@@ -78,6 +77,16 @@ def test_a_job_with_fewer_nodes_keeps_its_layout_if_it_fits() -> None:
     assert {1, 2, 4} <= set(found) and found[2] == found[4]
     for nodes, settings in found.items():
         assert not apply_settings(config, list(settings)).problems(nodes * H100.tasks_per_node)
+
+
+def test_a_dispatcher_that_the_image_lacks_is_refused() -> None:
+    hybrid = ("parallel.ep=16", "parallel.pp=4", "parallel.expert_dispatcher=hybridep")
+    options = [word for setting in hybrid for word in ("--set", setting)]
+    with pytest.raises(UserError, match=r"^parallel\.expert_dispatcher = hybridep: the profile's dispatchers "
+                                        r"are alltoall, allgather; choose one of them, or add hybridep"):
+        find_layouts(*options)
+    built = dataclasses.replace(H100, dispatchers=("alltoall", "hybridep"))
+    assert prepare_job("pretrain", (*SOLAR, *options), built, nodes=64).jobs[0].layouts == {64: ()}
 
 
 def test_a_layout_too_large_for_the_gpus_is_refused_with_a_fitting_one() -> None:

@@ -15,6 +15,7 @@ from megatron_sov.plan.footprint.gpu_capacity import (
     refuse_too_large)
 from megatron_sov.plan.footprint.stage_parameters import list_stage_parameters as held_by
 from megatron_sov.plan.pricing import list_run_stages, load_machines
+from megatron_sov.plan.search.local_search import get_cluster_recommendation
 from megatron_sov.plan.search.recommended_layouts import (
     GRAPHS, RECOMMENDED, find_recommended, get_recommended_settings, sets_layout)
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
@@ -123,10 +124,21 @@ def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(rec
     for said in ([], ["parallel.expert_dispatcher=alltoall"]):
         config = apply_settings(recipes.get(recipe), said)
         run = apply_settings(config, list(get_recommended_settings(config, where.num_ranks, gpu, said)))
-        assert run.parallel.expert_overlap == "micro_batches" and run.train.fp8 == "blockwise"
+        assert run.parallel.expert_overlap == "micro_batches"
+        assert run.train.fp8 == ("mxfp8" if gpu == "b200" else "blockwise"), "Blackwell emulates blockwise"
         assert run.parallel.expert_dispatcher == ("alltoall" if said else "hybridep")
         reached.append(prices.time_step(list_run_stages(run, where.num_ranks, micro_batch_set=True)[0]).mfu)
     assert reached[0] > share > reached[1]
+
+
+def test_a_profile_without_hybridep_gets_layouts_without_it() -> None:
+    config, where = recipes.get("k-exaone-236b"), load_machines("h100", 64)
+    hybrid, plain = (get_cluster_recommendation(config, dataclasses.replace(
+        where, profile=dataclasses.replace(where.profile, dispatchers=dispatchers)), ())
+        for dispatchers in (("alltoall", "hybridep"), ("alltoall",)))
+    assert "parallel.expert_dispatcher=hybridep" in hybrid
+    assert plain and not any(setting.startswith("parallel.expert_dispatcher") for setting in plain)
+    assert get_cluster_recommendation(config, where, ()) == plain
 
 
 def test_user_settings_stay_under_a_recommended_layout() -> None:
