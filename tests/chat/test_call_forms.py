@@ -11,10 +11,9 @@ import pytest
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.chat.marks import CallForm
 from megatron_sov.chat.template import ChatTemplate
-from megatron_sov.chat.tool_calls import (
-    BadCall, ServedTurn, ToolCall, WrittenTurn, parse_served_turn, parse_turn)
-from megatron_sov.serve.replies import parse_partial_turn
+from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_served_turn, parse_turn
 from tests.chat.byte_tokenizer import build_byte_tokenizer
+from tests.chat.test_marks import check_served_turn
 
 ARGUMENTS = {"city": '서울\n<b> "x" & </y>', "nights": 3, "price": 1.5, "smoking": True,
              "guests": ["Kim", "Lee"], "address": {"zip": "04524"}, "code": "007"}
@@ -58,15 +57,7 @@ def test_calls_of_released_templates_round_trip(name: str) -> None:
         assert turn == WrittenTurn(content, calls)
         assert [list(map(type, call.arguments.values())) for call in turn.calls] == [
             list(map(type, call.arguments.values())) for call in calls], "1 == True, but their types differ"
-    previous = ServedTurn("", "")
-    for end in range(0, len(text) + 1, 3):
-        turn = parse_partial_turn(text[:end], in_thoughts, TOOLS, form)
-        assert turn.thoughts.startswith(previous.thoughts), text[:end]
-        assert turn.content.startswith(previous.content), text[:end]
-        previous = turn
-    complete = parse_served_turn(text, in_thoughts, TOOLS, form)
-    assert (complete.thoughts, complete.content.strip(), complete.calls) == (thoughts, content, calls)
-    assert complete.content.startswith(previous.content)
+    check_served_turn(text, thoughts, content, calls, TOOLS, form, in_thoughts)
 
 
 @pytest.mark.each(("form", "text", "code"), [

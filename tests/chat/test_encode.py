@@ -13,7 +13,7 @@ from megatron_sov.base.documents.records import RecordReading, parse_record
 from megatron_sov.chat.encode import TYPE_RESPONSE, ChatEncoder
 from megatron_sov.chat.marks import KIND_NONE, KINDS
 from megatron_sov.chat.template import ChatTemplate
-from tests.chat.byte_tokenizer import build_byte_tokenizer
+from tests.chat.byte_tokenizer import build_byte_tokenizer, train_tokenizer
 from tests.pages_typed import blocks, page_section
 
 PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}" \
@@ -25,16 +25,10 @@ NO_END = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFast:
+def tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE: merges white space, and a space with the following word."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    result = Tokenizer(models.BPE())
-    result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    result.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["[PAD]", "[BOS]", "[EOS]"],
-                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    result.train_from_iterator([" hello hello there\n\n\n user: assistant: user assistant"] * 20, trainer)
+    result = train_tokenizer(" hello hello there\n\n\n user: assistant: user assistant", 400,
+                             "[PAD]", "[BOS]", "[EOS]")
     return PreTrainedTokenizerFast(tokenizer_object=result, bos_token="[BOS]", eos_token="[EOS]")
 
 
@@ -84,14 +78,24 @@ def test_later_turn_follows_inference_prompt(
     assert ours.ids[:len(theirs)] == theirs
 
 
-def test_end_of_turn_is_learned(tokenizer: PreTrainedTokenizerFast) -> None:
-    turns = (("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
-    assert decode_learned(tokenizer, CHATML, *turns) == ("hello[EOS]there[EOS]", False)
-    assert decode_learned(tokenizer, SPACED, *turns) == ("hello [EOS]there [EOS]", False)
+CHAT = (("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
+STRICT = "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}" + CHATML
+"""Template without a generation prompt for a chat that begins with the assistant."""
+TRIMMING = SPACED.replace("m.content }} ", "m.content | trim }}")
+"""Template whose contents are located by prefixes instead of marks; it has no generation prompt."""
+
+
+@pytest.mark.each(("template", "turns", "learned", "is_open"), [
+    (CHATML, CHAT, "hello[EOS]there[EOS]", False), (SPACED, CHAT, "hello [EOS]there [EOS]", False),
     # a template without an end mark leaves the turn open: the next token ends it
-    assert decode_learned(tokenizer, NO_END, *turns[:2]) == ("hello", True)
-    assert decode_learned(tokenizer, PLAIN, *turns[:2]) == ("hello\n", True)
-    assert decode_learned(tokenizer, CHATML, *turns[:3]) == ("hello[EOS]", False)
+    (NO_END, CHAT[:2], "hello", True), (PLAIN, CHAT[:2], "hello\n", True),
+    (CHATML, CHAT[:3], "hello[EOS]", False), (STRICT, CHAT[1:], "hello[EOS]there[EOS]", False),
+    (TRIMMING, CHAT[:2], "hello[EOS]", False),
+    (TRIMMING, (CHAT[0], ("assistant", " hello")), "hello[EOS]", False)])
+def test_answers_and_ends_of_turns_are_learned(
+        tokenizer: PreTrainedTokenizerFast, template: str, turns: tuple[tuple[str, str], ...], learned: str,
+        is_open: bool) -> None:
+    assert decode_learned(tokenizer, template, *turns) == (learned, is_open)
 
 
 def test_special_tokens_in_contents_are_ordinary_text(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -211,13 +215,6 @@ def test_turn_without_position_is_rejected(tokenizer: PreTrainedTokenizerFast, t
         create_encoder(tokenizer, template).encode(chat)
 
 
-def test_chat_may_begin_with_assistant(tokenizer: PreTrainedTokenizerFast) -> None:
-    """The template has no generation prompt without messages."""
-    strict = "{% if not messages %}{{ raise_exception('no messages') }}{% endif %}" + CHATML
-    turns = (("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
-    assert decode_learned(tokenizer, strict, *turns) == ("hello[EOS]there[EOS]", False)
-
-
 def test_overlapping_turns_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
     """Asked for a second turn in a row, a model would not see the end of the first, which is shown."""
     closing = ("{% for m in messages %}{{ m.content | trim }}"
@@ -225,14 +222,6 @@ def test_overlapping_turns_are_rejected(tokenizer: PreTrainedTokenizerFast) -> N
     chat = Conversation.of(("user", "hi"), ("assistant", " hello"), ("assistant", "there"))
     with pytest.raises(BadRecord, match="learned turns that overlap"):
         create_encoder(tokenizer, closing).encode(chat)
-
-
-def test_turn_header_without_generation_prompt_is_not_learned(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Trimmed contents, located by prefixes instead of marks."""
-    trimming = SPACED.replace("m.content }} ", "m.content | trim }}")
-    for content in ("hello", " hello"):
-        turns = (("user", "hi"), ("assistant", content))
-        assert decode_learned(tokenizer, trimming, *turns) == ("hello[EOS]", False)
 
 
 QWEN3 = (Path(__file__).parent / "qwen3.jinja").read_text()

@@ -10,8 +10,8 @@ from tokenizers import Tokenizer
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.chat.marks import (
-    FAMILIES, MARKS, THOUGHT_MARKS, build_marks_decoder, build_text_decoder, prepend_mark, quote_marks,
-    to_hermes_form, unquote_marks)
+    FAMILIES, MARKS, THOUGHT_MARKS, CallForm, build_marks_decoder, build_text_decoder, prepend_mark,
+    quote_marks, to_hermes_form, unquote_marks)
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import (
     BadCall, ServedTurn, ToolCall, WrittenTurn, parse_served_turn, parse_turn)
@@ -66,19 +66,24 @@ TURNS = {
 }
 
 
+def check_served_turn(text: str, thoughts: str, content: str, calls: tuple[ToolCall, ...],
+                      tools: list[dict[str, Any]] = TOOL_LIST, form: CallForm | None = None,
+                      in_thoughts: bool = False) -> None:
+    """Check the parts of a complete turn, and that they only grow while it is streamed."""
+    complete = parse_served_turn(text, in_thoughts, tools, form)
+    assert (complete.thoughts, complete.content.strip(), complete.calls) == (thoughts, content, calls)
+    previous = ServedTurn("", "")
+    for turn in (*(parse_partial_turn(text[:end], in_thoughts, tools, form) for end in range(len(text) + 1)),
+                 complete):
+        assert turn.thoughts.startswith(previous.thoughts) and turn.content.startswith(previous.content)
+        previous = turn
+
+
 @pytest.mark.each(("text", "thoughts", "content", "calls"), TURNS.values())
 def test_turn_parses_equally_in_every_family(
         text: str, thoughts: str, content: str, calls: tuple[ToolCall, ...]) -> None:
     assert parse_turn(text) == WrittenTurn(content, calls)
-    complete = parse_served_turn(text, in_thoughts=False, tools=TOOL_LIST)
-    assert (complete.thoughts, complete.content.strip(), complete.calls) == (thoughts, content, calls)
-    previous = ServedTurn("", "")
-    for end in range(len(text) + 1):  # streaming
-        turn = parse_partial_turn(text[:end], in_thoughts=False, tools=TOOL_LIST)
-        assert turn.thoughts.startswith(previous.thoughts), text[:end]
-        assert turn.content.startswith(previous.content), text[:end]
-        previous = turn
-    assert complete.thoughts.startswith(previous.thoughts) and complete.content.startswith(previous.content)
+    check_served_turn(text, thoughts, content, calls)
     assert to_hermes_form(to_hermes_form(text)) == to_hermes_form(text)
     assert ("<think>" in get_text({"response": text}, "response")) == bool(thoughts)
 

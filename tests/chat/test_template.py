@@ -21,11 +21,6 @@ def render_text(template: str, *turns: tuple[str, str]) -> str:
     return ChatTemplate(template, "", "", "tok").render(Conversation.of(*turns))
 
 
-def test_templates_run_in_sandbox() -> None:
-    with pytest.raises(BadRecord, match="refused by the chat template"):
-        render_text("{{ ''.__class__.__mro__[1].__subclasses__() }}", ("user", "a"))
-
-
 @pytest.mark.each(("template", "expected"), [
     ("{% for m in messages %}{{ m.content }}{% break %}{% endfor %}", "hi"),
     ("{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}", "hi"),
@@ -50,9 +45,10 @@ def test_templates_have_functions_of_transformers(template: str, expected: str) 
     ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
     ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "took more than"),
     ("{% set ns = namespace(__class__=1) %}", "may not hold '__class__'"),
+    ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "refused by the chat template"),
 ])
-def test_failing_or_endless_templates_raise_bad_record(template: str, expected: str,
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsafe_failing_or_endless_templates_raise_bad_record(template: str, expected: str,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_sov.chat.template.CPU_S", 0.2)
     with pytest.raises(BadRecord, match=expected):
         render_text(template, ("user", "a"))
@@ -111,25 +107,18 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize(("template", "config"), [
-    (None, {"chat_template": TEMPLATE, "eos_token": "</s>"}),
-    (None, {"chat_template": TEMPLATE, "eos_token": {"content": "</s>", "lstrip": False}}),
-    (TEMPLATE, {"chat_template": "another one", "eos_token": "</s>"}),
-    (None, {"chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": TEMPLATE}],
-            "eos_token": "</s>"}),
+@pytest.mark.parametrize(("config", "other_files"), [
+    ({"chat_template": TEMPLATE, "eos_token": "</s>"}, {}),
+    ({"chat_template": TEMPLATE, "eos_token": {"content": "</s>", "lstrip": False}}, {}),
+    ({"chat_template": "another one", "eos_token": "</s>"}, {"chat_template.jinja": TEMPLATE}),
+    ({"chat_template": [{"name": "tools", "template": "x"}, {"name": "default", "template": TEMPLATE}],
+      "eos_token": "</s>"}, {}),
+    ({"chat_template": TEMPLATE}, {"special_tokens_map.json": '{"eos_token": "</s>"}'}),
 ])
-def test_every_tokenizer_config_format_is_read(folder: Path, template: str | None,
-                                               config: dict[str, object]) -> None:
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    if template is not None:
-        (folder / "chat_template.jinja").write_text(template)
-    encoder = read_chat_encoder(folder)
-    assert encoder is not None and encoder.end_ids() == (256,)
-
-
-def test_special_tokens_map_is_read(folder: Path) -> None:
-    (folder / "special_tokens_map.json").write_text('{"eos_token": "</s>"}')
-    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+def test_every_tokenizer_config_format_is_read(folder: Path, config: dict[str, object],
+                                               other_files: dict[str, str]) -> None:
+    for name, text in ({"tokenizer_config.json": json.dumps(config)} | other_files).items():
+        (folder / name).write_text(text)
     encoder = read_chat_encoder(folder)
     assert encoder is not None and encoder.end_ids() == (256,)
 

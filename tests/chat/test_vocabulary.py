@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import sentencepiece
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models
 
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.vocabulary import (
     check_same_tokenizer, check_same_tokens, find_difference, read_tokenizer, tokenizer_digest)
 from megatron_sov.train.data.token_bytes import count_token_bytes
+from tests.chat.byte_tokenizer import train_tokenizer
 from tokenizer.cli import main as sov_tokenizer
 
 
@@ -67,15 +68,10 @@ def test_damaged_tokenizer_raises_user_error(tmp_path: Path, content: str) -> No
 
 
 @pytest.fixture(scope="module")
-def bpe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bpe")
-    (folder / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "normalizer": {"type": "NFC"},
-        "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True},
-        "decoder": {"type": "ByteLevel"}, "post_processor": None,
-        "added_tokens": [{"id": 5, "content": "<end>", "special": True}],
-        "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4},
-                  "merges": [["a", "b"], ["b", "c"]]}}))
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    tokenizer = train_tokenizer("the fox jumps over the dogs", 280, "<end>", "<pad>")
+    tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "<end>", "chat_template": "{{ x }}"}')
     return folder
 
@@ -93,7 +89,8 @@ def add_template(folder: Path) -> Path:
 
 
 MODEL_CHANGES: dict[str, Callable[[dict[str, Any]], Any]] = {  # field -> change of tokenizer.json
-    "merges": lambda r: r["model"]["merges"].reverse(), "normalizer": lambda r: r.update(normalizer=None),
+    "merges": lambda r: r["model"]["merges"].reverse(),
+    "normalizer": lambda r: r.update(normalizer={"type": "NFC"}),
     "pre_tokenizer": lambda r: r["pre_tokenizer"].update(add_prefix_space=True),
     "byte_fallback": lambda r: r["model"].update(byte_fallback=True)}
 OTHER_CHANGES: dict[str, Callable[[Path], Path]] = {  # beginning of the message -> change of the folder
@@ -107,46 +104,27 @@ OTHER_CHANGES: dict[str, Callable[[Path], Path]] = {  # beginning of the message
 
 
 @pytest.mark.each("field", MODEL_CHANGES)
-def test_different_tokenization_is_rejected(field: str, bpe: Path, tmp_path: Path) -> None:
-    other = change_file(shutil.copytree(bpe, tmp_path / "other"), "tokenizer.json", MODEL_CHANGES[field])
+def test_different_tokenization_is_rejected(field: str, trained: Path, tmp_path: Path) -> None:
+    other = change_file(shutil.copytree(trained, tmp_path / "other"), "tokenizer.json", MODEL_CHANGES[field])
     expected = rf"other/tokenizer.json: its {field} differs from that of .*, so the same text has other ids; "
     with pytest.raises(UserError, match=f"{expected}pack the data"):
-        check_same_tokens(other, bpe)
+        check_same_tokens(other, trained)
     with pytest.raises(UserError, match=f"{expected}choose"):
-        check_same_tokenizer(bpe, other, "choose")
+        check_same_tokenizer(trained, other, "choose")
 
 
 @pytest.mark.each("where", OTHER_CHANGES)
-def test_comparison_includes_chat_format(where: str, bpe: Path, tmp_path: Path) -> None:
-    other = OTHER_CHANGES[where](shutil.copytree(bpe, tmp_path / "other"))
-    check_same_tokens(other, bpe)
+def test_comparison_includes_chat_format(where: str, trained: Path, tmp_path: Path) -> None:
+    other = OTHER_CHANGES[where](shutil.copytree(trained, tmp_path / "other"))
+    check_same_tokens(other, trained)
     with pytest.raises(UserError, match=f"other{where} differs from that of .*; choose"):
-        check_same_tokenizer(bpe, other, "choose")
+        check_same_tokenizer(trained, other, "choose")
 
 
 # The identity of a tokenizer, compared with encoding and decoding in `tokenizers`.
 
 
 PROBES = ("the fox <end> jumps", "The\u0301 fox12 34<end>", "<pad> the\n\nfoxes", "a dove over <pad>dog f")
-
-
-def train_tokenizer(text: str, vocab_size: int, *special_tokens: str) -> Tokenizer:
-    """Return byte-level BPE that is trained on a text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator([text] * 4, trainers.BpeTrainer(
-        vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=list(special_tokens)))
-    return tokenizer
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("trained")
-    tokenizer = train_tokenizer("the fox jumps over the dogs", 280, "<end>", "<pad>")
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 def copy_tokenizer(source: Path, target: Path, change: Callable[[dict[str, Any]], Any],

@@ -11,8 +11,7 @@ PROOFS: dict[str, Proof] = {}
 
 @pytest.fixture(autouse=True)
 def each_tokenizer_is_proven_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Cache `Encoder.prove_fast` (tiktoken gives the tokenizer's ids), which dominates the time of a small
-    pack."""
+    """Cache `Encoder.prove_fast`, a comparison with tiktoken that takes most of the time of a small pack."""
     prove = Encoder.prove_fast
 
     def prove_once(encoder: Encoder, samples: list[str]) -> Proof:

@@ -141,8 +141,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 
 def store(rows: Rows, folder: Path) -> None:
-    """Save rows in each format of `datasets` (`STORED` and a.csv), and as a folder of the Hugging Face
-    Hub."""
+    """Save rows in each format of `datasets` (`STORED`, a.csv), and as a folder of the Hugging Face Hub."""
     data = datasets.Dataset.from_list(rows)
     datasets.disable_progress_bars()
     data.save_to_disk(folder / "disk")

@@ -149,7 +149,6 @@ def test_a_run_does_not_start_from_a_damaged_one(complete_run: Path, tmp_path: P
 # A full disk ends a run with one message, exit code 2 and no partial file, and the run can resume. A limit on
 # the size of a file stands in for the full disk.
 
-
 FULL_DISK = ("train.steps=4", "train.checkpoint_every_steps=2")
 
 

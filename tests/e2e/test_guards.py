@@ -35,8 +35,7 @@ STORM_FAULTS = ("kill@step=3,rank=1", "bitflip@step=11,rank=1", "corrupt-checkpo
                 "spike@step=27")
 """Faults during steps; test_resume.py kills ranks while they start, load and save."""
 RESTARTS = ([137, 77, 76], [0, 8, 16])
-"""Exit codes after kill, bitflip and hang, and the step of the newest checkpoint at each restart (the last of
-these, step 16, is the damaged one)."""
+"""Exit codes after kill, bitflip and hang, and the newest checkpoint at each restart (step-16 is damaged)."""
 STORM_SKIPPED = "data.skip_steps=[[21, 21], [27, 27]]"
 ROLLBACK = (*SMALL, "train.steps=14", "train.checkpoint_every_steps=3", "guards.rollback_after_skips=3",
             "guards.hang_timeout_s=0", "parallel.zero1=true", "parallel.overlap_param_gather=true",

@@ -20,7 +20,7 @@ CASES = [
 
 def build_kernel_doubles(calls: list[str]) -> dict[str, Any]:
     """Return plain torch doubles of Transformer Engine's simple kernels."""
-    def scores_of(logits: torch.Tensor, score_function: str) -> torch.Tensor:
+    def compute_scores(logits: torch.Tensor, score_function: str) -> torch.Tensor:
         assert logits.dtype == torch.float32 and logits.is_contiguous()
         return logits.softmax(-1) if score_function == "softmax" else logits.sigmoid()
 
@@ -29,7 +29,7 @@ def build_kernel_doubles(calls: list[str]) -> dict[str, Any]:
         calls.append("choice")
         assert expert_bias is None or score_function == "sigmoid"
         early = use_pre_softmax or score_function == "sigmoid"
-        scores = scores_of(logits, score_function) if early else logits
+        scores = compute_scores(logits, score_function) if early else logits
         bias = torch.zeros(1) if expert_bias is None else expert_bias
         biased, index = (scores + bias).topk(topk, -1)
         weights = biased - bias.expand(scores.shape[-1])[index]
@@ -42,7 +42,7 @@ def build_kernel_doubles(calls: list[str]) -> dict[str, Any]:
 
     def balance(logits: torch.Tensor, topk: int, score_function: str) -> Any:
         calls.append("balance")
-        scores = scores_of(logits, score_function)
+        scores = compute_scores(logits, score_function)
         if score_function == "sigmoid":
             scores = scores / (scores.sum(-1, keepdim=True) + 1e-20)
         chosen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, scores.topk(topk, -1).indices, True)
@@ -72,7 +72,7 @@ def compare_fused_routing(score: str, norm: bool, top_k: int, biased: bool) -> d
     logits, upstream = torch.randn(2, TOKENS, EXPERTS, generator=generator)
     if biased:
         router.expert_bias.copy_(torch.randn(EXPERTS, generator=generator) * 0.3)
-    padding = (torch.arange(TOKENS) % 7 == 6)[:, None]
+    padding = (torch.arange(TOKENS) % 7 == 6)[:, None]  # tokens 6, 13 and 20
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     calls: list[str] = []
     for name, double in build_kernel_doubles(calls).items():

@@ -1,4 +1,4 @@
-"""The newest release of megatron-core, and the age of the lock."""
+"""Tests with the newest release of megatron-core, and the note about an old constraints.txt."""
 
 import datetime
 import subprocess
@@ -13,7 +13,7 @@ from tests import releases
 
 @pytest.mark.deep
 def test_the_engine_runs_on_the_newest_release() -> None:
-    """Its sources come first on the import path of the test processes."""
+    """Runs tests of engine and checkpoints with the release's sources first on the import path."""
     newest = releases.newest_version()
     if not newest or not releases.is_newer(newest, releases.locked_version()):
         pytest.skip(f"the index has no newer release than {releases.locked_version()}")

@@ -164,13 +164,13 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
             "same": live[0] == replayed[0] and live[1].equal(replayed[1])}
 
 
-RECOMPUTED = ["train.recompute=true"]
-PARTLY = ["train.recompute=selective", 'gpu.recompute_modules=["moe"]']
+FULL_RECOMPUTE = ["train.recompute=true"]
+EXPERT_RECOMPUTE = ["train.recompute=selective", 'gpu.recompute_modules=["moe"]']
 LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
-    "one rank, recomputed": (1, {}, RECOMPUTED),
-    "TP2+SP, experts recomputed": (2, {"tp": 2, "sp": True}, PARTLY),
+    "one rank, recomputed": (1, {}, FULL_RECOMPUTE),
+    "TP2+SP, experts recomputed": (2, {"tp": 2, "sp": True}, EXPERT_RECOMPUTE),
     "PP2 x EP2": (4, {"pp": 2, "ep": 2}, []),
-    "PP2 VPP2, recomputed": (2, {"pp": 2, "vpp": 2}, RECOMPUTED),
+    "PP2 VPP2, recomputed": (2, {"pp": 2, "vpp": 2}, FULL_RECOMPUTE),
     "CP2": (2, {"cp": 2}, []),
 }
 TENSOR_PARALLEL_CASE = {"TP2+SP, experts recomputed"}
@@ -180,8 +180,8 @@ TENSOR_PARALLEL_CASE = {"TP2+SP, experts recomputed"}
 @pytest.mark.deep
 @pytest.mark.parametrize("names", [TENSOR_PARALLEL_CASE, LAYOUTS.keys() - TENSOR_PARALLEL_CASE],
                          ids=["tensors", "others"])
-def test_a_step_along_recorded_routes_is_the_step_itself_at_every_layout(names: set[str], ranks, job,
-                                                                         tmp_path: Path) -> None:
+def test_a_step_along_recorded_routes_equals_the_recorded_step_at_every_layout(names: set[str], ranks, job,
+                                                                               tmp_path: Path) -> None:
     recorded = str(tmp_path / "routes.npy")
     ((one_rank,),) = ranks(job(__file__, "take_three_steps", 1, {
         "layout": {}, "settings": [], "recorded": recorded, "records": True}))

@@ -12,6 +12,7 @@ from tests.tiny import tiny_model
 
 EXPERTS, TOP_K, SEQ_LEN, SEQUENCES, FACTOR, COEFF = 8, 2, 8, 3, 2.5, 0.3
 PADDING = [7, 22, 23]
+"""Positions of padding tokens: the last of the first sequence, and the last two of the third."""
 
 
 def draw_inputs() -> tuple[Any, Any, Any]:

@@ -1,4 +1,4 @@
-"""Parameters on a process, counted from the predicted shapes."""
+"""Number of parameters on a process of each pipeline stage, summed over the predicted shapes."""
 
 from dataclasses import dataclass
 
@@ -15,11 +15,11 @@ class StageParams:
     experts: int
     """Parameters of the routed experts on this process."""
     layers: int
-    """Layers of the trunk on this stage, and multi-token prediction layers."""
+    """Number of layers on this stage, with multi-token prediction layers."""
 
 
 def count_stage_params(config: RunConfig) -> list[StageParams]:
-    """Count the parameters on a process, per pipeline stage."""
+    """Return the parameters on a process of each pipeline stage."""
     stages = []
     for stage in range(config.parallel.pp):
         numel = {False: 0, True: 0}

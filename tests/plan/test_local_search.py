@@ -1,5 +1,4 @@
-"""The default layout: as fast as the result of a full sweep, with spare memory, and with the user's
-settings unchanged."""
+"""The layout that a plan finds by default: as fast as a sweep's, with spare memory, within user settings."""
 
 import dataclasses
 
@@ -26,7 +25,8 @@ def test_default_layout_is_as_fast_as_a_sweep_with_spare_memory(recipe: str, gpu
     prices, found = get_pricing(where), find_layout(config, where, settings)
     assert found is not None
     swept = search_layouts(LocalSearch(config, prices, settings).config, prices)
-    roomy = [one for one in swept.best if one.needs_bytes <= (1 - SPARE_SHARE) * prices.limit_bytes]
+    roomy = [result for result in swept.best
+             if result.needs_bytes <= (1 - SPARE_SHARE) * prices.limit_bytes]
     assert found.seconds <= 1.05 * (roomy or swept.best)[0].seconds
     assert found.num_priced < swept.num_looked_at
     chosen = apply_settings(config, list(found.settings))
@@ -80,7 +80,7 @@ def test_rounds_get_a_layout_that_keeps_all_rules() -> None:
     assert not apply_settings(config, list(result.settings)).problems(where.num_ranks)
 
 
-@pytest.mark.each(("recipe", "settings", "from_file", "own", "open_"), [
+@pytest.mark.each(("recipe", "settings", "from_file", "layout", "is_open"), [
     ("solar-open-102b", (), False, {}, True), ("qwen3-8b", (), False, {}, True),
     ("solar-open-102b", ("parallel.expert_dispatcher=alltoall",), False, {}, True),
     ("solar-open-102b", ("train.steps=5",), False, {}, True),
@@ -91,11 +91,11 @@ def test_rounds_get_a_layout_that_keeps_all_rules() -> None:
     ("mine", (), False, {"tp": 2}, False),
     ("solar-open-102b", (), True, {}, False), ("solar-open-102b", (), False, {"ep": 16}, False)])
 def test_a_layout_is_open_if_the_user_set_none(recipe: str, settings: tuple[str, ...], from_file: bool,
-                                               own: dict[str, int], open_: bool) -> None:
+                                               layout: dict[str, int], is_open: bool) -> None:
     if recipe == "mine":
         base = dataclasses.replace(recipes.get("qwen3-8b"), recipe="mine")
         base = dataclasses.replace(base, parallel=type(base.parallel)())
     else:
         base = recipes.get(recipe)
-    base = dataclasses.replace(base, parallel=dataclasses.replace(base.parallel, **own))
-    assert leaves_layout_open(RecipeRequest(base, settings, from_file)) == open_
+    base = dataclasses.replace(base, parallel=dataclasses.replace(base.parallel, **layout))
+    assert leaves_layout_open(RecipeRequest(base, settings, from_file)) == is_open

@@ -1,4 +1,4 @@
-"""The price of a run is the sum of its stages, and every figure follows from others on the page."""
+"""Quotes of runs: the price is the sum of stages, and each figure of a page follows from others."""
 
 import json
 import math
@@ -30,6 +30,7 @@ from tests.plan.test_cluster_plan import request
 
 @pytest.fixture(scope="module")
 def quotes() -> list[Quote]:
+    """The quotes of Solar Open's four stages on 60 nodes of B200s."""
     pricing = get_pricing(load_machines("b200", 60))
     return [quote_stage(stage, pricing)
             for stage in list_run_stages(recipes.get("solar-open-102b"), pricing.num_ranks)]
@@ -49,12 +50,13 @@ def test_figures_follow_from_each_other(quotes: list[Quote]) -> None:
 
 
 def test_totals_are_sums(quotes: list[Quote]) -> None:
-    t = sum_quotes(quotes)
-    assert t.tokens == sum(q.tokens for q in quotes)
-    assert t.days == pytest.approx(sum(q.days for q in quotes))
-    assert t.cost_usd == pytest.approx(sum(q.cost_usd for q in quotes))
-    assert sum_quotes([replace(quotes[0], cost_range_usd=(0.0, 0.0))]
-                      ).cost_range_usd == (quotes[0].cost_usd,) * 2
+    total = sum_quotes(quotes)
+    assert total.tokens == sum(q.tokens for q in quotes)
+    assert total.days == pytest.approx(sum(q.days for q in quotes))
+    assert total.cost_usd == pytest.approx(sum(q.cost_usd for q in quotes))
+    # without a range of prices, the range of the total is its cost
+    quote = replace(quotes[0], cost_range_usd=(0.0, 0.0))
+    assert sum_quotes([quote]).cost_range_usd == (quote.cost_usd, quote.cost_usd)
 
 
 def test_a_quote_is_json(quotes: list[Quote]) -> None:
@@ -78,24 +80,21 @@ def test_tables_merge_equal_stages(quotes: list[Quote]) -> None:
 
 # Formatted amounts.
 
-
 def test_memory_has_few_digits() -> None:
     assert [format_gib(n * 2**30) for n in (0, 0.0123, 38.84, 2048)] == ["0.0", "0.012", "38.8", "2,048.0"]
 
 
 # Tables of quotes: unique words, no empty rows, and figures with units.
 
-
 def build_quote(**changes: Any) -> Quote:
-    """Return a stage of one hour on 8 GPUs."""
+    """Return the quote of a stage that takes one hour on 8 GPUs, with changed fields."""
     seconds: Mapping[str, float] = {"dense": 0.6, "memory": 0.3, "dp": 0.1}
     values: dict[str, Any] = {
         "name": "one", "kind": "phase", "gpu": "H100-80GB", "num_gpus": 8, "tokens": 3_600_000, "steps": 3600,
         "seq_len": 1000, "global_batch_size": 1, "layout": {"pp": 1},
         "memory": QuotedMemory({"weights": 30 * GIB, "update": GIB // 100}, 75 * GIB), "seconds": seconds,
-        "tokens_per_s_per_gpu": 125.0,
-        "tflops_per_gpu": 1.0, "mfu": 0.4, "hours": 1.0,
-        "cost_usd": 23.6, "cost_range_usd": (16.0, 40.0), "notes": ("Cost: 2.95 USD.",)}
+        "tokens_per_s_per_gpu": 125.0, "tflops_per_gpu": 1.0, "mfu": 0.4, "hours": 1.0, "cost_usd": 23.6,
+        "cost_range_usd": (16.0, 40.0), "notes": ("Cost: 2.95 USD.",)}
     return Quote(**(values | changes))
 
 
@@ -124,7 +123,6 @@ def test_notes_are_printed_once_with_the_price_range() -> None:
 
 
 # A stage's price is the sum of parts with their own assumptions.
-
 
 def get_pricing(where: Machines) -> Pricing:
     """Return the pricing of a cluster whose GPUs are known."""
@@ -158,7 +156,7 @@ def test_only_models_with_experts_meet_imbalance() -> None:
 
 
 def test_the_price_of_deepseek_v3_equals_its_report() -> None:
-    """2.788 M hours of an H800 at 2 dollars: 5.576 M dollars (its report, table 1)."""
+    """DeepSeek-V3's report, table 1: 2.788 M hours of H800s at 2 dollars cost 5.576 M dollars."""
     profile = load_machines("h100", 1).profile
     price = find_price(replace(profile, gpu="h800", price_per_gpu_hour=2.0))
     assert price.low == price.typical == price.high and price.source.startswith("2.00 USD for")
@@ -197,7 +195,6 @@ def test_an_fp8_recipe_that_a_chip_lacks_is_refused(cluster: str, unsupported: s
 
 # The output of `megatron-sov plan` for a run.
 
-
 RAMP = ["train.ramp_from_batch_size=8", "train.ramp_increment=8", "train.ramp_steps=40"]
 
 
@@ -209,7 +206,7 @@ def test_timetable_lists_every_step_at_which_settings_change() -> None:
     assert {20, 21, 40, 41, 79, 80, 160, 161} <= set(rows)
     assert {start + 1 for start in config.phase_starts()} <= set(rows)
     assert rows[40].samples == 8 and rows[41].samples == 16 and rows[1].tokens == 8 * 256
-    assert rows[200].tokens == 40 * 8 * 256 + 160 * 16 * 256
+    assert rows[200].tokens == (40 * 8 + 160 * 16) * 256  # steps x batch size x sequence length
     assert rows[20].lr == rows[160].lr == pytest.approx(4e-3) and rows[200].lr == pytest.approx(2e-4)
     for step, row in rows.items():
         assert row.lr == Schedule(config).learning_rate(step - 1)
@@ -238,7 +235,6 @@ def test_the_command_prints_and_refuses(capsys: pytest.CaptureFixture[str]) -> N
 
 
 # A run is priced in stages: phases of a curriculum, or the stages of `extend`.
-
 
 @pytest.mark.each("recipe", ["solar-open-102b", "k-exaone-236b", "tiny-solar-open", "qwen3-8b"])
 def test_phases_have_the_steps_and_tokens_of_the_schedule(recipe: str) -> None:
@@ -269,12 +265,11 @@ def test_extension_stages_equal_those_of_extend() -> None:
 
 def test_stages_with_equal_steps_are_one_group() -> None:
     stages = list_run_stages(recipes.get("solar-open-102b"), 480)
-    assert [(get_first_stage.name, len(same)) for get_first_stage, same in group_stages(stages)] == [("1", 4)]
+    assert [(first.name, len(same)) for first, same in group_stages(stages)] == [("1", 4)]
     assert len(group_stages(list_run_stages(recipes.get("solar-open-102b-extend"), 480))) == 2
 
 
 # Nodes of a profile: number, GPUs, limits, and implausible numbers.
-
 
 def test_nodes_of_gpus() -> None:
     machines = load_machines("b200", 60)
@@ -298,7 +293,6 @@ def test_fewer_than_one_node_is_refused(nodes: int) -> None:
 
 
 # A run on a cluster: the layout that it uses, and the fields that scripts read.
-
 
 @pytest.mark.deep
 def test_a_set_layout_is_kept_and_an_open_one_recommended() -> None:

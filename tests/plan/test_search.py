@@ -1,4 +1,4 @@
-"""Searches for a layout, and the number of nodes that is proposed if none fits."""
+"""Searches of layouts: their space, results and report, uneven pipelines, and the fewest nodes that fit."""
 
 import dataclasses
 import itertools
@@ -50,7 +50,6 @@ def test_fewest_nodes_are_minimal() -> None:
 
 # The command that a plan proposes is accepted by `submit`.
 
-
 @pytest.mark.each(("recipe", "stage"), [
     ("tiny-solar-open", "pretrain"), ("tiny-k-exaone-extend", "extend"), ("tiny-typhoon-s", "sft"),
     ("tiny-solar-open-dpo", "prefer"), ("tiny-typhoon-s-opd", "rl-run"),
@@ -73,7 +72,6 @@ def test_settings_are_quoted_for_a_shell() -> None:
 
 
 # The report of a search.
-
 
 CONFIG = recipes.get("qwen3-8b")
 PLAIN = LayoutChoice(ParallelConfig(zero1=True), 1, (False, ()))
@@ -102,8 +100,8 @@ def test_speed_in_table_and_json_follows_from_the_step_time() -> None:
 
 # Layouts in words, and reasons for excluding others.
 
-
 def change_layout(**changes: int) -> LayoutChoice:
+    """Return `PLAIN` with changed sizes of parallelism."""
     return replace(PLAIN, parallel=replace(PLAIN.parallel, **changes))
 
 
@@ -142,7 +140,6 @@ def test_rare_rules_are_counted_together() -> None:
 
 
 # The grid contains the run's own layout, and the proposed --set values reproduce the searched layout.
-
 
 @pytest.mark.each("recipe", ["solar-open-102b", "k-exaone-236b-extend", "qwen3-8b", "tiny-k-exaone"])
 def test_proposed_settings_reproduce_the_layout(recipe: str) -> None:
@@ -188,7 +185,6 @@ def test_search_keeps_tp_inside_a_node_and_rows_long_enough() -> None:
 
 # Uneven pipelines against every possible split of the layers.
 
-
 MODEL = recipes.get("k-exaone-236b").model
 
 
@@ -222,7 +218,7 @@ def order_passes(stage: int, pp: int, vpp: int, num_micro_batches: int) -> list[
     forward = [(0, run, micro_batch) for group in range(0, num_micro_batches, pp) for run in range(vpp)
                for micro_batch in range(group, group + pp)]
     backward = [(1, vpp - 1 - run, micro_batch) for _, run, micro_batch in forward]
-    steady = [one for pair in zip(forward[warm_up:], backward, strict=False) for one in pair]
+    steady = [step for pair in zip(forward[warm_up:], backward, strict=False) for step in pair]
     return [*forward[:warm_up], *steady, *backward[total - warm_up:]]
 
 
@@ -290,24 +286,24 @@ def test_equal_stages_without_gain_from_uneven_ones() -> None:
 
 # A search equals trying every combination, proposes only accepted layouts, and counts excluded ones.
 
-
-SMALL = LayoutSpace(tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), etp=(1, 2),
-                    zero1=(False, True),
-                    micro_batch_size=(1, 3), recompute=((False, ()), (True, ()), ("selective", ("moe",))),
-                    expert_overlap=("none", "micro_batches"))
+SMALL_SPACE = LayoutSpace(
+    tp=(1, 2), pp=(1, 2, 3), vpp=(1, 2), cp=(1, 2), ep=(8, 16), etp=(1, 2), zero1=(False, True),
+    micro_batch_size=(1, 3), recompute=((False, ()), (True, ()), ("selective", ("moe",))),
+    expert_overlap=("none", "micro_batches"))
 
 
 def try_all_layouts(stage: RunStage, pricing: Pricing) -> dict[Any, tuple[float, float]]:
-    """Return layout -> (seconds of a step, bytes) for every combination of `SMALL` that is valid and fits,
-    computed independently of the search."""
+    """Return layout -> (seconds of a step, bytes) for all combinations of `SMALL_SPACE` that are valid and
+    fit, computed independently of the search."""
     layouts = {}
-    for tp, pp, vpp, cp, ep, etp, zero1, size, (recompute, modules), overlap in itertools.product(
-            *(getattr(SMALL, field.name) for field in dataclasses.fields(SMALL) if field.name != "uneven")):
+    values = [getattr(SMALL_SPACE, field.name) for field in dataclasses.fields(SMALL_SPACE)
+              if field.name != "uneven"]
+    for tp, pp, vpp, cp, ep, etp, zero1, size, (recompute, modules), overlap in itertools.product(*values):
         if (pp == 1 and vpp > 1) or etp not in (1, tp):
             continue
-        own = stage.config.parallel
-        parallel = dataclasses.replace(own, tp=tp, sp=tp > 1, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp,
-                                       zero1=zero1, overlap_param_gather=zero1, expert_overlap=overlap)
+        parallel = dataclasses.replace(
+            stage.config.parallel, tp=tp, sp=tp > 1, pp=pp, vpp=vpp, cp=cp, ep=ep, etp=etp, zero1=zero1,
+            overlap_param_gather=zero1, expert_overlap=overlap)
         gpu = dataclasses.replace(stage.config.gpu, recompute_modules=modules)
         config = dataclasses.replace(
             stage.config, parallel=parallel, gpu=gpu,
@@ -324,7 +320,7 @@ def try_all_layouts(stage: RunStage, pricing: Pricing) -> dict[Any, tuple[float,
 def test_the_best_layout_is_the_best_of_all_combinations(cluster: str, nodes: int) -> None:
     pricing = get_pricing(load_machines(cluster, nodes))
     stage = list_run_stages(recipes.get("solar-open-102b"), pricing.num_ranks)[0]
-    sweep, expected = sweep_stage(stage, SMALL, pricing), try_all_layouts(stage, pricing)
+    sweep, expected = sweep_stage(stage, SMALL_SPACE, pricing), try_all_layouts(stage, pricing)
     assert len(expected) > 20
     ranked = {(result.choice.parallel, result.choice.micro_batch_size, result.choice.recompute[0])
               for result in sweep.ranked}
@@ -356,7 +352,7 @@ def test_training_accepts_every_proposed_layout(recipe: str, cluster: str, nodes
 
 def test_each_broken_rule_is_reported_once() -> None:
     pricing = get_pricing(load_machines("h100", 12))
-    result = sweep_stage(list_run_stages(recipes.get("solar-open-102b"), pricing.num_ranks)[0], SMALL,
+    result = sweep_stage(list_run_stages(recipes.get("solar-open-102b"), pricing.num_ranks)[0], SMALL_SPACE,
                          pricing)
     assert sum(result.broken.values()) > 100
     lines = describe_broken_rules([result, result])

@@ -1,5 +1,4 @@
-"""Step times: equal to hand calculations where one resource is the
-limit, and their change with each setting."""
+"""Estimated step times and messages, against calculations by hand, papers' formulas and other settings."""
 
 from dataclasses import replace
 
@@ -60,7 +59,7 @@ def test_matmul_time_is_flops_over_achieved_speed() -> None:
     time, p = estimate_step(build_dense()), load_default_parameters()
     flops = 6 * (LLAMA.count_params() - 2 * LLAMA.vocab_size * LLAMA.hidden_size) * 8 * 8192
     peak = H100.bf16_flops_per_s * p.product_fraction["hopper"]["bf16"]
-    # partly filled tiles and the finite inner dimension cost a few percent
+    # partly filled tiles and a short inner dimension cost a few percent
     assert 1 < time.dense_s / (flops / peak) < 1.12
 
 
@@ -126,9 +125,8 @@ def test_graphs_of_routers_help_most_with_a_slow_host() -> None:
 def test_overlapped_messages_are_not_slower() -> None:
     sequential, overlapped = build_dense(tp=8, sp=True), build_dense(tp=8, sp=True, overlap_tp=True)
     assert estimate_seconds(sequential) >= estimate_seconds(overlapped)
-    few = replace(load_default_parameters(), tp_exposed_overlapped=0.1)
-    assert (estimate_step(build_dense(tp=8, sp=True, overlap_tp=True), few).total_s
-            < estimate_step(build_dense(tp=8, sp=True), few).total_s)
+    hidden = replace(load_default_parameters(), tp_exposed_overlapped=0.1)
+    assert estimate_step(overlapped, hidden).total_s < estimate_step(sequential, hidden).total_s
 
 
 def test_expert_messages_overlap_at_most_the_computation() -> None:
@@ -196,7 +194,6 @@ def test_a_stage_with_more_layers_sends_more() -> None:
 
 # Matrix products per GPU: summed over GPUs they equal the model's, at any layout.
 
-
 def build_published(name: str, **settings: object) -> Workload:
     """Return a micro-batch of 4,096 tokens of a published model on 16 GPUs."""
     return replace(Workload(published_shapes()[name], H100, default_links(H100), num_gpus=16, seq_len=4096,
@@ -232,9 +229,9 @@ def test_flops_summed_over_gpus_equal_the_models(name: str, layout: dict[str, in
     w = build_published(name, **layout)
     if w.shape.kv_lora_rank and w.tp > 1:
         return  # the low-rank projections are replicated on each rank; tested below
-    at_once = w.num_gpus // (w.tp * w.cp) * w.seq_len * w.micro_batch_size
-    expected = w.shape.count_forward_flops(w.seq_len) * at_once
-    scan = w.shape.num_mamba_layers * w.shape.count_mamba_scan_flops() * at_once
+    num_tokens = w.num_gpus // (w.tp * w.cp) * w.seq_len * w.micro_batch_size  # of concurrent micro-batches
+    expected = w.shape.count_forward_flops(w.seq_len) * num_tokens
+    scan = w.shape.num_mamba_layers * w.shape.count_mamba_scan_flops() * num_tokens
     assert count_flops(w) == pytest.approx(expected - scan, rel=1e-9)
 
 
@@ -253,7 +250,6 @@ def test_the_fullest_rank_has_more_rows() -> None:
 
 
 # Sizes derived from a workload's settings, and workloads of recipes.
-
 
 LINKS = default_links(H100)
 W = Workload(ModelShape(2, 64, 4, 16, 2, 100), H100, LINKS, 64, 4096, 2, 128, tp=2, pp=4, cp=2, ep=4)
@@ -283,7 +279,6 @@ def test_workload_takes_settings_of_the_run() -> None:
 
 
 # Communication volumes against the papers' formulas.
-
 
 DENSE = ModelShape(num_layers=4, hidden_size=1024, num_heads=8, head_dim=128, num_kv_heads=8,
                    vocab_size=1000, dense_ffn_dim=4096)
@@ -329,8 +324,8 @@ WINDOWED = replace(DENSE, window=128, global_every=4)
     ("ep", MOE, {"ep": 4, "etp": 2, "dispatcher": "allgather"}, BOTH_PASSES * 7),
     # keys and values go around a ring: one round forward, two backward
     ("cp", DENSE, {"cp": 8, "global_batch_size": 1}, 4 * 7 * 3 * 2 * HIDDEN / 8),
-    # of windows each of 4 processes has two chunks of 256 tokens and sends the last 127 of each; three of
-    # four layers slide
+    # in layers with windows each of 4 processes has two chunks of 256 tokens and sends the last 127 of each;
+    # three of four layers have windows
     ("cp", WINDOWED, {"cp": 4, "global_batch_size": 2}, 3 * 3 * (1 * 512 + 3 * 2 * 127) * 2 * 1024 * 2),
     ("cp", replace(WINDOWED, window=2048), {"cp": 4, "global_batch_size": 2}, 3 * 3 * 4 * 512 * 2 * 1024 * 2),
     # hidden states of 8 micro-batches go both ways
@@ -359,7 +354,7 @@ def test_sharded_weights_are_gathered_for_each_micro_batch() -> None:
     one, four = (count_sent_bytes(build_step(sharding="fsdp", global_batch_size=batch))["dp"]
                  for batch in (8, 32))
     assert four == pytest.approx(4 * one)
-    # a layer that is computed again has been gathered for its backward pass
+    # recomputation uses the weights that are gathered for the backward pass
     assert count_sent_bytes(build_step(sharding="fsdp", global_batch_size=8, recompute="full"))["dp"] == one
 
 
@@ -379,10 +374,11 @@ def test_copies_of_sharded_weights_are_fewer_of_experts() -> None:
 
 
 def test_inter_node_rings_use_all_network_adapters() -> None:
-    inside = {message.group: message for message in list_messages(build_step(sharding="zero1"))}["dp"]
-    spread = {m.group: m
-              for m in list_messages(build_step(sharding="zero1", num_gpus=16, global_batch_size=16))}
-    strided = {m.group: m for m in list_messages(build_step(sharding="zero1", tp=8, num_gpus=16,
-                                                            global_batch_size=16))}
-    assert (inside.link, spread["dp"].link) == ("inside", "between")
-    assert spread["dp"].bytes_per_s == 8 * 50e9 and strided["dp"].bytes_per_s == 50e9
+    one_node = build_step(sharding="zero1")
+    two_nodes = build_step(sharding="zero1", num_gpus=16, global_batch_size=16)
+    inside, spread, strided = (
+        next(message for message in list_messages(w) if message.group == "dp")
+        for w in (one_node, two_nodes, replace(two_nodes, tp=8)))
+    assert (inside.link, spread.link) == ("inside", "between")
+    # a ring through all GPUs of a node uses eight network adapters, a ring through one GPU of each node one
+    assert spread.bytes_per_s == 8 * 50e9 and strided.bytes_per_s == 50e9

@@ -1,4 +1,4 @@
-"""Sizes and FLOPs of models against recipes, vendors' tables and torch's counter."""
+"""Sizes, FLOPs and bytes of a step, against recipes, published tables, torch's counter and hand counts."""
 
 from collections import Counter
 from dataclasses import replace
@@ -26,22 +26,22 @@ ONE_OF_EACH = {recipes.get(name).model: name for name in recipes.names() if not 
 @pytest.mark.each("name", sorted(ONE_OF_EACH.values()))
 def test_recipe_flops_match_its_weight_map(name: str) -> None:
     model = recipes.get(name).model
-    shape, said, mapped = build_shape(model), Counter[Any](), Counter[Any]()
-    predicted = model.num_mtp_moe_layers()
-    moe, dense = shape.num_moe_layers + predicted, model.num_mtp_layers - predicted
+    shape, listed, mapped = build_shape(model), Counter[Any](), Counter[Any]()
+    num_mtp_moe = model.num_mtp_moe_layers()
+    moe, dense = shape.num_moe_layers + num_mtp_moe, model.num_mtp_layers - num_mtp_moe
     blocks: dict[Block, int] = {
         "attention": shape.num_attention_layers + model.num_mtp_layers, "prediction": model.num_mtp_layers,
         **({"linear": shape.num_linear_layers} if shape.num_linear_layers else {}),
         "dense": shape.num_feed_forward_layers - shape.num_moe_layers + dense, "moe": moe,
         "expert": moe * model.num_experts}
     for block, number in blocks.items():
-        for one in shape.list_matrices(block):
-            said[one.rows, one.columns] += number
+        for matrix in shape.list_matrices(block):
+            listed[matrix.rows, matrix.columns] += number
     for weight in layer_weights(model):
         if len(weight.shape) == 2 and weight.key not in TABLES:
             mapped[weight.shape] += max(1, weight.num_experts) * (
                 model.num_mtp_layers if weight.predicts else len(weight.layers))
-    assert +said == mapped
+    assert +listed == mapped
     for seq_len in (128, 4096, 262_144):
         expected = compute_train_flops_per_token(model, seq_len)
         assert shape.count_train_flops(seq_len) == pytest.approx(expected)
@@ -51,40 +51,41 @@ def test_recipe_flops_match_its_weight_map(name: str) -> None:
     ([], "newest", False), (["gpu.attention=local"], "portable", False),
     (["train.deterministic=true"], "portable", False), (["parallel.cp=2"], "portable", False),
     (["parallel.cp=2", "gpu.attention=fused"], "newest", True)])
-def test_a_runs_attention_is_that_which_serves(settings: list[str], kernel: str, exchanges: bool) -> None:
-    """As `engine.model.gpu_settings.own_attention_serves` has it where Transformer Engine is."""
+def test_a_workload_has_the_attention_kernel_of_the_run(settings: list[str], kernel: str,
+                                                        exchanges: bool) -> None:
+    """As chosen by `engine.model.gpu_settings.own_attention_serves` if Transformer Engine is installed."""
     run = apply_settings(recipes.get("solar-open-102b"), settings)
     workload = build_workload(run, run.data.phases[0], 512, CHIPS["b200"], default_links(CHIPS["b200"]))
     assert (workload.attention_kernel, workload.exchanges_heads) == (kernel, exchanges)
 
 
 def test_exchanged_heads_by_hand() -> None:
-    """Each of 4 processes sends three quarters of its tokens' queries, keys, values and results, once in
-    either pass: 2 x 64 heads of queries and 2 x 8 of keys in bf16, in all 48 layers."""
+    """Each of 4 processes sends three quarters of its tokens' queries and results (2 x 64 heads), keys and
+    values (2 x 8 heads), in bf16, once in each pass and in all 48 layers."""
     run = apply_settings(recipes.get("solar-open-102b"), ["parallel.cp=4", "gpu.attention=fused",
                                                           "train.recompute=false"])
     work = build_workload(run, run.data.phases[0], 480, CHIPS["b200"], default_links(CHIPS["b200"]))
-    once = 3 / 4 * (4096 / 4) * (2 * 64 + 2 * 8) * 128 * 2
-    assert traffic.build_context_message(work).num_bytes == 2 * 48 * once * work.num_micro_batches
-    narrow = replace(work, tp=4)  # 2 heads of keys: each of 4 processes has a copy of one
+    pass_bytes = 3 / 4 * (4096 / 4) * (2 * 64 + 2 * 8) * 128 * 2
+    assert traffic.build_context_message(work).num_bytes == 2 * 48 * pass_bytes * work.num_micro_batches
+    narrow = replace(work, tp=4)  # 16 query and 2 key heads, which are copied to one per process
     assert traffic.build_context_message(narrow).num_bytes == (
         2 * 48 * 3 / 4 * 1024 * (2 * 16 + 2 * 4) * 128 * 2 * narrow.num_micro_batches)
 
 
 def test_rows_of_linear_attention_are_exchanged_by_hand() -> None:
-    """Solar Open 2: 64 heads of 384 channels, 128 decays and a rate in bf16 there, of 128 in float32 back."""
+    """Each of 64 heads sends 3 x 128 channels, 128 decays, a rate in bf16, and gets 128 float32 results."""
     run = apply_settings(recipes.get("solar-open2-250b"), [
         "parallel.cp=4", "parallel.pp=1", "train.recompute=false"])
     work = build_workload(run, run.data.phases[0], 32, CHIPS["h100"], default_links(CHIPS["h100"]))
-    found = traffic.build_context_message(work), traffic.build_context_message(
-        replace(work, shape=replace(work.shape, linear=None)))
+    without_linear = replace(work, shape=replace(work.shape, linear=None))
+    with_bytes, without_bytes = (traffic.build_context_message(w).num_bytes for w in (work, without_linear))
     tokens = work.seq_len * work.micro_batch_size / 4
-    once = 3 / 4 * tokens * 64 * ((3 * 128 + 1 + 128) * 2 + 128 * 4)
-    assert found[0].num_bytes - found[1].num_bytes == 2 * 36 * once * work.num_micro_batches
+    pass_bytes = 3 / 4 * tokens * 64 * ((3 * 128 + 1 + 128) * 2 + 128 * 4)
+    assert with_bytes - without_bytes == 2 * 36 * pass_bytes * work.num_micro_batches
 
 
 @pytest.mark.each(("name", "seq_len", "gflops"), [
-    # model TFLOP/s over tokens/s of Megatron-Bridge's tables, whose counter is megatron-core's
+    # model TFLOP/s over tokens/s in Megatron-Bridge's tables, which use Megatron-Core's counter
     ("llama3-8b", 8192, 1933e3 / 37556), ("llama3.1-405b", 8192, 2646e3 / 1048),
     ("qwen3-30b-a3b", 4096, 1041e3 / 45275), ("qwen3-235b-a22b", 4096, 1092e3 / 7376),
     ("deepseek-v3", 4096, 1648e3 / 6338), ("kimi-k2", 4096, 1099e3 / 5372),
@@ -95,7 +96,7 @@ def test_flops_are_those_of_published_tables(name: str, seq_len: int, gflops: fl
 
 
 def test_a_forward_pass_has_the_flops_that_torch_counts() -> None:
-    """Products alone, attention in full: torch's counter knows no causal half."""
+    """torch counts matrix products only, and attention in full instead of its causal half."""
     s = ModelShape(num_layers=2, hidden_size=64, num_heads=4, head_dim=32, num_kv_heads=2, vocab_size=96,
                    dense_ffn_dim=80, num_experts=4, num_experts_per_token=2, expert_ffn_dim=48,
                    num_shared_experts=1, num_dense_layers=1)
@@ -108,21 +109,20 @@ def test_a_forward_pass_has_the_flops_that_torch_counts() -> None:
             heads = q.view(tokens, s.num_heads, s.head_dim).transpose(0, 1)
             torch.bmm(torch.bmm(heads, heads.transpose(1, 2)), heads)
             functional.linear(q, torch.empty(s.hidden_size, s.num_heads * s.head_dim))
-            experts = [(s.dense_ffn_dim, 1)] if layer == 0 else [(s.expert_ffn_dim, 3), ]
+            # a dense layer first, then a router with two chosen experts and a shared one
+            width, visits = (s.dense_ffn_dim, 1) if layer == 0 else (s.expert_ffn_dim, 3)
             if layer:
                 functional.linear(x, torch.empty(s.num_experts, s.hidden_size))
-            for width, visits in experts:
-                for _ in range(visits):
-                    inner = functional.linear(x, torch.empty(2 * width, s.hidden_size))
-                    functional.linear(inner[:, :width], torch.empty(s.hidden_size, width))
+            for _ in range(visits):
+                inner = functional.linear(x, torch.empty(2 * width, s.hidden_size))
+                functional.linear(inner[:, :width], torch.empty(s.hidden_size, width))
         functional.linear(x, torch.empty(s.vocab_size, s.hidden_size))
-    in_full = tokens - compute_mean_keys(tokens, 0)
-    attention = s.num_layers * 4 * s.num_heads * s.head_dim * in_full
+    num_masked_keys = tokens - compute_mean_keys(tokens, 0)
+    attention = s.num_layers * 4 * s.num_heads * s.head_dim * num_masked_keys
     assert (s.count_forward_flops(tokens) + attention) * tokens == counter.get_total_flops()
 
 
 # Bytes of kernels without products, counted by hand.
-
 
 H100 = CHIPS["h100"]
 W = Workload(ModelShape(2, 64, 4, 16, 2, 100, dense_ffn_dim=128, num_experts=8, num_experts_per_token=2,
@@ -130,7 +130,7 @@ W = Workload(ModelShape(2, 64, 4, 16, 2, 100, dense_ffn_dim=128, num_experts=8, 
 RESIDUAL = 5 * 10 * 64 * 2
 
 
-def test_blocks() -> None:
+def test_bytes_of_blocks() -> None:
     assert traffic.count_attention_bytes(W) == RESIDUAL + 2 * 10 * (4 + 2) * 16 * 2
     assert traffic.count_dense_bytes(W) == RESIDUAL + 3 * 10 * 128 * 2
     assert traffic.count_activation_bytes(W) == 3 * 20 * 32 * 2
@@ -139,12 +139,12 @@ def test_blocks() -> None:
     assert traffic.count_head_bytes(W) == 10 * 100 * 14
 
 
-def test_cut_over_tensor_parallel_ranks() -> None:
-    cut = replace(W, tp=2, sp=True)
+def test_bytes_are_split_over_tensor_parallel_ranks() -> None:
+    split = replace(W, tp=2, sp=True)
     for count in (traffic.count_attention_bytes, traffic.count_dense_bytes, traffic.count_moe_bytes,
                   traffic.count_head_bytes):
-        assert count(cut) == count(W) / 2
-    assert traffic.count_dense_bytes(replace(W, tp=2)) > traffic.count_dense_bytes(cut)
+        assert count(split) == count(W) / 2
+    assert traffic.count_dense_bytes(replace(W, tp=2)) > traffic.count_dense_bytes(split)
 
 
 def test_quantised_operands_and_adapters() -> None:
@@ -157,4 +157,4 @@ def test_quantised_operands_and_adapters() -> None:
 def test_every_chip_has_shares_of_its_generation() -> None:
     p = load_default_parameters()
     tables = (p.product_fraction, p.attention_fraction, p.attention_portable, p.reference_power_w)
-    assert all(one.generation in table for one in CHIPS.values() for table in tables)
+    assert all(chip.generation in table for chip in CHIPS.values() for table in tables)

@@ -31,7 +31,7 @@ DIFFERS, EQUAL, STANDS = layout_proof.DIFFERS, layout_proof.EQUAL, layout_proof.
 LAYOUT = ("parallel.tp=2", "parallel.sp=true", "parallel.pp=2", "parallel.ep=2", "train.global_batch_size=32")
 
 
-CUT_ROW = "parallel.cp=2", "train.global_batch_size=8", "train.micro_batch_size=1"
+SPLIT_ROW = "parallel.cp=2", "train.global_batch_size=8", "train.micro_batch_size=1"
 """Settings that split each row over two processes."""
 
 
@@ -128,11 +128,11 @@ def test_a_miniature_has_every_kind_of_attention(recipe: str, kinds: set[tuple[s
 def test_a_fault_of_one_kind_of_attention_layers_is_detected(monkeypatch: pytest.MonkeyPatch, is_global: bool,
                                                              cp: int) -> None:
     """Global layers exchange keys of the whole row; sliding layers only send the ends of chunks."""
-    summed = context._reduce_scatter
+    reduce_scatter = context._reduce_scatter
     monkeypatch.setattr(context, "_reduce_scatter", lambda row: (
-        context.select_local(row) if (len(row) == ROW_TOKENS) == is_global else summed(row)))
+        context.select_local(row) if (len(row) == ROW_TOKENS) == is_global else reduce_scatter(row)))
 
-    config = apply_settings(recipes.get("tiny-exaone4"), [*CUT_ROW, f"parallel.cp={cp}"])
+    config = apply_settings(recipes.get("tiny-exaone4"), [*SPLIT_ROW, f"parallel.cp={cp}"])
     assert layout_proof.prove_run(config, cp)[1].outcome == DIFFERS
 
 
@@ -156,10 +156,10 @@ def test_a_nan_loss_is_a_difference(miniature: Miniature, reference: Any,
                                     monkeypatch: pytest.MonkeyPatch) -> None:
     real = layout_proof._run_step
 
-    def spoilt(trainer: Any) -> dict[str, float]:
+    def run_with_nan_loss(trainer: Any) -> dict[str, float]:
         return {**real(trainer), "loss": float("nan")}
 
-    monkeypatch.setattr(layout_proof, "_run_step", spoilt)
+    monkeypatch.setattr(layout_proof, "_run_step", run_with_nan_loss)
 
     verdict = layout_proof.prove_miniature(miniature, reference=reference)
 
@@ -391,6 +391,7 @@ def test_layer_offsets_that_assume_equal_stages_are_detected(layers: list[int],
 
 
 def sync_first_bucket_only(sync: Callable[..., None]) -> Callable[..., None]:
+    """Return a faulty gradient synchronization that skips all groups without the first bucket."""
     def sync_if_first(group: Any, *args: Any, **kwargs: Any) -> None:
         if not any(bucket.bucket_id for bucket in group.buckets):
             sync(group, *args, **kwargs)

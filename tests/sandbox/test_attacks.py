@@ -376,8 +376,7 @@ def look_at_all():
             pass
     return found
 '''
-"""A program whose `look_at_all` collects texts "planted<digit>..." of memory, objects, frames, descriptors
-and files in the set `found`."""
+"""A program that collects the texts "planted<digit>..." of its memory, objects, files in the set `found`."""
 
 
 def find_planted(text: str) -> set[str]:

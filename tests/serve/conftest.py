@@ -36,8 +36,7 @@ class Served:
 @pytest.fixture(scope="session")
 def serving(run_command: Any, tmp_path_factory: pytest.TempPathFactory
             ) -> Callable[..., AbstractContextManager[Served]]:
-    """A function `(target, *options)` that returns a context with a running `Served`, which must end without
-    an error after the context."""
+    """A function `(target, *options)` that returns a context with a running `Served`, which then ends."""
 
     @contextlib.contextmanager
     def serve(target: Path, *options: str) -> Iterator[Served]:

@@ -46,8 +46,7 @@ def test_two_processes_answer_like_one_and_end_with_their_parent(serving: Any, i
 
 
 def count_cache_elements(lengths: list[int]) -> list[dict[str, int]]:
-    """Return the number of elements in the caches of linear and of full attention layers, for two sequences
-    and each maximum length in tokens."""
+    """Return the cache elements of linear and of full attention, for two sequences of each maximum length."""
     import torch
 
     from megatron_sov.engine.decode.cached_decoder import CachedDecoder

@@ -1,5 +1,4 @@
-"""`megatron-sov serve` as on docs/serve.md: the openai client gets the text of `generate`; refused
-requests; shutdown."""
+"""`megatron-sov serve` as in docs/serve.md: OpenAI's client gets the text of `generate`; refusals; end."""
 
 import contextlib
 import io

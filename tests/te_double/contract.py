@@ -195,8 +195,7 @@ def describe_vllm(sources: Sources) -> dict[str, Any]:
 
 @functools.cache
 def list_calls(package: str) -> list[tuple[str, int, frozenset[str]]]:
-    """Return (name, number of positional arguments, keywords) of this project's calls into a package, without
-    calls with starred arguments."""
+    """Return (name, number of positional arguments, keywords) of calls into a package but starred ones."""
     found = []
     for file in sorted((ROOT / "megatron_sov").rglob("*.py")):
         text = file.read_text(encoding="utf-8")
@@ -223,8 +222,7 @@ def _get_called_name(function: ast.expr, aliases: dict[str, str]) -> str | None:
 
 @functools.cache
 def find_set_fields() -> frozenset[str]:
-    """Return names in this project's sources that may set a config field: strings, keywords of config calls,
-    and assigned attributes."""
+    """Return names that may set a config field: strings, keywords of config calls, assigned attributes."""
     found: set[str] = set()
     ours = ROOT / "megatron_sov"
     for file in [*(ours / "engine").rglob("*.py"), *(ours / "model/config").glob("gpu*.py")]:

@@ -23,8 +23,7 @@ NOT_DOUBLED = {
     "fp8.FP8GlobalStateManager.reduce_and_update_fp8_tensors",
     "fp8.FP8GlobalStateManager.set_skip_fp8_weight_update_tensor",
 }
-"""Names of features that this project does not use: inference, megatron-core's CUDA graphs, offloading,
-delayed scaling, its cross entropy."""
+"""Names of unused features: inference, Megatron-Core's CUDA graphs, offloading, delayed scaling."""
 NOT_REACHED = {
     "constants.MXFP8_BLOCK_SCALING_SIZE", "constants.NVFP4_BLOCK_SCALING_SIZE",
     "distributed._NVFP4AllGatherAsyncHandle", "ep", "ep.EpBuffer", "ep._BOOTSTRAPPED", "ep.ep_bootstrap",

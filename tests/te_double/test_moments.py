@@ -1,5 +1,4 @@
-"""AdamW moments in bf16 with Megatron-Core's precision-aware optimizer over the double's FusedAdam, and a
-share of AdamW in host memory."""
+"""AdamW with bf16 moments over the double's FusedAdam, and with a share of its state in host memory."""
 
 from pathlib import Path
 from typing import Any

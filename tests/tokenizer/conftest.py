@@ -1,5 +1,4 @@
-"""Small tokenizers built merge by merge, with planted defects; vocabularies trained in memory; the textbook
-algorithm."""
+"""Fixtures: small tokenizers with chosen merges and defects, vocabularies trained in memory, textbook BPE."""
 
 import json
 from collections import Counter
@@ -30,7 +29,17 @@ Build = Callable[..., Path]
 
 @pytest.fixture
 def build(tmp_path: Path) -> Build:
-    """Return a function that writes a byte-level BPE tokenizer.json and returns its path."""
+    """A function that writes the tokenizer.json of a byte-level BPE tokenizer and returns its folder.
+
+    Args of the function:
+        name: Name of the new folder.
+        pairs: Merges, in the characters of the byte-level alphabet.
+        extra: Further tokens, which no merge produces.
+        split: Split pattern.
+        without: Characters of the alphabet that the vocabulary lacks.
+        special, added: Special and added tokens.
+        normalizer: Normalizer of the `tokenizers` library.
+    """
 
     def write(name: str = "plain", *, pairs: list[tuple[str, str]] = PAIRS, extra: tuple[str, ...] = (),
               split: str = SPLIT, without: str = "", special: tuple[str, ...] = ("<|end|>",),
@@ -54,7 +63,7 @@ def build(tmp_path: Path) -> Build:
 
 @pytest.fixture
 def heldout(tmp_path: Path) -> dict[str, Path]:
-    """Return small held-out texts by name."""
+    """Name -> file of two small held-out texts."""
     english = ["The other man in there was on the train.", "a theme, then another in 2026", "x\n\n    y = 10"]
     (tmp_path / "english.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in english),
                                             encoding="utf-8")
@@ -64,7 +73,7 @@ def heldout(tmp_path: Path) -> dict[str, Path]:
 
 @pytest.fixture
 def nfc() -> Any:
-    """Return the normalizer to composed form."""
+    """The normalizer to the Unicode form NFC."""
     return normalizers.NFC()
 
 
@@ -81,8 +90,8 @@ def build_word_table(words: Counter[bytes]) -> WordTable:
 
 @pytest.fixture(scope="session")
 def learn() -> Callable[..., Vocabulary]:
-    """Return `learn(preset, num_tokens, texts, transition=None, only=False)`: train a vocabulary of bytes and
-    merges, without special tokens.
+    """A function `(preset, num_tokens, texts, transition=None, only=False)` that trains a vocabulary of bytes
+    and merges, without special tokens.
 
     From `transition` tokens on, merges may join words; with `only` they must.
     """
@@ -107,8 +116,7 @@ def learn() -> Callable[..., Vocabulary]:
 
 @pytest.fixture(scope="session")
 def build_trained_tokenizer(learn: Callable[..., Vocabulary]) -> Callable[..., Tokenizer]:
-    """Return `build_trained_tokenizer(preset, vocab_size, texts)`: train a tokenizer that encodes special
-    tokens in text as ordinary text."""
+    """A function `(preset, vocab_size, texts)` that trains a tokenizer; special tokens in text are text."""
     def build_trained_tokenizer(preset: Preset, vocab_size: int, texts: Iterable[str]) -> Tokenizer:
         trained = build_tokenizer(preset, learn(preset, vocab_size - preset.num_special_ids, texts))
         trained.encode_special_tokens = True
@@ -169,8 +177,7 @@ class BruteForce:
 
 @pytest.fixture(scope="session")
 def brute_force() -> Callable[..., list[Pair]]:
-    """Return `brute_force(preset, num_tokens, texts, transition=None, only=False)`: the merges of the
-    textbook algorithm, with the arguments of `learn`."""
+    """A function with the arguments of `learn` that returns the merges of `BruteForce`."""
     def brute_force(preset: Preset, num_tokens: int, texts: list[str], transition: int | None = None,
                     only: bool = False) -> list[Pair]:
         def count_pieces(pattern: str) -> Counter[bytes]:
@@ -180,10 +187,10 @@ def brute_force() -> Callable[..., list[Pair]]:
         # the byte-level alphabet starts with the bytes that keep their own character
         printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
         others = [byte for byte in range(NUM_BYTES) if byte not in printable]
-        book = BruteForce([bytes([byte]) for byte in printable + others], preset.max_token_bytes)
+        textbook = BruteForce([bytes([byte]) for byte in printable + others], preset.max_token_bytes)
         words = count_pieces(preset.split_pattern)
-        book.learn(Counter({tuple(bytes([byte]) for byte in word): count for word, count in words.items()}),
-                   transition or num_tokens)
+        by_bytes = Counter({tuple(bytes([byte]) for byte in word): count for word, count in words.items()})
+        textbook.learn(by_bytes, transition or num_tokens)
         if transition:
             superwords = count_pieces(preset.superword_pattern)
             for min_words in (2, 0) if only else (0,):
@@ -191,16 +198,15 @@ def brute_force() -> Callable[..., list[Pair]]:
                     num_words = len([word for word in token.split(b" ") if word])
                     return min_words <= num_words <= preset.max_superword_words
 
-                book.learn(Counter({book.encode(word): count for word, count in superwords.items()}),
-                           num_tokens, is_allowed)
-        return book.merges
+                textbook.learn(Counter({textbook.encode(word): count for word, count in superwords.items()}),
+                               num_tokens, is_allowed)
+        return textbook.merges
 
     return brute_force
 
 
 class Toy(LoadedTokenizer):
-    """A tokenizer that takes the longest token at every position; special tokens come last and are never
-    encoded from text."""
+    """A tokenizer that takes the longest token at each position. Special tokens are never in text."""
 
     library = "toy"
 
@@ -245,7 +251,7 @@ class Toy(LoadedTokenizer):
 
 @pytest.fixture
 def toy() -> Callable[..., Toy]:
-    """Return `toy(*longer, special=(), change=...)`, which builds a `Toy`."""
+    """A function `(*longer, special=(), change=...)` that returns a `Toy`; tokens may be texts."""
 
     def build_toy(*longer: str | bytes, special: tuple[str, ...] = (),
                   change: Callable[[str], str] = lambda t: t) -> Toy:

@@ -28,14 +28,14 @@ def plain(build, tmp_path: Path) -> Path:
     return tmp_path / "text"
 
 
-def run(*arguments: object) -> int:
+def run_media(*arguments: object) -> int:
     return main(["media", *map(str, arguments)])
 
 
 @pytest.mark.deep
 def test_text_keeps_its_ids_and_blocks_follow(plain: Path, tmp_path: Path,
                                               capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(plain, "--audio-tokens", 5, "--image-tokens", 7, "--output", tmp_path / "omni") == 0
+    assert run_media(plain, "--audio-tokens", 5, "--image-tokens", 7, "--output", tmp_path / "omni") == 0
     content = read_manifest(tmp_path / "omni", "tokenizer").content
     first = 264 + len(MARKS)
     assert read_blocks(content["media"], "it") == {AUDIO: VocabularyBlock(AUDIO, first, 5),
@@ -49,16 +49,16 @@ def test_text_keeps_its_ids_and_blocks_follow(plain: Path, tmp_path: Path,
     loaded = AutoTokenizer.from_pretrained(tmp_path / "omni")
     assert loaded.convert_tokens_to_ids("<|IMAGE_PAD|>") == new.token_to_id("<|IMAGE_PAD|>")
     assert not find_damaged_files(tmp_path / "omni")
-    assert run(tmp_path / "omni", "--image-tokens", 8, "--output", tmp_path / "more") == 2
+    assert run_media(tmp_path / "omni", "--image-tokens", 8, "--output", tmp_path / "more") == 2
     assert "is a token already" in capsys.readouterr().err
 
 
-def test_the_published_blocks_close_to_the_published_vocabulary() -> None:
-    """HyperCLOVA X 8B Omni: text below 128,606, 6,561 of audio, pictures from 135,168, 200,704 in all."""
+def test_the_published_blocks_make_the_published_vocabulary() -> None:
+    """HyperCLOVA X 8B Omni has 200,704 ids: text below 128,606, 6,561 of audio, pictures from 135,168 on."""
     marks = dict.fromkeys(MARKS)
     words, blocks = assign_media_ids(MediaTokens(6561, 65536, 128_606, 135_168), marks, 128_606)
-    assert blocks == [VocabularyBlock(AUDIO, 128_606, 6561),
-                      VocabularyBlock(IMAGE, 135_168, 65_536)] and blocks[1].end == 200_704
+    assert blocks == [VocabularyBlock(AUDIO, 128_606, 6561), VocabularyBlock(IMAGE, 135_168, 65_536)]
+    assert blocks[1].end == 200_704
     assert len(words) == 200_704 - 128_606 and words.count("<|reserved_media_0|>") == 1
 
 
@@ -80,12 +80,12 @@ def test_placeholders_are_where_the_recipe_has_them(num_ids: int) -> None:
 def test_impossible_media_vocabularies_give_one_sentence(plain: Path, tmp_path: Path,
                                                          capsys: pytest.CaptureFixture[str],
                                                          options: tuple[object, ...], words: str) -> None:
-    assert run(plain, *options, "--output", tmp_path / "omni") == 2
+    assert run_media(plain, *options, "--output", tmp_path / "omni") == 2
     assert words in capsys.readouterr().err and not (tmp_path / "omni").exists()
 
 
 def test_a_model_folder_is_refused_with_the_resizing_command(plain: Path, tmp_path: Path,
                                                              capsys: pytest.CaptureFixture[str]) -> None:
     (plain / "config.json").write_text("{}")
-    assert run(plain, "--image-tokens", 4, "--output", tmp_path / "omni") == 2
+    assert run_media(plain, "--image-tokens", 4, "--output", tmp_path / "omni") == 2
     assert "is a model; pass the tokenizer" in capsys.readouterr().err

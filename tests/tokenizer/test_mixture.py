@@ -16,6 +16,7 @@ from tokenizer.mixture import (
 
 
 def build_sizes(buckets: dict[int, int]) -> GroupSizes:
+    """Return the sizes of a group with these bytes by bucket, in one document per bucket."""
     row = np.zeros(NUM_BUCKETS, np.int64)
     row[list(buckets)] = list(buckets.values())
     return GroupSizes(len(buckets), int(row.sum()), row)
@@ -65,9 +66,9 @@ def test_published_mixtures() -> None:
 
 def test_weighted_groups_share_bytes_and_others_are_unchanged() -> None:
     groups = [SourceGroup("a", (), 3), SourceGroup("b", (), 1), SourceGroup("c", ())]
-    found = [build_sizes({0: n}) for n in (100, 300, 50)]
-    factors = compute_repeats(groups, found)
-    assert factors == [3.0, 100 / 300, 1.0]
+    sizes = [build_sizes({0: n}) for n in (100, 300, 50)]
+    # a and b together keep their 400 bytes: 300 of a, 100 of b
+    assert compute_repeats(groups, sizes) == [300 / 100, 100 / 300, 1.0]
 
 
 @given(st.dictionaries(st.integers(0, NUM_BUCKETS - 1), st.integers(1, 20_000), min_size=1, max_size=50),
@@ -81,15 +82,15 @@ def test_a_share_comes_nearest_and_is_never_empty(buckets: dict[int, int], facto
 
 def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
     result = build_sizes(dict.fromkeys(range(0, NUM_BUCKETS, 64), 100))
-    assert [choose_share(result, f) for f in (0.25, 0.5, 1, 2.5)] == [GroupShare(0, 16321),
-                                                                      GroupShare(0, 32705),
-                                                                 GroupShare(1, 0), GroupShare(2, 32705)]
+    assert [choose_share(result, f) for f in (0.25, 0.5, 1, 2.5)] == [
+        GroupShare(0, 16321), GroupShare(0, 32705), GroupShare(1, 0), GroupShare(2, 32705)]
 
 
 def test_pieces_are_cut_at_blank_lines_and_chosen_by_their_content() -> None:
     text = "".join(f"paragraph {i} with words\n\n" for i in range(4000))
     result = list(iter_pieces(Document("x", text)))
-    assert ("".join(p.text for p in result) == text and all(len(p.raw) <= PIECE_BYTES for p in result))
+    assert "".join(p.text for p in result) == text
+    assert all(len(p.raw) <= PIECE_BYTES for p in result)
     assert all(p.text.endswith("\n\n") for p in result)
     buckets = [p.bucket for p in result]
     assert 0 < min(buckets) < NUM_BUCKETS // 4 and NUM_BUCKETS * 3 // 4 < max(buckets) < NUM_BUCKETS
@@ -100,7 +101,7 @@ def test_pieces_are_cut_at_blank_lines_and_chosen_by_their_content() -> None:
 
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
-    """Three files of two documents of seven bytes."""
+    """A folder with three files of two documents, each of seven bytes."""
     folder = tmp_path / "corpus"
     folder.mkdir()
     for i in range(3):
@@ -127,19 +128,20 @@ def test_cache_key_covers_file_and_settings(corpus: Path) -> None:
         unit.build_key({})
 
 
-def test_a_look_through_finds_the_sizes_once(corpus: Path, tmp_path: Path) -> None:
+def test_sizes_of_groups_are_measured_once(corpus: Path, tmp_path: Path) -> None:
     groups = [SourceGroup("g", (corpus,)), SourceGroup("h", (corpus / "0.jsonl",))]
     (tmp_path / "work").mkdir()
 
-    def look(units: list[CountUnit]) -> list[int]:
-        told: list[int] = []
-        result = measure_groups(groups, units, tmp_path / "work", 1, told.append)
-        assert sum(told) == sum(f.stat().st_size for f in [*corpus.iterdir(), corpus / "0.jsonl"])
+    def measure(units: list[CountUnit]) -> list[int]:
+        """Return documents, bytes, and the sum of the buckets' bytes of each group."""
+        read_bytes: list[int] = []
+        result = measure_groups(groups, units, tmp_path / "work", 1, read_bytes.append)
+        assert sum(read_bytes) == sum(f.stat().st_size for f in [*corpus.iterdir(), corpus / "0.jsonl"])
         return [n for s in result for n in (s.num_documents, s.num_bytes, int(s.bucket_bytes.sum()))]
 
-    first = look(plan_count_units(groups, 1))
+    first = measure(plan_count_units(groups, 1))
     assert first == [6, 42, 42, 2, 14, 14]
-    assert look(plan_count_units(groups, 1)) == first  # from the file
+    assert measure(plan_count_units(groups, 1)) == first  # read from the work folder
     (corpus / "0.jsonl").write_text("\n")
     with pytest.raises(UserError, match=r"--input h: .*0\.jsonl holds no text"):
-        look(plan_count_units(groups, 1))
+        measure(plan_count_units(groups, 1))

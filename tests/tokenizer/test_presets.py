@@ -3,6 +3,7 @@
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import regex
@@ -17,14 +18,14 @@ from tokenizer.presets import K_EXAONE, PRESETS, SOLAR_OPEN, Preset, load_preset
 
 def test_published_ids() -> None:
     solar, exaone = SOLAR_OPEN.special_by_id(), K_EXAONE.special_by_id()
-    assert ([solar.index(t) for t in (SOLAR_OPEN.bos_token, SOLAR_OPEN.eos_token, SOLAR_OPEN.pad_token)]
-            == [1, 2, 2])
+    assert solar.index(SOLAR_OPEN.bos_token) == 1
+    assert solar.index(SOLAR_OPEN.eos_token) == solar.index(SOLAR_OPEN.pad_token) == 2
     assert [solar[i] for i in (20, 21, 22, 23, 24, 25, 30)] == [
         "<|begin|>", "<|end|>", "<|think|>", "<|content|>", "<|flush|>", "<|calls|>", "<|tool_calls|>"]
-    assert ([exaone.index(t) for t in (K_EXAONE.pad_token, K_EXAONE.bos_token, K_EXAONE.eos_token)]
-            == [0, 1, 53])
-    assert (solar[40] == "<|reserved_40|>"
-            and len(set(solar)) == len(set(exaone)) == SOLAR_OPEN.num_special_ids == 64)
+    assert exaone.index(K_EXAONE.pad_token) == 0 and exaone.index(K_EXAONE.bos_token) == 1
+    assert exaone.index(K_EXAONE.eos_token) == 53
+    assert solar[40] == "<|reserved_40|>"
+    assert len(set(solar)) == len(set(exaone)) == SOLAR_OPEN.num_special_ids == 64
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS.keys())
@@ -32,14 +33,24 @@ def test_published_ids() -> None:
     st.sampled_from("ab'sT 019 \n\r\t가나./,"), st.characters(codec="utf-8", max_codepoint=0x2FFF))))
 def test_splits_are_those_of_the_pattern_in_another_regex_engine(preset: Preset, text: str) -> None:
     split = build_untrained_tokenizer(preset).pre_tokenizer.__getitem__(0)
-    found = [piece for piece, _ in split.pre_tokenize_str(text)]
-    assert found == [m.group() for m in regex.finditer(preset.final_pattern, text) if m.group()]
+    pieces = [piece for piece, _ in split.pre_tokenize_str(text)]
+    assert pieces == [m.group() for m in regex.finditer(preset.final_pattern, text) if m.group()]
 
 
-def test_a_custom_preset_comes_from_a_file(tmp_path: Path) -> None:
-    file = tmp_path / "rules.json"
-    file.write_text(json.dumps({**asdict(SOLAR_OPEN), "name": "mine", "max_token_bytes": 16}))
-    assert load_preset("custom", file) == replace(SOLAR_OPEN, name="mine", max_token_bytes=16)
+JINJA_EXTENSIONS = ("{% for m in messages %}{%- generation -%}{{ m.content|tojson }}{% endgeneration %}"
+                    "{% break %}{% endfor %}")
+
+
+def write_rules(folder: Path, **changes: object) -> Path:
+    """Write the rules of Solar Open with changes."""
+    (folder / "rules.json").write_text(json.dumps(asdict(SOLAR_OPEN) | changes))
+    return folder / "rules.json"
+
+
+@pytest.mark.each("change", [{"max_token_bytes": 16}, {"chat_template": JINJA_EXTENSIONS}])
+def test_a_custom_preset_comes_from_a_file(tmp_path: Path, change: dict[str, Any]) -> None:
+    assert load_preset("custom", write_rules(tmp_path, name="mine", **change)) == replace(
+        SOLAR_OPEN, name="mine", **change)
 
 
 @pytest.mark.each(("change", "codes"), [
@@ -60,19 +71,9 @@ def test_a_custom_preset_comes_from_a_file(tmp_path: Path) -> None:
     ({"chat_template": "a\n{% for m in %}"}, [("bound", "chat_template")]),
 ])
 def test_bad_rules_are_named(tmp_path: Path, change: dict[str, object], codes: list[tuple[str, str]]) -> None:
-    file = tmp_path / "rules.json"
-    file.write_text(json.dumps({**asdict(SOLAR_OPEN), **change}))
     with pytest.raises(SettingsError) as e:
-        load_preset("custom", file)
+        load_preset("custom", write_rules(tmp_path, **change))
     assert e.value.codes == codes
-
-
-def test_chat_templates_may_use_transformers_jinja_extensions(tmp_path: Path) -> None:
-    template = ("{% for m in messages %}{%- generation -%}{{ m.content|tojson }}{% endgeneration %}{% break "
-                "%}{% endfor %}")
-    file = tmp_path / "rules.json"
-    file.write_text(json.dumps({**asdict(SOLAR_OPEN), "name": "mine", "chat_template": template}))
-    assert load_preset("custom", file).chat_template == template
 
 
 @pytest.mark.each(("name", "file", "content", "message"), [
@@ -99,18 +100,18 @@ def test_yaml_is_read_as_json_is(tmp_path: Path) -> None:
     assert load_preset("custom", tmp_path / "rules.yaml") == load_preset("custom", tmp_path / "rules.json")
 
 
-@pytest.mark.each(("digits", "whitespace", "found"), [
+@pytest.mark.each(("digits", "whitespace", "pieces"), [
     ("single", "runs", ["a", "  \n\n", " ", "1", "2", "3", "4", "5", "!"]),
     ("triples", "single", ["a", " ", " ", "\n", "\n", " ", "123", "45", "!"]),
     ("runs", "runs", ["a", "  \n\n", " ", "12345", "!"]),
 ])
 def test_rules_for_digits_and_whitespace(tmp_path: Path, digits: str, whitespace: str,
-                                         found: list[str]) -> None:
+                                         pieces: list[str]) -> None:
     rules = {k: v for k, v in asdict(SOLAR_OPEN).items() if k != "split_pattern"}
     (tmp_path / "rules.json").write_text(json.dumps({**rules, "digits": digits, "whitespace": whitespace}))
-    split = build_untrained_tokenizer(load_preset("custom",
-                                                  tmp_path / "rules.json")).pre_tokenizer.__getitem__(0)
-    assert [p for p, _ in split.pre_tokenize_str("a  \n\n 12345!")] == [p for p in found if p]
+    preset = load_preset("custom", tmp_path / "rules.json")
+    split = build_untrained_tokenizer(preset).pre_tokenizer.__getitem__(0)
+    assert [piece for piece, _ in split.pre_tokenize_str("a  \n\n 12345!")] == pieces
     (tmp_path / "rules.json").write_text(json.dumps({**rules, "digits": "pairs"}))
     with pytest.raises(UserError, match=r"digits = .pairs. must be 'single', 'triples' or 'runs'"):
         load_preset("custom", tmp_path / "rules.json")

@@ -101,8 +101,10 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
               and not any(f"{step}.{name}" in index for step in steps)]
     without = f", without {', '.join(unread)}" if unread else ""
     beside = f" (another step of this kind: {', '.join(others)})" if others else ""
+    rules = ("; the step rules also applies the other rules of its preset: `NAME: null` under thresholds "
+             "turns a rule off") if "rules" in steps else ""
     return UserError(f"sov-data {command}: a pipeline file names the steps {', '.join(steps)} and their "
-                     f"settings{beside} (docs/data_pipeline.md); `sov-data run` runs it{without}",
+                     f"settings{beside} (docs/data_pipeline.md); `sov-data run` runs it{without}{rules}",
                      Fix(f"sov-data run {file} --output {shlex.quote(output)}",
                          before=(write_pipeline(file, source, steps),)))
 

@@ -160,7 +160,8 @@ def _find_unpacked_data(line: Sequence[str], path: str) -> UserError | None:
     # training commands pack a file themselves; `eval` and `plan` need token shards, `eval media` reads rows
     needs_shards = (line[0] in ("eval", "plan") and "media" not in line[:2]) or line[1] == "states"
     if needs_shards and os.path.isfile(source) and source.name.endswith(DATA_SUFFIXES):
-        return _ask_for_packing(path, line, "is a file", options, "--data ")
+        part = " (eval reads held-out documents: --heldout 0.5 holds out half)" if line[0] == "eval" else ""
+        return _ask_for_packing(path, line, f"is a file{part}", options, "--data ")
     return None
 
 

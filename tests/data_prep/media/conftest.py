@@ -66,8 +66,7 @@ class InProcessReader:
 
 @pytest.fixture
 def media(tmp_path: Path) -> Path:
-    """A folder with a black and two equal white pictures, sounds of 0.1 and 1.5 s, an animation, a broken
-    file."""
+    """A folder with a black and two white pictures, sounds of 0.1 and 1.5 s, an animation, a broken file."""
     root = tmp_path / "media"
     root.mkdir()
     for name, shade in (("dark", 0), ("light", 255), ("twin", 255)):

@@ -39,8 +39,7 @@ def pack(omni: Path, corpus: Path, output: Path, *options: str) -> int:
 
 
 def read_columns(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
-    """Return the manifest entry of the source, and the columns (ids, feature numbers, loss weights) and banks
-    of each shard."""
+    """Return the source's manifest entry, and each shard's columns (ids, features, weights) and banks."""
     source = read_manifest(folder).content["sources"][0]
     shards = []
     for record in source["splits"]["train"]["shards"]:

@@ -23,8 +23,7 @@ from megatron_sov.base.documents import BadRecord, Conversation, Document, Recor
 from megatron_sov.work.progress.resumable import part_folder
 
 IDS = [0, 0, 2, 1, None, None, 3, 0, 3]
-"""Ids of nine records, three per file. Records 1 and 8 repeat an id of their file; record 7 has the id of
-another text in another file."""
+"""Ids of nine records, three per file. 1 and 8 repeat an id of their file, 7 an id of another file."""
 REPEATED = (1, 8)
 
 

@@ -22,6 +22,7 @@ from megatron_sov.base.documents import (
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND_NONE
+from tests.tokenizer.formats.test_export_command import leave_text_unmatched
 
 CHAT = (("system", "Be kind."), ("user", "What is 2+2?"), ("assistant", "It is 4."), ("user", "안녕"),
         ("assistant", "안녕하세요!"))
@@ -274,11 +275,6 @@ def swap_merges(raw: dict[str, Any]) -> None:
     merges[0], merges[5] = merges[5], merges[0]
 
 
-def unmatched_text(raw: dict[str, Any]) -> None:
-    """Set a split pattern that leaves text unmatched, which `tokenizers` keeps and tiktoken drops."""
-    raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "a+"
-
-
 @pytest.mark.each(("edit", "reason"), [
     (swap_merges, "do not rise with its merges"),
     (lambda raw: raw.update(normalizer={"type": "Lowercase"}), "normalizer is Lowercase"),
@@ -290,7 +286,7 @@ def unmatched_text(raw: dict[str, Any]) -> None:
     (lambda raw: raw["added_tokens"][5].update(special=False), "is matched in ordinary text"),
     (lambda raw: raw["model"].update(dropout=0.1), "not plain byte-level BPE"),
     (lambda raw: raw["model"]["vocab"].update({"zqzqzq": 384}), "not 256 bytes and one token for each merge"),
-    (unmatched_text, "tiktoken differs on"),
+    (leave_text_unmatched, "tiktoken differs on"),
 ])
 def test_unsupported_tokenizer_is_not_fast(tokenizers: dict[str, Path], tmp_path: Path,
                                            edit: Callable[[dict[str, Any]], Any], reason: str) -> None:

@@ -20,7 +20,7 @@ SELECTIVE = ["train.recompute=selective", 'gpu.recompute_modules=["core_attn", "
 
 @dataclasses.dataclass
 class Row:
-    """A micro-batch of 32 tokens."""
+    """A micro-batch of 32 tokens: inputs, labels [32], and weights of the tokens' losses [32]."""
 
     inputs: ModelInputs
     labels: torch.Tensor
@@ -28,7 +28,8 @@ class Row:
 
 
 def compute_gradients(config: Any, model: Any, optimizer: Any, rows: list[Row]) -> float:
-    """Inside ranks: compute the gradients of a step with 121 targets; return the sum of all losses."""
+    """Inside ranks: compute the gradients of a step with 121 targets, four rows of 32 tokens without 7 of
+    padding; return the sum of all losses."""
 
     def loss(hidden: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
         head = build_head(model, 7)
@@ -44,7 +45,12 @@ def compute_gradients(config: Any, model: Any, optimizer: Any, rows: list[Row]) 
 
 
 def take_step(recipe: str, layout: dict[str, Any], settings: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Inside ranks: take one optimizer step on four micro-batches with two sequences each."""
+    """Inside ranks: take one optimizer step on four micro-batches of four documents each.
+
+    Returns:
+        "loss" (sum), gradient "norm", tokens per expert of each layer ("load"), dtype of reduced "gradients",
+        update "rate" and values of the expert "bias" of each layer.
+    """
     config, model = tiny_model(recipe, "model.num_experts=4", "model.seq_aux_loss_coeff=0.01",
                                "optim.eps=1e-3", *settings, layout=layout)
     optimizer = Optimizer(model, config.optim, gpu=config.gpu)

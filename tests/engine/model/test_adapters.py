@@ -1,5 +1,4 @@
-"""Low-rank adapters: the first gradient follows from that of the full weight; training is equal at every
-layout."""
+"""Low-rank adapters: the first gradient follows from the full weight's; training is equal at all layouts."""
 
 from typing import Any
 

@@ -106,8 +106,7 @@ def test_each_document_attends_to_itself_alone(ranks, job, cp: int) -> None:
 
 
 def measure_saved_bytes() -> list[int]:
-    """Return the bytes that autograd saves for attention from the second half of a document, for two
-    lengths."""
+    """Return the bytes that autograd saves for attention from a document's second half, for two lengths."""
     saved_bytes = []
     for length in (2048, 8192):
         q, k, v = (torch.randn(n, 1, DIM, requires_grad=True) for n in (length // 2, length, length))

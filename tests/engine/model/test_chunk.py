@@ -64,8 +64,7 @@ def test_every_layer_has_the_number_of_its_entry_in_our_lists(ranks: Any, job: A
 # Megatron-Core's own output head refuses fused accumulation of weight gradients without APEX.
 
 def compare_heads() -> list[Any]:
-    """Return the fusion setting of our head and of the model's config, and Megatron-Core's error for its own
-    head."""
+    """Return the fusion setting of our head and of the config, and Megatron-Core's error for its own head."""
     from megatron.core import tensor_parallel
     from megatron.core.transformer import TransformerConfig
 

@@ -71,7 +71,7 @@ def select_events(kind: str, log_p: torch.Tensor, log_q: torch.Tensor) -> tuple[
 
 
 def compute_expected(kind: str, beta: float, temperature: float = 1.0,
-             tensors: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+                     tensors: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
     """Return the statistics of each position, and the gradients of ``first / 7 + 3 * second``."""
     tensors = tensors or draw_tensors()
     states, weight = (tensors[name].double().clone().requires_grad_() for name in ("states", "weight"))
@@ -85,7 +85,7 @@ def compute_expected(kind: str, beta: float, temperature: float = 1.0,
 
 
 def compute_scores(kind: str, beta: float, temperature: float = 1.0, dtype: str = "float64",
-          tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
+                   tensors: dict[str, torch.Tensor] | None = None) -> dict[str, Any]:
     """Return the statistics and gradients of one process; test_split_heads.py covers split heads."""
     tensors = tensors or draw_tensors(getattr(torch, dtype))
     states = tensors["states"][:, None].clone().requires_grad_()

@@ -18,8 +18,7 @@ from tests.tiny import tiny_model
 
 
 def compare_normals() -> dict[str, Any]:
-    """Return statistics of generated normals, and whether generated ranges equal slices of the whole
-    tensor."""
+    """Return statistics of generated normals, and whether ranges equal slices of the whole tensor."""
     values = generate_normals(5, "w", 0, 200_003)
     ranges = [(0, 1), (1, 1), (7, 2), (8, 8), (1001, 50_000), (199_990, 13)]
     with_itself = float(np.corrcoef(values[:-1], values[1:])[0, 1])

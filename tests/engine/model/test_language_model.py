@@ -16,10 +16,8 @@ from megatron_sov.model.config import ParallelConfig, apply_settings
 
 # Every weight must be on its process's device; the meta device reveals weights created on other devices.
 
-
 def devices(recipe: str, precision: str) -> dict[str, list[str]]:
-    """Build as on a GPU, with the meta device in its place; return the devices of all weights and of the
-    rotary frequencies."""
+    """Build as on a GPU, but on the meta device; return the devices of weights and rotary frequencies."""
     from unittest import mock
 
     meta = torch.device("meta")
@@ -57,7 +55,6 @@ def test_a_weight_elsewhere_is_named() -> None:
 
 
 # SwiGLU against Megatron-Core's formula, with equal bits.
-
 
 @pytest.mark.each("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.each("weighted", [False, True])

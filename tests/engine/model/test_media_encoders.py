@@ -1,5 +1,4 @@
-"""Image features replace placeholder tokens: documents do not mix, and reading in spans gives the same
-states."""
+"""Image features replace placeholder tokens: documents do not mix; reading in spans gives equal states."""
 
 import json
 from typing import Any

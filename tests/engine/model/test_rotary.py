@@ -53,8 +53,7 @@ def get_table_shape(recipe: str) -> list[int]:
 
 @pytest.mark.distributed
 def test_a_model_without_rotary_layers_has_no_table_of_angles(ranks: Any, job: Any) -> None:
-    """The table would have 1M rows in long-context training; tests/plan/footprint/test_memory.py tests
-    `plan`."""
+    """Long-context training would need 1M rows; tests/plan/footprint/test_memory.py tests `plan`."""
     expected = {"tiny-solar-open2": 0, "tiny-k-exaone": 32, "tiny-deepseek-v3": 16}
     results = ranks(*(job(__file__, "get_table_shape", 1, {"recipe": recipe}) for recipe in expected))
     for (recipe, channels), (shape,) in zip(expected.items(), results, strict=True):

@@ -40,8 +40,8 @@ torch_here.__signature__ = inspect.signature(INSTALLED_VARLEN)  # type: ignore[a
 
 
 def compute_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cu_seq_q: torch.Tensor,
-            cu_seq_k: torch.Tensor, max_q: int, max_k: int, scale: float | None,
-            window_size: tuple[int, int]) -> torch.Tensor:
+                   cu_seq_k: torch.Tensor, max_q: int, max_k: int, scale: float | None,
+                   window_size: tuple[int, int]) -> torch.Tensor:
     """Compute flash attention over concatenated sequences in plain torch.
 
     The last query of a sequence is aligned with its last key. `window_size` is (left, right), without the
@@ -68,8 +68,7 @@ CASES = [(documents, window, 1024) for documents in ("few", "one", "many", "half
 
 
 def attend_with_double(cp: int, signature: str) -> list[dict[str, Any]]:
-    """Inside ranks: run `test_attention.compare_attention` with a double of `varlen_attn`, and count its
-    calls."""
+    """Inside ranks: run `test_attention.compare_attention` with a counted double of `varlen_attn`."""
     calls = 0
 
     def count_and_compute(*args: Any, **kwargs: Any) -> torch.Tensor:

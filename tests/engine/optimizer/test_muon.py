@@ -42,16 +42,15 @@ def write_gradients(optimizer: Any, model: Any, seed: int) -> None:
         if parameter is None:
             continue
         gradient = draw_gradient(block.key, block.global_shape, seed)
-        slices = tuple(slice(start, start + size) for start,
-                       size in zip(block.offset, block.shape, strict=True))
+        slices = tuple(slice(start, start + size)
+                       for start, size in zip(block.offset, block.shape, strict=True))
         local_gradient = gradient[slices].reshape(block.data.shape)
         # The block may be a view of a part of the parameter, such as one expert or the gate of a fused
         # weight.
         start = block.data.storage_offset() - parameter.storage_offset()
         with torch.no_grad():
-            parameter.main_grad.view(-1)[start:start
-                                         + local_gradient.numel()].view(local_gradient.shape).copy_(
-                                             local_gradient)
+            part = parameter.main_grad.view(-1)[start:start + local_gradient.numel()]
+            part.view(local_gradient.shape).copy_(local_gradient)
 
 
 def gather_weights(model: Any, optimizer: Any) -> dict[str, Any]:
@@ -102,8 +101,7 @@ class Reference:
                                        lr=LR, betas=(optim.beta1, optim.beta2), eps=optim.eps)
 
     def step(self, seed: int, *, low_precision: bool) -> None:
-        """Take one step. Without `low_precision` Newton-Schulz runs in the weights' dtype, not in
-        bfloat16."""
+        """Take one step. Without `low_precision`, Newton-Schulz runs in the weights' dtype."""
         for key, parameters in self.matrices.items():
             shape = parameters[0].shape
             whole = draw_gradient(key, self.shapes[key], seed).to(self.dtype)
@@ -143,8 +141,8 @@ def compare_updates(settings: list[str], seed: int) -> dict[str, Any]:
         weights = gather_weights(model, optimizer)
         compared = {key: (weights[key], expected, start[key]) for key, expected in reference.rest.items()}
         for key, parameters in reference.matrices.items():
-            matrices, start_matrices = split_into_matrices(key, weights[key]), split_into_matrices(key,
-                                                                                                   start[key])
+            matrices, start_matrices = (split_into_matrices(key, tensors[key])
+                                        for tensors in (weights, start))
             for i, triple in enumerate(zip(matrices, parameters, start_matrices, strict=True)):
                 compared[f"{key} {i}"] = triple
         for name, (updated, expected, initial) in compared.items():
@@ -189,8 +187,7 @@ def test_matrices_follow_torch_muon_and_other_parameters_torch_adamw(names: set[
                       for _, n, settings, seed in cases), timeout_s=600)
     for case, per_rank in zip(cases, results, strict=True):
         for result in per_rank:
-            assert len(
-                result["differences"]) > 90, "each expert's gate, up and down are matrices of their own"
+            assert len(result["differences"]) > 90, "gate, up and down of each expert are separate matrices"
             assert min(result["changes"].values()) > 0.01, case
             assert find_largest_difference(result)[0] < 1e-13, (case, find_largest_difference(result))
             assert result["kinds"] == ["exp_avg", "exp_avg_sq", "momentum"]
@@ -198,7 +195,6 @@ def test_matrices_follow_torch_muon_and_other_parameters_torch_adamw(names: set[
 
 # Rows of each matrix, and the orthogonal update against torch's Newton-Schulz and a singular value
 # decomposition.
-
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -217,8 +213,8 @@ def test_the_update_is_torchs_bit_for_bit(shape: tuple[int, int]) -> None:
 
 def test_scales_are_those_of_the_papers() -> None:
     orthogonal = torch.linalg.qr(torch.randn(200, 50, dtype=torch.float64)).Q
-    assert ((compute_update_scale("match_rms_adamw", 200, 50) * orthogonal).square().mean().sqrt()
-            == pytest.approx(0.2))
+    update = compute_update_scale("match_rms_adamw", 200, 50) * orthogonal
+    assert update.square().mean().sqrt() == pytest.approx(0.2)
     assert compute_update_scale("original", 200, 50) == compute_update_scale("spectral", 200, 50) == 2.0
     assert compute_update_scale("original", 50, 200) == 1.0
     assert compute_update_scale("spectral", 50, 200) == math.sqrt(0.25)

@@ -57,7 +57,7 @@ def compare_with_torch_adamw(precision: str, clip_grad: float) -> dict[str, Any]
     differences = {n: float((p.detach().to(dtype) - c.detach()).abs().max())
                    for n, p, c in zip(names, parameters, copies, strict=True)}
     total = sum(float(t.double().square().sum()) for t in main_weights)
-    return {"norms": norms, "compare_with_torch_adamw": optimizer.num_updates, "masters": len(masters),
+    return {"norms": norms, "num_updates": optimizer.num_updates, "masters": len(masters),
             "state_has_dtype": all(d == dtype for d in state.values()),
             "sum": total, "expected_sum": sum(float(c.detach().double().square().sum()) for c in copies),
             "differences": differences,
@@ -72,7 +72,7 @@ def test_updates_are_torchs_adamw(ranks, job) -> None:
         job(__file__, "compare_with_torch_adamw", 1, {"precision": "bf16", "clip_grad": 0.5}),
         job(__file__, "compare_with_torch_adamw", 1, {"precision": "fp64", "clip_grad": 0.5})))
     for result in (clipped, unclipped, bf16, fp64):
-        assert result["compare_with_torch_adamw"] == 4 and result["state_has_dtype"]
+        assert result["num_updates"] == 4 and result["state_has_dtype"]
         for norm, expected_norm in result["norms"]:
             assert norm == pytest.approx(expected_norm, rel=1e-5) and expected_norm > 0.5
         assert result["sum"] == pytest.approx(result["expected_sum"], rel=1e-6)
@@ -100,14 +100,15 @@ def test_every_parameter_counts_once_in_the_gradient_norm(layout: str) -> None:
 
     def compute_norm(config: RunConfig) -> float:
         model = build_model(config.model, config.parallel, config.train)
-        own = optimizer.Optimizer(model, config.optim, config.parallel)
+        run_optimizer = optimizer.Optimizer(model, config.optim, config.parallel)
         for parameter in model.parameters():
             parameter.main_grad.fill_(1)
-        state_shards.assign_gradients(own.shards)
-        return own._compute_grad_norm()
+        state_shards.assign_gradients(run_optimizer.shards)
+        return run_optimizer._compute_grad_norm()
 
-    def play(*settings: str) -> list[float]:
+    def compute_norms(*settings: str) -> list[float]:
+        """Return the norm on each of two simulated ranks, or on one without settings."""
         config = apply_settings(recipes.get("tiny-k-exaone"), ["train.precision=bf16", *settings])
         return SimulatedRanks(2 if settings else 1).run(config.parallel, lambda _: compute_norm(config))
 
-    assert {*play(*layout.split())} == {*play()}
+    assert {*compute_norms(*layout.split())} == {*compute_norms()}

@@ -1,4 +1,4 @@
-"""Rules by name: rates, weight decay, the other optimizer, and frozen parameters."""
+"""Parameter groups: rules by name for rate, weight decay, optimizer and freezing; overlapped messages."""
 
 import dataclasses
 from pathlib import Path
@@ -97,16 +97,16 @@ GROUPS = ('optim.groups=[{"pattern": "*linear_proj.weight", "lr_scale": 0.5}, '
           '"weight_decay": 0.3}, {"pattern": "output_layer.weight", "lr_scale": 0.0}]')
 
 
-def expected_setting(key: str) -> tuple[float, float]:
+def get_expected_setting(key: str) -> tuple[float, float]:
     """Return the factor of the learning rate and the weight decay that `GROUPS` gives a tensor."""
     if key == "output_layer.weight":
         return 0.0, 0.2
     if key.endswith("final_layernorm.weight"):
         return 1.0, 0.3
-    norm = "norm" in key
     if key.startswith("decoder.layers.1."):
         return 1.0, 0.0
-    return (0.5 if key.endswith("linear_proj.weight") else 1.0), 0.0 if norm else 0.2
+    lr_scale = 0.5 if key.endswith("linear_proj.weight") else 1.0
+    return lr_scale, 0.0 if "norm" in key else 0.2
 
 
 def compare_grouped_updates(settings: list[str]) -> dict[str, float]:
@@ -122,7 +122,7 @@ def compare_grouped_updates(settings: list[str]) -> dict[str, float]:
     copies = [torch.nn.Parameter(p.detach().clone()) for p in parameters]
     groups = []
     for parameter, copy in zip(parameters, copies, strict=True):
-        scale, decay = expected_setting(key_of[id(parameter)])
+        scale, decay = get_expected_setting(key_of[id(parameter)])
         groups.append({"params": [copy], "lr": 0.01 * scale, "weight_decay": decay})
     reference = torch.optim.AdamW(groups, betas=(config.optim.beta1, config.optim.beta2),
                                   eps=config.optim.eps)
@@ -182,9 +182,9 @@ def test_groups_change_only_matching_parameters(ranks: Any, job: Any) -> None:
     # the last matching pattern applies: the router is Muon's again, at half the rate
     assert muon_rules == [["muon", 0.5, 0.2, False], ["muon", 0.5, 0.2, False], ["adamw", 1.0, 0.0, True],
                           ["adamw", 1.0, 0.2, False], ["adamw", 1.0, 0.2, False]]
-    for told in refused[0]:
-        assert "optim.groups.1.pattern = 'decoder.layer.1.*': matches no parameter" in told[0]
-        assert "freeze every parameter" in told[1]
+    for unknown_error, frozen_error in refused[0]:
+        assert "optim.groups.1.pattern = 'decoder.layer.1.*': matches no parameter" in unknown_error
+        assert "freeze every parameter" in frozen_error
 
 
 def test_a_process_with_nothing_to_update_has_nothing_to_offload() -> None:

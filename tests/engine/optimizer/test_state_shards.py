@@ -22,8 +22,7 @@ def restore_update_count(fused: bool) -> dict[str, Any]:
     from torch.optim import AdamW, Optimizer
 
     class FusedAdamDouble(Optimizer):
-        """Like transformer_engine.pytorch.optimizers.FusedAdam, counts updates in the group, not per
-        parameter."""
+        """Counts updates by group instead of by parameter, like Transformer Engine's `FusedAdam`."""
 
     class MegatronOptimizerDouble:
         def __init__(self, inner: Optimizer) -> None:
@@ -52,13 +51,12 @@ def test_every_parameter_counts_its_own_updates_and_fused_optimizers_count_in_gr
                                job(__file__, "restore_update_count", 1, {"fused": True}))
     shapes = [[[2, 3], [2, 3]], [[4], [4]]]
     assert plain == {"states_before": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [None],
-                     "own_counts": [6.0, 6.0],
-                     "shapes": shapes}
+                     "own_counts": [6.0, 6.0], "shapes": shapes}
     assert fused == {"states_before": [["exp_avg", "exp_avg_sq"]] * 2, "groups": [5], "own_counts": [],
                      "shapes": shapes}
 
 
-def zero1_shards(precision: str) -> dict[str, Any]:
+def describe_zero1_shards(precision: str) -> dict[str, Any]:
     """Inside ranks: describe the state of both data-parallel processes under ZeRO-1 before the first step.
 
     Returns the size of each parameter and, for each rank: its range of each parameter, the number of state
@@ -86,7 +84,8 @@ def test_zero1_assigns_disjoint_parameter_ranges(ranks, job) -> None:
     cases = (("fp32", ["exp_avg", "exp_avg_sq"], "float32"),
              ("bf16", ["exp_avg", "exp_avg_sq", "master"], "float32"),
              ("fp64", ["exp_avg", "exp_avg_sq"], "float64"))
-    results = ranks(*(job(__file__, "zero1_shards", 2, {"precision": precision}) for precision, *_ in cases))
+    results = ranks(*(job(__file__, "describe_zero1_shards", 2, {"precision": precision})
+                      for precision, *_ in cases))
     for (precision, kinds, dtype), (result, _) in zip(cases, results, strict=True):
         num_updated = []
         for ranges, num_blocks, dtypes, names in result["results_by_rank"]:
@@ -97,16 +96,12 @@ def test_zero1_assigns_disjoint_parameter_ranges(ranks, job) -> None:
         assert sum(num_updated) == num_elements, precision
         assert max(num_updated) < 0.55 * num_elements, "apart from padding, the halves have equal sizes"
         for name, size in result["sizes"].items():
-            ranges_of_rank = sorted(ranges[name] for ranges,
-                                    *_ in result["results_by_rank"] if name in ranges)
-            assert ranges_of_rank[0][0] == 0 and ranges_of_rank[-1][1] == size and all(a[1] == b[0] for a,
-                                                                                       b
-                                                                                       in pairwise(
-                                                                                           ranges_of_rank))
+            by_start = sorted(ranges[name] for ranges, *_ in result["results_by_rank"] if name in ranges)
+            assert by_start[0][0] == 0 and by_start[-1][1] == size
+            assert all(first[1] == second[0] for first, second in pairwise(by_start))
 
 
 # Rectangles of flat ranges against numpy's element order.
-
 
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
@@ -118,9 +113,8 @@ def test_an_element_range_is_a_few_ordered_rectangles(shape: list[int], data: st
     stop = data.draw(st.integers(start, size))
     numbers = np.arange(size).reshape(shape)
     result = list(iter_rectangles(shape, start, stop))
-    elements = [numbers[tuple(slice(o, o + n) for o,
-                              n in zip(offset, shape_of_rectangle, strict=True))].ravel()
-                for offset, shape_of_rectangle in result]
+    elements = [numbers[tuple(slice(low, low + n) for low, n in zip(offset, sizes, strict=True))].ravel()
+                for offset, sizes in result]
     assert np.concatenate([*elements, np.empty(0, int)]).tolist() == list(range(start, stop))
     assert len(result) <= 2 * len(shape) - 1
     assert all(rectangle.size for rectangle in elements)

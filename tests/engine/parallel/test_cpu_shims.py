@@ -51,7 +51,6 @@ def test_cpu_shims_create_all_tensors_on_the_cpu(ranks, job) -> None:
 
 # Megatron-Core's defects still exist, and `patch_defects` fixes them without the CPU shims.
 
-
 DEFECTS_PROGRAM = """
 import json, torch
 torch.cuda.is_available = lambda: True  # as on a GPU, where only the defects are patched

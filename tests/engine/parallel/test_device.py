@@ -219,7 +219,6 @@ def test_a_rank_takes_its_gpu_among_the_visible_ones(local_rank: str, count: int
 
 # Environment variables before the start of a run, and CPU affinity.
 
-
 def test_variables_suit_layout_and_chip_and_the_environment_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     def build_variables(gpu: str, *settings: str) -> dict[str, str]:
         config = apply_settings(recipes.get("tiny-solar-open"), list(settings))

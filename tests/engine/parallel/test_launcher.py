@@ -24,7 +24,6 @@ from megatron_sov.work.processes.stop_signals import catch_stop_signals
 
 # Plan files for ranks that are new processes.
 
-
 def pickle_to_new_process(value: Any) -> Any:
     """Return the value that a new process would unpickle."""
     with write_plan_file(lambda: value, 1) as plan:

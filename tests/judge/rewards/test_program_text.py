@@ -9,11 +9,23 @@ PRINTING = "print(5)\n"
 FUNCTION = "def f(x):\n    return x + 1\n"
 
 
-def test_last_python_block_outside_thoughts_counts() -> None:
-    response = ("<think>```python\nno\n```</think>One:\n```python\na = 1\n```\nor\n"
-                "  ```py\nb = 2\n  ```\n```sh\nls\n```")
-    assert extract_program(response) == "b = 2\n"
-    assert extract_program("print(1)") == "print(1)"
+BLANKS = 'x = """a\n   \n  b"""\nprint(x)\n'
+FENCE = 'def f(x):\n    """Add.\n\n    ```\n    f(1)\n    ```\n    """\n    return x + 1\n'
+
+
+@pytest.mark.each(("response", "names", "program"), [
+    # the last block of Python outside of thoughts counts
+    ("<think>```python\nno\n```</think>One:\n```python\na = 1\n```\nor\n  ```py\nb = 2\n  ```\n"
+     "```sh\nls\n```", (), "b = 2\n"), ("print(1)", (), "print(1)"),
+    # a response without such a block is the program
+    ("I cannot do this.", (), "I cannot do this."),
+    ("```\nno program at all\n```", (), "```\nno program at all\n```"),
+    ("```python\nbroken(\n```\n```\nno program\n```", (), "broken(\n"),
+    # a fence inside a docstring does not end the block, and lines keep their blanks
+    (f"```python\n{FENCE}```\n", ("f",), FENCE), (f"```python\n{BLANKS}```", (), BLANKS),
+    ("1. ```python\n   x = 1\n   y = '''a\nb'''\n   ```", (), "x = 1\ny = '''a\nb'''\n")])
+def test_program_of_a_response(response: str, names: tuple[str, ...], program: str) -> None:
+    assert extract_program(response, names) == program
 
 
 @pytest.mark.each("response", [
@@ -56,23 +68,6 @@ def test_the_program_that_prints_is_found(response: str) -> None:
 @pytest.mark.each("names", [("f",), ("f", "List"), ()])
 def test_the_program_that_tests_call_is_found(response: str, names: tuple[str, ...]) -> None:
     assert extract_program(response, names).startswith(FUNCTION.rstrip())
-
-
-def test_fence_inside_a_docstring_does_not_end_the_block() -> None:
-    program = 'def f(x):\n    """Add.\n\n    ```\n    f(1)\n    ```\n    """\n    return x + 1\n'
-    assert extract_program(f"```python\n{program}```\n", ("f",)) == program
-
-
-def test_lines_keep_their_blanks() -> None:
-    program = 'x = """a\n   \n  b"""\nprint(x)\n'
-    assert extract_program(f"```python\n{program}```") == program
-    assert extract_program("1. ```python\n   x = 1\n   y = '''a\nb'''\n   ```") == "x = 1\ny = '''a\nb'''\n"
-
-
-def test_response_without_a_block_is_the_program() -> None:
-    assert extract_program("I cannot do this.") == "I cannot do this."
-    assert extract_program("```\nno program at all\n```") == "```\nno program at all\n```"
-    assert extract_program("```python\nbroken(\n```\n```\nno program\n```") == "broken(\n"
 
 
 @pytest.mark.each("response", [

@@ -143,29 +143,28 @@ def score_language(response: str, **settings) -> float:
     return LanguageReward(**settings).score({"response": response}).reward
 
 
-@pytest.mark.each(("language", "text"), [
+IN_ONE_LANGUAGE = [
     ("ko", KOREAN), ("th", "กรุงเทพมหานครเป็นเมืองหลวงของประเทศไทย"), ("ja", "東京は日本の首都です。カタカナ"),
     ("ru", "Москва — столица России"), ("en", "Seoul is the capital of Korea."), ("el", "Η Αθήνα"),
     ("ar", "القاهرة"),
     ("hi", "दिल्ली भारत की राजधानी है"), ("ko", KOREAN + " `print(x)` $x^2 + y$ https://example.com/a"),
-    ("en", "Ｆｕｌｌ width letters, and ﬁne ligatures")])
-def test_text_in_a_single_language_scores_1(language: str, text: str) -> None:
-    assert score_language(text, language=language) == pytest.approx(1.0)
+    ("en", "Ｆｕｌｌ width letters, and ﬁne ligatures"), ("ko", KOREAN + " (Seoul)")]
+WITHOUT_LETTERS = ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀", "```\ncode only\n```"]
+
+
+@pytest.mark.each(("language", "text", "reward"), [
+    *((language, text, 1.0) for language, text in IN_ONE_LANGUAGE),
+    *(("en", text, 0.0) for text in WITHOUT_LETTERS), ("ko", "This answer is English. 한국", 0.0)])
+def test_text_in_its_language_scores_1_and_other_text_0(language: str, text: str, reward: float) -> None:
+    assert score_language(text, language=language) == pytest.approx(reward)
 
 
 def test_other_languages_count_up_to_a_share() -> None:
-    assert score_language(KOREAN + " (Seoul)", language="ko") == pytest.approx(1.0)
     mixed = "서울은 대한민국의 capital이고 많은 people이 함께 모여 사는 아름다운 city입니다"
     switched = LanguageReward("ko").score({"response": mixed})
     assert 0 < switched.reward < 0.9
     assert switched.components["also_share"] > 0.2
-    assert score_language("This answer is English. 한국", language="ko") == 0.0
     assert score_language(KOREAN + " 首都", language="ko") < 1.0
-
-
-@pytest.mark.each("text", ["", "12345 !?", "\u202e\u202d\u200b", "\x00\x07", "😀😀", "```\ncode only\n```"])
-def test_text_without_letters_scores_0(text: str) -> None:
-    assert score_language(text, language="en") == 0.0
 
 
 def test_row_names_its_language() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken
 
 from megatron_sov.chat.encode import ChatEncoder, TurnEncoder
 from megatron_sov.chat.template import ChatTemplate
@@ -20,6 +20,7 @@ from megatron_sov.judge.tools.episode import Episode, GeneratedTurn, open_episod
 from megatron_sov.judge.tools.playing import EpisodeSettings, ToolPolicy, play_episodes
 from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 from megatron_sov.work.progress.journal import open_journal
+from tests.chat.byte_tokenizer import train_tokenizer
 
 BEGIN, END = "<|im_start|>", "<|im_end|>"
 TEMPLATE = (
@@ -41,13 +42,8 @@ CALLS: dict[str, Sequence[tuple[str, dict[str, Any]]]] = {
 
 def build_small_encoder() -> ChatEncoder:
     """Return an encoder with a small byte-level tokenizer and a chat template that lists tools."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(
-        ['<tool_call> {"name": "read_file", "arguments": {"path": "the room"}} </tool_call>\n'] * 9,
-        trainers.BpeTrainer(vocab_size=500, show_progress=False, special_tokens=[],
-                            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = train_tokenizer(
+        '<tool_call> {"name": "read_file", "arguments": {"path": "the room"}} </tool_call>\n', 500)
     tokenizer.add_special_tokens([AddedToken(text, special=True) for text in (BEGIN, END)])
     return ChatEncoder(ChatTemplate(TEMPLATE, "", END, "the script's tokenizer"), tokenizer)
 

@@ -20,8 +20,7 @@ from megatron_sov.omni.codecs.published import import_codec
 
 
 class PublishedTATok(nn.Module):
-    """The encoder of csuhan/Tar's `TextAlignedTokenizer`, with its tensor names. An id is the code with the
-    largest cosine."""
+    """The encoder of csuhan/Tar's `TextAlignedTokenizer`, with its tensor names; ids by largest cosine."""
 
     def __init__(self) -> None:
         super().__init__()

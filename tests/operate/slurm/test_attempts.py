@@ -123,8 +123,7 @@ def test_a_gate_that_does_not_pass_ends_the_job(question: Question, run: Path) -
 
 
 def test_a_mistake_ends_the_job_with_the_sentence_of_the_rank(question: Question, run: Path,
-                                                              monkeypatch: pytest.MonkeyPatch,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     question("begin")
     logs = write_logs(run, "srun: error: n2: task 1: Exited with exit code 2\n",
                       "error: --data x: does not exist\n")
@@ -222,8 +221,7 @@ def test_another_job_in_the_folder(question: Question, run: Path, holder: str, q
     assert (run / "lock.json").exists() is lock_stays
 
 
-def test_invalid_attempt_arguments_end_the_job(question: Question,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_attempt_arguments_end_the_job(question: Question) -> None:
     for words in (("--asked", "nicely"), ("--code", "one"), ("--max-failures", "few")):
         assert question("end", *words) == "exit 2"
 
@@ -234,7 +232,6 @@ def test_no_torch_is_imported() -> None:
 
 
 # The history of attempts: strikes against nodes, failures in a row, progress.
-
 
 @pytest.fixture
 def history(tmp_path: Path) -> AttemptHistory:
@@ -295,7 +292,6 @@ def test_the_parts_of_a_rollout_store_are_progress(tmp_path: Path) -> None:
 
 
 # The rank that failed first, read from the output of srun of Slurm 22.05.
-
 
 KILLED = """srun: error: n3: task 2: Killed
 srun: launch/slurm: _step_signal: Terminating StepId=7.0

@@ -45,8 +45,7 @@ def submit_twice(submit: Submit, capsys: pytest.CaptureFixture[str], records: Pa
 def test_a_run_survives_sick_nodes_time_limit_crash_and_killed_rank(
         cluster: Any, site: Path, submit: Submit, until: Any, small: tuple[str, ...], packed_data: Any,
         run_command: Any, killed: bool, capsys: pytest.CaptureFixture[str]) -> None:
-    """The losses equal those of an undisturbed run, bit for bit. test_attempts.py and tests/e2e cover ranks
-    that end by themselves."""
+    """The losses equal an undisturbed run's. test_attempts.py and tests/e2e cover ranks that crash."""
     length = ("--set", f"train.steps={STEPS[killed]}", "--set", "train.checkpoint_every_steps=10")
     undisturbed = run_command("pretrain", *build_arguments(packed_data, site / "whole", small, *length),
                               "--nproc", "2")

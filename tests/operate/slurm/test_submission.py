@@ -191,7 +191,6 @@ def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeyp
 
 # Output of Slurm's programs as a one-line message, and the jobs that are still in the queue.
 
-
 @pytest.mark.each(("text", "message"), [
     ("sbatch: error: invalid partition specified: x\n"
      "sbatch: error: Batch job submission failed: Invalid partition\n",

@@ -108,7 +108,6 @@ def test_missing_inputs_are_reported_before_proofs(site: Path, capsys: pytest.Ca
 
 # Chain files.
 
-
 PACK = "{stage: data, arguments: pack --tokenizer t --input t --output tokens}"
 TRAIN = ("{stage: pretrain, arguments: tiny-solar-open --data tokens --run run --set train.steps=2 "
          "--set train.global_batch_size=8 --set train.micro_batch_size=1}")

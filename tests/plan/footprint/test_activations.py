@@ -1,6 +1,7 @@
 """Saved activations of a layer, with recomputation and offloading, against sums by hand in bf16;
 `benchmarks/plan_activations.py` measures them in float32."""
 
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,15 +25,16 @@ sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from plan_activations import CASES, said
 
 TOKENS, HIDDEN, FFN, ROUTED, EXPERTS = 4096, 4096, 1280, 8, 128
-"""Of Solar Open 102B: 64 heads and 8 key/value heads of 128."""
+"""Sizes of Solar Open 102B. A token goes to `ROUTED` of `EXPERTS` experts."""
 QUERIES, KEYS = 64 * 128, 8 * 128
+"""Channels of 64 query heads, and of 8 key or value heads."""
+# Saved bf16 numbers (two bytes each) of one token in one layer.
 NORMS = 2 * HIDDEN
 ATTENTION = HIDDEN + (QUERIES + 2 * KEYS) + (QUERIES + KEYS) + QUERIES + 2 * 64
-"""The sums of each head's softmax are float32: two numbers."""
+"""A head's softmax saves a float32, which has the bytes of two numbers."""
 INPUT, SHARED = HIDDEN, 3 * FFN
 ROUTER = 2.5 * 4 * EXPERTS + EXPERTS / 2 + ROUTED * (4 * 3 + 4)
-"""In numbers of two bytes: five float32 and a bool for each expert, three indices and two float32 for each
-choice."""
+"""Five float32 and a bool for each expert; three indices and two float32 for each choice."""
 INSIDE = ROUTED * (HIDDEN + 3 * FFN)
 ALL = NORMS + ATTENTION + INPUT + ROUTER + INSIDE + SHARED
 
@@ -57,13 +59,12 @@ def solar(*settings: str) -> RunConfig:
 ])
 def test_saved_activations_of_each_layer_kind(recomputed: list[str], offloaded: list[str],
                                               per_token: float) -> None:
-    names = [f'gpu.{setting}={str(chosen).replace(chr(39), chr(34))}' for setting, chosen in
-             (("recompute_modules", recomputed), ("offload_modules", offloaded))]
-    config = solar("train.recompute=selective", *names)
+    config = solar("train.recompute=selective", f"gpu.recompute_modules={json.dumps(recomputed)}",
+                   f"gpu.offload_modules={json.dumps(offloaded)}")
     (kind,) = set(list_layer_kinds(config.model))
-    whole = estimate_saved(config, TOKENS, kind)
-    assert count_stored_bytes(config, TOKENS, kind, whole) == 2 * TOKENS * per_token
-    assert whole.total == 2 * TOKENS * ALL
+    saved = estimate_saved(config, TOKENS, kind)
+    assert count_stored_bytes(config, TOKENS, kind, saved) == 2 * TOKENS * per_token
+    assert saved.total == 2 * TOKENS * ALL
 
 
 def test_graphs_keep_permuted_tokens_and_a_megabyte_each() -> None:
@@ -89,8 +90,7 @@ def test_a_recomputed_layer_keeps_its_input() -> None:
 
 
 def test_layers_differ_in_window_experts_and_positions() -> None:
-    """K-EXAONE: a dense layer first, three windows before each layer that sees everything and has no
-    positions."""
+    """K-EXAONE has a dense first layer; each fourth layer has full attention and no positions."""
     result = list_layer_kinds(recipes.get("k-exaone-236b").model)
     assert [kind.with_experts for kind in result].count(False) == 1 and not result[0].with_experts
     assert [kind.window for kind in result[:8]] == [128, 128, 128, 0] * 2
@@ -102,15 +102,14 @@ def test_layers_differ_in_window_experts_and_positions() -> None:
 
 # Micro-batches in flight against a simulated schedule, and their saved bytes against a trained step.
 
-
-ALONE = ("dense, recomputed", "experts and a shared one", "windows, NoPE, prediction layer",
+ONE_RANK_CASES = ("dense, recomputed", "experts and a shared one", "windows, NoPE, prediction layer",
          "linear and gated")
-TOGETHER = ("dense, pp 2 with vpp 2", "experts, tp 2 with sp, etp 2")
+PARALLEL_CASES = ("dense, pp 2 with vpp 2", "experts, tp 2 with sp, etp 2")
 
 
 @pytest.mark.each(("pp", "vpp", "stage", "micro_batches", "counts"), [
     (1, 1, 0, 8, [1]), (4, 1, 0, 8, [4]), (4, 1, 3, 8, [1]), (4, 1, 0, 2, [2]),
-    # by hand: of 2 stages the first runs 2 + 2 passes ahead, and one more before the first backward pass
+    # by hand: the first of 2 stages runs 2 + 2 warm-up passes, and one more before the first backward pass
     (2, 2, 0, 4, [3, 2]), (2, 2, 1, 4, [2, 1]), (2, 2, 0, 2, [2, 2]),
     (4, 3, 0, 16, [7, 4, 4]), (4, 3, 3, 16, [4, 4, 1])])
 def test_micro_batches_wait_for_their_backward_pass(pp: int, vpp: int, stage: int, micro_batches: int,
@@ -134,8 +133,8 @@ def test_micro_batches_in_flight_equal_the_library_schedule(pp: int, vpp: int, *
             first.count(chunk) for chunk in range(vpp)]
 
 
-def trained(name: str) -> list[int]:
-    """Return [pipeline stage, bytes that autograd saved at most] of this rank; runs on every rank."""
+def measure_saved_bytes(name: str) -> list[int]:
+    """Train a step of the case `name` on this rank; return [pipeline stage, most bytes saved by autograd]."""
     import tempfile
 
     from plan_activations import saved_bytes
@@ -148,16 +147,16 @@ def trained(name: str) -> list[int]:
 @pytest.mark.deep
 @pytest.mark.distributed
 def test_a_step_saves_the_predicted_bytes(ranks: Any, job: Any) -> None:
-    cases = [case for case in CASES if case.name in (*ALONE, *TOGETHER)]
+    cases = [case for case in CASES if case.name in (*ONE_RANK_CASES, *PARALLEL_CASES)]
     assert len(cases) == 6
-    result = ranks(*(job(__file__, "trained", case.nproc, {"name": case.name}) for case in cases))
+    result = ranks(*(job(__file__, "measure_saved_bytes", case.nproc, {"name": case.name}) for case in cases))
     for case, of_ranks in zip(cases, result, strict=True):
         for stage, num_bytes in of_ranks:
             assert said(case.config, stage, case.nproc) == pytest.approx(num_bytes, rel=0.05), case.name
 
 
-class KernelThatSaves(torch.autograd.Function):
-    """Saves the same tensors as fla-core 0.6.0's kernel (`save_for_backward` in its `chunk.py`)."""
+class SavingKernel(torch.autograd.Function):
+    """Double of fla-core 0.6.0's kernel that saves the same tensors (`save_for_backward` in its chunk.py)."""
 
     @staticmethod
     def forward(ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, g: torch.Tensor,
@@ -171,29 +170,30 @@ class KernelThatSaves(torch.autograd.Function):
     LinearAttentionConfig(4, 4, 32, 32, gate_rank=16), LinearAttentionConfig(2, 2, 64, 32, gate_rank=16)])
 def test_linear_attention_kernels_save_the_predicted_bytes(sizes: LinearAttentionConfig,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer in bf16 is measured, tensor by tensor that autograd saves."""
+    """Counts the bytes of all tensors that autograd saves in a bf16 layer, except inputs and parameters."""
     monkeypatch.setattr(context, "get_cp_size", lambda: 1)
     monkeypatch.setattr(delta_rule, "_load_fla_kernel", lambda: lambda q, k, v, *, g, beta, **_: (
-        KernelThatSaves.apply(q, k, v, g, beta), None))
+        SavingKernel.apply(q, k, v, g, beta), None))
     config = SimpleNamespace(hidden_size=8, init_method=None, output_layer_init_method=None,
                              params_dtype=torch.bfloat16, layernorm_epsilon=1e-6, sequence_parallel=False,
                              delta_kernels=True)
     alone = SimpleNamespace(tp=SimpleNamespace(size=lambda: 1, rank=lambda: 0))
     layer = LinearAttention(config, 1, (LocalLinear, LocalLinear, LocalLinear), sizes, alone).bfloat16()
     inputs = torch.randn(4096, 1, 8, dtype=torch.bfloat16, requires_grad=True)
-    left_out = {t.untyped_storage().data_ptr() for t in (inputs, *layer.parameters())}
-    found: dict[int, torch.UntypedStorage] = {}
+    not_counted = {t.untyped_storage().data_ptr() for t in (inputs, *layer.parameters())}
+    storages: dict[int, torch.UntypedStorage] = {}
 
-    def note(tensor: torch.Tensor) -> torch.Tensor:
+    def record_storage(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in left_out:
-            found[storage.data_ptr()] = storage
+        if storage.data_ptr() not in not_counted:
+            storages[storage.data_ptr()] = storage
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record_storage, lambda tensor: tensor):
         layer(inputs, packed_seq_params=pack_row([0, 4096]))
     estimate = _estimate_fla_attention(sizes, Tokens(4096, 4096, 4096), 1)
-    assert sum(s.nbytes() for s in found.values()) == pytest.approx(sum(estimate.values()), rel=3e-3)
+    num_bytes = sum(storage.nbytes() for storage in storages.values())
+    assert num_bytes == pytest.approx(sum(estimate.values()), rel=3e-3)
 
 
 def test_plan_counts_linear_attention_kernels_if_enabled() -> None:

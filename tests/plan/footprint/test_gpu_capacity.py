@@ -1,4 +1,4 @@
-"""Layouts that exceed a GPU are refused with one that fits, and large recipes fit at their usual sizes."""
+"""Layouts that exceed a GPU's memory are refused with one that fits; recommended layouts of recipes fit."""
 
 import dataclasses
 import itertools
@@ -13,7 +13,7 @@ from megatron_sov.model.families.count import TABLES, count_params
 from megatron_sov.plan.footprint.gpu_capacity import (
     find_fullest_stage, find_imbalance_limit, find_nearest_layout, fits_gpu, list_changed_settings,
     refuse_too_large)
-from megatron_sov.plan.footprint.stage_parameters import list_stage_parameters as held_by
+from megatron_sov.plan.footprint.stage_parameters import list_stage_parameters
 from megatron_sov.plan.pricing import list_run_stages, load_machines
 from megatron_sov.plan.search.local_search import get_cluster_recommendation
 from megatron_sov.plan.search.recommended_layouts import (
@@ -23,8 +23,10 @@ from megatron_sov.work.clusters.units import GIB
 from tests.plan.stage_counts import count_stage_params
 from tests.plan.test_quotes import get_pricing
 
-BIG = [name for name in RECOMMENDED if count_params(recipes.get(name).model).total > 1e11]
+LARGE = [name for name in RECOMMENDED if count_params(recipes.get(name).model).total > 1e11]
+"""Recipes of more than 100 B parameters."""
 SIZES = (512, 1024)
+"""Numbers of GPUs for them."""
 
 
 def test_an_oversized_run_is_refused_with_the_nearest_fitting_layout() -> None:
@@ -76,7 +78,7 @@ def test_every_recommended_layout_is_valid_and_fits(recipe: str) -> None:
     """Large recipes are tested at both sizes; other recipes on one and on eight nodes."""
     config = recipes.get(recipe)
     for gpu in RECOMMENDED[recipe]:
-        for num_ranks in SIZES if recipe in BIG else (8, 64):
+        for num_ranks in SIZES if recipe in LARGE else (8, 64):
             layout = find_recommended(config, num_ranks, gpu)
             assert layout is not None, (gpu, num_ranks)
             assert sets_layout(layout) or layout in ((), ("gpu.attention=fused",))
@@ -121,12 +123,13 @@ def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(rec
     where = load_machines(gpu, nodes)
     prices = get_pricing(where)
     reached = []
-    for said in ([], ["parallel.expert_dispatcher=alltoall"]):
-        config = apply_settings(recipes.get(recipe), said)
-        run = apply_settings(config, list(get_recommended_settings(config, where.num_ranks, gpu, said)))
+    for settings, dispatcher in (([], "hybridep"), (["parallel.expert_dispatcher=alltoall"], "alltoall")):
+        config = apply_settings(recipes.get(recipe), settings)
+        recommended = get_recommended_settings(config, where.num_ranks, gpu, settings)
+        run = apply_settings(config, list(recommended))
         assert run.parallel.expert_overlap == "micro_batches"
         assert run.train.fp8 == ("mxfp8" if gpu == "b200" else "blockwise"), "Blackwell emulates blockwise"
-        assert run.parallel.expert_dispatcher == ("alltoall" if said else "hybridep")
+        assert run.parallel.expert_dispatcher == dispatcher
         reached.append(prices.time_step(list_run_stages(run, where.num_ranks, micro_batch_set=True)[0]).mfu)
     assert reached[0] > share > reached[1]
 
@@ -155,12 +158,18 @@ def test_a_recipe_without_recommendations_keeps_its_layout() -> None:
     assert fits_gpu(tiny, 1, Gpu("a small one", 1 * GIB))
 
 
-def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, int]]]]:
-    """Return every large recipe with each (or one in four) recommended layout, and the (processes, stage)
-    pairs to build: at both sizes in turn, one of each kind of stage."""
+def list_large_runs(every: bool) -> list[tuple[RunConfig, list[tuple[int, int]]]]:
+    """Return runs of large recipes, each with the pairs (number of processes, stage) to build.
+
+    Args:
+        every: Take all recommended layouts instead of every fourth.
+
+    Returns:
+        A run per model family and layout, with one stage of each kind; the stages take turns in `SIZES`.
+    """
     sizes: dict[tuple[str, str], list[int]] = {}
     runs: dict[tuple[str, str], RunConfig] = {}
-    for name in BIG:
+    for name in LARGE:
         config = recipes.get(name)
         for gpu, num_ranks in itertools.product(RECOMMENDED[name], SIZES):
             layout = find_recommended(config, num_ranks, gpu)
@@ -181,21 +190,20 @@ def runs_of_big_recipes(every: bool) -> list[tuple[RunConfig, list[tuple[int, in
 
 
 def get_stage_kind(run: RunConfig, stage: int) -> tuple[int, int, bool, bool]:
-    """Return the properties that determine a stage's size: number of layers and of layers with linear
-    attention, first or last."""
+    """Return what determines a stage's size: layers, layers with linear attention, whether first or last."""
     layers = run.parallel.stage_layers(stage, run.model.num_layers)
     types = run.model.layer_types()
     num_linear = sum(types[layer] == "linear_attention" for layer in layers)
     return len(layers), num_linear, stage == 0, stage == run.parallel.pp - 1
 
 
-def built(big: bool, every: bool) -> list[list[Any]]:
-    """Build stages of these runs, or of small ones, on meta tensors as
-    one rank after another, and return their sizes."""
+def measure_stages(large: bool, every: bool) -> list[list[Any]]:
+    """Build the stages of `list_large_runs(every)` or of `SMALL_RUNS` on meta tensors; return the parameters
+    ("params" of a process, "whole" of the unsharded stage) of each stage."""
     from tests.meta_memory import count_stage_parameters
 
     return [[dataclasses.asdict(count_stage_parameters(run, num_ranks, stage)) for num_ranks, stage in places]
-            for run, places in (runs_of_big_recipes(every) if big else SMALL_RUNS)]
+            for run, places in (list_large_runs(every) if large else SMALL_RUNS)]
 
 
 SMALL_RUNS = [(dataclasses.replace(recipes.get(name), parallel=layout), [(8, i) for i in range(layout.pp)])
@@ -209,15 +217,17 @@ SMALL_RUNS = [(dataclasses.replace(recipes.get(name), parallel=layout), [(8, i) 
 @pytest.mark.deep
 @pytest.mark.parametrize("every", [False, True], ids=["some", "every"])
 def test_full_size_modules_match_the_account(ranks: Any, job: Any, every: bool) -> None:
-    """Megatron-core's own modules in a fake group of all ranks, against formula and unsharded model."""
-    (big,), (small,) = ranks(*(job(__file__, "built", 1, {"big": big, "every": every})
-                               for big in (True, False)))
-    for (run, places), held in zip([*runs_of_big_recipes(every), *SMALL_RUNS], [*big, *small], strict=True):
-        said, p, count = count_stage_params(run), run.parallel, count_params(run.model)
-        assert [h["params"] for h in held] == [dataclasses.asdict(said[stage]) for _, stage in places], p
-        whole = {get_stage_kind(run, stage): h["whole"] for (_, stage), h in zip(places, held, strict=True)}
-        # later stages that embed or predict hold copies of the first stage's table
-        tables = sum(part.key in TABLES for stage in range(p.pp) for runs in held_by(run, stage)
+    """Compares Megatron-Core's modules in a fake group of all ranks with formulas and the unsharded model."""
+    (large,), (small,) = ranks(*(job(__file__, "measure_stages", 1, {"large": is_large, "every": every})
+                                 for is_large in (True, False)))
+    for (run, places), stages in zip([*list_large_runs(every), *SMALL_RUNS], [*large, *small], strict=True):
+        predicted, p, count = count_stage_params(run), run.parallel, count_params(run.model)
+        assert [measured["params"] for measured in stages] == [
+            dataclasses.asdict(predicted[stage]) for _, stage in places], p
+        whole = {get_stage_kind(run, stage): measured["whole"]
+                 for (_, stage), measured in zip(places, stages, strict=True)}
+        # later stages with embedding, head or prediction layer have copies of the first stage's table
+        tables = sum(part.key in TABLES for stage in range(p.pp) for runs in list_stage_parameters(run, stage)
                      for _, parts in runs for part in parts) - 2 + run.model.tied_embeddings
         copies = tables * run.model.vocab_size * run.model.hidden_size
         assert sum(whole[get_stage_kind(run, stage)] for stage in range(p.pp)) == (

@@ -1,5 +1,4 @@
-"""The memory account of a process: items against their settings, the output head against autograd, and the
-printed page."""
+"""The memory account of a process: items and their settings, the output head and autograd, the page."""
 
 import dataclasses
 import subprocess
@@ -34,19 +33,20 @@ from tests.head_config import head_config
 from tests.plan.stage_counts import count_stage_params
 
 ROOT = Path(__file__).parents[3]
-CHUNK, WORDS = 128, 8192
+CHUNK_TOKENS, VOCAB_SIZE = 128, 8192
 
 
 def build_config(recipe: str, **settings: Any) -> RunConfig:
+    """Return a recipe with changed settings; `train__fp8="none"` sets train.fp8."""
     return apply_settings(recipes.get(recipe),
                           [f"{name.replace('__', '.')}={value}" for name, value in settings.items()])
 
 
-def bytes_of_an_adapted_head() -> list[int]:
-    """Return [allocated bytes of the head with a merged adapter, predicted bytes]."""
+def measure_adapted_head() -> list[int]:
+    """Return [bytes allocated by merging an adapter into the head, predicted bytes]."""
 
-    class Allocated(TorchDispatchMode):
-        """Keeps the size of every operation's result in memory of its own."""
+    class AllocationRecorder(TorchDispatchMode):
+        """Records the bytes of each result of an operation that is not a view of an argument."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -63,7 +63,7 @@ def bytes_of_an_adapted_head() -> list[int]:
     config = build_config("tiny-qwen3", lora__rank=4, lora__targets='["lm_head"]', train__precision="bf16")
     world.join_world(ParallelConfig())
     model = build_model(config.model, config.parallel, config.train, config.gpu, config.lora)
-    with Allocated() as allocated:
+    with AllocationRecorder() as allocated:
         head = model.head_weight
     assert head.requires_grad
     world.leave_world()
@@ -73,51 +73,51 @@ def bytes_of_an_adapted_head() -> list[int]:
 
 
 def test_an_adapted_head_is_counted_with_its_merged_copy(ranks: Any, job: Any) -> None:
-    (((measured, said),),) = ranks(job(__file__, "bytes_of_an_adapted_head", 1, {}))
-    assert measured == said > 0
+    (((measured, predicted),),) = ranks(job(__file__, "measure_adapted_head", 1, {}))
+    assert measured == predicted > 0
 
 
-def peak_bytes_of_a_divergence(beta: float, top_k: int) -> list[int]:
-    """Return peak bytes of [a divergence of two chunks with gradients, a cross-entropy, a cross-entropy with
-    capped logits]."""
+def measure_divergence_peaks(beta: float, top_k: int) -> list[int]:
+    """Return peak bytes of [divergence, cross-entropy, with capped logits] of two chunks, with gradients."""
 
-    def peak(compute: Any) -> int:
+    def measure_peak(compute: Any) -> int:
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-            kept = compute()
-        found = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
-        del kept
-        return int(max(accumulate(e.nbytes() for e in sorted(found, key=lambda e: e.start_ns()))))
+            result = compute()
+        events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+        del result  # was not to be freed while profiled
+        return int(max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))))
 
     world.join_world(ParallelConfig())
-    tokens = 2 * CHUNK
-    states, weight = torch.randn(tokens, 1, 8).requires_grad_(), torch.randn(WORDS, 8).requires_grad_()
+    tokens = 2 * CHUNK_TOKENS
+    states, weight = torch.randn(tokens, 1, 8).requires_grad_(), torch.randn(VOCAB_SIZE, 8).requires_grad_()
     teacher = (TeacherTopK(torch.arange(top_k).expand(tokens, top_k), torch.full((tokens, top_k), -1.0))
-               if top_k else TeacherStates(torch.randn(tokens, 8), torch.randn(WORDS, 8)))
-    head, ones = Head(weight, head_config(), CHUNK, WORDS), torch.ones(tokens)
+               if top_k else TeacherStates(torch.randn(tokens, 8), torch.randn(VOCAB_SIZE, 8)))
+    head, ones = Head(weight, head_config(), CHUNK_TOKENS, VOCAB_SIZE), torch.ones(tokens)
     labels = torch.zeros(tokens, dtype=torch.int64)
-    found = [peak(lambda: head.divergence(states, teacher, {"sum": ones}, Divergence(beta))),
-             peak(lambda: head.cross_entropy(states, labels, {"sum": ones})),
-             peak(lambda: replace(head, logits_softcap=3.0).cross_entropy(states, labels, {"sum": ones}))]
+    capped = replace(head, logits_softcap=3.0)
+    peaks = [measure_peak(lambda: head.divergence(states, teacher, {"sum": ones}, Divergence(beta))),
+             measure_peak(lambda: head.cross_entropy(states, labels, {"sum": ones})),
+             measure_peak(lambda: capped.cross_entropy(states, labels, {"sum": ones}))]
     world.leave_world()
-    return found
+    return peaks
 
 
 def test_divergence_peak_memory_equals_the_account(ranks: Any, job: Any) -> None:
-    config = build_config("tiny-qwen3", train__precision="fp32", train__head_chunk_tokens=CHUNK,
-                          model__vocab_size=WORDS)
+    config = build_config("tiny-qwen3", train__precision="fp32", train__head_chunk_tokens=CHUNK_TOKENS,
+                          model__vocab_size=VOCAB_SIZE)
 
     def head_bytes(*settings: str) -> int:
         return build_account(apply_settings(config, list(settings)), 1, 0, 1024).head
 
-    asked = [(0.0, 0), (0.5, 0), (1.0, 0), (0.5, 2)]
-    result = ranks(*(job(__file__, "peak_bytes_of_a_divergence", 1, {"beta": beta, "top_k": top_k})
-                     for beta, top_k in asked))
-    slope = head_bytes("model.logits_softcap=3") - head_bytes()
-    for (beta, top_k), ((peak, plain, capped),) in zip(asked, result, strict=True):
+    cases = [(0.0, 0), (0.5, 0), (1.0, 0), (0.5, 2)]
+    result = ranks(*(job(__file__, "measure_divergence_peaks", 1, {"beta": beta, "top_k": top_k})
+                     for beta, top_k in cases))
+    cap_bytes = head_bytes("model.logits_softcap=3") - head_bytes()
+    for (beta, top_k), ((peak, plain, capped),) in zip(cases, result, strict=True):
         predicted = head_bytes("objective.name=distill", f"distillation.beta={beta}",
                                f"distillation.top_k={top_k}") - head_bytes()
         assert peak - plain == pytest.approx(predicted, rel=0.05), f"beta {beta}, top-k {top_k}"
-        assert capped - plain == pytest.approx(slope, rel=0.05)
+        assert capped - plain == pytest.approx(cap_bytes, rel=0.05)
 
 
 @pytest.mark.each(("change", "item", "factor"), [
@@ -141,7 +141,7 @@ def test_items_sum_to_the_device_total() -> None:
     account = build_account(config, 64, 0, 4096)
     assert account.on_host > 0 and account.head > account.one_layer > 0
     items = account.components()
-    # the head is the peak, which a layer whose tokens are uneven stays below
+    # the head is the peak; a layer with uneven experts needs less
     assert items.pop("one_layer") == items.pop("teacher") == items.pop("imbalance") == 0
     assert all(value > 0 for value in items.values())
     assert account.total == sum(items.values())
@@ -155,15 +155,15 @@ def test_of_a_layer_and_the_head_the_larger_counts() -> None:
                    for tokens in (1024, 32_768))
     assert short.components()["head"] == short.head > short.one_layer
     assert long.components()["one_layer"] == long.one_layer > long.head
-    for found in (short, long):
-        # neither the sum nor the allocator's gaps know the smaller one
-        larger = max(found.one_layer, found.head)
-        assert found.fragmentation == (found.layer_inputs + larger + found.imbalance) // 20
-        assert found.total == sum(found.components().values())
+    for account in (short, long):
+        # the smaller one counts neither in the sum nor in fragmentation, a twentieth of activations
+        larger = max(account.one_layer, account.head)
+        assert account.fragmentation == (account.layer_inputs + larger + account.imbalance) // 20
+        assert account.total == sum(account.components().values())
 
 
 def test_models_without_rotary_embedding_have_no_angle_tables() -> None:
-    """Of 1M tokens they would have a GiB, by cosine and sine of 128 channels in float32."""
+    """The tables of 1M tokens have a GiB: cosine and sine of 128 channels in float32."""
     for recipe, angles in (("solar-open2-250b-extend", 0), ("k-exaone-236b", 2**20 * 128 * 2 * 4)):
         config = apply_settings(recipes.get(recipe), ["parallel.pp=1"])
         assert build_account(config, 64, 0, 2**20).angles == angles, recipe
@@ -175,9 +175,9 @@ def test_uneven_routing_is_on_top() -> None:
     assert even.imbalance == 0
     (kind,) = set(list_layer_kinds(config.model))
     layer = estimate_saved(config, 4096, kind)
-    # every layer's routed tokens once more by half; those that pass through one of them stay below the head
+    # half of the routed tokens of each layer in addition; what one layer needs is less than the head
     assert uneven.imbalance == 48 * layer.routed // 2 and even.head > 1.5 * even.one_layer
-    # where they do not, they count from there on
+    # at 8 times the mean tokens one layer needs more than the head, and the excess counts
     far = build_account(apply_settings(config, ["train.recompute=true"]), 64, 0, 4096, 8.0)
     assert far.components()["imbalance"] == (
         far.one_layer + 7 * (layer.routed + 3 * layer.expert_input) - far.head)
@@ -207,6 +207,8 @@ def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
     config = build_config("tiny-qwen3", lora__rank=4, train__precision="fp32")
     m = config.model
     q, kv = m.num_heads * m.head_dim, m.num_kv_heads * m.head_dim
+    # an adapter of rank 4 has 4 x (input + output) parameters: for queries and output, keys and values, the
+    # MLP
     sides = 2 * (m.hidden_size + q) + 2 * (m.hidden_size + kv) + 3 * (m.hidden_size + m.dense_ffn_dim)
     count, whole = 4 * m.num_layers * sides, count_params(m).total
     account = build_account(config, 1, 0, 64)
@@ -218,7 +220,6 @@ def test_of_a_frozen_model_adapters_alone_have_gradients_and_state() -> None:
 
 # Pinned bytes of an offloaded optimizer by hand, and refusals with a fitting share.
 
-
 def build_offloaded_config(share: float, *settings: str) -> RunConfig:
     return apply_settings(recipes.get("solar-open-102b"),
                           ["train.fp8=none", f"gpu.optimizer_offload={share}", *settings])
@@ -229,7 +230,7 @@ def test_offloaded_optimizer_pins_16_bytes_per_updated_weight() -> None:
     first, last = count_stage_params(config)
     # 64 processes: 32 for each stage share its dense weights, and 32 / ep each of the experts
     updated = [params.dense // 32 + params.experts // (32 // config.parallel.ep) for params in (first, last)]
-    # whole parameters, until it is the share or more
+    # whole parameters are offloaded until their share is reached
     assert 1 <= count_node_bytes(config, 64, range(8, 16)) / (8 * int(updated[0] * 16 * 0.5)) < 1.01
     both = 4 * sum(int(count * 16 * 0.5) for count in updated)
     assert 1 <= count_node_bytes(config, 64, range(28, 36)) / both < 1.05

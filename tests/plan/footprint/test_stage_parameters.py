@@ -1,4 +1,4 @@
-"""Parameters of a pipeline stage, one by one, against Megatron-Core's modules in their order."""
+"""Parameters, buffers, communicators and quantized copies of a stage, against Megatron-Core and counts."""
 
 import math
 from collections import Counter
@@ -13,7 +13,7 @@ from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage
 from megatron_sov.plan.footprint.memory import count_communicators, count_nccl_bytes
 from megatron_sov.plan.footprint.stage_parameters import (
-    count_quantized_bytes as kept_bytes, count_weight_bytes, list_stage_parameters)
+    count_quantized_bytes, count_weight_bytes, list_stage_parameters)
 from megatron_sov.plan.footprint.states import ParameterRun, lay_out_buffer
 from tests.meta_memory import count_process_memory, use_fake_world
 
@@ -27,43 +27,41 @@ RUNS = (("tiny-k-exaone", ["parallel.pp=2", "parallel.ep=2", "parallel.tp=2", "p
         ("tiny-solar-open2", [*LORA, "parallel.tp=2", "parallel.sp=true"], 2, 1),
         ("tiny-deepseek-v3", [*LORA, "parallel.tp=2", "parallel.sp=true"], 2, 1),
         ("tiny-deepseek-v3", ["model.latent_attention.q_lora_rank=null"], 1, 0))
-"""Recipe, settings, processes, rank."""
+"""Recipe, settings, number of processes, rank whose stage is compared."""
 
 
 def build_config(recipe: str, settings: list[str], precision: str) -> RunConfig:
     return apply_settings(recipes.get(recipe), [f"train.precision={precision}", *settings])
 
 
-def shapes_of_modules(precision: str) -> list[Any]:
-    """Return [pipeline stage, shapes of every chunk's parameters] of each run."""
-    found = []
+def read_module_shapes(precision: str) -> list[Any]:
+    """Return [pipeline stage, shapes of the parameters of each chunk] of each run in `RUNS`."""
+    results = []
     for recipe, settings, num_ranks, rank in RUNS:
         process_memory = count_process_memory(build_config(recipe, settings, precision), num_ranks, rank)
-        found.append([process_memory.stage, process_memory.shapes])
-    return found
+        results.append([process_memory.stage, process_memory.shapes])
+    return results
 
 
 @pytest.mark.deep
 def test_parameters_are_the_modules_in_their_order(ranks: Any, te_ranks: Any, job: Any) -> None:
-    """With Transformer Engine norms and experts stand elsewhere than without."""
+    """Transformer Engine has another order of norms and experts."""
     for run, precision in ((ranks, "fp32"), (te_ranks, "bf16")):
-        ((found,),) = run(job(__file__, "shapes_of_modules", 1, {"precision": precision}))
-        for (recipe, settings, _, _), (stage, shapes) in zip(RUNS, found, strict=True):
+        ((results,),) = run(job(__file__, "read_module_shapes", 1, {"precision": precision}))
+        for (recipe, settings, _, _), (stage, shapes) in zip(RUNS, results, strict=True):
             predicted = [[list(part.shape) for _, parts in runs for part in parts for _ in range(part.count)]
                          for runs in list_stage_parameters(build_config(recipe, settings, precision), stage)]
             assert predicted == shapes, (recipe, precision)
 
 
-# Buffers by runs of parameters, against laying every parameter by itself.
-
+# Buffers laid out by runs of equal parameters equal those laid out parameter by parameter.
 
 SIZES = st.lists(st.tuples(st.integers(1, 700), st.integers(1, 6), st.booleans()), min_size=1, max_size=8)
 
 
 def count_by_parameter(sizes: list[ParameterRun], num_ranks: int, bucket_numel: int | None,
                        end_multiple: int) -> tuple[int, list[Counter[int]]]:
-    """Return [elements of the buffer, updated elements per rank and mark], computed parameter by
-    parameter."""
+    """Return the buffer's elements and each rank's updated elements by rule, both parameter by parameter."""
     multiple = math.lcm(num_ranks, end_multiple)
     buckets: list[list[tuple[int, int, int]]] = [[]]
     bounds, offset, first = [], 0, 0
@@ -75,7 +73,7 @@ def count_by_parameter(sizes: list[ParameterRun], num_ranks: int, bucket_numel: 
         buckets.append([])
         first = offset
 
-    for size in (one for run in sizes for one in [run] * run.number):
+    for size in (parameter for run in sizes for parameter in [run] * run.number):
         offset = math.ceil(offset / 64) * 64
         if size.is_alone and buckets[-1]:
             close()
@@ -91,8 +89,8 @@ def count_by_parameter(sizes: list[ParameterRun], num_ranks: int, bucket_numel: 
         for (start, end), bucket in zip(bounds, buckets, strict=False):
             share = (end - start) // num_ranks
             begin = start + rank * share
-            for a, b, mark in bucket:
-                updated[mark] += max(0, min(b, begin + share) - max(a, begin))
+            for low, high, rule in bucket:
+                updated[rule] += max(0, min(high, begin + share) - max(low, begin))
         found.append(+updated)
     return offset, found
 
@@ -103,7 +101,7 @@ def test_buffer_of_parameter_runs_equals_one_by_one_layout(drawn: list[tuple[int
                                                            end_multiple: int) -> None:
     sizes = [ParameterRun(numel, count, mark, alone) for mark, (numel, count, alone) in enumerate(drawn)]
     buffer = lay_out_buffer(sizes, sharded=True, num_ranks=num_ranks, bucket_numel=bucket_numel,
-                      end_multiple=end_multiple)
+                            end_multiple=end_multiple)
     numel, updated = count_by_parameter(sizes, num_ranks, bucket_numel, end_multiple)
     assert buffer.numel == numel
     for rank in range(num_ranks):
@@ -115,14 +113,14 @@ def test_buffer_of_parameter_runs_equals_one_by_one_layout(drawn: list[tuple[int
 
 @pytest.mark.parametrize(("sharded", "numel"), [(False, 100 + 2 * 70), (True, 384)])
 def test_gaps_are_zero1s(sharded: bool, numel: int) -> None:
-    """By hand: 100 up to 128, 70 up to 192 twice; 326 up to a multiple of 3 and 128."""
+    """By hand, with ZeRO-1: the parameters begin at 0, 128 and 256, multiples of 64; the last ends at 326,
+    and the buffer at 384, a multiple of 3 and 128."""
     sizes = [ParameterRun(100, 1, 0, False), ParameterRun(70, 2, 0, False)]
     assert lay_out_buffer(sizes, sharded=sharded, num_ranks=3,
                           bucket_numel=None, end_multiple=128).numel == numel
 
 
 # Memory estimates of libraries, by their formulas.
-
 
 LAYOUTS: tuple[tuple[str, list[str], int], ...] = (
     ("tiny-qwen3", [], 1), ("tiny-qwen3", [], 8), ("tiny-qwen3", ["parallel.zero1=false"], 8),
@@ -135,8 +133,8 @@ LAYOUTS: tuple[tuple[str, list[str], int], ...] = (
     ("solar-open-102b", ["parallel.pp=2", "parallel.ep=8"], 480))
 
 
-def groups_of_a_step() -> list[int]:
-    """Return how many groups of more than one process the first process of each layout uses."""
+def count_groups() -> list[int]:
+    """Return the number of groups with more than one process that rank 0 of each layout uses in a step."""
     from megatron.core import parallel_state as groups
 
     found = []
@@ -162,10 +160,10 @@ def groups_of_a_step() -> list[int]:
 
 
 def test_communicators_are_those_of_a_step(ranks: Any, job: Any) -> None:
-    ((found,),) = ranks(job(__file__, "groups_of_a_step", 1, {}))
+    ((found,),) = ranks(job(__file__, "count_groups", 1, {}))
     configs = [(apply_settings(recipes.get(recipe), settings), n) for recipe, settings, n in LAYOUTS]
     assert [count_communicators(config, n) for config, n in configs] == found
-    # none; all are the data-parallel group, without ZeRO-1 too; and data, tensor, pipeline, embeddings
+    # none; all 8 processes, which are the data-parallel group; all, data, tensor, pipeline, embedding
     assert found[:4] == [0, 1, 1, 5]
     config, num_ranks = configs[1]
     # 4 MiB, 512 KiB and 4,800 KiB for each of 16 channels
@@ -175,9 +173,8 @@ def test_communicators_are_those_of_a_step(ranks: Any, job: Any) -> None:
 # Sizes of quantized weights in Transformer Engine, counted by hand, and the weights that are quantized,
 # compared with the model's parameters.
 
-
 HIDDEN, HEAD_DIM, NUM_EXPERTS = 4096, 128, 128
-"""Of Solar Open: 64 heads and 8 of keys, 48 layers of experts of 1280, the shared one too."""
+"""Sizes of Solar Open. It also has 48 layers, 64 query and 8 key/value heads, 1280 channels per expert."""
 
 
 def solar(*changes: str) -> RunConfig:
@@ -201,26 +198,28 @@ def test_bytes_per_weight_equal_hand_counts(fp8: str, rows: int, columns: int, b
 
 
 def test_bf16_layers_have_no_fp8_copies() -> None:
-    """Half of the first of four stages, and of the last one."""
-    sums = [[kept_bytes(solar("train.fp8=mxfp8", *changes), stage) for stage in range(4)] for changes in (
-        (), ("train.fp8_bf16_layers_at_start=6", "train.fp8_bf16_layers_at_end=6"))]
-    whole = sums[0][0]
-    assert sums == [[whole] * 4, [whole // 2, whole, whole, whole // 2]]
-    assert kept_bytes(solar(), 0) == 0
+    """Six bf16 layers are half of the first and half of the last of four stages."""
+    bf16_layers = ("train.fp8_bf16_layers_at_start=6", "train.fp8_bf16_layers_at_end=6")
+    sums = [[count_quantized_bytes(solar("train.fp8=mxfp8", *changes), stage) for stage in range(4)]
+            for changes in ((), bf16_layers)]
+    stage_bytes = sums[0][0]
+    assert sums == [[stage_bytes] * 4, [stage_bytes // 2, stage_bytes, stage_bytes, stage_bytes // 2]]
+    assert count_quantized_bytes(solar(), 0) == 0
 
 
 def test_the_prediction_layer_is_quantised_in_8_bits_alone() -> None:
     config = recipes.get("k-exaone-236b")
     without = apply_settings(config, ["model.num_mtp_layers=0"])
     for fp8, counts in (("mxfp8", True), ("nvfp4", False)):
-        one, other = (kept_bytes(apply_settings(c, [f"train.fp8={fp8}"]), 0) for c in (config, without))
-        assert (one > other) is counts
+        with_layer, without_layer = (count_quantized_bytes(apply_settings(c, [f"train.fp8={fp8}"]), 0)
+                                     for c in (config, without))
+        assert (with_layer > without_layer) is counts
 
 
 def test_the_account_of_a_process_has_them() -> None:
-    """By hand: of 9.2 GiB bf16 weights, 2.17 GiB are the vocabulary and tensors stored as two bytes."""
+    """Tensorwise copies of attention and experts have two bytes per weight and a float32 scale per matrix."""
     (_, before), (_, after) = (find_fullest_stage(solar(*changes), 512)
-     for changes in ((), ("train.fp8=tensorwise",)))
+                               for changes in ((), ("train.fp8=tensorwise",)))
     assert after.total - before.total == after.quantized_weights
     attention = HIDDEN * HEAD_DIM * (64 + 2 * 8 + 64)
     experts = (NUM_EXPERTS // 8 + 1) * 3 * HIDDEN * 1280

@@ -1,6 +1,5 @@
-"""Bytes of weights, gradients and optimizer states equal those that training allocates, on meta tensors in
-a fake world. `benchmarks/plan_bytes.py` compares hundreds of layouts; this file has a few, and two of large
-models."""
+"""Bytes of weights, gradients and optimizer states equal those that training allocates on meta tensors in a
+fake world, for a few layouts of tiny and large models; benchmarks/plan_bytes.py compares hundreds."""
 
 import dataclasses
 import json
@@ -19,9 +18,9 @@ from megatron_sov.plan.search.space import build_space, iter_layouts
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
 from plan_bytes import DrawnLayout, draw_layout, is_fused, predict_states
 
-DRAWN = (7, 11, 12, 14, 17, 19, 21)
-"""Numbers of random layouts of tiny recipes."""
-BIG = (
+DRAWN_LAYOUTS = (7, 11, 12, 14, 17, 19, 21)
+"""Seeds of random layouts of tiny recipes."""
+LARGE_LAYOUTS = (
     DrawnLayout("solar-open-102b",
                 ("parallel.pp=2", "parallel.vpp=3", "parallel.ep=64", "parallel.zero1=true",
                  "parallel.overlap_grad_reduce=true", "optim.name=muon",
@@ -29,7 +28,7 @@ BIG = (
     DrawnLayout("k-exaone-236b", ("parallel.tp=2", "parallel.sp=true", "parallel.pp=4", "parallel.ep=32",
                                   "parallel.etp=2", "parallel.zero1=true", "gpu.optimizer_offload=0.3",
                                   "optim.name=adamw", "train.global_batch_size=1024"), 512, 400))
-"""A process of the first stage, and a process of the last stage."""
+"""Layouts of large models, compared on a rank of the first and on a rank of the last stage."""
 _VISION = {"placeholder_ids": [5], "image_size": 56, "hidden_size": 32, "num_layers": 2, "num_heads": 4,
            "ffn_dim": 48, "full_attention_layers": [1], "out_hidden_size": 64}
 _PLAIN = {"kind": "siglip", "placeholder_ids": [5], "image_size": 28, "hidden_size": 32, "num_layers": 2,
@@ -60,7 +59,7 @@ def count_and_predict(layouts: list[dict[str, Any]]) -> list[list[Any]]:
 
 @pytest.mark.deep
 def test_state_bytes_equal_those_of_training(ranks: Any, te_ranks: Any, job: Any) -> None:
-    layouts = [*(draw_layout(number) for number in DRAWN), *BIG, *ENCODERS]
+    layouts = [*(draw_layout(number) for number in DRAWN_LAYOUTS), *LARGE_LAYOUTS, *ENCODERS]
     for run, fused in ((te_ranks, True), (ranks, False)):
         selected = [layout for layout in layouts if is_fused(layout) is fused]
         assert selected
@@ -71,7 +70,7 @@ def test_state_bytes_equal_those_of_training(ranks: Any, te_ranks: Any, job: Any
 
 
 @pytest.mark.each(("settings", "weights", "gradients", "optimizer"), [
-    # 10 parameters of a dense model: each one's bytes
+    # bytes per parameter
     (["train.precision=bf16"], 2, 4, 12), (["train.precision=fp32"], 4, 4, 8),
     (["train.precision=fp64"], 8, 8, 16), (["train.precision=bf16", "gpu.grad_dtype=bf16"], 2, 2, 12)])
 def test_a_parameter_has_bytes_by_its_precision(settings: list[str], weights: int, gradients: int,
@@ -99,7 +98,7 @@ def test_fullest_process_with_muon_updates_embeddings_with_adamw() -> None:
     assert config.optim.name == "muon"
     buffers = StageBuffers(config, 512, 0)
     sizes = [buffers.count_states(StatePlace(rank)).optimizer for rank in range(512)]
-    # a process with norms has a few bytes more
+    # processes with norms have a few bytes more
     assert buffers.count_states(buffers.find_fullest_place()).optimizer == pytest.approx(max(sizes), rel=1e-4)
     assert max(sizes) > sizes[0]
 

@@ -76,7 +76,6 @@ def test_needles_have_a_map_for_each_kind_and_language() -> None:
 
 # Step curves: restarts, downsampling, smoothing.
 
-
 steps_in_any_order = st.lists(st.fixed_dictionaries(
     {"event": st.just("step"), "step": st.integers(0, 30), "loss": st.floats(0, 10)}, optional={
         "losses_by_source": st.dictionaries(st.sampled_from(["en", "ko"]), st.floats(0, 10), max_size=2)}),

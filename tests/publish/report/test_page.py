@@ -15,7 +15,6 @@ from megatron_sov.runs.obs.events import EventLog
 
 # The opening panels: samples, held-out quality, verdicts.
 
-
 def build_panels(*paths: Path) -> dict[str, Panel]:
     """Return the opening panels of a report of these run folders, by title."""
     return {panel.title: panel for panel in build_opening([read_run(path) for path in paths])}
@@ -65,7 +64,6 @@ def test_settings_of_another_version_are_passed_over(tmp_path: Path) -> None:
 
 
 # The opening chart of held-out quality: one line through all stages.
-
 
 def read_series(chart: Chart) -> dict[str, tuple[list[float], list[float]]]:
     """Return name -> (x, y) of each series of a chart."""
@@ -204,7 +202,6 @@ def test_a_run_of_another_model_gets_one_sentence(runs: list[Path], toy: Path) -
 
 
 # The first sentence.
-
 
 def report_first_sentence(folder: Path, *texts: str, bits: tuple[float, ...] = (), passed: bool | None = None,
                           needles: bool = False) -> str:

@@ -59,7 +59,6 @@ def test_unusual_steps_and_hashes_break_no_page() -> None:
 
 # Curves of evaluations during training.
 
-
 def write_evaluations(run: Path) -> None:
     """Write result files of evaluation jobs: of steps 20 and 100, one failed, one torn, and one that runs."""
     (run / "evaluations").mkdir(parents=True)
@@ -113,7 +112,6 @@ def test_scores_of_later_jobs_join_those_of_events(tmp_path: Path, written_score
 
 # pass@k of a run's models in its report.
 
-
 SAMPLING = {"temperature": 0.8, "top_p": 0.95, "seed": 3}
 
 
@@ -150,7 +148,6 @@ def test_files_with_equal_names_are_separate_prompt_sets() -> None:
 
 
 # Verdicts in one table: subject, outcome, figure.
-
 
 def list_verdicts(runs: list[Path]) -> list[list[str]]:
     """Return the rows of the verdict table of these run folders, as text without HTML tags."""

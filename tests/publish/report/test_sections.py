@@ -67,7 +67,6 @@ def test_long_and_many_samples_are_truncated_with_a_note(tmp_path: Path) -> None
 
 # Rounds of reinforcement learning in the report, read from the manifests of the rounds.
 
-
 def write_round(run: Path, number: int, **content: object) -> None:
     """Write the artifact of round `number`, whose manifest has these fields."""
     with create_artifact(run / "rounds" / f"{number:04d}", "tokens") as artifact:
@@ -109,7 +108,6 @@ def test_unscored_and_damaged_rounds_are_shown(tmp_path: Path) -> None:
 
 # Only runs of one model share charts.
 
-
 def split_names(*paths: Path) -> tuple[list[str], list[str]]:
     """Return the names of the runs of the first run's model, and of the runs of other models."""
     own, others = split_by_model([read_run(path) for path in paths])
@@ -131,7 +129,6 @@ def test_a_run_without_recorded_size_joins_the_first_chart(runs: list[Path], tmp
 
 
 # Samples end with a whole line.
-
 
 @pytest.mark.each(("text", "shown"), [
     ("short", "short"), ("exactly 10", "exactly 10"), ("", ""),

@@ -1,4 +1,4 @@
-"""From input files to a vocabulary: the share of each group that is counted, and the progress messages."""
+"""From input files to a vocabulary: weights of groups, samples, the memory limit, and too little text."""
 
 import json
 import random
@@ -17,16 +17,17 @@ from tokenizer.presets import K_EXAONE, CountPlan
 @pytest.fixture
 def corpus(tmp_path: Path) -> Path:
     """Two files of 200 documents, of about 60 and 20 KB."""
-    drawn, folder = random.Random(3), tmp_path / "corpus"
+    rng, folder = random.Random(3), tmp_path / "corpus"
     folder.mkdir()
     for name, repeats in (("en", 3), ("ko", 1)):
-        words = ["".join(drawn.choices("abcdefgh" if name == "en" else "가나다라마", k=4)) for _ in range(40)]
-        lines = [json.dumps({"text": " ".join(drawn.choices(words, k=20 * repeats))}) for _ in range(200)]
+        words = ["".join(rng.choices("abcdefgh" if name == "en" else "가나다라마", k=4)) for _ in range(40)]
+        lines = [json.dumps({"text": " ".join(rng.choices(words, k=20 * repeats))}) for _ in range(200)]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     return folder
 
 
 def make_plan(tmp_path: Path) -> CountPlan:
+    """Return a plan of 480 tokens, of which those from 400 on may be superwords."""
     (tmp_path / "work").mkdir(exist_ok=True)
     return CountPlan(K_EXAONE, 480, 400, True, 1 << 30, None, 1, tmp_path / "work")
 
@@ -55,9 +56,8 @@ def test_memory_limit_bounds_words_and_is_reported(corpus: Path, tmp_path: Path,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(count_pipeline, "BASE_BYTES", 0)
     monkeypatch.setattr(count_pipeline, "LEARNING_BYTES_PER_BYTE", 1)
-    [stage] = learn_vocabulary(replace(make_plan(tmp_path), vocab_size=340, transition_size=340,
-                                       max_memory_bytes=300),
-                    build_groups(corpus, None, None)).stages
+    plan = replace(make_plan(tmp_path), vocab_size=340, transition_size=340, max_memory_bytes=300)
+    [stage] = learn_vocabulary(plan, build_groups(corpus, None, None)).stages
     assert stage["dropped_words"] > 20 and stage["least_count"] > 1 and 0 < stage["dropped_share"] < 1
 
 
@@ -76,13 +76,12 @@ def test_samples_do_not_depend_on_the_order_of_units(corpus: Path, tmp_path: Pat
 
 def test_inputs_without_weights_are_read_once(corpus: Path, tmp_path: Path,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: object) -> None:
-        raise AssertionError("looked through")
+    def refuse(*_: object) -> None:
+        raise AssertionError("measured")
 
-    monkeypatch.setattr(count_pipeline, "measure_groups", never)
+    monkeypatch.setattr(count_pipeline, "measure_groups", refuse)
     plan = replace(make_plan(tmp_path), vocab_size=400)
-    assert [fact["num_documents"] for fact in learn_vocabulary(plan,
-                                                               build_groups(corpus, None,
-                                                                            None)).facts] == [200, 200]
-    with pytest.raises(AssertionError, match="looked through"):
+    learned = learn_vocabulary(plan, build_groups(corpus, None, None))
+    assert [fact["num_documents"] for fact in learned.facts] == [200, 200]
+    with pytest.raises(AssertionError, match="measured"):
         learn_vocabulary(plan, build_groups(corpus, 1, 3))

@@ -1,4 +1,4 @@
-"""Split patterns: parsing, automata with Oniguruma's matches, and patterns that are refused."""
+"""Split patterns: parsing, automata that split as the regex library Oniguruma, and refused patterns."""
 
 import pickle
 from itertools import pairwise
@@ -40,16 +40,17 @@ O200K = (r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}
          r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re)?"
          r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
 PRIORITIES = r"a|ab|(?:ab|a)(?:c|bcd)?|b(?=c)|c{2,3}d?|[^\S\n]+x|\w\d"
-OF_PRESETS = {"solar-open": SOLAR_OPEN.split_pattern, "k-exaone": K_EXAONE.split_pattern,
+PRESET_PATTERNS = {"solar-open": SOLAR_OPEN.split_pattern, "k-exaone": K_EXAONE.split_pattern,
               "superwords": K_EXAONE.superword_pattern}
 PATTERNS = {"gpt-2": GPT_2, "llama-3": LLAMA_3, "o200k": O200K, "priorities": PRIORITIES, "dot": "..|.",
-            **OF_PRESETS}
+            **PRESET_PATTERNS}
 
 
 def split(pattern: str, text: str) -> list[str]:
-    raw, found = text.encode(), build_automaton(pattern)
+    """Return the pieces of a text, split by the automaton of a pattern."""
+    raw, automaton = text.encode(), build_automaton(pattern)
     ends = np.empty(len(raw), np.int32)
-    num_words = split_words(np.frombuffer(raw, np.uint8), found.kinds, found.steps, ends)
+    num_words = split_words(np.frombuffer(raw, np.uint8), automaton.kinds, automaton.steps, ends)
     return [raw[a:b].decode() for a, b in pairwise([0, *ends[:num_words].tolist()])]
 
 
@@ -72,7 +73,7 @@ def test_the_first_alternative_wins_not_the_longest() -> None:
     assert split("(?:a|ab)c|.", "abc") == ["abc"]
 
 
-def test_long_runs_take_two_looks_not_many() -> None:
+def test_long_runs_take_linear_time() -> None:
     automaton = build_automaton(LLAMA_3)
     raw = np.full(1 << 20, ord(" "), np.uint8)
     assert split_words(raw, automaton.kinds, automaton.steps, np.empty(len(raw), np.int32)) == 1
@@ -87,7 +88,7 @@ def test_too_large_a_pattern_is_left_to_oniguruma(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("pattern", OF_PRESETS.values(), ids=OF_PRESETS)
+@pytest.mark.parametrize("pattern", PRESET_PATTERNS.values(), ids=PRESET_PATTERNS)
 def test_all_of_unicode_is_split_as_by_oniguruma(pattern: str) -> None:
     splitter = Splitter(SOLAR_OPEN, pattern)
     for start in range(0, 0x110000, 8192):
@@ -103,7 +104,7 @@ def test_text_between_matches_is_preserved() -> None:
 
 def test_an_engine_that_differs_is_not_used_again() -> None:
     splitter = Splitter(SOLAR_OPEN, SOLAR_OPEN.split_pattern)
-    splitter._automaton = build_automaton(r"[\s\S]")  # an engine gone wrong: it cuts between all characters
+    splitter._automaton = build_automaton(r"[\s\S]")  # a wrong automaton, which splits all characters
     assert splitter.split_text("wrong now") != ["wrong", " now"]
     splitter.compare_engines("some text")
     assert splitter.split_text("right now") == ["right", " now"]
@@ -114,15 +115,12 @@ def test_piece_ends_are_byte_offsets() -> None:
         assert Splitter(SOLAR_OPEN, pattern).find_ends("가나 a".encode()).tolist()[0] == 6
 
 
-@pytest.mark.each("pattern", ["a*", "a|", "(?=a)", r"\b", ".|^"])
-def test_a_pattern_that_matches_nothing_is_refused(pattern: str) -> None:
-    with pytest.raises(UserError, match="can match empty text"):
+@pytest.mark.each(("pattern", "message"), [
+    *((pattern, "can match empty text") for pattern in ("a*", "a|", "(?=a)", r"\b", ".|^")),
+    ("(", r"preset mine: split pattern '\(' is no regular expression")])
+def test_a_pattern_that_cannot_split_is_refused(pattern: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
         build_splitter(pattern, "mine")
-
-
-def test_a_pattern_that_does_not_compile_is_refused() -> None:
-    with pytest.raises(UserError, match="preset mine: split pattern '\\(' is no regular expression"):
-        build_splitter("(", "mine")
 
 
 def test_normalization_is_the_presets() -> None:
@@ -131,16 +129,16 @@ def test_normalization_is_the_presets() -> None:
     assert Splitter(SOLAR_OPEN, SOLAR_OPEN.split_pattern).normalize(decomposed) == decomposed
 
 
-def test_a_splitter_travels_to_another_process() -> None:
-    travelled = pickle.loads(pickle.dumps(Splitter(K_EXAONE, K_EXAONE.split_pattern)))
+def test_a_splitter_can_be_sent_to_another_process() -> None:
+    unpickled = pickle.loads(pickle.dumps(Splitter(K_EXAONE, K_EXAONE.split_pattern)))
     for text in ("it's 12 \u1112\u1161\u11ab 가나", "\n\n a  b\t", "Ünïcode 2026, 漢字"):
-        normal = travelled.normalize(text)
-        travelled.compare_engines(normal)
-        assert travelled.split_text(normal) == split_by_oniguruma(K_EXAONE.split_pattern, normal)
+        normal = unpickled.normalize(text)
+        unpickled.compare_engines(normal)
+        assert unpickled.split_text(normal) == split_by_oniguruma(K_EXAONE.split_pattern, normal)
 
 
 def test_a_pattern_that_passes_over_text_is_refused() -> None:
-    for pattern in OF_PRESETS.values():
+    for pattern in PRESET_PATTERNS.values():
         check_coverage(pattern, "known")
     with pytest.raises(UserError, match=r"passes over some text, such as U\+0300"):
         check_coverage(r"\p{L}+|\p{N}|[^\p{M}]", "mine")

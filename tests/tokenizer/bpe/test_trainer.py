@@ -1,4 +1,4 @@
-"""Merges by arrays equal the textbook algorithm and Hugging Face's trainer, with and without superwords."""
+"""BPE merges equal textbook BPE, tiktoken and Hugging Face's trainer, with and without superwords."""
 
 import inspect
 import json
@@ -26,13 +26,12 @@ from tokenizer.presets import K_EXAONE, SOLAR_OPEN
 
 # Merging by ranks against tiktoken, and the last merge that produces a token.
 
-
 def draw_vocabulary(seed: int) -> dict[bytes, int]:
-    """Bytes, and random strings over three letters in random order, many of which merging can never reach."""
-    draw = random.Random(seed)
-    words = {bytes(draw.choices(b"abc", k=draw.randint(2, 6))) for _ in range(40)}
-    return {bytes([b]): b for b in range(256)} | {word: 256 + i for i, word in enumerate(
-        draw.sample(sorted(words), len(words)))}
+    """Return token -> rank: all bytes, then random strings of a, b and c, many of which no merge reaches."""
+    rng = random.Random(seed)
+    words = {bytes(rng.choices(b"abc", k=rng.randint(2, 6))) for _ in range(40)}
+    shuffled = rng.sample(sorted(words), len(words))
+    return {bytes([b]): b for b in range(256)} | {word: 256 + i for i, word in enumerate(shuffled)}
 
 
 @pytest.mark.each("seed", range(20))
@@ -42,9 +41,9 @@ def test_one_merge_per_token_equals_ranks(seed: int) -> None:
     as_floats: dict[bytes, float] = dict(ranks)
     pairs = {find_last_merge([bytes([b]) for b in token], as_floats): rank
              for token, rank in ranks.items() if len(token) > 1}
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     for _ in range(200):
-        text = bytes(draw.choices(b"abc", k=draw.randint(1, 30)))
+        text = bytes(rng.choices(b"abc", k=rng.randint(1, 30)))
         parts = merge_parts([bytes([b]) for b in text], lambda a, b: pairs.get((a, b)))
         if text not in ranks:  # tiktoken looks a whole text up first
             assert [ranks[p] for p in parts] == encoding.encode_ordinary(text.decode())
@@ -60,7 +59,7 @@ def test_an_unreachable_token_has_no_last_merge() -> None:
 
 TEXT = [inspect.getsource(textwrap), "한국어 문장은 한국어로 씁니다. 문장 하나.\n" * 20,
         "<|end|> for i in x:\n    i += 1\n" * 20]
-ANY = JoinRule(max_bytes=99, max_words=0, keeps_words_apart=False, only_superwords=False)
+ANY_JOIN = JoinRule(max_bytes=99, max_words=0, keeps_words_apart=False, only_superwords=False)
 PLAIN = replace(SOLAR_OPEN, split_pattern=r"[^|]+|\|")
 
 
@@ -94,7 +93,7 @@ def test_merges_equal_those_of_hugging_faces_trainer(learn: Callable[..., Vocabu
 
 def test_counts_beyond_32_bits() -> None:
     words = PretokenWords(np.array([0, 1, 1, 0]), np.array([2, 2]), np.array([1 << 40, (1 << 40) - 1]))
-    learner = MergeLearner(words, [b"a", b"b"], ANY, 2, 9)
+    learner = MergeLearner(words, [b"a", b"b"], ANY_JOIN, 2, 9)
     assert list(learner.iter_merges()) == [Merge(0, 1, 1 << 40), Merge(1, 0, (1 << 40) - 1)]
 
 
@@ -137,8 +136,6 @@ def test_pieces_in_memory_exceed_the_limit_by_at_most_a_bucket() -> None:
         sampler.add_piece(TextPiece(b"x" * 100, number * 7919 % NUM_BUCKETS))
     assert sum(len(piece.raw) for piece in sampler.get_pieces()) == LIMIT_BYTES + 100
 
-
-LETTER = rb"[A-Za-z\x80-\xff]"
 
 NOUNS = ["cat", "dog", "bird", "고양이", "강아지", "año", "Straße"]
 generator = random.Random(4)

@@ -1,4 +1,4 @@
-"""Cost, overlap and speed of several tokenizers, compared with figures by hand."""
+"""`sov-tokenizer compare`: cost, overlap and speed of tokenizers, against figures by hand."""
 
 import json
 from collections.abc import Callable
@@ -20,21 +20,22 @@ TEXTS = [NamedText("en", "en", ["the cat the", " hat"], True), NamedText("ko", "
 
 def test_fewer_tokens_against_a_larger_head(toy: Toy) -> None:
     first, second = toy(), toy("the", "한국", special=("<|end|>",))
-    dearer = (1000 + 4 * 259) / (1000 + 4 * 256)
+    # FLOPs per token grow with the vocabulary: a body of 1000 parameters, and a head of 4 per token
+    head_ratio = (1000 + 4 * 259) / (1000 + 4 * 256)
     result = compute_costs([measure_text(second, t) for t in TEXTS], [measure_text(first, t) for t in TEXTS],
-                           dearer)
-    assert (result["en"]["num_tokens"] == 15 - 2 * 2
-            and result["en"]["relative_tokens"] == pytest.approx(11 / 15))
-    assert result["en"]["relative_flops"] == pytest.approx(11 / 15 * dearer)
+                           head_ratio)
+    assert result["en"]["num_tokens"] == 15 - 2 * 2  # "the" twice is one token instead of three
+    assert result["en"]["relative_tokens"] == pytest.approx(11 / 15)
+    assert result["en"]["relative_flops"] == pytest.approx(11 / 15 * head_ratio)
     assert result["ko"]["relative_tokens"] == pytest.approx(1 / 6)
 
 
 def test_names_are_shortened_while_unique() -> None:
-    def opened(path: str) -> Any:
+    def open_named(path: str) -> Any:
         return SimpleNamespace(path=Path(path), name=Path(path).name)
 
-    assert choose_names([opened("a/x"), opened("a/y")]) == ["x", "y"]
-    assert choose_names([opened("a/x"), opened("b/x"), opened("y")]) == ["a/x", "b/x", "y"]
+    assert choose_names([open_named("a/x"), open_named("a/y")]) == ["x", "y"]
+    assert choose_names([open_named("a/x"), open_named("b/x"), open_named("y")]) == ["a/x", "b/x", "y"]
 
 
 def test_shared_tokens_are_those_of_the_same_bytes(toy: Toy) -> None:
@@ -44,18 +45,18 @@ def test_shared_tokens_are_those_of_the_same_bytes(toy: Toy) -> None:
 
 
 def test_speed_is_the_best_round_of_each_taken_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The machine is busy in the first round: everything takes four times as long."""
+    """In the first round the machine is busy, and all encoding takes four times as long."""
     clock, order = SimpleNamespace(now_s=0.0), []
     monkeypatch.setattr(command, "time", SimpleNamespace(process_time=lambda: clock.now_s))
 
-    def made(name: str, s_per_chunk: float) -> Any:
+    def build_timed(name: str, s_per_chunk: float) -> Any:
         def encode(text: str) -> None:
             order.append(name)
             clock.now_s += s_per_chunk * (4 if len(order) <= 6 else 1)
 
         return SimpleNamespace(encode=encode)
 
-    result = measure_speeds([made("slow", 3.0), made("fast", 1.0)], TEXTS)
+    result = measure_speeds([build_timed("slow", 3.0), build_timed("fast", 1.0)], TEXTS)
     num_mb = 21 / 1e6
     assert result == pytest.approx([num_mb / 9, num_mb / 3])
     assert order == (["slow"] * 3 + ["fast"] * 3) * command.SPEED_ROUNDS

@@ -46,8 +46,8 @@ def load_cached_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def learned_ranks() -> dict[bytes, int]:
-    """Ranks as tiktoken's own teaching material learns them, and a word that no merges lead to."""
+def learn_ranks() -> dict[bytes, int]:
+    """Return ranks learned by tiktoken's educational trainer, and a last token that no merges produce."""
     from tiktoken._educational import bpe_train
 
     ranks = dict(bpe_train(PROSE * 3, 420, CL100K, visualise=None))
@@ -56,9 +56,9 @@ def learned_ranks() -> dict[bytes, int]:
 
 @pytest.fixture(scope="module")
 def by_tiktoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[tiktoken.Encoding, Path]:
-    """tiktoken's encoding, and the folder of the imported one; ids 421 to 429 are free."""
-    root, ranks, special = (tmp_path_factory.mktemp("tiktoken"), learned_ranks(),
-                            {"<|endoftext|>": 430, "<|pad|>": 431})
+    """tiktoken's encoding, and the folder of its import. Ids 421 to 429 have no token."""
+    root, ranks = tmp_path_factory.mktemp("tiktoken"), learn_ranks()
+    special = {"<|endoftext|>": 430, "<|pad|>": 431}
     (root / "cl.tiktoken").write_bytes(format_ranks(ranks))
     (root / "rules.json").write_text(json.dumps({"pat_str": CL100K, "special_tokens": special,
                                                  "comment": "ignored"}))
@@ -71,7 +71,7 @@ def by_tiktoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[tiktoken.Enco
 @pytest.fixture(scope="module", params=SENTENCEPIECE)
 def by_sentencepiece(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         sentencepiece.SentencePieceProcessor, Path]:
-    """A sentencepiece model (m.model), and the folder of its imported form."""
+    """A model trained by sentencepiece, and the folder of its import."""
     root, out = tmp_path_factory.mktemp(request.param), io.BytesIO()
     options = {"character_coverage": 1.0, "vocab_size": 370, **SENTENCEPIECE[request.param]}
     lines = [word for line in PROSE.splitlines() for word in (line, *line.split())] * 3
@@ -98,8 +98,8 @@ def test_tiktokens_special_tokens_and_facts(by_tiktoken: tuple[tiktoken.Encoding
     loaded, text = AutoTokenizer.from_pretrained(folder), "a<|endoftext|>b<|pad|> c"
     assert loaded.encode(text) == encoding.encode(text, allowed_special="all")
     content = read_manifest(folder, "tokenizer").content
-    assert ((content["vocab_size"], content["bos_id"], content["eos_id"], content["pad_id"])
-            == (432, None, 430, 430))
+    ids = [content[name] for name in ("vocab_size", "bos_id", "eos_id", "pad_id")]
+    assert ids == [432, None, 430, 430]
     encoder = Encoder(folder)
     assert (encoder.vocab_size, encoder.eos_id, encoder.plain.encode(text).ids) == (
         432, 430, encoding.encode_ordinary(text))
@@ -118,8 +118,8 @@ def test_sentencepieces_pieces_names_and_text(
         by_sentencepiece: tuple[sentencepiece.SentencePieceProcessor, Path]) -> None:
     model, folder = by_sentencepiece
     loaded = AutoTokenizer.from_pretrained(folder)
-    assert loaded.convert_ids_to_tokens(range(len(model))) == [model.id_to_piece(i)
-                                                               for i in range(len(model))]
+    pieces = [model.id_to_piece(i) for i in range(len(model))]
+    assert loaded.convert_ids_to_tokens(range(len(model))) == pieces
     content = read_manifest(folder).content
     assert (content["vocab_size"], content["bos_id"], content["eos_id"]) == (
         len(model), model.bos_id(), model.eos_id())
@@ -133,6 +133,7 @@ def test_sentencepieces_pieces_names_and_text(
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tokenizer of 420 tokens that `train` has written."""
     root = tmp_path_factory.mktemp("trained")
     (root / "prose.txt").write_text(PROSE * 40)
     assert main(["train", "--preset", "solar-open", "--vocab-size", "420", "--input", str(root / "prose.txt"),
@@ -154,6 +155,7 @@ def test_ours_through_tiktoken_and_back_is_the_same_file(trained: Path, tmp_path
 
 def edit_tokenizer(folder: Path, target: Path, edit: Callable[[dict[str, Any]], Any],
                    name: str = "tokenizer.json") -> Path:
+    """Copy a tokenizer's folder without its manifest to `target`, whose file `name` is edited in place."""
     shutil.copytree(folder, target)
     (target / "manifest.json").unlink()
     raw = json.loads((target / name).read_text())
@@ -180,8 +182,8 @@ def test_a_hugging_face_folder_is_not_cut_off(trained: Path, tmp_path: Path) -> 
     assert read_manifest(tmp_path / "mine").content["eos_id"] == 21
 
 
-def charsmap() -> bytes:
-    """Return sentencepiece's own character map, which only its trainer writes."""
+def read_charsmap() -> bytes:
+    """Return the character map of sentencepiece's default normalizer, which only its trainer writes."""
     from sentencepiece import sentencepiece_model_pb2
 
     out = io.BytesIO()
@@ -191,8 +193,8 @@ def charsmap() -> bytes:
     return sentencepiece_model_pb2.ModelProto.FromString(out.getvalue()).normalizer_spec.precompiled_charsmap
 
 
-def broken_model(root: Path, **changes: Any) -> Path:
-    """Write a small BPE model with fields of its trainer or normalizer changed."""
+def write_broken_model(root: Path, **changes: Any) -> Path:
+    """Write a small BPE model with changes such as `trainer_spec__FIELD=value` or `score__PIECE=value`."""
     from sentencepiece import sentencepiece_model_pb2
 
     proto = sentencepiece_model_pb2.ModelProto()
@@ -214,13 +216,14 @@ def broken_model(root: Path, **changes: Any) -> Path:
     ({"trainer_spec__treat_whitespace_as_suffix": True}, "it writes white space behind words"),
     ({"normalizer_spec__escape_whitespaces": False}, "it does not mark spaces"),
     ({"score__7": -6.0}, "its pieces 'ba' and another one have the same score -6.0"),
-    ({"denormalizer_spec__precompiled_charsmap": charsmap}, "it changes characters when decoding"),
+    ({"denormalizer_spec__precompiled_charsmap": read_charsmap}, "it changes characters when decoding"),
     ({"trainer_spec__model_type": 1},
      "it has no piece for '<', so text that reads '<unk>' would become that piece"),
 ])
 def test_models_that_have_no_form_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str],
                                               changes: dict[str, Any], message: str) -> None:
-    assert main(["import", str(broken_model(tmp_path, **changes)), "--output", str(tmp_path / "out")]) == 2
+    file = write_broken_model(tmp_path, **changes)
+    assert main(["import", str(file), "--output", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["bad.model"]
@@ -228,7 +231,7 @@ def test_models_that_have_no_form_are_refused(tmp_path: Path, capsys: pytest.Cap
 
 def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
                                     capsys: pytest.CaptureFixture[str]) -> None:
-    ranks = format_ranks(learned_ranks())
+    ranks = format_ranks(learn_ranks())
     files = {
         "a.tiktoken": ranks, "b.tiktoken": ranks,
         "b.tiktoken.json": json.dumps({"pat_str": "(", "special_tokens": {}}), "c.tiktoken": ranks,
@@ -266,7 +269,7 @@ def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
 
 def _write_tiktoken(more_ranks: bytes = b"", **rules: Any) -> Callable[[Path, Path], Path]:
     def write(root: Path, trained: Path) -> Path:
-        (root / "a.tiktoken").write_bytes(format_ranks(learned_ranks()) + more_ranks)
+        (root / "a.tiktoken").write_bytes(format_ranks(learn_ranks()) + more_ranks)
         (root / "a.tiktoken.json").write_text(json.dumps(
             {"pat_str": ".", "special_tokens": {"<e>": 900}, "eos_token": "<e>"} | rules))
         return root / "a.tiktoken"

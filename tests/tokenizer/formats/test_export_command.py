@@ -21,6 +21,7 @@ PROSE = ("The quick brown fox doesn't jump over 12 lazy dogs.\n\n  다람쥐 헌
 
 @pytest.fixture(scope="module", params=[pytest.param("solar-open", marks=pytest.mark.deep), "k-exaone"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a trained tokenizer with a preset's rules."""
     root = tmp_path_factory.mktemp("export")
     (root / "prose.txt").write_text(PROSE)
     assert main(["train", "--preset", request.param, "--vocab-size", "420", "--input",
@@ -30,6 +31,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 @pytest.fixture(scope="module")
 def exported(folder: Path) -> tuple[tiktoken.Encoding, dict[str, Any], Tokenizer]:
+    """tiktoken's encoding of the exported files, the exported rules, and the original tokenizer."""
     file = folder.parent / "out/my.tiktoken"
     assert main(["export", str(folder), "--format", "tiktoken", "--output", str(file),
                  "--text", str(folder.parent / "prose.txt")]) == 0
@@ -75,13 +77,13 @@ def test_raw_bytes_and_special_tokens_keep_their_ids(
     assert rules["eos_token"] in rules["special_tokens"]
 
 
-def unmatched_text(raw: dict[str, Any]) -> None:
-    """Leave text unmatched, which `tokenizers` keeps and tiktoken drops."""
+def leave_text_unmatched(raw: dict[str, Any]) -> None:
+    """Set a split pattern that matches only "a": tiktoken would drop other text, `tokenizers` would not."""
     raw["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = "a+"
 
 
 @pytest.mark.each(("edit", "message"), [
-    (unmatched_text, "cannot be exported, since tiktoken would not give the same ids for"),
+    (leave_text_unmatched, "cannot be exported, since tiktoken would not give the same ids for"),
     (lambda raw: raw.update(normalizer={"type": "Lowercase"}),
      "its normalizer Lowercase has no form in tiktoken"),
     (lambda raw: raw["added_tokens"][3].update(lstrip=True), "has lstrip, for which tiktoken has no form"),

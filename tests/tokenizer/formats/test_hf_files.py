@@ -1,5 +1,4 @@
-"""Files of an exported tokenizer: text never encodes to special tokens, and bytes are spelled as in the
-`tokenizers` library."""
+"""Tokenizer files: text never encodes to special tokens, and bytes are spelled as in `tokenizers`."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -41,23 +40,24 @@ def test_bytes_are_spelled_as_the_library_does() -> None:
         assert spell_token(text.encode()) == split[0][0]
 
 
-CHECKED = ["one of the cats and one of the dogs, 그 고양이 그리고 그 강아지 " * 20]
+SAMPLES = ["one of the cats and one of the dogs, 그 고양이 그리고 그 강아지 " * 20]
 
 
-def run(preset: Preset, vocabulary: Vocabulary, folder: Path, built: Preset | None = None,
-        stage_1: int = 290) -> str:
+def check(preset: Preset, vocabulary: Vocabulary, folder: Path, built: Preset | None = None,
+          stage_1: int = 290) -> str:
+    """Save a tokenizer with the rules of `built`, by default `preset`; return the sentence of its check."""
     tokenizer = build_tokenizer(built or preset, vocabulary)
     tokenizer.save(str(folder / TOKENIZER_JSON))
-    checked = check_round_trip(tokenizer, preset, vocabulary, stage_1, folder, CHECKED)
+    checked = check_round_trip(tokenizer, preset, vocabulary, stage_1, folder, SAMPLES)
     assert checked.bytes_per_token == [pytest.approx(
-        len(CHECKED[0].encode()) / len(tokenizer.encode(CHECKED[0]).ids))]
+        len(SAMPLES[0].encode()) / len(tokenizer.encode(SAMPLES[0]).ids))]
     return checked.sentence
 
 
-def test_a_good_one_passes(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
-    assert run(K_EXAONE, learn(K_EXAONE, 320, CHECKED, transition=290), tmp_path).endswith(
+def test_a_correct_tokenizer_passes_the_check(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
+    assert check(K_EXAONE, learn(K_EXAONE, 320, SAMPLES, transition=290), tmp_path).endswith(
         "two steps the same as one")
-    assert run(SOLAR_OPEN, learn(SOLAR_OPEN, 290, CHECKED), tmp_path).endswith(
+    assert check(SOLAR_OPEN, learn(SOLAR_OPEN, 290, SAMPLES), tmp_path).endswith(
         "transformers give the same ids")
 
 
@@ -70,22 +70,22 @@ def test_files_with_other_rules_fail_the_check(learn: Callable[..., Vocabulary],
                                                sizes: dict[str, int], built: Preset, message: str,
                                                tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match=message):
-        run(preset, learn(preset, texts=CHECKED, **sizes), tmp_path, built)
+        check(preset, learn(preset, texts=SAMPLES, **sizes), tmp_path, built)
 
 
 def test_a_different_file_is_detected(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
-    vocabulary = learn(SOLAR_OPEN, 290, CHECKED)
+    vocabulary = learn(SOLAR_OPEN, 290, SAMPLES)
     tokenizer = build_tokenizer(SOLAR_OPEN, vocabulary)
-    build_tokenizer(SOLAR_OPEN, learn(SOLAR_OPEN, 270, CHECKED)).save(str(tmp_path / TOKENIZER_JSON))
+    build_tokenizer(SOLAR_OPEN, learn(SOLAR_OPEN, 270, SAMPLES)).save(str(tmp_path / TOKENIZER_JSON))
     with pytest.raises(CheckFailed, match="tiktoken and transformers differ on"):
-        check_round_trip(tokenizer, SOLAR_OPEN, vocabulary, 290, tmp_path, CHECKED)
+        check_round_trip(tokenizer, SOLAR_OPEN, vocabulary, 290, tmp_path, SAMPLES)
 
 
 def test_a_step_without_effect_is_detected(learn: Callable[..., Vocabulary], tmp_path: Path) -> None:
-    vocabulary = learn(K_EXAONE, 320, CHECKED, transition=290)
+    vocabulary = learn(K_EXAONE, 320, SAMPLES, transition=290)
     tokenizer = build_tokenizer(K_EXAONE, vocabulary)
     tokenizer.save(str(tmp_path / TOKENIZER_JSON))
-    # the first of stage 2 is lost in the two steps, not in the files
+    # the first merge of stage 2 is missing in memory, but not in the file
     vocabulary.merges[290 - 256] = vocabulary.merges[0]
     with pytest.raises(CheckFailed, match="two steps differ from one on"):
-        check_round_trip(tokenizer, K_EXAONE, vocabulary, 290, tmp_path, CHECKED)
+        check_round_trip(tokenizer, K_EXAONE, vocabulary, 290, tmp_path, SAMPLES)

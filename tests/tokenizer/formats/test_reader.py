@@ -1,4 +1,4 @@
-"""Tokenizers of every format, opened from a path: ids, bytes and text equal those of their own libraries."""
+"""`open_tokenizer` of all formats: ids, bytes and text equal those of each format's library."""
 
 import base64
 import json
@@ -22,6 +22,7 @@ PATTERN = r"\p{L}+|\p{N}|\s+|[^\s\p{L}\p{N}]+"
 
 
 def write_ranks(path: Path, more: tuple[bytes, ...] = (b"th", b"the")) -> dict[bytes, int]:
+    """Write a tiktoken file with all bytes and longer tokens, and return their ranks."""
     ranks = {token: i for i, token in enumerate([*(bytes([b]) for b in range(256)), *more])}
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for token, rank in ranks.items()))
     return ranks
@@ -37,8 +38,8 @@ def test_hugging_face(build: Build) -> None:
         assert opened.decode(opened.encode(TEXT)) == TEXT
         assert list(opened.special.values()) == ["<|end|>"] and list(opened.added.values()) == ["<think>"]
         assert opened.vocab_size == raw.get_vocab_size()
-        assert (opened.tokens[raw.token_to_id("Ġthe")] == b" the"
-                and len(opened.tokens) == raw.get_vocab_size() - 2)
+        assert opened.tokens[raw.token_to_id("Ġthe")] == b" the"
+        assert len(opened.tokens) == raw.get_vocab_size() - 2  # without special and added tokens
 
 
 def test_tiktoken(tmp_path: Path) -> None:
@@ -52,8 +53,8 @@ def test_tiktoken(tmp_path: Path) -> None:
         assert opened.encode(TEXT) == reference.encode_ordinary(TEXT) == opened.encode_many([TEXT])[0]
         assert opened.encode_special(TEXT) == reference.encode(TEXT, allowed_special="all")
         assert opened.decode(opened.encode(TEXT)) == TEXT
-        assert (opened.special == {300: "<|end|>"} and opened.vocab_size == 301
-                and opened.tokens[257] == b"the")
+        assert opened.special == {300: "<|end|>"} and opened.vocab_size == 301
+        assert opened.tokens[257] == b"the"
 
 
 def test_sentencepiece(tmp_path: Path) -> None:
@@ -66,8 +67,8 @@ def test_sentencepiece(tmp_path: Path) -> None:
     assert opened.encode(TEXT) == reference.encode(TEXT) == opened.encode_many([TEXT])[0]
     assert opened.decode(opened.encode(TEXT)) == opened.normalize(TEXT) == "the other, 가나다 <|end|> x"
     assert set(opened.special.values()) == {"<unk>", "<s>", "</s>"}
-    assert (opened.tokens[reference.piece_to_id("▁the")] == b" the"
-            and opened.tokens[reference.piece_to_id("<0x0A>")] == b"\n")
+    assert opened.tokens[reference.piece_to_id("▁the")] == b" the"
+    assert opened.tokens[reference.piece_to_id("<0x0A>")] == b"\n"
 
 
 def test_mistakes_cost_one_sentence(tmp_path: Path) -> None:
@@ -100,22 +101,24 @@ TEXTS = ["12 123 1234 1234567 a1",
          "it's  a TEST\n\n  end  \nof ", "  ", "a\n b\n", "price: 12,345.67!!\n\n", "한국어 123 [x{2}+]"]
 
 
-def pieces(pattern: str, text: str) -> list[str]:
+def split_by_oniguruma(pattern: str, text: str) -> list[str]:
     return [piece for piece, _ in pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(text)]
 
 
 @pytest.mark.each("pattern", [CL100K, O200K_PART, r"(?:a(b)?){1,2}+|[\]{1,2}+$]+|.|\n",
                                      r"^\p{L}+|\s|.", r"x{2}+|\{2}+|[^x]|x"])
-def test_translated_patterns_split_as_they_are_meant(pattern: str) -> None:
+def test_converted_patterns_split_as_by_regex(pattern: str) -> None:
+    converted = convert_to_oniguruma(pattern)
     for text in TEXTS:
-        assert pieces(convert_to_oniguruma(pattern), text) == [m.group() for m
-                                                               in regex.finditer(pattern, text)]
+        expected = [match.group() for match in regex.finditer(pattern, text)]
+        assert split_by_oniguruma(converted, text) == expected
 
 
-def test_untranslated_they_do_not() -> None:
-    assert pieces(r"\p{N}{1,3}+", "1234567") == ["1234567"]
-    assert pieces(convert_to_oniguruma(r"\p{N}{1,3}+"), "1234567") == ["123", "456", "7"]
-    assert pieces(r"\s+$|\s", "a  \nb") != pieces(convert_to_oniguruma(r"\s+$|\s"), "a  \nb")
+def test_unconverted_patterns_split_differently() -> None:
+    assert split_by_oniguruma(r"\p{N}{1,3}+", "1234567") == ["1234567"]
+    assert split_by_oniguruma(convert_to_oniguruma(r"\p{N}{1,3}+"), "1234567") == ["123", "456", "7"]
+    pattern, text = r"\s+$|\s", "a  \nb"
+    assert split_by_oniguruma(pattern, text) != split_by_oniguruma(convert_to_oniguruma(pattern), text)
 
 
 def test_compatible_patterns_are_unchanged() -> None:

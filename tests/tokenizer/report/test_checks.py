@@ -1,4 +1,4 @@
-"""Checks of a tokenizer: special tokens, used tokens, planted defects."""
+"""Checks of a tokenizer's report, with planted defects: special tokens, used tokens, digits, white space."""
 
 from collections.abc import Callable
 from itertools import islice
@@ -27,10 +27,10 @@ def test_a_cut_text_has_bars_between_its_tokens() -> None:
     assert format_tokens([b"The", b" q", b"u", b"\n"]) == r"The|␣q|u|\n" and format_tokens([]) == ""
 
 
-@pytest.mark.each(("token", "whole"), [(b"abc", True), ("가".encode(), True),
-                                              ("가".encode()[1:], False), (b"\xff", False)])
-def test_complete_characters_are_text(token: bytes, whole: bool) -> None:
-    assert is_text(token) == whole
+@pytest.mark.each(("token", "is_complete"), [
+    (b"abc", True), ("가".encode(), True), ("가".encode()[1:], False), (b"\xff", False)])
+def test_complete_characters_are_text(token: bytes, is_complete: bool) -> None:
+    assert is_text(token) == is_complete
 
 
 Toy = Callable[..., Any]
@@ -56,7 +56,7 @@ def test_a_special_token_matched_only_between_letters_is_detected(toy: Toy) -> N
     assert check.tables[0].rows[0][0] == "[UNK]" and check.tables[0].rows[0][-1] == "becomes its id"
 
 
-def test_one_that_does_not_come_back_is_a_defect(toy: Toy) -> None:
+def test_a_special_token_lost_in_decoding_is_a_defect(toy: Toy) -> None:
     check = check_neutral(toy(special=SPECIAL, change=lambda text: text.replace("pad", "")))
     assert check.verdict == "bad"
     assert check.numbers["not_given_back"] == ["pad"] and "; 1 are not returned" in check.summary
@@ -68,9 +68,6 @@ def test_added_tokens_count_where_they_look_like_control(toy: Toy, added: str, t
     opened = toy()
     opened.added = {300: added}
     assert check_neutral(opened).numbers["num_tried"] == tried
-
-
-HEAD, TAIL = "안".encode()[:2], "안".encode()[1:]
 
 
 def build_measures(opened: Any, name: str, *chunks: str) -> TokenizerMeasures:
@@ -97,8 +94,7 @@ HANGUL = [("ì", "ķ"), ("ìķ", "Ī")]  # EC 95 88: 안
 @pytest.mark.deep
 def test_a_sound_tokenizer_passes(build: Build, heldout: dict[str, Path],
                                   monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every twelfth block of Unicode, so that all planes and Hangul are covered; another test proves that the
-    blocks are complete."""
+    """Tries every twelfth block of Unicode, in all planes and Hangul; another test checks all blocks."""
     every = scalars_module._iter_blocks
     monkeypatch.setattr(scalars_module, "_iter_blocks", lambda end: islice(every(end), 0, None, 12))
     opened = open_tokenizer(build(pairs=[*PAIRS, *HANGUL]))
@@ -122,16 +118,16 @@ def test_merged_digits_are_detected(build: Build, pairs: list[tuple[str, str]], 
     assert (check.verdict, check.numbers["single_digits"]) == (verdict, single)
     assert check.numbers["num_multi_digit_tokens"] == (0 if single else 2)
     if not single:
-        assert (check.numbers["shapes"]["3"].keys() >= {"3", "1+1+1"}
-                and check.numbers["shapes"]["3"]["3"] == "123")
+        shapes = check.numbers["shapes"]["3"]
+        assert shapes.keys() >= {"3", "1+1+1"} and shapes["3"] == "123"
 
 
 def test_regular_groups_of_digits_are_accepted(build: Build) -> None:
     digits = "0123456789"
     pairs = [(a, b) for a in digits for b in digits]
     check = check_digits(open_tokenizer(build(pairs=pairs, split=r"\p{L}+|\p{N}{1,2}|\s+|.")))
-    assert (check.verdict == "note" and check.numbers["regular"]
-            and check.numbers["shapes"]["5"].keys() == {"2+2+1"})
+    assert check.verdict == "note" and check.numbers["regular"]
+    assert check.numbers["shapes"]["5"].keys() == {"2+2+1"}
 
 
 def test_expensive_indentation_is_reported(build: Build) -> None:

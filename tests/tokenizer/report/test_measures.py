@@ -1,4 +1,4 @@
-"""Measures of a tokenizer on texts, against a plain computation."""
+"""Measures of a tokenizer on texts and on all characters, and of its tokens, against plain computations."""
 
 import json
 import unicodedata
@@ -18,7 +18,6 @@ from tokenizer.report.measures import (
     measure_text, parse_text, read_text, read_texts, try_scalars)
 
 # Held-out texts: their figures, read limits, and pieces.
-
 
 def build_text(*chunks: str) -> NamedText:
     return NamedText("t", "t", list(chunks), True)
@@ -67,13 +66,12 @@ def test_figures_are_those_of_plain_counting(build: Build, heldout: dict[str, Pa
     docs = {"english": [json.loads(line)["text"] for line in heldout["english"].read_text().splitlines()],
             "thai": [heldout["thai"].read_text()]}
     opened = open_tokenizer(folder)
-    measured = [measure_text(opened, text) for text in read_texts([f"{n}={p}" for n, p in heldout.items()],
-                                                                  1)]
-    check = check_texts(opened, measured)
-    tokens = {name: sum(len(raw.encode(d).ids) for d in found) for name, found in docs.items()}
-    for name, found in docs.items():
+    texts = read_texts([f"{name}={path}" for name, path in heldout.items()], 1)
+    check = check_texts(opened, [measure_text(opened, text) for text in texts])
+    tokens = {name: sum(len(raw.encode(d).ids) for d in documents) for name, documents in docs.items()}
+    for name, documents in docs.items():
         numbers = check.numbers["texts"][name]
-        text = "".join(found)
+        text = "".join(documents)
         assert numbers["num_tokens"] == tokens[name] and numbers["num_bytes"] == len(text.encode())
         assert numbers["bytes_per_token"] == pytest.approx(len(text.encode()) / tokens[name])
         assert numbers["tokens_per_char"] == pytest.approx(tokens[name] / len(text))
@@ -82,7 +80,7 @@ def test_figures_are_those_of_plain_counting(build: Build, heldout: dict[str, Pa
     assert check.numbers["texts"]["english"]["tokens_per_1000_words"] == pytest.approx(
         1000 * tokens["english"] / words)
     assert check.numbers["texts"]["thai"]["tokens_per_word"] is None
-    assert check.numbers["texts"]["thai"]["share_of_partial_characters"] == 1  # nothing but single bytes
+    assert check.numbers["texts"]["thai"]["share_of_partial_characters"] == 1  # all tokens are single bytes
     assert check.verdict == "good"
 
 
@@ -91,8 +89,8 @@ def test_text_that_decoding_does_not_give_back_is_bad(build: Build, heldout: dic
     text = read_text("thai", heldout["thai"], 10**6)
     assert check_texts(opened, [measure_text(opened, text)]).verdict == "good"  # Thai has no such byte
     heldout["thai"].write_text("Ä")
-    assert check_texts(opened, [measure_text(opened, read_text("t", heldout["thai"],
-                                                               10**6))]).verdict == "bad"
+    text = read_text("t", heldout["thai"], 10**6)
+    assert check_texts(opened, [measure_text(opened, text)]).verdict == "bad"
 
 
 def test_large_text_is_read_in_parts_from_all_over_it(tmp_path: Path) -> None:
@@ -135,12 +133,12 @@ Toy = Callable[..., Any]
 
 @pytest.fixture(autouse=True)
 def few_characters(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first 4,096 characters stand for all."""
-    every = measures.try_scalars
-    monkeypatch.setattr(measures, "try_scalars", lambda opened: every(opened, 0x1000))
+    """Tries the first 4,096 characters of Unicode only, to save time."""
+    try_scalars = measures.try_scalars
+    monkeypatch.setattr(measures, "try_scalars", lambda opened: try_scalars(opened, 0x1000))
 
 
-def test_all_come_back(toy: Toy) -> None:
+def test_a_tokenizer_that_returns_all_characters_is_good(toy: Toy) -> None:
     opened = toy("가", "abc", "d\u00e9")
     check = check_scalars(opened)
     assert (check.verdict, check.summary) == ("good", "4,096 characters tried, all are returned")
@@ -148,8 +146,8 @@ def test_all_come_back(toy: Toy) -> None:
 
 def test_blocks_cover_all_scalar_values_without_surrogates() -> None:
     blocks = list(measures._iter_blocks(measures.END))
-    every = chain(range(0xD800), range(0xE000, 0x110000))
-    assert all(a == b for a, b in zip(chain.from_iterable(blocks), every, strict=True))
+    scalars = chain(range(0xD800), range(0xE000, 0x110000))
+    assert all(a == b for a, b in zip(chain.from_iterable(blocks), scalars, strict=True))
 
 
 def test_a_lost_character_is_named_once_and_explains_its_block(toy: Toy) -> None:
@@ -164,8 +162,8 @@ def test_canonically_equivalent_output_is_a_remark(toy: Toy) -> None:
     opened = toy(change=lambda text: text.replace("\u0344", unicodedata.normalize("NFC", "\u0344")))
     check = check_scalars(opened)
     assert check.numbers["normalized"] == ["U+0344"] and check.numbers["lost"] == []
-    assert (check.verdict == "note"
-            and check.summary.endswith("1 replaced by equivalent text (normalization)"))
+    assert check.verdict == "note"
+    assert check.summary.endswith("1 replaced by equivalent text (normalization)")
 
 
 def test_a_block_broken_only_by_context_is_reported_with_its_text(toy: Toy) -> None:
@@ -178,21 +176,21 @@ def test_planes_without_characters_are_tried_side_by_side_only(toy: Toy,
                                                                monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measures, "EMPTY_PLANES", range(0x800, 0x1000))
     opened, texts = toy(), []
-    encoded = opened.encode_many
-    opened.encode_many = lambda several: texts.append(len(several)) or encoded(several)
+    encode_many = opened.encode_many
+    opened.encode_many = lambda several: texts.append(len(several)) or encode_many(several)
+    # each of three blocks of 2,048 characters is one text, and two more with spaces unless its plane is empty
     assert try_scalars(opened, 0x1800).num_tried == 0x1800 and texts == [3, 1, 3]
 
 
 def test_every_part_is_counted(toy: Toy) -> None:
-    """256 bytes, three words, two parts of Hangul; special tokens come last."""
+    """The tokens are 256 bytes, three texts, two parts of a Hangul syllable, and a special token."""
     opened = toy("the", " the", "of the time", "안".encode()[:2], "안".encode()[1:], special=("<|end|>",))
     check = check_inventory(opened)
     numbers = check.numbers
     assert check.verdict == "good"
-    assert ((numbers["vocab_size"], numbers["num_special"], numbers["num_added"], numbers["num_single_bytes"])
-            == (262, 1, 0, 256))
-    assert ((numbers["num_parts_of_characters"], numbers["ids_without_token"], numbers["num_same_bytes"])
-            == (2, 0, 0))
+    assert numbers["vocab_size"] == 262 and numbers["num_special"] == 1 and numbers["num_added"] == 0
+    assert numbers["num_single_bytes"] == 256 and numbers["num_parts_of_characters"] == 2
+    assert numbers["ids_without_token"] == numbers["num_same_bytes"] == 0
     assert numbers["special"] == {"261": "<|end|>"}
     assert numbers["mean_bytes"] == pytest.approx((256 + 3 + 4 + 11 + 2 + 2) / 261)
     assert numbers["tokens_by_num_bytes"] == {1: 256, 2: 2, 3: 1, 4: 1, 11: 1}
@@ -220,9 +218,9 @@ def test_words_have_letters(token: bytes, words: int) -> None:
 
 
 def test_superwords_are_listed_longest_first(toy: Toy) -> None:
-    numbers = check_superwords(toy(" of the", "in order to", " the", "one of the",
-                                   special=(" so it is",))).numbers
+    opened = toy(" of the", "in order to", " the", "one of the", special=(" so it is",))
+    numbers = check_superwords(opened).numbers
     assert (numbers["num_superwords"], numbers["by_num_words"]) == (3, {2: 1, 3: 2})
     assert numbers["longest"] == ["in␣order␣to", "one␣of␣the", "␣of␣the"], (
-        "of the same number of words the longer one")
+        "by number of words, then by length")
     assert check_superwords(toy("the")).summary == "no token spans words"

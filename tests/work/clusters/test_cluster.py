@@ -59,11 +59,15 @@ def test_time_limit_needs_no_quotes(tmp_path: Path) -> None:
     assert cluster.load_profile(str(file)).time_limit == "2:00:00"
 
 
-def test_gpu_alias_error_suggests_key(tmp_path: Path) -> None:
-    file = tmp_path / "mine.yaml"
-    file.write_text('description: x\naccount: ""\ngpu: H100-80GB')
-    with pytest.raises(SettingsError, match=r"must be one of a100, .*; did you mean 'h100'\?"):
-        cluster.load_profile(str(file))
+@pytest.mark.each(("content", "kind", "message"), [
+    (b'description: x\naccount: ""\ngpu: H100-80GB', SettingsError,
+     r"must be one of a100, .*; did you mean 'h100'\?"),
+    (b"\xff\xfe", UserError, r"mine.yaml: is not valid UTF-8 \(byte 0 is 0xff\)")])
+def test_error_of_a_profile_file_names_the_fix(tmp_path: Path, content: bytes, kind: type[Exception],
+                                               message: str) -> None:
+    (tmp_path / "mine.yaml").write_bytes(content)
+    with pytest.raises(kind, match=message):
+        cluster.load_profile(str(tmp_path / "mine.yaml"))
 
 
 @pytest.mark.each(("text", "seconds"), [  # the forms of sbatch's manual
@@ -78,12 +82,6 @@ def test_time_limits_follow_slurm(text: str, seconds: float) -> None:
 def test_invalid_time_limits_are_rejected(text: str) -> None:
     with pytest.raises(UserError, match="must be minutes, H:MM:SS or D-HH:MM:SS"):
         cluster.parse_time_limit(text)
-
-
-def test_binary_profile_is_rejected(tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"mine.yaml: is not valid UTF-8 \(byte 0 is 0xff\)"):
-        cluster.load_profile(str(tmp_path / "mine.yaml"))
 
 
 def test_unknown_profile_error_suggests_nearest() -> None:

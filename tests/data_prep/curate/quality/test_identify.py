@@ -117,7 +117,8 @@ def test_a_sentence_is_identified(language: str) -> None:
     ("GPU 메모리가 부족하면 batch size를 줄이고 gradient checkpointing을 켭니다.", "ko"),
     ("รันโค้ด Python ด้วยคำสั่ง python main.py", "th"),
     ("大韓民國의 首都는 서울이다. 漢字를 섞어 쓴 글이다.", "ko"),
-    ("東京タワーの高さは333メートルです", "ja")])
+    ("東京タワーの高さは333メートルです", "ja"),
+    (SENTENCES["en"] * 40 + SENTENCES["ko"] * 2000, "ko")])  # sampled to its end
 def test_foreign_terms_do_not_change_the_language(text: str, language: str) -> None:
     assert identify_language(text)[0] == language
 
@@ -131,11 +132,6 @@ def test_a_mixed_text_has_the_score_of_its_share() -> None:
 @pytest.mark.parametrize("text", ["", " \n", "1234 5678", "--- *** ---", "\x00\ud800\U000e0001", "😀😀"])
 def test_text_without_letters_has_no_language(text: str) -> None:
     assert identify_language(text) == ("und", 0.0)
-
-
-def test_a_long_text_is_sampled_to_its_end() -> None:
-    text = SENTENCES["en"] * 40 + SENTENCES["ko"] * 2000
-    assert identify_language(text)[0] == "ko"
 
 
 def test_every_language_of_the_model_has_its_script() -> None:

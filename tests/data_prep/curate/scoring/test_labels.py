@@ -120,6 +120,11 @@ def compute_scikit_learn_rows(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
     return np.asarray(rows.toarray())
 
 
+def check_rows(ngrams: Ngrams, texts: list[str]) -> None:
+    np.testing.assert_allclose(compute_rows(ngrams, texts), compute_scikit_learn_rows(ngrams, texts),
+                               atol=1e-6)
+
+
 def compute_rows(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
     rows = np.zeros((len(texts), ngrams.settings.num_buckets))
     for row, text in zip(rows, texts, strict=True):
@@ -130,17 +135,13 @@ def compute_rows(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
 
 @pytest.mark.parametrize("max_ngram", NGRAMS)
 def test_rows_equal_scikit_learn(max_ngram: int) -> None:
-    ngrams = NGRAMS[max_ngram]
-    np.testing.assert_allclose(compute_rows(ngrams, TEXTS), compute_scikit_learn_rows(ngrams, TEXTS),
-                               atol=1e-6)
+    check_rows(NGRAMS[max_ngram], TEXTS)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_rows_of_any_text_equal_scikit_learn(text: str) -> None:
-    ngrams = NGRAMS[2]
-    np.testing.assert_allclose(compute_rows(ngrams, [text]), compute_scikit_learn_rows(ngrams, [text]),
-                               atol=1e-6)
+    check_rows(NGRAMS[2], [text])
 
 
 def test_the_dot_product_equals_that_of_the_row_when_repeated() -> None:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import zlib
+from typing import Any
 
 import pytest
 from warcio.statusandheaders import StatusAndHeaders
@@ -23,17 +24,22 @@ ANSWERS = [
 ]
 
 
-def build_archive(*, packed: bool = True) -> bytes:
+def write_archive(*records: tuple[str, str, bytes, dict[str, Any]], packed: bool = True) -> bytes:
+    """Return an archive of records, each an address, a type, a payload and other fields."""
     sink = io.BytesIO()
     writer = WARCWriter(sink, gzip=packed)
-    writer.write_record(writer.create_warcinfo_record("a.warc", {"software": "test"}))
-    for url, type_, status, body in ANSWERS:
-        headers = StatusAndHeaders(status, [("Content-Type", type_)], protocol="HTTP/1.1")
-        writer.write_record(writer.create_warc_record(
-            url, "response", payload=io.BytesIO(body), http_headers=headers,
-            warc_headers_dict={"WARC-Date": "2026-01-02T03:04:05Z",
-                               "WARC-Record-ID": f"<urn:test:{url[-1]}>"}))
+    for url, type_, payload, fields in records:
+        writer.write_record(writer.create_warc_record(url, type_, payload=io.BytesIO(payload), **fields))
     return sink.getvalue()
+
+
+def build_archive(*, packed: bool = True) -> bytes:
+    return write_archive(("a.warc", "warcinfo", b"software: test\r\n", {}), *(
+        (url, "response", body, {
+            "http_headers": StatusAndHeaders(status, [("Content-Type", type_)], protocol="HTTP/1.1"),
+            "warc_headers_dict": {"WARC-Date": "2026-01-02T03:04:05Z",
+                                  "WARC-Record-ID": f"<urn:test:{url[-1]}>"}})
+        for url, type_, status, body in ANSWERS), packed=packed)
 
 
 def list_texts_or_codes(found: list[RawDocument | BrokenRecord]) -> list[str]:
@@ -41,6 +47,7 @@ def list_texts_or_codes(found: list[RawDocument | BrokenRecord]) -> list[str]:
 
 
 ALL = [TEXT, "type", "status", "plain ü", "pdf"]
+PLAIN = {"warc_content_type": "text/plain"}
 
 
 @pytest.mark.parametrize(("name", "content"), [
@@ -56,11 +63,8 @@ def test_http_responses_are_documents_in_any_compression(read, name: str, conten
 
 
 def test_extracted_text_of_an_archive_is_read(read) -> None:
-    sink = io.BytesIO()
-    writer = WARCWriter(sink, gzip=True)
-    writer.write_record(writer.create_warc_record(
-        "http://a.example", "conversion", payload=io.BytesIO(TEXT.encode()), warc_content_type="text/plain"))
-    assert list_texts_or_codes(read({"a.wet.gz": sink.getvalue()})) == [TEXT]
+    archive = write_archive(("http://a.example", "conversion", TEXT.encode(), PLAIN))
+    assert list_texts_or_codes(read({"a.wet.gz": archive})) == [TEXT]
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -75,12 +79,8 @@ def test_a_truncated_archive_is_reported_at_every_offset(read, packed: bool) -> 
 
 
 def test_a_record_above_the_limit_is_skipped(read) -> None:
-    sink = io.BytesIO()
-    writer = WARCWriter(sink, gzip=True)
-    for size in (2000, 20):
-        writer.write_record(writer.create_warc_record(
-            "http://a.example", "resource", payload=io.BytesIO(b"x" * size), warc_content_type="text/plain"))
-    assert list_texts_or_codes(read({"a.warc.gz": sink.getvalue()}, "warc",
+    archive = write_archive(*(("http://a.example", "resource", b"x" * size, PLAIN) for size in (2000, 20)))
+    assert list_texts_or_codes(read({"a.warc.gz": archive}, "warc",
                                     record_bytes=1000)) == ["too_long", "x" * 20]
 
 
@@ -117,12 +117,9 @@ def test_a_decompression_bomb_in_a_body_is_refused() -> None:
 
 
 def test_a_truncated_compressed_page_is_not_a_document(read) -> None:
-    sink = io.BytesIO()
-    writer = WARCWriter(sink, gzip=True)
-    for body in (PACKED[:-20], PACKED):
-        headers = StatusAndHeaders("200 OK", [("Content-Type", "text/html"), ("Content-Encoding", "gzip"),
-                                              ("Transfer-Encoding", "Chunked")], protocol="HTTP/1.1")
-        chunked = b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
-        writer.write_record(writer.create_warc_record("http://a.example", "response", io.BytesIO(chunked),
-                                                      http_headers=headers))
-    assert list_texts_or_codes(read({"a.warc.gz": sink.getvalue()})) == ["truncated", TEXT]
+    headers = [("Content-Type", "text/html"), ("Content-Encoding", "gzip"), ("Transfer-Encoding", "Chunked")]
+    archive = write_archive(*(
+        ("http://a.example", "response", b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body),
+         {"http_headers": StatusAndHeaders("200 OK", headers, protocol="HTTP/1.1")})
+        for body in (PACKED[:-20], PACKED)))
+    assert list_texts_or_codes(read({"a.warc.gz": archive})) == ["truncated", TEXT]

@@ -1,5 +1,4 @@
-"""Generator `solutions`: correct solutions that end with their answer and differ from each other are
-accepted, with their thoughts."""
+"""Generator `solutions` accepts correct solutions that end with their answer and differ, with reasoning."""
 
 import json
 from pathlib import Path

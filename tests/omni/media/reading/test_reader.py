@@ -86,8 +86,7 @@ def test_missing_and_large_files_are_refused(root: Path) -> None:
 
 @pytest.fixture
 def hostile(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
-    """A function that reads a picture with a decoder that misbehaves as its argument names (`HOSTILE`), and
-    returns the error code, or "read"."""
+    """A function that reads a picture with a misbehaving decoder (see `HOSTILE`); returns its error code."""
     (tmp_path / "code").mkdir()
     (tmp_path / "code/hostile.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path / "code")

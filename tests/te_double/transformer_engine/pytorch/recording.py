@@ -21,8 +21,7 @@ WAITS = {
     _aten._local_scalar_dense, _aten.item, _aten.is_nonzero, _aten.equal, _aten.nonzero, _aten.nonzero_static,
     _aten.masked_select, _aten._unique2, _aten.unique_dim, _aten.unique_consecutive, _aten.bincount,
     _aten.repeat_interleave, _aten.lift_fresh, _aten.lift_fresh_copy}
-"""Operators that a capture cannot contain: the host needs their output size or value, or they read host
-values."""
+"""Operators that a capture cannot contain: the host needs their result's size or value, or gives them one."""
 _COPIES = {_aten._to_copy, _aten.copy_, _aten.index, _aten.index_put_}
 """Operators that copy between host and GPU if their tensors are on both."""
 _in_kernel = False

@@ -124,8 +124,7 @@ class GroupedLinear(TransformerEngineBaseModule):
 
     def forward(self, inp: torch.Tensor, m_splits: Any, is_first_microbatch: bool | None = None,
                 out: torch.Tensor | None = None, dgrad_out: torch.Tensor | None = None) -> Any:
-        """Apply layer i to the next `m_splits[i]` rows of [rows, in]; also return the list of biases if
-        `return_bias` is set."""
+        """Apply layer i to the next `m_splits[i]` rows of [rows, in]; `return_bias` adds the biases."""
         if out is not None or dgrad_out is not None:
             raise NotImplementedError("the double writes into no buffers of the caller")
         if not torch.is_tensor(m_splits):
