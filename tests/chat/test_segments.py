@@ -138,6 +138,10 @@ def build_message(content: str = "", reasoning: str = "", calls: int = 0) -> Mes
     # a template without marks, and a thought that also occurs in the answer
     (build_message("hm, yes", "hm"), [("t", "hm"), ("a", " hm, yes")]),
     (build_message("<b>yes</b>", "hm"), [("t", "<think>hm</think>"), ("a", "<b>yes</b>")]),
+    # an answer that quotes marks, in a message with separate thoughts and calls
+    (build_message("The mark is <think>, and <tool_call>.", "hm", 1),
+     [("t", "<think>hm</think>"), ("a", "The mark is <think>, and <tool_call>."),
+      ("c", "<tool_call>add</tool_call>")]),
 ])
 def test_marks_belong_to_their_parts(message: Message, expected: list[tuple[str, str]]) -> None:
     assert split_by_kind("".join(text for _, text in expected), message) == expected
@@ -155,13 +159,6 @@ def test_marks_belong_to_their_parts(message: Message, expected: list[tuple[str,
 def test_content_may_spell_thoughts_and_calls(expected: list[tuple[str, str]]) -> None:
     text = "".join(part for _, part in expected)
     assert split_by_kind(text, build_message(text)) == expected
-
-
-def test_quoted_marks_are_part_of_answer() -> None:
-    """Messages with separate thoughts and calls."""
-    message = build_message("The mark is <think>, and <tool_call>.", "hm", 1)
-    expected = [("t", "<think>hm</think>"), ("a", message.content), ("c", "<tool_call>add</tool_call>")]
-    assert split_by_kind("".join(text for _, text in expected), message) == expected
 
 
 def test_empty_turn_has_no_kinds() -> None:

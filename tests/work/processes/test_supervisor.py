@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -43,10 +43,11 @@ def read_pids() -> list[int]:
     return pids
 
 
-def wait_until(condition: Any) -> None:
-    deadline_s = time.monotonic() + 60
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait until the condition holds, for at most 10 minutes."""
+    deadline_s = time.monotonic() + 600
     while not condition():
-        assert time.monotonic() < deadline_s
+        assert time.monotonic() < deadline_s, "the awaited event did not happen"
         time.sleep(0.01)
 
 

@@ -9,8 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +24,7 @@ from megatron_sov.work.progress.locks import lock_folder
 from megatron_sov.work.submit import array_job
 from megatron_sov.work.submit.arrays import MAX_RESTARTS, WORK_FILE, Jobs
 from tests.data_prep.curate.pipeline.memory_view import read_files
+from tests.work.processes.test_supervisor import wait_until
 
 OWN = """import dataclasses, os, pathlib
 from megatron_sov.base.documents import LeftOut
@@ -110,14 +109,6 @@ def list_living_processes(group: int) -> list[int]:
             if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
     return found
-
-
-def wait_until(happened: Callable[[], bool]) -> None:
-    """Wait until `happened` returns True, for at most 10 minutes."""
-    end_s = time.monotonic() + 600
-    while not happened():
-        assert time.monotonic() < end_s, "the awaited event did not happen"
-        time.sleep(0.05)
 
 
 def test_an_error_in_user_code_is_one_message(own_step_pipeline: Path,
