@@ -33,17 +33,16 @@ def build(tmp_path: Path) -> Build:
     Args of the function:
         name: Name of the new folder.
         pairs: Merges, in the characters of the byte-level alphabet.
-        extra: Further tokens, which no merge produces.
         split: Split pattern.
         without: Characters of the alphabet that the vocabulary lacks.
         special, added: Special and added tokens.
     """
 
-    def write(name: str = "plain", *, pairs: list[tuple[str, str]] = PAIRS, extra: tuple[str, ...] = (),
-              split: str = SPLIT, without: str = "", special: tuple[str, ...] = ("<|end|>",),
+    def write(name: str = "plain", *, pairs: list[tuple[str, str]] = PAIRS, split: str = SPLIT,
+              without: str = "", special: tuple[str, ...] = ("<|end|>",),
               added: tuple[str, ...] = ()) -> Path:
         alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(without))
-        tokens = [*alphabet, *(a + b for a, b in pairs), *extra]
+        tokens = [*alphabet, *(a + b for a, b in pairs)]
         tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs))
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(split), "isolated"),
