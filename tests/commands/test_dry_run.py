@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.cli import main
 from megatron_sov.commands.evaluate.eval_passk import EvalPasskOptions
 from megatron_sov.commands.models.generate import GenerateOptions
 from megatron_sov.commands.models.serve import ServeOptions
@@ -65,26 +64,23 @@ def iter_common_arguments(command: str, start: TrainingSetup) -> Iterator[str]:
                     "--reward", "repetition", *format_set_options(ROUNDS))
 
 
-def run_dry(capsys: Any, folder: Path, *words: object) -> list[str]:
+def run_dry(read_output: Any, folder: Path, *words: object) -> list[str]:
     """Run a command that must not change a folder, and return its printed lines."""
     old_files = sorted(folder.rglob("*"))
-    code = main([*map(str, words), "--dry-run"])
-    out, err = capsys.readouterr()
-    assert code == 0, err
+    lines: list[str] = read_output(*map(str, words), "--dry-run").splitlines()
     assert sorted(folder.rglob("*")) == old_files
-    lines: list[str] = out.splitlines()
     assert lines[-1] == "dry run: nothing was written, and nothing ran"
     return lines
 
 
 @pytest.mark.each("kind", ["run", "hf"])
 @pytest.mark.each("command", ["pretrain", "sft", "prefer", "distill", "rl train", "rl run"])
-def test_dry_run_describes_a_run_without_starting_it(capsys: Any, start: TrainingSetup, command: str,
+def test_dry_run_describes_a_run_without_starting_it(read_output: Any, start: TrainingSetup, command: str,
                                                      kind: str) -> None:
     run = start.folder / "new"
     arguments = iter_common_arguments(command, start)
-    lines = run_dry(capsys, start.folder, *arguments, "--from", start.starts[kind],
-                "--run", run)
+    lines = run_dry(read_output, start.folder, *arguments, "--from", start.starts[kind],
+                    "--run", run)
     printed = start.starts[kind]
     if kind == "hf":
         assert f"  converts   {printed} into {run.parent}/.from-hf first" in lines
@@ -98,25 +94,24 @@ def test_dry_run_describes_a_run_without_starting_it(capsys: Any, start: Trainin
     assert bool(reads) == (command == "distill")
 
 
-def test_dry_run_describes_each_extension_stage_and_its_needles(capsys: Any, hf_models: dict[str, Path],
+def test_dry_run_describes_each_extension_stage_and_its_needles(read_output: Any, hf_models: dict[str, Path],
                                                                 token_shards: Path, tmp_path: Path) -> None:
     shutil.copytree(hf_models["solar_open"], tmp_path / "hf")
     (tmp_path / "hf/manifest.json").unlink(missing_ok=True)
     stages = [{"name": name, "seq_len": seq_len, "steps": 2} for name, seq_len in (("a", 640), ("b", 768))]
     settings = ("train.global_batch_size=4", "train.micro_batch_size=4", "needle.train_share=0.25",
                 f"extend.stages={json.dumps(stages)}")
-    lines = run_dry(capsys, tmp_path, "extend", "tiny-solar-open", "--data", token_shards, "--from",
-                tmp_path / "hf", "--run", tmp_path / "run",
-                *format_set_options(settings))
+    lines = run_dry(read_output, tmp_path, "extend", "tiny-solar-open", "--data", token_shards, "--from",
+                    tmp_path / "hf", "--run", tmp_path / "run", *format_set_options(settings))
     assert sum(line.startswith("  data ") and "needle" in line for line in lines) == 2
     assert f"  start      {tmp_path / 'hf'}" in lines
     assert sum(line.startswith("  converts ") for line in lines) == 1
 
 
-def test_mistakes_are_those_of_the_run(capsys: Any, packed_data: Any, tmp_path: Path) -> None:
-    assert main(["pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
-                 str(tmp_path / "run"), "--set", "model.vocab_size=100", "--dry-run"]) == 2
-    assert "its tokenizer has 368 ids" in capsys.readouterr().err
+def test_mistakes_are_those_of_the_run(get_refusal: Any, packed_data: Any, tmp_path: Path) -> None:
+    assert "its tokenizer has 368 ids" in get_refusal(
+        "pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(tmp_path / "run"),
+        "--set", "model.vocab_size=100", "--dry-run")
 
 
 @pytest.mark.each("options", [

@@ -24,22 +24,18 @@ def read_files(checkpoint: Path, part: str) -> dict[str, bytes]:
 
 
 @pytest.mark.essential
-def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Path, run_command: Any) -> None:
-    def run_pretrain(run: Path, *arguments: str, settings: tuple[str, ...]) -> Any:
+def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Path, run_checked: Any) -> None:
+    def run_pretrain(run: Path, *arguments: str, settings: tuple[str, ...], code: int = 0) -> Any:
         chosen = format_set_options((*SMALL, *settings))
-        return run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
-                           *arguments, *chosen)
+        return run_checked("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
+                           *arguments, *chosen, code=code)
 
     base, other, run, killed_run = (tmp_path / name for name in ("base", "other", "run", "again"))
     for folder, seed in ((base, 1), (other, 2)):
-        result = run_pretrain(folder, settings=("train.steps=1", f"train.seed={seed}"))
-        assert result.returncode == 0, result.stderr
-    missing_base = run_pretrain(run, settings=LORA)
-    assert missing_base.returncode == 2 and "base model; add --from" in missing_base.stderr
+        run_pretrain(folder, settings=("train.steps=1", f"train.seed={seed}"))
+    assert "base model; add --from" in run_pretrain(run, settings=LORA, code=2).stderr
     assert not run.exists()
-    result = run_pretrain(run, "--from", str(base), settings=LORA)
-    assert result.returncode == 0, result.stderr
-
+    run_pretrain(run, "--from", str(base), settings=LORA)
     assert (base / "checkpoints" / "step-1" / ADAPTER_BASE_MARKER).is_file(), "its run does not prune it"
 
     last_checkpoint = run / "checkpoints" / "step-4"
@@ -54,24 +50,23 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     shutil.copytree(run, killed_run)  # like a run that was killed after step 2
     shutil.rmtree(killed_run / "checkpoints" / "step-4")
     (killed_run / "complete.json").unlink()
-    other_base = run_pretrain(killed_run, "--resume", "--from", str(other), settings=LORA)
-    assert other_base.returncode == 2 and "is another model than" in other_base.stderr, other_base.stderr
+    other_base = run_pretrain(killed_run, "--resume", "--from", str(other), settings=LORA, code=2)
+    assert "is another model than" in other_base.stderr
     respelled = 'lora.targets=["all-linear", "q_proj"]'
-    assert run_pretrain(killed_run, "--resume", settings=(*LORA, respelled)).returncode == 0
+    run_pretrain(killed_run, "--resume", settings=(*LORA, respelled))
     for part in ("adapter", "optimizer"):
         assert read_files(killed_run / "checkpoints" / "step-4", part) == read_files(last_checkpoint, part)
 
-    inspection = run_command("convert", "inspect", str(run))
-    assert "LoRA, rank 4, alpha 16, of down_proj, experts" in inspection.stdout, inspection.stderr
-    export = run_command("convert", "to-hf", str(run), str(tmp_path / "hf"))
-    assert export.returncode == 0, export.stderr
-    verification = run_command("convert", "verify", str(run), str(tmp_path / "hf"), "--no-load")
-    assert verification.returncode == 0 and "verified" in verification.stdout, verification.stdout
-    full_training = run_pretrain(tmp_path / "full", "--from", str(run), settings=("train.steps=1",))
-    assert full_training.returncode == 2 and "is an adapter with lora.rank = 4, not 0" in full_training.stderr
-    peft_export = run_command("convert", "to-peft", str(base), str(tmp_path / "peft"))
-    assert peft_export.returncode == 2 and "contains all weights, not an adapter" in peft_export.stderr
+    inspection = run_checked("convert", "inspect", str(run))
+    assert "LoRA, rank 4, alpha 16, of down_proj, experts" in inspection.stdout
+    run_checked("convert", "to-hf", str(run), str(tmp_path / "hf"))
+    verification = run_checked("convert", "verify", str(run), str(tmp_path / "hf"), "--no-load")
+    assert "verified" in verification.stdout
+    full_training = run_pretrain(tmp_path / "full", "--from", str(run), settings=("train.steps=1",), code=2)
+    assert "is an adapter with lora.rank = 4, not 0" in full_training.stderr
+    peft_export = run_checked("convert", "to-peft", str(base), str(tmp_path / "peft"), code=2)
+    assert "contains all weights, not an adapter" in peft_export.stderr
 
     shutil.move(base, tmp_path / "moved")
-    moved_base = run_command("convert", "to-hf", str(run), str(tmp_path / "no"))
-    assert moved_base.returncode == 2 and "restore that folder from a copy" in moved_base.stderr
+    moved_base = run_checked("convert", "to-hf", str(run), str(tmp_path / "no"), code=2)
+    assert "restore that folder from a copy" in moved_base.stderr

@@ -58,8 +58,9 @@ def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Path("mine.py").write_text(STEP)
 
 
-def run_map(*more: str, step: str = "mine.py:Step", rows: str = "rows.jsonl", output: str = "out") -> int:
-    return main(["map", rows, step, "--output", output, "--workers", "2", *more])
+def build_command(*more: str, step: str = "mine.py:Step", rows: str = "rows.jsonl",
+                  output: str = "out") -> list[str]:
+    return ["map", rows, step, "--output", output, "--workers", "2", *more]
 
 
 def read_rows(folder: str = "out", name: str = "rows.jsonl") -> list[dict[str, Any]]:
@@ -68,22 +69,21 @@ def read_rows(folder: str = "out", name: str = "rows.jsonl") -> list[dict[str, A
 
 @pytest.mark.deep
 def test_rows_are_written_in_order_with_a_manifest_of_their_origin(
-        capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_map() == 0
+        get_refusal: Any, read_output: Any) -> None:
+    assert "out: 400 rows in, 400 out" in read_output(*build_command())
     assert read_rows() == EXPECTED and not find_damaged_files("out") and sorted(os.listdir("out")) == [
         "manifest.json", "rows.jsonl"]
-    assert "out: 400 rows in, 400 out" in capsys.readouterr().out
     manifest = read_manifest("out", "rows")
     assert manifest.content == {"num_rows": 400, "num_failed": 0, "num_rows_in": 400}
     assert [*manifest.settings["code"]] == ["mine.py"]
-    assert run_map("--set", "factor=3", rows="out", output="again") == 0
+    assert main(build_command("--set", "factor=3", rows="out", output="again")) == 0
     assert read_manifest("again").inputs[0]["path"] == "out"
-    assert run_map() == 2 and "already exists" in capsys.readouterr().err
+    assert "already exists" in get_refusal(*build_command())
 
 
 @pytest.mark.deep
 def test_a_killed_command_resumes_after_its_batches_with_the_same_bytes() -> None:
-    assert run_map(output="whole") == 0
+    assert main(build_command(output="whole")) == 0
     Path("kill").touch()
     Path("done").unlink()
     command = [sys.executable, "-m", "megatron_sov", "map", "rows.jsonl", "mine.py:Step", "--output", "out",
@@ -94,7 +94,7 @@ def test_a_killed_command_resumes_after_its_batches_with_the_same_bytes() -> Non
     Path("kill").unlink()
     before = Path("done").read_text().split()
     Path("done").write_text("")
-    assert run_map() == 0
+    assert main(build_command()) == 0
     assert Path("out/rows.jsonl").read_bytes() == Path("whole/rows.jsonl").read_bytes()
     again = Path("done").read_text().split()
     assert len(set(before) & set(again)) <= 2 * WAITING_PER_WORKER * BATCH_ROWS
@@ -107,40 +107,34 @@ def test_a_killed_command_resumes_after_its_batches_with_the_same_bytes() -> Non
     (["--set", "factor=9"], "line 10: "), (["--set", "factor=9"], "is not JSON serializable"),
     (["--set", "factor=10"], "step returned a int, must be a row"), (["--set", "factr=1"], "factr"),
     (["--set", "factor=x"], "factor")])
-def test_a_step_that_fails_is_named_with_its_line(more: list[str], message: str,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_map(*more) == 2
-    error = capsys.readouterr().err
-    assert message in error and "Traceback" not in error and not Path("out").exists()
+def test_a_step_that_fails_is_named_with_its_line(more: list[str], message: str, get_refusal: Any) -> None:
+    assert message in get_refusal(*build_command(*more)) and not Path("out").exists()
 
 
 @pytest.mark.parametrize("raised", ["sys.exit(0)", "raise SystemExit('x')", "raise GeneratorExit"])
 @pytest.mark.parametrize("threads", ["1", "2"])
-def test_a_step_that_ends_the_process_fails(raised: str, threads: str,
-                                            capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_step_that_ends_the_process_fails(raised: str, threads: str, get_refusal: Any) -> None:
     Path("rows.jsonl").write_text('{"n": 1}\n')
     Path("ends.py").write_text(f"import sys\n\nclass Step:\n    def do(self, row):\n        {raised}\n")
     words = ["map", "rows.jsonl", "ends.py:Step", "--output", "out", "--workers", "1", "--threads", threads]
-    assert main(words) == 2
-    error = capsys.readouterr().err
+    error = get_refusal(*words)
     assert re.search(r"line 1: .* raises \((System|Generator)Exit: ", error) and not Path("out").exists()
     assert main([*words, "--skip-failures"]) == 0 and len(read_rows(name="failed.jsonl")) == 1
 
 
 def test_rows_that_fail_may_be_listed() -> None:
-    assert run_map("--set", "factor=10", "--skip-failures") == 0
+    assert main(build_command("--set", "factor=10", "--skip-failures")) == 0
     (failed,) = read_rows(name="failed.jsonl")
     assert failed["line"] == 11 and failed["row"]["n"] == 10 and "TypeError" in failed["error"]
     assert len(read_rows()) == 399
 
 
-def test_unfinished_work_of_other_settings_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_work_of_other_settings_is_refused(get_refusal: Any) -> None:
     Path("rows.jsonl").write_text("".join(json.dumps({"n": n, "text": ""}) + "\n" for n in range(20, 90))
                                   + '{"n": "x"}\n')
-    assert run_map("--workers", "1") == 2 and Path(".out.work").is_dir()
-    assert run_map("--set", "factor=3") == 2
-    assert "settings.factor was null, and is 3" in capsys.readouterr().err
-    assert run_map("--set", "factor=3", "--redo", "--skip-failures") == 0
+    assert main(build_command("--workers", "1")) == 2 and Path(".out.work").is_dir()
+    assert "settings.factor was null, and is 3" in get_refusal(*build_command("--set", "factor=3"))
+    assert main(build_command("--set", "factor=3", "--redo", "--skip-failures")) == 0
     assert [row["n"] for row in read_rows()] == [3 * n for n in range(20, 90)]
 
 
@@ -149,10 +143,8 @@ def test_unfinished_work_of_other_settings_is_refused(capsys: pytest.CaptureFixt
     (["rows.jsonl", "mine.py:Other"], "a step needs do(self, row)"),
     (["rows.jsonl", "mine.py:Stp"], "did you mean 'Step'?"),
     ([".", "mine.py:Step"], "has no manifest.json"), (["rows.jsonl", "mine"], "does not exist")])
-def test_mistakes_are_one_sentence(words: list[str], message: str,
-                                   capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["map", *words, "--output", "out"]) == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_are_one_sentence(words: list[str], message: str, get_refusal: Any) -> None:
+    assert message in get_refusal("map", *words, "--output", "out")
 
 
 def test_threads_do_rows_of_a_batch_at_a_time() -> None:
@@ -163,5 +155,5 @@ def test_threads_do_rows_of_a_batch_at_a_time() -> None:
                                 "    def do(self, row):\n"
                                 "        self.together.wait()  # for three others\n"
                                 "        return {'n': row['n']}\n")
-    assert run_map("--threads", "4", step="waits.py:Step") == 0
+    assert main(build_command("--threads", "4", step="waits.py:Step")) == 0
     assert read_rows() == [{"n": n} for n in range(400)]

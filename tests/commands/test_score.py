@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,13 +40,12 @@ def read_rows(name: str = "out.jsonl") -> list[dict]:
     return [json.loads(line) for line in Path(name).read_text().splitlines()]
 
 
-def run_score(*more: str, reward: str = "language", output: str = "out.jsonl") -> int:
-    return main(["score", "--reward", reward, "--input", "rows.jsonl", "--output", output, "--workers", "1",
-                 *more])
+def score(*more: str, reward: str = "language", output: str = "out.jsonl") -> list[str]:
+    return ["score", "--reward", reward, "--input", "rows.jsonl", "--output", output, "--workers", "1", *more]
 
 
 def test_rows_are_written_in_order_with_their_input_fields(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_score("--set", "language=ko") == 0
+    assert main(score("--set", "language=ko")) == 0
     rows = read_rows()
     assert [row["id"] for row in rows] == [0, 1, 2, 3, 4]
     assert [row["reward"] for row in rows] == [0.0, 0.0, pytest.approx(0.7), pytest.approx(0.95), 1.0]
@@ -56,28 +56,27 @@ def test_rows_are_written_in_order_with_their_input_fields(capsys: pytest.Captur
     assert not work_folder(Path("out.jsonl")).exists()
 
 
-def test_the_mean_is_recorded_in_the_events_of_the_generating_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_score("--set", "language=ko", "--run", "none") == 2
-    assert "--run none: holds no events.jsonl" in capsys.readouterr().err and not Path("out.jsonl").exists()
+def test_the_mean_is_recorded_in_the_events_of_the_generating_run(get_refusal: Any) -> None:
+    refusal = get_refusal(*score("--set", "language=ko", "--run", "none"))
+    assert "--run none: holds no events.jsonl" in refusal and not Path("out.jsonl").exists()
     Path("run").mkdir()
     Path("run/events.jsonl").write_text('{"event": "step", "step": 7}\n')
-    assert run_score("--set", "language=ko", "--run", "run") == 0
+    assert main(score("--set", "language=ko", "--run", "run")) == 0
     event = json.loads(Path("run/events.jsonl").read_text().splitlines()[-1])
     assert (event["event"], event["step"], event["reward"], event["settings"], event["rows"], event["scored"],
             event["mean_reward"]) == ("score", 7, "language", {"language": "ko"}, 5, 5, pytest.approx(0.53))
 
 
-def test_records_of_a_run_are_refused_as_output(capsys: pytest.CaptureFixture[str]) -> None:
+def test_records_of_a_run_are_refused_as_output(get_refusal: Any) -> None:
     Path("run").mkdir()
     Path("run/events.jsonl").write_text('{"event": "step", "step": 7}\n')
-    assert run_score("--set", "language=ko", "--run", "run", output="run/../run/events.jsonl") == 2
-    assert "is run/events.jsonl itself, which is read" in capsys.readouterr().err
+    assert "is run/events.jsonl itself, which is read" in get_refusal(
+        *score("--set", "language=ko", "--run", "run", output="run/../run/events.jsonl"))
     Path("run/config.json").write_text("{}")
     Path("link").symlink_to("run/events.jsonl")
     for output in ("run/events.jsonl", "run/config.json", "link"):
-        assert run_score("--set", "language=ko", output=output) == 2
-        assert "is a record of the run" in capsys.readouterr().err
-    assert run_score("--set", "language=ko", "--run", "run", output="run/scored.jsonl") == 0
+        assert "is a record of the run" in get_refusal(*score("--set", "language=ko", output=output))
+    assert main(score("--set", "language=ko", "--run", "run", output="run/scored.jsonl")) == 0
     assert [e["event"] for e in read_rows("run/events.jsonl")] == ["step", "score"]
 
 
@@ -95,7 +94,7 @@ def test_question_hash_ignores_responses() -> None:
 
 def test_a_row_without_a_field_of_its_reward_is_refused_by_line(capsys: pytest.CaptureFixture[str]) -> None:
     write_rows([{"response": "a"}, {"response": "a", "language": "en"}])
-    assert run_score() == 0
+    assert main(score()) == 0
     assert [(row["reward"], row["status"]) for row in read_rows()] == [(None, "refused"), (1.0, "scored")]
     assert "line 1: refused: has no 'language'" in capsys.readouterr().err
 
@@ -103,7 +102,7 @@ def test_a_row_without_a_field_of_its_reward_is_refused_by_line(capsys: pytest.C
 def test_rows_without_any_reward_are_written_and_the_command_fails(
         capsys: pytest.CaptureFixture[str]) -> None:
     write_rows([{"response": "a"}, {"response": "b"}])
-    assert run_score() == 3
+    assert main(score()) == 3
     assert [row["status"] for row in read_rows()] == ["refused", "refused"]
     assert "out.jsonl: none of its 2 rows has a reward; see their" in capsys.readouterr().err
 
@@ -120,10 +119,9 @@ def test_rows_without_any_reward_are_written_and_the_command_fails(
     (b'{"response": "a", "n": ' + b"[" * 900 + b"]" * 900 + b"}\n", ["line 1: is nested more than 64"]),
 ])
 def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, messages: list[str],
-                                                           capsys: pytest.CaptureFixture[str]) -> None:
+                                                           get_refusal: Any) -> None:
     Path("rows.jsonl").write_bytes(lines)
-    assert run_score("--set", "language=ko") == 2
-    error = capsys.readouterr().err
+    error = get_refusal(*score("--set", "language=ko"))
     assert [text for text in messages if text not in error] == []
     assert sorted(os.listdir()) == ["rows.jsonl"]
 
@@ -135,17 +133,15 @@ def test_bad_rows_are_named_by_line_and_nothing_is_written(lines: bytes, message
     (["--output", "."], "is a folder"), (["--input", "none.jsonl"], "none.jsonl: cannot be read"),
     (["--reward", "langage"], "did you mean 'language'?"),
 ])
-def test_mistakes_are_one_sentence(arguments: list[str], message: str,
-                                   capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_score(*arguments) == 2
-    assert message in capsys.readouterr().err
+def test_mistakes_are_one_sentence(arguments: list[str], message: str, get_refusal: Any) -> None:
+    assert message in get_refusal(*score(*arguments))
 
 
-def test_a_pipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pipe_is_refused(get_refusal: Any) -> None:
     os.remove("rows.jsonl")
     os.mkfifo("rows.jsonl")
-    assert run_score("--set", "language=ko") == 2
-    assert "is not a regular file, and it is read more than once" in capsys.readouterr().err
+    assert "is not a regular file, and it is read more than once" in get_refusal(
+        *score("--set", "language=ko"))
 
 
 OWN_REWARD = '''
@@ -179,7 +175,7 @@ def test_a_killed_command_resumes(capsys: pytest.CaptureFixture[str]) -> None:
         f.write(b'[2, 5000, 7]\n{"id": 256, "resp')  # the kernel may have written a part of a row
     time.sleep(0.1)
     Path("judged").write_text("")
-    assert run_score("--set", "language=ko") == 2
+    assert main(score("--set", "language=ko")) == 2
     assert main(command) == 0
     captured = capsys.readouterr()
     assert 'reward was "Counts", and is "language"' in captured.err

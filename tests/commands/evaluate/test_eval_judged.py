@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,28 +33,27 @@ def write_rows(name: str, rows: list[dict]) -> None:
     Path(name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def run_passk(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict:
-    assert main(["eval", "passk", *JUDGE, *arguments]) == 0
-    return json.loads(capsys.readouterr().out)
+def run_passk(read_output: Any, *arguments: str) -> dict:
+    return json.loads(read_output("eval", "passk", *JUDGE, *arguments))
 
 
-def judge_rows(rows: list[dict], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+def judge_rows(rows: list[dict], read_output: Any, monkeypatch: pytest.MonkeyPatch,
                model: Path, *more: str) -> dict:
     """Return the figures of rows in place of a model's responses."""
     write_rows("prompts.jsonl", [{"prompt": "x"}])
     write_rows("sampled.jsonl", rows)
     monkeypatch.setattr(eval_passk, "_sample", lambda plan: Path("sampled.jsonl"))
-    return run_passk(capsys, str(model), "--input", "prompts.jsonl", "--output", "out", *more)
+    return run_passk(read_output, str(model), "--input", "prompts.jsonl", "--output", "out", *more)
 
 
 def test_responses_are_judged_and_counted(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
+                                          read_output: Any) -> None:
     EventLog(Path(EVENTS)).close()
     rows = []
     for i, (prompt, responses) in enumerate(ANSWERS.items()):
         rows += [{"prompt": prompt, "prompt_index": i, "answer": GOLD[prompt], "response": response,
                   "finish_reason": "stop"} for response in responses]
-    result = judge_rows(rows, capsys, monkeypatch, hf_models["solar_open"], "--run", ".")
+    result = judge_rows(rows, read_output, monkeypatch, hf_models["solar_open"], "--run", ".")
     assert (result["num_prompts"], result["num_samples"], result["num_right"]) == (2, 8, 3)
     assert result["mean_reward"] == pytest.approx((2 / 4 + 1 / 4) / 2)
     assert result["share_at_limit"] == 0.0
@@ -76,10 +76,10 @@ def test_responses_are_judged_and_counted(hf_models: dict[str, Path], monkeypatc
 
 def test_a_response_without_a_reward_is_not_counted_as_wrong(hf_models: dict[str, Path],
                                                              monkeypatch: pytest.MonkeyPatch,
-                                                             capsys: pytest.CaptureFixture[str]) -> None:
+                                                             read_output: Any) -> None:
     rows = [{"prompt_index": 1, "answer": "4", "response": "The answer is 4"},
             {"prompt_index": 1, "response": "4"}]
-    result = judge_rows(rows, capsys, monkeypatch, hf_models["solar_open"])
+    result = judge_rows(rows, read_output, monkeypatch, hf_models["solar_open"])
     assert result["statuses"] == {"scored": 1, "refused": 1}
     assert [e["value"] for e in result["pass_at_k"]] == [1.0]
     assert "1 refused, 1 scored responses" in format_table(result)
@@ -92,8 +92,7 @@ def test_a_response_without_a_reward_is_not_counted_as_wrong(hf_models: dict[str
     (["--input", "half.jsonl"], "has '\\ud800' at character 3, an unpaired surrogate"),
     (["--reward", "stemm"], "did you mean 'stem'?"),
 ])
-def test_mistakes_are_one_sentence(arguments: list[str], message: str,
-                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(arguments: list[str], message: str, get_refusal: Any) -> None:
     write_rows("prompts.jsonl", [{"prompt": "x"}])
     write_rows("empty.jsonl", [{"answer": "1"}])
     write_rows("half.jsonl", [{"prompt": "a \ud800", "answer": "1"}])
@@ -101,8 +100,7 @@ def test_mistakes_are_one_sentence(arguments: list[str], message: str,
     for name in ("config.json", "model.safetensors"):
         Path("model", name).touch()
     command = ["eval", "passk", *JUDGE, "model", "--input", "prompts.jsonl", "--output", "out"]
-    assert main([*command, *arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert message in get_refusal(*command, *arguments)
     assert not Path("out").exists()
 
 
@@ -117,7 +115,7 @@ def read_responses(folder: str) -> list[dict]:
 
 @pytest.mark.deep
 def test_a_killed_command_resumes(hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
-                                  capsys: pytest.CaptureFixture[str]) -> None:
+                                  read_output: Any, get_refusal: Any) -> None:
     write_rows("prompts.jsonl", PROMPTS)
     calls: list[int] = []
     generate = HfEngine.generate
@@ -132,13 +130,12 @@ def test_a_killed_command_resumes(hf_models: dict[str, Path], monkeypatch: pytes
     command = [str(hf_models["solar_open"]), *SAMPLING_OPTIONS, "--batch-size", "2"]  # two prompts a call
     assert main(["eval", "passk", *JUDGE, *command, "--output", "out"]) == ExitCode.INTERRUPTED
     assert not Path("out").exists()
-    capsys.readouterr()
-    assert main(["eval", "passk", *JUDGE, *command, "--seed", "4", "--output", "out"]) == 2
-    assert "model.sampling.seed was 3, and is 4" in capsys.readouterr().err
-    result = run_passk(capsys, *command, "--output", "out")
+    assert ("model.sampling.seed was 3, and is 4"
+            in get_refusal("eval", "passk", *JUDGE, *command, "--seed", "4", "--output", "out"))
+    result = run_passk(read_output, *command, "--output", "out")
     assert calls == [8, 8, 8, 4]
     assert (result["num_prompts"], result["num_samples"], result["share_at_limit"]) == (5, 20, 1.0)
-    complete = run_passk(capsys, *command, "--output", "whole")
+    complete = run_passk(read_output, *command, "--output", "whole")
     assert read_responses("out") == read_responses("whole") and complete["pass_at_k"] == result["pass_at_k"]
     assert len({row["response"] for row in read_responses("out")[:4]}) > 1
     assert read_manifest("out").settings["model"]["sampling"]["temperature"] == 1.0
@@ -146,12 +143,11 @@ def test_a_killed_command_resumes(hf_models: dict[str, Path], monkeypatch: pytes
 
 
 def test_a_checkpoint_on_two_processes_generates_the_same_as_on_one(
-        one_rank: None, imported: dict[str, Path], run_command, capsys: pytest.CaptureFixture[str]) -> None:
+        one_rank: None, imported: dict[str, Path], run_checked: Any, read_output: Any) -> None:
     write_rows("prompts.jsonl", PROMPTS[:2])
     command = [str(imported["solar_open"]), *SAMPLING_OPTIONS]
-    run_passk(capsys, *command, "--output", "one")
-    two = run_command("eval", "passk", *JUDGE, *command, "--output", "two", "--nproc", "2", "--set",
-                      "parallel.ep=2")
-    assert two.returncode == 0, two.stderr
+    run_passk(read_output, *command, "--output", "one")
+    run_checked("eval", "passk", *JUDGE, *command, "--output", "two", "--nproc", "2", "--set",
+                "parallel.ep=2")
     assert read_responses("one") == read_responses("two")
     assert read_manifest("one").inputs[0]["kind"] == "checkpoint"

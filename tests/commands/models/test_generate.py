@@ -9,63 +9,58 @@ from typing import Any
 
 import pytest
 
-from megatron_sov import cli
-from megatron_sov.cli import main
 from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 from tests.typed_words import format_set_options
 
 PROMPT_OPTIONS = ["--prompt", "def parse(self", "--prompt", "The ", "--max-new-tokens", "9"]
 
 
-def read_printed_rows(capsys: pytest.CaptureFixture, *arguments: str) -> list[dict]:
-    assert main(["generate", *arguments, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
+def generate(read_output: Any, *arguments: str) -> list[dict]:
+    return json.loads(read_output("generate", *arguments, "--json"))
 
 
 @pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("layout", [["parallel.ep=2"], ["parallel.tp=2", "parallel.sp=true"]],
                          ids=["ep", "tp"])
 def test_two_processes_sample_the_same_as_one(layout: list[str], one_rank: None, imported: dict[str, Path],
-                                              run_command: Any, capsys) -> None:
+                                              run_checked: Any, read_output: Any) -> None:
     ask = [str(imported["solar_open"]), *PROMPT_OPTIONS, "--temperature", "0.8", "--top-p", "0.95",
            "--seed", "5"]
     settings = format_set_options(layout)
-    two = run_command("generate", *ask, "--json", "--nproc", "2", *settings)
-    assert two.returncode == 0, two.stderr
-    assert json.loads(two.stdout) == read_printed_rows(capsys, *ask)
+    two = run_checked("generate", *ask, "--json", "--nproc", "2", *settings)
+    assert json.loads(two.stdout) == generate(read_output, *ask)
 
 
 def test_prompts_come_from_a_file_and_texts_go_into_the_report(one_rank: None, imported: dict[str, Path],
-                                                               tmp_path: Path, capsys) -> None:
+                                                               tmp_path: Path, read_output: Any) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "import", "target": "os"}\n\n{"prompt": "return"}\n')
     EventLog(tmp_path / EVENTS).close()
-    assert main(["generate", str(imported["solar_open"]), "--prompts", str(tmp_path / "prompts.jsonl"),
-                 "--max-new-tokens", "4", "--run", str(tmp_path)]) == 0
+    output = read_output("generate", str(imported["solar_open"]), "--prompts",
+                         str(tmp_path / "prompts.jsonl"), "--max-new-tokens", "4", "--run", str(tmp_path))
     samples = list(read_events(tmp_path / EVENTS))
     assert [(s["event"], s["step"], s["prompt"], s["target"]) for s in samples] \
         == [("sample", 0, "import", "os"), ("sample", 0, "return", None)]
-    output = capsys.readouterr().out
     assert all(s["prompt"] + s["text"] in output for s in samples)
 
 
 def test_the_end_of_the_assistants_turn_ends_a_chat(one_rank: None, imported: dict[str, Path],
-                                                    hf_models: dict[str, Path], capsys,
+                                                    hf_models: dict[str, Path], read_output: Any,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     ask = ["--prompt", "Hello", "--max-new-tokens", "6", "--chat"]
-    (complete,) = read_printed_rows(capsys, str(imported["solar_open"]), *ask)
+    (complete,) = generate(read_output, str(imported["solar_open"]), *ask)
     end = complete["tokens"][3]  # the fourth token plays the end of the turn
     monkeypatch.setattr("megatron_sov.chat.encode.ChatEncoder.end_ids", lambda encoder: (end,))
     for folder in (imported["solar_open"], hf_models["solar_open"]):
-        (continuation,) = read_printed_rows(capsys, str(folder), *ask)
+        (continuation,) = generate(read_output, str(folder), *ask)
         assert continuation["tokens"] == complete["tokens"][:complete["tokens"].index(end) + 1]
 
 
 def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], hf_models: dict[str, Path],
-                                    capsys) -> None:
-    plain = read_printed_rows(capsys, str(imported["solar_open"]), *PROMPT_OPTIONS)
+                                    read_output: Any) -> None:
+    plain = generate(read_output, str(imported["solar_open"]), *PROMPT_OPTIONS)
     part = plain[0]["text"][4:7]
     for folder in (imported["solar_open"], hf_models["solar_open"]):
-        stopped = read_printed_rows(capsys, str(folder), *PROMPT_OPTIONS, "--stop", part, "--batch-size", "1",
+        stopped = generate(read_output, str(folder), *PROMPT_OPTIONS, "--stop", part, "--batch-size", "1",
                                     "--prefill-tokens", "2")
         assert [s["text"] for s in stopped] == [p["text"].split(part)[0] for p in plain]
         assert len(stopped[0]["tokens"]) < 9
@@ -74,24 +69,23 @@ def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], h
 @pytest.mark.parametrize("kind", ["checkpoint", "Hugging Face folder"])
 def test_a_tokenizer_with_more_ids_than_its_model_is_refused(kind: str, imported: dict[str, Path],
                                                              hf_models: dict[str, Path], tmp_path: Path,
-                                                             capsys) -> None:
+                                                             get_refusal: Any) -> None:
     target = shutil.copytree((imported if kind == "checkpoint" else hf_models)["solar_open"], tmp_path / "m")
     folder = target / "tokenizer" if kind == "checkpoint" else target
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     tokenizer["added_tokens"].append({"id": 1024, "content": "<new>", "special": False, **flags})
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    assert main(["generate", str(target), "--prompt", "The <new>"]) == 2
-    assert capsys.readouterr().err == (
+    assert get_refusal("generate", str(target), "--prompt", "The <new>") == (
         f"error: {folder}: encodes a prompt with token id 1024, but the model has 1024 ids; replace it "
         "by the tokenizer of the model\n")
 
 
-def test_a_hugging_face_folder_ends_where_its_config_says(hf_models: dict[str, Path], capsys) -> None:
+def test_a_hugging_face_folder_ends_where_its_config_says(hf_models: dict[str, Path],
+                                                          get_refusal: Any) -> None:
     limit = json.loads((hf_models["solar_open"] / "config.json").read_text())["max_position_embeddings"]
-    assert main(["generate", str(hf_models["solar_open"]), "--prompt", "a", "--max-new-tokens",
-                 str(limit)]) == 2
-    assert f"the model has a context of {limit}; shorten one of them" in capsys.readouterr().err
+    assert f"the model has a context of {limit}; shorten one of them" in get_refusal(
+        "generate", str(hf_models["solar_open"]), "--prompt", "a", "--max-new-tokens", str(limit))
 
 
 ROW = '{"content": [{"type": "text", "text": "Draw one."}], "answer": "one"}'
@@ -120,9 +114,7 @@ def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict
     ("eval media model --data text-image=rows.jsonl --media-root . --files f --image-judge 'a b'",
      "must have the form FILE.py:NAME"),
 ])
-def test_a_bad_command_line_is_one_sentence(work_folder: Path, capsys: pytest.CaptureFixture[str], line: str,
+def test_a_bad_command_line_is_one_sentence(work_folder: Path, get_refusal: Any, line: str,
                                             message: str) -> None:
-    assert cli.main(shlex.split(line)) == 2
-    errors = capsys.readouterr().err
-    assert message in errors and "Traceback" not in errors
+    assert message in get_refusal(*shlex.split(line))
     assert sorted(p.name for p in work_folder.iterdir()) == ["a.png", "bad.jsonl", "model", "rows.jsonl"]

@@ -2,22 +2,21 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import format_json
-from megatron_sov.cli import main
 from megatron_sov.model import objectives
 from megatron_sov.model.config import apply_settings, from_dict
 from megatron_sov.model.families import supported as models
 
 
-def test_lists_every_recipe_under_its_job_by_size(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_every_recipe_under_its_job_by_size(read_output: Any) -> None:
     listed = []
     for words in ([], ["--tiny"]):
-        assert main(["recipes", *words]) == 0
-        lines = capsys.readouterr().out.splitlines()
+        lines = read_output("recipes", *words).splitlines()
         listed += [line.split()[0] for line in lines if " parameters (" in line]
         assert [line for line in lines if line.endswith(":") and "packages" not in line] == [
             "pretrain:", "extend the context:", "fine-tune:", "distill:", "learn from preferences:",
@@ -28,8 +27,7 @@ def test_lists_every_recipe_under_its_job_by_size(capsys: pytest.CaptureFixture[
         for name in objectives.BUILT_IN:
             assert any(f"{name} (megatron-sov " in line for line in lines), name
     assert sorted(listed) == sorted(recipes.names())
-    assert main(["recipes"]) == 0
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
+    lines = [line.strip() for line in read_output("recipes").splitlines()]
     sizes = [float(line.split()[1]) * {"M": 1e-3, "B": 1, "T": 1e3}[line.split()[2]]
              for line in lines[1:lines.index("extend the context:") - 1]]
     assert sizes == sorted(sizes)
@@ -41,9 +39,9 @@ def test_lists_every_recipe_under_its_job_by_size(capsys: pytest.CaptureFixture[
         assert f"{attention} attention," in next(line for line in lines if line.startswith(recipe))
 
 
-def test_prints_where_each_value_comes_from(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes", "k-exaone-236b", "--set", "train.steps=7", "--set", "optim.lr=1e-3"]) == 0
-    lines = {line.split()[0]: line.split(maxsplit=3)[1:] for line in capsys.readouterr().out.splitlines()}
+def test_prints_where_each_value_comes_from(read_output: Any) -> None:
+    output = read_output("recipes", "k-exaone-236b", "--set", "train.steps=7", "--set", "optim.lr=1e-3")
+    lines = {line.split()[0]: line.split(maxsplit=3)[1:] for line in output.splitlines()}
     assert lines["model.num_layers"] == ["48", "config.json", "LGAI-EXAONE/K-EXAONE-236B-A23B"]
     assert lines["optim.name"] == ['"muon"', "published", "arXiv 2601.01739, pre-training setup"]
     assert lines["optim.weight_decay"] == ["0.1", "ours", "not published"]
@@ -52,8 +50,7 @@ def test_prints_where_each_value_comes_from(capsys: pytest.CaptureFixture[str]) 
     assert lines["optim.lr"] == ["0.001", "yours", "--config or --set"]
 
 
-def test_values_from_a_file_and_from_the_recipe_are_distinguished(tmp_path: Path,
-                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_values_from_a_file_and_from_the_recipe_are_distinguished(tmp_path: Path, read_output: Any) -> None:
     file, printed = tmp_path / "mine.yaml", tmp_path / "whole.json"
     file.write_text("recipe: k-exaone-236b\noptim: {weight_decay: 0.25}\nmodel: {num_layers: 24}\n")
     config = apply_settings(recipes.get("k-exaone-236b"), ["optim.weight_decay=0.25", "model.num_layers=24"])
@@ -61,22 +58,19 @@ def test_values_from_a_file_and_from_the_recipe_are_distinguished(tmp_path: Path
     pages = []
     for words in (["k-exaone-236b", "--config", str(file)], ["--config", str(file)],
                   ["--config", str(printed)]):
-        assert main(["recipes", *words, "--set", "optim.lr=1e-3"]) == 0
-        pages.append(capsys.readouterr().out)
+        pages.append(read_output("recipes", *words, "--set", "optim.lr=1e-3"))
     assert pages[0] == pages[1] == pages[2]
     lines = {line.split()[0]: line.split(maxsplit=3)[1:] for line in pages[0].splitlines()}
     for key, value in {"optim.weight_decay": "0.25", "model.num_layers": "24", "optim.lr": "0.001"}.items():
         assert lines[key] == [value, "yours", "--config or --set"]
     assert lines["optim.name"] == ['"muon"', "published", "arXiv 2601.01739, pre-training setup"]
     printed.write_text(format_json(config).replace('"k-exaone-236b"', '"gone"'))
-    assert main(["recipes", "--config", str(printed)]) == 0
-    assert "published" not in capsys.readouterr().out
+    assert "published" not in read_output("recipes", "--config", str(printed))
 
 
-def test_prints_a_recipe_that_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
+def test_prints_a_recipe_that_reads_back(read_output: Any) -> None:
     changes = ["--set", "train.steps=7", "--set", "parallel.ep=2"]
-    assert main(["recipes", "tiny-k-exaone", "--json", *changes]) == 0
-    config = from_dict(json.loads(capsys.readouterr().out))
+    config = from_dict(json.loads(read_output("recipes", "tiny-k-exaone", "--json", *changes)))
     assert (config.train.steps, config.parallel.ep) == (7, 2)
     assert config.model == recipes.get("tiny-k-exaone").model
 
@@ -87,8 +81,5 @@ def test_prints_a_recipe_that_reads_back(capsys: pytest.CaptureFixture[str]) -> 
     (["--set", "train.steps=7"], "needs a recipe"),
     (["--json"], "needs a recipe"),
 ])
-def test_mistakes_end_with_one_sentence(arguments: list[str], message: str,
-                                        capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["recipes", *arguments]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and not captured.out
+def test_mistakes_end_with_one_sentence(arguments: list[str], message: str, get_refusal: Any) -> None:
+    assert message in get_refusal("recipes", *arguments)

@@ -137,22 +137,19 @@ def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path, s
 
 
 def test_a_run_that_was_only_submitted_has_a_state(tmp_path: Path, squeue: Path,
-                                                   monkeypatch: pytest.MonkeyPatch,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+                                                   monkeypatch: pytest.MonkeyPatch, read_output: Any) -> None:
     records = tmp_path / "runs/first/slurm"
     records.mkdir(parents=True)
     (records / "jobs.jsonl").write_text(
         json.dumps({"event": "submitted", "job": "17", "time_s": NOW_S}) + "\n")
     assert find_runs(tmp_path) == find_runs(records.parent) == [records.parent]
-    assert cli.main(["status", str(records.parent)]) == 0
-    assert "  state       waiting (job 17 is pending)\n" in capsys.readouterr().out
+    assert "  state       waiting (job 17 is pending)\n" in read_output("status", str(records.parent))
     monkeypatch.setenv("STATE", "COMPLETED")
     (records / "17.log").write_text("job: modules of the profile cannot be loaded\n")
-    assert cli.main(["status", str(records.parent)]) == 0
     assert ("  state       not started (job 17: modules of the profile cannot be loaded)\n"
-            in capsys.readouterr().out)
-    assert cli.main(["logs", str(records.parent)]) == 0
-    assert capsys.readouterr().out == "[job 17] job: modules of the profile cannot be loaded\n"
+            in read_output("status", str(records.parent)))
+    assert read_output("logs", str(records.parent)) == (
+        "[job 17] job: modules of the profile cannot be loaded\n")
 
 
 def test_a_locked_run_without_new_events_is_silent(tmp_path: Path) -> None:
@@ -161,8 +158,7 @@ def test_a_locked_run_without_new_events_is_silent(tmp_path: Path) -> None:
     assert read_run_state(run, NOW_S).state == "silent"
 
 
-def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path, read_output: Any) -> None:
     extension = write_run(tmp_path / "runs/extend", start_event(100),
                           settings=("extend.gate.every_steps=5",))
     write_run(extension / "stages/1-first", start_event(100), *step_events(1, 3, 90))
@@ -170,17 +166,16 @@ def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path,
               (84, "stop", {"step": 3, "reason": "SIGTERM"}))
     (tmp_path / "runs/data").mkdir()
     (tmp_path / "runs/data/config.json").write_text("{}")  # another artifact's settings
-    assert cli.main(["status", str(tmp_path / "runs")]) == 0
-    rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    rows = [line.split() for line in read_output("status", str(tmp_path / "runs")).splitlines()]
     assert [(*row[:4], *(set(row) & {"ended", "stopped"})) for row in rows[1:]] == [
         ("extend", "extend", "tiny-solar-open", "0/40", "ended"),
         ("extend/stages/1-first", "extend", "tiny-solar-open", "3/40", "ended"),
         ("pretrain", "pretrain", "tiny-solar-open", "3/40", "stopped")]
-    assert cli.main(["status", str(tmp_path / "runs"), "--json"]) == 0
+    runs = json.loads(read_output("status", str(tmp_path / "runs"), "--json"))
     assert [(lone_run["recipe"], lone_run["loss"], lone_run["heldout_bits_per_byte"])
-            for lone_run in json.loads(capsys.readouterr().out)][1:] == [("tiny-solar-open", 3.0, None)] * 2
-    assert cli.main(["status", str(tmp_path / "runs/pretrain"), "--json"]) == 0
-    (raw,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+            for lone_run in runs][1:] == [("tiny-solar-open", 3.0, None)] * 2
+    (raw,) = json.loads(read_output("status", str(tmp_path / "runs/pretrain"), "--json"),
+                        parse_constant=pytest.fail)
     assert (raw["state"], raw["step"], raw["eta_s"], raw["checkpoint_age_s"]) == ("stopped", 3, None, None)
 
 
@@ -273,7 +268,7 @@ def follow_without_waiting(monkeypatch: pytest.MonkeyPatch, run: Path,
 
 
 def test_a_run_is_followed_event_by_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
+                                          read_output: Any) -> None:
     run = write_run(tmp_path / "run", start_event(100), *step_events(1, 3, 98))
     write_lock(run)
     step = {"event": "step", "step": 4, "loss": 2.5, "tokens": 4000, "phase": "main"}
@@ -283,8 +278,7 @@ def test_a_run_is_followed_event_by_event(tmp_path: Path, monkeypatch: pytest.Mo
                             {"event": "checkpoint", "step": 4, "path": "checkpoints/step-4"},
                             {"event": "warning", "text": "loss rose"}], [{"event": "run_end", "step": 4}])
     (run / "complete.json").write_text("{}")
-    assert cli.main(["status", str(run), "--follow"]) == 0
-    first, *lines = capsys.readouterr().out.splitlines()
+    first, *lines = read_output("status", str(run), "--follow").splitlines()
     assert first.startswith(f"{run}: pretrain, tiny-solar-open")
     printed_events = [line.partition("  ")[2] for line in lines if line[2:3] == line[5:6] == ":"]
     assert printed_events == ["step 4 of 40 (10%), 4 K tokens, loss 2.5000",
@@ -309,27 +303,25 @@ def test_unknown_events_are_ignored_and_ctrl_c_ends_the_command(new_events: dict
     assert captured.err == "" and "\x1b" not in captured.out
 
 
-def test_one_run_is_followed_and_not_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_run_is_followed_and_not_as_json(tmp_path: Path, get_refusal: Any) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name, start_event(100))
-    assert cli.main(["status", str(tmp_path), "--follow"]) == 2
-    assert "--follow: follows one run, not 2 (" in capsys.readouterr().err
-    assert cli.main(["status", str(tmp_path / "a"), "--follow", "--json"]) == 2
-    assert "--json" in (printed := capsys.readouterr().err) and "goes without --follow" in printed
-    assert cli.main(["status", str(tmp_path / "none"), "--follow"]) == 2
+    assert "--follow: follows one run, not 2 (" in get_refusal("status", str(tmp_path), "--follow")
+    refusal = get_refusal("status", str(tmp_path / "a"), "--follow", "--json")
+    assert "--json" in refusal and "goes without --follow" in refusal
+    get_refusal("status", str(tmp_path / "none"), "--follow")
 
 
 DEEP_JSON = "[" * 200_000
 
 
-def test_deeply_nested_files_of_a_run_are_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deeply_nested_files_of_a_run_are_damaged(tmp_path: Path, get_refusal: Any) -> None:
     """Folders of runs may hold a stranger's."""
     run = write_run(tmp_path / "run", *step_events(0, 3, 20.0))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(DEEP_JSON)
     assert find_runs(tmp_path) == [run]
     (run / "config.json").write_text(DEEP_JSON)
-    assert cli.main(["report", str(run)]) == 2
-    assert f"{run}/config.json: is not valid JSON" in capsys.readouterr().err
+    assert f"{run}/config.json: is not valid JSON" in get_refusal("report", str(run))
     (tmp_path / "adapter_config.json").write_text(DEEP_JSON)
     assert fix_adapter(tmp_path).before

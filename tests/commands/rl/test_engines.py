@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.cli import main
 from megatron_sov.commands.rl.engines_run import keep_server
 
 
@@ -49,7 +48,7 @@ def test_an_ended_server_restarts_and_a_failed_restart_is_reported(
     assert captured.out.count("n2:8000 answers") == len([s for s in starts if s != "fails"])
 
 
-def test_a_run_without_servers_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["rl", "engines", "tiny-solar-open", "--prompts", "p.jsonl", "--reward", "math", "--store",
-                 str(tmp_path / "s"), "--from", str(tmp_path), "--run", str(tmp_path / "r")]) == 2
-    assert "--engine megatron: has no servers; add --engine vllm" in capsys.readouterr().err
+def test_a_run_without_servers_is_refused(tmp_path: Path, get_refusal: Any) -> None:
+    assert "--engine megatron: has no servers; add --engine vllm" in get_refusal(
+        "rl", "engines", "tiny-solar-open", "--prompts", "p.jsonl", "--reward", "math", "--store",
+        str(tmp_path / "s"), "--from", str(tmp_path), "--run", str(tmp_path / "r"))

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.cli import main
 from megatron_sov.convert import to_hf
 from megatron_sov.model.config import PolicyConfig
 from megatron_sov.train.data.sources import open_sources
@@ -34,11 +33,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def student(folder: Path, packed_data: Any, tiny: list[str], run_command: Any) -> Path:
+def student(folder: Path, packed_data: Any, tiny: list[str], run_checked: Any) -> Path:
     """Return a run of a smaller model than the teacher's."""
-    result = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
-                         str(folder / "student"), *tiny, "--set", "train.steps=2")
-    assert result.returncode == 0, result.stderr
+    run_checked("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
+                str(folder / "student"), *tiny, "--set", "train.steps=2")
     return folder / "student"
 
 
@@ -56,9 +54,8 @@ def build_command(folder: Path, student: Path, teacher: Path, tiny: list[str], p
 
 
 @pytest.fixture(scope="module")
-def complete_run(folder: Path, build_command: Command, run_command: Any) -> Path:
-    result = run_command(*build_command("whole"))
-    assert result.returncode == 0, result.stderr
+def complete_run(folder: Path, build_command: Command, run_checked: Any) -> Path:
+    run_checked(*build_command("whole"))
     return folder / "whole"
 
 
@@ -108,12 +105,11 @@ def test_answers_are_learned_by_the_papers_divergence(complete_run: Path, folder
 @pytest.mark.distributed
 def test_data_are_learned_as_distill_learns_them(complete_run: Path, folder: Path, student: Path,
                                                  teacher: Path, tiny: list[str], packed_data: Any,
-                                                 run_command: Any) -> None:
-    result = run_command("distill", "tiny-solar-open", *tiny, "--from", str(student), "--teacher",
-                         str(teacher),
-                         "--data", str(packed_data.chats), "--run", str(folder / "kept"), "--states-dtype",
-                         "float32", *format_set_options((*DIVERGENCE, "train.steps=1")))
-    assert result.returncode == 0, result.stderr
+                                                 run_checked: Any) -> None:
+    run_checked("distill", "tiny-solar-open", *tiny, "--from", str(student), "--teacher",
+                str(teacher),
+                "--data", str(packed_data.chats), "--run", str(folder / "kept"), "--states-dtype",
+                "float32", *format_set_options((*DIVERGENCE, "train.steps=1")))
     assert list_losses(complete_run)[0] == pytest.approx(list_losses(folder / "kept")[0], rel=1e-5)
     old, saved = (read_run_events(run, "heldout_divergence")[0] for run in (complete_run, folder / "kept"))
     assert old["kl"] == pytest.approx(saved["kl"], rel=1e-5)
@@ -135,8 +131,6 @@ def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
     (["--teacher", "math=elsewhere"], "learns from exactly one teacher checkpoint"),
 ])
 def test_impossible_runs_are_refused_before_work_starts(more: list[str], message: str, folder: Path,
-                                                        build_command: Command,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(build_command("refused", *more)) == 2
-    assert message in capsys.readouterr().err
+                                                        build_command: Command, get_refusal: Any) -> None:
+    assert message in get_refusal(*build_command("refused", *more))
     assert not (folder / "refused").exists()

@@ -43,29 +43,27 @@ def folder(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sft_run(folder: Path, tiny: list[str], run_command: Any) -> Path:
+def sft_run(folder: Path, tiny: list[str], run_checked: Any) -> Path:
     """Return a run that fine-tuned the folder `base`."""
-    result = run_command("sft", "tiny-solar-open", *tiny,
-                         *format_set_options(["train.steps=1", "model.hidden_size=48"]),
-                         "--from", str(folder / "base"), "--data", str(folder / "chats"), "--run",
-                         str(folder / "sft"))
-    assert result.returncode == 0, result.stderr
+    run_checked("sft", "tiny-solar-open", *tiny,
+                *format_set_options(["train.steps=1", "model.hidden_size=48"]),
+                "--from", str(folder / "base"), "--data", str(folder / "chats"), "--run",
+                str(folder / "sft"))
     return folder / "sft"
 
 
 @pytest.mark.deep
 def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
-        folder: Path, sft_run: Path, tiny: list[str], run_command: Any) -> None:
+        folder: Path, sft_run: Path, tiny: list[str], run_checked: Any) -> None:
     store, parts = folder / "store", []
     for start, run, more in (
             (folder / "base", "opd", ("policy.method=opd", "none", "--teacher", str(sft_run))),
             (sft_run, "grpo", ("policy.method=grpo", "repetition"))):
         method, reward, *teacher = more
-        result = run_command("rl", "run", "tiny-solar-open", *tiny, *format_set_options([*SETTINGS, method]),
-                             "--prompts",
-                             str(folder / "prompts.jsonl"), "--reward", reward, "--plain", "--from",
-                             str(start), *teacher, "--run", str(folder / run), "--store", str(store))
-        assert result.returncode == 0, result.stderr
+        run_checked("rl", "run", "tiny-solar-open", *tiny, *format_set_options([*SETTINGS, method]),
+                    "--prompts",
+                    str(folder / "prompts.jsonl"), "--reward", reward, "--plain", "--from",
+                    str(start), *teacher, "--run", str(folder / run), "--store", str(store))
         parts.append([part.name for part in RolloutStore.open(store).parts()])
     assert parts[0] == parts[1] != [], "the responses of the base were there"
     assert len(list((folder / ".from-hf").glob("base-*"))) == 1, "both runs share the conversion"

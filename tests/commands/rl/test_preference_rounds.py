@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.cli import main
 from megatron_sov.convert import to_hf
 from megatron_sov.rollouts.store import RolloutStore
 from megatron_sov.train.data.sources import open_sources
@@ -60,9 +59,8 @@ def build_command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
 
 
 @pytest.fixture(scope="module")
-def complete_run(folder: Path, build_command: Command, run_command: Any) -> Path:
-    result = run_command(*build_command("whole", f"preference.beta={BETA}"))
-    assert result.returncode == 0, result.stderr
+def complete_run(folder: Path, build_command: Command, run_checked: Any) -> Path:
+    run_checked(*build_command("whole", f"preference.beta={BETA}"))
     return folder / "whole"
 
 
@@ -161,10 +159,9 @@ def test_pairs_are_learned_against_the_weights_that_begin_the_round(complete_run
 
 @pytest.mark.deep
 def test_pairs_are_learned_against_the_start_of_the_run(complete_run: Path, folder: Path, teacher: Path,
-                                                        build_command: Command, run_command: Any) -> None:
-    result = run_command(*build_command("fixed", f"preference.beta={BETA}", "policy.reference=run",
-                                  store="whole-store"))
-    assert result.returncode == 0, result.stderr
+                                                        build_command: Command, run_checked: Any) -> None:
+    run_checked(*build_command("fixed", f"preference.beta={BETA}", "policy.reference=run",
+                               store="whole-store"))
     run = folder / "fixed"
     documents = read_documents(run, 2)[1]
     policy, _ = compute_reference_logprobs(run, 3, documents, teacher, folder)
@@ -177,10 +174,9 @@ def test_pairs_are_learned_against_the_start_of_the_run(complete_run: Path, fold
 @pytest.mark.parametrize("method", ["simper", "grouper"])
 def test_inverse_perplexities_of_pairs_and_groups(method: str, complete_run: Path, folder: Path,
                                                   teacher: Path,
-                                                  build_command: Command, run_command: Any) -> None:
-    result = run_command(*build_command(method, f"preference.method={method}", "rollout.rounds=1",
-                                  store="whole-store"))
-    assert result.returncode == 0, result.stderr
+                                                  build_command: Command, run_checked: Any) -> None:
+    run_checked(*build_command(method, f"preference.method={method}", "rollout.rounds=1",
+                               store="whole-store"))
     run = folder / method
     for step, documents in enumerate(read_documents(run, 1)):
         sums, counts = compute_reference_logprobs(run, step, documents, teacher, folder)
@@ -202,8 +198,6 @@ def test_inverse_perplexities_of_pairs_and_groups(method: str, complete_run: Pat
     (("policy.method=gspo",), 'keep_unfinished = true has no effect with policy.method = "gspo"'),
 ])
 def test_impossible_runs_are_refused_before_work_starts(settings: tuple[str, ...], message: str, folder: Path,
-                                                        build_command: Command,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(build_command("refused", *settings)) == 2
-    assert message in capsys.readouterr().err
+                                                        build_command: Command, get_refusal: Any) -> None:
+    assert message in get_refusal(*build_command("refused", *settings))
     assert not (folder / "refused").exists()

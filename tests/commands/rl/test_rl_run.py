@@ -67,11 +67,10 @@ def build_command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
 
 
 @pytest.fixture(scope="module")
-def undisturbed_run(folder: Path, build_command: Command, run_command: Any) -> Path:
+def undisturbed_run(folder: Path, build_command: Command, run_checked: Any) -> Path:
     """Return an undisturbed run of three rounds."""
-    result = run_command(*build_command("whole", "--plain", "--workers", "1", "--set",
+    result = run_checked(*build_command("whole", "--plain", "--workers", "1", "--set",
                                         "obs.tensorboard=true"))
-    assert result.returncode == 0, result.stderr
     assert ("11 prompts read: 9 asked, 2 set aside (1 longer than rollout.max_prompt_tokens = 8, "
             "1 same as another one)") in result.stderr
     set_aside = json.loads((folder / "whole-store/set_aside.json").read_text())["prompts"]
@@ -113,12 +112,12 @@ def kill_claim_holder(claim: Path) -> Iterator[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def killed_run(folder: Path, build_command: Command, run_command: Any) -> Path:
+def killed_run(folder: Path, build_command: Command, run_checked: Any) -> Path:
     """Return the same run with validations, killed while it wrote the first checkpoint, and in round 3."""
     with kill_claim_holder(folder / "killed-store/claims/round-0003-piece-0001/1.json") as pids:
-        result = run_command(*build_command("killed", "--plain", "--workers", "1", "--inject", "kill@save=4",
-                                      *validation_options(folder)))
-    assert result.returncode == 0 and pids, result.stderr
+        result = run_checked(*build_command("killed", "--plain", "--workers", "1", "--inject", "kill@save=4",
+                                            *validation_options(folder)))
+    assert pids
     option = f"--validation {folder / 'heldout.jsonl'}"
     assert f"{option}: 1 of 7 prompts are also training prompts (line 7); the validation" in result.stderr
     assert (f"{option}: 7 prompts read: 5 asked, 2 set aside (1 asked in training too, 1 longer than "
@@ -180,7 +179,7 @@ def test_each_policy_is_validated_once_under_the_runs_own_reward(killed_run: Pat
 
 @pytest.mark.deep
 def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
-        undisturbed_run: Path, folder: Path, build_command: Command, run_command: Any) -> None:
+        undisturbed_run: Path, folder: Path, build_command: Command, run_checked: Any) -> None:
     store = RolloutStore.open(folder / "whole-store")
 
     def digest_parts() -> dict[str, str]:
@@ -188,8 +187,7 @@ def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
 
     digests, (first_reward,) = digest_parts(), store.versions()
     assert len(digests) == 6
-    result = run_command(*build_command("other", "--plain", "--workers", "1", store="whole-store", lot=2))
-    assert result.returncode == 0, result.stderr
+    result = run_checked(*build_command("other", "--plain", "--workers", "1", store="whole-store", lot=2))
     assert digest_parts() == digests, "responses were generated again"
     (second_reward,) = set(store.versions()) - {first_reward}
     rounds = read_run_events(folder / "other", "round")
@@ -197,8 +195,7 @@ def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
     assert list_losses(folder / "other") != list_losses(undisturbed_run)
     assert "began responses of round 2 and does not" in result.stderr
     # `rl train`, which generates nothing, computes the same from the same rounds
-    result = run_command(*build_command("trained", store="whole-store", word="train"))
-    assert result.returncode == 0, result.stderr
+    result = run_checked(*build_command("trained", store="whole-store", word="train"))
     assert list_losses(folder / "trained") == list_losses(undisturbed_run)
     assert read_weight_digests(folder / "trained", 6) == read_weight_digests(undisturbed_run, 6)
     # its policies are those of the store, and each has a checkpoint
@@ -216,13 +213,12 @@ def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
 
 @pytest.mark.deep
 def test_several_rounds_at_once_replay_the_experts_of_their_tokens(folder: Path, build_command: Command,
-                                                                   run_command: Any) -> None:
-    result = run_command(*build_command("stale", "--plain", "--workers", "1", "--set",
-                                        "rollout.max_staleness=1",
-                                  "--set", "rollout.steps_per_round=1",
-                                  "--set", "policy.router_replay=true", "--set", "policy.method=gspo",
-                                  "--set", "train.precision=bf16"))
-    assert result.returncode == 0, result.stderr
+                                                                   run_checked: Any) -> None:
+    run_checked(*build_command("stale", "--plain", "--workers", "1", "--set",
+                               "rollout.max_staleness=1",
+                               "--set", "rollout.steps_per_round=1",
+                               "--set", "policy.router_replay=true", "--set", "policy.method=gspo",
+                               "--set", "train.precision=bf16"))
     rows = read_rows(folder / "stale-store")
     assert [(row.round, set(row.versions.tolist())) for row in rows] == [
         *[(1, {0})] * 16, *[(2, {0})] * 16, *[(3, {2})] * 16]
@@ -238,7 +234,7 @@ def test_several_rounds_at_once_replay_the_experts_of_their_tokens(folder: Path,
 
 
 def test_invalid_runs_are_refused_before_work_starts(folder: Path, build_command: Command, teacher: Path,
-                                                     capsys: Any, run_command: Any) -> None:
+                                                     capsys: Any, run_checked: Any) -> None:
     def get_refusal(*more: str) -> str:
         """Run the command with further options, and return its error."""
         assert main(build_command("refused", *more)) == 2
@@ -248,8 +244,7 @@ def test_invalid_runs_are_refused_before_work_starts(folder: Path, build_command
     assert "--reward-set by_lot=1: --reward environment copies" in get_refusal(
         "--reward", "environment", "--environment", "calculator")
     assert "--reward-set: 'lot' must have the form key=value" in get_refusal("--reward-set", "lot")
-    result = run_command(*build_command("refused", "--plain", "--set", "rollout.max_prompt_tokens=1"))
-    assert result.returncode == 2, result.stderr
+    result = run_checked(*build_command("refused", "--plain", "--set", "rollout.max_prompt_tokens=1"), code=2)
     assert ("all 10 prompts have more tokens than rollout.max_prompt_tokens = 1, the shortest 2"
             in result.stderr)
     prompts = str(folder / "prompts.jsonl")
@@ -270,13 +265,11 @@ def test_invalid_runs_are_refused_before_work_starts(folder: Path, build_command
     assert "has no vLLM; install it" in get_refusal(
         "--plain", "--engine", "vllm", "--engine-python", sys.executable)
     (folder / "file").touch()
-    result = run_command(*build_command("refused", "--plain", store="file"))
-    assert result.returncode == 2
-    assert "file: is a file; --store needs a folder" in result.stderr, result.stderr
+    result = run_checked(*build_command("refused", "--plain", store="file"), code=2)
+    assert "file: is a file; --store needs a folder" in result.stderr
     without_tokenizer = folder / "bare"
     shutil.copytree(teacher / "checkpoints/step-2", without_tokenizer,
                     ignore=shutil.ignore_patterns("tokenizer"))
-    result = run_command(*build_command("refused", "--plain", "--from", str(without_tokenizer)))
-    assert result.returncode == 2, result.stderr
-    assert f"--from {without_tokenizer}: has no tokenizer, which" in result.stderr, result.stderr
+    result = run_checked(*build_command("refused", "--plain", "--from", str(without_tokenizer)), code=2)
+    assert f"--from {without_tokenizer}: has no tokenizer, which" in result.stderr
     assert not (folder / "refused").exists() and not (folder / "refused-store").exists()

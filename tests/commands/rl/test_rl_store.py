@@ -1,8 +1,6 @@
 """`megatron-sov rl store`: the commands of its page, error messages, and removal of named rounds only."""
 
-import contextlib
 import dataclasses
-import io
 import json
 import os
 import re
@@ -59,14 +57,6 @@ def fill_store(path: Path) -> RolloutStore:
     return store
 
 
-def run_store_command(*words: str) -> tuple[int, str, str]:
-    """Return a command's exit code, output and errors."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = main(["rl", "store", *words])
-    return code, out.getvalue(), err.getvalue()
-
-
 @pytest.fixture(scope="module")
 def complete_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A store that tests read, or copy."""
@@ -103,11 +93,11 @@ def test_the_page_is_true(complete_store: Path, tmp_path: Path, monkeypatch: pyt
         assert sorted(parquet.read_schema(file).names) == sorted(columns_named)
 
 
-def test_show_prints_a_row_without_its_control_characters(complete_store: Path) -> None:
-    code, out, _ = run_store_command("show", str(complete_store), format_part_name(1, 0), "1")
-    assert code == 0 and out.endswith("response:\nit is\\x1b[2J 4\n") and "\x1b" not in out
-    _, out, _ = run_store_command("show", str(complete_store), format_part_name(1, 0), "1", "--json")
-    parsed = json.loads(out)
+def test_show_prints_a_row_without_its_control_characters(complete_store: Path, read_output: Any) -> None:
+    words = ["rl", "store", "show", str(complete_store), format_part_name(1, 0), "1"]
+    output = read_output(*words)
+    assert output.endswith("response:\nit is\\x1b[2J 4\n") and "\x1b" not in output
+    parsed = json.loads(read_output(*words, "--json"))
     assert parsed["turns"] == [{"tokens": [0, 1], "versions": [3], "mean_logprob": -0.5},
                                {"tokens": [2, 3], "versions": [4], "mean_logprob": -1.5}]
     assert [(row["reward_version"], row["reward"]) for row in parsed["rewards"]] == [(VERSION, 1.0)]
@@ -160,7 +150,8 @@ def test_verify_names_every_problem(name: str, store: RolloutStore) -> None:
         assert re.search(sentence, line), (line, sentence)
 
 
-def test_gc_removes_only_unused_files(store: RolloutStore) -> None:
+def test_gc_removes_only_unused_files(store: RolloutStore, capsys: Any, get_refusal: Any,
+                                      read_output: Any) -> None:
     claims = Claims(store.claims, 60)
     done = (format_part_name(1, 0), f"reward-{VERSION[:12]}-{format_part_name(1, 0)}")
     open_ones = (format_part_name(2, 0), f"reward-{'0' * 12}-{format_part_name(1, 0)}")
@@ -173,20 +164,21 @@ def test_gc_removes_only_unused_files(store: RolloutStore) -> None:
         (folder / "rollouts.parquet").write_bytes(b"1")
     for path in (old / "rollouts.parquet", old):
         os.utime(path, (time.time() - 7200,) * 2)
-    code, out, _ = run_store_command("gc", str(store.path))
-    assert code == 0 and "deleted 5 folders" in out and not any(map(Path.exists, half))
+    command = ["rl", "store", "gc", str(store.path)]
+    assert "deleted 5 folders" in read_output(*command) and not any(map(Path.exists, half))
     assert (old.exists(), new.exists()) == (False, True)
     assert sorted(path.name for path in store.claims.iterdir()) == sorted(open_ones)
     assert len(store.parts()) == 3 and len(store.parts(version=VERSION)) == 3
 
-    code, out, err = run_store_command("gc", str(store.path), "--rounds", "1")
-    assert code == 2 and out.count("would delete") == 6 and "would delete 6 folders" in err
+    assert main([*command, "--rounds", "1"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out.count("would delete") == 6 and "would delete 6 folders" in captured.err
     assert len(store.parts()) == 3
-    code, out, err = run_store_command("gc", str(store.path), "--version", "nonsense")
-    assert code == 2 and f"no rewards with this version (versions: {VERSION[:12]})" in err
-    assert run_store_command("gc", str(store.path), "--version", VERSION)[0] == 0
+    assert (f"no rewards with this version (versions: {VERSION[:12]})"
+            in get_refusal(*command, "--version", "nonsense"))
+    read_output(*command, "--version", VERSION)
     assert store.versions() == [] and len(store.parts()) == 3
-    assert run_store_command("gc", str(store.path), "--rounds", "1-4", "--yes")[0] == 0
+    read_output(*command, "--rounds", "1-4", "--yes")
     assert [path.name for path in (store.path / "rollouts").iterdir()] == [new.name]
 
 
@@ -196,9 +188,11 @@ def test_gc_removes_only_unused_files(store: RolloutStore) -> None:
     (["show", "STORE", format_part_name(1, 9), "0"], "PART 'round-0001-piece-0009': .* has no such part"),
     (["show", "STORE", format_part_name(1, 0), "2"], "ROW 2: round-0001-piece-0000 has 2 rows"),
     (["gc", "STORE", "--rounds", "4-2"], "--rounds 4-2: must be a round, or the first and the last one")])
-def test_mistakes_are_one_sentence(words: list[str], message: str, complete_store: Path) -> None:
-    code, out, err = run_store_command(*[str(complete_store) if word == "STORE" else word for word in words])
-    assert code == 2 and out == "" and re.search(message, err) and len(err.splitlines()) == 1
+def test_mistakes_are_one_sentence(words: list[str], message: str, complete_store: Path,
+                                   get_refusal: Any) -> None:
+    typed = [str(complete_store) if word == "STORE" else word for word in words]
+    [line] = get_refusal("rl", "store", *typed).splitlines()
+    assert re.search(message, line)
 
 
 def test_a_foreign_part_is_not_listed(store: RolloutStore, tmp_path: Path,

@@ -15,7 +15,6 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
-from megatron_sov.cli import main
 from megatron_sov.commands.rl.teacher_models import check_teacher_model
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.runs.obs.meters import format_step, read_headline
@@ -62,9 +61,8 @@ def build_command(folder: Path, teacher: Path, tiny: list[str], server: VllmDoub
 
 
 @pytest.fixture(scope="module")
-def complete_run(folder: Path, build_command: Command, run_command: Any) -> Path:
-    result = run_command(*build_command("whole"))
-    assert result.returncode == 0, result.stderr
+def complete_run(folder: Path, build_command: Command, run_checked: Any) -> Path:
+    run_checked(*build_command("whole"))
     return folder / "whole"
 
 
@@ -141,23 +139,18 @@ def test_token_advantage_is_teacher_minus_student_log_probability(complete_run: 
     (["--set", "rollout.temperature=0.7"], "temperature = 0.7 must be 1: policy.opd_coeff = 1 compares"),
 ])
 def test_impossible_runs_are_refused_before_work_starts(more: list[str], message: str, folder: Path,
-                                                        build_command: Command,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(build_command("refused", *more)) == 2
-    assert message in capsys.readouterr().err
+                                                        build_command: Command, get_refusal: Any) -> None:
+    assert message in get_refusal(*build_command("refused", *more))
     assert not (folder / "refused").exists()
 
 
-def test_prompts_without_a_teacher_are_refused(build_command: Command,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_without_a_teacher_are_refused(build_command: Command, get_refusal: Any) -> None:
     words = build_command("refused")
-    assert main(words[:-2]) == 2  # without the server
-    assert "line 2 has domain 'b', and the teachers have 'a'; add" in capsys.readouterr().err
-    assert main(words[:-4]) == 2
-    assert "policy.opd_coeff = 1: needs a teacher; add --teacher" in capsys.readouterr().err
-    assert main([*words[:-4], "--set", "policy.method=dapo", "--set", "rollout.samples_per_prompt=2"]) == 2
+    without_server = words[:-2]
+    assert "line 2 has domain 'b', and the teachers have 'a'; add" in get_refusal(*without_server)
+    assert "policy.opd_coeff = 1: needs a teacher; add --teacher" in get_refusal(*words[:-4])
     assert "--reward none: policy.method = dapo learns from rewards; choose a reward" in (
-        capsys.readouterr().err)
+        get_refusal(*words[:-4], "--set", "policy.method=dapo", "--set", "rollout.samples_per_prompt=2"))
 
 
 def test_a_mismatched_teacher_is_refused_by_its_first_wrong_field(tmp_path: Path) -> None:

@@ -75,32 +75,30 @@ def read_step_numbers(run: Path) -> dict[int, Any]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed_run(rounds: Rounds, run_command: Any, tiny: list[str]) -> Path:
+def undisturbed_run(rounds: Rounds, run_checked: Any, tiny: list[str]) -> Path:
     """Return an undisturbed run over the three rounds of the store "whole"."""
     store = rounds.store("whole", range(1, 4))
-    result = run_command(*rounds.command(store, "undisturbed", *tiny, *WORDS, "--set",
-                                         "train.keep_checkpoints=0", "--set",
-                                         "train.checkpoint_every_steps=5"))
-    assert result.returncode == 0, result.stderr
+    run_checked(*rounds.command(store, "undisturbed", *tiny, *WORDS, "--set",
+                                "train.keep_checkpoints=0", "--set",
+                                "train.checkpoint_every_steps=5"))
     return rounds.folder / "undisturbed"
 
 
 @pytest.mark.essential
 @pytest.mark.distributed
 def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed_run: Path, rounds: Rounds,
-                                                         run_command: Any, tiny: list[str]) -> None:
+                                                         run_checked: Any, tiny: list[str]) -> None:
     settings = [*tiny, *WORDS]
     later = rounds.store("later", range(1, 3))
-    result = run_command(*rounds.command(later, "disturbed", *settings, "--inject", "kill@step=4"))
-    assert result.returncode == 75, result.stderr  # its processes were started again, inside of round 2
+    # its processes were started again, inside of round 2
+    run_checked(*rounds.command(later, "disturbed", *settings, "--inject", "kill@step=4"), code=75)
     events = list(read_events(rounds.folder / "disturbed/events.jsonl"))
     assert [e["step"] for e in events if e["event"] == "restart"] == [3]
     assert "round 3 is not there yet: 2 of 2 pieces are not written yet" in json.dumps(events[-1])
     policy = find_round_policy(rounds.folder / "disturbed", rounds.start, 3, ROLLOUT)
     assert policy is not None and policy.step == 4
     rounds.store("later", range(3, 4))
-    result = run_command(*rounds.command(later, "disturbed", *settings, "--resume"))
-    assert result.returncode == 0, result.stderr
+    run_checked(*rounds.command(later, "disturbed", *settings, "--resume"))
 
     disturbed = rounds.folder / "disturbed"
     assert read_step_numbers(disturbed) == read_step_numbers(undisturbed_run)

@@ -11,7 +11,6 @@ import pytest
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import manifest_sha256
 from megatron_sov.base.errors import UserError
-from megatron_sov.cli import main
 from megatron_sov.commands.rl.checks import choose_rounds
 from megatron_sov.rollouts.prompts import read_prompts
 from megatron_sov.rollouts.store import RolloutStore
@@ -39,18 +38,16 @@ def words(teacher: Path, tiny: list[str], tmp_path: Path) -> list[str]:
 @pytest.mark.deep
 @pytest.mark.distributed
 def test_two_policies_write_two_rounds_and_a_reward_judges_them(words: list[str], teacher: Path,
-                                                                run_command: Any, tmp_path: Path,
-                                                                capsys: pytest.CaptureFixture[str]) -> None:
+                                                                run_checked: Any, tmp_path: Path,
+                                                                read_output: Any) -> None:
     words = [*words, "--set", "policy.router_replay=true"]
-    result = run_command(*words)
-    assert result.returncode == 75, result.stderr
+    result = run_checked(*words, code=75)
     assert "2 parts with 4 responses" in result.stdout
     assert "round 2 waits for a policy that round 1 has trained" in result.stderr
     first, second = sorted((teacher / "checkpoints").glob("step-*"))
     (tmp_path / "run/checkpoints").mkdir(parents=True)
     (tmp_path / "run/checkpoints/step-1").symlink_to(second)
-    result = run_command(*words, "--nproc", "2", "--engine-set", "parallel.ep=2")
-    assert result.returncode == 0, result.stderr
+    result = run_checked(*words, "--nproc", "2", "--engine-set", "parallel.ep=2")
     assert "2 parts with 4 responses" in result.stdout and "rounds 1 to 2 are written" in result.stdout
     store = RolloutStore.open(tmp_path / "store")
     prompts = {p.id: p for p in read_prompts(tmp_path / "prompts.jsonl")}
@@ -60,7 +57,7 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(words: list[str]
         rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]
         assert len(rows) == 4 and {row.key.policy for row in rows} == {sha256}
         assert {int(v) for row in rows for v in row.versions} == {number - 1}
-        greedy = _generate_greedily(run_command, checkpoint, tmp_path / "asked.jsonl")
+        greedy = _generate_greedily(run_checked, checkpoint, tmp_path / "asked.jsonl")
         for row in rows:
             assert row.record == prompts[row.key.prompt].record
             text = row.record.get("prompt") or row.record["messages"][0]["content"]
@@ -69,19 +66,16 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(words: list[str]
             assert row.routes.max() < 4, "there are four experts, and every token was read"
     judge = ["rl", "reward", "--store", str(tmp_path / "store"), "--reward", "length", "--reward-set",
              "max_length=100", "--reward-set", "buffer=50", "--workers", "1"]
-    assert main(judge) == 0
-    assert "4 parts, 8 scored responses" in capsys.readouterr().out
-    assert main(judge) == 0
-    assert "0 parts, 0 responses" in capsys.readouterr().out
+    assert "4 parts, 8 scored responses" in read_output(*judge)
+    assert "0 parts, 0 responses" in read_output(*judge)
 
 
-def _generate_greedily(run_command: Any, checkpoint: Path, file: Path) -> dict[str, tuple[list[int], str]]:
+def _generate_greedily(run_checked: Any, checkpoint: Path, file: Path) -> dict[str, tuple[list[int], str]]:
     """Return the greedy output of `generate` for each prompt."""
     texts = [f"What is {i} plus 1?" for i in range(2)] + ["Name a river."]
     file.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
-    result = run_command("generate", str(checkpoint), "--prompts", str(file), "--chat", "--max-new-tokens",
+    result = run_checked("generate", str(checkpoint), "--prompts", str(file), "--chat", "--max-new-tokens",
                          "6", "--json")
-    assert result.returncode == 0, result.stderr
     return {row["prompt"]: (row["tokens"], row["text"]) for row in json.loads(result.stdout)}
 
 
@@ -97,19 +91,17 @@ WRONG_OPTIONS = {
 
 @pytest.mark.parametrize("case", WRONG_OPTIONS)
 def test_invalid_prompts_are_reported_before_torch_is_imported(case: str, words: list[str], tmp_path: Path,
-                                                               capsys: pytest.CaptureFixture[str]) -> None:
+                                                               get_refusal: Any) -> None:
     more, message = WRONG_OPTIONS[case]
-    assert main([*words, *more]) == 2
-    assert message in capsys.readouterr().err
+    assert message in get_refusal(*words, *more)
     assert not (tmp_path / "store").exists()
 
 
-def test_problems_of_the_start_name_its_option(words: list[str], teacher: Path, run_command: Any,
+def test_problems_of_the_start_name_its_option(words: list[str], teacher: Path, run_checked: Any,
                                                tmp_path: Path) -> None:
     def get_refusal(*more: str) -> str:
-        result = run_command(*words, *more)
-        *notes, error = result.stderr.splitlines()
-        assert result.returncode == 2 and all("prompts read" in line for line in notes), result.stderr
+        *notes, error = run_checked(*words, *more, code=2).stderr.splitlines()
+        assert all("prompts read" in line for line in notes)
         return str(error)
 
     bare = tmp_path / "bare"
@@ -123,12 +115,11 @@ def test_problems_of_the_start_name_its_option(words: list[str], teacher: Path, 
 
 
 def test_other_rounds_than_those_of_the_run_are_refused(words: list[str], tmp_path: Path,
-                                                        capsys: pytest.CaptureFixture[str]) -> None:
+                                                        get_refusal: Any) -> None:
     run = RunFolder(tmp_path / "run")
     run.create()
     run.declare(recipes.get("tiny-solar-open"))  # one step in a round, at temperature 1
-    assert main([*words, "--set", "rollout.steps_per_round=2"]) == 2
-    errors = capsys.readouterr().err
+    errors = get_refusal(*words, "--set", "rollout.steps_per_round=2")
     assert f"rollout.steps_per_round = 2: --run {run.path} trains with 1; use equal" in errors
     assert "rollout.temperature = 0.0001: --run" in errors and "rollout.rounds" not in errors
     assert not (tmp_path / "store").exists()

@@ -132,15 +132,14 @@ def test_probe_and_fuse_also_run_separately(probed: list[str], capsys: pytest.Ca
 
 
 def test_experts_of_a_run_are_merged_and_compared_with_the_merge(probed: list[str], imported: dict[str, Path],
-                                                                 capsys: pytest.CaptureFixture[str]) -> None:
+                                                                 get_refusal: Any, read_output: Any) -> None:
     for step in (100, 200):
         shutil.copytree(imported["solar_open"], f"run/checkpoints/step-{step}")
     EventLog(Path("run", EVENTS)).close()
     Path("run/checkpoints/.writing-step-300").mkdir()
     result = run_probe("run")
     assert [c["name"] for c in result["checkpoints"]] == ["run/step-100", "run/step-200"]
-    assert main(["ssp", "fuse", "probe", "--output", "merged"]) == 0
-    assert "0.5 of" in capsys.readouterr().out
+    assert "0.5 of" in read_output("ssp", "fuse", "probe", "--output", "merged")
     result = run_probe("merged", "--run", "run")
     assert probed == ["step-100", "step-200", "merged"]
     # never the merged checkpoint
@@ -156,16 +155,14 @@ def test_experts_of_a_run_are_merged_and_compared_with_the_merge(probed: list[st
     # start
     first = "run/checkpoints/step-100"
     assert main(["ssp", "probe", first, *PROBE_OPTIONS[:-1], "alone"]) == 0
-    assert main(["ssp", "fuse", "alone", "--output", "same"]) == 0
-    assert "1 of" in capsys.readouterr().out
+    assert "1 of" in read_output("ssp", "fuse", "alone", "--output", "same")
     for name in read_manifest("same").files:
         assert Path("same", name).read_bytes() == Path(first, name).read_bytes()
-    assert main(["ssp", "fuse", first, "--output", "never"]) == 2
-    assert "a mean needs at least two checkpoints" in capsys.readouterr().err
-    assert main(["ssp", "fuse", "merged:1", "merged:x", "--output", "never"]) == 2
-    assert "merged:x: does not exist, and 'x' after the colon is not a weight" in capsys.readouterr().err
-    assert main(["convert", "average", "run", "never", "--last", "3"]) == 2
-    assert "--last 3: must be at least 2 and at most 2" in capsys.readouterr().err
+    assert "a mean needs at least two checkpoints" in get_refusal("ssp", "fuse", first, "--output", "never")
+    assert ("merged:x: does not exist, and 'x' after the colon is not a weight"
+            in get_refusal("ssp", "fuse", "merged:1", "merged:x", "--output", "never"))
+    assert ("--last 3: must be at least 2 and at most 2"
+            in get_refusal("convert", "average", "run", "never", "--last", "3"))
 
 
 @pytest.mark.each(("arguments", "message"), [
@@ -176,34 +173,33 @@ def test_experts_of_a_run_are_merged_and_compared_with_the_merge(probed: list[st
     (["--reward", "stemm"], "did you mean 'stem'?"),
 ])
 def test_mistakes_give_one_sentence_and_no_output(arguments: list[str], message: str,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+                                                  get_refusal: Any) -> None:
     Path("empty.jsonl").touch()
-    assert main(["ssp", "probe", "first", *PROBE_OPTIONS, *arguments]) == 2
-    assert message in capsys.readouterr().err
+    assert message in get_refusal("ssp", "probe", "first", *PROBE_OPTIONS, *arguments)
     assert not Path("probe").exists()
 
 
-def test_generated_problems_name_their_domains_and_are_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
+def test_generated_problems_name_their_domains_and_are_unchanged(get_refusal: Any) -> None:
     problem = {"prompt": "2 + 2?", "answer": "4", "domain": "statistics"}
     with create_artifact("sets", "synthesis") as artifact:
         (artifact.path / "kept.jsonl").write_text(json.dumps(problem))
     assert main(["ssp", "probe", "first", *PROBE_OPTIONS, "--problems", "sets", "--dry-run"]) == 0
     assert '"probe_domain": "statistics"' in Path("probe/problems.jsonl").read_text()
     Path("sets/kept.jsonl").write_text(json.dumps({"prompt": "2 + 3?", "answer": "5"}) + "\n")
-    assert main(["ssp", "probe", "first", *PROBE_OPTIONS, "--problems", "sets", "--dry-run"]) == 2
-    assert "the files have changed since" in capsys.readouterr().err
+    assert ("the files have changed since"
+            in get_refusal("ssp", "probe", "first", *PROBE_OPTIONS, "--problems", "sets", "--dry-run"))
     with create_artifact("more", "synthesis") as artifact:
         (artifact.path / "kept.jsonl").write_text(json.dumps({**problem, "domain": ""}))
-    assert main(["ssp", "probe", "first", *PROBE_OPTIONS, "--problems", "more", "--dry-run"]) == 2
-    assert "kept.jsonl: line 1 has no text in 'domain'" in capsys.readouterr().err
+    assert ("kept.jsonl: line 1 has no text in 'domain'"
+            in get_refusal("ssp", "probe", "first", *PROBE_OPTIONS, "--problems", "more", "--dry-run"))
 
 
-def test_incomparable_checkpoints_are_refused(probed: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_incomparable_checkpoints_are_refused(probed: list[str], capsys: Any, get_refusal: Any) -> None:
     run_probe("first")
-    assert main(["ssp", "probe", "second", *PROBE_OPTIONS, "--temperature", "0.5"]) == 2
-    assert "its answers were begun with temperature = 1.0, now it is 0.5" in capsys.readouterr().err
+    assert ("its answers were begun with temperature = 1.0, now it is 0.5"
+            in get_refusal("ssp", "probe", "second", *PROBE_OPTIONS, "--temperature", "0.5"))
     (samples,) = Path("probe/checkpoints").glob("first-*/samples.jsonl")
     samples.write_bytes(samples.read_bytes().replace(b'"reward": 0', b'"reward": 1'))
-    assert main(["ssp", "probe", "second", *PROBE_OPTIONS]) == 2
-    assert "samples.jsonl: its content differs from the hash in the manifest; delete" in capsys.readouterr(
-    ).err
+    assert main(["ssp", "probe", "second", *PROBE_OPTIONS]) == 2  # after it has printed figures
+    assert "samples.jsonl: its content differs from the hash in the manifest; delete" in (
+        capsys.readouterr().err)

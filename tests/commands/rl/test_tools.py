@@ -5,11 +5,11 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_sov.base.artifacts import find_damaged_files, read_manifest
-from megatron_sov.cli import main
 from megatron_sov.judge.tools.environment import FAULTS
 from megatron_sov.judge.tools.registry import BUILT_IN, ENVIRONMENT_PLUGINS
 from megatron_sov.work.progress.journal import open_journal
@@ -51,16 +51,14 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     (["calculator", "--tasks", "none.jsonl"], "none.jsonl: does not exist"),
     (["calculator", "--tasks", "tasks.jsonl"], "tasks.jsonl:2: is a JSON list, must be an object"),
     (["calculator"], "nowhere")])
-def test_mistakes_are_one_sentence(words: list[str], message: str,
-                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_one_sentence(words: list[str], message: str, get_refusal: Any) -> None:
     Path("tasks.jsonl").write_text('{"question": "?", "answer": "1"}\n[1]\n')
-    assert main(["tools", "run", words[0], "nowhere", "--output", "out", *words[1:]]) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and not captured.out  # before a world begins
+    # refused before a world begins
+    assert message in get_refusal("tools", "run", words[0], "nowhere", "--output", "out", *words[1:])
 
 
 def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, Path], folder: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+                                                          get_refusal: Any, read_output: Any) -> None:
     model = folder / "model"
     shutil.copytree(hf_models["solar_open"], model)
     chat = build_small_encoder()
@@ -69,10 +67,8 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
     (model / "chat_template.jinja").write_text(TEMPLATE)
     words = ["tools", "run", "calculator", "model", "--output", "out", "--limit", "max_response_tokens=12",
              "--limit", "max_prompt_tokens=460", "--limit", "max_turn_tokens=20"]
-    assert main([*words, "--limit", "max_prompt_tokens=9"]) == 2
-    assert "more than max_prompt_tokens 9" in capsys.readouterr().err
-    assert main(words) == 0
-    out = capsys.readouterr().out
+    assert "more than max_prompt_tokens 9" in get_refusal(*words, "--limit", "max_prompt_tokens=9")
+    out = read_output(*words)
     rows = [json.loads(line) for line in Path("out/episodes.jsonl").read_text().splitlines()]
     assert [(row["reward"], row["status"]) for row in rows] == [(0.0, "scored")] * 2
     for row in rows:  # a random model writes nonsense, and ends its turn or does not
@@ -82,7 +78,7 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
     manifest = read_manifest("out", "episodes")
     assert manifest.content["limits"]["max_response_tokens"] == 12 and not find_damaged_files("out")
     assert "calculator: 2 episodes (" in out and "max_response_tokens 12" in out
-    assert main(words) == 2 and "already exists" in capsys.readouterr().err
+    assert "already exists" in get_refusal(*words)
 
     settings = {name: value for name, value in manifest.settings.items()
                 if name not in ("environment_name", "settings")}
@@ -91,4 +87,4 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
         raise KeyboardInterrupt
     (model / "special_tokens_map.json").write_text(json.dumps({"bos_token": BEGIN}))
     words[words.index("out")] = "begun"
-    assert main(words) == 2 and "model.chat.special_tokens_map.json was" in capsys.readouterr().err
+    assert "model.chat.special_tokens_map.json was" in get_refusal(*words)

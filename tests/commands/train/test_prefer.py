@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from data_prep.cli import main as sov_data
-from megatron_sov.cli import main
 from tests.run_files import read_run_events
 from tests.typed_words import format_set_options
 
@@ -23,8 +22,8 @@ def build_command(name: str, data: Path, run: Path, *more: str) -> list[str]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command: Any, tmp_path: Path,
-                                                   capsys) -> None:
+def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_checked: Any, tmp_path: Path,
+                                                   get_refusal: Any) -> None:
     (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(
         {"prompt": f"{i} plus 1?", "chosen": f"{i + 1}.", "rejected": f"{i}, I am sure."})
         for i in range(40)))
@@ -39,11 +38,9 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command
     assert sov_data([*pack, "--format", "chat", "--column", "advantage", "--column", "group_share", "--input",
                      str(tmp_path / "judged/groups.jsonl"), "--output", str(tmp_path / "groups")]) == 0
     base, tuned, grouped = (tmp_path / name for name in ("base", "tuned", "grouped"))
-    assert run_command(*build_command("pretrain", packed_data.text, base)).returncode == 0
-    result = run_command(*build_command("prefer", tmp_path / "pairs", tuned, "--from", str(base),
-                                        "--nproc", "2",
-                                  "--method", "dpo"))
-    assert result.returncode == 0, result.stderr
+    run_checked(*build_command("pretrain", packed_data.text, base))
+    result = run_checked(*build_command("prefer", tmp_path / "pairs", tuned, "--from", str(base),
+                                        "--nproc", "2", "--method", "dpo"))
     steps = read_run_events(tuned, "step")
     assert steps[0]["losses"]["preference"] == pytest.approx(0.693147, abs=1e-5)  # its own reference
     assert set(steps[1]["meters"]) == {"pairs_right", "margin", "chosen_logprob", "rejected_logprob"}
@@ -54,28 +51,22 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_command
     assert measured["pairs"] > 0 and set(measured) == {"pairs", "chosen_likelier", "pairs_right", "margin"}
     assert "held-out pairs right 50 % -> " in result.stderr and "held-out margin 0 -> " in result.stderr
 
-    result = run_command("convert", "to-hf", str(tuned), str(tmp_path / "hf"), "--workers", "1")
-    assert result.returncode == 0, result.stderr
+    run_checked("convert", "to-hf", str(tuned), str(tmp_path / "hf"), "--workers", "1")
     for target in (tuned, tmp_path / "hf"):
-        result = run_command("eval", "pairs", str(target), "--data", str(tmp_path / "pairs"), "--seq-len",
-                             "128", "--output", str(tmp_path / "judged.json"))
-        assert result.returncode == 0, result.stderr
+        run_checked("eval", "pairs", str(target), "--data", str(tmp_path / "pairs"), "--seq-len",
+                    "128", "--output", str(tmp_path / "judged.json"))
         assert json.loads((tmp_path / "judged.json").read_text()) == {
             "pairs": {name: measured[name] for name in ("pairs", "chosen_likelier")}}
 
-    result = run_command(*build_command("prefer", tmp_path / "groups", grouped, "--from", str(base),
-                                        "--method",
-                                  "grouper"))
-    assert result.returncode == 0, result.stderr
+    run_checked(*build_command("prefer", tmp_path / "groups", grouped, "--from", str(base),
+                               "--method", "grouper"))
     assert not (grouped / "reference").exists()
 
     exports = ("--set", "train.export_every_checkpoints=1", "--set", 'evaluate.background.tasks=["ppl"]')
     words = build_command("prefer", tmp_path / "pairs", tmp_path / "no", "--from", str(base), *exports)
-    assert main(words) == 2
     assert "ppl cannot use source 'pairs', which holds data of format 'preference'; use pairs" in (
-        capsys.readouterr().err)
+        get_refusal(*words))
     words = build_command("prefer", packed_data.chats, tmp_path / "no", "--from", str(base))
-    assert main(words) == 2 and "holds data of format 'chat'" in capsys.readouterr().err
-    assert main([*words, "--method", "grouper"]) == 2
-    assert "has no column 'advantage'" in capsys.readouterr().err
+    assert "holds data of format 'chat'" in get_refusal(*words)
+    assert "has no column 'advantage'" in get_refusal(*words, "--method", "grouper")
     assert not (tmp_path / "no").exists()

@@ -4,6 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,24 +58,22 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Parsed:
     return recorded
 
 
-def test_everything_comes_from_the_folder(begin_run: BeginRun, parsed: Parsed,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_everything_comes_from_the_folder(begin_run: BeginRun, parsed: Parsed, read_output: Any) -> None:
     run = begin_run(*BEGIN_COMMAND)
-    assert cli.main(["resume", "runs/a"]) == 0
+    output = read_output("resume", "runs/a")
     args = vars(parsed[0])
     assert (args["run"], args["resume"], args["nproc"], args["configs"]) == (
         str(run), True, "2", [f"{run}/config.json"])
     assert "recipe" not in args and "settings" not in args and "data" not in args
-    assert capsys.readouterr().out == (
+    assert output == (
         f"resume: megatron-sov pretrain --run {run} --nproc 2 --resume --config {run}/config.json\n")
 
 
 def test_words_after_the_folder_override_the_recorded_command(begin_run: BeginRun, parsed: Parsed,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+                                                              read_output: Any) -> None:
     begin_run(*BEGIN_COMMAND)
-    assert cli.main(["resume", "runs/a", "--nproc", "4", "--set", "train.steps=12"]) == 0
+    output = read_output("resume", "runs/a", "--nproc", "4", "--set", "train.steps=12").splitlines()[1:]
     assert parsed[0].nproc == "4" and parsed[0].settings == ["train.steps=12"]
-    output = capsys.readouterr().out.splitlines()[1:]
     assert sorted(output) == ["resume: --nproc was 2, is 4", "resume: --set train.steps=12"]
 
 
@@ -86,11 +85,10 @@ def test_words_after_the_folder_override_the_recorded_command(begin_run: BeginRu
     ("--ckpt-step 5", "pretrain tiny-qwen3 --data tokens:2 --nproc 2 --set train.steps=9 --run runs/a-2 "
                       "--from runs/a/checkpoints/step-5")])
 def test_other_weights_and_other_folders_are_a_new_run(typed: str, line: str, begin_run: BeginRun,
-                                                       parsed: Parsed,
-                                                       capsys: pytest.CaptureFixture[str]) -> None:
+                                                       parsed: Parsed, get_refusal: Any) -> None:
     (begin_run(*BEGIN_COMMAND) / "checkpoints/step-5").mkdir(parents=True)
-    assert cli.main(["resume", "runs/a", *typed.split()]) == 2 and not parsed
-    assert f"write\n  megatron-sov {line}\n" in capsys.readouterr().err
+    assert f"write\n  megatron-sov {line}\n" in get_refusal("resume", "runs/a", *typed.split())
+    assert not parsed
 
 
 def test_a_launched_run_resumes_with_the_same_number_of_processes(begin_run: BeginRun,
@@ -106,12 +104,12 @@ def test_a_launched_run_resumes_with_the_same_number_of_processes(begin_run: Beg
 
 def test_from_another_folder_paths_are_read_where_the_run_was_begun(
         begin_run: BeginRun, parsed: Parsed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
+        read_output: Any) -> None:
     run = begin_run(*BEGIN_COMMAND)
     monkeypatch.chdir("/")
-    assert cli.main(["resume", str(run)]) == 0
+    output = read_output("resume", str(run))
     assert Path.cwd() == tmp_path
-    assert capsys.readouterr().out.startswith(f"resume: relative paths start at {tmp_path}, where")
+    assert output.startswith(f"resume: relative paths start at {tmp_path}, where")
 
 
 def test_a_command_that_went_on_can_go_on_again(begin_run: BeginRun, parsed: Parsed) -> None:
@@ -123,21 +121,18 @@ def test_a_command_that_went_on_can_go_on_again(begin_run: BeginRun, parsed: Par
     assert parsed[1].dry_run and parsed[1].configs == parsed[0].configs
 
 
-def test_a_multi_stage_run_is_planned_again_from_its_command(begin_run: BeginRun, parsed: Parsed,
-                                                             capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_multi_stage_run_is_planned_again_from_its_command(begin_run: BeginRun, parsed: Parsed) -> None:
     begin_run(*BEGIN_COMMAND, has_config=False)
     assert cli.main(["resume", "runs/a"]) == 0
     assert (parsed[0].recipe, parsed[0].data, parsed[0].settings) == ("tiny-qwen3", ["tokens:2"],
                                                                    ["train.steps=9"])
 
 
-def test_code_that_only_the_folder_names_is_not_run(begin_run: BeginRun, parsed: Parsed,
-                                                    tmp_path: Path,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_that_only_the_folder_names_is_not_run(begin_run: BeginRun, parsed: Parsed, tmp_path: Path,
+                                                    get_refusal: Any) -> None:
     run = begin_run(*BEGIN_COMMAND, "--plugin", "evil.py:X")
     (tmp_path / "evil.py").write_text("open('ran', 'w')\n")
-    assert cli.main(["resume", "runs/a"]) == 2
-    errors = capsys.readouterr().err
+    errors = get_refusal("resume", "runs/a")
     assert f"type `megatron-sov resume {run} --plugin {tmp_path}/evil.py:X`" in errors
     assert not parsed and not (tmp_path / "ran").exists()
     assert cli.main(["resume", "runs/a", "--plugin", "evil.py:X"]) == 0
@@ -150,8 +145,8 @@ def test_code_that_only_the_folder_names_is_not_run(begin_run: BeginRun, parsed:
     ("rl run", "policy", ("--prompts", "gone", "--store", "gone", "--reward", "math")),
     ("rl train", "policy", ("--prompts", "gone", "--store", "gone", "--reward", "math"))])
 def test_a_complete_run_needs_none_of_its_inputs(begin_run: BeginRun, command: str, objective: str,
-                                                 more: Sequence[str],
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+                                                 more: Sequence[str], capsys: pytest.CaptureFixture[str],
+                                                 read_output: Any) -> None:
     data = () if objective == "policy" else ("--data", "gone")
     words = [*command.split(), "tiny-qwen3", *data, "--from", "gone", "--run", "runs/a", *more]
     run = begin_run(*words, settings=[f"objective.name={objective}"])
@@ -159,8 +154,7 @@ def test_a_complete_run_needs_none_of_its_inputs(begin_run: BeginRun, command: s
     RunFolder(run).complete({"step": 9})
     EventLog(run / EVENTS).close()
     for again in (["resume", "runs/a"], [*words, "--resume"]):
-        assert cli.main(again) == 0
-        assert capsys.readouterr().out.endswith("runs/a HF_DIR\n")
+        assert read_output(*again).endswith("runs/a HF_DIR\n")
         # more steps are work: that command is checked as any other
         assert cli.main([*again, "--set", "train.steps=12"]) == 2
         assert "is complete" not in capsys.readouterr().out
@@ -173,13 +167,12 @@ def test_a_complete_run_needs_none_of_its_inputs(begin_run: BeginRun, command: s
     ('{"words": ["rm", "-r"], "folder": "/", "processes": 1}', "started the run and is not a command of"),
 ])
 def test_a_folder_that_does_not_say_how_it_was_begun(begin_run: BeginRun, content: str | None, message: str,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
+                                                     get_refusal: Any) -> None:
     run = begin_run(*BEGIN_COMMAND)
     (run / COMMAND).unlink()
     if content is not None:
         (run / COMMAND).write_text(content)
-    assert cli.main(["resume", "runs/a"]) == 2
-    assert message in capsys.readouterr().err
+    assert message in get_refusal("resume", "runs/a")
 
 
 def test_a_run_that_python_began_has_no_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +182,6 @@ def test_a_run_that_python_began_has_no_command(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "run" / COMMAND).exists()
 
 
-def test_resume_without_options_names_a_complete_command(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["sft", "--run", "runs/a", "--resume"]) == 2
-    assert "`megatron-sov resume RUN` goes on without them" in capsys.readouterr().err
+def test_resume_without_options_names_a_complete_command(get_refusal: Any) -> None:
+    assert ("`megatron-sov resume RUN` goes on without them"
+            in get_refusal("sft", "--run", "runs/a", "--resume"))

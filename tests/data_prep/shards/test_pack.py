@@ -349,6 +349,15 @@ def test_quarantine_lists_bad_records_and_keeps_good_ones(tokenizers: dict[str, 
     assert texts == ["one", "two", "four", "seven"]
 
 
+def test_a_repeated_id_is_answered_by_the_line_that_sets_it_aside(
+        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n')
+    typed = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", f"{tmp_path}/a.jsonl",
+             "--output", f"{tmp_path}/out"]
+    assert main(typed) == 2
+    assert capsys.readouterr().err.endswith(f"write\n  sov-data {' '.join(typed)} --on-bad quarantine\n")
+
+
 def test_chat_rejected_by_template_is_named(tokenizers: dict[str, Path], tmp_path: Path,
                                             capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = tmp_path / "strict"
