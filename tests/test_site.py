@@ -93,7 +93,7 @@ def build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path
     return built
 
 
-FROM_CONTRIBUTING = ("house", "own_code", "families", "data", "eval_lm", "filter_rules")
+FROM_CONTRIBUTING = ("house", "own_code", "families", "data", "eval_lm")
 """Pages that CONTRIBUTING.md, which is in every site, links to."""
 INDEX = "# All\n\n## One\n\n| page | job |\n|---|---|\n| [a.md](a.md) | x |\n"
 
