@@ -122,7 +122,7 @@ def test_every_shell_block_is_valid_bash() -> None:
 def test_pages_declared_as_tested_are_tested(page: str) -> None:
     typing = (ROOT / PAGE_TESTS[page]).read_text()
     assert Path(page).name in typing or Path(page).stem in typing
-    assert re.search(r"\b(main|run_command|MAINS\[\w+\]|launch)\(", typing)
+    assert re.search(r"\b(main|run_command|run_checked|read_output|MAINS\[\w+\]|launch)\(", typing)
     assert list_commands((ROOT / page).read_text())
 
 

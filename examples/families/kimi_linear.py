@@ -9,11 +9,11 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import LinearAttentionConfig, ModelConfig, ParallelConfig
 from megatron_sov.model.families.family import DECODER_CONFIG, EXPERT_GROUPS, MAX_POSITIONS
 from megatron_sov.model.families.hf_config import Fixed, Renamed, Unused
-from megatron_sov.model.families.hf_layers import LeadingDenseLayers
+from megatron_sov.model.families.hf_layers import LeadingDenseLayers, read_num_layers
 from megatron_sov.model.families.latent import (
     DIRECT_QUERIES, LATENT_ATTENTION, LATENT_QUERIES, STRUCTURE, LatentHeads)
 from megatron_sov.model.families.linear_layers import (
-    KIMI_DELTA, check_integer, count_layers, parse_layer_pattern, read_delta_sizes)
+    KIMI_DELTA, check_integer, parse_layer_pattern, read_delta_sizes)
 from megatron_sov.model.families.weights import (
     DENSE_FFN, EMBEDDINGS_AND_HEAD, Experts, GateUp, Same, router_bias_entry, trunk_section)
 from megatron_sov.model.recipes.open_models import LATENT, continue_pretraining
@@ -62,7 +62,7 @@ class KimiLayers:
             LinearAttentionConfig(heads, heads, width, width, width, taps))}
 
     def _layers(self, config, lists):
-        count = count_layers(config)
+        count = read_num_layers(config)
         usual = ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
         types = config.get("layer_types", usual)
         if len(lists) == 2:

@@ -141,8 +141,10 @@ class MemoryAccount:
 
 def get_largest_imbalance(config: RunConfig) -> float:
     """Return the load of an expert-parallel process that gets every token, relative to the mean."""
-    num_local = config.model.num_experts // config.parallel.ep if config.model.num_moe_layers() else 1
-    return config.parallel.ep * min(1.0, num_local / max(1, config.model.num_experts_per_token))
+    if not config.model.num_moe_layers():
+        return 1.0
+    num_local = config.model.num_experts // config.parallel.ep
+    return config.parallel.ep * min(1.0, num_local / config.model.num_experts_per_token)
 
 
 def build_account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,

@@ -38,7 +38,7 @@ def media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All but imports of files, which tests/omni/codecs has."""
     for kind, folder in (("vqmodel", "ldm-vq"), ("dac", "dac_16khz"), ("mimi", "mimi")):
-        hf_folders.save(kind, Path(folder))
+        hf_folders.save_network(kind, Path(folder))
     typed = [line for line in list_commands(PAGE) if not re.search(r"import (ta-tok|cosy)", line)]
     assert len(typed) == 5
     for line in typed:

@@ -47,7 +47,8 @@ READ_WITHOUT_EFFECT = {
     "media.*_from": "folders of encoders, which this model has not",
     **dict.fromkeys(
         ("gpu.cuda_graphs", "gpu.exchange_sms", "gpu.grad_dtype", "gpu.linear_attention", "gpu.profile*",
-         "gpu.permute_fusion", "gpu.router_fusion"),
+         "gpu.permute_fusion", "gpu.router_fusion", "gpu.expert_imbalance", "gpu.expert_spill",
+         "gpu.force_even_routing"),
         "megatron-core's settings are written whole, and memory is counted by all"),
     "guards.routing_every_steps": "asked before the layers with experts, of which there are none",
     "lora.dora": "passed on with the rank",

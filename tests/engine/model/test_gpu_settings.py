@@ -102,7 +102,7 @@ def test_quantization_is_disabled_in_a_context_and_restored() -> None:
 ROOT = Path(__file__).parents[3]
 SETTINGS_WITHOUT_FIELD = {"gc_every_steps", "profile_first_step", "profile_last_step", "profiler",
                           "peak_tflops",
-                          "optimizer_offload", "linear_attention"}
+                          "optimizer_offload", "linear_attention", "expert_imbalance", "expert_spill"}
 """Settings without a field of Megatron-Core; each has its own test."""
 ROUTER_GRAPHS = 'gpu.cuda_graphs=["moe_router"]'
 CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -116,6 +116,7 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
     "gpu.cuda_graphs": ([ROUTER_GRAPHS], {
         "cuda_graph_impl": "transformer_engine", "cuda_graph_modules": ["moe_router"],
         "cuda_graph_warmup_steps": 0}),
+    "gpu.force_even_routing": (["gpu.force_even_routing=on"], {"moe_router_force_load_balancing": True}),
     "gpu.shared_expert_overlap": (["gpu.shared_expert_overlap=on"], {"moe_shared_expert_overlap": True}),
     "gpu.offload_modules": (['gpu.offload_modules=["moe_act"]'], {
         "fine_grained_activation_offloading": True, "offload_modules": ["moe_act"]}),
