@@ -165,7 +165,7 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
     import torch.distributed as dist
     from one_rank import OneRank
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    from transformer_engine.pytorch import placement
+    from transformer_engine.pytorch import placement, recording
 
     from megatron_sov.engine.optimizer import parameter_groups
     from megatron_sov.plan.footprint.memory import build_account
@@ -184,6 +184,8 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
     if imbalance != 1:
         _send_unevenly(imbalance)
     with fake_gpu.used(tokens * config.model.num_experts_per_token) as ledger:
+        # a replay would compute nothing, and recorded operators would hold all their tensors
+        recording.CapturedOperators._note = lambda graph, *operation: ledger.reserve(*operation)
         runner = OneRank(config, rank, num_ranks)
         fake_gpu.WAITS.clear()
         runner.step(1, p.pp)
