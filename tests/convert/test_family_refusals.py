@@ -29,17 +29,14 @@ def drop(name: str) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     return lambda tensors, config: tensors.pop(name)
 
 
-def add(name: str) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
-    return lambda tensors, config: tensors.update({name: torch.ones(8)})
-
-
 def say(**fields: Any) -> Callable[[dict[str, Any], dict[str, Any]], Any]:
     return lambda tensors, config: config.update(fields)
 
 
 @pytest.mark.each(("recipe", "damage", "expected"), [
     ("tiny-exaone4", drop(POST), rf"1 missing \({POST}\)"),
-    ("tiny-exaone4", add("model.layers.0.input_layernorm.weight"),
+    ("tiny-exaone4",
+     lambda tensors, config: tensors.update({"model.layers.0.input_layernorm.weight": torch.ones(8)}),
      r"1 unexpected \(model\.layers\.0\.input_layernorm\.weight\)"),
     ("tiny-exaone4", say(sliding_window=None),
      "sliding_window = None, but layer_types names a sliding layer"),

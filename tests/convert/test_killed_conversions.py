@@ -55,14 +55,10 @@ def read_content(folder: Path) -> dict[str, object]:
     return content
 
 
-@pytest.fixture
-def small_files(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_sov.convert.hf_import.MAX_FILE_BYTES", FILE_BYTES)
-
-
 @pytest.mark.deep
-def test_killed_conversion_resumes_to_equal_bytes(solar_dir: Path, tmp_path: Path, small_files: None,
+def test_killed_conversion_resumes_to_equal_bytes(solar_dir: Path, tmp_path: Path,
                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hf_import, "MAX_FILE_BYTES", FILE_BYTES)
     convert.from_hf(solar_dir, tmp_path / "ckpt")
     sources = {"from_hf": solar_dir, "to_hf": tmp_path / "ckpt"}
     jobs = [(action, str(source), str(tmp_path / action), kill_after) for action, source in sources.items()

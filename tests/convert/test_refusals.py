@@ -61,6 +61,10 @@ def change_shard(name: str, change: Callable[[Tensors], Any]) -> Callable[[Path]
     return damage
 
 
+def change_json(name: str, change: Callable[[Any], Any]) -> Callable[[Path], None]:
+    return lambda folder: edit_json(folder / name, change)
+
+
 def set_value(name: str, value: float) -> Callable[[Tensors], Any]:
     return lambda tensors: tensors[name].view(-1)[5:6].fill_(value)
 
@@ -68,6 +72,7 @@ def set_value(name: str, value: float) -> Callable[[Tensors], Any]:
 EXPERT = "model.layers.1.mlp.experts.3.up_proj.weight"
 BIAS = "model.layers.0.mlp.gate.e_score_correction_bias"
 NORM, HEAD = "model.norm.weight", "lm_head.weight"
+INDEX = "model.safetensors.index.json"
 HF = {
     "truncated shard": (lambda d: os.truncate(find_tensor_file(d, EXPERT),
                                               os.stat(find_tensor_file(d, EXPERT)).st_size - 9),
@@ -78,9 +83,8 @@ HF = {
                       r"No such file.*it should hold .*embed_tokens\.weight"),
     "missing expert": (change_shard(EXPERT, lambda t: t.pop(EXPERT)), rf"1 missing \({EXPERT}\)"),
     "extra key": (change_shard(NORM, lambda t: t.update(stray=torch.ones(2))), r"1 unexpected \(stray\)"),
-    "one expert too many": (change_shard(EXPERT,
-                                         lambda t: t.update({EXPERT.replace(".3.",
-                                                                            ".8."): t[EXPERT].clone()})),
+    "one expert too many": (change_shard(
+        EXPERT, lambda t: t.update({EXPERT.replace(".3.", ".8."): t[EXPERT].clone()})),
                             r"1 unexpected \(model\.layers\.1\.mlp\.experts\.8\.up_proj\.weight\)"),
     "wrong shape": (change_shard(HEAD, lambda t: t.update({HEAD: torch.ones(96, 31)})),
                     rf"{HEAD} \[96, 31\] instead of \[96, 32\]"),
@@ -94,19 +98,16 @@ HF = {
                  rf"{NORM} has dtype torch.int32"),
     "experts of two dtypes": (change_shard(EXPERT, lambda t: t.update({EXPERT: t[EXPERT].float()})),
                               rf"{EXPERT} has .*one tensor"),
-    "config disagrees": (lambda d: edit_json(d / "config.json", lambda c: c.update(n_routed_experts=7)),
+    "config disagrees": (change_json("config.json", lambda c: c.update(n_routed_experts=7)),
                          r"unexpected \(model\.layers\.0\.mlp\.experts\.7.*mlp\.gate\.weight \[8, "
                          r"32\] instead of \[7, 32\]"),
-    "two shards": (lambda d: change_shard(EXPERT, lambda t: t.update({NORM: torch.ones(32)}))(d),
+    "two shards": (change_shard(EXPERT, lambda t: t.update({NORM: torch.ones(32)})),
                    rf"holds {NORM}, which .* as well"),
-    "outside": (lambda d: edit_json(d / "model.safetensors.index.json",
-                                    lambda i: i["weight_map"].update({NORM: "../x"})),
+    "outside": (change_json(INDEX, lambda i: i["weight_map"].update({NORM: "../x"})),
                 rf"it maps {NORM} to ../x"),
-    "absolute": (lambda d: edit_json(d / "model.safetensors.index.json",
-                                     lambda i: i["weight_map"].update({NORM: "/x"})),
+    "absolute": (change_json(INDEX, lambda i: i["weight_map"].update({NORM: "/x"})),
                  rf"it maps {NORM} to /x"),
-    "index without a tensor": (lambda d: edit_json(d / "model.safetensors.index.json",
-                                                   lambda i: i["weight_map"].pop(HEAD)),
+    "index without a tensor": (change_json(INDEX, lambda i: i["weight_map"].pop(HEAD)),
                                rf"disagrees with the files about {HEAD}"),
 }
 
@@ -117,14 +118,6 @@ def get_refusal(call: Callable[[Path], None], out: Path) -> str:
         call(out)
     assert sorted(out.parent.iterdir()) == before, "something was left behind"
     return str(e.value)
-
-
-@pytest.mark.each("case", HF)
-def test_damaged_hf_folders_are_rejected(case: str, sound_folders: dict[str, Path], tmp_path: Path) -> None:
-    damage, expected = HF[case]
-    folder = shutil.copytree(sound_folders["hf"], tmp_path / "bad")
-    damage(folder)
-    assert re.search(expected, get_refusal(lambda out: convert.from_hf(folder, out), tmp_path / "out"))
 
 
 def find_weights_file(folder: Path) -> Path:
@@ -192,10 +185,9 @@ CHECKPOINT = {
     "missing correction bias": (change_index(lambda i: i.pop(EXPERT_BIAS)), rf"1 missing \({EXPERT_BIAS}\)"),
     "rounded bias": (change_index(lambda i: i[EXPERT_BIAS].update(dtype="bfloat16")),
                      rf"{BIAS} has dtype torch.bfloat16"),
-    "settings disagree": (lambda d: edit_json(d / MANIFEST,
-                                              lambda m: m["settings"]["model"].update(num_experts=7)),
+    "settings disagree": (change_json(MANIFEST, lambda m: m["settings"]["model"].update(num_experts=7)),
                           rf"{re.escape(FC1.replace('.1.', '.0.'))} \[8, 48, 32\] instead of \[7, 48, 32\]"),
-    "no heads": (lambda d: edit_json(d / MANIFEST, lambda m: m["settings"]["model"].update(num_kv_heads=0)),
+    "no heads": (change_json(MANIFEST, lambda m: m["settings"]["model"].update(num_kv_heads=0)),
                  r"manifest\.json: its settings cannot be used \(config: model\.num_kv_heads = 0 must be"),
     "a block twice": (change_index(lambda i: i[FC1]["pieces"].append(i[FC1]["pieces"][3])),
                       rf"a part of {FC1} .* several pieces"),
@@ -204,12 +196,15 @@ CHECKPOINT = {
 }
 
 
-@pytest.mark.each("case", CHECKPOINT)
-def test_damaged_checkpoints_are_rejected(case: str, sound_folders: dict[str, Path], tmp_path: Path) -> None:
-    damage, expected = CHECKPOINT[case]
-    folder = shutil.copytree(sound_folders["ckpt"], tmp_path / "bad")
+@pytest.mark.each(("kind", "case"), [
+    *(("hf", case) for case in HF), *(("ckpt", case) for case in CHECKPOINT)])
+def test_damaged_folders_and_checkpoints_are_rejected(kind: str, case: str, sound_folders: dict[str, Path],
+                                                      tmp_path: Path) -> None:
+    (damage, expected), action = (HF[case], convert.from_hf) if kind == "hf" else (
+        CHECKPOINT[case], convert.to_hf)
+    folder = shutil.copytree(sound_folders[kind], tmp_path / "bad")
     damage(folder)
-    assert re.search(expected, get_refusal(lambda out: convert.to_hf(folder, out), tmp_path / "out"))
+    assert re.search(expected, get_refusal(lambda out: action(folder, out), tmp_path / "out"))
 
 
 def test_overflowing_value_is_rejected(sound_folders: dict[str, Path], tmp_path: Path) -> None:

@@ -232,8 +232,7 @@ def test_pairs_are_two_chats_with_one_prompt(tmp_path: Path, folder: Path, encod
     ("preference", {"query": "Sky?", "chosen_response": "blue", "rejected_response": "green"},
      "prompt=query,chosen=chosen_response,rejected=rejected_response"),
     ("prompt", {"userRequest": "Sky?", "gold": "blue"}, "prompt=userRequest")])
-def test_the_proposed_columns_let_an_unknown_layout_be_read(tmp_path: Path, folder: Path, encoder: Encoder,
-                                                            kind: str, row: dict[str, Any],
+def test_the_proposed_columns_let_an_unknown_layout_be_read(tmp_path: Path, kind: str, row: dict[str, Any],
                                                             proposed: str) -> None:
     store([row], tmp_path)
     given_names = {"chat": ("prompt", "response"), "prompt": ("prompt",),

@@ -33,7 +33,7 @@ def load(tmp_path: Path, text: str) -> str:
     return objectives.OBJECTIVE_PLUGINS.load(f"{tmp_path}/mine.py:Mine")
 
 
-def test_the_built_in_one_is_the_commands(tmp_path: Path) -> None:
+def test_the_built_in_one_is_the_commands() -> None:
     def built_in(context: Any) -> Any: ...
 
     for name in objectives.BUILT_IN:

@@ -5,12 +5,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import regex
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from tokenizer.bpe.count_pipeline import learn_superwords, learn_words
 from tokenizer.bpe.counting import WordTable
@@ -34,20 +33,17 @@ def build(tmp_path: Path) -> Build:
     Args of the function:
         name: Name of the new folder.
         pairs: Merges, in the characters of the byte-level alphabet.
-        extra: Further tokens, which no merge produces.
         split: Split pattern.
         without: Characters of the alphabet that the vocabulary lacks.
         special, added: Special and added tokens.
-        normalizer: Normalizer of the `tokenizers` library.
     """
 
-    def write(name: str = "plain", *, pairs: list[tuple[str, str]] = PAIRS, extra: tuple[str, ...] = (),
-              split: str = SPLIT, without: str = "", special: tuple[str, ...] = ("<|end|>",),
-              added: tuple[str, ...] = (), normalizer: Any = None) -> Path:
+    def write(name: str = "plain", *, pairs: list[tuple[str, str]] = PAIRS, split: str = SPLIT,
+              without: str = "", special: tuple[str, ...] = ("<|end|>",),
+              added: tuple[str, ...] = ()) -> Path:
         alphabet = sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(without))
-        tokens = [*alphabet, *(a + b for a, b in pairs), *extra]
+        tokens = [*alphabet, *(a + b for a, b in pairs)]
         tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=pairs))
-        tokenizer.normalizer = normalizer
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(Regex(split), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -69,12 +65,6 @@ def heldout(tmp_path: Path) -> dict[str, Path]:
                                             encoding="utf-8")
     (tmp_path / "thai.txt").write_text("กำลังที่นี้ผู้ใหญ่เก็บน้ำผึ้ง", encoding="utf-8")
     return {"english": tmp_path / "english.jsonl", "thai": tmp_path / "thai.txt"}
-
-
-@pytest.fixture
-def nfc() -> Any:
-    """The normalizer to the Unicode form NFC."""
-    return normalizers.NFC()
 
 
 Pair = tuple[bytes, bytes]

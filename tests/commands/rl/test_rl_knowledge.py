@@ -45,8 +45,8 @@ def write_rows(name: str, rows: list[dict]) -> None:
     Path(name).write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def test_each_section_occurs_once_as_a_single_assistant_turn(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(COMMAND) == 0
+def test_each_section_occurs_once_as_a_single_assistant_turn(read_output: Any) -> None:
+    output = read_output(*COMMAND)
     chats = [json.loads(line) for line in Path("out/knowledge.jsonl").read_text().splitlines()]
     assert [chat["id"] for chat in chats] == ["Credit Act / 1", "Credit Act / 2", "Labour Act / 1"]
     assert chats[1]["messages"] == [{"role": "assistant", "content": "A lender is whoever lends money."}]
@@ -55,7 +55,6 @@ def test_each_section_occurs_once_as_a_single_assistant_turn(capsys: pytest.Capt
                                      "without_document_or_section": 1, "of_another_split": 1},
                        "tests": {"answers": 2, "too_short": 1}}
     assert find_damaged_files("out") == []
-    output = capsys.readouterr().out
     assert "3 kept" in output and "1 in test answers" in output
     assert "1 of 2 answers have fewer than ten" in output
 

@@ -114,28 +114,12 @@ def test_the_divisor_of_a_mean_is_not_rounded_to_bf16() -> None:
         assert float(255 * ratio) == pytest.approx(1, abs=2.5e-3)
 
 
-def compute_gradient_by_one_sum(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
-    states, weight, labels, weights = inputs
-    CrossEntropySums.apply(states, weight, labels, chunking, True, weights)[1].backward()
-    return weight.grad
-
-
-def compute_gradient_by_two_sums(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
-    states, weight, labels, weights = inputs
-    sum(CrossEntropySums.apply(states, weight, labels, chunking, True, 0.25 * weights,
-                               0.75 * weights)[1:]).backward()
-    return weight.grad
-
-
-def compute_gradient_by_logprobs(inputs: Inputs, chunking: Chunking) -> torch.Tensor:
-    states, weight, labels, weights = inputs
-    (-LabelLogprobs.apply(states, weight, labels, chunking, 1.0) * weights).sum().backward()
-    return weight.grad
-
-
-@pytest.mark.parametrize("compute_gradient", [compute_gradient_by_one_sum, compute_gradient_by_two_sums,
-                                              compute_gradient_by_logprobs])
-def test_the_heads_gradient_is_summed_in_float32_under_bf16(compute_gradient: Any,
+@pytest.mark.parametrize("sum_by_head", [
+    lambda chunked, weights: CrossEntropySums.apply(*chunked, True, weights)[1],
+    lambda chunked, weights: sum(CrossEntropySums.apply(*chunked, True, 0.25 * weights, 0.75 * weights)[1:]),
+    lambda chunked, weights: (-LabelLogprobs.apply(*chunked, 1.0) * weights).sum(),
+], ids=["one sum", "two sums", "logprobs"])
+def test_the_heads_gradient_is_summed_in_float32_under_bf16(sum_by_head: Any,
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
     """With 256 chunks of equal sign, a bf16 sum loses later chunks: 8 bits drop terms below 1/256 of the sum.
     In float32 the sum is as close to float64 as bf16 logits allow."""
@@ -149,7 +133,8 @@ def test_the_heads_gradient_is_summed_in_float32_under_bf16(compute_gradient: An
     states, weight = (t.detach().double().requires_grad_() for t in (bf16_states, bf16_weight))
     losses = torch.nn.functional.cross_entropy(states @ weight.T, labels, reduction="none")
     (losses * weights).sum().backward()
-    gradient = compute_gradient((bf16_states, bf16_weight, labels, weights), Chunking(8, VOCABULARY))
+    sum_by_head((bf16_states, bf16_weight, labels, Chunking(8, VOCABULARY)), weights).backward()
+    gradient = bf16_weight.grad
     assert gradient.dtype == torch.bfloat16
     error = (gradient.double() - weight.grad).norm() / weight.grad.norm()
     assert error < 4e-3, f"{error:.1e}"

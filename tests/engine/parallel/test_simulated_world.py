@@ -131,13 +131,10 @@ def test_an_unreceived_message_is_reported() -> None:
         SimulatedRanks(2).run(ParallelConfig(), call_without_waiting)
 
 
-def send_to_rank_1(tensor: torch.Tensor, rank: int) -> None:
-    dist.send(tensor, 1) if rank == 0 else dist.recv(tensor, 0)
-
-
 @pytest.mark.each("tensor_of_rank_1", [torch.zeros(4, 2), torch.zeros(4, dtype=torch.float64)])
 @pytest.mark.each("call", [
-    send_to_rank_1, lambda tensor, rank: dist.all_reduce(tensor),
+    lambda tensor, rank: dist.send(tensor, 1) if rank == 0 else dist.recv(tensor, 0),
+    lambda tensor, rank: dist.all_reduce(tensor),
     lambda tensor, rank: dist.broadcast(tensor, 0),
     lambda tensor, rank: dist.all_gather([torch.empty_like(tensor) for _ in range(2)], tensor)])
 def test_messages_of_other_size_or_dtype_are_reported(call: Callable[[torch.Tensor, int], None],

@@ -16,11 +16,8 @@ from megatron_sov.model.config import DataConfig, ParallelConfig, PhaseConfig, R
 Small = Callable[..., RunConfig]
 
 
-def config_classes() -> list[type]:
-    return [c for _, c in inspect.getmembers(config_module, inspect.isclass) if dataclasses.is_dataclass(c)]
-
-
-@pytest.mark.each("cls", config_classes())
+@pytest.mark.each("cls", [cls for _, cls in inspect.getmembers(config_module, inspect.isclass)
+                          if dataclasses.is_dataclass(cls)])
 def test_settings_are_frozen_and_every_field_is_explained(cls: type) -> None:
     assert cls.__dataclass_params__.frozen  # type: ignore[attr-defined]
     body = ast.parse(inspect.getsource(cls)).body[0].body  # type: ignore[attr-defined]

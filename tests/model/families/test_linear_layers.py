@@ -1,5 +1,6 @@
 """Tensors whose rows are grouped by head, and config fields of families with linear attention."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -23,14 +24,10 @@ def find_link(name: str) -> Link:
                 if link.key.startswith("decoder.") and link.key.endswith(name))
 
 
-def build_numbered_tensor(shape: tuple[int, ...]) -> torch.Tensor:
-    return torch.arange(float(torch.Size(shape).numel())).reshape(shape)
-
-
 @pytest.mark.each("name", [entry.megatron for entry in (*KIMI_DELTA, *GATED_ATTENTION)])
 def test_split_tensors_are_joined_unchanged(name: str) -> None:
     link = find_link(name)
-    block = build_numbered_tensor(link.block_shape)
+    block = torch.arange(float(math.prod(link.block_shape))).reshape(link.block_shape)
     tensors = link.split(block)
     assert {n: tuple(t.shape) for n, t in tensors.items()} == link.hf_shapes()
     assert torch.equal(link.join(tensors), block)

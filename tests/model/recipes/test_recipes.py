@@ -12,8 +12,7 @@ import pytest
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model import recipes
-from megatron_sov.model.config import (
-    OptimConfig, PhaseConfig, RunConfig, YarnConfig, apply_settings, from_dict)
+from megatron_sov.model.config import OptimConfig, PhaseConfig, YarnConfig, apply_settings, from_dict
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.count import count_params, layer_weights
 from megatron_sov.model.families.family import COMMON_VALUES, extract_text_config
@@ -30,17 +29,13 @@ STRUCTURE = (
 """Model fields that are design choices, not sizes; tiny recipes must not change them."""
 
 
-def find_smallest_world(config: RunConfig) -> int:
-    """Return a number of processes that the recipe's layout accepts."""
-    return math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
-
-
 @pytest.mark.each("name", names())
 def test_every_recipe_builds_and_is_valid(name: str) -> None:
     config = get(name)
     assert config.recipe == name
+    num_ranks = math.lcm(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
     # recipes may leave settings open: test_policies.py lists them
-    assert [p for p in config.problems(find_smallest_world(config))
+    assert [p for p in config.problems(num_ranks)
             if not p.rule.startswith("is missing: ")] == []
     assert from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -105,8 +105,7 @@ def test_a_torch_that_does_not_load_is_broken(site: Path, monkeypatch: pytest.Mo
      "package installed.)"),
     ("raise OSError", "warning", "is installed but does not import (OSError: no message)"),
 ])
-def test_transformer_engine_counts_if_it_imports(site: Path, monkeypatch: pytest.MonkeyPatch, text: str,
-                                                 status: str, detail: str) -> None:
+def test_transformer_engine_counts_if_it_imports(site: Path, text: str, status: str, detail: str) -> None:
     write_package(site, "transformer_engine", pytorch=text)
     assert [(c.status, c.detail) for c in doctor.iter_transformer_engine_checks()] == [(status, detail)]
 

@@ -32,7 +32,7 @@ def test_page_and_json_hold_every_check(build: Build, heldout: dict[str, Path], 
     assert set(report["checks"]["texts"]["numbers"]["texts"]) == {"english", "thai"}
 
 
-def test_mistakes_give_one_sentence_and_no_output(build: Build, heldout: dict[str, Path], tmp_path: Path,
+def test_mistakes_give_one_sentence_and_no_output(build: Build, tmp_path: Path,
                                                   capsys: pytest.CaptureFixture[str]) -> None:
     folder = build()
     (tmp_path / "taken").mkdir()

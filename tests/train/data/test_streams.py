@@ -112,7 +112,7 @@ def test_the_order_depends_on_seed_name_and_epoch() -> None:
     assert read_documents(create_stream(corpus, "best_fit", name="code"), 20) != epochs[0]
 
 
-def test_windows_are_of_equal_size(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_are_of_equal_size() -> None:
     """15 documents with windows of at most 7 make three windows of 5, not windows of 7, 7 and 1."""
     source = create_stream([1] * 15, "best_fit")
     rows = [source.next_sample(5) for _ in range(3)]

@@ -14,7 +14,7 @@ from hypothesis import given, strategies as st
 from megatron_sov import recipes
 from megatron_sov.engine.parallel import collectives
 from megatron_sov.engine.parallel.world import ParallelWorld
-from megatron_sov.model.config import RunConfig, apply_settings
+from megatron_sov.model.config import apply_settings
 from megatron_sov.post.sft import SupervisedFineTuning
 from megatron_sov.train.data.order import SampleOrder
 from megatron_sov.train.data.rows import PackedRow
@@ -29,15 +29,12 @@ PHASES = ('data.phases=[{"name": "main", "seq_len": 32}, {"name": "late", "seq_l
           '64, "global_batch_size": 16}]')
 
 
-def build_config(*settings: str) -> RunConfig:
-    return apply_settings(recipes.get("tiny-solar-open"),
-                          [PHASES, "train.global_batch_size=8", "train.steps=4", *settings])
-
-
 def test_checkpoint_position_follows_the_last_returned_batch(packed_data: Any) -> None:
     """Prefetched batches do not count; skipped steps do."""
     sources, world = open_sources({str(packed_data.text): 1.0}, 368), ParallelWorld(0, 1, 0, 1, True, True)
-    settings = build_config("data.skip_steps=[[2, 2]]", "data.prefetch_steps=2", "train.micro_batch_size=1")
+    settings = apply_settings(recipes.get("tiny-solar-open"), [
+        PHASES, "train.global_batch_size=8", "train.steps=4", "data.skip_steps=[[2, 2]]",
+        "data.prefetch_steps=2", "train.micro_batch_size=1"])
     order, threads = SampleOrder(settings, sources), set(threading.enumerate())
     batches = DataBatches(settings, sources, world)
     assert batches.state() == order.state.to_dict()

@@ -194,12 +194,11 @@ def build_cluster_command(small_run: Path, output: str) -> list[str]:
             str(small_run / "cluster.yaml")]
 
 
-def run_job(logs: Path, monkeypatch: pytest.MonkeyPatch, jobs: int = 1, tasks_per_job: int = 1) -> None:
-    """Run the jobs of a Slurm array in this process, one after another."""
-    for job in range(jobs):
-        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", str(job))
-        monkeypatch.setattr(sys, "argv", ["array_job", str(logs), str(tasks_per_job)])
-        array_job.main()
+def run_job(logs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a Slurm array of one job with one task in this process."""
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "0")
+    monkeypatch.setattr(sys, "argv", ["array_job", str(logs), "1"])
+    array_job.main()
 
 
 def test_arrays_wait_for_each_other_and_call_their_program_by_its_path(small_run: Path,

@@ -129,7 +129,7 @@ def test_a_source_without_files_is_refused(tmp_path: Path) -> None:
         create_reader(SourceSettings("s", ("b.png",), tmp_path))
 
 
-def test_printed_file_names_are_distinct_and_printable(tmp_path: Path) -> None:
+def test_printed_file_names_are_distinct_and_printable() -> None:
     names = [b"a\xff.txt", b"a\\xff.txt", b"a\\\\xff.txt", b"a\x1b[2J.txt", b"a\\x1b[2J.txt", b"a\nb.txt",
              b"a\\nb.txt"]
     printed_names = {format_file_name(os.fsdecode(name)) for name in names}
