@@ -58,7 +58,8 @@ def prepare() -> None:
     _give_kernels_shapes()
     import megatron_sov.engine  # noqa: F401  it replaces triton kernels of megatron-core, so it goes first
 
-    compile_, torch.compile = torch.compile, _skip_compilation  # type: ignore[assignment]
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda f: f)  # type: ignore[assignment]
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel
@@ -81,11 +82,6 @@ def prepare() -> None:
     one_rank.wait = lambda: None  # it would count as a wait of training
     one_rank._draw_on_device = lambda parts, seed, num_threads: (
         (part, torch.empty(part.target.shape, device=part.target.device)) for part in parts)
-
-
-def _skip_compilation(function: Any = None, **settings: Any) -> Any:
-    """Replace torch.compile, called with a function or as a decorator: return the function unchanged."""
-    return (lambda f: f) if function is None else function
 
 
 def _give_kernels_shapes() -> None:
