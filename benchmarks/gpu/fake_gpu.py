@@ -77,12 +77,13 @@ def _is_kernel(code: CodeType) -> bool:
 class Ledger:
     """Bytes of GPU tensors as torch's allocator counts them: each storage once, in whole blocks, while a
     tensor uses it. Temporary memory of the double's kernels is not counted, because real kernels use
-    registers."""
+    registers. CUDA graphs share a pool that never shrinks."""
 
     BLOCK = 512
 
     def __init__(self) -> None:
-        self.now = self.peak = 0
+        self.now = self.peak = self._pool_used = self._pool_size = 0
+        self._in_pool: set[int] = set()
         self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         self._sizes: dict[int, int] = {}
         """Storage address -> counted bytes."""
@@ -94,6 +95,16 @@ class Ledger:
                 self._enter(tensor.untyped_storage())
         if self.now > self.peak and not ((caller := _caller()) is not None and _is_kernel(caller)):
             self.peak = self.now
+
+    def reserve(self, func: Any, args: Any, kwargs: Any, found: Any) -> None:
+        """Move the new storages of a captured operator's result to the pool of the CUDA graphs."""
+        given, returned = ({t.untyped_storage()._cdata for t in tree_leaves(tensors)
+                            if isinstance(t, FakeTensor)} for tensors in ((args, kwargs), found))
+        for place in returned - given - self._in_pool:
+            size = self._sizes[place]
+            self._count(place, 0)
+            self._in_pool.add(place)
+            self._count(place, size)
 
     def resize(self, storage: torch.UntypedStorage, size: int) -> None:
         """Count a known storage as `size` bytes: the library frees activations by `resize_(0)`."""
@@ -110,14 +121,20 @@ class Ledger:
             if self._known.get(place) is gone:
                 del self._known[place]
                 self._count(place, 0)
+                self._in_pool.discard(place)
 
         self._known[place] = weakref.ref(storage, leave)
         self._count(place, storage.nbytes())
 
     def _count(self, place: int, size: int) -> None:
         in_blocks = -(-size // self.BLOCK) * self.BLOCK
-        self.now += in_blocks - self._sizes.get(place, 0)
+        change = in_blocks - self._sizes.get(place, 0)
         self._sizes[place] = in_blocks
+        if place in self._in_pool:
+            self._pool_used += change
+            change = max(0, self._pool_used - self._pool_size)
+            self._pool_size += change
+        self.now += change
 
 
 class _Moment:

@@ -58,7 +58,8 @@ def prepare() -> None:
     _give_kernels_shapes()
     import megatron_sov.engine  # noqa: F401  it replaces triton kernels of megatron-core, so it goes first
 
-    compile_, torch.compile = torch.compile, _skip_compilation  # type: ignore[assignment]
+    compile_ = torch.compile
+    torch.compile = lambda function=None, **_: function or (lambda f: f)  # type: ignore[assignment]
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel
@@ -83,44 +84,37 @@ def prepare() -> None:
         (part, torch.empty(part.target.shape, device=part.target.device)) for part in parts)
 
 
-def _skip_compilation(function: Any = None, **settings: Any) -> Any:
-    """Replace torch.compile, called with a function or as a decorator: return the function unchanged."""
-    return (lambda f: f) if function is None else function
-
-
 def _give_kernels_shapes() -> None:
     """Replace kernels of the double that read GPU values by ones that return results of the right shape.
-
-    Results depend on all inputs, so autograd saves and frees the same tensors.
-    """
+    Autograd saves and frees the same tensors as with the real kernels."""
     from transformer_engine.pytorch import permutation
     from transformer_engine.pytorch.attention import dot_product_attention as attention
     from transformer_engine.pytorch.module import layernorm_linear, norm
 
-    def attend_by_sums(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
-                       scale: float, size: tuple[int, int]) -> torch.Tensor:
-        groups = q.shape[1] // k.shape[1]
-        weights = (q * k.repeat_interleave(groups, 1)).sum(-1, keepdim=True) + cu_seqlens.sum()
-        return weights.to(q.dtype) * v.repeat_interleave(groups, 1)
+    class Kernel(torch.autograd.Function):
+        """Saves its inputs for backward, and returns a tensor with the first input's dtype."""
+
+        @staticmethod
+        def forward(ctx: Any, shape: Sequence[int], *inputs: torch.Tensor) -> torch.Tensor:
+            ctx.save_for_backward(*inputs)
+            return inputs[0].new_empty(shape)
+
+        @staticmethod
+        def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+            return None, *map(torch.empty_like, ctx.saved_tensors)
+
+    def attend(q: Any, k: Any, v: Any, cu_seqlens: Any, *others: Any) -> Any:
+        sums = q.new_empty(q.shape[:2], dtype=torch.float32) + cu_seqlens.sum()
+        return Kernel.apply(sums.shape + v.shape[2:], q, k, v, sums)
+
+    def normalize(inp: Any, weight: Any, *others: Any) -> Any:
+        return Kernel.apply(inp.shape, inp, weight, inp.new_empty(inp.shape[:-1], dtype=torch.float32))
 
     def zeros(like: torch.Tensor, count: int, times: int) -> tuple[torch.Tensor, ...]:
         return (torch.zeros(count, dtype=torch.long, device=like.device),) * times
 
-    class Norm(torch.autograd.Function):
-        """A norm that saves the same tensors for backward as Transformer Engine's."""
-
-        @staticmethod
-        def forward(ctx: Any, inp: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            ctx.save_for_backward(inp, weight, inp.new_empty(inp.numel() // len(weight), dtype=torch.float32))
-            return torch.empty_like(inp)
-
-        @staticmethod
-        def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-            inp, weight, _ = ctx.saved_tensors
-            return torch.empty_like(inp), torch.empty_like(weight)
-
-    norm.normalize = layernorm_linear.normalize = lambda inp, weight, *others: Norm.apply(inp, weight)
-    attention.attend_documents = attend_by_sums
+    norm.normalize = layernorm_linear.normalize = normalize
+    attention.attend_documents = attend
     permutation._order_rows = lambda inp, routing_map, num_out_tokens, probs=None: zeros(
         inp + routing_map.sum(), num_out_tokens, 2)
     permutation._row_id_map = lambda routing_map, expert, token: routing_map.new_zeros(
@@ -167,7 +161,7 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
     import torch.distributed as dist
     from one_rank import OneRank
     from torch.testing._internal.distributed.fake_pg import FakeStore
-    from transformer_engine.pytorch import placement
+    from transformer_engine.pytorch import placement, recording
 
     from megatron_sov.engine.optimizer import parameter_groups
     from megatron_sov.plan.footprint.memory import build_account
@@ -186,6 +180,8 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
     if imbalance != 1:
         _send_unevenly(imbalance)
     with fake_gpu.used(tokens * config.model.num_experts_per_token) as ledger:
+        # a replay would compute nothing, and recorded operators would hold all their tensors
+        recording.CapturedOperators._note = lambda graph, *operation: ledger.reserve(*operation)
         runner = OneRank(config, rank, num_ranks)
         fake_gpu.WAITS.clear()
         runner.step(1, p.pp)

@@ -152,7 +152,7 @@ class LocalSearch:
 
     def describe_layout(self, best: LayoutChoice) -> DefaultLayout:
         """Return the layout's settings and time, next to the recipe's layout."""
-        seconds, num_priced = self.get_cost(best)[1], len(self.costs)
+        seconds, num_priced, searched_bytes = self.get_cost(best)[1], len(self.costs), self.limit_bytes
         self.limit_bytes = self.pricing.limit_bytes
         self.costs.clear()
         current_choice = get_current_choice(self.config)
@@ -161,25 +161,25 @@ class LocalSearch:
         current_spare = -math.inf if current_cost == BROKEN else self.compute_spare_share(current_choice)
         settings = {setting.partition("=")[0]: setting
                     for setting in (*self.own_settings, *best.list_settings(self.config))}
-        stored = [stage.with_config(apply_settings(stage.config, [f"{SPILL}=0"]))
-                  for stage in self._apply_to_stages(best)]
-        if self.fits(stored):
+        stages = self._apply_to_stages(best)
+        stored = [stage.with_config(apply_settings(stage.config, [f"{SPILL}=0"])) for stage in stages]
+        if self.fits(stored, searched_bytes):
             settings.pop(SPILL, None)
-        spare = self.compute_spare_share(best)
-        graphed = [stage.with_config(apply_settings(stage.config, [*settings.values(), GRAPHS]))
-                   for stage in self.stages]
-        if self.may_graph and self.fits(graphed):
+            stages = stored
+        graphed = [stage.with_config(apply_settings(stage.config, [GRAPHS])) for stage in stages]
+        if self.may_graph and self.fits(graphed, (1 - SPARE_SHARE) * self.pricing.limit_bytes):
             settings[GRAPHS] = GRAPHS
+            stages = graphed
             seconds = sum(self.pricing.time_step(stage).total_s * stage.steps for stage in graphed)
-            spare = 1 - max(map(self.pricing.count_bytes, graphed)) / self.pricing.limit_bytes
+        spare = 1 - max(map(self.pricing.count_bytes, stages)) / self.pricing.limit_bytes
         return DefaultLayout(tuple(settings.values()), seconds,
                              current_cost[1] if current_cost[0] == 0 else math.inf,
                              current_spare, num_priced, spare)
 
-    def fits(self, stages: list[RunStage]) -> bool:
-        """Return whether all stages are valid and fit GPU memory."""
+    def fits(self, stages: list[RunStage], limit_bytes: float) -> bool:
+        """Return whether all stages are valid and need at most `limit_bytes` per GPU."""
         return (not any(stage.config.problems(self.pricing.num_ranks) for stage in stages)
-                and max(map(self.pricing.count_bytes, stages)) <= self.pricing.limit_bytes)
+                and max(map(self.pricing.count_bytes, stages)) <= limit_bytes)
 
     def compute_spare_share(self, choice: LayoutChoice) -> float:
         """Return the free share of usable memory on the fullest GPU; the layout must be valid."""

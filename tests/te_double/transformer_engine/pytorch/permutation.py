@@ -76,7 +76,8 @@ def moe_unpermute(inp: torch.Tensor, row_id_map: torch.Tensor, merging_probs: to
     if merging_probs is not None:
         parts = parts * merging_probs[token, expert].to(wide)[:, None]
     shape = inp.shape if restore_shape is None else restore_shape
-    return parts.new_zeros(shape).index_add(0, token, parts).to(inp.dtype)
+    # unlike index_add, scatter_add does not save the rows for backward; neither does the kernel
+    return parts.new_zeros(shape).scatter_add(0, token[:, None].expand_as(parts), parts).to(inp.dtype)
 
 
 def moe_sort_chunks_by_index(inp: torch.Tensor, split_sizes: torch.Tensor,
