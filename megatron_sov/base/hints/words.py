@@ -412,13 +412,13 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
     unplaced: list[str] = []
     for index, word in enumerate(free_words):
         kind = classify_word(word)
-        if kind == "hub" and rewrite.command == "plan":
+        if kind == "hub" and rewrite.command in ("plan", "pretrain"):
             if recipe := parser.get_default("options_class").find_recipe(word):
                 unplaced.append(recipe)
                 rewrite.add_words(f"{word} is the recipe {recipe} here, and nothing is downloaded")
                 continue
             parts = {part for text in option_words for part in text.split("=")}
-            if not parts & {"--data", "train.tokens", "train.steps"}:
+            if rewrite.command == "plan" and not parts & {"--data", "train.tokens", "train.steps"}:
                 option_words += ["--set", "train.tokens=100000000"]
                 rewrite.add_words("the length of a stage --from a model is --data or train.tokens")
         if kind == "recipe" and not takes_recipe and "=" not in word:
