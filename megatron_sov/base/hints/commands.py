@@ -262,6 +262,9 @@ def _fill_command_chain(commands: str, typed: Sequence[str]) -> Fix:
              "text": " ".join(arguments[1:]) or "TEXT",
              "tokens": find_value(typed, "--tokens", "--special-tokens") or "TOKEN,TOKEN",
              "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
+    conversion = "megatron-sov convert to-hf {first} {name}-hf && "
+    if conversion in commands and classify_folder(Path(model)) == "hf":
+        commands = commands.replace(conversion, "").replace("{name}-hf", "{first}")
     if not number_type:  # no quantization after the conversion
         commands = re.sub(r" && [^&]*{type}", "", commands)
     commands = commands.format(**{hole: shlex.quote(value) for hole, value in holes.items()})

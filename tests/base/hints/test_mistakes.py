@@ -264,6 +264,7 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("megatron-sov convert --hf-path hf --output o", ["write\n  megatron-sov convert from-hf hf o"]),
     ("megatron-sov convert to-gguf run o.gguf",
      ["convert to-hf run run-hf\n  python convert_hf_to_gguf.py run-hf --outfile o.gguf"]),
+    ("megatron-sov convert to-gguf hf o.gguf", ["write\n  python convert_hf_to_gguf.py hf --outfile o.gguf"]),
     ("megatron-sov submit rl -N 2 --cluster h100 -A a --from hf", ["submit rl-run --cluster h100 --nodes 2"]),
     ("megatron-sov recipes tiny-llama --set optim.schedule=poly", ["optim.schedule=linear"]),
     ("megatron-sov recipes show qwen3-8b", ["write\n  megatron-sov recipes qwen3-8b"]),
