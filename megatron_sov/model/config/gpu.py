@@ -265,7 +265,7 @@ class GpuConfig:
             self, "gpu",
             (first == last == 0 or 0 < first <= last, "profile_first_step",
              f"and gpu.profile_last_step = {last} must both be 0, or steps from 1 in ascending order"))
-        problems += self._exchange_problems(parallel, train)
+        problems += self._exchange_problems(model, parallel, train)
         problems += self._optimizer_problems(parallel, train, optim)
         problems += self._graph_problems(model, parallel, train)
         return problems + find_broken_rules(
@@ -315,7 +315,8 @@ class GpuConfig:
              "names attn_proj without core_attn, whose output is attn_proj's input and would stay on the GPU",
              "name both"))
 
-    def _exchange_problems(self, parallel: ParallelConfig, train: TrainConfig) -> list[SettingsProblem]:
+    def _exchange_problems(self, model: ModelConfig, parallel: ParallelConfig,
+                           train: TrainConfig) -> list[SettingsProblem]:
         """Check token exchange kernels, and the overlap of layers with token exchange."""
         problems = find_broken_rules(
             self, "gpu", (self.exchange_sms % 2 == 0, "exchange_sms", "must be even", "add one"))
@@ -334,7 +335,9 @@ class GpuConfig:
              "computes layers in pieces, and train.recompute recomputes whole layers",
              "use selective recomputation without moe, or leave it out"),
             (self.shared_expert_overlap == "off" and not self.offload_modules, "expert_overlap",
-             "cannot be used with gpu.shared_expert_overlap or gpu.offload_modules", "leave one out"))
+             "cannot be used with gpu.shared_expert_overlap or gpu.offload_modules", "leave one out"),
+            (model.linear_attention is None, "expert_overlap", "calls backward_dw of each layer's attention, "
+             "which layers with linear attention lack", "leave it out"))
 
     def _graph_problems(self, model: ModelConfig, parallel: ParallelConfig,
                         train: TrainConfig) -> list[SettingsProblem]:

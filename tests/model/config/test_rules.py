@@ -210,7 +210,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ("parallel.expert_dispatcher=deepep", 1, "parallel.expert_dispatcher"),
     ("parallel.expert_dispatcher=hybridep parallel.ep=2 train.precision=fp32", 2,
      "parallel.expert_dispatcher"),
-    (PASSES, 2, ""),
+    (PASSES, 2, ""), (f"{PASSES} {LINEAR}", 2, "model.linear_attention parallel.expert_overlap"),
     (PASSES.replace("micro_batches", "weight_gradients"), 2, ""),
     (PASSES.replace("ep=2", "ep=1"), 1, "parallel.expert_overlap"),
     (f"{PASSES} parallel.expert_dispatcher=allgather", 2, "parallel.expert_overlap"),
