@@ -27,7 +27,7 @@ def run_submit(capsys: Any, *words: str) -> tuple[int, str, str]:
     (("model.vocab_size=368",), "epochs, and the limit is 20", ("train.epochs=1",)),
     (("model.vocab_size=368", "data.max_epochs=30"), "epochs, and the limit is 30", ("train.epochs=1",)),
     (("model.vocab_size=368", "optim.lr=1e-4"), "epochs, and the limit is 20", ("train.epochs=1",)),
-    (("train.steps=7",), "model.vocab_size = 151,936", ("model.vocab_size=368",)),
+    (("train.steps=7",), "model.vocab_size = 151,936", ("model.vocab_size=368", "data.max_epochs=224")),
     (("train.epochs=2",), "model.vocab_size = 151,936", ("model.vocab_size=368",))])
 def test_data_that_do_not_fit_are_refused_before_submission(
         packed_data: Any, tmp_path: Path, capsys: Any, settings: tuple[str, ...], message: str,
