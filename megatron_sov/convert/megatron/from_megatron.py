@@ -372,7 +372,7 @@ class ImportReport:
     """Dropped optimizer tensors."""
     model: ModelConfig
     """The imported model's architecture."""
-    training: "TrainingState | None"
+    training: TrainingState | None
     """None: weights only."""
 
 
