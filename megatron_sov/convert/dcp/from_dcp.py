@@ -152,12 +152,11 @@ class DcpWeights(Weights):
         steps = [value for key in self._objects if key.endswith(COUNTERS)
                  if type(value := self._read_object(key)) is int]
         values = {"updates": next(iter(counts)), STEP: next(iter([*steps, *counts]))}
-        numbers = read_numbers(self.path, values, dict(zip(values, values, strict=True)))
-        precisions = [name for name, precision in PRECISION.items() if precision == dtype]
-        settings = {"train.precision": precisions[0]} if precisions else {}
-        settings |= self._read_settings(self._list_parts(self._links_by_name[EMBEDDING])[0].key)
+        numbers = read_numbers(self.path, values, {name: name for name in values})
+        settings = self._read_settings(self._list_parts(self._links_by_name[EMBEDDING])[0].key)
+        precisions = [f"train.precision={name}" for name, value in PRECISION.items() if value == dtype]
         return TrainingState(int(numbers[STEP]), int(numbers["updates"]),
-                             tuple(f"{name}={value}" for name, value in settings.items()))
+                             (*precisions, *(f"{name}={value}" for name, value in settings.items())))
 
     def _read_settings(self, parameter: str) -> dict[str, Any]:
         """Return our settings for the parameter group of a matrix."""

@@ -291,7 +291,6 @@ class TorchDistWeights(Weights):
         super().__init__(path, model, models.get_family(model.family).links(model))
         entries, self.num_skipped = _select_entries(read_in_subprocess("index", path / METADATA),
                                                     with_optimizer=with_optimizer)
-        """Optimizer tensors that are left out."""
         self.tensors = DistTensors(path, entries)
         self._stored_keys = self.tensors.keys()
         self._sources = self._match_tensors()

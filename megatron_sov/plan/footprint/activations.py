@@ -254,11 +254,14 @@ def count_stored_bytes(config: RunConfig, row_tokens: int, kind: LayerKind, save
         return hidden * ITEM_BYTES[config.train.precision]
     stored = (saved.total - _count_recomputed_bytes(config, saved, kind)
               - _count_offloaded_bytes(config, saved, kind))
-    if kind.with_experts and "moe_preprocess" in config.gpu.cuda_graphs:
-        # the graph returns permuted tokens in its own memory
-        permutes = config.parallel.expert_dispatcher == "alltoall"
-        stored += permutes * saved.expert_input // config.parallel.etp
+    if kind.with_experts and _permutes_in_graph(config):
+        stored += saved.expert_input // config.parallel.etp
     return stored
+
+
+def _permutes_in_graph(config: RunConfig) -> bool:
+    """Return whether router graphs permute tokens, which they return in their own memory."""
+    return "moe_preprocess" in config.gpu.cuda_graphs and config.parallel.expert_dispatcher == "alltoall"
 
 
 def _count_recomputed_bytes(config: RunConfig, saved: SavedActivations, kind: LayerKind) -> int:
@@ -273,10 +276,9 @@ def _count_recomputed_bytes(config: RunConfig, saved: SavedActivations, kind: La
     # `moe` includes `moe_act` and `shared_experts`: count their bytes once.
     if "moe" in modules:
         return num_bytes + saved.router + saved.routed + saved.shared
-    # a graph returns the norm's output, unless it permutes tokens for alltoall
-    permutes = "moe_preprocess" in config.gpu.cuda_graphs and config.parallel.expert_dispatcher == "alltoall"
-    keeps_norm = (config.gpu.cuda_graphs and not permutes) or config.model.block_norms == "post"
-    if "layernorm" in modules and kind.with_experts and not keeps_norm:
+    # a graph returns the norm's output, unless it permutes tokens
+    keeps_norm = config.gpu.cuda_graphs and not _permutes_in_graph(config)
+    if "layernorm" in modules and kind.with_experts and not keeps_norm and config.model.block_norms != "post":
         num_bytes += saved.ffn_input  # linear layers contain all further norms
     if "moe_act" in modules:
         num_bytes += saved.expert_activated
