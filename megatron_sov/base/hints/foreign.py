@@ -1,6 +1,7 @@
 """Readers of files and arguments of other programs: configuration files (axolotl, TRL, torchtitan, NeMo RL),
 recognised by their keys, and data blends (Megatron-LM)."""
 
+import contextlib
 import os
 import re
 import tomllib
@@ -62,11 +63,10 @@ def parse_object(text: str) -> dict[str, str]:
 
 def multiply_context(model: str, factor: str) -> str:
     """Return `factor` times the context length of a Hugging Face folder or run; "TOKENS" if unknown."""
-    config = _parse_file(Path(model) / "config.json") if model else None
-    length = None
-    if isinstance(config, dict):
-        phases = (config.get("data") or {}).get("phases") or ()
-        length = max((phase["seq_len"] for phase in phases), default=config.get("max_position_embeddings"))
+    config: Any = _parse_file(Path(model) / "config.json") if model else None
+    length = config.get("max_position_embeddings") if isinstance(config, dict) else None
+    with contextlib.suppress(LookupError, TypeError, ValueError):  # no settings of a run
+        length = max(phase["seq_len"] for phase in config["data"]["phases"])
     number = re.search(r"(?:\A|factor\W{1,4})(\d+(?:\.\d+)?)(?=\Z|[,}])", factor)
     if not isinstance(length, int) or number is None:
         return "TOKENS"

@@ -15,6 +15,7 @@ from megatron_sov.base.documents.files import list_files
 from megatron_sov.base.documents.rows import fix_records
 from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.hints import words
+from megatron_sov.base.hints.foreign import multiply_context
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.base.settings.problem import ProblemCode, SettingsProblem
 
@@ -212,6 +213,12 @@ def test_own_unknown_and_damaged_configuration_files_go_to_their_reader(
     Path("a.yml").write_text(content)
     assert "another program's" not in answer("megatron-sov pretrain qwen3-8b --config a.yml --data D --run R",
                                              capsys)
+
+
+@pytest.mark.each("data", ["x", [1], {"phases": [{}]}, {"phases": "abc"}])
+def test_a_length_is_a_multiple_of_that_of_a_model_whose_config_has_foreign_data(data: object) -> None:
+    write_files({"hf/config.json": json.dumps({"data": data, "max_position_embeddings": 8})})
+    assert multiply_context("hf", "4") == "32"
 
 
 @pytest.mark.each("line", [
