@@ -1,14 +1,17 @@
-"""Patches of torch that let unmodified megatron-core run on CPUs (`prepare_megatron`).
+"""Patches of torch that let unmodified megatron-core run on CPUs (`prepare_without_gpu`).
 
-`megatron_sov.engine` calls `prepare_megatron()` before any of its modules imports megatron. Each patch is a
-function whose docstring names Megatron-Core's assumption; patches of Megatron-Core itself are in
-`library_patches`. No part is reimplemented: model, schedules, dispatchers, optimizers and process groups are
-Megatron-Core's, on CPU tensors.
+Call `prepare_without_gpu` before any module imports megatron. Each patch is a function whose docstring names
+Megatron-Core's assumption; patches of Megatron-Core itself are in `library_patches`. No part is
+reimplemented: model, schedules, dispatchers, optimizers and process groups are Megatron-Core's, on CPU
+tensors.
 """
 
 import contextlib
 import functools
+import importlib.util
+import os
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,23 +19,17 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_sov.engine.parallel.device import CPU, is_cpu_only, mark_cpu_only, on_gpu
-from megatron_sov.engine.parallel.gpu_libraries import hide_broken_deep_ep
-
-
-def prepare_megatron() -> None:
-    """Prepare this process for megatron-core. Does nothing with CUDA or when called again."""
-    if on_gpu():
-        hide_broken_deep_ep()
-    else:
-        prepare_without_gpu()
+CPU = torch.device("cpu")
+_is_prepared = False
 
 
 def prepare_without_gpu() -> None:
     """Switch this process to megatron-core on CPUs, permanently, even if the machine has a GPU."""
-    if is_cpu_only():
+    global _is_prepared
+    if _is_prepared:
         return
-    mark_cpu_only()
+    _is_prepared = True
+    stub_paged_stash()
     # megatron uses Transformer Engine's optimizers, products and norms if it imports (on a login node, or
     # with hidden CUDA devices), but they need CUDA. None makes the import fail; an imported module stays.
     sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
@@ -43,8 +40,23 @@ def prepare_without_gpu() -> None:
     with _disable_compilation(), _hide_trackers(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # each missing GPU extension prints a warning on import
         # not at the top: it imports megatron-core, which reads the patched torch
-        from megatron_sov.engine.parallel import library_patches
+        from layout_proof import library_patches
     library_patches.patch_for_cpus()
+
+
+def is_cpu_only() -> bool:
+    """Return whether the shims are installed: `torch.cuda` then answers for the CPU."""
+    return _is_prepared
+
+
+def stub_paged_stash() -> None:
+    """Let megatron-core import without triton, which only torch's CUDA builds include: it always imports the
+    kernels of the paged expert stash, an option that needs a GPU."""
+    os.environ.setdefault("NO_VCS_VERSION", "1")  # otherwise it reads a commit from the caller's repository
+    if importlib.util.find_spec("triton") is None:
+        absent: Any = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")
+        absent.GLOBAL_BLOCK_SIZE = absent.paged_stash_copy_kernel = absent.paged_stash_pop_kernel = None
+        sys.modules[absent.__name__] = absent
 
 
 class _Stream:

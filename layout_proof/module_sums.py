@@ -15,8 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.parallel.simulated_messages import CallSite
+from layout_proof.simulated_messages import CallSite
 
 Sums = tuple[float, float]
 StepModule = tuple[int, str]
@@ -72,11 +71,11 @@ class ModuleSums:
         self.sent.setdefault((self.step, self.part), {})[site] = None
 
 
-def observe_modules(model: LanguageModel) -> ModuleSums:
-    """Register hooks on the model, and return the record that they fill in passes with gradients."""
+def observe_modules(chunks: Sequence[torch.nn.Module]) -> ModuleSums:
+    """Register hooks on the model chunks, and return the record that they fill in passes with gradients."""
     sums = ModuleSums(_get_ranks(parallel_state.get_tensor_model_parallel_group()),
                       _get_ranks(parallel_state.get_expert_tensor_parallel_group()))
-    for name, module in _iter_named_modules(model):
+    for name, module in _iter_named_modules(chunks):
         module.register_forward_pre_hook(_BeginPartHook(sums, name))
         module.register_forward_hook(_RecordOutputHook(sums, name))
     return sums
@@ -229,9 +228,9 @@ def _add_sums(sums: dict[StepModule, Sums], key: StepModule, tensor: torch.Tenso
     sums[key] = total + float(tensor.sum()), squares + float(tensor.square().sum())
 
 
-def _iter_named_modules(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
+def _iter_named_modules(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield modules with layout-independent names: layers by their number in the model, experts merged."""
-    for chunk in model.chunks:
+    for chunk in chunks:
         layers = {name: module for name, module in chunk.named_modules()
                   if isinstance(module, TransformerLayer)}
         containers = {"", *(layer[:dot.start()] for layer in layers for dot in re.finditer(r"\.", layer))}
@@ -241,7 +240,7 @@ def _iter_named_modules(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Mo
                 continue
             expert_match = _EXPERT.search(name)
             if expert_match:
-                experts = chunk.get_submodule(name[:expert_match.start()]).local_experts
+                experts: Any = chunk.get_submodule(name[:expert_match.start()]).local_experts
                 if len(experts) > MAX_EXPERTS:
                     continue  # only the joint output of many local experts is observed
             # partial output, summed only when it returns to the token

@@ -1,6 +1,6 @@
 """Simulates the processes of a layout by threads: one per rank, and only one of them runs at a time.
 
-Megatron-Core and this project run unmodified, with groups of the real sizes: messages, receivers and order
+Megatron-Core and its callers run unmodified, with groups of the real sizes: messages, receivers and order
 are those of a cluster. A thread yields only while it waits for others, so every run has the same order. If
 all threads wait, the layout would deadlock, and `Deadlock` names the waiting ranks.
 """
@@ -22,19 +22,16 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch.distributed import distributed_c10d
 
-from megatron_sov.engine.parallel import library_patches
-from megatron_sov.engine.parallel.simulated_messages import (
+from layout_proof.simulated_messages import (
     CallPart, CallSite, Deadlock, MessageFault, copy_message, detach_tensors, find_call_site, get_reduction,
     reduce_parts)
-from megatron_sov.engine.parallel.world import (
-    ParallelWorld, create_groups, get_parallel_world, suppress_library_warnings)
-from megatron_sov.model.config import ParallelConfig
 
+Place = TypeVar("Place")
 Result = TypeVar("Result")
 STACK_BYTES = 4 << 20
 """Stack size per thread: a thousand stacks of the default 8 MiB fail under strict memory accounting."""
@@ -74,17 +71,17 @@ class SimulatedRanks:
         self._is_over = _create_acquired_lock()
         self._failure: BaseException | None = None
 
-    def run(self, parallel: ParallelConfig, body: Callable[[ParallelWorld], Result]) -> list[Result]:
+    def run(self, join: Callable[[int, int], Place], body: Callable[[Place], Result]) -> list[Result]:
         """Run `body` once per rank, in a world of its own, and return the results by rank.
 
         Args:
-            parallel: the layout, whose groups are created.
+            join: called with (rank, number of ranks) first; creates the layout's groups without a message and
+                returns the rank's place.
             body: called with each rank's place.
 
         Raises:
             Deadlock: ranks deadlock, or a message has no receiver.
         """
-        suppress_library_warnings()
         results: list[Any] = [None] * self.size
         previous = _read_rank_state()
         self._states = [_copy_initial_state(previous) for _ in range(self.size)]
@@ -94,7 +91,7 @@ class SimulatedRanks:
             try:
                 if self._failure is None:
                     _write_rank_state(self._states[rank])
-                    results[rank] = body(_create_world(self, rank, parallel))
+                    results[rank] = body(_create_world(self, rank, join))
             except BaseException as e:
                 self._failure = self._failure or e
             finally:
@@ -491,7 +488,7 @@ class _RankWorld:
         return group
 
 
-def _create_world(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) -> ParallelWorld:
+def _create_world(ranks: SimulatedRanks, rank: int, join: Callable[[int, int], Place]) -> Place:
     """Create a rank's world and the layout's groups, and return its place."""
     world = _RankWorld()
     distributed_c10d._world = world  # type: ignore[assignment]
@@ -518,10 +515,7 @@ def _create_world(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) ->
     # groups are created without messages, so other threads do not run meanwhile
     with (mock.patch.object(parallel_state, "create_group", create),
           mock.patch.object(parallel_state, "generate_masked_orthogonal_rank_groups", rank_groups)):
-        create_groups(parallel)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    library_patches.patch_defects()
-    return get_parallel_world(rank, ranks.size)
+        return join(rank, ranks.size)
 
 
 @functools.cache
