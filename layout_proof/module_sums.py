@@ -156,7 +156,7 @@ def _merge_ranks(sums_by_rank: Sequence[Mapping[str, Sums]], observed: Sequence[
         for process, rank_sums in zip(observed, sums_by_rank, strict=True):
             if name in rank_sums:
                 groups[process.expert_group if ".experts" in name else process.group].append(rank_sums[name])
-        totals = [_merge_group(group_sums) for group_sums in groups.values()]
+        totals = [_merge_group_sums(group_sums) for group_sums in groups.values()]
         merged[name] = sum(t[0] for t in totals), sum(t[1] for t in totals)
     return merged
 
@@ -166,8 +166,8 @@ def _find_first_difference(expected: Mapping[str, Sums], observed: Mapping[str, 
     """Return the first module with differing sums, or None."""
     for name, (total, squares) in expected.items():
         if (observed_sums := observed.get(name)) is None:
-            continue  # not observed in this layout
-        # values may cancel in a plain sum: compare relative to the size of its terms
+            continue  # not observed in the layout
+        # values may cancel in a plain sum: compare relative to the size of the terms
         scale = squares ** 0.5 + abs(total)
         differences = (abs(total - observed_sums[0]) / max(scale, 1e-30),
                        abs(squares - observed_sums[1]) / max(squares, 1e-30))
@@ -177,7 +177,7 @@ def _find_first_difference(expected: Mapping[str, Sums], observed: Mapping[str, 
     return None
 
 
-def _merge_group(group_sums: list[Sums]) -> Sums:
+def _merge_group_sums(group_sums: list[Sums]) -> Sums:
     first = group_sums[0]
     is_replica = len(group_sums) > 1 and all(
         abs(rank_sums[i] - first[i]) <= _REPLICA_TOLERANCE * max(abs(first[i]), 1e-300)
@@ -235,7 +235,7 @@ def _iter_named_modules(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str
                   if isinstance(module, TransformerLayer)}
         containers = {"", *(layer[:dot.start()] for layer in layers for dot in re.finditer(r"\.", layer))}
         for name, module in chunk.named_modules():
-            # containers of layers return the next stage's input, and each stage computes its own angles
+            # containers of layers return the next stage's input, and stages compute rotary angles
             if name in containers or "rotary" in name:
                 continue
             expert_match = _EXPERT.search(name)
@@ -243,7 +243,7 @@ def _iter_named_modules(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str
                 experts: Any = chunk.get_submodule(name[:expert_match.start()]).local_experts
                 if len(experts) > MAX_EXPERTS:
                     continue  # only the joint output of many local experts is observed
-            # partial output, summed only when it returns to the token
+            # partial output, summed only at the token's process
             if _PARTIAL.search(name) and parallel_state.get_expert_tensor_parallel_world_size() > 1:
                 continue
             layer_prefix = name
