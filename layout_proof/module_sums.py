@@ -73,8 +73,8 @@ class ModuleSums:
 
 def observe_modules(chunks: Sequence[torch.nn.Module]) -> ModuleSums:
     """Register hooks on the model chunks, and return the record that they fill in passes with gradients."""
-    sums = ModuleSums(_get_ranks(parallel_state.get_tensor_model_parallel_group()),
-                      _get_ranks(parallel_state.get_expert_tensor_parallel_group()))
+    sums = ModuleSums(_get_group_ranks(parallel_state.get_tensor_model_parallel_group()),
+                      _get_group_ranks(parallel_state.get_expert_tensor_parallel_group()))
     for name, module in _iter_named_modules(chunks):
         module.register_forward_pre_hook(_BeginPartHook(sums, name))
         module.register_forward_hook(_RecordOutputHook(sums, name))
@@ -256,5 +256,5 @@ def _iter_named_modules(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str
             yield _EXPERT.sub(".experts", name).removeprefix("module.") or "model", module
 
 
-def _get_ranks(group: Any) -> tuple[int, ...]:
+def _get_group_ranks(group: Any) -> tuple[int, ...]:
     return tuple(torch.distributed.get_process_group_ranks(group))

@@ -139,7 +139,7 @@ class SimulatedRanks:
         """
         received: list[int] = []
 
-        def stop_ranks(number: int, frame: FrameType | None) -> None:
+        def stop_simulated_ranks(number: int, frame: FrameType | None) -> None:
             received.append(number)
             self._failure = self._failure or KeyboardInterrupt()
 
@@ -149,7 +149,7 @@ class SimulatedRanks:
         previous = {number: signal.getsignal(number) for number in numbers}
         callable_handlers = {number: handler for number, handler in previous.items() if callable(handler)}
         for number in callable_handlers:
-            signal.signal(number, stop_ranks)
+            signal.signal(number, stop_simulated_ranks)
         try:
             yield
         finally:
@@ -297,13 +297,13 @@ class SimulatedGroup(_ProcessGroup):
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> dist.Work:
         how, detached = get_reduction(opts), detach_tensors(tensors)
 
-        def sum_inputs(parts: list[CallPart]) -> None:
+        def sum_member_inputs(parts: list[CallPart]) -> None:
             for member_tensors in zip(*(part.inputs for part in parts), strict=True):
                 total = reduce_parts(how, member_tensors)
                 for tensor in member_tensors:
                     tensor.copy_(total)
 
-        return self._call("allreduce", CallPart(detached, detached, how=how), sum_inputs)
+        return self._call("allreduce", CallPart(detached, detached, how=how), sum_member_inputs)
 
     allreduce_coalesced = allreduce
 
@@ -334,13 +334,13 @@ class SimulatedGroup(_ProcessGroup):
     def gather_objects(self, values: list[Any], value: Any) -> dist.Work:
         """Gather Python objects, copied once per sender: a copy per receiver would be 262,144
         copies with 512 ranks."""
-        def copy_objects(parts: list[CallPart]) -> None:
+        def copy_member_objects(parts: list[CallPart]) -> None:
             sent = [copy.deepcopy(part.value) for part in parts]
             for part in parts:
                 part.values[:] = sent
 
         return self._call("allgather", CallPart([], [], how="objects", value=value, values=values),
-                          copy_objects)
+                          copy_member_objects)
 
     def all_gather_single(self, output: torch.Tensor, sent: torch.Tensor, opts: Any = None) -> dist.Work:
         return self.allgather([list(output.chunk(self.size()))], [sent], opts)
@@ -378,13 +378,13 @@ class SimulatedGroup(_ProcessGroup):
         part = CallPart(detach_tensors([sent]), detach_tensors([output]), self._list_sizes(input_sizes, sent),
                         self._list_sizes(output_sizes, output))
 
-        def exchange_rows(parts: list[CallPart]) -> None:
+        def exchange_split_rows(parts: list[CallPart]) -> None:
             sent = [part.inputs[0].split(part.input_sizes) for part in parts]
             for index, part in enumerate(parts):
                 for sender, output_rows in enumerate(part.outputs[0].split(part.output_sizes)):
                     copy_message(output_rows, sent[sender][index])
 
-        return self._call("alltoall", part, exchange_rows)
+        return self._call("alltoall", part, exchange_split_rows)
 
     def _list_sizes(self, sizes_or_none: Sequence[int] | None, tensor: torch.Tensor) -> list[int]:
         """Return the rows per member; equal parts by default."""
@@ -443,7 +443,7 @@ class SimulatedGroup(_ProcessGroup):
         outputs = detach_tensors(tensors)
         message: list[torch.Tensor] = []
 
-        def has_message() -> bool:
+        def has_received_message() -> bool:
             if not message and box:
                 message.extend(box.popleft()[1])
                 with _add_call_site(site):
@@ -453,7 +453,7 @@ class SimulatedGroup(_ProcessGroup):
                     self._ranks.fault(site, [CallPart(outputs, outputs)], lambda parts: None)
             return bool(message)
 
-        return _PendingWork(self._ranks, self._rank, has_message,
+        return _PendingWork(self._ranks, self._rank, has_received_message,
                             f"recv from rank {self._members[sender]} over {self._key} at {site.where}")
 
 
