@@ -55,7 +55,7 @@ class ModuleSums:
     part: str = "building"
     """Current part of the step."""
 
-    def begin_part(self, part: str) -> None:
+    def begin_step_part(self, part: str) -> None:
         self.part, key = part, (self.step, part)
         if part.startswith(AFTER_BACKWARD):
             self.sent[key] = self.sent.pop(key, {})  # same order as `backward`: by last gradient
@@ -64,9 +64,9 @@ class ModuleSums:
 
     def begin_step(self, step: int) -> None:
         self.step = step
-        self.begin_part(BEFORE_FORWARD)
+        self.begin_step_part(BEFORE_FORWARD)
 
-    def record_message(self, site: CallSite) -> None:
+    def record_message_site(self, site: CallSite) -> None:
         """Record a message's call site."""
         self.sent.setdefault((self.step, self.part), {})[site] = None
 
@@ -97,9 +97,9 @@ def locate_difference(expected: ModuleSums, observed: Sequence[ModuleSums], step
     """
     first_modules = {}
     for kind in ("forward", "backward"):
-        sums_by_rank = [_select_step(getattr(process, kind), step) for process in observed]
+        sums_by_rank = [_select_step_sums(getattr(process, kind), step) for process in observed]
         first_modules[kind] = _find_first_difference(
-            _select_step(getattr(expected, kind), step), _merge_ranks(sums_by_rank, observed), tolerance)
+            _select_step_sums(getattr(expected, kind), step), _merge_ranks(sums_by_rank, observed), tolerance)
     prefixes = {"forward": AFTER_FORWARD, "backward": AFTER_BACKWARD}
     first = next((prefixes[kind] + module for kind, module in first_modules.items() if module is not None),
                  "")
@@ -143,7 +143,7 @@ def _iter_messages_before(process: ModuleSums, step: int, first: str) -> Iterato
         yield from sites
 
 
-def _select_step(sums: Mapping[StepModule, Sums], step: int) -> dict[str, Sums]:
+def _select_step_sums(sums: Mapping[StepModule, Sums], step: int) -> dict[str, Sums]:
     return {name: value for (number, name), value in sums.items() if number == step}
 
 
@@ -194,7 +194,7 @@ class _BeginPartHook:
         self._sums, self._name = sums, name
 
     def __call__(self, module: Any, args: Any) -> None:
-        self._sums.begin_part(f"forward of {self._name}")
+        self._sums.begin_step_part(f"forward of {self._name}")
 
 
 class _RecordOutputHook:
@@ -204,7 +204,7 @@ class _RecordOutputHook:
         self._sums, self._name = sums, name
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        self._sums.begin_part(AFTER_FORWARD + self._name)
+        self._sums.begin_step_part(AFTER_FORWARD + self._name)
         if not torch.is_grad_enabled():
             return  # recomputation will call the module again with gradients
         # the second output is a bias added later, complete on each process
@@ -217,7 +217,7 @@ class _RecordOutputHook:
                 tensor.register_hook(self._record_gradient)
 
     def _record_gradient(self, gradient: torch.Tensor) -> None:
-        self._sums.begin_part(AFTER_BACKWARD + self._name)
+        self._sums.begin_step_part(AFTER_BACKWARD + self._name)
         sums, key = self._sums.backward, (self._sums.step, self._name)
         sums[key] = sums.pop(key, (0.0, 0.0))  # move to the end
         _add_sums(sums, key, gradient)

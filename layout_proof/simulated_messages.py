@@ -83,7 +83,7 @@ def get_reduction(opts: Any) -> str:
     return str(getattr(operation, "op", operation)).rpartition(".")[2]
 
 
-def reduce_parts(kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def reduce_call_parts(kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Reduce the members' `CallPart` tensors in rank order."""
     check_same_kind(parts)
     stacked = torch.stack(list(parts))

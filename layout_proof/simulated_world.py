@@ -29,7 +29,7 @@ from torch.distributed import distributed_c10d
 
 from layout_proof.simulated_messages import (
     CallPart, CallSite, Deadlock, MessageFault, copy_message, detach_tensors, find_call_site, get_reduction,
-    reduce_parts)
+    reduce_call_parts)
 
 Place = TypeVar("Place")
 Result = TypeVar("Result")
@@ -96,7 +96,7 @@ class SimulatedRanks:
                 self._failure = self._failure or e
             finally:
                 self._num_running -= 1
-                self._run_next_rank()
+                self._run_next_ready_rank()
 
         _use_single_heap()
         # Megatron-Core records a model's attention in the environment, for later readers
@@ -111,7 +111,7 @@ class SimulatedRanks:
                     thread.start()
             finally:
                 threading.stack_size(0)
-            self._run_next_rank()
+            self._run_next_ready_rank()
             if self.size == 1:
                 run_single_rank(0)  # in this thread
             self._is_over.acquire()
@@ -165,20 +165,20 @@ class SimulatedRanks:
         while not condition():
             self._waiting[rank] = description
             self._states[rank] = _read_rank_state()
-            self._run_next_rank()
+            self._run_next_ready_rank()
             self._turns[rank].acquire()
             if self._failure is not None:
                 # a rank failed: end this thread without a second error
                 raise SystemExit
             _write_rank_state(self._states[rank])
 
-    def mark_ready(self, ranks: Sequence[int]) -> None:
+    def mark_ranks_ready(self, ranks: Sequence[int]) -> None:
         """Mark waiting ranks as ready to check their condition."""
         for rank in ranks:
             if self._waiting.pop(rank, None) is not None:
                 self._ready.append(rank)
 
-    def _run_next_rank(self) -> None:
+    def _run_next_ready_rank(self) -> None:
         """Let the next ready rank run."""
         if self._num_running == 0:
             self._is_over.release()
@@ -189,7 +189,7 @@ class SimulatedRanks:
             self._failure = Deadlock(f"{len(self._waiting)} of {self.size} processes wait for each other: "
                                      + "; ".join(waiting))
         if self._failure is not None:
-            self.mark_ready(list(self._waiting))
+            self.mark_ranks_ready(list(self._waiting))
         self._turns[self._ready.popleft()].release()
 
 
@@ -283,7 +283,7 @@ class SimulatedGroup(_ProcessGroup):
                     work(parts)
             call.is_done = True
             del self._ranks.calls[key]
-            self._ranks.mark_ready(self._members)
+            self._ranks.mark_ranks_ready(self._members)
         return _PendingWork(self._ranks, self._rank, lambda: call.is_done,
                             f"{kind} over {self._key} at {site.where}")
 
@@ -299,7 +299,7 @@ class SimulatedGroup(_ProcessGroup):
 
         def sum_member_inputs(parts: list[CallPart]) -> None:
             for member_tensors in zip(*(part.inputs for part in parts), strict=True):
-                total = reduce_parts(how, member_tensors)
+                total = reduce_call_parts(how, member_tensors)
                 for tensor in member_tensors:
                     tensor.copy_(total)
 
@@ -356,7 +356,7 @@ class SimulatedGroup(_ProcessGroup):
 
         def sum_and_scatter(parts: list[CallPart]) -> None:
             # compute the sums first: outputs may share memory with inputs
-            totals = [reduce_parts(how, [part.inputs[index] for part in parts])
+            totals = [reduce_call_parts(how, [part.inputs[index] for part in parts])
                       for index in range(len(parts))]
             for part, total in zip(parts, totals, strict=True):
                 copy_message(part.outputs[0], total)
@@ -434,7 +434,7 @@ class SimulatedGroup(_ProcessGroup):
         site = self._record_call_site("send")
         box = self._ranks.mail.setdefault((self._key, self._index, to, tag), deque())
         box.append((site, [tensor.clone() for tensor in detach_tensors(tensors)]))
-        self._ranks.mark_ready([self._members[to]])
+        self._ranks.mark_ranks_ready([self._members[to]])
         return _PendingWork(self._ranks, self._rank, lambda: True, "send")
 
     def recv(self, tensors: list[torch.Tensor], sender: int, tag: int = 0) -> dist.Work:

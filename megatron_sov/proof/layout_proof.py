@@ -158,7 +158,7 @@ def _compare_layout(small: Miniature, reference: ReferenceSteps, fault: MessageF
 
     def record_site(rank: int, site: CallSite) -> None:
         if rank in sums_by_rank:
-            sums_by_rank[rank].record_message(site)
+            sums_by_rank[rank].record_message_site(site)
 
     ranks.watch = record_site
     # cached: hundreds of simulated processes read the same index
