@@ -61,7 +61,7 @@ def detach_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor.detach() for tensor in tensors]
 
 
-def copy_message(mine: torch.Tensor, sent: torch.Tensor) -> None:
+def copy_message_tensor(mine: torch.Tensor, sent: torch.Tensor) -> None:
     """Copy a received message into the output tensor `mine`. Raises `Deadlock`: number of elements or dtype
     differ."""
     check_same_kind([mine, sent])
@@ -77,7 +77,7 @@ def check_same_kind(tensors: Sequence[torch.Tensor]) -> None:
         raise Deadlock(f"members of a call pass different shapes or dtypes: {differences}")
 
 
-def get_reduction(opts: Any) -> str:
+def get_reduction_name(opts: Any) -> str:
     """Return a call's reduction by name, for example `SUM`."""
     operation = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
     return str(getattr(operation, "op", operation)).rpartition(".")[2]

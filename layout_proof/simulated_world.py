@@ -28,8 +28,8 @@ from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelpe
 from torch.distributed import distributed_c10d
 
 from layout_proof.simulated_messages import (
-    CallPart, CallSite, Deadlock, MessageFault, copy_message, detach_tensors, find_call_site, get_reduction,
-    reduce_call_parts)
+    CallPart, CallSite, Deadlock, MessageFault, copy_message_tensor, detach_tensors, find_call_site,
+    get_reduction_name, reduce_call_parts)
 
 Place = TypeVar("Place")
 Result = TypeVar("Result")
@@ -295,7 +295,7 @@ class SimulatedGroup(_ProcessGroup):
         return site
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> dist.Work:
-        how, detached = get_reduction(opts), detach_tensors(tensors)
+        how, detached = get_reduction_name(opts), detach_tensors(tensors)
 
         def sum_member_inputs(parts: list[CallPart]) -> None:
             for member_tensors in zip(*(part.inputs for part in parts), strict=True):
@@ -316,7 +316,7 @@ class SimulatedGroup(_ProcessGroup):
         def copy_from_root(parts: list[CallPart]) -> None:
             for part in (part for index, part in enumerate(parts) if index != root):
                 for output, sent in zip(part.outputs, parts[root].inputs, strict=True):
-                    copy_message(output, sent)
+                    copy_message_tensor(output, sent)
 
         part = CallPart(detached, detached, how=f"from {self._members[root]}")
         return self._call("broadcast", part, copy_from_root)
@@ -326,7 +326,7 @@ class SimulatedGroup(_ProcessGroup):
         def copy_to_members(parts: list[CallPart]) -> None:
             for part in parts:
                 for output, sender in zip(part.outputs, parts, strict=True):
-                    copy_message(output, sender.inputs[0])
+                    copy_message_tensor(output, sender.inputs[0])
 
         return self._call("allgather", CallPart(detach_tensors(inputs), detach_tensors(outputs[0])),
                           copy_to_members)
@@ -352,17 +352,17 @@ class SimulatedGroup(_ProcessGroup):
 
     def reduce_scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]],
                        opts: Any = None) -> dist.Work:
-        how = get_reduction(opts)
+        how = get_reduction_name(opts)
 
-        def sum_and_scatter(parts: list[CallPart]) -> None:
+        def sum_parts_and_scatter(parts: list[CallPart]) -> None:
             # compute the sums first: outputs may share memory with inputs
             totals = [reduce_call_parts(how, [part.inputs[index] for part in parts])
                       for index in range(len(parts))]
             for part, total in zip(parts, totals, strict=True):
-                copy_message(part.outputs[0], total)
+                copy_message_tensor(part.outputs[0], total)
 
         return self._call("reduce_scatter", CallPart(detach_tensors(inputs[0]), detach_tensors(outputs),
-                                                     how=how), sum_and_scatter)
+                                                     how=how), sum_parts_and_scatter)
 
     def reduce_scatter_single(self, output: torch.Tensor, summed: torch.Tensor,
                               opts: Any = None) -> dist.Work:
@@ -375,18 +375,18 @@ class SimulatedGroup(_ProcessGroup):
 
     def all_to_all_single(self, output: torch.Tensor, sent: torch.Tensor, output_sizes: list[int] | None,
                           input_sizes: list[int] | None, opts: Any = None) -> dist.Work:
-        part = CallPart(detach_tensors([sent]), detach_tensors([output]), self._list_sizes(input_sizes, sent),
-                        self._list_sizes(output_sizes, output))
+        part = CallPart(detach_tensors([sent]), detach_tensors([output]),
+                        self._list_row_sizes(input_sizes, sent), self._list_row_sizes(output_sizes, output))
 
         def exchange_split_rows(parts: list[CallPart]) -> None:
             sent = [part.inputs[0].split(part.input_sizes) for part in parts]
             for index, part in enumerate(parts):
                 for sender, output_rows in enumerate(part.outputs[0].split(part.output_sizes)):
-                    copy_message(output_rows, sent[sender][index])
+                    copy_message_tensor(output_rows, sent[sender][index])
 
         return self._call("alltoall", part, exchange_split_rows)
 
-    def _list_sizes(self, sizes_or_none: Sequence[int] | None, tensor: torch.Tensor) -> list[int]:
+    def _list_row_sizes(self, sizes_or_none: Sequence[int] | None, tensor: torch.Tensor) -> list[int]:
         """Return the rows per member; equal parts by default."""
         sizes = [int(size) for size in sizes_or_none] if sizes_or_none is not None else []
         return sizes or [len(tensor) // self.size()] * self.size()
@@ -396,7 +396,7 @@ class SimulatedGroup(_ProcessGroup):
         def exchange_tensors(parts: list[CallPart]) -> None:
             for index, part in enumerate(parts):
                 for output, sender in zip(part.outputs, parts, strict=True):
-                    copy_message(output, sender.inputs[index])
+                    copy_message_tensor(output, sender.inputs[index])
 
         return self._call("alltoall", CallPart(detach_tensors(inputs), detach_tensors(outputs)),
                           exchange_tensors)
@@ -413,7 +413,7 @@ class SimulatedGroup(_ProcessGroup):
 
         def copy_to_root(parts: list[CallPart]) -> None:
             for output, sender in zip(parts[root].outputs, parts, strict=True):
-                copy_message(output, sender.inputs[0])
+                copy_message_tensor(output, sender.inputs[0])
 
         targets = detach_tensors(outputs[0]) if outputs else []
         part = CallPart(detach_tensors(inputs), targets, how=f"to {self._members[root]}")
@@ -424,7 +424,7 @@ class SimulatedGroup(_ProcessGroup):
 
         def copy_from_root(parts: list[CallPart]) -> None:
             for part, sent in zip(parts, parts[root].inputs, strict=True):
-                copy_message(part.outputs[0], sent)
+                copy_message_tensor(part.outputs[0], sent)
 
         sources = detach_tensors(inputs[0]) if inputs else []
         part = CallPart(sources, detach_tensors(outputs), how=f"from {self._members[root]}")
@@ -448,7 +448,7 @@ class SimulatedGroup(_ProcessGroup):
                 message.extend(box.popleft()[1])
                 with _add_call_site(site):
                     for tensor, sent in zip(outputs, message, strict=True):
-                        copy_message(tensor, sent)
+                        copy_message_tensor(tensor, sent)
                 if self._ranks.fault is not None:
                     self._ranks.fault(site, [CallPart(outputs, outputs)], lambda parts: None)
             return bool(message)
