@@ -243,6 +243,9 @@ def _iter_named_modules(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str
                 experts: Any = chunk.get_submodule(name[:expert_match.start()]).local_experts
                 if len(experts) > MAX_EXPERTS:
                     continue  # only the joint output of many local experts is observed
+            # attention on gathered rows: each rank computes whole rows
+            if ".core_attention." in name and parallel_state.get_context_parallel_world_size() > 1:
+                continue
             # partial output, summed only at the token's process
             if _PARTIAL.search(name) and parallel_state.get_expert_tensor_parallel_world_size() > 1:
                 continue

@@ -1,0 +1,60 @@
+"""The layout to prove: `Layout`, and `CannotPlay` for models and layouts that cannot be simulated."""
+
+import math
+from dataclasses import asdict, dataclass
+
+
+class CannotPlay(Exception):
+    """The message says which file, option or field stands against a proof, with the rule and the fix."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Parallel sizes, with the names of Megatron-Core."""
+
+    ranks: int = 1
+    tp: int = 1
+    pp: int = 1
+    vpp: int = 1
+    cp: int = 1
+    ep: int = 1
+    etp: int = 0
+    """Tensor parallel size of experts; 0: `tp`, as in Megatron-Core."""
+    sp: bool = False
+    distributed_optimizer: bool = False
+
+    @property
+    def expert_tp(self) -> int:
+        return self.etp or self.tp
+
+    @property
+    def replica_ranks(self) -> int:
+        """Fewest ranks with whole replicas of weights and experts."""
+        return self.pp * math.lcm(self.tp * self.cp, self.expert_tp * self.ep)
+
+    @property
+    def replicas(self) -> int:
+        """Data-parallel size."""
+        return self.ranks // (self.tp * self.pp * self.cp)
+
+    @property
+    def num_microbatches(self) -> int:
+        """Micro-batches of a replica: more than the first stage's warm-up, so that passes alternate."""
+        if self.pp == 1:
+            return 2
+        return 2 * self.pp if self.vpp > 1 else self.pp + 1
+
+    def check(self) -> None:
+        """Raise `CannotPlay` for sizes that do not divide the ranks."""
+        for name, size in asdict(self).items():
+            if not isinstance(size, bool) and size < (name != "etp"):
+                raise CannotPlay(f"--{name} {size}: must be at least {int(name != 'etp')}")
+        for sizes, product in (("--tp x --pp x --cp", self.tp * self.pp * self.cp),
+                               ("--etp x --ep x --pp", self.expert_tp * self.ep * self.pp)):
+            if self.ranks % product:
+                raise CannotPlay(f"--ranks {self.ranks}: must be a multiple of {sizes} = {product}, "
+                                 f"for example --ranks {self.replica_ranks}")
+        if self.vpp > 1 and self.pp == 1:
+            raise CannotPlay(f"--vpp {self.vpp}: needs --pp of at least 2")
+        if self.sp and self.tp == 1:
+            raise CannotPlay("--sp: needs --tp of at least 2; leave --sp out")
