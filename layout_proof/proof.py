@@ -1,6 +1,7 @@
 """Play a layout's ranks in this process, and compare their training steps with one rank."""
 
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 
+from layout_proof import te_layers  # noqa: F401  (first, before any import of megatron)
 from layout_proof.layout import CannotPlay, Layout
 from layout_proof.module_sums import ModuleSums, locate_difference
 from layout_proof.simulated_messages import CallSite, Deadlock
@@ -25,7 +27,7 @@ numbers has rounding errors alone."""
 ASSUMED = ("kernels compute what plain torch computes, messages arrive as sent, and sends never wait",
            "Transformer Engine's layers, and their messages, act as the plain layers that run here; "
            "attention under --cp gathers whole rows",
-           "widths do not matter: heads, channels, experts, layers, vocabulary are as few as the layout divides",
+           "widths do not matter: heads, channels, experts and layers are as few as the layout divides",
            "Adam; no dropout, low precision or overlapped messages")
 EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 ORDER = {"gradient": 0, "exp_avg": 2, "exp_avg_sq": 3, "weights": 4}
@@ -95,6 +97,7 @@ def prove_layout(builder: Builder, layout: Layout, *, full_masks: bool = False) 
         CannotPlay: the model or the layout cannot be simulated.
     """
     layout.check()
+    logging.getLogger("megatron.core").setLevel(logging.ERROR)
     began_s = time.monotonic()
     with use_float64():
         model = shrink_model(builder, layout)

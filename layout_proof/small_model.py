@@ -19,15 +19,16 @@ from typing import Any
 
 import torch
 
-from layout_proof import te_layers
+from layout_proof import te_layers  # noqa: F401  (first, before any import of megatron)
 from layout_proof.layout import CannotPlay, Layout
 from layout_proof.simulated_world import SimulatedRanks
 
-te_layers.replace_te_layers()
-from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.models.gpt.gpt_model import GPTModel  # noqa: E402
-from megatron.core.models.hybrid.hybrid_model import HybridModel  # noqa: E402
-from megatron.core.transformer.utils import is_layer_window_attention  # noqa: E402
+# after `te_layers`
+from megatron.core import parallel_state, tensor_parallel  # isort: skip
+from megatron.core.models.gpt.gpt_model import GPTModel  # isort: skip
+from megatron.core.models.hybrid.hybrid_model import HybridModel  # isort: skip
+from megatron.core.transformer.utils import is_layer_window_attention  # isort: skip
+
 
 HEAD_DIM, HIDDEN_SIZE, MOE_WIDTH = 8, 32, 8
 MAX_LAYERS_PER_CHUNK = 4
@@ -116,7 +117,7 @@ def shrink_model(builder: Builder, layout: Layout) -> SmallModel:
     """
     parameters = inspect.signature(builder).parameters
     if "config" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise CannotPlay(f"{builder.__name__}: must have a parameter `config=None`, to replace its own config")
+        raise CannotPlay(f"{builder.__name__}: must have a parameter `config=None`, for a small config")
     config, arguments = _read_arguments(builder)
     row_tokens = math.lcm(16, 2 * layout.cp * layout.tp)
     small: dict[str, Any] = {"vocab_size": 16 * layout.tp, "max_sequence_length": row_tokens}
