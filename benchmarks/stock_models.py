@@ -1,4 +1,4 @@
-"""Builders of six stock Megatron-Core models at their published sizes, for `layout-proof FILE.py:NAME`."""
+"""Builders of seven stock Megatron-Core models at their published sizes, for `layout-proof FILE.py:NAME`."""
 
 from typing import Any
 
@@ -33,8 +33,19 @@ def build_llama(config: Any = None, **stage: Any) -> GPTModel:
     config = config or TransformerConfig(
         num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8, ffn_hidden_size=14336,
         **GATED)
-    return GPTModel(config, get_gpt_layer_with_transformer_engine_spec(), vocab_size=128256,
-                    max_sequence_length=8192, position_embedding_type="rope", **stage)
+    spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    return GPTModel(config, spec, vocab_size=128256, max_sequence_length=8192,
+                    position_embedding_type="rope", **stage)
+
+
+def build_minicpm(config: Any = None, **stage: Any) -> GPTModel:
+    """MiniCPM3 4B: latent attention without experts."""
+    config = config or MLATransformerConfig(
+        num_layers=62, hidden_size=2560, num_attention_heads=40, ffn_hidden_size=6400, q_lora_rank=768,
+        kv_lora_rank=256, qk_head_dim=64, qk_pos_emb_head_dim=32, v_head_dim=64, rope_type="rope", **GATED)
+    spec = get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=True)
+    return GPTModel(config, spec, vocab_size=73448, max_sequence_length=4096,
+                    position_embedding_type="rope", **stage)
 
 
 def build_qwen3(config: Any = None, **stage: Any) -> GPTModel:

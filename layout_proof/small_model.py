@@ -117,7 +117,7 @@ def shrink_model(builder: Builder, layout: Layout) -> SmallModel:
     """
     parameters = inspect.signature(builder).parameters
     if "config" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise CannotPlay(f"{builder.__name__}: must have a parameter `config=None`, for a small config")
+        raise CannotPlay(f"{_get_name(builder)}: must have a parameter `config=None`, for a small config")
     config, arguments = _read_arguments(builder)
     row_tokens = math.lcm(16, 2 * layout.cp * layout.tp)
     small: dict[str, Any] = {"vocab_size": 16 * layout.tp, "max_sequence_length": row_tokens}
@@ -164,8 +164,8 @@ def _read_arguments(builder: Builder) -> tuple[Any, dict[str, Any]]:
     except _ArgumentsRead:
         return found[0]["config"], found[0]
     except Exception as e:
-        raise CannotPlay(f"{builder.__name__} fails: {format_failure(e)}") from e
-    raise CannotPlay(f"{builder.__name__}: builds neither a GPTModel nor a HybridModel of megatron.core")
+        raise CannotPlay(f"{_get_name(builder)} fails: {format_failure(e)}") from e
+    raise CannotPlay(f"{_get_name(builder)}: builds neither a GPTModel nor a HybridModel of megatron.core")
 
 
 @contextmanager
@@ -260,6 +260,10 @@ def _choose_layers(config: Any, layout: Layout, small: dict[str, Any]) -> dict[s
     if config.window_size and config.window_attn_skip_freq:
         changes["window_attn_skip_freq"] = [int(has_window) for _, has_window in chosen]
     return changes
+
+
+def _get_name(builder: Builder) -> str:
+    return getattr(builder, "__name__", str(builder))
 
 
 def _has_experts(config: Any, layer: int) -> bool:

@@ -1,0 +1,105 @@
+"""Prove layouts of six stock Megatron-Core models with layout-proof, and check that defects are found.
+
+Usage: python benchmarks/stock_layouts.py sound [MODEL ...]
+       python benchmarks/stock_layouts.py large MODEL SIZE=N ...
+       python benchmarks/stock_layouts.py defects [TEXT ...]
+
+`sound` proves ten layouts of each model in `MODELS`, and `large` a single layout with its processor time and
+memory. `defects` plants each defect of `data/stock_layouts.yaml` in Megatron-Core's source, or leaves
+Megatron-Core as it is (`live`), and checks that the verdict names the right place.
+"""
+
+import contextlib
+import functools
+import re
+import resource
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import yaml
+
+from layout_proof.layout import CannotPlay, Layout
+from layout_proof.proof import EQUAL, prove_layout
+
+sys.path.insert(0, str(Path(__file__).parent))
+import stock_models
+from planted_faults import Fault, mutated
+
+CASES = yaml.safe_load((Path(__file__).parent / "data/stock_layouts.yaml").read_text(encoding="utf-8"))
+MODELS = ("gpt2", "llama", "qwen3", "deepseek", "gpt_oss", "hybrid")
+
+
+def parse_layout(text: str) -> Layout:
+    pairs = dict(pair.split("=") for pair in text.split())
+    return Layout(**{name: value == "true" if value == "true" else int(value) for name, value in pairs.items()})
+
+
+def get_builder(model: str, **arguments: Any) -> Any:
+    builder = getattr(stock_models, f"build_{model}")
+    return functools.partial(builder, **arguments) if arguments else builder
+
+
+def prove_sound(models: list[str]) -> bool:
+    """Prove the sound layouts; return whether all are equal to one rank."""
+    num_equal = num_layouts = 0
+    for model in models or MODELS:
+        for text in CASES["sound"]:
+            began_s = time.process_time()
+            verdict = prove_layout(get_builder(model), parse_layout(text))
+            num_layouts += 1
+            num_equal += verdict.outcome == EQUAL
+            print(f"{model} {text}: {verdict.outcome}, {verdict.largest:.1e} apart at most, "
+                  f"{verdict.num_messages:,} messages, {time.process_time() - began_s:.0f} s", flush=True)
+            for place in [*verdict.places, *verdict.sites][:5]:
+                print(f"  {place}", flush=True)
+    print(f"{num_equal} of {num_layouts} sound layouts are equal to one rank")
+    return num_equal == num_layouts
+
+
+def prove_large(model: str, text: str) -> bool:
+    verdict = prove_layout(get_builder(model), parse_layout(text))
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    print(f"{model} {text}: {verdict.outcome}, {verdict.largest:.1e} apart at most, "
+          f"{verdict.num_messages:,} messages, {(usage.ru_utime + usage.ru_stime) / 60:.1f} processor minutes, "
+          f"{usage.ru_maxrss / 2**20:.1f} GiB")
+    return verdict.outcome == EQUAL
+
+
+def find_defects(words: list[str]) -> bool:
+    """Prove a layout with each defect; return whether at least nine of ten are named by their place."""
+    rows = [row for row in CASES["defects"] if not words or any(word in row["name"] for word in words)]
+    num_found = num_named = 0
+    for row in rows:
+        fault = Fault("defect", row["place"], row["right"], row["wrong"]) if "place" in row else None
+        with (mock.patch.dict(stock_models.GATED, row.get("settings", {})),
+              mutated(fault) if fault else contextlib.nullcontext()):
+            try:
+                verdict = prove_layout(get_builder(row["model"], **row.get("arguments", {})),
+                                       parse_layout(row["layout"]))
+            except CannotPlay as e:
+                print(f"{row['name']}: cannot be simulated: {e}")
+                continue
+        first = [*verdict.places[:3], *verdict.sites]
+        is_named = re.search(row["shown"], " ".join(first)) is not None
+        num_found += verdict.outcome != EQUAL
+        num_named += is_named
+        print(f"{row['name']} ({row['model']} {row['layout']}): {verdict.outcome}"
+              f"{', named' if is_named else ''}: {'; '.join(first[:3])}", flush=True)
+    print(f"{num_found} of {len(rows)} defects refused, {num_named} with the right place")
+    return num_named >= 0.9 * len(rows)
+
+
+def main(argv: list[str]) -> int:
+    warnings.simplefilter("ignore")
+    command, *words = argv
+    if command == "large":
+        return 0 if prove_large(words[0], " ".join(words[1:])) else 1
+    return 0 if {"sound": prove_sound, "defects": find_defects}[command](words) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
