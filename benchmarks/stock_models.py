@@ -20,8 +20,8 @@ EXPERTS: dict[str, Any] = {
 
 
 def build_gpt2(config: Any = None, **stage: Any) -> GPTModel:
-    """GPT-2 XL: biases, LayerNorm, learned positions, tied embeddings."""
-    config = config or TransformerConfig(num_layers=48, hidden_size=1600, num_attention_heads=25,
+    """GPT-2 large: biases, LayerNorm, learned positions, tied embeddings."""
+    config = config or TransformerConfig(num_layers=36, hidden_size=1280, num_attention_heads=20,
                                          calculate_per_token_loss=True, overlap_p2p_comm=True,
                                          batch_p2p_comm=False)
     return GPTModel(config, get_gpt_layer_with_transformer_engine_spec(), vocab_size=50304,

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import warnings
 from collections.abc import Sequence
 
 from layout_proof.layout import CannotPlay, Layout
@@ -36,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = vars(parser.parse_args(argv))
     builder, full_masks, as_json = (options.pop(name) for name in ("builder", "full_masks", "json"))
     options["ranks"] = options["ranks"] or Layout(**options | {"ranks": 1}).replica_ranks
+    warnings.filterwarnings("ignore", module="megatron|torch")
     try:
         layout = Layout(**options)
         layout.check()

@@ -10,13 +10,16 @@ from typing import Any
 
 import torch
 
-from layout_proof import te_layers  # noqa: F401  (first, before any import of megatron)
+from layout_proof import te_layers  # first, before any import of megatron
 from layout_proof.layout import CannotPlay, Layout
 from layout_proof.module_sums import ModuleSums, locate_difference
 from layout_proof.simulated_messages import CallSite, Deadlock
 from layout_proof.simulated_world import SimulatedRanks
-from layout_proof.small_model import Builder, SmallModel, form_groups, format_failure, shrink_model
+from layout_proof.small_model import (
+    Builder, SmallModel, form_groups, format_failure, set_layout, shrink_model)
 from layout_proof.training_steps import STEPS, Key, Piece, RankTrainer, StepRecord, use_float64
+
+te_layers.replace_te_layers()  # before a builder's file is imported
 
 TOLERANCE = 1e-9
 """Largest difference, relative to a tensor's largest number. The order of sums changes float64 results by
@@ -144,6 +147,10 @@ class _Reference:
 
 
 def _compare(model: SmallModel, layout: Layout, full_masks: bool) -> LayoutVerdict:
+    try:
+        set_layout(model.config, layout)
+    except (ValueError, AssertionError) as e:
+        raise CannotPlay(f"the config does not allow this layout: {e}") from e
     try:
         reference = _Reference(model, layout.replicas * layout.num_microbatches, full_masks)
     except CannotPlay:

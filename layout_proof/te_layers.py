@@ -1,7 +1,7 @@
 """Plain layers in the place of Transformer Engine's, which need a GPU.
 
-The import gives specs that name a Transformer Engine layer Megatron-Core's own layer with equal parameters,
-names and shards. Attention under context parallelism gathers whole rows.
+`replace_te_layers` gives specs that name a Transformer Engine layer Megatron-Core's own layer with equal
+parameters, names and shards. Attention under context parallelism gathers whole rows.
 """
 
 import sys
@@ -116,5 +116,3 @@ def replace_te_layers() -> None:
                 setattr(module, name, layer)
     assert transformer_engine.TENorm is PlainNorm
 
-
-replace_te_layers()
