@@ -10,7 +10,7 @@ from setuptools import find_packages, setup
 ROOT = Path(__file__).parent
 DISTRIBUTED = runpy.run_path(str(ROOT / "megatron_sov/version.py"))
 """That file alone is run: its package may lack what it needs."""
-DATA_FILES = ("j2", "css", "js", "json", "jsonl", "yaml", "sh", "sbatch", "md")
+DATA_FILES = ("j2", "css", "js", "json", "jsonl", "yaml", "sh", "sbatch", "md", "toml")
 
 INSTALL_REQUIRES = [
     "torch>=2.11,<2.15",  # tried: 2.11 on a GPU, 2.13 of the lock, first losses and engine tests on 2.14
@@ -95,5 +95,5 @@ setup(
     extras_require=EXTRAS,
     entry_points={"console_scripts": [
         "megatron-sov=megatron_sov.cli:main", "sov-tokenizer=tokenizer.cli:main",
-        "sov-data=data_prep.cli:main"]},
+        "sov-data=data_prep.cli:main", "layout-proof=layout_proof.cli:main"]},
 )

@@ -13,11 +13,10 @@ import torch
 from layout_proof import te_layers  # first, before any import of megatron
 from layout_proof.layout import CannotPlay, Layout
 from layout_proof.module_sums import ModuleSums, locate_difference
-from layout_proof.simulated_messages import CallSite, Deadlock
+from layout_proof.simulated_messages import CallSite, Deadlock, format_failure
 from layout_proof.simulated_world import SimulatedRanks
-from layout_proof.small_model import (
-    Builder, SmallModel, form_groups, format_failure, set_layout, shrink_model)
-from layout_proof.training_steps import STEPS, Key, Piece, RankTrainer, StepRecord, use_float64
+from layout_proof.small_model import Builder, SmallModel, form_groups, set_layout, shrink_model
+from layout_proof.training_steps import SPREAD, STEPS, Key, Piece, RankTrainer, StepRecord, use_float64
 
 te_layers.replace_te_layers()  # before a builder's file is imported
 
@@ -126,13 +125,13 @@ class _Reference:
         model, num_microbatches, full_masks = self._args
         trainer = RankTrainer(model, Layout(), num_microbatches, full_masks)
         random = torch.Generator().manual_seed(0)
-        for key, shape, block, data in trainer.list_weights():
+        for key, shape, block, data in trainer.blocks:
             if key not in self.initial:
                 self.initial[key] = torch.zeros(shape)
             with torch.no_grad():
-                data.add_(torch.randn(data.shape, generator=random), alpha=0.05)
+                data.add_(torch.randn(data.shape, generator=random), alpha=SPREAD)
             self.initial[key][block] = data.detach().reshape(self.initial[key][block].shape)
-        trainer.synchronize_main_weights()
+        trainer.optimizer.reload_model_params()
         for step in range(STEPS):
             record = trainer.run_step(step)
             tensors: dict[Key, torch.Tensor] = {}
@@ -209,7 +208,7 @@ class _Comparison:
 
     def load_weights(self, trainer: RankTrainer, rank: int) -> None:
         """Give a rank the reference's initial weights."""
-        for key, shape, block, data in trainer.list_weights():
+        for key, shape, block, data in trainer.blocks:
             expected = self.reference.initial.get(key)
             if expected is None or tuple(expected.shape) != shape:
                 has = "none" if expected is None else list(expected.shape)
@@ -218,7 +217,7 @@ class _Comparison:
                 continue
             with torch.no_grad():
                 data.copy_(expected[block].reshape(data.shape))
-        trainer.synchronize_main_weights()
+        trainer.optimizer.reload_model_params()
 
     def add_step(self, step: int, rank: int, record: StepRecord) -> None:
         self._add_numbers(step, rank, record.numbers)

@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,6 +103,15 @@ def find_call_site(kind: str, group: str) -> CallSite:
             return _build_call_site(kind, group, frame.f_code, frame.f_lineno)
         frame = frame.f_back
     return CallSite(kind, group, "outside of Megatron-Core")
+
+
+def format_failure(error: Exception) -> str:
+    """Return an error with its innermost line of code outside of torch and this package."""
+    frames = traceback.extract_tb(error.__traceback__)
+    last = next((frame for frame in reversed(frames) if "/torch/" not in frame.filename
+                 and "/layout_proof/" not in frame.filename), frames[-1])
+    text = str(error).strip().split("\n")[0]
+    return f"{type(error).__name__}: {text} at {Path(last.filename).name}:{last.lineno} ({last.name})"
 
 
 @functools.cache

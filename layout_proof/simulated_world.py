@@ -210,6 +210,18 @@ def _use_single_heap() -> None:
 
 
 @contextlib.contextmanager
+def use_one_thread() -> Iterator[None]:
+    """Limit torch to the thread of a simulated rank, also in the backward pass, because ranks take turns."""
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        torch.set_num_threads(num_threads)
+
+
+@contextlib.contextmanager
 def _add_call_site(site: CallSite) -> Iterator[None]:
     """Prefix `Deadlock` errors with the call site."""
     try:

@@ -11,7 +11,6 @@ import inspect
 import itertools
 import math
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ import torch
 
 from layout_proof import te_layers  # noqa: F401  (first, before any import of megatron)
 from layout_proof.layout import CannotPlay, Layout
+from layout_proof.simulated_messages import format_failure
 from layout_proof.simulated_world import SimulatedRanks
 
 # after `te_layers`
@@ -290,12 +290,3 @@ def shrink_pattern(pattern: str, layout: Layout) -> str:
         segments = [layers[i:j] for i, j in itertools.pairwise(bounds)]
     short = "|".join("".join(dict.fromkeys(segment)) for segment in segments)
     return "/".join([short, *("".join(dict.fromkeys(part)) for part in predictions)])
-
-
-def format_failure(error: Exception) -> str:
-    """Return the error, and the last line of code that raised it, outside of torch and this package."""
-    frames = traceback.extract_tb(error.__traceback__)
-    last = next((frame for frame in reversed(frames) if "/torch/" not in frame.filename
-                 and "/layout_proof/" not in frame.filename), frames[-1])
-    text = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {text} at {Path(last.filename).name}:{last.lineno} ({last.name})"

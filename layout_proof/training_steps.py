@@ -1,7 +1,6 @@
 """Two training steps of a rank with stock parts: schedules, DistributedDataParallel, Megatron-Core's Adam."""
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -21,6 +20,7 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from layout_proof.layout import Layout
 from layout_proof.module_sums import ModuleSums, observe_modules
+from layout_proof.simulated_world import use_one_thread
 from layout_proof.small_model import SmallModel
 
 STEPS = 2
@@ -60,24 +60,20 @@ class StepRecord:
 
 @contextlib.contextmanager
 def use_float64() -> Iterator[None]:
-    """Compute in float64 where Megatron-Core names float32, on one thread per rank."""
-    name_type, num_threads = torch.Tensor.type, torch.get_num_threads()
+    """Compute in float64 where Megatron-Core names float32."""
+    name_type = torch.Tensor.type
 
     def name_as_float(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
         name = name_type(tensor, *args, **options)
         return name.replace("DoubleTensor", "FloatTensor") if isinstance(name, str) else name
 
     torch.set_default_dtype(torch.float64)
-    torch.set_num_threads(1)
     try:
-        # the backward pass must stay in the thread of its simulated rank
-        with (mock.patch.multiple(torch, float32=torch.float64, float=torch.float64),
-              mock.patch.multiple(torch.Tensor, float=torch.Tensor.double, type=name_as_float),
-              torch.autograd.set_multithreading_enabled(False)):
+        with (use_one_thread(), mock.patch.multiple(torch, float32=torch.float64, float=torch.float64),
+              mock.patch.multiple(torch.Tensor, float=torch.Tensor.double, type=name_as_float)):
             yield
     finally:
         torch.set_default_dtype(torch.float32)
-        torch.set_num_threads(num_threads)
 
 
 class RankTrainer:
@@ -113,6 +109,7 @@ class RankTrainer:
             use_gloo_process_groups=False)
         self.config.grad_scale_func = self.optimizer.scale_loss
         self.blocks = [block for chunk in inner for block in _iter_blocks(chunk)]
+        """(name, global shape, block of the global tensor, its live memory)."""
 
     def run_step(self, step: int) -> StepRecord:
         """Run a training step (0-based); the record's pieces are copies."""
@@ -127,21 +124,14 @@ class RankTrainer:
             num_microbatches=self.num_microbatches, seq_length=self.model.row_tokens,
             micro_batch_size=MICRO_BATCH_SIZE, forward_only=False)
         record = StepRecord(reduce_losses(losses))
-        record.pieces += self._list_pieces(lambda parameter, _: {"gradient": parameter.main_grad.view(-1)})
+        record.pieces += self._list_pieces(lambda parameter, *_: {"gradient": parameter.main_grad.view(-1)})
         _, norm, _ = self.optimizer.step()
         record.numbers["gradient norm"] = float(norm)
-        record.pieces += self._list_pieces(_get_moments)
+        record.pieces += self._list_pieces(lambda _, main, inner: {
+            name: inner.state[main][name].view(-1) for name in MOMENTS})
         record.pieces += [Piece(("weights", key), shape, block, 0, data.detach().reshape(-1).clone())
                           for key, shape, block, data in self.blocks]
         return record
-
-    def list_weights(self) -> Iterator[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]:
-        """Yield (name, global shape, block, live tensor of the block)."""
-        yield from self.blocks
-
-    def synchronize_main_weights(self) -> None:
-        """Copy changed weights into the optimizer's own shards."""
-        self.optimizer.reload_model_params()
 
     def _iter_batches(self, step: int) -> Iterator[dict[str, Any]]:
         """Yield the micro-batches of this rank's replica, cut for context parallelism."""
@@ -156,7 +146,7 @@ class RankTrainer:
         losses = chunk(batch["tokens"], batch["position_ids"], None, labels=batch["labels"], loss_mask=mask)
         return losses, partial(self.loss, mask)
 
-    def _list_pieces(self, read: Callable[[Any, Any], dict[str, torch.Tensor]]) -> list[Piece]:
+    def _list_pieces(self, read: Callable[[Any, Any, Any], dict[str, torch.Tensor]]) -> list[Piece]:
         """Copy tensors of the elements that this rank's optimizer updates."""
         pieces = []
         blocks = [(block, block[3].data_ptr()) for block in self.blocks]
@@ -169,7 +159,7 @@ class RankTrainer:
                 if not 0 <= first < parameter.numel() or low >= high:
                     continue
                 assert data.is_contiguous(), f"{name}: its block is no contiguous part of the parameter"
-                for kind, flat in read(parameter, (main, inner)).items():
+                for kind, flat in read(parameter, main, inner).items():
                     shift = 0 if flat.numel() == parameter.numel() else start
                     pieces.append(Piece((kind, name), shape, block, low - first,
                                         flat[low - shift:high - shift].detach().clone()))
@@ -207,7 +197,7 @@ def draw_batch(step: int, index: int, model: SmallModel, full_masks: bool) -> di
 
 
 def _iter_blocks(chunk: Any) -> Iterator[tuple[str, tuple[int, ...], tuple[slice, ...], torch.Tensor]]:
-    """Yield (name, global shape, block, view of live memory) as the model declares for checkpoints."""
+    """Yield the parts of a chunk that `sharded_state_dict` declares for checkpoints."""
     metadata = {"dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
     declared = chunk.sharded_state_dict(metadata=metadata)
     apply_factories(declared)
@@ -231,13 +221,3 @@ def _iter_updated(optimizer: Any) -> Iterator[tuple[Any, int, torch.Tensor, Any]
         else:
             for group in part.optimizer.param_groups:
                 yield from ((parameter, 0, parameter, part.optimizer) for parameter in group["params"])
-
-
-def _get_moments(_: Any, updated: tuple[torch.Tensor, Any]) -> dict[str, torch.Tensor]:
-    main, inner = updated
-    return {name: inner.state[main][name].view(-1) for name in MOMENTS}
-
-
-def compute_clip_scale(norm: float) -> float:
-    """Return the factor of gradient clipping, as in `megatron.core.optimizer.clip_grads`."""
-    return min(1.0, CLIP_GRAD / (norm + 1e-6)) if math.isfinite(norm) else 1.0

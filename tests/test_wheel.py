@@ -11,7 +11,7 @@ import pytest
 from megatron_sov import recipes
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("megatron-sov", "sov-tokenizer", "sov-data")
+COMMANDS = ("megatron-sov", "sov-tokenizer", "sov-data", "layout-proof")
 
 
 def run_installed(installed: Path, *command: str) -> subprocess.CompletedProcess[str]:

@@ -11,7 +11,6 @@ import tempfile
 import textwrap
 import threading
 import time
-import traceback
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,8 +21,8 @@ from unittest import mock
 import torch
 
 from layout_proof.module_sums import ModuleSums, locate_difference, observe_modules
-from layout_proof.simulated_messages import CallSite, Deadlock, MessageFault, is_sender_file
-from layout_proof.simulated_world import SimulatedRanks
+from layout_proof.simulated_messages import CallSite, Deadlock, MessageFault, format_failure
+from layout_proof.simulated_world import SimulatedRanks, use_one_thread
 from megatron_sov.base.artifacts import ArtifactWriter
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import load
@@ -127,8 +126,7 @@ def prove_miniature(small: Miniature, fault: MessageFault | None = None,
         UserError: settings that the model builder rejects.
     """
     began_s = time.monotonic()
-    # the backward pass must stay in the thread of its simulated process
-    with torch.autograd.set_multithreading_enabled(False), _use_one_thread(), allow_float64:
+    with use_one_thread(), allow_float64:
         verdict = _compare_layout(small, run_reference(small) if reference is None else reference, fault)
     verdict.seconds = time.monotonic() - began_s
     return verdict
@@ -147,7 +145,7 @@ def run_reference(small: Miniature) -> ReferenceSteps:
     except UserError as e:  # its text would blame the user's settings
         raise UserError(f"the miniature of this run breaks a rule: {e}; not proved") from e
     except Exception as e:
-        raise UserError(f"one process cannot do this step: {_format_failure(e)}; no layout is proved") from e
+        raise UserError(f"one process cannot do this step: {format_failure(e)}; no layout is proved") from e
     return reference
 
 
@@ -177,7 +175,7 @@ def _compare_layout(small: Miniature, reference: ReferenceSteps, fault: MessageF
             raise
         except Exception as e:
             # a layout that crashes is refuted, too
-            return Verdict(FAILS, small.num_ranks, float("inf"), [_format_failure(e)])
+            return Verdict(FAILS, small.num_ranks, float("inf"), [format_failure(e)])
     verdict = _build_verdict(small, comparison, [sums_by_rank[rank] for rank in sorted(sums_by_rank)])
     verdict.messages = sum(ranks.sites.values())
     return verdict
@@ -226,12 +224,6 @@ def _build_verdict(small: Miniature, comparison: "_Comparison", sums: Sequence[M
     if verdict.places:
         verdict.outcome = DIFFERS
     return verdict
-
-
-def _format_failure(error: Exception) -> str:
-    frames = traceback.extract_tb(error.__traceback__)
-    last = next((frame for frame in reversed(frames) if is_sender_file(frame.filename)), frames[-1])
-    return f"{type(error).__name__}: {error} at {Path(last.filename).name}:{last.lineno} ({last.name})"
 
 
 class _Comparison:
@@ -491,17 +483,6 @@ def _exit_on_sigterm() -> Iterator[None]:
     finally:
         if is_ours:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-@contextlib.contextmanager
-def _use_one_thread() -> Iterator[None]:
-    """Limit torch to one thread, because simulated ranks take turns."""
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(num_threads)
 
 
 def format_proof(small: Miniature, verdict: Verdict) -> str:
