@@ -18,7 +18,7 @@ COMMANDS = {
          "media tokenizer --audio-tokens 6561 --image-tokens 65536 --output omni-tokenizer")),
     "import": Command(
         "tokenizer.formats.commands:IMPORT",
-        "convert a tokenizer from Hugging Face, tiktoken or sentencepiece", MOVE, "tokenizer.md",
+        "convert a tokenizer from Hugging Face or tiktoken", MOVE, "tokenizer.md",
         ("import qwen3-8b-base --output tokenizer", "import my.tiktoken --output tokenizer")),
     "export": Command(
         "tokenizer.formats.commands:EXPORT", "write a tokenizer for tiktoken", MOVE, "tokenizer.md",
