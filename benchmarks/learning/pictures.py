@@ -74,7 +74,7 @@ class TrainedCodec:
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         """Return all items; the input row is ignored."""
         sys.path.append(str(Path(__file__).resolve().parents[1] / "omni"))
-        import train_codec
+        from train_codec import train_codec
 
-        train_codec.train("pictures", Path(self.source), Path(self.output), self.steps, self.codes)
+        train_codec("pictures", Path(self.source), Path(self.output), self.steps, self.codes)
         return [{"text": self.output}]
