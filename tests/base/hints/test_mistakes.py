@@ -331,7 +331,7 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
      ["write\n  lm_eval --model local-completions --tasks t --model_args base_url=http://h/v1"]),
     ("megatron-sov convert to-gguf run o.gguf --outtype q4_k_m",
      ["--outfile run.gguf\n  llama-quantize run.gguf o.gguf Q4_K_M"]),
-    ("sov-tokenizer import spm.model --output o", ["AutoTokenizer", "\n  sov-tokenizer import . --output o"]),
+    ("sov-tokenizer import spm.model --output o", ["transformers converts", "\n  sov-tokenizer import . --output o"]),
     ("megatron-sov pretrain tiny-qwen3 --data mega --run r",
      ["sov-data adopt mega --tokenizer tok --output mega-tokens\n", "tiny-qwen3 --data mega-tokens --run r"]),
     ("megatron-sov rl run --from hf --prompts pairs.jsonl --reward math --store s --run r",
