@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import importlib
 import io
+import json
 import os
 import shlex
 import sys
@@ -228,6 +229,12 @@ class Command:
 
     def load(self) -> Any:
         return import_reference(self.module)
+
+
+def read_commands(file: Path) -> dict[str, Command]:
+    """Read a program's commands from JSON: name -> fields of `Command`, in the order of the help."""
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    return {name: Command(**row | {"examples": tuple(row["examples"])}) for name, row in rows.items()}
 
 
 def import_reference(reference: str) -> Any:

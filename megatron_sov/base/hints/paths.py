@@ -180,14 +180,14 @@ def _ask_for_packing(path: str, line: Sequence[str], what: str, options: Sequenc
                      fix_by_packing(path, Path(_choose_tokenizer(line)), [*options, *form]))
 
 
-def list_chats() -> list[str]:
-    """Return the token shards, then the files of JSON lines, with conversations in the current folder."""
+def list_data(kind: str) -> list[str]:
+    """Return the token shards, then the files of JSON lines, of a format in the current folder."""
     folders = []
-    for path in sorted(Path().iterdir()):
-        if classify_folder(path) == "tokens":
-            sources = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["content"]["sources"]
-            folders += [path.name] if any(source["format"] == "chat" for source in sources) else []
-    return folders + list_records("chat")
+    for path in filter(lambda path: classify_folder(path) == "tokens", sorted(Path().iterdir())):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # a damaged manifest
+            content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["content"]
+            folders += [path.name] * any(source["format"] == kind for source in content["sources"])
+    return folders + list_records(kind)
 
 
 def list_records(kind: str) -> list[str]:
@@ -257,9 +257,13 @@ def fix_columns(command: str, typed: Sequence[str]) -> Fix | None:
     text, columns = fields.pop("text", ""), fields.pop("columns", "")
     columns = ",".join(filter(None, [columns, *(f"{target}={name}" for target, name in fields.items())]))
     options = ["--columns", columns] if columns else ["--text-field", text]
-    options = [*_PACK_OPTIONS.get(command, []), *options]
-    packing = fix_by_packing(file, Path(_choose_tokenizer(typed)), options)
-    return replace(packing, left_out=tuple(typed_fields))
+    return replace(pack_for(command, typed, file, options), left_out=tuple(typed_fields))
+
+
+def pack_for(command: str, typed: Sequence[str], file: str, options: Sequence[str]) -> Fix:
+    """Return the commands that pack a file for a command, with `options` of `sov-data pack`."""
+    form = [] if "--format" in options else _PACK_OPTIONS.get(command, [])
+    return fix_by_packing(file, Path(_choose_tokenizer(typed)), [*form, *options])
 
 
 def fix_address(word: str, program: str) -> Fix | None:

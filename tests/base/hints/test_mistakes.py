@@ -103,7 +103,7 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("sov-data pack --tokenizer tok --input t.jsonl --seq-length 9 --output o", ["data.phases.N.seq_len of"]),
     ("megatron-sov plan meta-llama/Llama-3.1-8B", ["write\n  megatron-sov plan llama-3.1-8b\n"]),
     ("megatron-sov pretrain Qwen/Qwen3-8B --data d --run r", ["Qwen/Qwen3-8B is the recipe qwen3-8b here, "]),
-    ("megatron-sov plan Org/Name-7B --cluster h100", ["train.tokens=100000000 --from Name-7B\n"]),
+    ("megatron-sov plan Org/Name-7B --cluster h100", ["--from Name-7B --set train.tokens=100000000\n"]),
     ("sov-data stats t.jsonl --tokenizer tok",
      ["--tokenizer tok --input t.jsonl", "sov-data stats t-tokens-2"]),
     ("megatron-sov sft --from https://huggingface.co/Org/Name-1B --data d --run r",

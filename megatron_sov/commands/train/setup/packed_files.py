@@ -300,7 +300,7 @@ def _explain_judged(file: Path, location: str) -> UserError:
     program = "select((.label // .kto_tag) as $l | $l == true or $l == 1) | del(.label, .kto_tag)"
     return UserError(f"{begin}, but no prompt has two responses; TRL's KTOTrainer learns from such rows, "
                      "`megatron-sov sft` from the good responses",
-                     Fix(command="sft", words={str(file): good}, left_out=("--method kto",),
+                     Fix(command="sft", words={str(file): good}, left_out=("--method kto", "--method dpo"),
                          before=(f"jq -c '{program}' {shlex.quote(str(file))} > {shlex.quote(good)}",)))
 
 
@@ -318,6 +318,11 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
     for kind, (command, sentence) in LEARNED_BY.items():
         # `rl run` learns text next to its prompts; another command would not take its other options
         if fault.reason.startswith(f"is {kind},") and list(formats) != ["text"]:
+            if kind == "a preference" and tokenizer is not None:
+                form = ["--format", "chat", "--columns", "prompt=prompt,response=chosen"]
+                packing = fix_by_packing(str(file), tokenizer, form)
+                sentence += (f"; sft learns the chosen responses from --data {packing.words[str(file)]}, made by "
+                             f"`{' && '.join(packing.before)}`")
             raise UserError(f"--data {location}: {sentence}", Fix(command=command))
     if fault.reason.startswith("is a prompt,") and formats[0] in ("chat", "preference"):
         raise UserError(f"--data {location}: is a prompt without a response; `megatron-sov rl run` learns "
