@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, find_nearest_name
 from megatron_sov.base.hints.foreign import read_foreign_config
@@ -29,12 +30,24 @@ _STAGE_KEYS = ("stage", "rl", "rlhf", "algorithm")
 _STAGE_COMMANDS = {"pt": "train", "rm": "reward-model"}
 
 
+def import_commands(parser: Any) -> list[argparse.ArgumentParser]:
+    """Import all commands below a parser; return the parser and the parsers of all its commands."""
+    getattr(parser, "import_command", lambda: None)()
+    below = [child for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+             for child in action.choices.values()]
+    return [parser, *(other for child in below for other in import_commands(child))]
+
+
+def build_full_parser(program: str) -> Any:
+    """Return a program's parser with the arguments of every command."""
+    parser = importlib.import_module(PROGRAMS[program]).build_parser()
+    import_commands(parser)
+    return parser
+
+
 @cache
 def list_parsers() -> Mapping[str, argparse.ArgumentParser]:
     """Import the commands of all programs; return program and command -> parser with its arguments."""
-    # not at the top: `base.command_line` imports this module
-    from megatron_sov.base.command_line import build_full_parser, import_commands
-
     parsers = [parser for program in PROGRAMS for parser in import_commands(build_full_parser(program))]
     return {parser.prog: parser for parser in parsers if " " in parser.prog and "[" not in parser.prog
             and not any(action.nargs == argparse.REMAINDER for action in parser._actions)}
@@ -141,7 +154,8 @@ def _index_command_notes(program: str, word: str, typed: Sequence[str]) -> Mappi
     arguments = [word for word in typed if not word.startswith("-")]
     has_text = len(arguments) > 1 and not any(map(os.path.exists, arguments[1:]))
     has_text = has_text and not any(word.startswith("-") and means_output(word) for word in typed)
-    form = "+text" if has_text else "+model" if _names_model(typed, config) else "+"
+    form = "+model" if _names_model(typed, config) else "+"
+    form = "+text" if has_text else form
     notes |= {name: notes[name + form] for name in [*notes] if name + form in notes}
     if (stage := _find_stage(config)) in notes and word.lower() in notes:
         notes[word.lower()] = notes[stage]

@@ -218,9 +218,9 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
         (proposal.fixed if is_fixed else proposal.unfixed).append(fault.sentence)
         if fix.before:
             proposal.before += [command for command in fix.before if command not in proposal.before]
-            for words in map(shlex.split, fix.before):
-                proposal.new_paths += filter(None, (words[-1], find_value(words, "--run"), find_value(words, "--output")))
-            proposal.new_paths += [*fix.words.values(), *fix.options[1::2]]
+            outputs = [path for words in map(shlex.split, fix.before)
+                       for path in (words[-1], find_value(words, "--run"), find_value(words, "--output"))]
+            proposal.new_paths += filter(None, [*fix.words.values(), *fix.options[1::2], *outputs])
         fault = proposal.find_fault()
     if not proposal.fixed and len(proposal.unfixed) == 1:
         return error

@@ -23,9 +23,6 @@ MAX_FILES = 8
 """Largest number of files for which a pattern is written out."""
 DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
 INPUT_OPTIONS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--reference", "--base")
-_PACK_OPTIONS = {"sft": ["--format", "chat"], "prefer": ["--format", "preference"],
-                 "eval": ["--heldout", "0.5"]}
-"""Command -> options of `sov-data pack` for its data."""
 _SHARD_COMMANDS = ("stats", "verify", "sample", "mix", "inspect")
 """Commands of sov-data whose arguments are folders of token shards."""
 _FIELDS = ("columns", "text", "prompt", "chosen", "rejected", "response")
@@ -153,7 +150,7 @@ def _find_unpacked_data(line: Sequence[str], path: str) -> UserError | None:
     if description := load_table()["kinds"].get(kind):
         return UserError(f"--data {path}: is {description}; pass token shards or a file of records",
                          Fix(options=("--data", find_only_folder("tokens") or "DIR")))
-    options = _PACK_OPTIONS.get(line[0], [])
+    options = load_table()["pack_options"].get(line[0], [])
     if os.path.isdir(source) and any(
             name.endswith(DATA_SUFFIXES) for name in os.listdir(source) if name != "manifest.json"):
         return _ask_for_packing(path, line, "is a folder of text", options, "--data ")
@@ -262,7 +259,7 @@ def fix_columns(command: str, typed: Sequence[str]) -> Fix | None:
 
 def pack_for(command: str, typed: Sequence[str], file: str, options: Sequence[str]) -> Fix:
     """Return the commands that pack a file for a command, with `options` of `sov-data pack`."""
-    form = [] if "--format" in options else _PACK_OPTIONS.get(command, [])
+    form = [] if "--format" in options else load_table()["pack_options"].get(command, [])
     return fix_by_packing(file, Path(_choose_tokenizer(typed)), [*form, *options])
 
 

@@ -404,14 +404,11 @@ def explain_unknown(option: str, values: Sequence[str]) -> str:
     setting = find_our_value(value, word)
     names = [setting] if "=" in setting else [
         name if "=" in name or not value else f"{name}={value}" for name in translate_to_settings(word)]
-    rows = load_table()["acts_in"]
-    commands = {name: rows.get(name.partition(".")[0], "the commands that train (pretrain, sft, ...)")
-                for name in names if "=" in name}
-    if not commands:
-        return f"{option}: nothing takes this; leave it out"
-    settings = {command: name for name, command in reversed(commands.items())}
-    texts = [f"--set {name} of {command}" for command, name in reversed(settings.items())]
-    return f"{option}: is {', '.join(texts)}; leave it out"
+    table, all_commands = load_table()["acts_in"], "the commands that train (pretrain, sft, ...)"
+    texts = [f"--set {name} of {table.get(name.partition('.')[0], all_commands)}"
+             for name in names if "=" in name]
+    meaning = f"is {', '.join(texts)}" if texts else "nothing takes this"
+    return f"{option}: {meaning}; leave it out"
 
 
 def _find_misspelt(key: str, names: Sequence[str]) -> str:

@@ -412,11 +412,11 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
         if not is_misplaced and not (lacks_option and len(free_words) > num_required):
             return
     unplaced: list[str] = []
-    needs_recipe = "RECIPE" in rewrite.positionals and "--data" in rewrite.options and "--from" not in rewrite.required
-    find_recipe = getattr(parser.get_default("options_class") if needs_recipe else None, "find_recipe", lambda word: "")
+    takes_weights = "--from" in rewrite.required or "--data" not in rewrite.options
+    find_recipe = getattr(parser.get_default("options_class"), "find_recipe", lambda word: "")
     for index, word in enumerate(free_words):
         kind = classify_word(word)
-        if kind == "hub" and (recipe := find_recipe(word)):
+        if kind == "hub" and takes_recipe and not takes_weights and (recipe := find_recipe(word)):
             unplaced.append(recipe)
             rewrite.add_words(f"{word} is the recipe {recipe} here, and nothing is downloaded")
             continue
@@ -505,11 +505,9 @@ def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError
     program = f"megatron-sov {rewrite.other_command}" if rewrite.other_command else parser.prog
     command = f"{program} {shlex.join([*first, *words])}".strip()
     options = [f"{option} {value}" for option, value in missing.items()]
-    line = " ".join([command, *options])
-    if rewrite.output:
-        line += f" > {shlex.quote(rewrite.output)}"
-    *before, line = *rewrite.before, line, *rewrite.after
-    return UserError(f"{parser.prog}: {_join_messages(rewrite)}", Fix(line, before=tuple(before)))
+    output = [f"> {shlex.quote(rewrite.output)}"] if rewrite.output else []
+    lines = [*rewrite.before, " ".join([command, *options, *output]), *rewrite.after]
+    return UserError(f"{parser.prog}: {_join_messages(rewrite)}", Fix(lines[-1], before=tuple(lines[:-1])))
 
 
 def _order_positionals(parser: argparse.ArgumentParser, rewrite: Rewrite, words: list[str]
