@@ -1,4 +1,4 @@
-"""Options that belong to another command: the lines of that command, with the paths that the user typed."""
+"""Options of a second command: command lines with the typed options, paths, models and token shards."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ from megatron_sov.base.hints.values import find_value
 
 
 def place_options(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
-    """Propose the commands that take `rewrite.unplaced`, options that the typed command does not have."""
+    """Propose commands for the options in `rewrite.unplaced`, unknown to the typed command."""
     while rewrite.unplaced:
         option = next(iter(rewrite.unplaced))
         if _redirect_output(parser, rewrite, option) or _filter_input(rewrite, option):
@@ -45,31 +45,31 @@ def place_options(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
 
 @dataclass
 class _Move:
-    """Lines of another command that takes options which the typed command does not have."""
+    """Command lines for options unknown to the typed command."""
 
     parser: argparse.ArgumentParser
     taken: Mapping[str, str]
-    """Typed option -> its name in the other command."""
+    """Typed option -> option name in `parser`."""
     words: list[str] = field(default_factory=list)
-    """Options of the lines, with their values."""
+    """Options and values."""
     arguments: dict[str, list[str]] = field(default_factory=dict)
     """Positional argument -> values; several values are several lines."""
     dropped: list[str] = field(default_factory=list)
-    """Typed words without a place in the lines."""
+    """Typed words left out."""
     num_missing: int = 0
-    """Placeholders in the lines."""
+    """Number of placeholders."""
 
     def __post_init__(self) -> None:
         self.positionals = {str(action.metavar or action.dest): action for action in self.parser._actions
                             if not (action.option_strings or isinstance(action, argparse._SubParsersAction))}
 
     def follows(self, rewrite: Rewrite) -> bool:
-        """Return whether the command reads the run that the typed command trains."""
+        """Return whether the command reads the run folder after the typed training command."""
         run = self.parser._option_string_actions.get("--run")
         return "--run" in rewrite.required and not (run and run.required)
 
     def place_word(self, word: str, kind: str) -> None:
-        """Write a typed path or text as the argument or option that takes its kind."""
+        """Write a typed path or text as the argument or option for paths of `kind`."""
         table = load_table()
         names = table["argument_kinds"].get(kind, "").split()
         name = next((name for name in self.positionals if name in names), "")
@@ -107,7 +107,7 @@ class _Move:
 
 
 def _choose_move(parser: argparse.ArgumentParser, rewrite: Rewrite, option: str) -> _Move | None:
-    """Return the lines of the command that takes `option`, and the most of the other typed words."""
+    """Return the command lines for `option`: most typed options and paths, fewest placeholders."""
     moves = dict[tuple[float, ...], _Move]()
     sources = load_table()["made_by"]
     for other in list_parsers().values():
@@ -124,7 +124,7 @@ def _choose_move(parser: argparse.ArgumentParser, rewrite: Rewrite, option: str)
 
 
 def _write_move(parser: argparse.ArgumentParser, rewrite: Rewrite, move: _Move) -> _Move:
-    """Write the typed words in the lines of another command; after a training only the run is written."""
+    """Write typed options and paths as words of `move`; after a training command only the run folder."""
     free_words, option_words = split_positionals(parser, rewrite.words)
     loose, names = [*rewrite.first, *free_words], move.parser._option_string_actions
     for typed, name in move.taken.items():
@@ -155,7 +155,7 @@ def _write_move(parser: argparse.ArgumentParser, rewrite: Rewrite, move: _Move) 
 
 def _add_lines(parser: argparse.ArgumentParser, rewrite: Rewrite, message: str, lines: Sequence[str],
                follows: bool) -> None:
-    """Write lines of another command after the typed line, which trains, or in its place."""
+    """Write command lines after the typed training command, or replace the typed command."""
     rewrite.add_words(f"{message}, after the training" if follows else message)
     if not follows:
         rewrite.line = "\n  ".join(lines)
@@ -164,7 +164,7 @@ def _add_lines(parser: argparse.ArgumentParser, rewrite: Rewrite, message: str, 
 
 
 def _make_input(rewrite: Rewrite, message: str, source: str, options: Sequence[str]) -> None:
-    """Pack the file in --data, or train the missing --tokenizer, with options of that command."""
+    """Pack the file in --data, or train the missing --tokenizer, with `options` of `sov-data pack`."""
     path, text = find_value(rewrite.words, source), find_value(rewrite.words, "--input")
     if source == "--data" and classify_word(path or ".") in ("data", "folder") and path:
         packing = pack_for(rewrite.command, rewrite.words, path, options)
@@ -182,7 +182,7 @@ def _make_input(rewrite: Rewrite, message: str, source: str, options: Sequence[s
 
 
 def _redirect_output(parser: argparse.ArgumentParser, rewrite: Rewrite, option: str) -> bool:
-    """Write the output of a command that only prints to the file in `option`; return whether it does."""
+    """Redirect the printed text to the file in `option`; return whether the command only prints."""
     file = "".join(rewrite.unplaced[option][:1])
     names = {*parser._option_string_actions, *rewrite.positionals}
     if not file or not means_output(option) or {"--output", "--run", "OUT"} & names:
@@ -195,7 +195,7 @@ def _redirect_output(parser: argparse.ArgumentParser, rewrite: Rewrite, option: 
 
 
 def _filter_input(rewrite: Rewrite, option: str) -> bool:
-    """Run a pipeline before `sov-data pack` for an option that names a step; return whether it does."""
+    """Run a pipeline before `sov-data pack` if `option` names a pipeline step; return whether it does."""
     word, source, index = normalize_word(option), find_value(rewrite.words, "--input"), index_words("steps")
     steps = [word] if word in index or word in load_table()["steps"] else [
         key.partition(".")[0] for key in index if key.partition(".")[2] == word]
@@ -210,7 +210,7 @@ def _filter_input(rewrite: Rewrite, option: str) -> bool:
 
 
 def _name_command(parser: argparse.ArgumentParser, rewrite: Rewrite, option: str) -> bool:
-    """Propose the command for an option that is a word for a command, `sft --merge`; return whether it is."""
+    """Propose the command for an option with a command's name, `sft --merge`; return whether a row exists."""
     table = load_table()
     rows = {**table["commands"].get(parser.prog.split()[0], table["commands"]["megatron-sov"]),
             **table["option_commands"].get(parser.prog, {})}
@@ -237,13 +237,13 @@ def _name_command(parser: argparse.ArgumentParser, rewrite: Rewrite, option: str
 
 
 def _find_name(parser: argparse.ArgumentParser, option: str, values: Sequence[str]) -> str:
-    """Return the option of a command with the name, or the meaning in other programs, of `option`."""
+    """Return the parser's option with the name of `option`, or with its meaning in `words.yaml`."""
     word, actions = normalize_word(option), parser._option_string_actions
     names = (f"--{word.replace('_', '-')}", *index_words("options").get(word, ()))
     return next((name for name in names if name in actions and (values or actions[name].nargs == 0)), "")
 
 
 def _classify(word: str) -> str:
-    """Return run, hf or checkpoint for a folder with a model, else the kind of the word."""
+    """Return run, hf or checkpoint for model folders, otherwise the kind of word (`classify_word`)."""
     kind = classify_folder(Path(word))
     return kind if kind in ("run", "hf", "checkpoint") else classify_word(word)

@@ -75,11 +75,11 @@ class Rewrite:
     messages: list[str] = field(default_factory=list)
     is_changed: bool = False
     unplaced: dict[str, list[str]] = field(default_factory=dict)
-    """Options that the command does not have -> their values."""
+    """Unknown option -> values."""
     after: list[str] = field(default_factory=list)
     """Commands to run after the line."""
     output: str = ""
-    """File for what the command prints."""
+    """File for printed text."""
     unknown_settings: dict[str, str] = field(default_factory=dict)
     """Unknown `name=value` -> message, printed only if another word is replaced."""
 
@@ -399,7 +399,7 @@ def find_nearest_option(option: str, options: Sequence[str]) -> str:
 
 
 def explain_unknown(option: str, values: Sequence[str]) -> str:
-    """Return the settings, of the commands that train, for an option that no command takes."""
+    """Return the message for an unknown option: settings of training commands, or the advice to drop it."""
     value, word = "".join(values[:1]), get_last_part(option)
     setting = find_our_value(value, word)
     names = [setting] if "=" in setting else [
