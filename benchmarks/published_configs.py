@@ -50,8 +50,8 @@ def main() -> None:
         print(f"{config['model_type']} | {name} | {outcome} | {detail} | {shares} | {source}", flush=True)
     counts = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common())
     num_equal, num_configs = outcomes["imported"] + outcomes["warned"], len(PUBLISHED_CONFIGS)
-    print(f"\n{num_equal} of {num_configs} configs equal transformers: {counts}; {from_memory} are from memory, "
-          f"{len(PUBLISHED_CONFIGS.keys() - ENTRIES)} have their sources in docs/families.md")
+    print(f"\n{num_equal} of {num_configs} configs equal transformers: {counts}; {from_memory} are from "
+          f"memory, {len(PUBLISHED_CONFIGS.keys() - ENTRIES)} have their sources in docs/families.md")
     print("columns: model_type, model, outcome, ignored fields or reason, largest difference of a logit from "
           "transformers\nafter import and after export as a share of the limit, source. All exported tensors "
           "have the bits of the folder.")
