@@ -6,11 +6,12 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.config import ExtendStageConfig, PhaseConfig, RunConfig
+from megatron_sov.model.config import ExtendStageConfig, PhaseConfig, RunConfig, apply_settings
 from megatron_sov.model.config.post_training import REFERENCE_METHODS
 from megatron_sov.model.recipes.extension import find_micro_batch_size
-from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage, get_usable_bytes
+from megatron_sov.plan.footprint.gpu_capacity import can_run, find_fullest_stage, get_usable_bytes
 from megatron_sov.plan.pages.quotes import Quote, QuotedMemory
+from megatron_sov.plan.search.recommended_layouts import GRAPHS
 from megatron_sov.plan.search.space import choice_to_dict, get_current_choice
 from megatron_sov.plan.speed.parameters import UNITS, load_default_parameters
 from megatron_sov.plan.speed.step import (
@@ -246,8 +247,8 @@ def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu, tflops_per_gpu=step.tflops_per_gpu, mfu=step.mfu,
         hours=train_s / SECONDS_PER_HOUR, cost_usd=gpu_hours * price.typical,
         cost_range_usd=(gpu_hours * price.low, gpu_hours * price.high),
-        notes=(*_list_notes(price, work.imbalance), *_list_router_notes(work, step), _format_slow_host(work),
-               *_list_packing_notes(stage.config, work)))
+        notes=(*_list_notes(price, work.imbalance), *_list_router_notes(work, step),
+               *_list_host_notes(stage, pricing), *_list_packing_notes(stage.config, work)))
 
 
 @dataclass(frozen=True)
@@ -289,10 +290,18 @@ def _list_router_notes(work: Workload, step: StepTime) -> list[str]:
             "memory-bound."]
 
 
-def _format_slow_host(work: Workload) -> str:
-    step = estimate_slow_host(work)
-    return (f"With a host {SLOW_HOST} times as slow (docs/plan.md), a step takes {step.total_s:.1f} s, "
-            f"MFU {step.mfu:.1%}.")
+def _list_host_notes(stage: RunStage, pricing: Pricing) -> list[str]:
+    """Return the price with a slow host, and both prices with the opposite choice of router graphs."""
+    slow = estimate_slow_host(pricing.build_workload(stage))
+    notes = [f"With a host {SLOW_HOST} times as slow (docs/plan.md), a step takes {slow.total_s:.1f} s, "
+             f"MFU {slow.mfu:.1%}."]
+    setting = "gpu.cuda_graphs=[]" if stage.config.gpu.cuda_graphs else GRAPHS
+    other = stage.with_config(apply_settings(stage.config, [setting]))
+    if other.config.model.num_moe_layers() and can_run(other.config, pricing.num_ranks, pricing.limit_bytes):
+        slow = estimate_slow_host(pricing.build_workload(other))
+        notes.append(f"With {setting} the MFU is {pricing.time_step(other).mfu:.1%}, and {slow.mfu:.1%} with "
+                     "the slow host; cuda_graphs in a profile allow graphs (docs/gpu.md).")
+    return notes
 
 
 def _list_packing_notes(config: RunConfig, work: Workload) -> list[str]:

@@ -22,6 +22,7 @@ from megatron_sov.plan.pages.quotes import (
 from megatron_sov.plan.pricing import (
     MAX_NODES, Machines, Pricing, RunStage, build_pricing, find_price, group_stages, list_run_stages,
     load_machines, quote_stage, refuse_precision)
+from megatron_sov.plan.search.recommended_layouts import GRAPHS
 from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.units import GIB
@@ -153,6 +154,20 @@ def test_only_models_with_experts_meet_imbalance() -> None:
         sparse).imbalance == load_default_parameters().real_imbalance
     assert not any("busiest" in note for note in quote_stage(dense, pricing).notes)
     assert any("busiest" in note for note in quote_stage(sparse, pricing).notes)
+
+
+def test_notes_name_the_price_with_the_opposite_choice_of_graphs() -> None:
+    pricing = get_pricing(load_machines("b200", 60))
+    layout = ("parallel.pp=3", "train.recompute=selective", 'gpu.recompute_modules=["moe_act"]',
+              "gpu.expert_spill=1.2")
+    eager, graphed = (quote_stage(get_first_stage("solar-open-102b", pricing, *layout, setting), pricing)
+                      for setting in ("gpu.cuda_graphs=[]", GRAPHS))
+    for quote, setting, other in ((eager, GRAPHS, graphed), (graphed, "gpu.cuda_graphs=[]", eager)):
+        slow = next(note for note in other.notes if "2 times as slow" in note).split()[-1].rstrip(".")
+        assert any(note.startswith(f"With {setting} the MFU is {other.mfu:.1%}, and {slow} with the slow host")
+                   for note in quote.notes)
+    recomputed = quote_stage(get_first_stage("solar-open-102b", pricing, "train.recompute=true"), pricing)
+    assert not any("cuda_graphs" in note for note in recomputed.notes), "graphs exclude full recomputation"
 
 
 def test_the_price_of_deepseek_v3_equals_its_report() -> None:

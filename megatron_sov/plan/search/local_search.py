@@ -15,9 +15,9 @@ from megatron_sov.base.figures import format_days, format_share
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.plan.footprint.gpu_capacity import SPILL_LIMITS
+from megatron_sov.plan.footprint.gpu_capacity import SPILL_LIMITS, can_run
 from megatron_sov.plan.pricing import Machines, Pricing, RunStage, build_pricing
-from megatron_sov.plan.search.recommended_layouts import GRAPHS, get_recommended_settings, sets_layout
+from megatron_sov.plan.search.recommended_layouts import find_recommended, list_graphs, sets_layout
 from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, get_current_choice, iter_layouts
 from megatron_sov.plan.search.sweep import build_stage_spaces
 
@@ -82,8 +82,7 @@ def get_cluster_recommendation(config: RunConfig, machines: Machines,
                                user_settings: Sequence[str]) -> tuple[str, ...]:
     """Return the recommended settings for a run on a cluster; () if `RECOMMENDED` has none."""
     gpu = machines.profile.gpu if machines.profile.gpus_per_node else ""
-    return get_recommended_settings(config, machines.num_ranks, gpu, user_settings,
-                                    machines.profile.dispatchers)
+    return find_recommended(config, machines.num_ranks, gpu, user_settings, machines.profile) or ()
 
 
 def find_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str] = ()
@@ -119,7 +118,7 @@ class LocalSearch:
         # recommended kernels and dispatchers stay fixed; graphs would exclude full recomputation
         recommended = get_cluster_recommendation(config, pricing.machines,
                                                  (*user_settings, "gpu.cuda_graphs=[]"))
-        self.may_graph = "gpu.cuda_graphs" not in fixed
+        self.graphs = list_graphs(fixed, pricing.machines.profile)
         may_spill = config.model.num_moe_layers() and not config.gpu.offload_modules and SPILL not in fixed
         self.own_settings = (*([f"{SPILL}={SPILL_LIMITS[0]}"] if may_spill else []), *recommended)
         self.config = apply_settings(config, list(self.own_settings))
@@ -163,12 +162,12 @@ class LocalSearch:
                     for setting in (*self.own_settings, *best.list_settings(self.config))}
         stages = self._apply_to_stages(best)
         stored = [stage.with_config(apply_settings(stage.config, [f"{SPILL}=0"])) for stage in stages]
-        if self.fits(stored, searched_bytes):
+        if self.can_run(stored, searched_bytes):
             settings.pop(SPILL, None)
             stages = stored
-        graphed = [stage.with_config(apply_settings(stage.config, [GRAPHS])) for stage in stages]
-        if self.may_graph and self.fits(graphed, (1 - SPARE_SHARE) * self.pricing.limit_bytes):
-            settings[GRAPHS] = GRAPHS
+        graphed = [stage.with_config(apply_settings(stage.config, list(self.graphs))) for stage in stages]
+        if self.graphs and self.can_run(graphed, (1 - SPARE_SHARE) * self.pricing.limit_bytes):
+            settings |= {graphs: graphs for graphs in self.graphs}
             stages = graphed
             seconds = sum(self.pricing.time_step(stage).total_s * stage.steps for stage in graphed)
         spare = 1 - max(map(self.pricing.count_bytes, stages)) / self.pricing.limit_bytes
@@ -176,10 +175,8 @@ class LocalSearch:
                              current_cost[1] if current_cost[0] == 0 else math.inf,
                              current_spare, num_priced, spare)
 
-    def fits(self, stages: list[RunStage], limit_bytes: float) -> bool:
-        """Return whether all stages are valid and need at most `limit_bytes` per GPU."""
-        return (not any(stage.config.problems(self.pricing.num_ranks) for stage in stages)
-                and max(map(self.pricing.count_bytes, stages)) <= limit_bytes)
+    def can_run(self, stages: list[RunStage], limit_bytes: float) -> bool:
+        return all(can_run(stage.config, self.pricing.num_ranks, limit_bytes) for stage in stages)
 
     def compute_spare_share(self, choice: LayoutChoice) -> float:
         """Return the free share of usable memory on the fullest GPU; the layout must be valid."""

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from megatron_sov.base.settings import SettingsProblem
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.model.families.count import count_params
+from megatron_sov.plan.footprint.gpu_capacity import can_run
 from megatron_sov.plan.pricing import Pricing, RunStage, group_stages, list_run_stages, refuse_precision
 from megatron_sov.plan.search.space import (
     LayoutChoice, LayoutSpace, Recompute, build_space, iter_choices, iter_layouts)
@@ -241,8 +242,7 @@ def has_fitting_layout(config: RunConfig, pricing: Pricing, fixed: Collection[st
             choice.parallel.tp * choice.parallel.pp * choice.parallel.ep * choice.parallel.cp))
         stages = (stage.with_config(choice.apply_to(stage.config)) for choice in choices
                   if not choice.parallel.problems(stage.config.model, pricing.num_ranks))
-        if not any(not changed.config.problems(pricing.num_ranks)
-                   and pricing.count_bytes(changed) <= pricing.limit_bytes for changed in stages):
+        if not any(can_run(changed.config, pricing.num_ranks, pricing.limit_bytes) for changed in stages):
             return False
     return True
 

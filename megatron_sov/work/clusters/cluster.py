@@ -147,6 +147,8 @@ class ClusterProfile:
                                                                                         "allgather")
     """Values of `parallel.expert_dispatcher` that work in the job's Python. `plan` and `submit` recommend no
     others; deepep and hybridep need kernels in the image (docs/gpu.md)."""
+    cuda_graphs: tuple[Literal["moe_router", "moe_preprocess"], ...] = ()
+    """Values of `gpu.cuda_graphs` that the nodes' GPUs can capture. `plan` and `submit` use no others."""
     scratch: AbsolutePath = ""
     """Folder for temporary files on each node's local disk, created if missing; empty: default."""
     preflight: PreflightConfig = PreflightConfig()
