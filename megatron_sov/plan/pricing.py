@@ -247,7 +247,7 @@ def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu, tflops_per_gpu=step.tflops_per_gpu, mfu=step.mfu,
         hours=train_s / SECONDS_PER_HOUR, cost_usd=gpu_hours * price.typical,
         cost_range_usd=(gpu_hours * price.low, gpu_hours * price.high),
-        notes=(*_list_notes(price, work.imbalance), *_list_router_notes(work, step),
+        notes=(f"Cost: {price.source}.", *_list_expert_notes(work, step),
                *_list_host_notes(stage, pricing), *_list_packing_notes(stage.config, work)))
 
 
@@ -274,19 +274,12 @@ def find_price(profile: ClusterProfile) -> GpuPrice:
     return GpuPrice(price.low, price.typical, price.high, f"a guess: {source}" if price.guess else source)
 
 
-def _list_notes(price: GpuPrice, imbalance: float) -> list[str]:
-    notes = [f"Cost: {price.source}."]
-    if imbalance > 1:
-        notes.append(f"The busiest experts are taken to meet {imbalance:.2f} times as many tokens as the "
-                     "mean.")
-    return notes
-
-
-def _list_router_notes(work: Workload, step: StepTime) -> list[str]:
+def _list_expert_notes(work: Workload, step: StepTime) -> list[str]:
     if not work.shape.num_moe_layers:
         return []
     seconds = estimate_router_s(work, load_default_parameters())
-    return [f"Routers take {seconds:.2g} s of a step, {seconds / step.total_s:.1%}, counted under dense and "
+    return [f"The busiest experts are taken to meet {work.imbalance:.2f} times as many tokens as the mean.",
+            f"Routers take {seconds:.2g} s of a step, {seconds / step.total_s:.1%}, counted under dense and "
             "memory-bound."]
 
 

@@ -54,10 +54,6 @@ class JobAttempt:
     end: dict[str, Any] | None
     """`end` event; None: still running, or interrupted."""
 
-    @property
-    def has_progress(self) -> bool:
-        return self.end is not None and self.end["progress"] > self.progress
-
 
 class AttemptHistory:
     """Attempts by one job, from `attempts.jsonl`."""
@@ -99,7 +95,7 @@ class AttemptHistory:
             if attempt.end is None:
                 continue
             # progress resets the count, so a run may fail once a day for weeks
-            if attempt.has_progress:
+            if attempt.end["progress"] > attempt.progress:
                 break
             if not attempt.end["sick"]:
                 count += 1

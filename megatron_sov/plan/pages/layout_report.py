@@ -117,14 +117,9 @@ def format_layout(choice: LayoutChoice) -> str:
         parts.append("experts' messages hidden")
     if not parts:
         parts.append("data parallel alone")
-    return ", ".join([*parts, f"micro-batch {choice.micro_batch_size}", format_recompute(choice)])
-
-
-def format_recompute(choice: LayoutChoice) -> str:
-    recompute, modules = choice.recompute
-    if recompute == "selective":
-        return f"recomputes {' + '.join(modules)}"
-    return "recomputes layers" if recompute else "recomputes nothing"
+    names = {True: "layers", False: "nothing", "selective": " + ".join(choice.recompute[1])}
+    return ", ".join([*parts, f"micro-batch {choice.micro_batch_size}",
+                      f"recomputes {names[choice.recompute[0]]}"])
 
 
 def describe_too_large(sweep: Sweep) -> list[str]:

@@ -157,7 +157,7 @@ class LocalSearch:
         current_choice = get_current_choice(self.config)
         current_cost = self.get_cost(current_choice)
         # An invalid layout has no memory account.
-        current_spare = -math.inf if current_cost == BROKEN else self.compute_spare_share(current_choice)
+        current_bytes = self.count_bytes(current_choice) or math.inf
         settings = {setting.partition("=")[0]: setting
                     for setting in (*self.own_settings, *best.list_settings(self.config))}
         stages = self._apply_to_stages(best)
@@ -173,16 +173,10 @@ class LocalSearch:
         spare = 1 - max(map(self.pricing.count_bytes, stages)) / self.pricing.limit_bytes
         return DefaultLayout(tuple(settings.values()), seconds,
                              current_cost[1] if current_cost[0] == 0 else math.inf,
-                             current_spare, num_priced, spare)
+                             1 - current_bytes / self.pricing.limit_bytes, num_priced, spare)
 
     def can_run(self, stages: list[RunStage], limit_bytes: float) -> bool:
         return all(can_run(stage.config, self.pricing.num_ranks, limit_bytes) for stage in stages)
-
-    def compute_spare_share(self, choice: LayoutChoice) -> float:
-        """Return the free share of usable memory on the fullest GPU; the layout must be valid."""
-        num_bytes = self.count_bytes(choice)
-        assert num_bytes is not None, choice
-        return 1 - num_bytes / self.pricing.limit_bytes
 
     def count_bytes(self, choice: LayoutChoice) -> int | None:
         """Return the bytes on the fullest GPU over all stages; None if the layout breaks a rule."""
@@ -205,15 +199,14 @@ class LocalSearch:
     def get_cost(self, choice: LayoutChoice) -> LayoutCost:
         """Return a layout's cost, computed once per `limit_bytes`."""
         if choice not in self.costs:
-            self.costs[choice] = self._compute_cost(choice)
+            num_bytes = self.count_bytes(choice)
+            if num_bytes is None:
+                self.costs[choice] = BROKEN
+            elif num_bytes > self.limit_bytes:
+                self.costs[choice] = (1, num_bytes - self.limit_bytes)
+            else:
+                self.costs[choice] = (0, self.estimate_seconds(choice))
         return self.costs[choice]
-
-    def _compute_cost(self, choice: LayoutChoice) -> LayoutCost:
-        num_bytes = self.count_bytes(choice)
-        if num_bytes is None:
-            return BROKEN
-        lacks_bytes = num_bytes - self.limit_bytes
-        return (1, lacks_bytes) if lacks_bytes > 0 else (0, self.estimate_seconds(choice))
 
     def list_starts(self) -> list[LayoutChoice]:
         """Return the run's layout, and the cheapest layouts in a grid over `tp`, `pp`, `cp` and `ep`, with
