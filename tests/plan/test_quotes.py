@@ -164,7 +164,7 @@ def test_notes_name_the_price_with_the_opposite_choice_of_graphs() -> None:
                       for setting in ("gpu.cuda_graphs=[]", GRAPHS))
     for quote, setting, other in ((eager, GRAPHS, graphed), (graphed, "gpu.cuda_graphs=[]", eager)):
         slow = next(note for note in other.notes if "2 times as slow" in note).split()[-1].rstrip(".")
-        assert any(note.startswith(f"With {setting} the MFU is {other.mfu:.1%}, and {slow} with the slow host")
+        assert any(note.startswith(f"With {setting} the MFU is {other.mfu:.1%}, and {slow} with the slow")
                    for note in quote.notes)
     recomputed = quote_stage(get_first_stage("solar-open-102b", pricing, "train.recompute=true"), pricing)
     assert not any("cuda_graphs" in note for note in recomputed.notes), "graphs exclude full recomputation"

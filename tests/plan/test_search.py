@@ -18,8 +18,8 @@ from megatron_sov.commands.operate.submit.stage_parsers import STAGE_PARSERS
 from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.operate.slurm.stages import build_stage_work
 from megatron_sov.plan.pages.layout_report import (
-    MAX_RULES, SweepReport, describe_broken_rules, describe_too_large, format_layout,
-    format_set_options, format_sizes, format_submit_command)
+    MAX_RULES, SweepReport, describe_broken_rules, describe_too_large, format_layout, format_set_options,
+    format_sizes, format_submit_command)
 from megatron_sov.plan.pricing import Pricing, RunStage, list_run_stages, load_machines
 from megatron_sov.plan.search.space import (
     LEAST_GAIN, LayoutChoice, LayoutSpace, build_space, find_uneven_split, get_current_choice, iter_choices,

@@ -16,8 +16,7 @@ from megatron_sov.plan.footprint.gpu_capacity import (
 from megatron_sov.plan.footprint.stage_parameters import list_stage_parameters
 from megatron_sov.plan.pricing import list_run_stages, load_machines
 from megatron_sov.plan.search.local_search import get_cluster_recommendation
-from megatron_sov.plan.search.recommended_layouts import (
-    GRAPHS, RECOMMENDED, find_recommended, sets_layout)
+from megatron_sov.plan.search.recommended_layouts import GRAPHS, RECOMMENDED, find_recommended, sets_layout
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.units import GIB
 from tests.plan.stage_counts import count_stage_params
