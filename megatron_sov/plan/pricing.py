@@ -18,6 +18,7 @@ from megatron_sov.plan.speed.step import (
     SLOW_HOST, PartsCache, StepTime, estimate_extra_layers, estimate_router_s, estimate_slow_host,
     estimate_step)
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload, build_workload
+from megatron_sov.runs.obs.routing import RecordedRoutes
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS, Chip, Links
@@ -44,6 +45,8 @@ class Machines:
     """Profile name or file, as in --cluster."""
     profile: ClusterProfile
     nodes: int
+    routes: RecordedRoutes | None = None
+    """Expert loads for prices; None: `Parameters.real_imbalance`."""
 
     @property
     def num_ranks(self) -> int:
@@ -105,14 +108,8 @@ class RunStage:
 
 
 def list_run_stages(config: RunConfig, num_ranks: int, *, micro_batch_set: bool = False) -> list[RunStage]:
-    """Return a run's stages in order.
-
-    Args:
-        config: the run.
-        num_ranks: number of processes.
-        micro_batch_set: whether the user or a search sets `train.micro_batch_size`; otherwise `extend` raises
-            it for shorter samples.
-    """
+    """Return a run's stages in order. `micro_batch_set`: the user or a search sets `train.micro_batch_size`;
+    otherwise `extend` raises it for shorter samples."""
     if config.extend.stages:
         return [_build_extension_stage(config, stage, num_ranks, micro_batch_set)
                 for stage in config.extend.stages]
@@ -188,10 +185,13 @@ class Pricing:
         return find_fullest_stage(stage.config, self.num_ranks)[1].total
 
     def build_workload(self, stage: RunStage) -> Workload:
-        """Build the workload per step; routers have `Parameters.real_imbalance`."""
-        imbalance = load_default_parameters().real_imbalance if stage.config.model.num_moe_layers() else 1.0
-        work = build_workload(stage.config, stage.phase, self.num_ranks, self.chip, self.links, imbalance)
-        if stage.config.objective.name in PACKED and not stage.config.extend.stages:
+        """Build the workload per step; routers have `Machines.routes` or `Parameters.real_imbalance`."""
+        config, routes = stage.config, self.machines.routes
+        imbalance = load_default_parameters().real_imbalance if config.model.num_moe_layers() else 1.0
+        if routes is not None:
+            imbalance = routes.compute_imbalance(config.parallel, config.model.num_layers)
+        work = build_workload(config, stage.phase, self.num_ranks, self.chip, self.links, imbalance)
+        if config.objective.name in PACKED and not config.extend.stages:
             work = replace(work, document_tokens=min(DOCUMENT_TOKENS, work.seq_len))
         return work
 
@@ -247,7 +247,7 @@ def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu, tflops_per_gpu=step.tflops_per_gpu, mfu=step.mfu,
         hours=train_s / SECONDS_PER_HOUR, cost_usd=gpu_hours * price.typical,
         cost_range_usd=(gpu_hours * price.low, gpu_hours * price.high),
-        notes=(f"Cost: {price.source}.", *_list_expert_notes(work, step),
+        notes=(f"Cost: {price.source}.", *_list_expert_notes(work, step, pricing.machines.routes),
                *_list_host_notes(stage, pricing), *_list_packing_notes(stage.config, work)))
 
 
@@ -274,11 +274,12 @@ def find_price(profile: ClusterProfile) -> GpuPrice:
     return GpuPrice(price.low, price.typical, price.high, f"a guess: {source}" if price.guess else source)
 
 
-def _list_expert_notes(work: Workload, step: StepTime) -> list[str]:
+def _list_expert_notes(work: Workload, step: StepTime, routes: RecordedRoutes | None) -> list[str]:
     if not work.shape.num_moe_layers:
         return []
     seconds = estimate_router_s(work, load_default_parameters())
-    return [f"The busiest experts are taken to meet {work.imbalance:.2f} times as many tokens as the mean.",
+    source = f"as {routes.run} recorded" if routes else "which is assumed; --routes RUN reads a run's record"
+    return [f"The busiest experts meet {work.imbalance:.2f} times as many tokens as the mean, {source}.",
             f"Routers take {seconds:.2g} s of a step, {seconds / step.total_s:.1%}, counted under dense and "
             "memory-bound."]
 

@@ -217,17 +217,9 @@ def check_stage(stage: str) -> None:
 
 def build_stage_work(stage: str, arguments: list[str], commands: Commands,
                      has_gpus: bool | None = None) -> StageWork:
-    """Parse a stage's arguments, without reading the named files.
-
-    Args:
-        stage: name in `STAGES`.
-        arguments: words after the stage's command.
-        commands: parsers for the stages' commands.
-        has_gpus: GPUs in the nodes; None: decided by this machine.
-
-    Raises:
-        UserError: unknown stage, or invalid arguments or settings.
-    """
+    """Parse a stage's arguments, without reading the named files. `commands`: parsers for the stages'
+    commands; `has_gpus`: GPUs in the nodes, None: decided by this machine. Raises `UserError`: unknown stage,
+    or invalid arguments or settings."""
     check_stage(stage)
     # the parsers of sov-tokenizer and sov-data are not in `commands`: parse their paths only
     if stage not in commands:
@@ -379,20 +371,10 @@ def check_inputs(work: StageWork, promised: set[Path]) -> None:
 
 def find_layouts(work: StageWork, profile: ClusterProfile, num_nodes: int, min_nodes: int,
                  settings: dict[int, tuple[str, ...]]) -> dict[int, tuple[str, ...]]:
-    """Return number of nodes -> settings, for valid layouts on `min_nodes` to `num_nodes`.
-
-    If the user sets no layout, a search chooses one for the profile's GPUs (`plan.search.local_search`).
-
-    Args:
-        work: a training stage.
-        profile: the cluster.
-        num_nodes: requested nodes.
-        min_nodes: smallest number of nodes to continue with.
-        settings: number of nodes -> settings for this number.
-
-    Raises:
-        UserError: the layout does not fit `num_nodes`, `min_nodes` or a key in `settings`, or exceeds memory.
-    """
+    """Return number of nodes -> settings, for valid layouts on `min_nodes` to `num_nodes`; `settings` are for
+    single numbers. If the user sets no layout, a search chooses one for the profile's GPUs
+    (`plan.search.local_search`). Raises `UserError`: the layout does not fit `num_nodes`, `min_nodes` or a
+    key in `settings`, or exceeds memory."""
     assert work.config is not None, work.stage
     layouts: dict[int, tuple[str, ...]] = {}
     profile_ranks, gpu = profile.tasks_per_node, profile.gpu if profile.gpus_per_node else ""

@@ -249,15 +249,8 @@ def refuse_on_this_node(config: RunConfig, nproc: int | None, gpu: Gpu | None) -
 
 def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
     """Refuse a run that does not fit this machine's visible GPUs, or, without GPUs, its host memory: then
-    only the local processes' weights, gradients and optimizer states count.
-
-    Args:
-        config: the run.
-        nproc: local processes; processes under a launcher check themselves.
-
-    Raises:
-        UserError: with needed and present memory.
-    """
+    only the local processes' weights, gradients and optimizer states count. Processes under a launcher check
+    themselves. Raises `UserError`: with needed and present memory."""
     if has_launcher():
         return
     count = num_ranks(nproc)

@@ -87,17 +87,9 @@ def get_cluster_recommendation(config: RunConfig, machines: Machines,
 
 def find_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str] = ()
                 ) -> DefaultLayout | None:
-    """Search for a run's fastest layout on a cluster.
-
-    Args:
-        config: the run; kernels and precision stay fixed.
-        machines: nodes in the cluster.
-        user_settings: settings from --set, which stay fixed.
-
-    Returns:
-        The fastest layout. None: no layout fits, the profile does not describe its GPUs and links, or an RL
-        run has a valid recommended layout.
-    """
+    """Search for a run's fastest layout on a cluster; kernels, precision and `user_settings` from --set stay
+    fixed. None: no layout fits, the profile does not describe its GPUs and links, or an RL run has a valid
+    recommended layout."""
     pricing = build_pricing(machines)
     if pricing is None:
         return None

@@ -35,16 +35,9 @@ def list_recommended(config: RunConfig, gpu: str) -> tuple[Layout, ...]:
 def find_recommended(config: RunConfig, num_ranks: int, gpu: str,
                      user_settings: Sequence[str] = (),
                      profile: ClusterProfile | None = None) -> Layout | None:
-    """Return the first recommended layout that is valid for `num_ranks` processes and fits, with the chip's
-    FP8 recipe; None: no layout does.
-
-    Args:
-        config: the run.
-        num_ranks: number of processes.
-        gpu: key in `CHIPS`.
-        user_settings: settings from --set, which stay: layouts with a different dispatcher are skipped.
-        profile: cluster whose image decides about dispatchers and CUDA graphs; None: all work.
-    """
+    """Return the first recommended layout that is valid for `num_ranks` processes and fits `gpu` in `CHIPS`,
+    with the chip's FP8 recipe; None: no layout does. `user_settings` from --set stay: layouts with another
+    dispatcher are skipped. `profile`: its image decides about dispatchers and CUDA graphs; None: all work."""
     fixed = {setting.partition("=")[0] for setting in user_settings}
     allowed = [f"{DISPATCHER}={dispatcher}" for dispatcher in profile.dispatchers] if profile else []
     if DISPATCHER in fixed:

@@ -74,6 +74,8 @@ class CommonLayout:
     """Bytes on the fullest process over all stages."""
     seconds: float
     """Predicted seconds for all steps in all stages."""
+    results: list[SweepResult]
+    """A result per kind of stage."""
 
 
 @dataclass(frozen=True)
@@ -90,11 +92,6 @@ class SweepSearch:
     @property
     def num_looked_at(self) -> int:
         return sum(sweep.num_looked_at for sweep in self.sweeps)
-
-    def find_results(self, choice: LayoutChoice) -> list[SweepResult | None]:
-        """Return a layout's result per kind of stage; None: it does not fit."""
-        return [next((result for result in sweep.ranked if result.choice == choice), None)
-                for sweep in self.sweeps]
 
 
 def search_layouts(config: RunConfig, pricing: Pricing, fixed: Collection[str] = (),
@@ -175,7 +172,8 @@ def find_common_layouts(sweeps: Iterable[Sweep]) -> list[CommonLayout]:
             fitting = [by_choice[choice] for by_choice in results]
             seconds = sum(result.step_s * sweep.stage.steps
                           for result, sweep in zip(fitting, sweeps, strict=True))
-            layouts.append(CommonLayout(choice, max(result.needs_bytes for result in fitting), seconds))
+            layouts.append(CommonLayout(choice, max(result.needs_bytes for result in fitting), seconds,
+                                        fitting))
     return sorted(layouts, key=lambda layout: (layout.seconds, layout.needs_bytes))
 
 
