@@ -175,11 +175,13 @@ class DcpWeights(Weights):
         """Return our settings for torch's CosineAnnealingLR or falling LinearLR, alone or after a warm-up
         (SequentialLR) that is over; {} for other schedules, for example LambdaLR, whose function is not
         stored."""
-        fields, warmup, prefix = self._read_fields(SCHEDULER_KEY), 0, ""
+        fields = self._read_fields(SCHEDULER_KEY)
+        milestones = fields.get("_milestones", [0])
+        warmup, prefix = fields.get("_schedulers.0.total_iters", 0), ""
         if "_milestones" in fields:
-            warmup, prefix = fields.get("_schedulers.0.total_iters"), "_schedulers.1."
-            if fields["_milestones"] != [warmup] or step < warmup or "_schedulers.2.last_epoch" in fields:
-                return {}
+            prefix = "_schedulers.1."
+        if type(warmup) is not int or step < warmup or milestones != [warmup]:
+            return {}
         kind, steps = "cosine", fields.get(f"{prefix}T_max")
         floor, rates = fields.get(f"{prefix}eta_min"), fields.get(f"{prefix}base_lrs")
         if fields.get(f"{prefix}start_factor") == 1.0:
