@@ -186,8 +186,11 @@ class DcpWeights(Weights):
         floor, rates = fields.get(f"{prefix}eta_min"), fields.get(f"{prefix}base_lrs")
         if fields.get(f"{prefix}start_factor") == 1.0:
             kind, steps = "linear", fields.get(f"{prefix}total_iters")
-            floor = peak * fields.get(f"{prefix}end_factor", 0.0)
-        if not isinstance(rates, list) or {*rates} != {peak} or not isinstance(steps, int) or steps < warmup:
+            end = fields.get(f"{prefix}end_factor")
+            floor = peak * end if isinstance(end, float) else None
+        if not isinstance(rates, list) or rates != [peak] * len(rates) or type(steps) is not int:
+            return {}
+        if steps < warmup:  # our warm-up is at most half of the run
             return {}
         values = {"optim.min_lr": floor, "optim.warmup_steps": warmup, "train.steps": steps + warmup}
         return {"optim.schedule": kind} | read_numbers(self.path, values, {name: name for name in values})
