@@ -248,24 +248,24 @@ def refuse_on_this_node(config: RunConfig, nproc: int | None, gpu: Gpu | None) -
 
 
 def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
-    """Refuse a run that does not fit this machine's visible GPUs, or, without GPUs, its host memory: then
-    only the local processes' weights, gradients and optimizer states count.
+    """Refuse a run that does not fit this machine's visible GPUs, or, without GPUs and launcher, its host
+    memory: then only the local processes' weights, gradients and optimizer states count.
 
     Args:
         config: the run.
-        nproc: local processes; processes under a launcher check themselves.
+        nproc: local processes; under a launcher, the first process of each machine checks.
 
     Raises:
         UserError: with needed and present memory.
     """
-    if has_launcher():
+    if has_launcher() and os.environ.get("LOCAL_RANK", "0") != "0":
         return
     count = num_ranks(nproc)
     gpus = [Gpu(gpu.name, gpu.memory_bytes) for gpu in list_visible_gpus()[:count]]
-    for gpu in gpus:
+    for gpu in dict.fromkeys(gpus):
         refuse_too_large(config, count, gpu)
     refuse_on_this_node(config, nproc, gpus[0] if gpus else None)
-    if gpus or os.path.exists(DRIVER_FILE):
+    if gpus or has_launcher() or os.path.exists(DRIVER_FILE):
         return
     pp, total_bytes = config.parallel.pp, psutil.virtual_memory().total
     longest = max(phase.seq_len for phase in config.data.phases)
