@@ -61,24 +61,6 @@ for _ in writer.run(reader.run(None, 0, 1), 0, 1) or ():
     continue
 """.replace("BATCH", str(BATCH_DOCUMENTS))
 
-THREADS_OR_PROCESSES = """
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from data_prep.shards.encode import EncodingSettings
-from data_prep.shards.units import UnitEncoder, UnitSettings, encode_units
-from megatron_sov.base.documents import RecordReading, plan_units
-if __name__ == "__main__":
-    units = list(plan_units([Path(sys.argv[2])]))
-    settings = UnitSettings(Path(sys.argv[1]), "", "", "uint16", RecordReading("text"),
-                            EncodingSettings(fast=True))
-    if sys.argv[4] == "threads":
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(UnitEncoder(settings, Path(sys.argv[3])).encode, units))
-    else:
-        list(encode_units(units, settings, Path(sys.argv[3]), 2))
-"""
-
 
 def iter_texts(inputs: list[Path], limit_bytes: int) -> Iterator[str]:
     """Yield documents until `limit_bytes` are reached, 20 from each input in turn."""
@@ -145,17 +127,6 @@ def compare_programs(preset: str, corpus: Path, size_bytes: int, work: Path, dat
     print(f".bin and .idx of all {len(hashes)} byte-identical: {len(set(hashes.values())) == 1}", flush=True)
 
 
-def compare_threads_and_processes(corpus: Path, work: Path) -> None:
-    """Print the cost of encoding the corpus with two threads and with two processes."""
-    script = work / "threads_or_processes.py"
-    script.write_text(THREADS_OR_PROCESSES)
-    print()
-    for kind in ("threads", "processes"):
-        cost = run_measured([sys.executable, script, work / PRESETS[0], corpus, work / f"units-{kind}", kind],
-                            ONE_THREAD | {"PYTHONPATH": str(Path(__file__).parents[1])})
-        print(f"two {kind}: {cost.cpu_s:.1f} CPU s, {cost.wall_s:.1f} s on the clock", flush=True)
-
-
 def main() -> int:
     """Run all measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -176,7 +147,6 @@ def main() -> int:
             run_measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
                           str(VOCAB_SIZE), "--input", work / "sample.jsonl", "--output", work / preset])
             compare_programs(preset, corpus, size_bytes, work, args.datatrove_python)
-        compare_threads_and_processes(corpus, work)
     return 0
 
 

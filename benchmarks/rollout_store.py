@@ -70,7 +70,7 @@ def start_round(path: Path, number: int) -> str:
 
 def read_peak_mb(path: Path, rounds: int) -> float:
     """Return the peak memory of a process that reads the first `rounds` rounds, part by part."""
-    command = [sys.executable, __file__, "--read", path, "--rounds", str(rounds)]
+    command = [sys.executable, __file__, "--read", str(path), "--rounds", str(rounds)]
     return run_measured(command).peak_bytes / 1e6
 
 
