@@ -144,14 +144,14 @@ def _redirect_cuda_requests() -> None:
 
 def _patch_type_names() -> None:
     """megatron's optimizers recognize parameters by name only: `param.type() == "torch.cuda.FloatTensor"`
-    etc."""
+    etc. float64 gets the name of float32."""
     tensor: Any = torch.Tensor
     original = tensor.type
 
     def get_type_name(self: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if args or kwargs:
             return original(self, *args, **kwargs)
-        return original(self).replace("torch.", "torch.cuda.", 1)
+        return original(self).replace("torch.", "torch.cuda.", 1).replace("DoubleTensor", "FloatTensor")
 
     tensor.type = get_type_name
 

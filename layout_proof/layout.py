@@ -1,11 +1,11 @@
-"""The layout to prove: `Layout`, and `CannotPlay` for models and layouts that cannot be simulated."""
+"""Parallel sizes (`Layout`), and the error `CannotPlay`."""
 
 import math
 from dataclasses import asdict, dataclass
 
 
 class CannotPlay(Exception):
-    """The message says which file, option or field stands against a proof, with the rule and the fix."""
+    """Names the file, option or field that prevents a simulation, the rule and the fix."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Layout:
 
     @property
     def replica_ranks(self) -> int:
-        """Fewest ranks with whole replicas of weights and experts."""
+        """Smallest `ranks` with complete copies of weights and experts."""
         return self.pp * math.lcm(self.tp * self.cp, self.expert_tp * self.ep)
 
     @property
@@ -39,13 +39,13 @@ class Layout:
 
     @property
     def num_microbatches(self) -> int:
-        """Micro-batches of a replica: more than the first stage's warm-up, so that passes alternate."""
+        """Micro-batches per replica: more than the first stage's warm-up, to alternate passes."""
         if self.pp == 1:
             return 2
         return 2 * self.pp if self.vpp > 1 else self.pp + 1
 
     def check(self) -> None:
-        """Raise `CannotPlay` for sizes that do not divide the ranks."""
+        """Raise `CannotPlay` for sizes that do not divide `ranks`."""
         for name, size in asdict(self).items():
             if not isinstance(size, bool) and size < (name != "etp"):
                 raise CannotPlay(f"--{name} {size}: must be at least {int(name != 'etp')}")

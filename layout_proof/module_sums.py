@@ -76,20 +76,14 @@ def observe_modules(chunks: Sequence[torch.nn.Module]) -> ModuleSums:
     sums = ModuleSums(_get_group_ranks(parallel_state.get_tensor_model_parallel_group()),
                       _get_group_ranks(parallel_state.get_expert_tensor_parallel_group()))
     for name, module in _iter_named_modules(chunks):
-        module.register_forward_pre_hook(_BeginPartHook(sums, name))
+        module.register_forward_pre_hook(lambda *_, name=name: sums.begin_step_part(f"forward of {name}"))
         module.register_forward_hook(_RecordOutputHook(sums, name))
     return sums
 
 
 def locate_difference(expected: ModuleSums, observed: Sequence[ModuleSums], step: int,
                       tolerance: float) -> tuple[list[str], list[str]]:
-    """Find the modules where a difference starts, and the messages sent just before.
-
-    Args:
-        expected: record of one process of the reference layout.
-        observed: records of all processes of the tested layout, by rank.
-        step: number of the step.
-        tolerance: relative tolerance.
+    """Find where a step of the ranks (`observed`) begins to differ from the reference (`expected`).
 
     Returns:
         First differing modules, as `forward of MODULE` and `backward of MODULE`; and sorted call sites of
@@ -109,13 +103,8 @@ def locate_difference(expected: ModuleSums, observed: Sequence[ModuleSums], step
 
 
 def _iter_messages_before(process: ModuleSums, step: int, first: str) -> Iterator[CallSite]:
-    """Yield a process's messages between the part before `first` and `first`.
-
-    Args:
-        process: record of the process.
-        step: number of the step.
-        first: first wrong part. "": all modules are correct, so losses or gradient reductions are wrong.
-    """
+    """Yield a process's messages between the part before `first` and `first`, the first wrong part. "": all
+    modules are correct, so losses or gradient reductions are wrong."""
     parts = [(part, sites) for (number, part), sites in process.sent.items() if number == step]
     names = [part for part, _ in parts]
     if first and first not in names:
@@ -185,16 +174,6 @@ def _merge_group_sums(group_sums: list[Sums]) -> Sums:
     if is_replica:
         return first
     return sum(rank_sums[0] for rank_sums in group_sums), sum(rank_sums[1] for rank_sums in group_sums)
-
-
-class _BeginPartHook:
-    """Forward pre-hook: begins the part `forward of MODULE`."""
-
-    def __init__(self, sums: ModuleSums, name: str) -> None:
-        self._sums, self._name = sums, name
-
-    def __call__(self, module: Any, args: Any) -> None:
-        self._sums.begin_step_part(f"forward of {self._name}")
 
 
 class _RecordOutputHook:

@@ -1,10 +1,10 @@
-"""Play a layout's ranks in this process, and compare their training steps with one rank."""
+"""Simulate a layout's ranks in the calling process, and compare training steps with a single rank."""
 
 import json
 import logging
 import math
 import time
-from collections.abc import Mapping
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,20 +16,20 @@ from layout_proof.module_sums import ModuleSums, locate_difference
 from layout_proof.simulated_messages import CallSite, Deadlock, format_failure
 from layout_proof.simulated_world import SimulatedRanks
 from layout_proof.small_model import Builder, SmallModel, form_groups, set_layout, shrink_model
-from layout_proof.training_steps import SPREAD, STEPS, Key, Piece, RankTrainer, StepRecord, use_float64
+from layout_proof.training_steps import SPREAD, STEPS, Key, Piece, RankTrainer, use_float64
 
 te_layers.replace_te_layers()  # before a builder's file is imported
 
 TOLERANCE = 1e-9
-"""Largest difference, relative to a tensor's largest number. The order of sums changes float64 results by
-about 1e-15; a wrong layout, by more than 1e-6."""
+"""Largest difference, relative to a tensor's largest number. Another order in `sum` changes float64 results
+by 1e-15; a wrong layout, by more than 1e-6."""
 FLOOR = 1e-6
-"""A tensor counts as at least this share of the largest tensor of its kind: a gradient that is 0 in exact
-numbers has rounding errors alone."""
+"""Least size for relative differences, as a share of the largest tensor per kind: gradients that are 0 in
+exact numbers have rounding errors."""
 ASSUMED = ("kernels compute what plain torch computes, messages arrive as sent, and sends never wait",
            "Transformer Engine's layers, and their messages, act as the plain layers that run here; "
            "attention under --cp gathers whole rows",
-           "widths do not matter: heads, channels, experts and layers are as few as the layout divides",
+           "widths do not matter: heads, channels, experts and the layers of even stages are few",
            "Adam; no dropout, low precision or overlapped messages")
 EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 ORDER = {"gradient": 0, "exp_avg": 2, "exp_avg_sq": 3, "weights": 4}
@@ -46,11 +46,9 @@ class LayoutVerdict:
     largest: float = 0.0
     """Largest relative difference."""
     places: list[str] = field(default_factory=list)
-    """Differing modules, parameters and numbers, the first one first."""
+    """Differing modules, parameters and numbers in order."""
     sites: list[str] = field(default_factory=list)
     """Messages at the first difference, with file and line."""
-    loss: float = math.nan
-    """Loss of the first step."""
     num_tensors: int = 0
     num_messages: int = 0
     seconds: float = 0.0
@@ -76,28 +74,15 @@ class LayoutVerdict:
 
 def assert_layout_equals_one_rank(builder: Builder, *, full_masks: bool = False, **sizes: Any
                                   ) -> LayoutVerdict:
-    """Prove a layout in a test, for example `tp=2, pp=2, ranks=8`.
-
-    Raises:
-        AssertionError: the layout differs; the message names the first place.
-        CannotPlay: the layout or the model cannot be simulated.
-    """
+    """Prove a layout in a test, for example `tp=2, pp=2, ranks=8`; `AssertionError` names the first place."""
     verdict = prove_layout(builder, Layout(**sizes), full_masks=full_masks)
     assert verdict.outcome == EQUAL, str(verdict)
     return verdict
 
 
 def prove_layout(builder: Builder, layout: Layout, *, full_masks: bool = False) -> LayoutVerdict:
-    """Run `STEPS` training steps of a small model on all ranks of a layout, and on one rank.
-
-    Args:
-        builder: `build(config=None, pre_process=True, post_process=True, vp_stage=None)`.
-        layout: sizes and number of ranks.
-        full_masks: every token is learned, as in pretraining without masks.
-
-    Raises:
-        CannotPlay: the model or the layout cannot be simulated.
-    """
+    """Run `STEPS` training steps of a small model on a layout's ranks, and on a single rank. Raises
+    `CannotPlay`: no simulation is possible."""
     layout.check()
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
     began_s = time.monotonic()
@@ -109,54 +94,18 @@ def prove_layout(builder: Builder, layout: Layout, *, full_masks: bool = False) 
     return verdict
 
 
-class _Reference:
-    """Weights and results of one rank."""
-
-    def __init__(self, model: SmallModel, num_microbatches: int, full_masks: bool) -> None:
-        self.initial: dict[str, torch.Tensor] = {}
-        self.tensors: list[dict[Key, torch.Tensor]] = []
-        self.records: list[StepRecord] = []
-        self.floors: dict[str, float] = {}
-        """Kind -> least size of a tensor for relative differences."""
-        self._args = model, num_microbatches, full_masks
-        [self.sums] = SimulatedRanks(1).run(form_groups(Layout()), self._run)
-
-    def _run(self, _: int) -> ModuleSums:
-        model, num_microbatches, full_masks = self._args
-        trainer = RankTrainer(model, Layout(), num_microbatches, full_masks)
-        random = torch.Generator().manual_seed(0)
-        for key, shape, block, data in trainer.blocks:
-            if key not in self.initial:
-                self.initial[key] = torch.zeros(shape)
-            with torch.no_grad():
-                data.add_(torch.randn(data.shape, generator=random), alpha=SPREAD)
-            self.initial[key][block] = data.detach().reshape(self.initial[key][block].shape)
-        trainer.optimizer.reload_model_params()
-        for step in range(STEPS):
-            record = trainer.run_step(step)
-            tensors: dict[Key, torch.Tensor] = {}
-            for piece in record.pieces:
-                tensor = tensors.setdefault(piece.key, torch.zeros(piece.global_shape))
-                tensor[piece.block] = piece.values.view(tensor[piece.block].shape)
-            self.tensors.append(tensors)
-            self.records.append(StepRecord(record.numbers))
-        for (kind, _name), tensor in self.tensors[0].items():
-            self.floors[kind] = max(self.floors.get(kind, 1e-30), FLOOR * float(tensor.abs().max()))
-        return trainer.sums
-
-
 def _compare(model: SmallModel, layout: Layout, full_masks: bool) -> LayoutVerdict:
+    num_microbatches = layout.replicas * layout.num_microbatches
     try:
         set_layout(model.config, layout)
     except (ValueError, AssertionError) as e:
         raise CannotPlay(f"the config does not allow this layout: {e}") from e
     try:
-        reference = _Reference(model, layout.replicas * layout.num_microbatches, full_masks)
-    except CannotPlay:
-        raise
+        [comparison] = SimulatedRanks(1).run(form_groups(Layout()), lambda _: _Comparison(
+            RankTrainer(model, Layout(), num_microbatches, full_masks)))
     except Exception as e:
         raise CannotPlay(f"one rank cannot do this step: {format_failure(e)}; no layout is proved") from e
-    ranks, comparison = SimulatedRanks(layout.ranks), _Comparison(reference)
+    ranks = SimulatedRanks(layout.ranks)
     sums_by_rank: dict[int, ModuleSums] = {}
 
     def record_site(rank: int, site: CallSite) -> None:
@@ -164,11 +113,11 @@ def _compare(model: SmallModel, layout: Layout, full_masks: bool) -> LayoutVerdi
             sums_by_rank[rank].record_message_site(site)
 
     def run_rank(rank: int) -> None:
-        trainer = RankTrainer(model, layout, layout.replicas * layout.num_microbatches, full_masks)
+        trainer = RankTrainer(model, layout, num_microbatches, full_masks)
         comparison.load_weights(trainer, rank)
         sums_by_rank[rank] = trainer.sums
         for step in range(STEPS):
-            comparison.add_step(step, rank, trainer.run_step(step))
+            comparison.add_step(step, rank, *trainer.run_step(step))
             torch.distributed.barrier()
             if comparison.places:
                 return  # a difference in one step affects everything in the next
@@ -178,17 +127,14 @@ def _compare(model: SmallModel, layout: Layout, full_masks: bool) -> LayoutVerdi
         ranks.run(form_groups(layout), run_rank)
     except Deadlock as e:
         return LayoutVerdict(STANDS, layout, math.inf, [str(e)])
-    except CannotPlay:
-        raise
     except Exception as e:
         return LayoutVerdict(FAILS, layout, math.inf, [format_failure(e)])
     comparison.add_missing()
     verdict = LayoutVerdict(DIFFERS if comparison.places else EQUAL, layout, comparison.largest,
-                            loss=next(iter(reference.records[0].numbers.values())),
                             num_tensors=len(comparison.covered), num_messages=sum(ranks.sites.values()))
     sums = [sums_by_rank[rank] for rank in sorted(sums_by_rank)]
     for step in range(1, STEPS + 1) if comparison.places else ():
-        modules, verdict.sites = locate_difference(reference.sums, sums, step, TOLERANCE)
+        modules, verdict.sites = locate_difference(comparison.sums, sums, step, TOLERANCE)
         verdict.places += [f"step {step}: {module}" for module in modules]
         if modules or any(place[0] == step - 1 for place in comparison.places):
             break
@@ -197,19 +143,40 @@ def _compare(model: SmallModel, layout: Layout, full_masks: bool) -> LayoutVerdi
 
 
 class _Comparison:
-    """Differences of the simulated ranks from the reference."""
+    """Results on a single rank, and differences on the simulated ranks."""
 
-    def __init__(self, reference: _Reference) -> None:
-        self.reference = reference
-        self.largest = 0.0
+    def __init__(self, trainer: RankTrainer) -> None:
+        """Run the reference steps with random weights."""
+        self.initial: dict[str, torch.Tensor] = {}
+        self.tensors: list[dict[Key, torch.Tensor]] = []
+        self.numbers: list[dict[str, float]] = []
+        self.floors: dict[str, float] = defaultdict(lambda: 1e-30)
+        """Kind -> least tensor size for relative differences."""
+        self.sums, self.largest = trainer.sums, 0.0
         self.places: dict[tuple[int, int, str], str] = {}
         """(step, order, name) -> text with the first rank that differs."""
         self.covered: set[tuple[int, Key]] = set()
+        random = torch.Generator().manual_seed(0)
+        for key, shape, block, data in trainer.blocks:
+            with torch.no_grad():
+                data.add_(torch.randn(data.shape, generator=random), alpha=SPREAD)
+            tensor = self.initial.setdefault(key, torch.zeros(shape))
+            tensor[block] = data.detach().reshape(tensor[block].shape)
+        trainer.optimizer.reload_model_params()
+        for step in range(STEPS):
+            (numbers, pieces), tensors = trainer.run_step(step), dict[Key, torch.Tensor]()
+            for piece in pieces:
+                tensor = tensors.setdefault(piece.key, torch.zeros(piece.global_shape))
+                tensor[piece.block] = piece.values.view(tensor[piece.block].shape)
+                size = float(piece.values.abs().max()) if step == 0 else 0.0
+                self.floors[piece.key[0]] = max(self.floors[piece.key[0]], FLOOR * size)
+            self.tensors.append(tensors)
+            self.numbers.append(numbers)
 
     def load_weights(self, trainer: RankTrainer, rank: int) -> None:
         """Give a rank the reference's initial weights."""
         for key, shape, block, data in trainer.blocks:
-            expected = self.reference.initial.get(key)
+            expected = self.initial.get(key)
             if expected is None or tuple(expected.shape) != shape:
                 has = "none" if expected is None else list(expected.shape)
                 text = f"weights {key} {list(shape)} of rank {rank}: one rank has {has}"
@@ -219,34 +186,32 @@ class _Comparison:
                 data.copy_(expected[block].reshape(data.shape))
         trainer.optimizer.reload_model_params()
 
-    def add_step(self, step: int, rank: int, record: StepRecord) -> None:
-        self._add_numbers(step, rank, record.numbers)
-        for piece in record.pieces:
-            self._add_piece(step, rank, piece)
-
     def add_missing(self) -> None:
-        """Report tensors that no rank has."""
-        for key in self.reference.tensors[0]:
+        """Report tensors without a rank."""
+        for key in self.tensors[0]:
             if (0, key) not in self.covered:
                 self._add(0, ORDER[key[0]], key[1], f"step 1: {key[0]} of {key[1]}: no rank has it", math.inf)
 
-    def _add_numbers(self, step: int, rank: int, numbers: Mapping[str, float]) -> None:
+    def add_step(self, step: int, rank: int, numbers: dict[str, float], pieces: list[Piece]) -> None:
+        """Compare a rank's step (0-based)."""
         for name, value in numbers.items():
-            expected = self.reference.records[step].numbers.get(name, math.nan)
+            expected = self.numbers[step].get(name, math.nan)
             difference = abs(value - expected) / max(abs(expected), 1e-30)
             self._add(step, 1, name, f"step {step + 1}: {name} of rank {rank}: {value:.10g}, one rank has "
                                      f"{expected:.10g}", difference)
+        for piece in pieces:
+            self._add_piece(step, rank, piece)
 
     def _add_piece(self, step: int, rank: int, piece: Piece) -> None:
         kind, name = piece.key
-        expected = self.reference.tensors[step].get(piece.key)
+        expected = self.tensors[step].get(piece.key)
         self.covered.add((step, piece.key))
         if expected is None or tuple(expected.shape) != piece.global_shape:
             text = f"step {step + 1}: {kind} of {name}: one rank has none"
             self._add(step, ORDER[kind], name, text, math.inf)
             return
         part = expected[piece.block].reshape(-1)[piece.start:piece.start + piece.values.numel()]
-        size = max(float(expected.abs().max()), self.reference.floors[kind])
+        size = max(float(expected.abs().max()), self.floors[kind])
         difference = float((part - piece.values).abs().max()) / size
         self._add(step, ORDER[kind], name,
                   f"step {step + 1}: {kind} of {name} on rank {rank}, {difference:.2g} apart", difference)

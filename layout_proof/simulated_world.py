@@ -48,12 +48,7 @@ class SimulatedRanks:
     """The simulated ranks and their schedule; `run` plays a layout."""
 
     def __init__(self, size: int, fault: MessageFault | None = None) -> None:
-        """Store the settings; `run` starts the threads.
-
-        Args:
-            size: number of ranks.
-            fault: changes the messages of calls, for tests.
-        """
+        """Store the number of ranks, and a function that changes messages; `run` starts the threads."""
         self.size, self.fault = size, fault
         self.sites: dict[CallSite, int] = {}
         """Call site -> message count over ranks."""
@@ -74,13 +69,8 @@ class SimulatedRanks:
     def run(self, join: Callable[[int, int], Place], body: Callable[[Place], Result]) -> list[Result]:
         """Run `body` once per rank, with separate `torch.distributed` state, and return the results by rank.
 
-        Args:
-            join: called with (rank, number of ranks) first; creates the layout's groups without a message and
-                returns the rank's place.
-            body: called with each rank's place.
-
-        Raises:
-            Deadlock: ranks deadlock, or a message has no receiver.
+        `join(rank, number of ranks)` creates the layout's groups, without a message, and returns the place
+        that `body` gets. Raises `Deadlock`: ranks wait for each other, or a message has no receiver.
         """
         results: list[Any] = [None] * self.size
         previous = _read_rank_state()
@@ -210,7 +200,7 @@ def _use_single_heap() -> None:
 
 
 @contextlib.contextmanager
-def use_one_thread() -> Iterator[None]:
+def use_single_thread() -> Iterator[None]:
     """Limit torch to the thread of a simulated rank, also in the backward pass, because ranks take turns."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -403,44 +393,12 @@ class SimulatedGroup(_ProcessGroup):
         sizes = [int(size) for size in sizes_or_none] if sizes_or_none is not None else []
         return sizes or [len(tensor) // self.size()] * self.size()
 
-    def alltoall(self, outputs: list[torch.Tensor], inputs: list[torch.Tensor],
-                 opts: Any = None) -> dist.Work:
-        def exchange_tensors(parts: list[CallPart]) -> None:
-            for index, part in enumerate(parts):
-                for output, sender in zip(part.outputs, parts, strict=True):
-                    copy_message_tensor(output, sender.inputs[index])
-
-        return self._call("alltoall", CallPart(detach_tensors(inputs), detach_tensors(outputs)),
-                          exchange_tensors)
-
     # names before torch 2.13
     _allgather_base = all_gather_single
     allgather_into_tensor_coalesced = all_gather_single_coalesced
     _reduce_scatter_base = reduce_scatter_single
     reduce_scatter_tensor_coalesced = reduce_scatter_single_coalesced
     alltoall_base = all_to_all_single
-
-    def gather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor], opts: Any) -> dist.Work:
-        root = int(opts.rootRank)
-
-        def copy_to_root(parts: list[CallPart]) -> None:
-            for output, sender in zip(parts[root].outputs, parts, strict=True):
-                copy_message_tensor(output, sender.inputs[0])
-
-        targets = detach_tensors(outputs[0]) if outputs else []
-        part = CallPart(detach_tensors(inputs), targets, how=f"to {self._members[root]}")
-        return self._call("gather", part, copy_to_root)
-
-    def scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]], opts: Any) -> dist.Work:
-        root = int(opts.rootRank)
-
-        def copy_from_root(parts: list[CallPart]) -> None:
-            for part, sent in zip(parts, parts[root].inputs, strict=True):
-                copy_message_tensor(part.outputs[0], sent)
-
-        sources = detach_tensors(inputs[0]) if inputs else []
-        part = CallPart(sources, detach_tensors(outputs), how=f"from {self._members[root]}")
-        return self._call("scatter", part, copy_from_root)
 
     def send(self, tensors: list[torch.Tensor], to: int, tag: int = 0) -> dist.Work:
         site = self._record_call_site("send")

@@ -1,10 +1,9 @@
 """A user's model builder with small widths: equal layout, layer kinds and settings, in float64.
 
-A layout can split, send, sum or scale tensors wrongly. Such errors do not depend on a layer's width, as long
-as each rank has a shard.
+A layout can split, send, sum or scale tensors wrongly. The errors do not depend on a layer's width while
+ranks have shards.
 """
 
-import copy
 import dataclasses
 import importlib.util
 import inspect
@@ -12,9 +11,10 @@ import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -48,18 +48,18 @@ SWITCHED_OFF = (
 
 @dataclasses.dataclass(frozen=True)
 class SmallModel:
-    """The builder, and the arguments that it gets on every rank."""
+    """The builder, with small arguments for ranks."""
 
     builder: Builder
     config: Any
     """`TransformerConfig` with small widths, for one rank."""
     arguments: dict[str, Any]
-    """Arguments of the model class that the builder chooses, with small values."""
+    """Small values for the arguments of `GPTModel` or `HybridModel`."""
     row_tokens: int
 
     def use_small_arguments(self) -> Any:
-        """Context manager: models of any rank get `arguments`; stages of a pattern are joined on one rank."""
-        def replace_arguments(model: Any, arguments: dict[str, Any]) -> None:
+        """Context manager: models get `arguments`; a single stage has the pattern without `|`."""
+        def replace_arguments(arguments: dict[str, Any]) -> None:
             arguments.update(self.arguments)
             if arguments["config"].pipeline_model_parallel_size == 1 and "hybrid_layer_pattern" in arguments:
                 arguments["hybrid_layer_pattern"] = arguments["hybrid_layer_pattern"].replace("|", "")
@@ -76,8 +76,7 @@ class SmallModel:
                                  vp_stage=stage if layout.vpp > 1 else None)
             model, loss = built if isinstance(built, tuple) else (built, None)
             if not isinstance(model, STOCK_MODELS):
-                raise CannotPlay(f"the builder returns {type(model).__name__}: must be a GPTModel or "
-                                 "HybridModel of megatron.core, or a tuple (model, loss)")
+                raise TypeError(f"the builder returns {type(model).__name__}, not GPTModel or HybridModel")
             chunks.append(model)
         return chunks, loss
 
@@ -103,21 +102,17 @@ def load_builder(target: str) -> Builder:
 
 
 def call_builder(builder: Builder, **arguments: Any) -> Any:
-    """Call a builder with the arguments that its signature has."""
+    """Call a builder with the `arguments` in its signature."""
     parameters = inspect.signature(builder).parameters
     takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     return builder(**{name: value for name, value in arguments.items() if takes_all or name in parameters})
 
 
 def shrink_model(builder: Builder, layout: Layout) -> SmallModel:
-    """Read the builder's config without building weights, and choose small widths that the layout divides.
-
-    Raises:
-        CannotPlay: the builder raises, takes no `config`, or builds no stock model.
-    """
+    """Read the builder's config without building weights, and choose small widths that the layout divides."""
     parameters = inspect.signature(builder).parameters
     if "config" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
-        raise CannotPlay(f"{_get_name(builder)}: must have a parameter `config=None`, for a small config")
+        raise CannotPlay("the builder: must have a parameter `config=None`, for a small config")
     config, arguments = _read_arguments(builder)
     row_tokens = math.lcm(16, 2 * layout.cp * layout.tp)
     small: dict[str, Any] = {"vocab_size": 16 * layout.tp, "max_sequence_length": row_tokens}
@@ -150,10 +145,10 @@ class _ArgumentsRead(Exception):
 
 
 def _read_arguments(builder: Builder) -> tuple[Any, dict[str, Any]]:
-    """Return the config and the arguments that a builder gives its model class."""
+    """Return the config and arguments with which a builder calls `GPTModel` or `HybridModel`."""
     found: list[dict[str, Any]] = []
 
-    def read(model: Any, arguments: dict[str, Any]) -> None:
+    def read(arguments: dict[str, Any]) -> None:
         found.append(arguments)
         raise _ArgumentsRead
 
@@ -164,36 +159,30 @@ def _read_arguments(builder: Builder) -> tuple[Any, dict[str, Any]]:
     except _ArgumentsRead:
         return found[0]["config"], found[0]
     except Exception as e:
-        raise CannotPlay(f"{_get_name(builder)} fails: {format_failure(e)}") from e
-    raise CannotPlay(f"{_get_name(builder)}: builds neither a GPTModel nor a HybridModel of megatron.core")
+        raise CannotPlay(f"the builder fails: {format_failure(e)}") from e
+    raise CannotPlay("the builder: builds neither a GPTModel nor a HybridModel of megatron.core")
 
 
 @contextmanager
-def _intercept(change: Callable[[Any, dict[str, Any]], None]) -> Iterator[None]:
-    """Call `change(model, arguments)` before the constructor of a stock model, which gets the arguments."""
-    originals = {cls: cls.__init__ for cls in STOCK_MODELS}
+def _intercept(change: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Call `change(arguments)` before the constructor of a stock model, which gets the arguments."""
+    def intercept_constructor(construct: Callable[..., None]) -> Callable[..., None]:
+        def change_and_construct(*args: Any, **options: Any) -> None:
+            arguments = inspect.signature(construct).bind(*args, **options).arguments
+            change(arguments)
+            construct(**arguments)
+        return change_and_construct
 
-    def intercept_class(cls: Any) -> Callable[..., None]:
-        def construct(self: Any, *args: Any, **options: Any) -> None:
-            arguments = inspect.signature(originals[cls]).bind(self, *args, **options).arguments
-            arguments.pop("self")
-            change(self, arguments)
-            originals[cls](self, **arguments)
-        return construct
-
-    for cls in STOCK_MODELS:
-        cls.__init__ = intercept_class(cls)
-    try:
+    with ExitStack() as stack:
+        for cls in STOCK_MODELS:
+            stack.enter_context(mock.patch.object(cls, "__init__", intercept_constructor(cls.__init__)))
         yield
-    finally:
-        for cls, original in originals.items():
-            cls.__init__ = original
 
 
 def set_layout(config: Any, layout: Layout) -> Any:
     """Return the config with a layout's sizes; its own checks run again."""
     return dataclasses.replace(
-        copy.copy(config), tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
+        config, tensor_model_parallel_size=layout.tp, pipeline_model_parallel_size=layout.pp,
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp, sequence_parallel=layout.sp,
@@ -202,7 +191,7 @@ def set_layout(config: Any, layout: Layout) -> Any:
 
 
 def _choose_widths(config: Any, layout: Layout) -> dict[str, Any]:
-    """Return config field -> value that the layout divides, as small as possible."""
+    """Return config field -> smallest value that the layout divides."""
     tp, groups = layout.tp, config.num_query_groups or config.num_attention_heads
     fitting = [n for n in range(1, groups + 1) if groups % n == 0 and n % tp == 0]
     kv_heads = next((n for n in fitting if n >= 2 * tp), fitting[-1] if fitting else groups)
@@ -244,7 +233,7 @@ def _choose_layers(config: Any, layout: Layout, small: dict[str, Any]) -> dict[s
     if config.num_layers < chunks:
         raise CannotPlay(f"--pp {layout.pp} x --vpp {layout.vpp}: needs {chunks} layers, the model has "
                          f"{config.num_layers}")
-    kinds = [(_has_experts(config, i), _has_window(config, i)) for i in range(config.num_layers)]
+    kinds = [_get_layer_kind(config, i) for i in range(config.num_layers)]
     for per_chunk in range(1, MAX_LAYERS_PER_CHUNK + 1):
         count = min(chunks * per_chunk, config.num_layers)
         chosen = [kinds[round(i * (len(kinds) - 1) / max(count - 1, 1))] for i in range(count)]
@@ -262,23 +251,16 @@ def _choose_layers(config: Any, layout: Layout, small: dict[str, Any]) -> dict[s
     return changes
 
 
-def _get_name(builder: Builder) -> str:
-    return getattr(builder, "__name__", str(builder))
-
-
-def _has_experts(config: Any, layer: int) -> bool:
+def _get_layer_kind(config: Any, layer: int) -> tuple[bool, bool]:
+    """Return whether a layer (from 0) has experts, and a window."""
     frequency = config.moe_layer_freq
-    if not config.num_moe_experts:
-        return False
-    return layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer])
-
-
-def _has_window(config: Any, layer: int) -> bool:
-    return bool(is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer + 1))
+    has_experts = layer % frequency == 0 if isinstance(frequency, int) else bool(frequency[layer])
+    has_window = is_layer_window_attention(config.window_size, config.window_attn_skip_freq, layer + 1)
+    return bool(config.num_moe_experts) and has_experts, bool(has_window)
 
 
 def shrink_pattern(pattern: str, layout: Layout) -> str:
-    """Return a hybrid pattern with each kind of layer once per pipeline segment."""
+    """Return a `hybrid_layer_pattern` with a layer per kind in each pipeline segment."""
     main, *predictions = pattern.split("/")
     chunks = layout.pp * layout.vpp
     segments = main.split("|")

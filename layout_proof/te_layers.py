@@ -14,7 +14,7 @@ import torch
 from layout_proof import cpu_shims
 
 cpu_shims.prepare_without_gpu()
-from megatron.core.extensions import transformer_engine, transformer_engine_spec_provider  # noqa: E402
+from megatron.core.extensions import transformer_engine_spec_provider  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.tensor_parallel import (  # noqa: E402
     ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region)
@@ -23,30 +23,18 @@ from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # noqa: E402
 
 
-class PlainNorm:
-    """`TENorm`: torch's LayerNorm or RMSNorm."""
-
-    def __new__(cls, config: Any, hidden_size: int, eps: float = 1e-5, has_residual: bool = False) -> Any:
-        return WrappedTorchNorm(config, hidden_size, eps)
-
-
-class DuplicatedLinear(torch.nn.Module):
+class DuplicatedLinear(torch.nn.Linear):
     """`TELinear` with `parallel_mode="duplicated"`: equal weights on the tensor-parallel ranks."""
 
     def __init__(self, input_size: int, output_size: int, *, parallel_mode: str | None, config: Any,
-                 init_method: Callable[[torch.Tensor], Any], bias: bool, skip_bias_add: bool = False,
-                 **_: Any) -> None:
-        super().__init__()
-        assert parallel_mode in ("duplicated", None) and not skip_bias_add, f"TELinear {parallel_mode}"
-        self.linear = torch.nn.Linear(input_size, output_size, bias, dtype=config.params_dtype)
-        init_method(self.linear.weight)
-        self.weight, self.bias = self.linear.weight, self.linear.bias
-        del self.linear
+                 init_method: Callable[[torch.Tensor], Any], bias: bool, **_: Any) -> None:
+        super().__init__(input_size, output_size, bias, dtype=config.params_dtype)
+        init_method(self.weight)
         for parameter in self.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
 
-    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return torch.nn.functional.linear(states, self.weight, self.bias), None
+    def forward(self, states: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        return super().forward(states), None
 
     def sharded_state_dict(self, prefix: str = "", sharded_offsets: Any = (), metadata: Any = None) -> Any:
         state = self.state_dict(keep_vars=True)
@@ -99,7 +87,7 @@ def _gather_rows(part: torch.Tensor, group: Any) -> torch.Tensor:
 
 
 LAYERS: dict[str, Any] = {
-    "TENorm": PlainNorm, "TELinear": DuplicatedLinear, "TEColumnParallelLinear": ColumnParallelLinear,
+    "TENorm": WrappedTorchNorm, "TELinear": DuplicatedLinear, "TEColumnParallelLinear": ColumnParallelLinear,
     "TERowParallelLinear": RowParallelLinear, "TELayerNormColumnParallelLinear": NormColumnLinear,
     "TEDotProductAttention": PlainAttention}
 """Name in Megatron-Core -> plain layer."""
@@ -108,11 +96,10 @@ LAYERS: dict[str, Any] = {
 def replace_te_layers() -> None:
     """Replace the layers in this process, before `hybrid_layer_specs` is imported, which builds specs."""
     provider: Any = transformer_engine_spec_provider.TESpecProvider
-    provider.layer_norm = lambda self, *args, **options: PlainNorm
+    provider.layer_norm = lambda self, *args, **options: WrappedTorchNorm
     vars(gpt_layer_specs)["TESpecProvider"] = provider
     for module in [module for name, module in sys.modules.items() if name.startswith("megatron.core")]:
         for name, layer in LAYERS.items():
             if name in vars(module):
                 setattr(module, name, layer)
-    assert transformer_engine.TENorm is PlainNorm
 

@@ -1,8 +1,8 @@
-"""Two training steps of a rank with stock parts: schedules, DistributedDataParallel, Megatron-Core's Adam."""
+"""Training steps on a rank with Megatron-Core's schedules, `DistributedDataParallel` and Adam."""
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -20,14 +20,14 @@ from megatron.core.utils import get_batch_on_this_cp_rank
 
 from layout_proof.layout import Layout
 from layout_proof.module_sums import ModuleSums, observe_modules
-from layout_proof.simulated_world import use_one_thread
+from layout_proof.simulated_world import use_single_thread
 from layout_proof.small_model import SmallModel
 
 STEPS = 2
 """The second step shows that weights and optimizer state after the first step agree."""
 MICRO_BATCH_SIZE = 2
 LEARNED_SHARE = 0.7
-"""Share of tokens in the loss mask: ranks have unequal numbers of learned tokens."""
+"""Share of learned tokens in `loss_mask`, unequal between ranks."""
 CLIP_GRAD = 0.1
 """Small enough that the gradient is clipped."""
 SPREAD = 0.05
@@ -39,57 +39,35 @@ Key = tuple[str, str]
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a global tensor on a rank: the elements [start, stop) of a flattened block."""
+    """Elements [start, stop) in a flattened block, on a rank."""
 
     key: Key
     global_shape: tuple[int, ...]
     block: tuple[slice, ...]
-    """Block of the global tensor."""
+    """Indices in the global tensor."""
     start: int
     values: torch.Tensor
     """[stop - start] local elements."""
 
 
-@dataclass
-class StepRecord:
-    """A rank's results of a step."""
-
-    numbers: dict[str, float] = field(default_factory=dict)
-    pieces: list[Piece] = field(default_factory=list)
-
-
 @contextlib.contextmanager
 def use_float64() -> Iterator[None]:
     """Compute in float64 where Megatron-Core names float32."""
-    name_type = torch.Tensor.type
-
-    def name_as_float(tensor: torch.Tensor, *args: Any, **options: Any) -> Any:
-        name = name_type(tensor, *args, **options)
-        return name.replace("DoubleTensor", "FloatTensor") if isinstance(name, str) else name
-
     torch.set_default_dtype(torch.float64)
     try:
-        with (use_one_thread(), mock.patch.multiple(torch, float32=torch.float64, float=torch.float64),
-              mock.patch.multiple(torch.Tensor, float=torch.Tensor.double, type=name_as_float)):
+        with (use_single_thread(), mock.patch.multiple(torch, float32=torch.float64, float=torch.float64),
+              mock.patch.object(torch.Tensor, "float", torch.Tensor.double)):
             yield
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 class RankTrainer:
-    """A rank's model, optimizer and data."""
+    """A rank's model, optimizer and data: `num_microbatches` a step over all replicas."""
 
-    def __init__(self, model: SmallModel, layout: Layout, num_replicas: int, full_masks: bool) -> None:
-        """Build the model with arbitrary weights.
-
-        Args:
-            model: builder and small config.
-            layout: layout of the simulated ranks.
-            num_replicas: data-parallel size of the proved layout, whose micro-batches one rank runs all.
-            full_masks: every token is learned.
-        """
+    def __init__(self, model: SmallModel, layout: Layout, num_microbatches: int, full_masks: bool) -> None:
         self.model, self.layout, self.full_masks = model, layout, full_masks
-        self.num_microbatches = num_replicas // layout.replicas
+        self.num_microbatches = num_microbatches // layout.replicas
         first, last = zip(*(
             (parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=stage),
              parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=stage))
@@ -111,8 +89,8 @@ class RankTrainer:
         self.blocks = [block for chunk in inner for block in _iter_blocks(chunk)]
         """(name, global shape, block of the global tensor, its live memory)."""
 
-    def run_step(self, step: int) -> StepRecord:
-        """Run a training step (0-based); the record's pieces are copies."""
+    def run_step(self, step: int) -> tuple[dict[str, float], list[Piece]]:
+        """Run a training step (0-based); return name -> number, and copies of the tensors."""
         self.sums.begin_step(step + 1)
         for chunk in self.chunks:
             chunk.zero_grad_buffer()
@@ -123,18 +101,18 @@ class RankTrainer:
             model=self.chunks if self.layout.vpp > 1 else self.chunks[0],
             num_microbatches=self.num_microbatches, seq_length=self.model.row_tokens,
             micro_batch_size=MICRO_BATCH_SIZE, forward_only=False)
-        record = StepRecord(reduce_losses(losses))
-        record.pieces += self._list_pieces(lambda parameter, *_: {"gradient": parameter.main_grad.view(-1)})
+        numbers = reduce_losses(losses)
+        pieces = self._list_pieces(lambda parameter, *_: {"gradient": parameter.main_grad.view(-1)})
         _, norm, _ = self.optimizer.step()
-        record.numbers["gradient norm"] = float(norm)
-        record.pieces += self._list_pieces(lambda _, main, inner: {
+        numbers["gradient norm"] = float(norm)
+        pieces += self._list_pieces(lambda _, main, inner: {
             name: inner.state[main][name].view(-1) for name in MOMENTS})
-        record.pieces += [Piece(("weights", key), shape, block, 0, data.detach().reshape(-1).clone())
-                          for key, shape, block, data in self.blocks]
-        return record
+        pieces += [Piece(("weights", key), shape, block, 0, data.detach().reshape(-1).clone())
+                   for key, shape, block, data in self.blocks]
+        return numbers, pieces
 
     def _iter_batches(self, step: int) -> Iterator[dict[str, Any]]:
-        """Yield the micro-batches of this rank's replica, cut for context parallelism."""
+        """Yield the replica's micro-batches, cut for context parallelism."""
         replica = parallel_state.get_data_parallel_rank()
         for i in range(self.num_microbatches):
             batch = draw_batch(step, replica * self.num_microbatches + i, self.model, self.full_masks)
@@ -147,7 +125,7 @@ class RankTrainer:
         return losses, partial(self.loss, mask)
 
     def _list_pieces(self, read: Callable[[Any, Any, Any], dict[str, torch.Tensor]]) -> list[Piece]:
-        """Copy tensors of the elements that this rank's optimizer updates."""
+        """Copy elements that the rank's optimizer updates, from tensors that `read` returns."""
         pieces = []
         blocks = [(block, block[3].data_ptr()) for block in self.blocks]
         for parameter, start, main, inner in _iter_updated(self.optimizer):

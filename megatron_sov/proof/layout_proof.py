@@ -22,14 +22,13 @@ import torch
 
 from layout_proof.module_sums import ModuleSums, locate_difference, observe_modules
 from layout_proof.simulated_messages import CallSite, Deadlock, MessageFault, format_failure
-from layout_proof.simulated_world import SimulatedRanks, use_one_thread
+from layout_proof.simulated_world import SimulatedRanks, use_single_thread
 from megatron_sov.base.artifacts import ArtifactWriter
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.host_snapshot import HostSnapshot, SnapshotRecord
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index
 from megatron_sov.engine.model.local_shards import LocalShard, list_local_shards
-from megatron_sov.engine.optimizer.state_shards import allow_float64
 from megatron_sov.engine.parallel.world import ParallelWorld, form_groups
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.proof.miniature import Miniature, build_miniature
@@ -113,20 +112,10 @@ def prove_run(config: RunConfig, num_ranks: int) -> tuple[Miniature, Verdict]:
 
 def prove_miniature(small: Miniature, fault: MessageFault | None = None,
                     reference: ReferenceSteps | None = None) -> Verdict:
-    """Simulate two steps of a layout in this process, and compare the results with the reference.
-
-    Call `cpu_shims.prepare_without_gpu` before, without a process group.
-
-    Args:
-        small: the miniature.
-        fault: injected message fault.
-        reference: result of `run_reference`; None: compute it.
-
-    Raises:
-        UserError: settings that the model builder rejects.
-    """
+    """Simulate two steps of a layout, perhaps with an injected message fault, and compare the results with
+    the reference (None: of `run_reference`). Raises `UserError`: settings that the model builder rejects."""
     began_s = time.monotonic()
-    with use_one_thread(), allow_float64:
+    with use_single_thread():
         verdict = _compare_layout(small, run_reference(small) if reference is None else reference, fault)
     verdict.seconds = time.monotonic() - began_s
     return verdict

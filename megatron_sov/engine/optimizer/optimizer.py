@@ -46,7 +46,8 @@ class Optimizer:
             params_dtype=model.config.params_dtype, use_distributed_optimizer=parallel.zero1,
             overlap_param_gather=parallel.overlap_param_gather,
             **{**moment_settings(gpu), **quantized_weights.optimizer_settings(model.config)})
-        with state_shards.allow_float64, _select_adamw(model.config.params_dtype), warnings.catch_warnings():
+        with (state_shards.allow_float64(), _select_adamw(model.config.params_dtype),
+              warnings.catch_warnings()):
             # warning from an unused model class that Megatron-Core imports
             warnings.filterwarnings("ignore", "MimoModelConfig is experimental")
             # gloo groups are needed only for Megatron-Core's own checkpoints

@@ -6,15 +6,18 @@ a range consists of a few rectangles, so optimizer state has the same names and 
 ZeRO-1 and without.
 """
 
+import contextlib
 import dataclasses
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from unittest import mock
 
 import torch
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from layout_proof.cpu_shims import is_cpu_only
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.model.local_shards import LocalShard, ParameterLookup, list_declared_blocks
 from megatron_sov.engine.optimizer.adamw import HostAdamW, wait_for_copies
@@ -196,36 +199,19 @@ def _iter_row_rectangles(shape: Sequence[int], index: int, start: int, stop: int
         yield (index, *place), (1, *extent)
 
 
-class _AllowFloat64:
-    """Context manager, see `allow_float64`."""
+@contextlib.contextmanager
+def allow_float64() -> Iterator[None]:
+    """Let Megatron-Core, which knows three dtypes by type name, create the distributed optimizer for float64
+    on GPUs. The CPU shims do so in each process."""
+    original_type = torch.Tensor.type
 
-    def __init__(self) -> None:
-        self._num_inside = 0
-        self._named: Any = None
+    def get_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        name = original_type(tensor, *args, **kwargs)
+        return name.replace("DoubleTensor", "FloatTensor") if isinstance(name, str) else name
 
-    def __enter__(self) -> None:
-        # nested use by simulated processes: the first entry patches the names, the last exit restores them
-        if self._num_inside == 0:
-            self._named = original_type = torch.Tensor.type
-
-            def get_type_name(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-                type_name = original_type(tensor, *args, **kwargs)
-                if isinstance(type_name, str):
-                    return type_name.replace("DoubleTensor", "FloatTensor")
-                return type_name
-
-            torch.Tensor.type = get_type_name  # type: ignore[method-assign, assignment]
-        self._num_inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        self._num_inside -= 1
-        if self._num_inside == 0:
-            torch.Tensor.type = self._named  # type: ignore[method-assign]
-
-
-allow_float64 = _AllowFloat64()
-"""`with allow_float64:` Megatron-Core also creates the distributed optimizer for float64; Megatron-Core knows
-three dtypes by type name."""
+    new_type = original_type if is_cpu_only() else get_type_name
+    with mock.patch.object(torch.Tensor, "type", new_type):
+        yield
 
 
 def set_update_count(shards: Iterable[StateShard], num_updates: int) -> None:

@@ -94,7 +94,11 @@ def form_groups(parallel: ParallelConfig) -> Callable[[int, int], ParallelWorld]
         create_groups(parallel)
         tensor_parallel.model_parallel_cuda_manual_seed(1)
         library_patches.patch_defects()
-        return get_parallel_world(rank, size)
+        return ParallelWorld(
+            rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
+            dp_size=parallel_state.get_data_parallel_world_size(),
+            first_stage=parallel_state.is_pipeline_first_stage(),
+            last_stage=parallel_state.is_pipeline_last_stage())
 
     return join
 
@@ -105,15 +109,6 @@ def suppress_library_warnings() -> None:
     warnings.filterwarnings("ignore", message="`torch.distributed.*is deprecated", category=FutureWarning)
     # experts have their own tensor-parallel size, which may be 1
     warnings.filterwarnings("ignore", message="`sequence_parallel` is set to `True`, but tensor model")
-
-
-def get_parallel_world(rank: int, size: int) -> ParallelWorld:
-    """Return this process's ranks and sizes from `parallel_state`."""
-    return ParallelWorld(
-        rank=rank, size=size, dp_rank=parallel_state.get_data_parallel_rank(),
-        dp_size=parallel_state.get_data_parallel_world_size(),
-        first_stage=parallel_state.is_pipeline_first_stage(),
-        last_stage=parallel_state.is_pipeline_last_stage())
 
 
 def create_groups(parallel: ParallelConfig) -> None:
