@@ -28,8 +28,8 @@ MAX_BODY_BYTES = 8 << 20
 BODY_TIMEOUT_S, SEND_TIMEOUT_S, IDLE_TIMEOUT_S = 60.0, 60.0, 75.0
 """Time limits for a client: to send a body, to receive a chunk, and between two requests."""
 LINGER_TIMEOUT_S, CLOSE_TIMEOUT_S = 2.0, 10.0
-"""Time limits of the server: to read the body of a refused request, because its sender reads the response only
-afterwards; and to send the last answers at the end."""
+"""Time limits of the server: to read the body of a refused request, because its sender reads the response
+only afterwards; and to send the last answers at the end."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'",  # the page sets further policies
                 "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
