@@ -121,7 +121,7 @@ def inspect_communication(report: NodeReport, timeout_s: float, group_size: int 
 
 
 def time_alltoall(values: torch.Tensor, ranks: range) -> float:
-    """Return the seconds of the fastest of `REPEATS` all-to-alls of `values` in `ranks`, a rank's group."""
+    """Return the seconds of the fastest of `REPEATS` all-to-alls of `values` in `ranks`, the rank's group."""
     group = dist.new_group([*ranks], use_local_synchronization=True)
     sent = values[:len(values) // len(ranks) * len(ranks)]
     received = torch.empty_like(sent)
