@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_sov.base.errors import choose_free_path
 from megatron_sov.base.hints.commands import build_note_error, list_parsers, means_output, propose_pipeline
-from megatron_sov.base.hints.kinds import classify_folder, classify_word
+from megatron_sov.base.hints.kinds import classify_kind, classify_word
 from megatron_sov.base.hints.lines import fill_placeholder
 from megatron_sov.base.hints.missing import choose_placeholder, find_missing_row, split_positionals
 from megatron_sov.base.hints.paths import pack_for
@@ -139,7 +139,7 @@ def _write_move(parser: argparse.ArgumentParser, rewrite: Rewrite, move: _Move) 
     for start, end in pairwise([*starts, len(option_words)]):
         name, equals, value = option_words[start].partition("=")
         values = [value] * bool(equals) + option_words[start + 1:end]
-        fits = name in by_kind.get(_classify(values[0]) if values else "", [name])[:2]
+        fits = name in by_kind.get(classify_kind(values[0]) if values else "", [name])[:2]
         is_path = any(name in options for options in by_kind.values())
         if name in names and name not in move.words and (fits or not is_path):
             move.words += [name, *values]
@@ -148,7 +148,7 @@ def _write_move(parser: argparse.ArgumentParser, rewrite: Rewrite, move: _Move) 
         else:
             move.dropped += [name, *values]
     for word in loose:
-        move.place_word(word, _classify(word))
+        move.place_word(word, classify_kind(word))
     move.complete()
     return move
 
@@ -241,9 +241,3 @@ def _find_name(parser: argparse.ArgumentParser, option: str, values: Sequence[st
     word, actions = normalize_word(option), parser._option_string_actions
     names = (f"--{word.replace('_', '-')}", *index_words("options").get(word, ()))
     return next((name for name in names if name in actions and (values or actions[name].nargs == 0)), "")
-
-
-def _classify(word: str) -> str:
-    """Return run, hf or checkpoint for model folders, otherwise the kind of word (`classify_word`)."""
-    kind = classify_folder(Path(word))
-    return kind if kind in ("run", "hf", "checkpoint") else classify_word(word)

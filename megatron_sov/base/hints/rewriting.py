@@ -16,7 +16,7 @@ from typing import Any
 from megatron_sov.base.errors import find_nearest_name, fix_missing
 from megatron_sov.base.hints.commands import list_parsers
 from megatron_sov.base.hints.foreign import multiply_context, parse_blend, parse_object
-from megatron_sov.base.hints.kinds import classify_word
+from megatron_sov.base.hints.kinds import classify_kind, classify_word
 from megatron_sov.base.hints.table import (
     find_by_parts, find_note, find_our_value, get_last_part, index_words, load_table, normalize_word,
     translate_to_settings)
@@ -80,6 +80,8 @@ class Rewrite:
     """Commands to run after the line."""
     output: str = ""
     """File for printed text."""
+    prefix: str = ""
+    """Words before the program: `timeout 2h`."""
     unknown_settings: dict[str, str] = field(default_factory=dict)
     """Unknown `name=value` -> message, printed only if another word is replaced."""
 
@@ -168,6 +170,7 @@ class Rewrite:
             self.before.append(row["before"].format(**quoted))
         if "line" in row:
             self.line = row["line"].format(**quoted)
+        self.prefix = row.get("prefix", self.prefix).format(**quoted)
         self.other_command = row.get("command", self.other_command)
         self.add_words(f"{option}: {row['say']}", *written)
         return True
@@ -264,6 +267,8 @@ class Rewrite:
         is_recipe = is_name and (self.command == "plan" or classify_word(values[0]) == "recipe")
         if name == "--from" and "RECIPE" in self.positionals and is_recipe:
             return "RECIPE"
+        if name == "--prompts" and "--prompt" in self.options and values and not os.path.exists(values[0]):
+            return "--prompt"
         same_name = [name for name in self.positionals
                      if re.split(r"\W", name)[0].lower() in (word, word.removesuffix("s"))]
         if not name and same_name:
@@ -304,7 +309,12 @@ class Rewrite:
         """Write the option with a similar name, or the option or setting with the same parts in its name."""
         same_name = f"--{normalize_word(option).replace('_', '-')}"
         is_elsewhere = any(same_name in parser._option_string_actions for parser in list_parsers().values())
-        if not is_elsewhere and (nearest := find_nearest_option(option, self.options)):
+        kind = classify_kind("".join(values[:1]) or " ")
+        arguments = [name for name in self.positionals if name not in self.first_by_name
+                     and name in load_table()["argument_kinds"].get(kind, "").split()]
+        if arguments:
+            self._write_option(option, normalize_word(option), arguments[0], values)
+        elif not is_elsewhere and (nearest := find_nearest_option(option, self.options)):
             self.add_words(f"{option}: nothing takes this; did you mean '{nearest}'?", nearest, *values)
         elif (name := find_by_parts(option, self.options)) and name not in self.typed:
             self._write_option(option, normalize_word(option), name, values)
