@@ -284,12 +284,13 @@ def _fill_command_chain(commands: str, typed: Sequence[str]) -> Fix:
         arguments.insert(0, arguments.pop(arguments.index(model)))
     name = Path(model).name
     output = arguments[1] if len(arguments) > 1 else f"{name}-{number_type or 'f16'}.gguf"
+    tokens = find_value(typed, "--tokens", "--special-tokens") or ",".join(arguments[1:])
     holes = {"first": model, "name": name, "second": output, "type": number_type.upper(),
              "repo": arguments[1] if len(arguments) > 1 else "OWNER/NAME",
              "gguf": f"{name}.gguf" if number_type else output,
              "python": sys.executable, "output": find_value(typed, "--output") or f"{name}-added",
              "text": " ".join(arguments[1:]) or "TEXT",
-             "tokens": find_value(typed, "--tokens", "--special-tokens") or ",".join(arguments[1:]) or "TOKEN,TOKEN",
+             "tokens": tokens or "TOKEN,TOKEN",
              "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
     conversion = "megatron-sov convert to-hf {first} {name}-hf && "
     if conversion in commands and classify_folder(Path(model)) == "hf":
