@@ -21,7 +21,8 @@ from megatron_sov.convert.hf_import import (
     ImportSource, StateBlock, TrainingState, list_states, write_imported)
 from megatron_sov.convert.megatron.from_megatron import (
     METADATA, DistTensors, ImportReport, parse_archive, read_adamw, read_numbers)
-from megatron_sov.convert.megatron.inert_pickle import TORCH_STATE_KEY, TRAINING_PREFIXES, read_in_subprocess
+from megatron_sov.convert.megatron.inert_pickle import (
+    TORCH_STATE_KEY, TRAINING_PREFIXES, parse_file, read_index)
 from megatron_sov.convert.sources import BlockPlace, Weights, check_dtypes, check_shapes, has_same_bits
 from megatron_sov.engine.optimizer.state_shards import MASTER
 from megatron_sov.engine.parallel.device import PRECISION
@@ -88,7 +89,7 @@ class DcpWeights(Weights):
     match the model of config.json; the message names them."""
 
     def __init__(self, path: Path, config: dict[str, Any], *, with_optimizer: bool) -> None:
-        index = read_in_subprocess("index", path / METADATA)
+        index = parse_file(read_index, path / METADATA)
         self._names, prefix = _find_names(path, index["tensors"])
         weights, states = {}, {}
         for key, entry in index["tensors"].items():
