@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import torch
-from setting import ROOT, Cost, Failed, Figures, Setting
+from setting import ROOT, Failed, Figures, Setting
 
 sys.path.append(str(ROOT))
 from tests.te_double import library_shapes as contract
@@ -53,11 +53,6 @@ def absent(symbols: dict[str, Any]) -> list[str]:
     """Return the names of the contract that cannot be imported, except those of `OLD`."""
     return [name for name, shape in symbols.items()
             if shape is not None and name not in OLD and imported(name) is None]
-
-
-def cost(setting: Setting) -> Cost:
-    """Estimate the cost of the part, which starts `doctor` in a process."""
-    return Cost(starts=2, steps=1)
 
 
 def measure(setting: Setting) -> Figures:
