@@ -73,6 +73,7 @@ def run_here(rung: Rung, setting: Setting, wait_for_go: bool) -> None:
     sys.path.append(str(ROOT))
     if setting.dry:
         sys.path.insert(0, str(DOUBLE))
+        import transformer_engine.pytorch  # noqa: F401  megatron_sov hides it unless it is already imported
     problem, part = "", None
     try:
         part = importlib.import_module(rung.module)

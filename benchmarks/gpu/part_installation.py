@@ -25,6 +25,8 @@ def versions(setting: Setting) -> dict[str, str]:
     import megatron.core
     import transformer_engine
 
+    import megatron_sov.engine  # noqa: F401  on a CPU it replaces triton kernels that megatron-core imports
+
     found = {"torch": torch.__version__, "megatron-core": megatron.core.__version__,
              "transformer-engine": str(getattr(transformer_engine, "__version__", "double"))}
     if not setting.dry:

@@ -2,9 +2,9 @@
 generation.
 
 Another machine can run the rung of the CPU: the journal then carries its losses and responses, and `work` the
-packed data and the pretrained run. In float32, losses and greedy tokens are compared. In bf16, with the layers
-of Transformer Engine, only losses are compared. RL rounds only have to complete, because other rounding
-samples other tokens.
+packed data and the pretrained run. In float32, losses and greedy tokens are compared. In bf16, with the
+layers of Transformer Engine, only losses are compared. RL rounds only have to complete, because other
+rounding samples other tokens.
 """
 
 import json
