@@ -4,7 +4,7 @@ Usage: python benchmarks/plan_activations.py > benchmarks/results/plan_activatio
 
 Tiny models in float32 are trained for one step, in as many processes as their layout has.  Every tensor that
 autograd saves is counted by its storage, once, until autograd frees it; weights are left out.  `measured` is
-the peak, averaged over the ranks of the stage where `plan` is furthest off; `predicted` is `plan`'s figure for
+the peak, averaged over the ranks of the stage where `plan` is furthest off; `predicted` is `plan`'s figure of
 that stage (`plan/footprint/activations.py`).  Routing comes from an untrained router, so a rank's experts can
 get more or fewer tokens than the even share that is counted.
 """

@@ -25,8 +25,6 @@ def versions(setting: Setting) -> dict[str, str]:
     import megatron.core
     import transformer_engine
 
-    import megatron_sov.engine  # noqa: F401  on a CPU it replaces triton kernels that megatron-core imports
-
     found = {"torch": torch.__version__, "megatron-core": megatron.core.__version__,
              "transformer-engine": str(getattr(transformer_engine, "__version__", "double"))}
     if not setting.dry:
@@ -63,6 +61,9 @@ def measure(setting: Setting) -> Figures:
     Raises:
         Failed: a signature differs, or `doctor` reports an error.
     """
+    # on a CPU it replaces triton kernels that megatron-core imports
+    import megatron_sov.engine  # noqa: F401
+
     yield "versions", versions(setting)
     symbols = json.loads(contract.CONTRACT.read_text(encoding="utf-8"))[LIBRARY]["symbols"]
     yield "symbols", len(symbols)

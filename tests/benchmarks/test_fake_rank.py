@@ -59,14 +59,14 @@ def run_cases() -> None:
     print(json.dumps(results))
 
 
-def run_in_own_process(function: str, names: Collection[str]) -> dict[str, Any]:
-    """Run a function of this file in its own process, and return the JSON of its last line.
+def run_in_own_process(module: str, function: str, names: Collection[str]) -> dict[str, Any]:
+    """Run a function of a test module in its own process, and return the JSON of its last line.
 
     Asserts that the results in `names` have no problem.
     """
     completed = subprocess.run(
         [sys.executable, "-W", "ignore", "-c",
-         f"from tests.benchmarks import test_fake_rank as t; t.{function}()"],
+         f"import {module} as t; t.{function}()"],
         cwd=ROOT, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stderr[-3000:]
     results: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
@@ -77,7 +77,7 @@ def run_in_own_process(function: str, names: Collection[str]) -> dict[str, Any]:
 
 @pytest.mark.deep
 def test_a_valid_step_passes_and_gpu_only_errors_are_detected() -> None:
-    result = run_in_own_process("run_cases", [*CASES, "counted", *COUNTED_WITH])
+    result = run_in_own_process(__name__, "run_cases", [*CASES, "counted", *COUNTED_WITH])
     for name, error in (("counted", 0.005), ("counted overlap", 0.005), ("counted graphs", 0.03)):
         assert result[name]["account bytes"] == pytest.approx(result[name]["peak bytes"], rel=error)
     waits = result["last"]["waits"]
