@@ -14,14 +14,14 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_name("surface.txt")
-PACKAGES = ("megatron_sov", "data_prep", "tokenizer")
+PACKAGES = ("megatron_sov", "data_prep", "tokenizer", "layout_proof")
 SETTINGS = re.compile(r"(Config|Settings|Options|Training|Profile|Parts|Limits|Sampling|Batching)$")
 """How the names of classes of settings end."""
 
 
 def options(program: str) -> Iterator[str]:
     """Yield a line for each argument of a program's commands."""
-    from megatron_sov.base.command_line import build_full_parser
+    from megatron_sov.base.hints.commands import build_full_parser
 
     def below(parser: argparse.ArgumentParser) -> Iterator[str]:
         for action in parser._actions:

@@ -163,7 +163,7 @@ def test_a_stage_without_data_is_as_long_as_a_setting_says(settings: list[str], 
 @pytest.mark.parametrize(("words", "message"), [
     (["--from", "MODEL"], "the stage's length is unknown; pass --data DIR"),
     (["qwen3-8b", "--from", "MODEL"], "and qwen3-8b: both name a model"),
-    (["--from", "nowhere"], "--from nowhere: does not exist"),
+    (["--from", "nowhere", "--set", "train.steps=9"], "--from nowhere: does not exist"),
     (["sft"], "sft: is a stage, which needs a model: add --from FOLDER"),
     (["rl", "--from", "MODEL"], "and rl: both name a model"),
     (["--from", "MODEL", "--data", "nowhere"], "nowhere"),

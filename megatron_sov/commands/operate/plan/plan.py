@@ -107,6 +107,11 @@ def _check_model(options: PlanOptions) -> None:
         model = options.recipe if has_recipe else f"--config {options.configs[0]}"
         raise UserError(f"--from {options.start_from} and {model}: both name a model; leave one out, or name "
                         f"a stage instead of a recipe ({', '.join(STAGES)})")
+    changed = {setting.partition("=")[0] for setting in options.settings}
+    if not options.data and not changed & {"train.steps", "train.tokens"}:
+        raise UserError(f"--from {options.start_from}: the stage's length is unknown; pass --data DIR made "
+                        "by `sov-data pack`, or --set train.tokens=100000000",
+                        Fix(options=("--set", "train.tokens=100000000")))
 
 
 def _check_budget(options: PlanOptions) -> None:
