@@ -186,22 +186,19 @@ class BalancedRouter(TopKRouter):
 
     def _get_sequence_index(self, num_tokens: int, step: "RoutingStep",
                             device: torch.device) -> tuple[torch.Tensor | None, int]:
-        """Return a sequence index per local token (None: the sequences follow each other at equal lengths),
-        and the number of sequences in the micro-batch."""
+        """Return a sequence index per local token (None: all local sequences are whole), and their number."""
         split = context.get_cp_size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
         num_rows, rest = divmod(num_tokens * split, step.seq_len)
         if not rest and (num_rows == 1 or split == 1):
             return None, num_rows
-        key = num_tokens, step.seq_len
-        if key not in step.rows:
+        if (key := (num_tokens, step.seq_len)) not in step.rows:
             step.rows[key] = context.compute_row_index(num_tokens * split, self.config.sequence_parallel,
                                                        device) // step.seq_len
         return step.rows[key], max(1, num_rows)
 
 
 def _sum_by_sequence(values: torch.Tensor, row: torch.Tensor | None, num_rows: int) -> torch.Tensor:
-    """Sum [tokens, columns] over the tokens of each sequence: [sequences, columns]. Without an index per
-    token the sum needs no atomic additions, so a GPU repeats its bits."""
+    """Sum [tokens, columns] by sequence; without an index a GPU repeats the bits of the sum."""
     if row is None:
         return values.view(num_rows, -1, values.shape[1]).sum(dim=1)
     return values.new_zeros(num_rows, values.shape[1]).index_add(0, row, values)
