@@ -149,7 +149,7 @@ def _index_command_notes(program: str, word: str, typed: Sequence[str]) -> Mappi
     """Return foreign command -> note with our command. A typed model, a typed text after a folder, or the
     stage in a typed configuration file, selects a note of its own."""
     rows = load_table()["commands"].get(program, {})
-    notes = {name: note for words, note in rows.items() for name in words.split()}
+    notes = {name: note.replace("{word}", name) for words, note in rows.items() for name in words.split()}
     config = _read_configurations(typed)
     arguments = [word for word in typed if not word.startswith("-")]
     has_text = len(arguments) > 1 and not any(map(os.path.exists, arguments[1:]))
@@ -259,7 +259,8 @@ def build_note_error(begin: str, note: str, typed: Sequence[str]) -> UserError:
     # add the switches of our command, and its options with a value, unless they were typed
     values, switches = list[str](), list[str]()
     for option, value in pairwise([*words[num_words:], "--"]):
-        is_typed = option in typed and option != "--set"
+        is_typed = option != "--set" and any(
+            option in (word, *index_words("options").get(normalize_word(word), ())) for word in typed)
         if not option.startswith("--") or is_placeholder(value) or is_typed:
             continue
         if value.startswith("--"):
@@ -283,12 +284,13 @@ def _fill_command_chain(commands: str, typed: Sequence[str]) -> Fix:
         arguments.insert(0, arguments.pop(arguments.index(model)))
     name = Path(model).name
     output = arguments[1] if len(arguments) > 1 else f"{name}-{number_type or 'f16'}.gguf"
+    tokens = find_value(typed, "--tokens", "--special-tokens") or ",".join(arguments[1:])
     holes = {"first": model, "name": name, "second": output, "type": number_type.upper(),
              "repo": arguments[1] if len(arguments) > 1 else "OWNER/NAME",
              "gguf": f"{name}.gguf" if number_type else output,
              "python": sys.executable, "output": find_value(typed, "--output") or f"{name}-added",
              "text": " ".join(arguments[1:]) or "TEXT",
-             "tokens": find_value(typed, "--tokens", "--special-tokens") or "TOKEN,TOKEN",
+             "tokens": tokens or "TOKEN,TOKEN",
              "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
     conversion = "megatron-sov convert to-hf {first} {name}-hf && "
     if conversion in commands and classify_folder(Path(model)) == "hf":

@@ -506,7 +506,8 @@ def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError
     command = f"{program} {shlex.join([*first, *words])}".strip()
     options = [f"{option} {value}" for option, value in missing.items()]
     output = [f"> {shlex.quote(rewrite.output)}"] if rewrite.output else []
-    lines = [*rewrite.before, " ".join([command, *options, *output]), *rewrite.after]
+    line = " ".join(filter(None, [rewrite.prefix, command, *options, *output]))
+    lines = [*rewrite.before, line, *rewrite.after]
     return UserError(f"{parser.prog}: {_join_messages(rewrite)}", Fix(lines[-1], before=tuple(lines[:-1])))
 
 
