@@ -113,7 +113,7 @@ def split(archive: Path, output: Path) -> None:
     """Write pieces of an archive, and a manifest with their hashes."""
     shutil.rmtree(output, ignore_errors=True)
     output.mkdir(parents=True)
-    hashes = {}
+    hashes: dict[str, str] = {}
     with archive.open("rb") as file:
         while content := file.read(PIECE_BYTES):
             name = f"piece-{len(hashes):02}"
