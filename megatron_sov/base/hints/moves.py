@@ -222,17 +222,25 @@ def _redirect_output(parser: argparse.ArgumentParser, rewrite: Rewrite, option: 
 
 def _filter_input(rewrite: Rewrite, option: str) -> bool:
     """Run a pipeline before `sov-data pack` if `option` names a pipeline step; return whether it does."""
-    word, source, index = normalize_word(option), find_value(rewrite.words, "--input"), index_words("steps")
-    steps = [word] if word in index or word in load_table()["steps"] else [
-        key.partition(".")[0] for key in index if key.partition(".")[2] == word]
-    if rewrite.command != "sov-data pack" or not steps or not source:
+    source = find_value(rewrite.words, "--input")
+    if rewrite.command != "sov-data pack" or not _list_steps(option) or not source:
         return False
-    error = propose_pipeline(steps[0], ["--input", source, option, *rewrite.unplaced.pop(option)])
+    others = {name: _list_steps(name) for name in rewrite.unplaced if _list_steps(name)}
+    words = [word for name in others for word in (name, *rewrite.unplaced.pop(name))]
+    names = ",".join(step for steps in others.values() for step in steps[:1])
+    error = propose_pipeline("run", ["--input", source, "--steps", names, *words])
     assert error and error.fix
-    rewrite.add_words(f"{option}: {error.sentence.partition(': ')[2]}")
+    rewrite.add_words(f"{', '.join(others)}: {error.sentence.partition(': ')[2]}")
     rewrite.before += [*error.fix.before, error.fix.line]
     rewrite.replace_word(source, shlex.split(error.fix.line)[-1])
     return True
+
+
+def _list_steps(option: str) -> list[str]:
+    """Return the pipeline steps, or the steps with a setting, for an option of another program."""
+    word, index = normalize_word(option), index_words("steps")
+    is_step = word in load_table()["steps"] or any("." not in step for step in index.get(word, ()))
+    return [word] if is_step else [key.partition(".")[0] for key in index if key.partition(".")[2] == word]
 
 
 def _name_command(parser: argparse.ArgumentParser, rewrite: Rewrite, option: str) -> bool:
