@@ -100,7 +100,7 @@ def _choose_action_note(note: str, typed: Sequence[str]) -> str:
     group = " ".join(note.partition("`")[2].split()[:2])
     action = find_action(group, typed)
     notes = load_table()["commands"].get(group, {}).values()
-    return next((other for other in notes if action and other.startswith(f"`{group} {action} ")), note)
+    return next((text for text in notes if action and text.startswith(f"`{group} {action} ")), note)
 
 
 def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
@@ -115,8 +115,8 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     step_words = [command] if command != "run" else [part for word in words for part in word.split(",")]
     index, steps, others = index_words("steps"), dict[str, str](), list[str]()
     for word in step_words:
-        own = [word] if word in load_table()["steps"] else []
-        candidates = own or [name for name in index.get(normalize_word(word), ()) if "." not in name]
+        same_step = [word] if word in load_table()["steps"] else []
+        candidates = same_step or [name for name in index.get(normalize_word(word), ()) if "." not in name]
         if not candidates:
             continue
         settings = {name: _format_step_settings(name, values) for name in candidates}
