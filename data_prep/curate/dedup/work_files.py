@@ -101,14 +101,14 @@ def read_bucket(path: Path, dtype: np.dtype[Any], bucket: int) -> Records:
 
 def read_partition(files: Sequence[Path], dtype: np.dtype[Any], partition: int, num_partitions: int
                    ) -> Records:
-    """Read a partition's records from the shards' files. Raises `UserError`: sorting them needs more than half
-    of the available memory."""
+    """Read a partition's records from the shards' files. Raises `UserError`: sorting them needs more than
+    half of the available memory."""
     needs_bytes = SORT_COPIES * sum(file.stat().st_size for file in files) // num_partitions
     usable_bytes = psutil.virtual_memory().available // 2
     if needs_bytes > usable_bytes:
         enough = 1 << math.ceil(math.log2(num_partitions * needs_bytes / max(1, usable_bytes)))
-        raise UserError(f"{files[0].parent}: a partition takes {format_memory(needs_bytes)} to sort, and a task "
-                        f"may take {format_memory(usable_bytes)} of this machine; set `partitions: {enough}` "
+        raise UserError(f"{files[0].parent}: a partition takes {format_memory(needs_bytes)} to sort, and a "
+                        f"task may take {format_memory(usable_bytes)} of this machine; set `partitions: {enough}` "
                         "in the step, or run it on a machine with more memory")
     return np.concatenate([read_bucket(file, dtype, partition) for file in files])
 

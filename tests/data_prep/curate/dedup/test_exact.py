@@ -46,7 +46,8 @@ def test_character_width_and_spaces_are_ignored(tmp_path: Path) -> None:
     assert len(find_duplicates(MemoryView.of([docs(*texts)], tmp_path))) == 2
 
 
-def test_partitions_larger_than_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partitions_larger_than_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                       ) -> None:
     shard = docs(*map(str, range(200)))
     monkeypatch.setattr(work_files.psutil, "virtual_memory", lambda: SimpleNamespace(available=4096))
     with pytest.raises(UserError, match=r"keys: a partition .* set `partitions: (16|32)`"):
