@@ -108,8 +108,8 @@ def read_partition(files: Sequence[Path], dtype: np.dtype[Any], partition: int, 
     if needs_bytes > usable_bytes:
         enough = 1 << math.ceil(math.log2(num_partitions * needs_bytes / max(1, usable_bytes)))
         raise UserError(f"{files[0].parent}: a partition takes {format_memory(needs_bytes)} to sort, and a "
-                        f"task may take {format_memory(usable_bytes)} of this machine; set `partitions: {enough}` "
-                        "in the step, or run it on a machine with more memory")
+                        f"task may take {format_memory(usable_bytes)} of this machine; set `partitions: "
+                        f"{enough}` in the step, or run it on a machine with more memory")
     return np.concatenate([read_bucket(file, dtype, partition) for file in files])
 
 
