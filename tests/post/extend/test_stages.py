@@ -19,7 +19,6 @@ from megatron_sov.train.data.sources import Source
 from tests.run_files import read_run_events
 from tests.typed_words import format_set_options, parse_settings
 
-
 # The parts of a stage become one blend; a part without sources uses all sources of its kind.
 
 
