@@ -1,4 +1,4 @@
-"""Key figures and sections of a run's chapter in the report; a section without data is left out."""
+"""Key figures and sections of a run's chapter in the report; sections without data are omitted."""
 
 import math
 from collections.abc import Callable, Collection
