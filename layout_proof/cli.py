@@ -15,7 +15,6 @@ FILE.py:NAME is a function build(config=None, pre_process=True, post_process=Tru
 a GPTModel or HybridModel, or (model, loss). With config None it makes its own config; otherwise it uses the
 given one, which has the layout and small widths."""
 EPILOG = """exit codes: 0 equal, 3 differs, 2 cannot be simulated (one line says why)
-
 example: layout-proof model.py:build --tp 2 --pp 2 --ranks 8 --distributed-optimizer"""
 SIZES = {"tp": "tensor parallel size", "pp": "pipeline stages", "vpp": "model chunks of a stage",
          "cp": "context parallel size", "ep": "expert parallel size",

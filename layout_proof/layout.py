@@ -3,6 +3,10 @@
 import math
 from dataclasses import asdict, dataclass
 
+TOLERANCE = 1e-9
+"""Largest difference, relative to a tensor's largest number. Another order in `sum` changes float64 results
+by 1e-15; a wrong layout, by more than 1e-6."""
+EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 
 class CannotPlay(Exception):
     """Names the file, option or field that prevents a simulation, the rule and the fix."""

@@ -1,8 +1,4 @@
-"""A user's model builder with small widths: equal layout, layer kinds and settings, in float64.
-
-A layout can split, send, sum or scale tensors wrongly. The errors do not depend on a layer's width while
-ranks have shards.
-"""
+"""A user's model builder with small widths: a layout's errors do not depend on widths if ranks have shards."""
 
 import dataclasses
 import importlib.util
@@ -28,7 +24,6 @@ from megatron.core import parallel_state, tensor_parallel  # isort: skip
 from megatron.core.models.gpt.gpt_model import GPTModel  # isort: skip
 from megatron.core.models.hybrid.hybrid_model import HybridModel  # isort: skip
 from megatron.core.transformer.utils import is_layer_window_attention  # isort: skip
-
 
 HEAD_DIM, HIDDEN_SIZE, MOE_WIDTH = 8, 32, 8
 MAX_LAYERS_PER_CHUNK = 4

@@ -42,8 +42,7 @@ class DuplicatedLinear(torch.nn.Linear):
 
 
 class NormColumnLinear(ColumnParallelLinear):
-    """`TELayerNormColumnParallelLinear`: a norm with the parameters `layer_norm_*`, then a column-split
-    product."""
+    """`TELayerNormColumnParallelLinear`: a norm with the parameters `layer_norm_*`, then a product."""
 
     def __init__(self, input_size: int, output_size: int, *, config: Any, **options: Any) -> None:
         super().__init__(input_size, output_size, config=config, **options)

@@ -60,7 +60,7 @@ OTHER_PROGRAMS = {
     "srun": "tests/operate/slurm", "salloc": "tests/operate/slurm", "sbatch": "tests/operate/slurm",
     ".": "the shell's own", "cd": "the shell's own", "export": "the shell's own", "mkdir": "the shell's own",
     "cp": "the shell's own", "cat": "the shell's own", "git": "not run", "curl": "not run",
-    "printf": "tests/serve/test_chat.py", "layout-proof": "tests/layout_proof/test_proof.py",
+    "printf": "tests/serve/test_chat.py",
 }
 """First word of a shell line with another program -> how the line is tested."""
 

@@ -20,6 +20,7 @@ from unittest import mock
 
 import torch
 
+from layout_proof.layout import DIFFERS, EQUAL, FAILS, STANDS, TOLERANCE
 from layout_proof.module_sums import ModuleSums, locate_difference, observe_modules
 from layout_proof.simulated_messages import CallSite, Deadlock, MessageFault, format_failure
 from layout_proof.simulated_world import SimulatedRanks, use_single_thread
@@ -41,9 +42,6 @@ from megatron_sov.work.progress.progress_bar import create_bar
 
 STEPS = 2
 """The second step shows that weights and counters after the first step agree."""
-TOLERANCE = 1e-9
-"""Largest difference, relative to a tensor's largest number. The order of sums changes float64 results by
-about 1e-15; a wrong layout, by more than 1e-6."""
 SHOWN = 8
 """Most differences in `format_proof`, and half the most call sites; `proof_to_json` has all."""
 ASSUMED = ("kernels compute what their plain versions do, messages arrive as sent, and sends never wait",
@@ -53,7 +51,6 @@ ASSUMED = ("kernels compute what their plain versions do, messages arrive as sen
 FIRST_MOMENTS = ("exp_avg", "momentum")
 """Optimizer states that equal the clipped gradient after the first step, up to a factor."""
 _LOSS, _OPTIMIZER = "loss of ", "optimizer"
-EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 
 
 class _StepFailed(Exception):

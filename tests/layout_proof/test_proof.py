@@ -12,7 +12,7 @@ import pytest
 from benchmarks.planted_faults import Fault, mutated
 from layout_proof import cli
 
-PAGE = Path(__file__).parents[2] / "docs/layout_proof.md"
+PAGE = Path(__file__).parents[2] / "layout_proof/README.md"
 DEFECTS: dict[str, tuple[str, str, str, dict[str, Any], str]] = {
     "norm gradients not summed": (
         "megatron.core.distributed.finalize_model_grads:_allreduce_non_tensor_model_parallel_grads",
