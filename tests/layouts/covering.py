@@ -63,7 +63,7 @@ class Layout:
         return [*chosen, f"train.micro_batch_size={8 // data_parallel // num_micro_batches}"]
 
 
-def _possible(choice: tuple[str, ...], experts: bool) -> bool:
+def is_possible(choice: tuple[str, ...], experts: bool) -> bool:
     """Return whether the first factors' options can run together: MoE models need SP with TP, dense models
     have no EP."""
     parts = tuple(choice) + ("",) * (len(FACTORS) - len(choice))
@@ -72,30 +72,30 @@ def _possible(choice: tuple[str, ...], experts: bool) -> bool:
     return Layout(parts).num_ranks <= MAX_RANKS
 
 
-def singles(experts: bool) -> list[Layout]:
+def list_single_options(experts: bool) -> list[Layout]:
     """Return plain data parallelism and every option alone."""
     defaults = ("",) * len(FACTORS)
     single_choices = [(*defaults[:i], part, *defaults[i + 1:]) for i, parts in enumerate(FACTORS.values())
                       for part in parts if part]
-    return [Layout(choice) for choice in [defaults, *single_choices] if _possible(choice, experts)]
+    return [Layout(choice) for choice in [defaults, *single_choices] if is_possible(choice, experts)]
 
 
-def products(experts: bool) -> list[Layout]:
+def list_products(experts: bool) -> list[Layout]:
     """Return the mandatory product, and products that cover every possible pair of options."""
     covering_choices = [tuple(pair) for pair in AllPairs(
-        list(FACTORS.values()), filter_func=lambda row: _possible(tuple(row), experts))]
+        list(FACTORS.values()), filter_func=lambda row: is_possible(tuple(row), experts))]
     choices = [MANDATORY, *covering_choices] if experts else covering_choices
     chosen = [Layout(c) for c in dict.fromkeys(choices) if sum(map(bool, c)) > 1]
-    all_layouts = sorted((Layout(c) for c in itertools.product(*FACTORS.values()) if _possible(c, experts)),
+    all_layouts = sorted((Layout(c) for c in itertools.product(*FACTORS.values()) if is_possible(c, experts)),
                          key=lambda x: x.num_ranks)
     # the greedy search misses pairs if some choices exclude others
-    for pair in sorted(possible_pairs(experts) - pairs(chosen)):
-        if pair not in pairs(chosen):
-            chosen.append(next(layout for layout in all_layouts if pair in pairs([layout])))
+    for pair in sorted(list_possible_pairs(experts) - collect_pairs(chosen)):
+        if pair not in collect_pairs(chosen):
+            chosen.append(next(layout for layout in all_layouts if pair in collect_pairs([layout])))
     return chosen
 
 
-def fewest(layouts: list[Layout], having: Callable[[Layout], set[Any]]) -> list[Layout]:
+def select_fewest(layouts: list[Layout], having: Callable[[Layout], set[Any]]) -> list[Layout]:
     """Return a small subset of the layouts with the same union of `having`: greedily take the layout with
     most new elements, at the fewest processes."""
     chosen: list[Layout] = []
@@ -106,12 +106,12 @@ def fewest(layouts: list[Layout], having: Callable[[Layout], set[Any]]) -> list[
     return chosen
 
 
-def pairs(layouts: list[Layout]) -> set[tuple[str, str]]:
+def collect_pairs(layouts: list[Layout]) -> set[tuple[str, str]]:
     """Return the pairs of options that occur together in a layout."""
     return {pair for layout in layouts
             for pair in itertools.combinations([part for part in layout.choice if part], 2)}
 
 
-def possible_pairs(experts: bool) -> set[tuple[str, str]]:
+def list_possible_pairs(experts: bool) -> set[tuple[str, str]]:
     """Return the pairs of options that can occur together, by enumeration."""
-    return pairs([Layout(c) for c in itertools.product(*FACTORS.values()) if _possible(c, experts)])
+    return collect_pairs([Layout(c) for c in itertools.product(*FACTORS.values()) if is_possible(c, experts)])

@@ -1,4 +1,4 @@
-"""Functions that run inside ranks: dtypes of a real training step, and its bits."""
+"""Functions that run inside ranks: dtypes of a real training step, and hashes of its state."""
 
 import hashlib
 from typing import Any
@@ -13,12 +13,7 @@ from megatron_sov.engine.parallel import gpu_setup, world
 from megatron_sov.engine.router import BalancedRouter
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
-from tests.layouts.layout_run import _trainer, small_config
-
-
-def trainer(recipe: str, settings: list[str], data: str, run: str = "not-written") -> Trainer:
-    """Return a trainer of a small model on the texts in `data`."""
-    return _trainer(small_config(recipe, settings, [data], "lm"), run)
+from tests.layouts.layout_run import build_small_config, build_trainer
 
 
 class Operations(TorchDispatchMode):
@@ -38,9 +33,9 @@ class Operations(TorchDispatchMode):
         return out
 
 
-def dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
+def collect_dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
     """Return the dtypes that a step stores and computes with."""
-    built = trainer(recipe, settings, data)
+    built = build_trainer(build_small_config(recipe, settings, [data], "lm"))
     dtypes_by_name: dict[str, set[str]] = {}
 
     def record_dtype(name: str, tensor: torch.Tensor) -> None:
@@ -50,8 +45,8 @@ def dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
         router.register_forward_hook(lambda module, inputs, out: record_dtype("router weights", out[0]))
         record_dtype("router bias", router.expert_bias)
     with (Operations() as seen,
-          _noted(BalancedRouter, "gating", lambda out: record_dtype("router logits", out)),
-          _noted(logprobs.Head, "cross_entropy", lambda out: record_dtype("losses", out[1]))):
+          patch_and_record(BalancedRouter, "gating", lambda out: record_dtype("router logits", out)),
+          patch_and_record(logprobs.Head, "cross_entropy", lambda out: record_dtype("losses", out[1]))):
         result = train_step(built)
     assert result is not None
     for parameter in built.model.parameters():
@@ -65,7 +60,7 @@ def dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
             "reduced": seen.reduced, "gradients": gradients, "loss": result.loss}
 
 
-def _noted(cls: type, method: str, record: Any) -> Any:
+def patch_and_record(cls: type, method: str, record: Any) -> Any:
     """Patch a method so that `record` receives its results."""
     original = getattr(cls, method)
 
@@ -77,7 +72,7 @@ def _noted(cls: type, method: str, record: Any) -> Any:
     return mock.patch.object(cls, method, call_and_record)
 
 
-def bits(built: Trainer) -> str:
+def hash_state(built: Trainer) -> str:
     """Hash all weights, buffers and optimizer states of this process."""
     digest = hashlib.sha256()
     named = [*built.model.state_dict().items(), *((b.key, b.data) for b in built.optimizer.state_shards())]
@@ -87,17 +82,16 @@ def bits(built: Trainer) -> str:
     return digest.hexdigest()
 
 
-def repeatable(settings: list[str], data: str, threads: int) -> dict[str, Any]:
-    """Return losses and bits of two deterministic steps, with sizes that keep several threads busy."""
+def train_deterministically(settings: list[str], data: str, threads: int) -> dict[str, Any]:
+    """Return losses and a state hash of two deterministic steps whose sizes keep several threads busy."""
     gpu_setup.enable_determinism()
     torch.set_num_threads(threads)
-    built = trainer("tiny-solar-open", [
-        "model.hidden_size=128", "model.head_dim=32", "model.expert_ffn_dim=128", "model.num_layers=1",
-        'data.phases=[{"name": "main", "seq_len": 256}]', "train.micro_batch_size=2",
-        "train.global_batch_size=4", "train.head_chunk_tokens=2048", "train.deterministic=true", *settings],
-                    data)
+    sizes = ["model.hidden_size=128", "model.head_dim=32", "model.expert_ffn_dim=128", "model.num_layers=1",
+             'data.phases=[{"name": "main", "seq_len": 256}]', "train.micro_batch_size=2",
+             "train.global_batch_size=4", "train.head_chunk_tokens=2048", "train.deterministic=true"]
+    built = build_trainer(build_small_config("tiny-solar-open", [*sizes, *settings], [data], "lm"))
     losses = [train_step(built).loss for _ in range(2)]  # type: ignore[union-attr]
-    result = {"losses": losses, "bits": bits(built), "threads": torch.get_num_threads(),
+    result = {"losses": losses, "state": hash_state(built), "threads": torch.get_num_threads(),
               "torch": torch.are_deterministic_algorithms_enabled(),
               "library": built.model.config.deterministic_mode}
     world.leave_world()

@@ -19,8 +19,6 @@ from tests.layouts import covering
 
 RUN = str(Path(__file__).with_name("layout_run.py"))
 PAGE = Path(__file__).parents[2] / "benchmarks/results/layout_agreement.txt"
-
-
 WHOLE_TABLE = bool(os.environ.get("SOV_WRITE_TABLE"))
 MODELS: dict[str, tuple[str, list[str], bool]] = {
     # a vocabulary that tensor parallelism pads
@@ -36,42 +34,60 @@ LIMITS = {"loss": 1e-12, "gradient norm": 1e-12, "weights": 2e-11, "other": 1e-1
 1e-8: a weight then moves by 1e-10 of the learning rate, the only difference that may exceed 1e-12."""
 
 
-def _apart(ours: Any, theirs: Any) -> float:
+def compute_difference(ours: Any, theirs: Any) -> float:
+    """Return the largest difference relative to the largest value."""
     a, b = np.array(ours), np.array(theirs)
     return float(np.abs(a - b).max(initial=0.0) / max(1e-3, np.abs(b).max(initial=0.0)))
 
 
-def _differences(steps: list[dict[str, Any]], expected: list[dict[str, Any]],
-                 apart: dict[str, float]) -> dict[str, float]:
-    """Return the largest differences of a run in loss, gradient norm, other step fields and final state."""
-    assert len(steps) == len(expected) and all(a.keys() == b.keys()
-                                               for a, b in zip(steps, expected, strict=True))
+def compare_steps(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[str, float]:
+    """Return the largest differences of two runs in loss, gradient norm and other step fields."""
+    assert [step.keys() for step in steps] == [step.keys() for step in expected]
     names = {"loss": "loss", "grad_norm": "gradient norm"}
-    largest = {"loss": 0.0, "gradient norm": 0.0, "other": apart["optimizer"], "weights": apart["model"]}
+    largest = dict.fromkeys(("loss", "gradient norm", "other"), 0.0)
     for ours, theirs in zip(steps, expected, strict=True):
         for field, value in ours.items():
             column = names.get(field, "other")
-            largest[column] = max(largest[column], _apart(value, theirs[field]))
+            largest[column] = max(largest[column], compute_difference(value, theirs[field]))
     return largest
 
 
-def _layouts(experts: bool) -> list[Any]:
-    return [*covering.singles(experts), *covering.products(experts)]
+def compare_runs(name: str, per_rank: list[dict[str, Any]], reference: dict[str, Any]
+                 ) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """Return the largest differences of a layout's runs, from scratch and continued, from one process's runs,
+    and a description of each difference beyond `LIMITS`."""
+    assert all(result["scratch"] == per_rank[0]["scratch"] for result in per_rank), (
+        f"{name}: processes report other numbers")
+    differences, problems = {}, []
+    for start in ("scratch", "continued"):
+        state = {part: max(result[f"{start} differences"][part] for result in per_rank)
+                 for part in ("model", "optimizer")}
+        columns = compare_steps(per_rank[0][start], reference[start])
+        columns |= {"other": max(columns["other"], state["optimizer"]), "weights": state["model"]}
+        differences[start] = columns
+        problems += [f"{name}, {start}: {column} differs by {value:.1e}"
+                     for column, value in columns.items() if not value <= LIMITS[column]]
+    return differences, problems
 
 
-def _list_layouts(model: str, *, all_pairs: bool) -> list[Any]:
+def list_all_layouts(experts: bool) -> list[Any]:
+    return [*covering.list_single_options(experts), *covering.list_products(experts)]
+
+
+def select_layouts(model: str, *, all_pairs: bool) -> list[Any]:
     """Return the layouts to run for a model: all settings, or all pairs of settings."""
     experts = MODELS[model][2]
     if WHOLE_TABLE:
-        return _layouts(experts)
-    products = covering.products(experts)
+        return list_all_layouts(experts)
+    products = covering.list_products(experts)
     if not experts:
         return [max((x for x in products if set(x.choice) >= ONLY_DENSE), key=lambda x: len(set(x.choice)))]
     model_index = [name for name in MODELS if MODELS[name][2]].index(model)
     if all_pairs:
-        selected = dict.fromkeys([products[0], *covering.fewest(products, lambda x: covering.pairs([x]))])
+        fewest = covering.select_fewest(products, lambda x: covering.collect_pairs([x]))
+        selected = dict.fromkeys([products[0], *fewest])
     else:
-        selected = dict.fromkeys(covering.fewest(products, lambda x: set(filter(None, x.choice))))
+        selected = dict.fromkeys(covering.select_fewest(products, lambda x: set(filter(None, x.choice))))
     return [x for i, x in enumerate(selected) if i % 2 == model_index]
 
 
@@ -87,35 +103,29 @@ FIRST = "experts, YaRN"
 def test_every_layout_trains_like_one_process(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                               model: str, all_pairs: bool) -> None:
     recipe, settings, _ = MODELS[model]
-    layouts = _list_layouts(model, all_pairs=all_pairs)
+    layouts = select_layouts(model, all_pairs=all_pairs)
     num_steps = 4 if WHOLE_TABLE else 2
     common = {"recipe": recipe, "paths": [str(packed_data.text)], "reference": str(tmp_path),
               "num_steps": num_steps}
     base = ["train.precision=fp64", *settings, *["model.num_experts=8"] * (MODELS[model][2] and WHOLE_TABLE)]
-    one = job(RUN, "compared", 1, {**common, "settings": base, "is_reference": True})
-    (reference,), *others = ranks(one, *(job(RUN, "compared", x.num_ranks, {
+    one = job(RUN, "train_and_continue", 1, {**common, "settings": base, "is_reference": True})
+    (reference,), *others = ranks(one, *(job(RUN, "train_and_continue", x.num_ranks, {
         **common, "settings": [*base, *x.settings], "is_reference": False}) for x in layouts), timeout_s=1200)
     assert reference["scratch"][0]["loss"] > reference["scratch"][-1]["loss"]
     half = reference["scratch"][num_steps // 2:]
-    assert (half == reference["continued"] and reference["continued apart"] == {"model": 0, "optimizer": 0})
+    assert half == reference["continued"]
+    assert reference["continued differences"] == {"model": 0, "optimizer": 0}
     rows, problems = [], []
     for layout, per_rank in zip(layouts, others, strict=True):
-        assert all(r["scratch"] == per_rank[0]["scratch"] for r in per_rank), (
-            f"{layout.name}: processes report other numbers")
-        differences = {}
-        for start, steps in (("scratch", reference["scratch"]), ("continued", half)):
-            apart = {part: max(r[f"{start} apart"][part] for r in per_rank)
-                     for part in ("model", "optimizer")}
-            differences[start] = _differences(per_rank[0][start], steps, apart)
-            problems += [f"{layout.name}, {start}: {column} differs by {value:.1e}"
-                         for column, value in differences[start].items() if not value <= LIMITS[column]]
+        differences, problems_of_layout = compare_runs(layout.name, per_rank, reference)
         rows.append((layout, differences))
+        problems += problems_of_layout
     assert problems == [], "\n".join(problems)
     if WHOLE_TABLE and not all_pairs:
-        _write(model, rows)
+        write_table(model, rows)
 
 
-def _write(model: str, rows: list[tuple[Any, dict[str, dict[str, float]]]]) -> None:
+def write_table(model: str, rows: list[tuple[Any, dict[str, dict[str, float]]]]) -> None:
     """Replace one model's table in the page."""
     lines = [f"## {model[0].upper()}{model[1:]}", "", "| Layout | Processes | Loss | Gradient norm | Weights "
                                                       "| Loss, continued | Gradient norm | Weights |",
@@ -139,21 +149,22 @@ def test_the_published_table_lists_every_layout() -> None:
         rows = [line.split(" | ")
                 for line in table if line.startswith("| ") and not line.startswith("| Layout")]
         assert [(r[0].removeprefix("| "), int(r[1])) for r in rows] == [
-            (x.name, x.num_ranks) for x in _layouts(experts)]
+            (x.name, x.num_ranks) for x in list_all_layouts(experts)]
         worst = max(float(cell.rstrip(" |")) for r in rows for cell in r[2:4] + r[5:7])
         assert worst <= LIMITS["loss"]
 
 
 @pytest.mark.parametrize("all_pairs", [False, True])
 def test_every_setting_every_pair_and_everything_at_once_are_tried(all_pairs: bool) -> None:
-    dense, *with_experts = (_list_layouts(model, all_pairs=all_pairs) for model in MODELS)
+    dense, *with_experts = (select_layouts(model, all_pairs=all_pairs) for model in MODELS)
     selected = [x for layouts in with_experts for x in layouts]
-    settings = {part for x in covering.singles(True) for part in x.choice}
-    assert {part for x in selected for part in x.choice} == settings and set(selected) <= set(_layouts(True))
+    settings = {part for x in covering.list_single_options(True) for part in x.choice}
+    assert {part for x in selected for part in x.choice} == settings
+    assert set(selected) <= set(list_all_layouts(True))
     for layouts in with_experts:
         assert any(x.num_ranks == covering.MAX_RANKS for x in layouts)
     if all_pairs:
-        assert covering.pairs(selected) == covering.possible_pairs(True)
+        assert covering.collect_pairs(selected) == covering.list_possible_pairs(True)
         assert covering.MANDATORY in [x.choice for x in selected]
     (product,) = dense
     assert set(product.choice) > {*ONLY_DENSE, "CP2", "ZeRO-1"}
@@ -161,8 +172,8 @@ def test_every_setting_every_pair_and_everything_at_once_are_tried(all_pairs: bo
 
 @pytest.mark.parametrize("experts", [False, True])
 def test_all_settings_that_can_meet_do_meet(experts: bool) -> None:
-    selected = covering.products(experts)
-    assert covering.pairs(selected) == covering.possible_pairs(experts)
+    selected = covering.list_products(experts)
+    assert covering.collect_pairs(selected) == covering.list_possible_pairs(experts)
     assert all(x.num_ranks <= covering.MAX_RANKS for x in selected)
     assert not experts or selected[0].name == "TP2+SP x PP2 x CP2 x EP2 x ZeRO-1"
 
@@ -181,10 +192,10 @@ PP2 = ["parallel.pp=2", "parallel.vpp=2"]
 def test_the_same_layout_continues_bit_for_bit(ranks: Any, job: Any, packed_data: Any, tmp_path: Path,
                                                cases: list[Any]) -> None:
     common = {"recipe": "tiny-k-exaone", "paths": [str(packed_data.text)], "is_reference": True}
-    results = ranks(*(job(RUN, "compared", n, {
+    results = ranks(*(job(RUN, "train_and_continue", n, {
         **common, "settings": [f"train.precision={precision}", *layout],
         "reference": str(tmp_path / str(number))}) for number, (precision, n, layout) in enumerate(cases)))
     for case, per_rank in zip(cases, results, strict=True):
         for rank_result in per_rank:
             assert rank_result["continued"] == rank_result["scratch"][1:], case
-            assert rank_result["continued apart"] == {"model": 0, "optimizer": 0}, case
+            assert rank_result["continued differences"] == {"model": 0, "optimizer": 0}, case

@@ -14,7 +14,7 @@ LAYOUT = ["parallel.tp=2", "parallel.sp=true", "parallel.ep=2"]
 def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: Any, job: Any,
                                                                          packed_data: Any) -> None:
     arguments = {"recipe": "tiny-k-exaone", "data": str(packed_data.text)}
-    jobs = [job(RUN, "dtypes", 2 if p == "bf16" else 1,
+    jobs = [job(RUN, "collect_dtypes", 2 if p == "bf16" else 1,
                 {**arguments,
                  "settings": [f"train.precision={p}", "model.num_experts=8", "model.num_layers=3"]})
             for p in ("bf16", "fp32", "fp64")]
@@ -39,7 +39,7 @@ def test_bf16_keeps_master_weights_gradients_routing_and_loss_in_float32(ranks: 
     (1, 2, []), (2, 1, [*LAYOUT, "train.precision=bf16"])], ids=["threads", "layouts"])
 def test_deterministic_runs_repeat_their_bits(ranks: Any, job: Any, packed_data: Any, nproc: int,
                                               threads: int, settings: list[str]) -> None:
-    once, repeated = ranks(*2 * [job(RUN, "repeatable", nproc, {
+    once, repeated = ranks(*2 * [job(RUN, "train_deterministically", nproc, {
         "settings": settings, "data": str(packed_data.text), "threads": threads})])
     assert once == repeated
     assert once[0]["threads"] == threads and once[0]["torch"] and once[0]["library"]

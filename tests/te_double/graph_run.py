@@ -32,7 +32,7 @@ def _train(recipe: str, settings: list[str], path: str, steps: int, quantises: b
     """Train, and return the results.
 
     Returns:
-        steps: the results of `layout_run._step`, with balancing losses and the number of replayed passes.
+        steps: the results of `layout_run.run_step`, with balancing losses and the number of replayed passes.
         alone: hash of the local gradients of one more batch's first micro-batch.
         weights: hash of the final weights and buffers.
         padding: number of padding tokens in all rows.
@@ -57,8 +57,8 @@ def _train(recipe: str, settings: list[str], path: str, steps: int, quantises: b
 
     operators.replay = count_and_replay
     config = (quantized_run.build_config(recipe, settings, path) if quantises
-              else layout_run.small_config(recipe, settings, [path], "lm"))
-    trainer = layout_run._trainer(config)
+              else layout_run.build_small_config(recipe, settings, [path], "lm"))
+    trainer = layout_run.build_trainer(config)
     compute_gradients, padding = trainer.forward_backward.compute_gradients, [0]
 
     def count_padding(batch: Any, *others: Any) -> Any:
@@ -69,7 +69,7 @@ def _train(recipe: str, settings: list[str], path: str, steps: int, quantises: b
     found = []
     for _ in range(steps):
         replays[0] = 0
-        found.append(layout_run._step(trainer))
+        found.append(layout_run.run_step(trainer))
         losses = trainer.model.config.routing_step.aux_loss
         found[-1] |= {"replays": replays[0],
                       "balancing": {layer: float(loss) for layer, loss in sorted(losses.items())}}

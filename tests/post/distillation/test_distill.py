@@ -17,7 +17,7 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
-from tests.layouts.layout_run import small_config
+from tests.layouts.layout_run import build_small_config
 
 WHOLE = ["distillation.beta=0.3", "distillation.temperature=1.5", "distillation.ce_coeff=0.1"]
 KINDS = {
@@ -35,7 +35,7 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
 
 def build_trainer(kind: str, data: list[str], states: str) -> tuple[Trainer, list[Any]]:
     """Return a trainer with one of `KINDS` as objective, and its data sources."""
-    config = small_config("tiny-k-exaone", [*SETTINGS, *KINDS[kind]], data, "distill")
+    config = build_small_config("tiny-k-exaone", [*SETTINGS, *KINDS[kind]], data, "distill")
     parallel_world = world.join_world(config.parallel)
     config.check(parallel_world.size)
     sources = open_sources(config.data.paths, config.model.vocab_size)
