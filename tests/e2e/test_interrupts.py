@@ -9,7 +9,6 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_sov.cli import main
 from megatron_sov.commands.operate.runs.run_state import read_run_state
 from megatron_sov.runs.folder import FAULTS
 from megatron_sov.runs.lock import read_lock
@@ -87,7 +86,7 @@ SHORT = ("train.steps=6", "train.eval_every_steps=0")
 
 @pytest.mark.distributed
 def test_status_shows_why_a_run_ended(pretrain: Any, run_command: Any, tmp_path: Path,
-                                      capsys: pytest.CaptureFixture[str]) -> None:
+                                      read_output: Any) -> None:
     refused, crashed, unguarded = tmp_path / "refused", tmp_path / "crashed", tmp_path / "unguarded"
     arguments = {refused: ("--inject", "nan@step=1,nan@step=2", "--set", "guards.rollback_after_skips=2"),
                  unguarded: ("--inject", "nan@step=3", "--set", "guards.skip=false", "--set",
@@ -104,12 +103,10 @@ def test_status_shows_why_a_run_ended(pretrain: Any, run_command: Any, tmp_path:
                           "again; find the cause"}
     for run, reason in reasons.items():
         assert f"error: {reason}" in results[run].stderr
-        assert main(["status", str(run)]) == 0
-        status = capsys.readouterr().out
+        status = read_output("status", str(run))
         assert f"  state       ended ({reason}" in status
         assert ("  incidents   2 x step rejected (megatron-sov logs" in status) == (run == refused)
-        assert main(["logs", str(run)]) == 0
-        assert f"ended by an error: {reason}" in capsys.readouterr().out
+        assert f"ended by an error: {reason}" in read_output("logs", str(run))
 
 
 FAILING_OBJECTIVE = """

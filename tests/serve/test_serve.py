@@ -224,7 +224,6 @@ def test_a_mistake_is_one_sentence(options: list[str], message: str, one_rank: N
     assert told.startswith("error: ") and message in told and "Traceback" not in told
 
 
-def test_a_folder_without_a_model_is_refused(tmp_path: Path, capsys: Any) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, get_refusal: Any) -> None:
     for target in (tmp_path, tmp_path / "none"):
-        assert main(["serve", str(target)]) == 2
-        assert capsys.readouterr().err.count("error: ") == 1
+        assert get_refusal("serve", str(target)).count("error: ") == 1

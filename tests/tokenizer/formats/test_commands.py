@@ -220,17 +220,15 @@ def write_broken_model(root: Path, **changes: Any) -> Path:
     ({"trainer_spec__model_type": 1},
      "it has no piece for '<', so text that reads '<unk>' would become that piece"),
 ])
-def test_models_that_have_no_form_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                              changes: dict[str, Any], message: str) -> None:
+def test_models_that_have_no_form_are_refused(tmp_path: Path, changes: dict[str, Any], message: str,
+                                              get_refusal: Any) -> None:
     file = write_broken_model(tmp_path, **changes)
-    assert main(["import", str(file), "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
+    error = get_refusal("import", str(file), "--output", str(tmp_path / "out"))
     assert message in error and error.count("\n") == 1
     assert [p.name for p in tmp_path.iterdir()] == ["bad.model"]
 
 
-def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
-                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path, get_refusal: Any) -> None:
     ranks = format_ranks(learn_ranks())
     files = {
         "a.tiktoken": ranks, "b.tiktoken": ranks,
@@ -261,8 +259,7 @@ def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
         random_ids: "makes encoding random",
     }
     for path, sentence in mistakes.items():
-        assert main(["import", str(path), "--output", str(tmp_path / "out")]) == 2
-        error = capsys.readouterr().err
+        error = get_refusal("import", str(path), "--output", str(tmp_path / "out"))
         assert sentence in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
 
@@ -300,7 +297,6 @@ def _truncate(file: str) -> Callable[[Path, Path], Path]:
     _truncate("tokenizer.json"),
 ])
 def test_hostile_files_cost_a_sentence(write: Callable[[Path, Path], Path], trained: Path, tmp_path: Path,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["import", str(write(tmp_path, trained)), "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+                                       get_refusal: Any) -> None:
+    error = get_refusal("import", str(write(tmp_path, trained)), "--output", str(tmp_path / "out"))
+    assert error.startswith("error: ") and error.count("\n") == 1
