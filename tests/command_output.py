@@ -1,6 +1,7 @@
-"""Fixtures that run a command in this process and return its output or its error."""
+"""Fixtures that run a command and return its output or its error."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -36,5 +37,16 @@ def get_refusal(cli_main: Main, capsys: pytest.CaptureFixture[str]) -> Callable[
         captured = capsys.readouterr()
         assert not captured.out and "Traceback" not in captured.err
         return captured.err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_checked(run_command: Any) -> Callable[..., Any]:
+    """Return `run_checked(*words, code=0)`: `run_command` of a command that must end with a code."""
+    def run(*words: str, code: int = 0) -> Any:
+        result = run_command(*words)
+        assert result.returncode == code, result.stderr
+        return result
 
     return run

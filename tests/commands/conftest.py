@@ -1,6 +1,5 @@
 """Fixtures for commands: their output, settings of a tiny model, and a trained run as a teacher."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +27,4 @@ def teacher(packed_data: Any, run_checked: Any, tiny: list[str], tmp_path_factor
     run = tmp_path_factory.mktemp("teacher") / "run"
     run_checked("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
                 *tiny, *STEPS, "--set", "model.hidden_size=48")
-    return run
-
-
-@pytest.fixture(scope="session")
-def run_checked(run_command: Any) -> Callable[..., Any]:
-    """Return `run_checked(*words, code=0)`: `run_command` of a command that must end with a code."""
-    def run(*words: str, code: int = 0) -> Any:
-        result = run_command(*words)
-        assert result.returncode == code, result.stderr
-        return result
-
     return run

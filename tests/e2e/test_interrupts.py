@@ -58,7 +58,7 @@ def test_ctrl_c_is_answered_before_the_step_has_ended(tmp_path: Path, pretrain: 
 @pytest.mark.distributed
 @pytest.mark.essential
 @pytest.mark.parametrize("nproc", [pytest.param("1", marks=pytest.mark.deep), "2"])
-def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_command: Any, start: Any,
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_checked: Any, start: Any,
                                         until: Any, nproc: str) -> None:
     run = tmp_path / "run"
     process = start(pretrain(run, "--nproc", nproc, "--inject", "slow-rank@step=4,seconds=900,steps=1",
@@ -75,8 +75,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_comma
                                        f"megatron-sov resume {run}")
     assert "Traceback" not in errors
     # The fault occurred in the run; without it the command resumes from the checkpoint.
-    result = run_command("resume", str(run))
-    assert result.returncode == 0, result.stderr
+    run_checked("resume", str(run))
     # a resumed run is not evaluated again
     assert [event["step"] for event in read_run_events(run, "eval")] == [0, 8]
 
@@ -135,13 +134,13 @@ class Failing(LanguageModelling):
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_in_progress_is_completed_after_an_error(pretrain: Any, run_command: Any,
+def test_a_checkpoint_in_progress_is_completed_after_an_error(pretrain: Any, run_checked: Any,
                                                               tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FAILING_OBJECTIVE)
     settings = (*SHORT, f"objective.name={tmp_path}/mine.py:Failing", "train.checkpoint_every_steps=2",
                 "train.max_restarts=0")
-    result = run_command(*pretrain(tmp_path / "run", "--nproc", "2", settings=settings))
-    assert result.returncode == 1 and "ValueError: a defect of one process" in result.stderr, result.stderr
+    result = run_checked(*pretrain(tmp_path / "run", "--nproc", "2", settings=settings), code=1)
+    assert "ValueError: a defect of one process" in result.stderr, result.stderr
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
     saved = read_run_events(tmp_path / "run", "checkpoint")
     assert [(e["step"], e["save_s"] > 1) for e in saved] == [(2, True)]

@@ -311,7 +311,7 @@ BAD_LINES = {
 
 
 def test_quarantine_lists_bad_records_and_keeps_good_ones(tokenizers: dict[str, Path], tmp_path: Path,
-                                                          get_refusal: Any, read_output: Any) -> None:
+                                                          capsys: Any, read_output: Any) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     good = ['{"id": "first", "text": "one"}', '{"id": "last", "text": "two"}']
@@ -327,7 +327,8 @@ def test_quarantine_lists_bad_records_and_keeps_good_ones(tokenizers: dict[str, 
     parquet.write_table(pyarrow.table({"text": ["seven", None]}), folder / "g.parquet")
     base = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", f"all={folder}", "--output",
             str(tmp_path / "out"), "--max-document-bytes", "500", "--heldout", "0"]
-    assert f"error: {folder}/a.jsonl:2: is not valid JSON" in get_refusal(*base)
+    assert main(base) == 2
+    assert f"error: {folder}/a.jsonl:2: is not valid JSON" in capsys.readouterr().err
     stdout = read_output(*base, "--on-bad", "quarantine")
     rows = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
     found = [(Path(r["file"]).name, r["line"], r["code"]) for r in rows]
