@@ -44,10 +44,6 @@ def load_reference(name: str) -> str:
     return reference
 
 
-def odd_mistral() -> dict[str, Any]:
-    return {**exactness.odd_sizes("mistral", 0)[0], "tie_word_embeddings": True, "sliding_window": 9}
-
-
 def odd_mixtral() -> dict[str, Any]:
     config, experts = exactness.odd_sizes("mixtral", 2)
     return {**config, "tie_word_embeddings": True, "num_local_experts": 16,
@@ -77,7 +73,9 @@ def odd_kimi_linear() -> dict[str, Any]:
 
 
 ODD: dict[str, Callable[[], dict[str, Any]]] = {
-    "mistral": odd_mistral, "mixtral": odd_mixtral, "glm4_moe": odd_glm4_moe, "kimi_linear": odd_kimi_linear}
+    "mistral": lambda: {**exactness.odd_sizes("mistral", 0)[0], "tie_word_embeddings": True,
+                        "sliding_window": 9},
+    "mixtral": odd_mixtral, "glm4_moe": odd_glm4_moe, "kimi_linear": odd_kimi_linear}
 """Family -> a config.json with sizes that nothing divides neatly."""
 
 
