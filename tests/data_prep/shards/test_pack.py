@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from megatron_sov.base.documents import RecordReading, files
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.work.progress.journal import work_folder
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -286,10 +286,7 @@ def test_killed_pack_leaves_no_worker_and_resumes(tokenizers: dict[str, Path], t
     text.write_text("".join(f"{i} words in a long file\n\n" for i in range(80_000)))
     num_units = len(list(files.plan_units([text])))
     with start_packing(tokenizers["solar-open"], text, output, 2) as process:
-        deadline_s = time.monotonic() + 600
-        while not complete_units(output):
-            assert process.poll() is None and time.monotonic() < deadline_s
-            time.sleep(0.02)
+        wait_until(lambda: complete_units(output), lambda: process.poll() is not None)
         workers = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     assert workers and all(ends(worker.pid) for worker in workers)
