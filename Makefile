@@ -70,7 +70,7 @@ types: setup
 	  $$(git ls-files 'benchmarks/*.py')
 
 check: style  ## two minutes: lint, types of what changed, the rules of the house, the pages, every command's help and examples
-	changed=$$(git diff --name-only --diff-filter=d HEAD -- 'megatron_sov/*.py' 'tokenizer/*.py' 'data_prep/*.py' 2>/dev/null); \
+	changed=$$(git diff --name-only --diff-filter=d HEAD -- 'megatron_sov/*.py' 'tokenizer/*.py' 'data_prep/*.py' 'layout_proof/*.py' 2>/dev/null); \
 	[ -z "$$changed" ] || "$(PY)" -m mypy $$changed
 	OMP_NUM_THREADS=1 "$(PY)" -m pytest -q tests/test_architecture.py tests/test_docs.py tests/test_help.py
 
@@ -87,7 +87,7 @@ test: style  ## lint, and beside mypy the tests of tier 1 (tests/tiers.py); inst
 # What takes longest comes first, and what takes shortest last: then no fork of pytest waits long for the others.
 LONGEST := $(addprefix tests/,operate/slurm e2e benchmarks layouts te_double commands engine post infer train \
   convert proof eval serve bench publish model operate checkpoint judge test_readme.py test_own_code.py test_wheel.py \
-  tokenizer data_prep)
+  tokenizer data_prep layout_proof)
 # What is freed goes back to the system at once: a tenth of a process's memory.
 FREED_AT_ONCE := MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=131072 MALLOC_MMAP_THRESHOLD_=131072
 # On two cores four tests at a time, since many wait for what they have killed, or for a server.  A plugin that no test asks for is an

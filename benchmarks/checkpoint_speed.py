@@ -2,11 +2,10 @@
 
     python benchmarks/checkpoint_speed.py [--megabytes 400] [--rounds 5] [--nproc 1]
 
-Saves the float32 weights and moments of a model of about the given size, and loads them again. For comparison
-the files of the checkpoint are copied in several ways: `cp`; `cp` and fsync; `cp`, fsync and BLAKE3, as a
-save does; `cp`, fsync and SHA-256 by `openssl`. Every round measures all of them one after another, so that
-other load on the machine affects all alike. Ratios are of the medians. Loading and `cp` read from the page
-cache.
+Save the float32 weights and moments of a model of about the given size, and load them again. The peers copy
+the files of the checkpoint: `cp`; `cp` and fsync; `cp`, fsync and BLAKE3, as a save does; `cp`, fsync and
+SHA-256 by `openssl`. Every round measures each action once, so that other load on the machine affects all
+alike. Ratios are of the medians. Loading and `cp` read from the page cache.
 """
 
 import argparse
@@ -22,7 +21,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from machine import describe_machine
+from measurement import describe_machine, read_child_cpu_s
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
@@ -51,7 +50,7 @@ def build_config(num_bytes: float) -> RunConfig:
     return config
 
 
-def copy(source: Path, target: Path, name: str) -> None:
+def copy_folder(source: Path, target: Path, name: str) -> None:
     """Copy a folder by `cp`, then sync and hash every file if `name` (of `COPIES`) contains these steps."""
     subprocess.run(["cp", "-r", str(source), str(target)], check=True)
     files = [p for p in target.rglob("*") if p.is_file()]
@@ -66,15 +65,9 @@ def copy(source: Path, target: Path, name: str) -> None:
                        stdout=subprocess.DEVNULL)
 
 
-def cpu_s() -> float:
-    """Return the processor seconds of this process and of its ended child processes."""
-    times = os.times()
-    return times.user + times.system + times.children_user + times.children_system
-
-
-def measure(folder: Path, config: RunConfig, rounds: int) -> int:
-    """Run every measure on every rank; rank 0 writes wall and CPU seconds and the checkpoint's bytes to
-    FOLDER/seconds.json."""
+def measure_actions(folder: Path, config: RunConfig, rounds: int) -> int:
+    """Run every action of `MEASURES` on every rank; rank 0 writes wall and CPU seconds and the checkpoint's
+    bytes to FOLDER/seconds.json."""
     import torch
     import torch.distributed as dist
 
@@ -98,28 +91,30 @@ def measure(folder: Path, config: RunConfig, rounds: int) -> int:
     def time_action(name: str, action: Callable[[], object]) -> None:
         dist.barrier()
         os.sync()
-        start_s, start_cpu_s = time.monotonic(), cpu_s()
+        begin_s, begin_cpu_s = time.monotonic(), time.process_time() + read_child_cpu_s()
         action()
-        seconds[name].append((time.monotonic() - start_s, cpu_s() - start_cpu_s))
+        cpu_s = time.process_time() + read_child_cpu_s() - begin_cpu_s
+        seconds[name].append((time.monotonic() - begin_s, cpu_s))
 
-    def begin(name: str) -> None:
+    def begin_save(name: str) -> None:
         saver.begin(folder / name, model, optimizer, companions)
 
     def save_waiting(name: str) -> None:
         waiting.begin(folder / name, model, optimizer, companions, wait=True)
         waiting.finish()
 
-    begin("step-0")  # allocates host memory, which later saves reuse
+    begin_save("step-0")  # allocates host memory, which later saves reuse
     saver.finish()
     path = folder / "step-0"
     num_bytes = sum(r.size_bytes for r in read_manifest(path).files.values())
     for _ in range(rounds):
         for name in COPIES:
-            time_action(name, partial(copy, path, folder / "copy", name) if place.is_main else lambda: None)
+            action = partial(copy_folder, path, folder / "copy", name)
+            time_action(name, action if place.is_main else lambda: None)
             if place.is_main:
                 shutil.rmtree(folder / "copy")
         time_action(SAVE, lambda: save_waiting("step-1"))
-        time_action(STALL, lambda: begin("step-2"))
+        time_action(STALL, lambda: begin_save("step-2"))
         saver.finish()
         time_action(CHECK, lambda: load.find_damage(path))
         time_action(LOAD, lambda: (load.load_model(path, model), load.load_optimizer(path, optimizer, 1)))
@@ -138,28 +133,27 @@ def main() -> int:
     parser.add_argument("--megabytes", type=float, default=400,
                         help="size of the checkpoint (default %(default)s)")
     parser.add_argument("--rounds", type=int, default=5,
-                        help="how often each is measured (default %(default)s)")
+                        help="measurements of each action (default %(default)s)")
     parser.add_argument("--nproc", type=int, default=1, help="processes (default %(default)s)")
     args = parser.parse_args()
     config = build_config(args.megabytes * 1e6)
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        code = launcher.launch_ranks(lambda: measure(Path(folder), config, args.rounds), args.nproc, 1)
-        if code:
+        measure = partial(measure_actions, Path(folder), config, args.rounds)
+        if code := launcher.launch_ranks(measure, args.nproc, 1):
             return code
         parsed = json.loads((Path(folder) / "seconds.json").read_text())
     median_s = {name: statistics.median(wall_s for wall_s, _ in values)
                 for name, values in parsed["seconds"].items()}
     median_cpu_s = {name: statistics.median(cpu_s for _, cpu_s in values)
                     for name, values in parsed["seconds"].items()}
-    print(describe_machine())
-    print(f"{parsed['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of {args.rounds} "
-          f"rounds, load {os.getloadavg()[0]:.1f}")
+    print(f"{describe_machine()}\n{parsed['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of "
+          f"{args.rounds} rounds")
     print(f"{'':<42} {'s':>7} {'CPU s':>7} {'GB/s':>6}   rate / cp, + fsync, + blake3, + openssl")
     for name in MEASURES:
         ratios = "  ".join(f"{median_s[copied] / median_s[name]:6.2f}" for copied in COPIES)
         print(f"{name:<42} {median_s[name]:7.3f} {median_cpu_s[name]:7.3f} "
               f"{parsed['bytes'] / 1e9 / median_s[name]:6.2f}   {ratios}")
-    print(f"the stall in the background is {median_s[STALL] / median_s[SAVE]:.1%} of the stall of waiting")
+    print(f"a background save stalls training for {median_s[STALL] / median_s[SAVE]:.1%} of a blocking save")
     return 0
 
 

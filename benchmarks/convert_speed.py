@@ -2,27 +2,25 @@
 
     python benchmarks/convert_speed.py [--gigabytes 4.5] [--workers 2] [--rounds 3] [--folder DIR]
 
-A Hugging Face folder of random bfloat16 weights (structure of Solar Open, small experts) is written, then
-converted to a checkpoint and back. For comparison the same source is copied: by `cp`; by `cp` and fsync; by
-`cp`, fsync and BLAKE3, as conversion does; by `cp`, fsync and SHA-256 with `openssl`. In addition, `to_hf`
-checks its source against the manifest, and both directions check and rearrange every value. Every round runs
-all commands one after another, and the best round of each counts. The time of a conversion includes the start
-of Python and torch, which is also printed alone.
+A Hugging Face folder of random bfloat16 weights (structure of Solar Open, small experts) is converted to a
+checkpoint and back. The peers copy the same files: `cp`; `cp` and fsync; `cp`, fsync and BLAKE3, as
+conversion does; `cp`, fsync and SHA-256 with `openssl`. In addition, `to_hf` checks its source against the
+manifest, and both directions check and rearrange every value. Every round runs all commands one after
+another, and the best round of each counts. The time of a conversion includes the start of Python and torch,
+which is also printed alone.
 """
 
 import argparse
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
+from measurement import Cost, describe_machine, run_measured
+
 from megatron_sov.base.digests import BLAKE3, SHA256, Digest
-from megatron_sov.runs.launch_environment import read_processor_name
 
 HASH_BLOCKS = 128
 """Blocks of 1 MiB that measure the speed of hashing."""
@@ -74,35 +72,13 @@ index = {"metadata": {}, "weight_map": {s.name: name for name, shard in files.it
 """
 
 
-@dataclass(frozen=True)
-class Cost:
-    """CPU time, wall time and memory of a command."""
-
-    wall_s: float
-    cpu_s: float
-    """User and system time."""
-    peak_bytes: int
-    """Peak resident memory of the process."""
-
-
-def run_measured(command: list[str]) -> Cost:
-    """Run a command to its end and return its cost."""
-    start_s = time.monotonic()
-    process = subprocess.Popen(command)
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{command[:4]}: exit code {process.returncode}")
-    return Cost(time.monotonic() - start_s, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
-
-
-def hash_rate(algorithm: str) -> float:
+def measure_hash_rate(algorithm: str) -> float:
     """Return the hashing speed of a core in GB per processor second."""
     block, digest = bytes(1 << 20), Digest(algorithm)
-    start_s = time.process_time()
+    begin_s = time.process_time()
     for _ in range(HASH_BLOCKS):
         digest.update(block)
-    return HASH_BLOCKS * len(block) / 1e9 / (time.process_time() - start_s)
+    return HASH_BLOCKS * len(block) / 1e9 / (time.process_time() - begin_s)
 
 
 COPIES = {"cp": 'cp -r "$1" "$2"',
@@ -120,7 +96,7 @@ def count_bytes(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def compare(action: str, source: Path, out: Path, workers: int, rounds: int, idle: Cost) -> None:
+def compare_with_copies(action: str, source: Path, out: Path, workers: int, rounds: int, idle: Cost) -> None:
     """Measure the conversion `action` of a source and all copies of it, and print a table.
 
     Args:
@@ -140,16 +116,16 @@ def compare(action: str, source: Path, out: Path, workers: int, rounds: int, idl
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
             costs[name].append(run_measured(command))
-    best = {name: min(found, key=lambda cost: cost.wall_s) for name, found in costs.items()}
+    best = {name: min(runs, key=lambda cost: cost.wall_s) for name, runs in costs.items()}
     ours, size_gb = best[action], count_bytes(source) / 1e9
     print(f"\n{action}, {size_gb:.2f} GB, {len(list(out.rglob('*.safetensors')))} file(s) written, "
-          f"load {os.getloadavg()[0]:.1f} when it ended")
+          f"load {os.getloadavg()[0]:.1f} at the end")
     print(f"{'':<24} {'wall, s':>8} {'CPU, s':>7} {'GB/s':>6} {action + ' is':>12} {'less start':>11}   "
-          "every wall, s")
+          "wall s of each round")
     for name, cost in best.items():
         print(f"{name:<24} {cost.wall_s:8.2f} {cost.cpu_s:7.2f} {size_gb / cost.wall_s:6.2f} "
               f"{cost.wall_s / ours.wall_s:11.2f}x {cost.wall_s / (ours.wall_s - idle.wall_s):10.2f}x   "
-              f"{', '.join(f'{found.wall_s:.1f}' for found in costs[name])}", flush=True)
+              f"{', '.join(f'{repeated.wall_s:.1f}' for repeated in costs[name])}", flush=True)
     print(f"{action} takes {ours.peak_bytes / 1e9:.2f} GB of memory")
 
 
@@ -161,25 +137,23 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path,
-                        help="where to work (default: the temporary folder); needs three times the bytes")
+                        help="folder of all files (default: the temporary folder); needs 4 times the bytes")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as work:
         hf, checkpoint, out = Path(work) / "hf", Path(work) / "checkpoint", Path(work) / "out"
         if shutil.disk_usage(work).free < 4e9 * args.gigabytes:
             raise SystemExit(f"{work}: needs {4 * args.gigabytes:.0f} GB of free space")
         run_measured([sys.executable, "-c", MAKE, str(hf), str(args.gigabytes * 1e9)])
-        print(f"{read_processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}; load "
-              f"{os.getloadavg()[0]:.1f} when it began, {args.workers} workers, "
-              f"best of {args.rounds} rounds; per core BLAKE3 takes {hash_rate(BLAKE3):.1f} GB/s, "
-              f"SHA-256 {hash_rate(SHA256):.2f}")
+        print(f"{describe_machine()}; {args.workers} workers, best of {args.rounds} rounds; GB/s per core: "
+              f"BLAKE3 {measure_hash_rate(BLAKE3):.1f}, SHA-256 {measure_hash_rate(SHA256):.2f}")
         idle = min((run_measured([sys.executable, "-c", IDLE]) for _ in range(args.rounds)),
                    key=lambda cost: cost.wall_s)
         print(f"start of Python and torch alone: {idle.wall_s:.2f} s, CPU {idle.cpu_s:.2f} s, "
               f"{idle.peak_bytes / 1e9:.2f} GB")
-        compare("from_hf", hf, out, args.workers, args.rounds, idle)
+        compare_with_copies("from_hf", hf, out, args.workers, args.rounds, idle)
         shutil.rmtree(hf)
         out.rename(checkpoint)
-        compare("to_hf", checkpoint, out, args.workers, args.rounds, idle)
+        compare_with_copies("to_hf", checkpoint, out, args.workers, args.rounds, idle)
 
 
 if __name__ == "__main__":

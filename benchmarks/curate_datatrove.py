@@ -1,11 +1,11 @@
-"""Curate one synthetic corpus with `sov-data run` and with datatrove: time, memory, results and resumption.
+"""Time, memory, results and resumption of `sov-data run`, compared with datatrove on a synthetic corpus.
 
     python benchmarks/curate_datatrove.py --folder FOLDER --peer PYTHON [--size-mb 60] [--documents 100000]
 
 PYTHON is an interpreter with `pip install "datatrove[io,processing]" spacy "kiwipiepy<0.22" pythainlp
-lxml_html_clean`. The script generates documents with planted defects, runs both pipelines, and prints per
-step how many documents each keeps and how often they agree. Then it kills workers and commands of both, and
-compares the resumed output with that of an undisturbed run.
+lxml_html_clean psutil`. The script generates documents with planted defects, runs both pipelines, and prints
+for each step how many documents each pipeline keeps and how often both agree. Then it kills workers and
+commands of both, and compares the resumed output with the output of an undisturbed run.
 
 datatrove's steps are used as documented, except for two that do not run offline. Its language filter
 downloads fastText's model, so datatrove gets one folder per language. Its indexer for decontamination imports
@@ -27,6 +27,8 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from measurement import await_cost, describe_machine
 
 REPOSITORY = Path(__file__).parents[1]
 FOLDERS = {"en": 0.55, "ko": 0.2, "th": 0.15, "html": 0.08, "pdf": 0.02}
@@ -93,7 +95,7 @@ def generate_documents(count: int, chars: int, questions: list[str]) -> Iterator
     A document's `planted` is "spoiled:", "contaminated:", "exact:ORIGINAL_ID", "near:ORIGINAL_ID" or "".
     """
     draw = random.Random(0)
-    known: dict[str, list[tuple[str, str]]] = {folder: [] for folder in FOLDERS}
+    originals: dict[str, list[tuple[str, str]]] = {folder: [] for folder in FOLDERS}
     for number in range(count):
         folder = draw.choices(list(FOLDERS), list(FOLDERS.values()))[0]
         language = folder if folder in ("ko", "th") else "en"
@@ -104,8 +106,8 @@ def generate_documents(count: int, chars: int, questions: list[str]) -> Iterator
         text, planted, chance = "\n".join(lines), "", draw.random()
         if chance < 0.1:
             text, planted = damage_text(draw, text), "spoiled:"
-        elif chance < 0.18 and known[folder]:
-            original, text = draw.choice(known[folder])
+        elif chance < 0.18 and originals[folder]:
+            original, text = draw.choice(originals[folder])
             planted = f"exact:{original}"
             if chance >= 0.14:
                 planted = f"near:{original}"
@@ -115,7 +117,7 @@ def generate_documents(count: int, chars: int, questions: list[str]) -> Iterator
         elif chance < 0.185 and language == "en":
             text, planted = f"{text}\n{draw.choice(questions)}", "contaminated:"
         else:
-            known[folder].append((f"d{number}", text))
+            originals[folder].append((f"d{number}", text))
         yield folder, {"id": f"d{number}", "text": text, "planted": planted}
 
 
@@ -211,7 +213,7 @@ def run_datatrove_stage(folder: Path, stage: str, workers: int) -> int:
     from datatrove.utils.text import ngrams, simplify_text
 
     out = folder / "peer"
-    before = dict(zip(STEPS[1:], STEPS, strict=False)).get(stage, "")
+    previous = dict(zip(STEPS[1:], STEPS, strict=False)).get(stage, "")
 
     def run(name: str, *steps: Any, tasks: int = SMALL_FILES + 1) -> None:
         LocalPipelineExecutor(list(steps), tasks=tasks, workers=workers, start_method="fork",
@@ -219,7 +221,7 @@ def run_datatrove_stage(folder: Path, stage: str, workers: int) -> int:
 
     for kind in TEXT_FOLDERS:
         language, work = kind if kind in ("ko", "th") else "en", f"{out}/work/{kind}"
-        read, write = JsonlReader(str(out / before / kind)), JsonlWriter(str(out / stage / kind))
+        read, write = JsonlReader(str(out / previous / kind)), JsonlWriter(str(out / stage / kind))
         if stage == "rules":
             raw = f"{folder}/raw/{kind}"
             readers = [JsonlReader(raw)]
@@ -261,68 +263,68 @@ def start_stage(folder: Path, peer: str, stage: str, workers: int) -> subprocess
                                 env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"})
 
 
-def wait_and_measure(process: subprocess.Popen[bytes]) -> str:
-    """Wait for a command; return the time of its process tree and the memory of its largest process."""
-    began = time.monotonic()
-    _, status, used = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{process.args!r} ended with {status}")
-    return (f"{used.ru_utime + used.ru_stime:8.1f} CPU s {time.monotonic() - began:8.1f} s on the clock, "
-            f"largest process {used.ru_maxrss / 1000:.0f} MB")
+def run_stage(folder: Path, peer: str, stage: str, workers: int) -> str:
+    """Run a stage to its end; return the time of its process tree and the memory of its largest process."""
+    cost = await_cost(start_stage(folder, peer, stage, workers), time.monotonic())
+    return (f"{cost.cpu_s:8.1f} CPU s {cost.wall_s:8.1f} s wall time, "
+            f"largest process {cost.peak_bytes / 1e6:.0f} MB")
 
 
-def read_fates(folder: Path) -> dict[str, str]:
-    """Return document id -> the step that dropped the document, or "kept"."""
+def read_our_outcomes(folder: Path) -> dict[str, str]:
+    """Return document id -> the step of ours that dropped the document, or "kept"."""
     import pyarrow.parquet as pq
 
-    fates: dict[str, str] = {}
+    outcomes: dict[str, str] = {}
     for source in json.loads((folder / "ours/summary.json").read_text())["sources"]:
         layers = [(step["kind"], folder / "ours" / step["folder"]) for step in source["steps"]]
         for file in sorted(layers[0][1].glob("*.parquet")):
             base = pq.read_table(file, columns=["own_id", "where"]).to_pylist()
             ids = [row["own_id"] or Path(row["where"]).stem for row in base]
-            fates |= dict.fromkeys(ids, "kept")
+            outcomes |= dict.fromkeys(ids, "kept")
             for kind, layer in layers[1:]:
                 reasons = pq.read_table(layer / file.name, columns=["reason"]).column(0).to_pylist()
-                fates |= {id_: kind for id_, reason in zip(ids, reasons, strict=True) if reason}
-    return fates
+                outcomes |= {id_: kind for id_, reason in zip(ids, reasons, strict=True) if reason}
+    return outcomes
 
 
-def read_datatrove_fates(folder: Path, texts: set[str]) -> dict[str, str]:
+def read_datatrove_outcomes(folder: Path, ids: set[str]) -> dict[str, str]:
     """Return document id -> the step of datatrove that dropped the document, or "kept"."""
-    fates, left = dict.fromkeys(texts, "kept"), texts
+    outcomes, inputs = dict.fromkeys(ids, "kept"), ids
     for step in STEPS:
         kept = {json.loads(line)["id"] for file in (folder / "peer" / step).rglob("*.jsonl.gz")
                 for line in gzip.decompress(file.read_bytes()).splitlines()}
-        fates |= dict.fromkeys(left - kept, step)
-        left = kept
-    return fates
+        outcomes |= dict.fromkeys(inputs - kept, step)
+        inputs = kept
+    return outcomes
 
 
-def compare(folder: Path, count: int) -> None:
-    """Print per step how many documents both keep and how often they agree, and the fates by defect.
+def print_agreement(folder: Path, count: int) -> None:
+    """Print for each step the documents that each pipeline keeps and how often both agree; and for each
+    planted defect the steps that dropped its documents.
 
-    The rules agree on a document if both keep it or both drop it. Later steps may keep different copies of a
-    text, so they agree on a text if both keep as many of its copies. Only documents or texts of which both
-    still have as many before the step are compared.
+    The rules agree on a document if both pipelines keep it or both drop it. Later steps may keep different
+    copies of a text, so they agree on a text if both keep as many of its copies. A step is compared on the
+    documents or texts of which both pipelines have as many before the step.
     """
     corpus = generate_documents(count, *json.loads((folder / "corpus.json").read_text()))
     planted = {document["id"]: (kind, document["planted"]) for kind, document in corpus}
-    ours = read_fates(folder)
+    ours = read_our_outcomes(folder)
     texts = {id_ for id_, (kind, _) in planted.items() if kind != "pdf" and ours.get(id_) != "language"}
-    datatrove = read_datatrove_fates(folder, texts)
+    datatrove = read_datatrove_outcomes(folder, texts)
 
-    def count_left(fates: dict[str, str], passed: tuple[str, ...], by_copies: bool) -> Counter[str]:
-        """Count the documents that no passed step dropped, by their own id or by their original's."""
-        left = [id_ for id_ in texts if fates.get(id_) not in passed]
-        return Counter((planted[id_][1].rpartition(":")[2] or id_) if by_copies else id_ for id_ in left)
+    def count_remaining(outcomes: dict[str, str], steps: tuple[str, ...], by_text: bool) -> Counter[str]:
+        """Count the documents that none of the steps dropped: by document, or by original text."""
+        remaining = [id_ for id_ in texts if outcomes.get(id_) not in steps]
+        if by_text:
+            remaining = [planted[id_][1].rpartition(":")[2] or id_ for id_ in remaining]
+        return Counter(remaining)
 
     for place, step in enumerate(STEPS):
-        by_copies = step != "rules"
-        ours_before = count_left(ours, STEPS[:place], by_copies)
-        ours_after = count_left(ours, STEPS[:place + 1], by_copies)
-        datatrove_before = count_left(datatrove, STEPS[:place], by_copies)
-        datatrove_after = count_left(datatrove, STEPS[:place + 1], by_copies)
+        by_text = step != "rules"
+        ours_before = count_remaining(ours, STEPS[:place], by_text)
+        ours_after = count_remaining(ours, STEPS[:place + 1], by_text)
+        datatrove_before = count_remaining(datatrove, STEPS[:place], by_text)
+        datatrove_after = count_remaining(datatrove, STEPS[:place + 1], by_text)
         compared = [key for key in ours_before if ours_before[key] == datatrove_before[key]]
         shares = []
         for kinds in (TEXT_FOLDERS, *((kind,) for kind in TEXT_FOLDERS)):
@@ -332,8 +334,8 @@ def compare(folder: Path, count: int) -> None:
               f"agreement in % of {len(compared):,}: {', '.join(shares)}")
     for defect in ("exact", "near", "contaminated", "spoiled", ""):
         ids = [id_ for id_, (_, name) in planted.items() if name.partition(":")[0] == defect]
-        counts = [f"{side} {dict(Counter(fates.get(id_, 'not read') for id_ in ids).most_common(5))}"
-                  for side, fates in (("ours", ours), ("datatrove", datatrove))]
+        counts = [f"{side} {dict(Counter(outcomes.get(id_, 'not read') for id_ in ids).most_common(5))}"
+                  for side, outcomes in (("ours", ours), ("datatrove", datatrove))]
         print(f"planted {defect or 'nothing'}, {len(ids):,}: {'; '.join(counts)}")
 
 
@@ -347,7 +349,7 @@ def compute_digest(folder: Path) -> str:
     return result.hexdigest()[:12]
 
 
-def run_kills(folder: Path, peer: str, stage: str) -> None:
+def kill_and_resume(folder: Path, peer: str, stage: str) -> None:
     """Kill a worker, then a whole command; resume, and compare with an undisturbed run of one worker."""
     import psutil
 
@@ -366,21 +368,21 @@ def run_kills(folder: Path, peer: str, stage: str) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             outcome = f"still waits {WAIT_S} s later"
-        left = psutil.wait_procs(children, timeout=5)[1]
-        for child in left:
+        alive = psutil.wait_procs(children, timeout=5)[1]
+        for child in alive:
             child.kill()
-        print(f"{stage}: {victim} killed: the command {outcome}, {len(left)} processes stay", flush=True)
-    wait_and_measure(start_stage(folder, peer, stage, 2))
+        print(f"{stage}: {victim} killed: the command {outcome}, {len(alive)} processes remain", flush=True)
+    run_stage(folder, peer, stage, 2)
     resumed = compute_digest(output)
     shutil.rmtree(folder / ("ours" if stage == "ours" else "peer"))
-    wait_and_measure(start_stage(folder, peer, stage, 1))
-    print(f"{stage}: resumed {resumed}, anew with one worker {compute_digest(output)}", flush=True)
+    run_stage(folder, peer, stage, 1)
+    print(f"{stage}: resumed {resumed}, undisturbed with one worker {compute_digest(output)}", flush=True)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--peer", help="interpreter that has datatrove")
+    parser.add_argument("--peer", help="interpreter with datatrove")
     for name, default in (("size-mb", 60), ("documents", 100_000), ("workers", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--peer-stage", help=argparse.SUPPRESS)
@@ -388,14 +390,14 @@ def main() -> int:
     if args.peer_stage:
         return run_datatrove_stage(args.folder, args.peer_stage, args.workers)
     size_mb = write_corpus(args.folder, args.documents, args.size_mb)
-    print(f"{args.documents:,} documents, {size_mb:.1f} MB, {args.workers} workers", flush=True)
+    print(f"{describe_machine()}\n{args.documents:,} documents, {size_mb:.1f} MB, {args.workers} workers",
+          flush=True)
     for stage in ("ours", *STEPS):
-        process = start_stage(args.folder, args.peer, stage, args.workers)
-        print(f"{stage:<14}{wait_and_measure(process)}", flush=True)
-    compare(args.folder, args.documents)
+        print(f"{stage:<14}{run_stage(args.folder, args.peer, stage, args.workers)}", flush=True)
+    print_agreement(args.folder, args.documents)
     write_corpus(small := args.folder / "kills", args.documents // 10, args.size_mb / 10)
     for stage in ("ours", "rules"):
-        run_kills(small, args.peer, stage)
+        kill_and_resume(small, args.peer, stage)
     return 0
 
 

@@ -1,16 +1,15 @@
-"""Speed of `sov-data pack`, compared with Megatron-LM's preprocessing and datatrove on the same text, with
-identical bytes.
+"""Speed of `sov-data pack`, compared with Megatron-LM's preprocessing and datatrove on the same text.
 
     python benchmarks/data_pack.py [--megabytes 40] [--input PATH ...] [--datatrove-python PYTHON]
 
-The Megatron-LM script follows tools/preprocess_data.py: JSON lines, `encode_batch` of Hugging Face
-`tokenizers`, `IndexedDatasetBuilder`. datatrove (`MegatronDocumentTokenizer`) is not a dependency and runs in
-another interpreter. CPU seconds are summed over all processes of a command, with start-up; other load on the
-machine changes them little.
+The output of all programs must be byte-identical. The Megatron-LM script follows tools/preprocess_data.py:
+JSON lines, `encode_batch` of Hugging Face `tokenizers`, `IndexedDatasetBuilder`. datatrove
+(`MegatronDocumentTokenizer`) is not a dependency and runs in another interpreter. CPU seconds are summed over
+all processes of a command, with start-up; other load on the machine changes them little. Then `pack` is
+killed 10 times, and its files must equal those of an undisturbed run.
 """
 
 import argparse
-import json
 import os
 import random
 import shutil
@@ -20,11 +19,11 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 
-from machine import describe_machine
+from command_lines import write_jsonl
+from measurement import describe_machine, run_measured
 
 from megatron_sov.base.artifacts import read_manifest, sha256_file
 from megatron_sov.base.documents import Document, RecordReading, list_files, plan_units, read_span
@@ -34,6 +33,8 @@ VOCAB_SIZE = 32_768
 TRAIN_TOKENIZER_BYTES = 16_000_000
 NUM_KILLS = 10
 BATCH_DOCUMENTS = 256
+ONE_THREAD = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
+"""Environment of every measured command: encoding runs on one thread per process."""
 
 MEGATRON = """
 import json, sys, itertools, numpy as np, torch
@@ -84,60 +85,31 @@ if __name__ == "__main__":
 """
 
 
-@dataclass(frozen=True)
-class Cost:
-    """CPU time, wall time and memory of a command."""
-
-    cpu_s: float
-    """User and system time of all processes."""
-    wall_s: float
-    peak_mib: float
-    """Peak resident memory of the largest process."""
-
-
-def run_measured(command: list[str], **environment: str) -> Cost:
-    """Run a command to its end and return its cost."""
-    start_s = time.monotonic()
-    settings = os.environ | {"TOKENIZERS_PARALLELISM": "false"} | environment
-    with open(os.devnull, "wb") as nowhere, tempfile.TemporaryFile() as errors:
-        process = subprocess.Popen(command, stdout=nowhere, stderr=errors, env=settings)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            errors.seek(0)
-            raise SystemExit(f"{command[:3]}: exit code {process.returncode}\n"
-                             f"{errors.read().decode()[-2000:]}")
-    return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - start_s, usage.ru_maxrss / 1024)
-
-
 def iter_texts(inputs: list[Path], limit_bytes: int) -> Iterator[str]:
     """Yield documents until `limit_bytes` are reached, 20 from each input in turn."""
     reading = RecordReading()
     streams = [(item.text for unit in plan_units(list_files(path)) for span in unit
                 for item in read_span(span, reading) if isinstance(item, Document) and item.text)
                for path in inputs]
-    passed = 0
-    while streams and passed < limit_bytes:
+    size_bytes = 0
+    while streams and size_bytes < limit_bytes:
         for stream in list(streams):
-            result = list(islice(stream, 20))
-            if not result:
+            texts = list(islice(stream, 20))
+            if not texts:
                 streams.remove(stream)
-            for text in result:
-                passed += len(text.encode())
+            for text in texts:
+                size_bytes += len(text.encode())
                 yield text
 
 
 def write_corpus(file: Path, inputs: list[Path], limit_bytes: int) -> int:
     """Write documents of the inputs as JSONL; return the bytes of their text."""
-    total_bytes = 0
-    with open(file, "w", encoding="utf-8") as f:
-        for text in iter_texts(inputs, limit_bytes):
-            f.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            total_bytes += len(text.encode())
-    return total_bytes
+    texts = list(iter_texts(inputs, limit_bytes))
+    write_jsonl(file, ({"text": text} for text in texts))
+    return sum(len(text.encode()) for text in texts)
 
 
-def pack_command(tokenizer: Path, corpus: Path, output: Path, workers: int) -> list[str]:
+def build_pack_command(tokenizer: Path, corpus: Path, output: Path, workers: int) -> list[str]:
     """Return the command that packs the corpus without a held-out split."""
     return [sys.executable, "-m", "data_prep.cli", "pack", "--tokenizer", str(tokenizer), "--input",
             f"all={corpus}", "--output", str(output), "--heldout", "0", "--workers", str(workers)]
@@ -148,34 +120,34 @@ def hash_shard(prefix: Path) -> tuple[str, str]:
     return sha256_file(Path(f"{prefix}.bin")), sha256_file(Path(f"{prefix}.idx"))
 
 
-def compare(preset: str, corpus: Path, size_bytes: int, work: Path, datatrove_python: str | None) -> None:
-    """Pack the corpus with all programs and one tokenizer, and print costs and whether the files are
+def compare_programs(preset: str, corpus: Path, size_bytes: int, work: Path, datatrove_python: str | None
+                     ) -> None:
+    """Pack the corpus with all programs and one tokenizer; print their costs, and whether the files are
     equal."""
     tokenizer, megatron = work / preset, work / f"megatron-{preset}"
     costs = {"Megatron-LM: encode_batch + IndexedDatasetBuilder": run_measured(
-        [sys.executable, "-W", "ignore", "-c", MEGATRON, str(tokenizer), str(corpus), str(megatron)])}
-    results = {"megatron": hash_shard(megatron)}
+        [sys.executable, "-W", "ignore", "-c", MEGATRON, tokenizer, corpus, megatron], ONE_THREAD)}
+    hashes = {"megatron": hash_shard(megatron)}
     if datatrove_python:
         folder = work / f"datatrove-{preset}"
         folder.mkdir()
         costs["datatrove: MegatronDocumentTokenizer"] = run_measured(
-            [datatrove_python, "-c", DATATROVE, str(tokenizer), str(corpus), str(folder / "out")])
+            [datatrove_python, "-c", DATATROVE, tokenizer, corpus, folder / "out"], ONE_THREAD)
         [index] = folder.rglob("*.idx")
-        results["datatrove"] = hash_shard(index.with_suffix(""))
+        hashes["datatrove"] = hash_shard(index.with_suffix(""))
     for workers in (1, 2):
         output = work / f"ours-{preset}-{workers}"
         costs[f"sov-data pack --workers {workers}"] = run_measured(
-            pack_command(tokenizer, corpus, output, workers))
-        results[f"ours-{workers}"] = hash_shard(output / "all/train-00000")
+            build_pack_command(tokenizer, corpus, output, workers), ONE_THREAD)
+        hashes[f"ours-{workers}"] = hash_shard(output / "all/train-00000")
     slowest = next(iter(costs.values())).cpu_s
     print(f"\n{preset}, {VOCAB_SIZE:,} ids ({read_manifest(output).settings['encoder']})")
     print(f"{'':<52} {'CPU s':>8} {'MB/CPU s':>9} {'times':>6} {'wall s':>7} {'peak MiB':>9}")
     for name, cost in costs.items():
         rate = size_bytes / 1e6 / cost.cpu_s
         print(f"{name:<52} {cost.cpu_s:8.1f} {rate:9.2f} {slowest / cost.cpu_s:6.2f} {cost.wall_s:7.1f} "
-              f"{cost.peak_mib:9.0f}")
-    print(f".bin and .idx of all {len(results)} byte-identical: {len(set(results.values())) == 1}",
-          flush=True)
+              f"{cost.peak_bytes / 2**20:9.0f}")
+    print(f".bin and .idx of all {len(hashes)} byte-identical: {len(set(hashes.values())) == 1}", flush=True)
 
 
 def compare_threads_and_processes(corpus: Path, work: Path) -> None:
@@ -184,12 +156,12 @@ def compare_threads_and_processes(corpus: Path, work: Path) -> None:
     script.write_text(THREADS_OR_PROCESSES)
     print()
     for kind in ("threads", "processes"):
-        cost = run_measured([sys.executable, str(script), str(work / PRESETS[0]), str(corpus),
-                             str(work / f"units-{kind}"), kind], PYTHONPATH=str(Path(__file__).parents[1]))
+        cost = run_measured([sys.executable, script, work / PRESETS[0], corpus, work / f"units-{kind}", kind],
+                            ONE_THREAD | {"PYTHONPATH": str(Path(__file__).parents[1])})
         print(f"two {kind}: {cost.cpu_s:.1f} CPU s, {cost.wall_s:.1f} s on the clock", flush=True)
 
 
-def complete_units(work: Path) -> int:
+def count_complete_units(work: Path) -> int:
     """Return the number of units that the killed command has completed."""
     return sum(1 for p in work.glob(".killed.work/*/*/record.json") if ".tmp-" not in p.parent.name)
 
@@ -197,26 +169,26 @@ def complete_units(work: Path) -> int:
 def kill_and_resume(corpus: Path, work: Path) -> None:
     """Kill `sov-data pack` NUM_KILLS times, each after one more complete unit, then let it finish, and
     compare its files with those of an undisturbed run."""
-    output, command = work / "killed", pack_command(work / PRESETS[0], corpus, work / "killed", 2)
-    drawn = random.Random(0)
+    output, rng = work / "killed", random.Random(0)
+    command = build_pack_command(work / PRESETS[0], corpus, output, 2)
     expected = read_manifest(work / f"ours-{PRESETS[0]}-2").files
-    kept: list[int] = []  # complete units at each kill
-    equal: list[bool] = []
-    while len(kept) < NUM_KILLS or not output.exists():
+    units_at_kills: list[int] = []
+    are_equal: list[bool] = []
+    while len(units_at_kills) < NUM_KILLS or not output.exists():
         shutil.rmtree(output, ignore_errors=True)
-        before = complete_units(work)
+        num_before = count_complete_units(work)
         with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and (len(kept) >= NUM_KILLS or complete_units(work) <= before):
+            while process.poll() is None and (
+                    len(units_at_kills) >= NUM_KILLS or count_complete_units(work) <= num_before):
                 time.sleep(0.02)
-            time.sleep(drawn.uniform(0, 0.3))
+            time.sleep(rng.uniform(0, 0.3))
             if process.poll() is None:
                 process.kill()
-                kept.append(complete_units(work))
+                units_at_kills.append(count_complete_units(work))
             else:
-                equal.append(read_manifest(output).files == expected)
-    units = ", ".join(map(str, kept))
-    print(f"\nkilled {len(kept)} times (units complete by then: {units}); "
-          f"it came to its end {len(equal)} times, all files as undisturbed: {all(equal)}")
+                are_equal.append(read_manifest(output).files == expected)
+    print(f"\nkilled {len(units_at_kills)} times (complete units: {', '.join(map(str, units_at_kills))}); "
+          f"completed {len(are_equal)} times, all files as undisturbed: {all(are_equal)}")
 
 
 def main() -> int:
@@ -224,24 +196,21 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--megabytes", type=float, default=40, help="text to pack (default %(default)s)")
     parser.add_argument("--input", action="append", type=Path,
-                        help="text to take (default: this Python's library and packages); repeat it")
+                        help="text (default: this Python's library and packages); may be repeated")
     parser.add_argument("--datatrove-python", metavar="PYTHON",
-                        help="an interpreter that has datatrove; left out without it")
+                        help="interpreter with datatrove (default: datatrove does not run)")
     args = parser.parse_args()
     inputs = args.input or [Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib")]
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        (work / "corpus").mkdir()
         corpus = work / "corpus/all.jsonl"
         size_bytes = write_corpus(corpus, inputs, round(args.megabytes * 1e6))
         write_corpus(work / "sample.jsonl", inputs, TRAIN_TOKENIZER_BYTES)
-        print(describe_machine())
-        print(f"{size_bytes / 1e6:.1f} MB of text, load {os.getloadavg()[0]:.1f}", flush=True)
+        print(f"{describe_machine()}\n{size_bytes / 1e6:.1f} MB of text", flush=True)
         for preset in PRESETS:
             run_measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
-                          str(VOCAB_SIZE), "--input", str(work / "sample.jsonl"), "--output",
-                          str(work / preset)])
-            compare(preset, corpus, size_bytes, work, args.datatrove_python)
+                          str(VOCAB_SIZE), "--input", work / "sample.jsonl", "--output", work / preset])
+            compare_programs(preset, corpus, size_bytes, work, args.datatrove_python)
         compare_threads_and_processes(corpus, work)
         kill_and_resume(corpus, work)
     return 0

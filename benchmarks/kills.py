@@ -1,15 +1,15 @@
-"""Kill a command again and again at random moments, and compare its result with that of an undisturbed run.
+"""Kill a command repeatedly at random moments, and compare its output with that of an undisturbed run.
 
     python benchmarks/kills.py TARGET [TARGET ...] [--kills 20] [--seed 0]
 
-Each target is a command of `TARGETS`. It runs once undisturbed. Then the command is started again and again,
-and all its processes are killed by SIGKILL after a time drawn uniformly over the undisturbed run's time,
-`--kills` times. An output that completes earlier is compared, deleted and produced again. Compared bit for
-bit are
+Each target is a command of `TARGETS`. It runs once undisturbed. Then the command is started repeatedly, and
+SIGKILL ends all its processes after a time drawn uniformly over the duration of the undisturbed run,
+`--kills` times. An output that completes earlier is compared, deleted and produced again. The comparison is
+bit for bit:
 
     files       all output files, except times in manifests; no temporary files may remain
     run         all files of all checkpoints, and the training state except its wall time
-    rl          the same, plus all responses and rewards in the rollout store and all files of the rounds
+    rl          as `run`, plus all responses and rewards in the rollout store and all files of the rounds
     items       items that `score` and `map` have processed: none may be missing at the end
 """
 
@@ -18,7 +18,6 @@ import hashlib
 import inspect
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -32,6 +31,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from command_lines import PROGRAMS, format_settings, format_single_phase, write_jsonl
+from measurement import describe_machine
 
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.rollouts.inspection import check_store
@@ -40,44 +41,41 @@ from megatron_sov.runs.checkpoints import find_damage
 from megatron_sov.runs.obs.events import EVENTS, read_events
 
 ROOT = Path(__file__).parents[1]
-PROGRAMS = {"megatron-sov": "megatron_sov", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 NUM_ROWS = 4000
 MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
          "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16")
 TRAINING = ("train.num_threads=1", "train.global_batch_size=8", "train.micro_batch_size=2",
             "data.max_epochs=0", "train.keep_every_steps=50", "train.checkpoint_every_steps=10")
-PRETRAIN = (*MODEL, *TRAINING, 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=200",
-            "data.heldout_tokens=128", "train.eval_every_steps=50", "train.hidden_dropout=0.1",
-            "parallel.ep=2")
-TUNED = (*TRAINING, 'data.phases=[{"name": "main", "seq_len": 64}]', "train.steps=60",
-         "train.eval_every_steps=0")
+PRETRAIN = (*MODEL, *TRAINING, format_single_phase(32), "train.steps=200", "data.heldout_tokens=128",
+            "train.eval_every_steps=50", "train.hidden_dropout=0.1", "parallel.ep=2")
+FINE_TUNE = (*TRAINING, format_single_phase(64), "train.steps=60", "train.eval_every_steps=0")
+START = (*MODEL, *TRAINING, format_single_phase(64), "train.steps=30", "train.eval_every_steps=0")
 ROUNDS = ("rollout.rounds=6", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
           "rollout.piece_prompts=2", "rollout.max_new_tokens=12", "rollout.max_prompt_tokens=48",
           "rollout.lease_s=3", "rollout.max_staleness=1", "policy.method=gspo", "policy.router_replay=true",
-          "optim.lr=1e-3",
-          "train.num_threads=1", "train.global_batch_size=4", "train.micro_batch_size=2",
+          "optim.lr=1e-3", "train.num_threads=1", "train.global_batch_size=4", "train.micro_batch_size=2",
           "train.eval_every_steps=0", "train.keep_checkpoints=0", "train.checkpoint_every_steps=2",
-          'data.phases=[{"name": "main", "seq_len": 64}]')
+          format_single_phase(64))
 OWN_CODE = """
 import hashlib
 import time
 
-def note(row):
+def note_item(row):
     time.sleep(0.0005)
     with open("noted", "a") as f:
         f.write(f"{row['id']}\\n")
 
-class Pays:
+class LengthReward:
     def score(self, row):
-        note(row)
+        note_item(row)
         return float(len(row["response"]))
 
-class Step:
+class LengthStep:
     def do(self, row):
-        note(row)
+        note_item(row)
         return {"id": row["id"], "length": len(row["response"])}
 
-class ByLot:
+class RandomReward:
     def score(self, row):
         return float(hashlib.sha256(f"{row['prompt']} {row['response']}".encode()).digest()[0] < 128)
 """
@@ -94,7 +92,7 @@ output: {name: "{source}"}
 
 
 def hash_files(output: Path, endings: tuple[str, ...] = ("",)) -> dict[str, str]:
-    """Return file -> sha256 of an output, without the times in manifests."""
+    """Return file -> SHA-256 of the files with these endings in an output, without the times in manifests."""
     files = [output] if output.is_file() else [file for file in output.rglob("*") if file.is_file()]
     hashes = {}
     for file in files:
@@ -121,7 +119,7 @@ def hash_run(run: Path) -> dict[str, str]:
     hashes: dict[str, str] = {}
     for path in sorted((run / "checkpoints").iterdir()):
         if (problem := find_damage(path)) is not None:
-            raise SystemExit(f"{problem}: not whole")
+            raise SystemExit(f"{problem}: damaged checkpoint")
         hashes |= {f"{path.name}/{name}": record.digest for name, record in read_manifest(path).files.items()
                    if name != "state.json"}
         state = json.loads((path / "state.json").read_text())
@@ -134,7 +132,7 @@ def hash_rl(run: Path) -> dict[str, str]:
     """Return the hashes of an RL run: checkpoints, rollout store (RUN/rollouts) and rounds.
 
     Raises:
-        SystemExit: the store is damaged, or holds a response twice.
+        SystemExit: the store is damaged, or has a response twice.
     """
     store = RolloutStore.open(run / "rollouts")
     if problems := check_store(store).problems:
@@ -165,35 +163,35 @@ class Target:
     """Program and words; OUT stands for the output."""
     output: str
     settings: tuple[str, ...] = ()
-    content: Callable[[Path], dict[str, str]] = hash_files
-    """Output -> name -> hash or value, to be compared."""
+    hash_output: Callable[[Path], dict[str, str]] = hash_files
+    """Returns name -> hash or value of each compared part of an output."""
     notes_items: bool = False
     """Whether the command appends the id of each processed item to the file `noted`."""
-    needs: tuple[str, ...] = ()
-    """Prepared inputs: names of `PREPARED`."""
+    inputs: tuple[str, ...] = ()
+    """Names of `PREPARED`."""
 
 
 TARGETS = {
     "pretrain": Target("megatron-sov pretrain tiny-solar-open --data shards --run OUT --nproc 2 --resume",
-                       "pretrain", PRETRAIN, hash_run, needs=("shards",)),
+                       "pretrain", PRETRAIN, hash_run, inputs=("shards",)),
     "sft": Target("megatron-sov sft --from start --data chats --run OUT --nproc 1 --resume", "sft",
-                  (*TUNED, "lora.rank=4"), hash_run, needs=("start", "chats")),
+                  (*FINE_TUNE, "lora.rank=4"), hash_run, inputs=("start", "chats")),
     "prefer": Target("megatron-sov prefer --from start --data pairs --run OUT --nproc 1 --method dpo "
-                     "--resume", "prefer", TUNED, hash_run, needs=("start", "pairs")),
+                     "--resume", "prefer", FINE_TUNE, hash_run, inputs=("start", "pairs")),
     "rl": Target("megatron-sov rl run --from start --prompts prompts.jsonl --reward "
-                 "own.py:ByLot --store OUT/rollouts --run OUT --nproc 1 --workers 1 --resume",
-                 "rl", ROUNDS, hash_rl, needs=("start",)),
-    "score": Target("megatron-sov score --reward own.py:Pays --input rows.jsonl --output OUT --workers 2",
-                    "scored.jsonl", notes_items=True),
-    "map": Target("megatron-sov map rows.jsonl own.py:Step --output OUT --workers 2", "mapped",
+                 "own.py:RandomReward --store OUT/rollouts --run OUT --nproc 1 --workers 1 --resume",
+                 "rl", ROUNDS, hash_rl, inputs=("start",)),
+    "score": Target("megatron-sov score --reward own.py:LengthReward --input rows.jsonl --output OUT "
+                    "--workers 2", "scored.jsonl", notes_items=True),
+    "map": Target("megatron-sov map rows.jsonl own.py:LengthStep --output OUT --workers 2", "mapped",
                   notes_items=True),
     "tokenizer": Target("sov-tokenizer train --preset solar-open --vocab-size 1000 --input raw --output OUT "
                         "--workers 2", "tokenizer-out"),
     "pack": Target("sov-data pack --tokenizer tokenizer --input raw --output OUT --workers 2", "tokens",
-                   needs=("tokenizer",)),
-    "data": Target("sov-data run pipeline.yaml --output OUT --workers 2", "corpus", content=hash_corpus),
+                   inputs=("tokenizer",)),
+    "data": Target("sov-data run pipeline.yaml --output OUT --workers 2", "corpus", hash_output=hash_corpus),
     "convert": Target("megatron-sov convert to-hf checkpoint OUT --max-shard-bytes 2000000 --workers 1",
-                      "hf-out", needs=("checkpoint",)),
+                      "hf-out", inputs=("checkpoint",)),
 }
 PREPARED = {
     "tokenizer": "sov-tokenizer train --preset solar-open --vocab-size 368 --input text.jsonl --output OUT",
@@ -205,8 +203,9 @@ PREPARED = {
     "checkpoint": "megatron-sov convert from-hf hf OUT",
 }
 """Input -> the command that creates it, in order of execution."""
-NEEDED_BY = {"shards": ("tokenizer",), "chats": ("tokenizer",), "pairs": ("tokenizer",),
+INPUTS_OF = {"shards": ("tokenizer",), "chats": ("tokenizer",), "pairs": ("tokenizer",),
              "start": ("tokenizer", "shards")}
+"""Input -> the inputs that its command reads."""
 
 
 def write_inputs(folder: Path) -> None:
@@ -218,21 +217,19 @@ def write_inputs(folder: Path) -> None:
     paragraphs = [p for p in inspect.getsource(argparse).split("\n\n") if p.strip()]
     questions = [{"role": "user", "content": f"Say {word}."} for word in words[:400]]
 
-    def write(name: str, rows: list[dict[str, object]]) -> None:
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-
+    answers = [{"role": "assistant", "content": word} for word in words[:400]]
+    refusal = {"role": "assistant", "content": "no"}
     (folder / "own.py").write_text(OWN_CODE)
     (folder / "pipeline.yaml").write_text(PIPELINE)
-    (folder / "raw").mkdir()
     for number in range(4):
-        write(f"raw/{number}.jsonl", [{"text": text} for text in texts[number::4]])
-    write("rows.jsonl", [{"id": number, "response": text} for number, text in enumerate(texts)])
-    write("text.jsonl", [{"text": text} for text in paragraphs])
-    write("chats.jsonl", [{"messages": [q, {"role": "assistant", "content": q["content"][4:-1]}]}
-                          for q in questions])
-    write("pairs.jsonl", [{"prompt": [q], "chosen": [{"role": "assistant", "content": q["content"][4:-1]}],
-                           "rejected": [{"role": "assistant", "content": "no"}]} for q in questions])
-    write("prompts.jsonl", [{"id": str(number), "prompt": [q]} for number, q in enumerate(questions[:24])])
+        write_jsonl(folder / f"raw/{number}.jsonl", [{"text": text} for text in texts[number::4]])
+    write_jsonl(folder / "rows.jsonl", [{"id": i, "response": text} for i, text in enumerate(texts)])
+    write_jsonl(folder / "text.jsonl", [{"text": text} for text in paragraphs])
+    write_jsonl(folder / "chats.jsonl", [{"messages": chat} for chat in zip(questions, answers, strict=True)])
+    write_jsonl(folder / "pairs.jsonl", [{"prompt": [question], "chosen": [answer], "rejected": [refusal]}
+                                         for question, answer in zip(questions, answers, strict=True)])
+    write_jsonl(folder / "prompts.jsonl", [{"id": str(i), "prompt": [question]}
+                                           for i, question in enumerate(questions[:24])])
 
 
 def write_hf_folder(folder: Path) -> None:
@@ -249,30 +246,27 @@ def write_hf_folder(folder: Path) -> None:
 def prepare_inputs(folder: Path, targets: list[str]) -> None:
     """Create the inputs of all targets with the project's own commands."""
     write_inputs(folder)
-    needed = {name for target in targets for name in TARGETS[target].needs}
-    needed |= {name for one in needed for name in NEEDED_BY.get(one, ())}
-    if "checkpoint" in needed:
+    required = {name for target in targets for name in TARGETS[target].inputs}
+    required |= {name for dependent in required for name in INPUTS_OF.get(dependent, ())}
+    if "checkpoint" in required:
         write_hf_folder(folder)
-    settings = {"start": (*MODEL, *TRAINING, 'data.phases=[{"name": "main", "seq_len": 64}]',
-                          "train.steps=30", "train.eval_every_steps=0")}
     for name, line in PREPARED.items():
-        if name in needed:
-            finish(start_command(folder, line, name, settings.get(name, ())), folder)
+        if name in required:
+            check_end(start_command(folder, line, name, START if name == "start" else ()), folder)
 
 
 def start_command(folder: Path, line: str, output: str, settings: tuple[str, ...] = ()
                   ) -> subprocess.Popen[bytes]:
     """Start a command in its own process group; its standard output and errors go into FOLDER/log."""
     program, *words = line.replace("OUT", output).split()
-    words += [word for setting in settings for word in ("--set", setting)]
     with open(folder / "log", "ab") as log:
         return subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", PROGRAMS[program], *words], cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            [sys.executable, "-W", "ignore", "-m", PROGRAMS[program], *words, *format_settings(*settings)],
+            cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
             stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
 
 
-def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
+def check_end(process: subprocess.Popen[bytes], folder: Path) -> None:
     """Wait for the end of a command.
 
     Raises:
@@ -284,12 +278,12 @@ def finish(process: subprocess.Popen[bytes], folder: Path) -> None:
 
 def kill_command(process: subprocess.Popen[bytes]) -> None:
     """Kill a command and all of its child processes."""
-    family = psutil.Process(process.pid).children(recursive=True)
+    children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
-    for child in family:
+    for child in children:
         if child.is_running():
             child.kill()
-    psutil.wait_procs(family, timeout=30)
+    psutil.wait_procs(children, timeout=30)
     process.wait()
 
 
@@ -298,24 +292,18 @@ def is_complete(output: Path) -> bool:
     return output.is_file() or any((output / name).is_file() for name in ("manifest.json", "complete.json"))
 
 
-def remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-
-
 class KilledTarget:
-    """A target with its undisturbed output, killed again and again."""
+    """Kills a target repeatedly, and compares its output with the output of an undisturbed run."""
 
     def __init__(self, folder: Path, name: str, target: Target) -> None:
         self.folder, self.name, self.target = folder, name, target
-        whole = folder / f"whole-{target.output}"
+        undisturbed = folder / f"whole-{target.output}"
         begin_s = time.monotonic()
-        finish(start_command(folder, target.line, whole.name, target.settings), folder)
+        check_end(start_command(folder, target.line, undisturbed.name, target.settings), folder)
         self.wall_s = time.monotonic() - begin_s
-        self.expected = target.content(whole)
+        self.expected = target.hash_output(undisturbed)
         self.num_noted = self._count_noted()
-        self.num_again = self.num_lost = 0
+        self.num_repeated = self.num_lost = 0
         self.output = folder / target.output
 
     def _count_noted(self) -> int:
@@ -327,49 +315,51 @@ class KilledTarget:
         notes = Counter(file.read_text().split())
         file.unlink()
         self.num_distinct = len(notes)
-        return sum(notes.values())
+        return notes.total()
 
-    def survive(self, kills: int, draw: random.Random) -> bool:
+    def kill_repeatedly(self, kills: int, draw: random.Random) -> bool:
         """Kill the command `kills` times and let it complete; print a row, and return whether every completed
-        output equals the undisturbed one and nothing is left over or lost."""
+        output equals the undisturbed output, no temporary file remains and no item is lost."""
         num_kills, num_ends, equal = 0, 0, True
         moments: Counter[str] = Counter()
         while num_kills < kills or not is_complete(self.output):
             if is_complete(self.output):
                 num_ends += 1
                 equal &= self._is_equal()
-                remove(self.output)
+                if self.output.is_dir():
+                    shutil.rmtree(self.output)
+                self.output.unlink(missing_ok=True)
             process = start_command(self.folder, self.target.line, self.target.output, self.target.settings)
             try:
                 process.wait(draw.uniform(0.1, self.wall_s) if num_kills < kills else None)
-                finish(process, self.folder)
+                check_end(process, self.folder)
             except subprocess.TimeoutExpired:
-                moments[self._moment()] += 1
+                moments[self._find_phase()] += 1
                 kill_command(process)
                 num_kills += 1
         equal &= self._is_equal()
-        left = [path.name for path in self.folder.glob(f".{self.output.name}.*")]
+        temporary = [path.name for path in self.folder.glob(f".{self.output.name}.*")]
         items = ""
         if self.target.notes_items:
-            items = (f"; items: {self.num_lost} lost, {self.num_again / max(kills, 1):.1f} done again for a "
-                     "kill")
+            items = f"; {self.num_lost} items lost, {self.num_repeated / max(kills, 1):.1f} repeated per kill"
         moment_counts = ", ".join(f"{moment} {count}" for moment, count in moments.most_common())
         print(f"{self.name:<10} {num_kills:>5} {num_ends + 1:>5} {'equal' if equal else 'DIFFERS':>8} "
-              f"{', '.join(left) or 'nothing':>9} {self.wall_s:>8.1f} s  {moment_counts}{items}", flush=True)
-        return equal and not left and not self.num_lost
+              f"{', '.join(temporary) or 'nothing':>9} {self.wall_s:>8.1f} s  {moment_counts}{items}",
+              flush=True)
+        return equal and not temporary and not self.num_lost
 
     def _is_equal(self) -> bool:
         if self.target.notes_items:
-            self.num_again += self._count_noted() - self.num_noted
+            self.num_repeated += self._count_noted() - self.num_noted
             self.num_lost += NUM_ROWS - self.num_distinct
-        result = self.target.content(self.output)
-        others = sorted(name for name in self.expected.keys() | result.keys()
-                        if self.expected.get(name) != result.get(name))
-        if others:
-            print(f"{self.name}: {len(others)} of {len(self.expected)} differ, {others[:5]}", flush=True)
-        return not others
+        result = self.target.hash_output(self.output)
+        different = sorted(name for name in self.expected.keys() | result.keys()
+                           if self.expected.get(name) != result.get(name))
+        if different:
+            print(f"{self.name}: {len(different)} of {len(self.expected)} differ: {different[:5]}")
+        return not different
 
-    def _moment(self) -> str:
+    def _find_phase(self) -> str:
         """Return the phase of a running command, derived from the files that it has written."""
         if not (self.output / EVENTS).is_file():
             return "at work" if self.output.exists() or any(
@@ -386,21 +376,19 @@ def main() -> int:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("targets", nargs="+", choices=[*TARGETS, "all"], metavar="TARGET",
                         help=f"{', '.join(TARGETS)}, or all")
-    parser.add_argument("--kills", type=int, default=20, help="of each target (default %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the moments (default %(default)s)")
+    parser.add_argument("--kills", type=int, default=20, help="kills of each target (default %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the moments (default %(default)s)")
     args = parser.parse_args()
     targets = list(TARGETS) if "all" in args.targets else args.targets
-    print(f"{platform.machine()}, {os.cpu_count()} cores shared with other work, load "
-          f"{os.getloadavg()[0]:.1f}, Python {platform.python_version()}; seed {args.seed}")
-    print(f"{'target':<10} {'kills':>5} {'ends':>5} {'content':>8} {'left over':>9} {'undisturbed':>10}  "
-          "killed at", flush=True)
-    sound = True
+    print(f"{describe_machine()}; seed {args.seed}\n{'target':<10} {'kills':>5} {'ends':>5} {'content':>8} "
+          f"{'left over':>9} {'undisturbed':>10}  killed at", flush=True)
+    all_equal = True
     with tempfile.TemporaryDirectory(prefix="sov-kills-") as name:
         prepare_inputs(Path(name), targets)
         for target in targets:
             draw = random.Random(f"{target}-{args.seed}")
-            sound &= KilledTarget(Path(name), target, TARGETS[target]).survive(args.kills, draw)
-    return 0 if sound else 1
+            all_equal &= KilledTarget(Path(name), target, TARGETS[target]).kill_repeatedly(args.kills, draw)
+    return 0 if all_equal else 1
 
 
 if __name__ == "__main__":

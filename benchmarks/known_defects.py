@@ -16,7 +16,7 @@ import torch
 import yaml
 from planted_faults import Fault, mutated
 
-from megatron_sov.engine.parallel import cpu_shims
+from layout_proof import cpu_shims
 
 cpu_shims.prepare_without_gpu()
 from megatron.core import tensor_parallel  # noqa: E402
@@ -31,7 +31,8 @@ from megatron.core.transformer.multi_token_prediction import MTPLossAutoScaler, 
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from megatron_sov.engine.parallel.simulated_world import SimulatedRanks  # noqa: E402
+from layout_proof.simulated_world import SimulatedRanks  # noqa: E402
+from megatron_sov.engine.parallel.world import form_groups  # noqa: E402
 from megatron_sov.model import recipes  # noqa: E402
 from megatron_sov.model.config import ParallelConfig, apply_settings  # noqa: E402
 from megatron_sov.proof.layout_proof import prove_run  # noqa: E402
@@ -110,8 +111,8 @@ def run_stock(name: str, axis: str) -> str:
         own = slice(group.rank(), group.rank() + 1) if group.size() == 2 else slice(2)
         return float(globals()[name](config, group, MASKS[own], LOSSES[own]))
 
-    one, two = (SimulatedRanks(size).run(ParallelConfig(
-        tp=size if axis == "tp" else 1, cp=size if axis == "cp" else 1), run_rank) for size in (1, 2))
+    one, two = (SimulatedRanks(size).run(form_groups(ParallelConfig(
+        tp=size if axis == "tp" else 1, cp=size if axis == "cp" else 1)), run_rank) for size in (1, 2))
     return f"{name.replace('_', ' ')} {one[0]:.4g} on one rank, {two[0]:.4g} and {two[1]:.4g} at {axis} 2"
 
 

@@ -145,7 +145,7 @@ def over_another_group(call_site: Any) -> Iterator[list[int]]:
     """Redirect a call site to another group of the same size; yields the list of redirected ranks."""
     from torch.distributed import distributed_c10d
 
-    from megatron_sov.engine.parallel import simulated_messages, simulated_world
+    from layout_proof import simulated_messages, simulated_world
 
     original, moved_ranks = simulated_world.SimulatedGroup._call, list[int]()
 
@@ -330,7 +330,7 @@ def main(argv: Sequence[str]) -> int:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
     warnings.simplefilter("ignore")
-    from megatron_sov.engine.parallel import cpu_shims
+    from layout_proof import cpu_shims
 
     cpu_shims.prepare_without_gpu()
     if argv[0] == "one":

@@ -1,18 +1,22 @@
-"""Run recipes of small models over seeds: their arms, their curves, and which orderings of the arms hold.
+"""Train small models over several seeds, and test claims that compare the results of different commands.
 
     python benchmarks/learning.py RECIPE[/CLAIM] ... --work FOLDER [--seeds N] [--arms ARM ...] [--digest]
 
 RECIPE is a file `learning/RECIPE.yaml` (toy models) or `real/RECIPE.yaml` (SmolLM2-135M-Instruct); without
-CLAIM all its claims run. A claim has arms (lists of ordinary commands), measures that are read from the
-files of each arm, and tests of the form "this arm is below that one by more than a bound". Arms of one seed
-are paired: a test holds if Student's 95 % interval of the differences is above the bound. `curves` are
-fields of an arm's events, printed as means over the seeds. With fewer seeds than the claim requires, every
-test is undecided. A killed benchmark continues after the last completed command.
+CLAIM all its claims run. A claim has
 
-A command may also be `python SCRIPT`, or the path of a program in a setup's folder. `registered` is the
-digest of a claim's text and commands, which `--digest` prints; a claim that was edited after its
-registration is refused. No seed starts after `budget_s` processor seconds. `start` names an arm and the
-range in which its figure for the first seed must be; otherwise no other arm runs.
+    arms        lists of commands whose results are compared
+    measures    figures that are read from the files of each arm
+    tests       "arm A is lower than arm B by more than a bound"; arms of one seed are paired, and a test
+                holds if Student's 95 % interval of the differences is above the bound
+    curves      fields of an arm's events, printed as means over the seeds
+    seeds       with fewer seeds every test is undecided
+    budget_s    no seed starts after so many processor seconds
+    start       an arm and the range of its figure for the first seed; outside it no other arm runs
+    registered  digest of the claim's text and commands (`--digest`); a claim with another digest is refused
+
+A command may also be `python SCRIPT`, or the path of a program in a setup's folder. A killed benchmark
+continues after the last completed command.
 """
 
 import argparse
@@ -22,7 +26,6 @@ import json
 import math
 import os
 import re
-import resource
 import shlex
 import subprocess
 import sys
@@ -32,13 +35,14 @@ from statistics import fmean
 from typing import Any
 
 import yaml
-from seeds import half_width
+from command_lines import PROGRAMS
+from measurement import read_child_cpu_s
+from seeds import compute_half_width
 
 FOLDERS = [Path(__file__).with_name(name) for name in ("learning", "real")]
 CURVE_POINTS = 8
-PROGRAMS = {"megatron-sov": "megatron_sov", "sov-data": "data_prep.cli", "sov-tokenizer": "tokenizer.cli"}
 PLACEHOLDER = re.compile(r"\{([a-z]\w*)\}")
-"""A shared word, a folder or the seed in a command."""
+"""Name of a shared word, a folder or the seed in a command."""
 
 
 class Recipe:
@@ -92,7 +96,13 @@ class Recipe:
 
 
 def run_commands(folder: Path, commands: Sequence[str], places: Mapping[str, str]) -> None:
-    """Run the incomplete commands of a folder, each with one thread; `> FILE` takes the output."""
+    """Run the incomplete commands of a folder, each on one thread.
+
+    Args:
+        folder: working folder; its file `done` has the number of completed commands.
+        commands: commands; `> FILE` at the end redirects the output.
+        places: placeholder -> its value in the commands.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     values = {**places, "here": str(folder)}
     completed_file = folder / "done"
@@ -109,28 +119,23 @@ def run_commands(folder: Path, commands: Sequence[str], places: Mapping[str, str
                 command = [sys.executable, "-P", "-W", "ignore", "-m", PROGRAMS[words[0]], *words[1:]]
             elif words[0] == "python":
                 command = [sys.executable, *words[1:]]
-            began_s = read_child_seconds()
+            begin_cpu_s = read_child_cpu_s()
             code = subprocess.run(command, stdout=out if target else log, stderr=log, cwd=folder, check=False,
                                   env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         if code:
             raise SystemExit(f"{folder / 'log'}: {shlex.join(words[:3])} ended with exit code {code}")
-        (folder / "seconds").write_text(str(read_seconds(folder) + read_child_seconds() - began_s))
+        (folder / "seconds").write_text(str(read_seconds(folder) + read_child_cpu_s() - begin_cpu_s))
         completed_file.write_text(str(number + 1))
 
 
-def read_child_seconds() -> float:
-    """Return the processor seconds of all child processes that have ended."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
 def read_seconds(folder: Path) -> float:
-    """Return the processor seconds of all commands that have run in a folder and the folders below it."""
+    """Return the processor seconds of all commands that have completed in a folder and its subfolders."""
     return sum(float(file.read_text()) for file in folder.rglob("seconds"))
 
 
 def read_figure(folder: Path, measure: Mapping[str, str]) -> float:
-    """Return the figure of an arm: the mean of the values at the path `value`; `*` selects all items."""
+    """Return a figure of an arm: the mean of the values at the path `value` of a JSON or JSONL file, in which
+    `*` selects all items. With `event` only the last event of that kind counts."""
     text = (folder / measure["file"]).read_text(encoding="utf-8")
     if measure["file"].endswith(".jsonl"):
         values = [json.loads(line) for line in text.split("\n") if line]
@@ -148,7 +153,7 @@ def read_figure(folder: Path, measure: Mapping[str, str]) -> float:
 
 
 def read_curve(folder: Path, curve: Mapping[str, str]) -> list[float]:
-    """Return a field of all events of one kind of a run, in order."""
+    """Return the field `value` of all events of the kind `event` in a run, in order."""
     lines = (folder / curve.get("file", "run/events.jsonl")).read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, lines) if row["event"] == curve["event"]]
     for key in curve["value"].split("/"):
@@ -157,13 +162,13 @@ def read_curve(folder: Path, curve: Mapping[str, str]) -> list[float]:
 
 
 def print_curve(name: str, curves_of_arms: Mapping[str, Sequence[Sequence[float]]]) -> None:
-    """Print the mean over seeds of each arm's curve at `CURVE_POINTS` evenly spaced points.
+    """Print the mean over seeds of each arm's curve at `CURVE_POINTS` evenly spaced events.
 
     Args:
         name: label of the curve.
-        curves_of_arms: arm -> values of each seed's curve, in order.
+        curves_of_arms: arm -> the curve of each seed.
     """
-    print(f"  {name}, from the first to the last")
+    print(f"  {name}, from the first event to the last")
     for arm, curves in curves_of_arms.items():
         means = [fmean(values) for values in zip(*curves, strict=False)]
         places = sorted({round(i * (len(means) - 1) / (CURVE_POINTS - 1)) for i in range(CURVE_POINTS)})
@@ -174,7 +179,7 @@ def compute_interval(differences: Sequence[float]) -> tuple[float, float] | None
     """Return Student's 95 % interval of the mean, or None for fewer than two values."""
     if len(differences) < 2:
         return None
-    mean, half = fmean(differences), half_width(differences)
+    mean, half = fmean(differences), compute_half_width(differences)
     return mean - half, mean + half
 
 
@@ -182,11 +187,11 @@ def decide(differences: Sequence[float], bound: float, num_seeds: int, may_be_eq
     """Decide a test: "holds", "does not hold" or "undecided".
 
     Args:
-        differences: difference of the two arms for each seed.
+        differences: difference between the two arms for each seed.
         bound: bound of the test.
         num_seeds: number of seeds that the claim requires; with fewer the test is undecided.
-        may_be_equal: accept equal differences of all seeds, which occur at a ceiling. Otherwise they show
-            that the figure does not depend on the seed.
+        may_be_equal: accept seeds with equal differences, which occur at a ceiling. Otherwise the figure does
+            not depend on the seed, and the test is undecided.
     """
     interval = compute_interval(differences)
     are_equal = max(differences) - min(differences) < 1e-9

@@ -1,24 +1,22 @@
-"""Peak memory of an optimizer step on one sequence of 131,072 tokens, compared with
-`plan/footprint/memory.py`.
+"""Peak memory of an optimizer step on one sequence of 131,072 tokens, compared with the prediction of `plan`.
 
 Usage: python benchmarks/long_sequence.py [--lengths 32768 131072] > benchmarks/results/long_sequence.txt
 
-A thin K-EXAONE (three sliding layers and a global one, experts, float32) is trained for one step of the
-ordinary loop on two processes that share the sequence (`parallel.cp` 2), each layer recomputed.  For each
-length new processes are started.  `grown` is how far a process's peak resident memory exceeds what it had
-before the model was built (the larger of both processes); `account` is the estimate that docs/memory.md
-gives for the big models, with a list of what it leaves out.
+A thin K-EXAONE (three sliding layers, one global layer, experts, float32) trains one step of the ordinary
+loop on two processes that share the sequence (`parallel.cp` 2), and recomputes each layer. Each length runs
+in new processes. `before` is a process's resident memory before it builds the model; `grown` is the increase
+up to the peak, in the process with the larger increase; `account` is the prediction of
+`plan/footprint/memory.py`, which docs/memory.md explains.
 """
 
 import argparse
-import os
-import platform
 import re
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+from measurement import describe_machine
 
 from megatron_sov import recipes
 from megatron_sov.engine.parallel import launcher, world
@@ -33,7 +31,7 @@ SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "m
             "train.eval_every_steps=0", "data.prefetch_steps=0")
 
 
-class OneDocument:
+class RandomDocuments:
     """Two equally long documents of random tokens (implements `train.data.token_shards.Documents`)."""
 
     is_plain, columns = True, ()
@@ -56,29 +54,27 @@ class OneDocument:
         return np.zeros(count, np.uint8)
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        """Not to be called."""
         raise KeyError(name)
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        """Not to be called."""
         raise KeyError("routes")
 
 
-def resident_bytes(which: str) -> int:
-    """Return this process's resident memory, now (VmRSS) or at its peak (VmHWM)."""
-    match = re.search(rf"{which}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert match is not None, which
+def read_resident_bytes(field: str) -> int:
+    """Return this process's resident memory: now (field "VmRSS") or at its peak ("VmHWM")."""
+    match = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match is not None, field
     return int(match[1]) << 10
 
 
-def config_of(tokens: int) -> RunConfig:
-    """Return the settings at a length."""
+def build_config(tokens: int) -> RunConfig:
+    """Return the settings for sequences of `tokens` tokens."""
     return apply_settings(recipes.get("tiny-k-exaone"), [
         *SETTINGS, f"model.max_position_tokens={tokens}",
         f'data.phases=[{{"name": "long", "seq_len": {tokens}}}]'])
 
 
-def step(config: RunConfig, folder: Path) -> None:
+def train_one_step(config: RunConfig, folder: Path) -> None:
     """Train a step on every rank; write bytes before, bytes grown, seconds and loss to `folder/RANK.npy`."""
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.loop import train_step
@@ -87,27 +83,27 @@ def step(config: RunConfig, folder: Path) -> None:
 
     place = world.join_world(config.parallel)
     tokens = config.data.phases[0].seq_len
-    before, start = resident_bytes("VmRSS"), time.perf_counter()
+    before, begin_s = read_resident_bytes("VmRSS"), time.perf_counter()
     source = Source("long", None, "text", {}, {"train": 2 * tokens}, 1.0,
-                    train_documents=OneDocument(tokens, config.model.vocab_size))
+                    train_documents=RandomDocuments(tokens, config.model.vocab_size))
     trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
     result = train_step(trainer)
     assert result is not None and result.num_tokens == tokens
-    grown, seconds = resident_bytes("VmHWM") - before, time.perf_counter() - start
+    grown, seconds = read_resident_bytes("VmHWM") - before, time.perf_counter() - begin_s
     np.save(folder / f"{place.rank}.npy", np.array([before, grown, seconds, result.loss]))
     trainer.close()
     world.leave_world()
 
 
-def measured(config: RunConfig) -> tuple[float, float, float, float]:
-    """Return bytes before, bytes grown, seconds and loss of the process that grew most.
+def measure_step(config: RunConfig) -> tuple[float, float, float, float]:
+    """Return bytes before, bytes grown, seconds and loss of the process whose memory grew most.
 
     Raises:
         SystemExit: the step failed.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if code := launcher.launch_ranks(lambda: step(config, folder), NPROC, num_threads=1):
+        if code := launcher.launch_ranks(lambda: train_one_step(config, folder), NPROC, num_threads=1):
             raise SystemExit(code)
         rows = [np.load(folder / f"{rank}.npy") for rank in range(NPROC)]
     before, grown, seconds, loss = max(rows, key=lambda row: row[1]).tolist()
@@ -120,15 +116,14 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lengths", type=int, nargs="+", default=[32_768, 65_536, 131_072])
     args = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
-          f"Python {platform.python_version()}; {NPROC} processes of one thread\n"
+    print(f"{describe_machine()}; {NPROC} processes of one thread\n"
           "MiB of one process, float32, recomputation on\n")
     print(f"{'tokens':>8}{'before':>8}{'grown':>8}{'account':>9}{'ratio':>7}{'seconds':>9}{'loss':>7}   "
           "account: " + ", ".join(MemoryAccount.__annotations__))
     for tokens in args.lengths:
-        config = config_of(tokens)
+        config = build_config(tokens)
         planned = build_account(config, NPROC, 0, tokens)
-        before, grown, seconds, loss = measured(config)
+        before, grown, seconds, loss = measure_step(config)
         print(f"{tokens:>8,}{before / MIB:>8.0f}{grown / MIB:>8.0f}{planned.allocated / MIB:>9.0f}"
               f"{grown / planned.allocated:>7.2f}{seconds:>9.0f}{loss:>7.3f}   "
               + ", ".join(f"{v / MIB:.0f}" for v in vars(planned).values()), flush=True)

@@ -1,24 +1,23 @@
-"""Overhead of the training loop over a minimal megatron.core loop: step times of both, in one process.
+"""CPU and wall time of a training step, compared with Megatron-Core's stock loop and with transformers.
 
 Usage: python benchmarks/loop_overhead.py [--nproc 2] > benchmarks/results/loop_overhead.txt
        python benchmarks/loop_overhead.py --transformers > benchmarks/results/loop_transformers.txt
 
-Three loops train the same architecture with the same number of tokens per step. They take turns, so that
-other load on the machine affects all of them:
+Three loops train the same architecture with the same number of tokens per step. They take turns in one
+process, so that other load on the machine affects all loops:
+
   ours    the step of `train.loop`: data order, objective, schedule, optimizer, events, stop flag
   same    the same model and loss on batches in memory: only megatron-core's schedule and the optimizer step
   stock   megatron-core's GPTModel (its attention, router and loss) on batches in memory, as in Megatron-LM's
           train_step
-With --transformers, three loops take turns in one process, for a dense model and a mixture of experts:
-"ours", "same", and the model of the same sizes in `transformers` with torch's fused AdamW, on the token ids
-of "same". Ratios are medians over turns of ours / the other loop. CPU time includes all threads of rank 0,
-with data loading.
+
+With --transformers the third loop is the same architecture in `transformers` with torch's fused AdamW, on the
+token ids of "same", once for a dense model and once for a mixture of experts. Ratios are medians over turns.
+CPU time includes all threads of rank 0, with data loading.
 """
 
 import argparse
 import itertools
-import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from measurement import describe_machine
 
 from megatron_sov import recipes
 from megatron_sov.engine.parallel import collectives, launcher, world
@@ -43,12 +43,12 @@ COMMON = (f"model.vocab_size={VOCAB_SIZE}", "model.head_dim=64", "train.steps=10
 SETTINGS = (*COMMON, "model.hidden_size=256", "model.expert_ffn_dim=256", "train.global_batch_size=8",
             "train.micro_batch_size=4")
 WARMUP_TURNS = 2
-"""First steps of each loop that are not timed."""
+"""Number of first steps of each loop that are not timed."""
 
 
 def write_shard(folder: Path) -> None:
-    """Write train.bin and train.idx with documents of SEQ_LEN tokens, so that attention of all loops has the
-    same number of pairs."""
+    """Write train.bin and train.idx with documents of SEQ_LEN tokens, so that the attention of all loops
+    computes the same number of pairs."""
     lengths = np.full(NUM_DOCUMENTS, DOCUMENT_TOKENS, np.int32)
     ends = np.cumsum(lengths.astype(np.int64))
     header = b"MMIDIDX\x00\x00" + np.array([1], np.uint64).tobytes() + bytes([4])
@@ -59,7 +59,7 @@ def write_shard(folder: Path) -> None:
                                       dtype=np.int32).tofile(folder / "train.bin")
 
 
-def our_step(config: RunConfig, place: world.ParallelWorld, source: Source, folder: Path
+def build_our_step(config: RunConfig, place: world.ParallelWorld, source: Source, folder: Path
              ) -> Callable[[], None]:
     """Return a function that runs one step of the training loop and records its events."""
     from megatron_sov.runs.folder import RunFolder
@@ -91,7 +91,7 @@ def load_batches(config: RunConfig, place: world.ParallelWorld, source: Source) 
     return ready
 
 
-def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Source) -> Callable[[], None]:
+def build_same_step(config: RunConfig, place: world.ParallelWorld, source: Source) -> Callable[[], None]:
     """Return a function that trains the same model for one step without the training loop."""
     import torch
 
@@ -129,7 +129,7 @@ def same_model_step(config: RunConfig, place: world.ParallelWorld, source: Sourc
     return step
 
 
-def stock_step(config: RunConfig, place: world.ParallelWorld) -> Callable[[], None]:
+def build_stock_step(config: RunConfig, place: world.ParallelWorld) -> Callable[[], None]:
     """Return a function that runs Megatron-LM's train_step with megatron-core's GPTModel."""
     import torch
     from megatron.core.distributed import (
@@ -179,7 +179,7 @@ def stock_step(config: RunConfig, place: world.ParallelWorld) -> Callable[[], No
     return step
 
 
-def transformers_step(config: RunConfig, batches: list[Any]) -> Callable[[], None]:
+def build_transformers_step(config: RunConfig, batches: list[Any]) -> Callable[[], None]:
     """Return a function that trains the same architecture in transformers, with torch's fused AdamW, on
     `batches`."""
     import torch
@@ -218,97 +218,90 @@ PEERS = {"dense": ("tiny-qwen3", ("model.num_kv_heads=5", "model.dense_ffn_dim=9
 """Kind -> recipe that transformers also implements, and its sizes: about 13 million active parameters."""
 
 
-def measure_transformers(turns: int, folder: Path, kind: str) -> None:
-    """Time the loops and transformers in turn for a kind of `PEERS`, and print a line."""
+def time_in_turn(steps: dict[str, Callable[[], None]], turns: int) -> tuple[dict[str, list[float]], ...]:
+    """Run each step once in every turn; return loop -> wall seconds of its turns, and loop -> CPU seconds."""
+    wall_s: dict[str, list[float]] = {name: [] for name in steps}
+    cpu_s: dict[str, list[float]] = {name: [] for name in steps}
+    for turn in range(turns + WARMUP_TURNS):
+        for name, step in steps.items():
+            begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
+            step()
+            if turn >= WARMUP_TURNS:
+                wall_s[name].append(time.perf_counter() - begin_s)
+                cpu_s[name].append(time.process_time() - begin_cpu_s)
+    return wall_s, cpu_s
+
+
+def compute_ratio(seconds: dict[str, list[float]], name: str, other: str) -> float:
+    """Return the median over turns of one loop's time over another's."""
+    return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
+
+
+def open_source(folder: Path) -> Source:
+    """Return the shard of `write_shard` as a data source."""
+    return Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
+                  ShardChain([folder / "train"]))
+
+
+def compare_with_transformers(kind: str, turns: int, folder: Path) -> None:
+    """Time our loops and transformers in turn for a kind of `PEERS`, and print a line."""
     recipe, sizes = PEERS[kind]
-    (folder / kind).mkdir()
     config = apply_settings(recipes.get(recipe), [
         *COMMON, "model.hidden_size=320", "model.num_layers=6", "model.num_heads=5",
         "train.global_batch_size=2", "train.micro_batch_size=2", "train.precision=fp32", *sizes])
-    place = world.join_world(config.parallel)
-    source = Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
-                    ShardChain([folder / "train"]))
-    steps = {"ours": our_step(config, place, source, folder / kind),
-             "same": same_model_step(config, place, source),
-             "transformers": transformers_step(config, load_batches(config, place, source))}
-    taken: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(turns + WARMUP_TURNS):
-        for name, step in steps.items():
-            began = time.process_time()
-            step()
-            if turn >= WARMUP_TURNS:
-                taken[name].append(time.process_time() - began)
+    place, source = world.join_world(config.parallel), open_source(folder)
+    _, cpu_s = time_in_turn({
+        "ours": build_our_step(config, place, source, folder),
+        "same": build_same_step(config, place, source),
+        "transformers": build_transformers_step(config, load_batches(config, place, source))}, turns)
     world.leave_world()
-    ratios = {name: statistics.median(a / b for a, b in zip(taken[name], taken["transformers"], strict=True))
-              for name in ("ours", "same")}
-    figures = "".join(f"{name}: {1e3 * statistics.median(t):8.1f} CPU ms a step   "
-                      for name, t in taken.items())
-    print(f"{kind:9}{figures}" + "   ".join(f"{name} / transformers {ratio:.3f}"
-                                            for name, ratio in ratios.items()), flush=True)
+    times = (f"{name}: {1e3 * statistics.median(cpu_s[name]):8.1f} CPU ms a step" for name in cpu_s)
+    ratios = (f"{name} / transformers {compute_ratio(cpu_s, name, 'transformers'):.3f}"
+              for name in ("ours", "same"))
+    print(f"{kind:9}" + "   ".join([*times, *ratios]), flush=True)
 
 
-def measure(turns: int, folder: Path) -> None:
+def compare_with_megatron(turns: int, folder: Path) -> None:
     """Time the three loops in turn on every rank; rank 0 prints a table."""
     config = apply_settings(recipes.get("tiny-solar-open"), SETTINGS)
-    place = world.join_world(config.parallel)
-    source = Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
-                    ShardChain([folder / "train"]))
-    steps = {"ours": our_step(config, place, source, folder), "same": same_model_step(config, place, source),
-             "stock": stock_step(config, place)}
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    cpu_times: dict[str, list[float]] = {name: [] for name in steps}
-    for turn in range(turns + WARMUP_TURNS):
-        for name, step in steps.items():
-            start, cpu_start = time.perf_counter(), time.process_time()
-            step()
-            if turn >= WARMUP_TURNS:
-                times[name].append(time.perf_counter() - start)
-                cpu_times[name].append(time.process_time() - cpu_start)
+    place, source = world.join_world(config.parallel), open_source(folder)
+    wall_s, cpu_s = time_in_turn({
+        "ours": build_our_step(config, place, source, folder),
+        "same": build_same_step(config, place, source),
+        "stock": build_stock_step(config, place)}, turns)
     world.leave_world()
-    if place.is_main:
-        print(f"\n{place.size} process(es), {turns} steps of {config.train.global_batch_size} x "
-              f"{SEQ_LEN} tokens each")
-        print(f"{'loop':<8}{'wall ms':>12}{'CPU ms':>12}{'ours / it, wall':>18}{'CPU':>8}")
-        for name in steps:
-            wall, cpu_ms = (1e3 * statistics.median(taken[name]) for taken in (times, cpu_times))
-            ratios = (statistics.median(o / t for o, t in zip(taken["ours"], taken[name], strict=True))
-                      for taken in (times, cpu_times))
-            print(f"{name:<8}{wall:>12.1f}{cpu_ms:>12.1f}{next(ratios):>18.3f}{next(ratios):>8.3f}",
-                  flush=True)
+    if not place.is_main:
+        return
+    print(f"\n{place.size} process(es), {turns} steps of {config.train.global_batch_size} x {SEQ_LEN} "
+          f"tokens\n{'loop':<8}{'wall ms':>12}{'CPU ms':>12}{'ours / loop, wall':>20}{'CPU':>8}")
+    for name in wall_s:
+        print(f"{name:<8}{1e3 * statistics.median(wall_s[name]):>12.1f}"
+              f"{1e3 * statistics.median(cpu_s[name]):>12.1f}{compute_ratio(wall_s, 'ours', name):>20.3f}"
+              f"{compute_ratio(cpu_s, 'ours', name):>8.3f}", flush=True)
 
 
-def on_one_and_more(measure: Callable[[int, Path], None], description: str | None, turns: int) -> None:
-    """Parse the command line, and run `measure` on one process and on `--nproc`. `turns`: default of
-    `--turns`."""
-    parser = argparse.ArgumentParser(description=description,
+def main() -> int:
+    """Run each comparison in new processes."""
+    parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--nproc", type=int, default=2)
-    parser.add_argument("--turns", type=int, default=turns)
+    parser.add_argument("--nproc", type=int, default=2, help="also compare with Megatron on N processes")
+    parser.add_argument("--turns", type=int, help="timed steps of each loop (default: 40; transformers: 12)")
+    parser.add_argument("--transformers", action="store_true", help="compare with transformers")
     args = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
-          f"Python {platform.python_version()}", flush=True)
-    for nproc in sorted({1, args.nproc}):
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            write_shard(folder)
-            if launcher.launch_ranks(partial(measure, args.turns, folder), nproc, num_threads=1):
-                sys.exit(1)
+    print(describe_machine(), flush=True)
+    comparisons = [(compare_with_megatron, nproc) for nproc in sorted({1, args.nproc})]
+    turns = args.turns or 40
+    if args.transformers:
+        turns = args.turns or 12
+        print(f"{turns} steps of 2 x {SEQ_LEN} tokens, fp32, one thread", flush=True)
+        comparisons = [(partial(compare_with_transformers, kind), 1) for kind in PEERS]
+    for compare, nproc in comparisons:
+        with tempfile.TemporaryDirectory() as folder:
+            write_shard(Path(folder))
+            if launcher.launch_ranks(partial(compare, turns, Path(folder)), nproc, num_threads=1):
+                return 1
+    return 0
 
 
-def compare_with_transformers(turns: int) -> None:
-    """Compare with transformers, each model in its own process."""
-    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
-          f"Python {platform.python_version()}; {turns} steps of 2 x {SEQ_LEN} tokens, fp32, one thread",
-          flush=True)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        write_shard(folder)
-        for kind in PEERS:
-            if launcher.launch_ranks(partial(measure_transformers, turns, folder, kind), 1, num_threads=1):
-                sys.exit(1)
-
-
-if __name__ == "__main__" and "--transformers" in sys.argv:
-    compare_with_transformers(turns=12)
-elif __name__ == "__main__":
-    on_one_and_more(measure, __doc__, turns=40)
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,20 +1,19 @@
-"""Math rewards against math-verify: equal verdicts, speed, and answers that fool `math` and `stem`.
+"""Verdicts and speed of the rewards `math` and `stem`, compared with math-verify and TRL.
 
     PYTHONPATH=TRL python benchmarks/math_verdicts.py > benchmarks/results/math_verdicts.txt
 
-TRL is a folder with an unpacked wheel of TRL, whose `accuracy_reward` also judges the third part.
+TRL is a folder with an unpacked wheel of TRL, for the third part. The parts are
 
 1. 2,000 random answers, judged by the process pool of `score`, and by math-verify in one process as in its
    README: verdicts and answers per second.
-2. Right answers in another form and wrong answers that look right, 20 of each kind: which kinds the rewards
+2. Right answers in another form and wrong answers that look right, 20 of each kind: kinds that the rewards
    `math` and `stem` misjudge.
-3. 44 handwritten responses that try to be rewarded without a right answer, and 44 honest ones in many
-   spellings: which of them each verifier rewards.
+3. 44 handwritten responses that try to be rewarded without a right answer, and 44 honest responses in many
+   spellings: the responses that our rewards and TRL's `accuracy_reward` pay.
 """
 
 import argparse
 import os
-import platform
 import random
 import time
 from collections import Counter
@@ -22,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import yaml
+from measurement import describe_machine
 
 from megatron_sov.judge.rewards.registry import build_versioned_reward, request_reward
 from megatron_sov.judge.rewards.reward import run_reward
@@ -107,10 +107,10 @@ def score_by_pool(items: list[Item], workers: int) -> tuple[list[float | None], 
     rows = [{"answer": gold, "response": response} for gold, response in items]
     with create_runner(request, build_versioned_reward(request), workers) as running:
         running.score(rows[:2 * workers])  # starts the processes
-        begun_s = time.monotonic()
+        begin_s = time.monotonic()
         rewards = [result.reward for i in range(0, len(rows), BATCH_ROWS)
                    for result in running.score(rows[i:i + BATCH_ROWS])]
-        return rewards, time.monotonic() - begun_s
+        return rewards, time.monotonic() - begin_s
 
 
 def score_by_math_verify(items: list[Item]) -> tuple[list[float], float]:
@@ -118,9 +118,9 @@ def score_by_math_verify(items: list[Item]) -> tuple[list[float], float]:
     from math_verify import parse, verify
 
     parse("\\boxed{1}")  # the first call builds the grammar
-    begun_s = time.monotonic()
+    begin_s = time.monotonic()
     verdicts = [float(verify(parse(f"\\boxed{{{gold}}}"), parse(response))) for gold, response in items]
-    return verdicts, time.monotonic() - begun_s
+    return verdicts, time.monotonic() - begin_s
 
 
 def print_misjudged_kinds(count: int) -> None:
@@ -129,20 +129,17 @@ def print_misjudged_kinds(count: int) -> None:
     Args:
         count: number of answers of each kind.
     """
-    requests = {"math": request_reward("math", {}),
-                "math, literal=false": request_reward("math", {"literal": False}),
-                "math, marked_only=false": request_reward("math", {"marked_only": False}),
-                "stem": request_reward("stem", {})}
-    rewards = {name: build_versioned_reward(request).reward for name, request in requests.items()}
-    rewards["math"].prepare()
-    for name, reward in rewards.items():
+    scorers = {"math": build_scorer("math", {}),
+               "math, literal=false": build_scorer("math", {"literal": False}),
+               "math, marked_only=false": build_scorer("math", {"marked_only": False}),
+               "stem": build_scorer("stem", {})}
+    for name, score in scorers.items():
         totals: Counter[tuple[bool, float | None]] = Counter()
         lines = []
         for label, is_right, kinds in (("right", True, RIGHT), ("wrong", False, WRONG)):
             for kind in kinds:
                 items = draw_items({kind: kinds[kind]}, count, seed=7)
-                counter = Counter(run_reward(reward, {"answer": gold, "response": text}).reward
-                                  for gold, text in items)
+                counter = Counter(score(gold, text) for gold, text in items)
                 totals.update({(is_right, value): times for value, times in counter.items()})
                 misjudged = len(items) - counter[float(is_right)]
                 if misjudged:
@@ -171,12 +168,12 @@ def print_handwritten_verdicts() -> None:
         fooled = [text for gold, text in FOOLING if score(gold, text) == 1]
         missed = [text for gold, text in HONEST if score(gold, text) != 1]
         print(f"  {name}: {len(fooled)} of {len(FOOLING)}, and {len(HONEST) - len(missed)} of {len(HONEST)}")
-        for what, texts in (("paid for nothing", fooled), ("honest and not paid", missed)):
-            print("".join(f"    {what}: {text!r}\n" for text in texts), end="")
+        for label, texts in (("paid for nothing", fooled), ("honest and not paid", missed)):
+            print("".join(f"    {label}: {text!r}\n" for text in texts), end="")
 
 
 def build_scorer(name: str, settings: dict[str, object]) -> Callable[[str, str], float | None]:
-    """Return a function that scores a response against a gold answer with one of our rewards."""
+    """Return a function (gold answer, response) -> score of the reward `name`."""
     reward = build_versioned_reward(request_reward(name, settings)).reward
     if name == "math":
         reward.prepare()
@@ -190,7 +187,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=20)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     args = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
+    print(describe_machine(), flush=True)
     kinds = {**RIGHT, **WRONG, **MORE}
     items = draw_items(kinds, args.items, seed=0)
     ours, ours_s = score_by_pool(items, args.workers)

@@ -6,13 +6,11 @@ Usage: python benchmarks/output_head.py > benchmarks/results/output_head.txt
   two passes  `Head.logprobs`: applies the head again in the backward pass, one chunk at a time
   library     megatron-core's `vocab_parallel_cross_entropy` on all logits at once
 
-Each runs in its own process. Memory is the increase of the peak resident set since before the first pass.
-Loss and gradient norms are printed to show that all compute the same values.
+Each method runs in its own process. Memory is the increase of the process's peak resident memory over the
+passes. Loss and gradient norms show that all methods compute the same values.
 """
 
-import os
-import platform
-import resource
+import argparse
 import statistics
 import sys
 import time
@@ -20,16 +18,18 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+from measurement import describe_machine, read_peak_bytes
+
 from megatron_sov.engine.parallel import launcher, world
 
 HIDDEN, VOCAB_SIZE, TURNS = 256, 8192, 7
 CASES = ((2048, 2048, "float32"), (4096, 512, "float32"), (2048, 512, "bfloat16"))
 """Tokens, tokens of a chunk, dtype of the model."""
-WAYS = ("one pass", "two passes", "library")
+METHODS = ("one pass", "two passes", "library")
 
 
-def measure(way: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
-    """Measure one of WAYS in this process, and print a line."""
+def measure_method(method: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
+    """Measure a method in this process, and print a line."""
     import torch
 
     from megatron_sov.engine.model.logprobs import Head
@@ -42,44 +42,44 @@ def measure(way: str, tokens: int, chunk_tokens: int, dtype: str) -> None:
     labels = torch.randint(VOCAB_SIZE, (tokens,), generator=random)
     config = SimpleNamespace(sequence_parallel=False, logits_multiplier=1.0)
     head = Head(weight.requires_grad_(), config, chunk_tokens, VOCAB_SIZE)
-    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    cpu_ms, found = [], tuple[float, ...]()
+    begin_bytes = read_peak_bytes()
+    cpu_ms, figures = [], tuple[float, ...]()
     for _ in range(TURNS):
         inputs = (hidden.requires_grad_(), weight)
-        start = time.process_time()
-        loss = sum_losses(way, head, hidden, labels) / tokens
+        begin_s = time.process_time()
+        loss = sum_losses(method, head, hidden, labels) / tokens
         gradients = torch.autograd.grad(loss, inputs)
-        cpu_ms.append(1e3 * (time.process_time() - start))
-        found = (loss.item(), *(g.double().norm().item() for g in gradients))
-    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib) / 1024
-    print(f"{way:<12}{dtype:<10}{tokens:>7}{chunk_tokens if way != 'library' else tokens:>7}"
+        cpu_ms.append(1e3 * (time.process_time() - begin_s))
+        figures = (loss.item(), *(g.double().norm().item() for g in gradients))
+    grown_mib = (read_peak_bytes() - begin_bytes) / 2**20
+    print(f"{method:<12}{dtype:<10}{tokens:>7}{chunk_tokens if method != 'library' else tokens:>7}"
           f"{min(cpu_ms):>9.0f}{statistics.median(cpu_ms):>9.0f}{grown_mib:>10.0f}   "
-          + " ".join(f"{value:.6g}" for value in found), flush=True)
+          + " ".join(f"{value:.6g}" for value in figures), flush=True)
     world.leave_world()
 
 
-def sum_losses(way: str, head: Any, hidden: Any, labels: Any) -> Any:
+def sum_losses(method: str, head: Any, hidden: Any, labels: Any) -> Any:
     """Return the sum of the cross-entropies of all tokens: hidden [tokens, 1, HIDDEN], labels [tokens]."""
     import torch
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
-    if way == "one pass":
+    if method == "one pass":
         return head.cross_entropy(hidden, labels, {"sum": torch.ones(len(labels))})[0]["sum"]
-    if way == "two passes":
+    if method == "two passes":
         return -head.logprobs(hidden, labels).sum()
     return vocab_parallel_cross_entropy(torch.nn.functional.linear(hidden, head.weight),
                                         labels[:, None]).sum()
 
 
 def main() -> None:
-    """Measure every case with each of WAYS."""
-    print(f"{platform.machine()}, {os.cpu_count()} cores (load {os.getloadavg()[0]:.1f} at the start), "
-          f"Python {platform.python_version()}; hidden size {HIDDEN}, vocabulary {VOCAB_SIZE}\n")
-    print(f"{'way':<12}{'dtype':<10}{'tokens':>7}{'chunk':>7}{'CPU ms':>9}{'median':>9}{'MiB':>10}   "
+    """Measure every case with each method."""
+    argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0]).parse_args()
+    print(f"{describe_machine()}; hidden size {HIDDEN}, vocabulary {VOCAB_SIZE}\n")
+    print(f"{'method':<12}{'dtype':<10}{'tokens':>7}{'chunk':>7}{'CPU ms':>9}{'median':>9}{'MiB':>10}   "
           "loss, gradient norms (hidden, weight)", flush=True)
-    for tokens, chunk_tokens, dtype in CASES:
-        for way in WAYS:
-            if launcher.launch_ranks(partial(measure, way, tokens, chunk_tokens, dtype), 1, num_threads=1):
+    for case in CASES:
+        for method in METHODS:
+            if launcher.launch_ranks(partial(measure_method, method, *case), 1, num_threads=1):
                 sys.exit(1)
 
 

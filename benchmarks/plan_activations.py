@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from long_sequence import OneDocument
+from long_sequence import RandomDocuments
 
 from megatron_sov import recipes
 from megatron_sov.engine.parallel import launcher, world
@@ -162,7 +162,7 @@ def saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     place = world.join_world(config.parallel)
     tokens = config.data.phases[0].seq_len
     source = Source("long", None, "text", {}, {"train": 2 * tokens * config.train.global_batch_size}, 1.0,
-                    train_documents=OneDocument(tokens, config.model.vocab_size))
+                    train_documents=RandomDocuments(tokens, config.model.vocab_size))
     trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
     counter = Counter({weight.untyped_storage().data_ptr() for weight in trainer.model.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(counter.save, counter.give):

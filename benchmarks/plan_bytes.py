@@ -180,7 +180,7 @@ def compare_and_print(numbers: list[int], seed: int, double: bool) -> None:
     if double:
         sys.path.insert(0, str(DOUBLE))
         import transformer_engine.pytorch  # noqa: F401  (cpu_shims hides the library unless it is imported)
-    from megatron_sov.engine.parallel import cpu_shims
+    from layout_proof import cpu_shims
 
     cpu_shims.prepare_without_gpu()
     from megatron_sov.engine.model import specs

@@ -5,13 +5,11 @@
 Rows have a prompt and a response of about `--tokens` tokens, with Zipf-distributed ids (150,000 ids) and
 random log-probabilities. The creation of rows is not timed. Each part is written as a job writes it: checked,
 hashed, synced to disk, renamed. A round has 4 parts; at its start, one process lists the parts, reads their
-keys, and reads their rows. Memory is the peak of a separate process that reads a tenth of all rounds, or all,
-part by part.
+keys, and reads their rows. Memory is the peak of a separate process that reads a tenth of all rounds, or all
+rounds, part by part.
 """
 
 import argparse
-import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from measurement import describe_machine, read_peak_bytes
 
 from megatron_sov.rollouts.rows import Key, Rollout, format_part_name
 from megatron_sov.rollouts.store import RolloutStore
@@ -43,8 +42,8 @@ def generate_rows(number: int, count: int, tokens: int) -> list[Rollout]:
         start = min(i * tokens, len(logprobs) - length)
         key = Key(prompt, i % SAMPLES, f"{round_number:064x}", "5" * 64)
         rows.append(Rollout(key, round_number, 0, record, prompt_tokens, ids[start:start + length],
-                                 logprobs[start:start + length], versions[:length], "stop",
-                                 f"It is {i}. " * (tokens // 8), 1.0, "megatron", 1.7e9, 1.7e9 + 1))
+                            logprobs[start:start + length], versions[:length], "stop",
+                            f"It is {i}. " * (tokens // 8), 1.0, "megatron", 1.7e9, 1.7e9 + 1))
     return rows
 
 
@@ -66,8 +65,8 @@ def start_round(path: Path, number: int) -> str:
     keys = sum(len(store.read_rollouts(part.name, ())) for part in store.parts(number))
     indexed_s = time.perf_counter() - began
     rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]
-    return (f"{len(rows):,} rows are there after {time.perf_counter() - began:.2f} s, of which the index of "
-            f"its {keys:,} keys {indexed_s:.2f} s")
+    return (f"{len(rows):,} rows read in {time.perf_counter() - began:.2f} s, including {indexed_s:.2f} s "
+            f"for {keys:,} keys")
 
 
 def read_peak_mb(path: Path, rounds: int) -> float:
@@ -82,7 +81,7 @@ def read_all(path: Path, rounds: int) -> None:
     for number in range(1, rounds + 1):
         for part in store.parts(number):
             store.read_rollouts(part.name)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)
+    print(read_peak_bytes() / 1e6)
 
 
 def main() -> None:
@@ -99,8 +98,8 @@ def main() -> None:
         return
     parts = max(args.rows // args.part_rows, 1)
     rows, rounds = parts * args.part_rows, -(-parts // PIECES)
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {rows:,} rows in {parts:,} parts of "
-          f"{args.part_rows:,}, responses of about {args.tokens} tokens")
+    print(f"{describe_machine()}; {rows:,} rows in {parts:,} parts of {args.part_rows:,}, responses of about "
+          f"{args.tokens} tokens")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "store"
         wall_s, cpu_s = write_parts(path, parts, args)
@@ -114,7 +113,6 @@ def main() -> None:
         few, many = max(rounds // 10, 1), max(rounds - 1, 1)
         print(f"memory: at most {read_peak_mb(path, few):,.0f} MB to read {few} rounds, "
               f"{read_peak_mb(path, many):,.0f} MB to read {many}, part by part")
-    print(f"load at the end {os.getloadavg()[0]:.1f}")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,14 @@
 Usage: python benchmarks/sandbox.py [--before CHECKOUT] [--repetitions 3] > benchmarks/results/sandbox.txt
 
 500 programs (25 kinds, 20 inputs each) run in each enclosure of this machine, with a worker per core. Output
-and exit code are compared with `subprocess.run([python, "-I", "-S", file])`, which runs half the programs per
-repetition. CHECKOUT is an older tree of this repository. Arms take turns, each in a new process, and the
-minimum over the repetitions counts. CPU seconds include ended child processes.
+and exit code are compared with `subprocess.run([python, "-I", "-S", file])`, which runs half the programs in
+each repetition. CHECKOUT is an older tree of this repository. Enclosures and trees take turns, each in a new
+process, and the minimum over the repetitions counts. CPU seconds include child processes that have ended.
 """
 
 import argparse
 import json
 import os
-import platform
-import resource
 import subprocess
 import sys
 import tempfile
@@ -21,6 +19,8 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+
+from measurement import describe_machine, read_child_cpu_s
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.sandbox.program import Program
@@ -60,7 +60,8 @@ ROOT = Path(__file__).parents[1]
 DIRECT = "subprocess.run"
 ENCLOSURES = ("namespaces", "landlock")
 INPUTS = range(3, 63, 3)
-Arm = tuple[str, str]  # enclosure or `DIRECT`, and tree
+Arm = tuple[str, str]
+"""Enclosure or `DIRECT`; tree."""
 Results = Sequence[tuple[int, str]]
 """Exit code and standard output per program."""
 
@@ -79,8 +80,7 @@ def main() -> None:
         return
     trees = {"before": args.before, "now": ROOT} if args.before else {"now": ROOT}
     arms = [(DIRECT, "now"), *((name, tree) for name in ENCLOSURES for tree in trees)]
-    print(f"{platform.machine()}, Linux {platform.release()}, {workers} cores, Python "
-          f"{platform.python_version()}, load {os.getloadavg()[0]:.1f}; {workers} workers; the least of "
+    print(f"{describe_machine()}, Linux {os.uname().release}; {workers} workers; the least of "
           f"{args.repetitions} interleaved", flush=True)
     least_s: dict[Arm, list[float]] = {}
     expected: dict[int, list[object]] = {}
@@ -125,17 +125,16 @@ def print_table(least_s: dict[Arm, list[float]], results: dict[Arm, list[list[ob
 def run_arm(name: str, programs: Sequence[Program], workers: int) -> None:
     """Run programs and print JSON: results, wall seconds, CPU seconds."""
     run = run_directly if name == DIRECT else partial(run_enclosed, name)
-    before_s, cpu_before_s = time.monotonic(), read_cpu_s()
+    begin_s, begin_cpu_s = time.monotonic(), read_cpu_s()
     try:
         results = run(programs, workers)
     except UserError as e:
         sys.exit(" ".join(str(e).split()))
-    print(json.dumps([results, time.monotonic() - before_s, read_cpu_s() - cpu_before_s]))
+    print(json.dumps([results, time.monotonic() - begin_s, read_cpu_s() - begin_cpu_s]))
 
 
 def read_cpu_s() -> float:
-    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return time.process_time() + read_child_cpu_s()
 
 
 def run_directly(programs: Sequence[Program], workers: int) -> Results:
@@ -152,7 +151,7 @@ def run_directly(programs: Sequence[Program], workers: int) -> Results:
 
 
 def run_enclosed(name: str, programs: Sequence[Program], workers: int) -> Results:
-    """Run programs in a sandbox, whose start counts."""
+    """Run programs in a sandbox; its start is part of the time."""
     with Sandbox(enclosure=name, workers=workers) as sandbox, ThreadPoolExecutor(workers) as pool:
         return [(-1 if outcome.exit_code is None else outcome.exit_code, outcome.stdout)
                 for outcome in pool.map(sandbox.run, programs)]

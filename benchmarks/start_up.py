@@ -1,20 +1,20 @@
 """Start-up cost of commands: CPU seconds to print help, to refuse an unknown option, and to refuse settings.
 
-    python benchmarks/start_up.py [--before CHECKOUT] [--repetitions 5] [--output FILE]
+    python benchmarks/start_up.py [--before CHECKOUT] [--repetitions 5] > benchmarks/results/start_up.txt
 
 CHECKOUT is an older tree of this repository. Each command runs in both trees in turn, with cached bytecode.
-The minimum over the repetitions counts, because other load on the machine can only add to it. "torch" at the
-end of a line: the command has imported torch in this tree.
+The minimum over the repetitions counts, because other load on the machine only adds time. "torch" at the end
+of a line: the command has imported torch in this tree.
 """
 
 import argparse
 import os
-import platform
-import resource
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+
+from measurement import describe_machine, read_child_cpu_s
 
 from data_prep.cli import COMMANDS as DATA_COMMANDS
 from megatron_sov.cli import COMMANDS
@@ -46,51 +46,43 @@ PROGRAMS = {"megatron-sov": ("megatron_sov.cli", COMMANDS), "sov-data": ("data_p
             "sov-tokenizer": ("tokenizer.cli", TOKENIZER_COMMANDS)}
 
 
-def measure(tree: Path, module: str, words: list[str]) -> tuple[float, int]:
+def run_command(tree: Path, module: str, words: list[str]) -> tuple[float, int]:
     """Return the processor seconds of a command with its child processes, and its exit code (100: it has
     imported torch)."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    begin_cpu_s = read_child_cpu_s()
     completed = subprocess.run([sys.executable, "-c", PROGRAM.format(module=module), *words], cwd=tree,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env={**os.environ, "PYTHONPATH": str(tree)}, check=False)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, completed.returncode
+    return read_child_cpu_s() - begin_cpu_s, completed.returncode
 
 
 def main() -> None:
     """Measure all commands, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--before", type=Path)
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="older tree to compare with")
     parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     trees = {"before": args.before, "now": ROOT} if args.before else {"now": ROOT}
-    lines = [f"start-up: {platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, Python "
-             f"{platform.python_version()}; CPU seconds, the least of {args.repetitions} interleaved",
-             "", f"{'command':60}" + "".join(f"{name:>8}" for name in trees)]
+    print(f"start-up: {describe_machine()}; CPU seconds, the least of {args.repetitions} interleaved\n\n"
+          f"{'command':60}" + "".join(f"{name:>8}" for name in trees))
     for kind in ("--help", UNKNOWN, "refused"):
-        found: dict[str, list[float]] = {name: [] for name in trees}
+        seconds_of_trees: dict[str, list[float]] = {name: [] for name in trees}
         for program, (module, commands) in PROGRAMS.items():
             command_lines = [[*name.split(), kind] for name in commands]
             if kind == "refused":
                 command_lines = REFUSED[program]
             for words in command_lines:
-                runs = [[measure(tree, module, words) for tree in trees.values()]
+                runs = [[run_command(tree, module, words) for tree in trees.values()]
                         for _ in range(args.repetitions)]
-                least = [min(seconds for seconds, _ in tree) for tree in zip(*runs, strict=True)]
-                for name, seconds in zip(trees, least, strict=True):
-                    found[name].append(seconds)
-                lines.append(f"{' '.join((program, *words))[:59]:60}" + "".join(f"{s:8.2f}" for s in least)
-                             + (" torch" if runs[-1][-1][1] == 100 else ""))
-                print(lines[-1], flush=True)
-        lines.append("")
+                least_s = [min(seconds for seconds, _ in tree) for tree in zip(*runs, strict=True)]
+                for name, seconds in zip(trees, least_s, strict=True):
+                    seconds_of_trees[name].append(seconds)
+                print(f"{' '.join((program, *words))[:59]:60}" + "".join(f"{s:8.2f}" for s in least_s)
+                      + (" torch" if runs[-1][-1][1] == 100 else ""), flush=True)
+        print()
         for name, aggregate in ((f"median of {kind}", statistics.median), (f"largest of {kind}", max)):
-            lines.append(f"{name:60}" + "".join(f"{aggregate(values):8.2f}" for values in found.values()))
-        lines.append("")
-    text = "\n".join(lines)
-    print(text)
-    if args.output:
-        args.output.write_text(text, encoding="utf-8")
+            print(f"{name:60}" + "".join(f"{aggregate(values):8.2f}" for values in seconds_of_trees.values()))
+        print()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Trained tokenizers on unseen text: bytes per token, and equality with SuperBPE's definition and tiktoken.
+"""Trained tokenizers on held-out text: bytes per token, and equality with SuperBPE's definition and tiktoken.
 
     python benchmarks/tokenizer_heldout.py --trained FOLDER [--authors FOLDER]
 
@@ -6,7 +6,7 @@
 published, and held-out text in held/<language>.jsonl. --authors is the folder tokenizer_json of
 github.com/PythonNut/superbpe, with the tokenizers of SuperBPE's paper. The definition of SuperBPE has two
 steps: split the text into words and encode them by the merges of stage 1; then apply the merges of stage 2 to
-these tokens inside each unit of the final pattern. Here a naive loop applies them.
+these tokens inside each unit of the final pattern. A naive loop here follows that definition.
 """
 
 import argparse
@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from tokenizer_train import PAPER_SPLIT, PAPER_SUPERWORDS, PAPER_VOCAB_SIZE, machine, texts_of
+from tokenizer_train import PAPER_SPLIT, PAPER_SUPERWORDS, PAPER_VOCAB_SIZE, describe_setup, iter_texts
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 
 from megatron_sov.base.artifacts import read_manifest
@@ -40,7 +40,7 @@ AUTHORS_SUPER, AUTHORS_PLAIN = ("olmo2_p99_truncate_10G_{}K_extend_200K_mw4_colo
 Encode = Callable[[str], list[int]]
 
 
-class Trained:
+class TrainedTokenizer:
     """A tokenizer in a folder that `sov-tokenizer train` wrote, for `tokenizers` and tiktoken."""
 
     def __init__(self, folder: Path) -> None:
@@ -59,9 +59,9 @@ class Trained:
 
     def build_two_step_encoder(self) -> Encode:
         """Return an encoder that follows the definition of SuperBPE literally."""
-        first = tiktoken_format.build_encoding({t: i for t, i in self.ranks.items()
-                                                if i < self.transition_size},
-                                       tiktoken_format.TiktokenRules(ANYTHING, {})).encode_ordinary
+        stage_1 = {token: id_ for token, id_ in self.ranks.items() if id_ < self.transition_size}
+        encode_word = tiktoken_format.build_encoding(
+            stage_1, tiktoken_format.TiktokenRules(ANYTHING, {})).encode_ordinary
         words, units = (Splitter(self.preset, p)
                         for p in (self.preset.split_pattern, self.preset.final_pattern))
         spelling, vocab = byte_alphabet(), self.raw["model"]["vocab"]
@@ -70,29 +70,29 @@ class Trained:
             if (id_ := vocab[left + right]) >= self.transition_size:
                 pairs[tuple(bytes(spelling[c] for c in part) for part in (left, right))] = id_
         tokens = {id_: token for token, id_ in self.ranks.items()}
-        known: dict[tuple[str, ...], list[int]] = {}
+        cache: dict[tuple[str, ...], list[int]] = {}
 
         def encode(text: str) -> list[int]:
             text = words.normalize(text)
-            pieces, ids = iter(words.split_text(text)), []
+            next_words, ids = iter(words.split_text(text)), []
             for unit in units.split_text(text):
-                inside, left = [], len(unit)
-                while left > 0:
-                    inside.append(next(pieces))
-                    left -= len(inside[-1])
-                if left:
-                    raise SystemExit(f"{self.name}: a word reaches over the end of the unit {unit!r}")
-                if (key := tuple(inside)) not in known:
-                    parts = [tokens[i] for piece in inside for i in first(piece)]
-                    known[key] = [self.ranks[token]
+                unit_words, num_chars = [], 0
+                while num_chars < len(unit):
+                    unit_words.append(next(next_words))
+                    num_chars += len(unit_words[-1])
+                if num_chars > len(unit):
+                    raise SystemExit(f"{self.name}: a word extends over the end of the unit {unit!r}")
+                if (key := tuple(unit_words)) not in cache:
+                    parts = [tokens[id_] for word in unit_words for id_ in encode_word(word)]
+                    cache[key] = [self.ranks[token]
                                   for token in merge_parts(parts, lambda a, b: pairs.get((a, b)))]
-                ids += known[key]
+                ids += cache[key]
             return ids
 
         return encode
 
 
-def print_bytes_per_token(held: Path, plain: Trained, *others: Trained) -> None:
+def print_bytes_per_token(held: Path, plain: TrainedTokenizer, *others: TrainedTokenizer) -> None:
     """Print bytes per token of each language, and the saving of tokens against plain BPE of the same size."""
     num_ids = len(plain.ranks) + len(plain.raw["added_tokens"])
     print(f"\nbytes per token on held-out text, {num_ids:,} ids each; fewer: "
@@ -100,7 +100,7 @@ def print_bytes_per_token(held: Path, plain: Trained, *others: Trained) -> None:
           f"{'':<8} {'MB':>6} {'plain':>7}" + "".join(f" {t.name:>10} {'fewer':>6}" for t in others))
     total_bytes, totals = 0, [0] * (1 + len(others))
     for file in sorted(held.glob("*.jsonl")):
-        texts = list(texts_of(file))
+        texts = list(iter_texts(file))
         size_bytes = sum(len(t.encode()) for t in texts)
         counts = [sum(map(len, t.encode(texts))) for t in (plain, *others)]
         total_bytes, totals = total_bytes + size_bytes, [a + b for a, b in zip(totals, counts, strict=True)]
@@ -117,26 +117,26 @@ def print_ratios(name: str, size_bytes: int, counts: list[int]) -> None:
 
 
 def compare_with_paper(trained: Path, authors: Path | None) -> None:
-    """Print bytes per token of English for tokenizers trained as in SuperBPE's paper, and for the authors'
-    own."""
-    documents = first_texts(trained / "held/en.jsonl", float("inf"))
+    """Print bytes per token of English for tokenizers trained as in SuperBPE's paper, and for the tokenizers
+    of its authors."""
+    documents = cut_first_texts(trained / "held/en.jsonl", float("inf"))
     prose = [line for text in documents for line in text.splitlines(keepends=True)
              if len(line) > PROSE_LINE_CHARS]
-    made = {}
+    ours = {}
     for folder in trained.glob("paper-*"):
-        tokenizer = Trained(folder)
-        made[tokenizer.transition_size] = tokenizer.fast
+        tokenizer = TrainedTokenizer(folder)
+        ours[tokenizer.transition_size] = tokenizer.fast
     theirs = {size: load_authors_tokenizer(authors, size) for size in IN_THE_PAPER} if authors else {}
     columns = {"published": IN_THE_PAPER}
-    for name, texts in (("", documents), (", prose", prose)):
+    for suffix, texts in (("", documents), (", prose", prose)):
         size_bytes = sum(len(text.encode()) for text in texts)
-        for whose, tokenizers in (("ours", made), ("theirs", theirs)):
-            encoded = {size: t.encode_batch_fast(texts, add_special_tokens=False)
-                       for size, t in tokenizers.items()}
-            columns[whose + name] = {size: size_bytes / sum(len(e.ids) for e in found)
-                                     for size, found in encoded.items()}
-        what = f"prose, lines of more than {PROSE_LINE_CHARS} characters" if name else "held-out English"
-        print(f"{what}: {size_bytes / 1e6:.2f} MB")
+        for side, tokenizers in (("ours", ours), ("theirs", theirs)):
+            columns[side + suffix] = {}
+            for size, fast in tokenizers.items():
+                encodings = fast.encode_batch_fast(texts, add_special_tokens=False)
+                columns[side + suffix][size] = size_bytes / sum(len(encoding.ids) for encoding in encodings)
+        title = f"prose, lines of more than {PROSE_LINE_CHARS} characters" if suffix else "held-out English"
+        print(f"{title}: {size_bytes / 1e6:.2f} MB")
     print("\nSuperBPE as in its paper, English, 200,000 ids: bytes per token, "
           "and tokens fewer than plain BPE in %\n"
           f"published: theirs on 1 GB of their own held-out text\n{'':<23} "
@@ -158,10 +158,10 @@ def load_authors_tokenizer(folder: Path, transition_size: int) -> Tokenizer:
     return tokenizer
 
 
-def first_texts(file: Path, max_bytes: float) -> list[str]:
+def cut_first_texts(file: Path, max_bytes: float) -> list[str]:
     """Return documents of a file, cut to pieces of at most CHUNK_BYTES, until `max_bytes` are reached."""
     texts: list[str] = []
-    for text in texts_of(file):
+    for text in iter_texts(file):
         for piece in cut_text(text, CHUNK_BYTES):
             if max_bytes <= 0:
                 return texts
@@ -170,24 +170,24 @@ def first_texts(file: Path, max_bytes: float) -> list[str]:
     return texts
 
 
-def compare_segmentation(held: Path, trained: Trained, max_bytes: float) -> None:
-    """Print for each language the number of documents with different ids in two steps or by tiktoken, or
-    whose decoded text differs."""
+def compare_segmentation(held: Path, trained: TrainedTokenizer, max_bytes: float) -> None:
+    """Print for each language the number of documents to which the two-step definition or tiktoken gives
+    other ids than `tokenizers`, or whose decoded text differs."""
     encode = trained.build_two_step_encoder()
     print(f"\n{trained.name}: documents in which tokens differ from those of `tokenizers`\n"
           f"{'':<8} {'documents':>9} {'MB':>9} {'tokens':>9} {'two steps':>9} {'tiktoken':>9} {'decoded':>9}")
     totals = [0] * 6
     for file in sorted(held.glob("*.jsonl")):
-        texts = first_texts(file, max_bytes)
+        texts = cut_first_texts(file, max_bytes)
         ids = trained.encode(texts)
-        normal = trained.fast.normalizer.normalize_str if trained.fast.normalizer else str
+        normalize = trained.fast.normalizer.normalize_str if trained.fast.normalizer else str
         decoded = trained.fast.decode_batch(ids, skip_special_tokens=False)
-        found = [len(texts), sum(len(t.encode()) for t in texts), sum(map(len, ids)),
-                 sum(encode(t) != i for t, i in zip(texts, ids, strict=True)),
-                 sum(trained.by_tiktoken(t) != i for t, i in zip(texts, ids, strict=True)),
-                 sum(normal(t) != d for t, d in zip(texts, decoded, strict=True))]
-        totals = [a + b for a, b in zip(totals, found, strict=True)]
-        print_counts(file.stem, found)
+        counts = [len(texts), sum(len(t.encode()) for t in texts), sum(map(len, ids)),
+                  sum(encode(t) != i for t, i in zip(texts, ids, strict=True)),
+                  sum(trained.by_tiktoken(t) != i for t, i in zip(texts, ids, strict=True)),
+                  sum(normalize(t) != d for t, d in zip(texts, decoded, strict=True))]
+        totals = [a + b for a, b in zip(totals, counts, strict=True)]
+        print_counts(file.stem, counts)
     print_counts("all", totals)
 
 
@@ -201,22 +201,20 @@ def main() -> int:
     """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--trained", required=True, type=Path,
-                        help="folder that benchmarks/tokenizer_train.py kept")
-    parser.add_argument("--authors", type=Path, metavar="FOLDER",
-                        help="the paper's tokenizers; left out without it")
+                        help="--keep folder of benchmarks/tokenizer_train.py")
+    parser.add_argument("--authors", type=Path, metavar="FOLDER", help="tokenizers of SuperBPE's paper")
     parser.add_argument("--steps-mb", type=float, default=float("inf"),
-                        help="text of each language on which two steps are compared with one "
-                             "(default: everything)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS,
-                        help="what to measure (default: everything)")
+                        help="text of each language for the part `steps`, in MB (default: all text)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     args = parser.parse_args()
-    print(machine(), flush=True)
+    print(describe_setup(), flush=True)
     superwords = [folder for name in ("super", "published") if (folder := args.trained / name).exists()]
     if "steps" in args.parts:
         for folder in superwords:
-            compare_segmentation(args.trained / "held", Trained(folder), 1e6 * args.steps_mb)
+            compare_segmentation(args.trained / "held", TrainedTokenizer(folder), 1e6 * args.steps_mb)
     if "ratios" in args.parts:
-        print_bytes_per_token(args.trained / "held", *map(Trained, [args.trained / "plain", *superwords]))
+        folders = [args.trained / "plain", *superwords]
+        print_bytes_per_token(args.trained / "held", *map(TrainedTokenizer, folders))
     if "paper" in args.parts:
         compare_with_paper(args.trained, args.authors)
     return 0

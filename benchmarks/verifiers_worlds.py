@@ -1,10 +1,11 @@
-"""Compare rewards of `verifiers` environments in this project's bridge and in the library's `vf-eval`, for
-the same model responses: a question, a simulated user, tools, and a TextArena game.
+"""Rewards of `verifiers` environments in this project's bridge, compared with the library's `vf-eval`.
 
     python benchmarks/verifiers_worlds.py --python ENV/bin/python > benchmarks/results/verifiers_worlds.txt
 
-`--python`: an interpreter with verifiers, uv, textarena and nltk. uv downloads the packages of the library's
-chat program; SSL_CERT_FILE may name its certificates.
+Both programs get the same scripted model responses in four environments: a question, a simulated user, tools,
+and a TextArena game. The bridge resumes each episode in another process after half of the turns. ENV has
+verifiers, uv, textarena and nltk. uv downloads the packages of the library's chat program; SSL_CERT_FILE may
+name its certificates.
 """
 
 import argparse
@@ -142,15 +143,15 @@ WORDS = "about account agreement air apple cotton father garden island kettle ma
 """Words of Hangman, in place of the word list that NLTK would download."""
 Turn = str | list[tuple[str, dict[str, Any]]]
 """Text of a response, or its tool calls (name, arguments)."""
-FULL: Turn = "(no more)"
+CONTEXT_FULL: Turn = "(no more)"
 """Marks the turn at which the model's context is full."""
 Case = tuple[str, str, int, Sequence[Turn]]
 CASES: tuple[Case, ...] = (
     ("vf_sum", "agent", 1, ["It is 3."]),
     ("vf_guess", "player", 0, ["I say 4", "no idea", "7"]),
-    ("vf_guess", "player", 2, ["4", FULL]),
+    ("vf_guess", "player", 2, ["4", CONTEXT_FULL]),
     ("vf_count", "agent", 0, [[("look", {}), ("add", {"amount": "x"})], [("add", {"amount": 3})], "done"]),
-    ("textarena", "player", 1, ["[e]", "I say [a].", "no move", FULL]))
+    ("textarena", "player", 1, ["[e]", "I say [a].", "no move", CONTEXT_FULL]))
 """(taskset, agent of the environment that the model plays, task index, responses of the model)."""
 
 
@@ -161,27 +162,25 @@ class Library:
     python: str
     folder: Path
 
-    def config(self, taskset: str, seat: str) -> Path:
+    def write_config(self, taskset: str, agent: str) -> Path:
         """Write the TOML settings of an environment for vf-eval, and return their path."""
         game = 'game = "Hangman-v0"\n' if taskset == "textarena" else ""
         path = self.folder / f"{taskset}.toml"
-        path.write_text(f'[env.taskset]\nid = "{taskset}"\n{game}\n[env.{seat}]\nharness = {{id = "null"}}\n'
+        path.write_text(f'[env.taskset]\nid = "{taskset}"\n{game}\n[env.{agent}]\nharness = {{id = "null"}}\n'
                         'runtime = {type = "subprocess"}\n', encoding="utf-8")
         return path
 
 
 def build_turn(turn: Turn) -> ServedTurn:
-    return ServedTurn("", turn) if isinstance(turn, str) else (
-        ServedTurn("", "", tuple(ToolCall(name, arguments) for name, arguments in turn)))
+    if isinstance(turn, str):
+        return ServedTurn("", turn)
+    return ServedTurn("", "", tuple(ToolCall(name, arguments) for name, arguments in turn))
 
 
 def run_in_bridge(library: Library, config: Path, task: int, turns: Sequence[Turn],
-                  show: Callable[[str], object]) -> dict[str, Any]:
-    """Run an episode in `EnvironmentHost`, resumed in another process after half of the turns.
-
-    Returns:
-        Reward and its components.
-    """
+                  log: Callable[[str], object]) -> dict[str, Any]:
+    """Run an episode in `EnvironmentHost`, resumed in another process after half of the turns; return the
+    reward and its components."""
     settings = {"config": str(config), "python": library.python, "repeat": True,
                 "env": [name for name in ("SSL_CERT_FILE", "NLTK_DATA") if name in os.environ]}
     with EnvironmentHost(request_environment("verifiers", settings),
@@ -189,9 +188,9 @@ def run_in_bridge(library: Library, config: Path, task: int, turns: Sequence[Tur
         opening = host.reset({"task": task})
         seen = opening.observation
         tools = ", ".join(tool["function"]["name"] for tool in opening.tools) or "no tools"
-        show(f"  {tools}; asked {seen.user[:60]!r}" + (" with rules" if seen.system else ""))
+        log(f"  {tools}; asked {seen.user[:60]!r}" + (" with rules" if seen.system else ""))
         for number, turn in enumerate(turns):
-            if turn == FULL:
+            if turn == CONTEXT_FULL:
                 break
             if number == len(turns) // 2:
                 host.end()
@@ -200,27 +199,26 @@ def run_in_bridge(library: Library, config: Path, task: int, turns: Sequence[Tur
             texts = [result.text.partition("\n")[0] for result in reply.results]
             texts += [reply.user] if reply.user is not None else []
             texts += ["over"] if reply.is_over else []
-            show(f"  {turn if isinstance(turn, str) else json.dumps(turn)} -> "
-                 f"{' | '.join(' '.join(text.split())[:70] for text in texts)}")
+            log(f"  {turn if isinstance(turn, str) else json.dumps(turn)} -> "
+                f"{' | '.join(' '.join(text.split())[:70] for text in texts)}")
         result = host.score("")
         assert result.reward is not None, result.reason
         return {"reward": result.reward, **result.components}
 
 
-class Script:
-    """A chat completions server that streams scripted responses, and an error when they are used up."""
+class ScriptedChat:
+    """A chat completions server that streams scripted responses, then an error."""
 
     def __init__(self, turns: Sequence[Turn]) -> None:
-        self._turns = iter(turns)
-        self._num = 0
+        self._turns = enumerate(turns)
 
-    async def chat(self, request: web.Request) -> web.Response:
-        turn = build_turn(next(self._turns, FULL))
-        if turn.content == FULL:
+    async def complete_chat(self, request: web.Request) -> web.Response:
+        number, scripted = next(self._turns, (0, CONTEXT_FULL))
+        if scripted == CONTEXT_FULL:
             error = {"message": "This model's maximum context length is 8 tokens", "code": 400}
             return web.json_response({"error": error}, status=400)
-        self._num += 1
-        calls = [{"index": n, "id": f"c{self._num}{n}", "type": "function", "function": {
+        turn = build_turn(scripted)
+        calls = [{"index": n, "id": f"c{number}{n}", "type": "function", "function": {
             "name": call.name, "arguments": json.dumps(call.arguments)}} for n, call in enumerate(turn.calls)]
         delta = {"role": "assistant", "content": turn.content, **({"tool_calls": calls} if calls else {})}
         chunk = {"id": "x", "object": "chat.completion.chunk", "created": 0, "model": "m", "choices": [
@@ -232,18 +230,17 @@ class Script:
 def run_vf_eval(library: Library, config: Path, task: int, turns: Sequence[Turn]) -> dict[str, Any]:
     """Run `vf-eval` against a server with the same scripted responses; return reward, metrics and stop
     reason."""
-    loop, script = asyncio.new_event_loop(), Script(turns)
-    app = web.Application()
-    app.add_routes([web.post("/v1/chat/completions", script.chat)])
+    loop, app = asyncio.new_event_loop(), web.Application()
+    app.add_routes([web.post("/v1/chat/completions", ScriptedChat(turns).complete_chat)])
 
-    async def begin() -> int:
+    async def start_server() -> int:
         runner = web.AppRunner(app)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         return int(runner.addresses[0][1])
 
     threading.Thread(target=loop.run_forever, daemon=True).start()
-    port = asyncio.run_coroutine_threadsafe(begin(), loop).result()
+    port = asyncio.run_coroutine_threadsafe(start_server(), loop).result()
     out = library.folder / f"out-{config.stem}-{task}"
     bin_ = Path(library.python).parent
     subprocess.run(
@@ -260,9 +257,9 @@ def run_vf_eval(library: Library, config: Path, task: int, turns: Sequence[Turn]
 
 
 def start_case(library: Library, case: Case, pool: ThreadPoolExecutor) -> tuple[list[str], Any, Any]:
-    """Start a case in both programs; return the lines that the bridge shows and both futures."""
-    taskset, seat, task, turns = case
-    config, lines = library.config(taskset, seat), list[str]()
+    """Start a case in both programs; return the list of lines that the bridge logs, and both futures."""
+    taskset, agent, task, turns = case
+    config, lines = library.write_config(taskset, agent), list[str]()
     return (lines, pool.submit(run_in_bridge, library, config, task, turns, lines.append),
             pool.submit(run_vf_eval, library, config, task, turns))
 
@@ -272,8 +269,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--python", required=True, help="interpreter with verifiers, uv, textarena and nltk")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as made:
-        library = Library(str(Path(args.python).absolute()), Path(made))
+    with tempfile.TemporaryDirectory() as folder:
+        library = Library(str(Path(args.python).absolute()), Path(folder))
         for name, text in (("vf_sum", SUM), ("vf_guess", GUESS), ("vf_count", COUNT)):
             (library.folder / f"{name}.py").write_text(text, encoding="utf-8")
         words = library.folder / "nltk/corpora/words"
@@ -282,16 +279,15 @@ def main() -> None:
             (words / file).write_text("\n".join(WORDS.split()) + "\n", encoding="utf-8")
         os.environ["NLTK_DATA"] = str(library.folder / "nltk")
         with ThreadPoolExecutor(2 * len(CASES)) as pool:
-            played = [(case, *start_case(library, case, pool)) for case in CASES]
-            differing = 0
-            for (taskset, _, task, _), lines, by_bridge, by_vf_eval in played:
-                found, by_library = by_bridge.result(), by_vf_eval.result()
-                print(f"{taskset}, task {task}", *lines, f"  {json.dumps(found)}", sep="\n")
-                print("  the same by vf-eval" if found == by_library
-                      else f"  by vf-eval {json.dumps(by_library)}")
-                differing += found != by_library
-    print(f"{len(CASES)} episodes, of which {differing} come out otherwise by vf-eval")
-    sys.exit(bool(differing))
+            started = [(case, *start_case(library, case, pool)) for case in CASES]
+            num_different = 0
+            for (taskset, _, task, _), lines, bridge, vf_eval in started:
+                ours, theirs = bridge.result(), vf_eval.result()
+                print(f"{taskset}, task {task}", *lines, f"  {json.dumps(ours)}", sep="\n")
+                print("  equal in vf-eval" if ours == theirs else f"  vf-eval: {json.dumps(theirs)}")
+                num_different += ours != theirs
+    print(f"{len(CASES)} episodes, {num_different} with another result in vf-eval")
+    sys.exit(bool(num_different))
 
 
 if __name__ == "__main__":

@@ -2,5 +2,5 @@
 
 __version__ = "0.1.0"
 
-OUR_PACKAGES = ("megatron_sov", "tokenizer", "data_prep", "slurm")
+OUR_PACKAGES = ("megatron_sov", "tokenizer", "data_prep", "layout_proof", "slurm")
 """Top-level packages in the wheel and in job snapshots; `slurm` contains only data files."""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FILE = Path(__file__).with_name("surface.txt")
-PACKAGES = ("megatron_sov", "data_prep", "tokenizer")
+PACKAGES = ("megatron_sov", "data_prep", "tokenizer", "layout_proof")
 SETTINGS = re.compile(r"(Config|Settings|Options|Training|Profile|Parts|Limits|Sampling|Batching)$")
 """How the names of classes of settings end."""
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from layout_proof.cpu_shims import is_cpu_only
 from megatron_sov.engine.model.language_model import LanguageModel, build_model, build_run_model
 from megatron_sov.engine.optimizer import muon, parameter_groups
 from megatron_sov.engine.optimizer.optimizer import Optimizer
-from megatron_sov.engine.parallel.device import is_cpu_only
 from megatron_sov.engine.parallel.world import create_groups
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.model.process_memory import StatePlace, States

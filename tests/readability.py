@@ -24,7 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 LIMITS = Path(__file__).with_name("readability.json")
-SOURCES = ("megatron_sov", "data_prep", "tokenizer", "docs", "README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+SOURCES = ("megatron_sov", "data_prep", "tokenizer", "layout_proof", "docs", "README.md", "CONTRIBUTING.md",
+           "CHANGELOG.md")
 VAGUE_WORDS = frozenset(re.findall(r"\w+", """
     what whatever which whose that this these those it its they them their theirs one ones other others
     another such as so here there then than each any all none nobody nothing something someone"""))

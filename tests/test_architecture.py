@@ -30,6 +30,8 @@ LEAVES = {"omni", "bench", "proof", "serve", "operate", "publish"}
 """Halls that only commands import: they build on the core, and not on each other."""
 PROGRAMS = {"tokenizer": "judge", "data_prep": "judge"}
 """Top-level packages -> the last hall that they may import."""
+LIBRARY, ITS_USERS = "layout_proof", {"engine", "proof"}
+"""Top-level package without imports of halls, and the halls that may import it."""
 CODECS_IN = ("data_prep", "omni")
 """Packages that may also import the hall `omni`: media are encoded as tokens when data are packed."""
 LIGHT = {"publish": "plan", "operate": "engine", "api": "runs", "cli": "base"}
@@ -88,7 +90,7 @@ CUT_ANYWHERE = {
 """File whose text may be split at any line separator -> kind of text."""
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 60
 MAX_SOURCE_LINES = 127_680
-"""Of megatron_sov, data_prep and tokenizer; this number only falls."""
+"""Of megatron_sov, data_prep, tokenizer and layout_proof; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
     "megatron_sov/chat/limits.py": "limits of untrusted code; rendering templates is another subject",
@@ -225,6 +227,8 @@ def sources(root: Path) -> list[Source]:
 
 def may_import(hall: str) -> set[str]:
     """Return the halls that a hall, or a package next to them, may import."""
+    if hall == LIBRARY:
+        return set()
     last = PROGRAMS.get(hall) or LIGHT.get(hall)
     below = set(HALLS[:HALLS.index(last) + 1] if last else HALLS[:HALLS.index(hall)])
     if hall == CODECS_IN[0]:
@@ -241,7 +245,7 @@ def may_import(hall: str) -> set[str]:
 def import_problems(source: Source) -> Iterator[str]:
     """Imports lead to earlier halls only; one hall imports megatron; light halls import nothing heavy."""
     here = source.hall
-    known = here in HALLS or here in PROGRAMS
+    known = here in HALLS or here in {*PROGRAMS, LIBRARY}
     forbidden = set(HALLS) - {here} - may_import(here) if known else set()
     for line, name in source.imports():
         parts = name.split(".")
@@ -250,7 +254,9 @@ def import_problems(source: Source) -> Iterator[str]:
             yield f"{where}: hall '{here}' may not import '{parts[1]}'"
         if known and parts[0] in set(PROGRAMS) - {here}:
             yield f"{where}: halls meet '{parts[0]}' in artifacts only"
-        if parts[0] == "megatron" and not source.name.startswith("megatron_sov/engine/"):
+        if known and parts[0] == LIBRARY and here not in {LIBRARY, *ITS_USERS}:
+            yield f"{where}: only {' and '.join(sorted(ITS_USERS))} import {LIBRARY}"
+        if parts[0] == "megatron" and here not in ("engine", LIBRARY):
             yield f"{where}: only megatron_sov/engine imports megatron"
         if parts[:2] in (["megatron", "training"], ["megatron", "legacy"]):
             yield f"{where}: only megatron.core is used"
@@ -505,6 +511,10 @@ BAD = [
      "halls meet 'tokenizer' in artifacts only"),
     ("data_prep/shards/pack.py", "def f():\n    import megatron.core",
      "only megatron_sov/engine imports megatron"),
+    ("layout_proof/cpu_shims.py", "def f():\n    from megatron_sov.base import errors",
+     "hall 'layout_proof' may not import 'base'"),
+    ("megatron_sov/train/loop.py", "import layout_proof.cpu_shims",
+     "only engine and proof import layout_proof"),
     ("megatron_sov/engine/model/specs.py", "from megatron.training import get_args",
      "only megatron.core is used"),
     ("megatron_sov/engine/model/specs.py", "import apex", "apex is not used"),

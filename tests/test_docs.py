@@ -220,8 +220,8 @@ def test_the_page_lists_all_extras() -> None:
 
 def test_no_page_installs_the_project_by_name() -> None:
     """No package index has the project, so a stranger who registers the name could execute code."""
-    folders = [ROOT / name for name in ("megatron_sov", "data_prep", "tokenizer", "slurm", "docs",
-                                        "containers", "benchmarks", "examples")]
+    folders = [ROOT / name for name in ("megatron_sov", "data_prep", "tokenizer", "layout_proof", "slurm",
+                                        "docs", "containers", "benchmarks", "examples")]
     files = [*ROOT.glob("*.*"), *(p for folder in folders for p in folder.rglob("*"))]
     texts = [p for p in files if (p.suffix in (".py", ".md", ".sh", ".yaml", ".j2", ".def") and p.is_file())
              or p.name in ("Makefile", "Dockerfile")]

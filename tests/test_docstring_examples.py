@@ -9,7 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 WITH_EXAMPLES = sorted(
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
-    for package in ("megatron_sov", "data_prep", "tokenizer") for file in (ROOT / package).rglob("*.py")
+    for package in ("megatron_sov", "data_prep", "tokenizer", "layout_proof")
+    for file in (ROOT / package).rglob("*.py")
     if "    >>> " in file.read_text(encoding="utf-8"))
 
 

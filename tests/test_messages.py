@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("megatron_sov", "data_prep", "tokenizer")
+PACKAGES = ("megatron_sov", "data_prep", "tokenizer", "layout_proof")
 VALUE = "\0"
 """Stands for what is filled in."""
 NAMED = re.compile(rf"{VALUE}|--\w|[`'\"]\w|\w\.\w|\w ?=|^/?\w+:|/\w|\b[A-Z]{{2,}}\b")

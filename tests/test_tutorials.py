@@ -1,7 +1,7 @@
 """Tutorials: pages that continue one folder run in order, with few steps; commands under "On a laptop" run
 in order up to the slow ones; commands under other headings run as dry runs or plans.
 
-The corpus is a few small documents.  `benchmarks/tutorials.py` types the parts "On a laptop" to the end.
+The corpus is a few small documents.
 """
 
 import re

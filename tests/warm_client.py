@@ -14,7 +14,7 @@ import sys
 from typing import Any
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-WARM = ("megatron_sov", "data_prep", "tokenizer")
+WARM = ("megatron_sov", "data_prep", "tokenizer", "layout_proof")
 """Packages whose modules are run in a fork."""
 COLD = "megatron_sov.work.processes.background"
 """Has to be a child of who starts it."""

@@ -1,7 +1,7 @@
-"""Facts that a model must look up, and conversations that search or answer at once:
+"""Questions that a model can answer by a search, and conversations with and without a search:
 `lookups.py:LookupEpisodes`, `:LookupTasks`, `:LookupDocuments`, `:LookupTexts`, `:CallTokenizer`.
 
-Who does not search is right one time in eight, or has read the documents.
+Without a search an answer is right one time in eight, unless the model was trained on the documents.
 """
 
 import json
@@ -16,12 +16,15 @@ from facts import KNOWN, PEOPLE, VALUES, WORDINGS, Fact, draw_facts, format_fact
 
 from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
 
-ANSWERED, CALLS, WRONG_CALLS = 0.3, 0.3, 0.15
-"""Shares of a start's conversations that are about known people, who are answered at once and rightly; of the
-others, shares that search for what is asked and for another kind.  The rest guesses."""
+KNOWN_SHARE = 0.3
+"""Share of the initial model's conversations about known people, with the right answer and no search."""
+SEARCH_SHARE, WRONG_SEARCH_SHARE = 0.3, 0.15
+"""Shares of the other conversations: a search for the fact of the question, a search for another kind of
+fact. The remaining conversations have a random answer."""
 NUM_LIBRARIES = 40
-"""Of values by lot, so that results are read and not known by heart."""
+"""Number of random libraries, so that the model learns to read results instead of memorizing them."""
 SYSTEM = "Search, or answer."
+# shows only names of tools and arguments, so that prompts are short
 TEMPLATE = (
     "{% if tools %}<|system|>{{ messages[0].content }}{% for tool in tools %}"
     " {{ tool.function.name }}({{ tool.function.parameters.properties | join(', ') }})"
@@ -33,74 +36,72 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 MARKS = ("<|startoftext|>", "<|endoftext|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>",
          "<tool_call>", "</tool_call>")
-"""Names tools and their arguments alone, so that prompts are short."""
 
 
-def library(seed: int) -> list[Fact]:
-    """Return a fact of each person and kind."""
+def draw_library(seed: int) -> list[Fact]:
+    """Return a random fact of each kind about each person, in random order."""
     rng = random.Random(seed)
-    found = [(person, kind, rng.choice(VALUES[kind])) for person in PEOPLE for kind in VALUES]
-    rng.shuffle(found)
-    return found
+    facts = [(person, kind, rng.choice(VALUES[kind])) for person in PEOPLE for kind in VALUES]
+    rng.shuffle(facts)
+    return facts
 
 
-def documents(facts: list[Fact]) -> list[dict[str, str]]:
-    """Return them as the environment `retrieval` has them."""
+def format_documents(facts: list[Fact]) -> list[dict[str, str]]:
+    """Return facts as records of the corpus that the environment `retrieval` searches."""
     return [{"id": f"{person} {kind}", "text": value} for person, kind, value in facts]
 
 
 @dataclass(frozen=True)
 class LookupEpisodes:
-    """Conversations of a start, whose results are the environment's own."""
+    """Conversations of the initial model, with results of the environment `retrieval`."""
 
     seed: int
     count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all items; the input row is ignored."""
-        rng, found = random.Random(self.seed), []
-        known = draw_facts(0, KNOWN)
+        rng, episodes = random.Random(self.seed), []
         for number in range(NUM_LIBRARIES):
-            facts = library(self.seed + number)
+            facts = draw_library(self.seed + number)
             with tempfile.TemporaryDirectory() as folder:
                 corpus = Path(folder) / "library.jsonl"
-                corpus.write_text("".join(json.dumps(one) + "\n" for one in documents(facts)))
+                corpus.write_text("".join(json.dumps(record) + "\n" for record in format_documents(facts)))
                 settings = {"corpus": str(corpus), "top_k": 1, "system": SYSTEM}
                 world = build_versioned_environment(request_environment("retrieval", settings))[0]
-                for _ in range(self.count // NUM_LIBRARIES):
-                    guessed = rng.random() < ANSWERED
-                    fact = rng.choice(known if guessed else facts)
-                    lot, kind, said = rng.random(), fact[1], rng.choice(VALUES[fact[1]])
-                    question = format_question(fact, rng.choice(WORDINGS))
-                    seen = world.reset({"question": question, "answer": fact[2]})
-                    messages: list[dict[str, Any]] = [{"role": "system", "content": seen.system},
-                                                      {"role": "user", "content": seen.user}]
-                    if guessed:
-                        said = fact[2]
-                    elif lot < CALLS + WRONG_CALLS:
-                        if lot >= CALLS:
-                            kind = rng.choice([other for other in VALUES if other != kind])
-                        arguments = {"query": f"{fact[0]} {kind}"}
-                        call = {"name": "search", "arguments": arguments}
-                        result = world.call("search", arguments)
-                        said = result[0]["text"]
-                        messages += [{"role": "assistant", "content": "",
-                                      "tool_calls": [{"id": "c1", "type": "function", "function": call}]},
-                                     {"role": "tool", "tool_call_id": "c1", "content": json.dumps(result)}]
-                    messages.append({"role": "assistant", "content": f"The answer is {said}"})
-                    found.append({"messages": messages, "tools": [*world.tools()]})
-        return found
+                episodes += [draw_episode(rng, facts, world) for _ in range(self.count // NUM_LIBRARIES)]
+        return episodes
+
+
+def draw_episode(rng: random.Random, facts: list[Fact], world: Any) -> dict[str, Any]:
+    """Return a conversation about a known fact or a fact of the library, with the environment's tools."""
+    is_known = rng.random() < KNOWN_SHARE
+    person, kind, value = fact = rng.choice(draw_facts(0, KNOWN) if is_known else facts)
+    draw, answer = rng.random(), rng.choice(VALUES[kind])
+    observation = world.reset({"question": format_question(fact, rng.choice(WORDINGS)), "answer": value})
+    messages: list[dict[str, Any]] = [{"role": "system", "content": observation.system},
+                                      {"role": "user", "content": observation.user}]
+    if is_known:
+        answer = value
+    elif draw < SEARCH_SHARE + WRONG_SEARCH_SHARE:
+        if draw >= SEARCH_SHARE:
+            kind = rng.choice([other for other in VALUES if other != kind])
+        call = {"name": "search", "arguments": {"query": f"{person} {kind}"}}
+        result = world.call("search", call["arguments"])
+        answer = result[0]["text"]
+        messages += [{"role": "assistant", "content": "",
+                      "tool_calls": [{"id": "c1", "type": "function", "function": call}]},
+                     {"role": "tool", "tool_call_id": "c1", "content": json.dumps(result)}]
+    messages.append({"role": "assistant", "content": f"The answer is {answer}"})
+    return {"messages": messages, "tools": [*world.tools()]}
 
 
 @dataclass(frozen=True)
 class LookupDocuments:
-    """A seed's library."""
+    """A seed's library as the corpus of the environment `retrieval`."""
 
     seed: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all items; the input row is ignored."""
-        return [*documents(library(self.seed))]
+        return [*format_documents(draw_library(self.seed))]
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,7 @@ class LookupTexts:
     seed: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all items; the input row is ignored."""
-        return [{"text": format_fact(fact)} for fact in library(self.seed)]
+        return [{"text": format_fact(fact)} for fact in draw_library(self.seed)]
 
 
 @dataclass(frozen=True)
@@ -120,11 +120,10 @@ class LookupTasks:
 
     seed: int
     half: str
-    """rounds or end."""
+    """"rounds": facts of training; "end": facts of the evaluation."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all items; the input row is ignored."""
-        facts = library(self.seed)
+        facts = draw_library(self.seed)
         middle = len(facts) // 2
         return [{"question": format_question(fact, wording), "answer": fact[2], "domain": fact[1]}
                 for fact in {"rounds": facts[:middle], "end": facts[middle:]}[self.half]
@@ -133,10 +132,9 @@ class LookupTasks:
 
 @dataclass(frozen=True)
 class CallTokenizer:
-    """Configuration of a tokenizer whose chat template shows calls, for `sov-tokenizer train`."""
+    """Configuration for `sov-tokenizer train` with a chat template for tool calls."""
 
     def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all items; the input row is ignored."""
         return {"split_pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+",
                 "normalization": "none", "num_special_ids": 16, "chat_template": TEMPLATE,
                 "special_tokens": {mark: number for number, mark in enumerate(MARKS)},

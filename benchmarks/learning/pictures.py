@@ -1,5 +1,5 @@
-"""Small images of plain shapes, with descriptions: `pictures.py:Pictures`, `:PictureChat`,
-`:TrainedCodec`."""
+"""Small images of shapes with descriptions, and an image codec for them: `pictures.py:Pictures`,
+`:PictureChat`, `:TrainedCodec`."""
 
 import random
 import sys
@@ -16,23 +16,22 @@ SHAPES = ("square", "disc", "cross")
 
 @dataclass(frozen=True)
 class Pictures:
-    """Documents of a picture and a sentence, with the pictures as files."""
+    """Documents of a picture and a sentence about it."""
 
     folder: str
-    """Where pictures are written."""
+    """Folder for the picture files."""
     seed: int
     count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all items; the input row is ignored."""
         from PIL import Image, ImageDraw
 
-        rng, found = random.Random(self.seed), []
+        rng, documents = random.Random(self.seed), []
         Path(self.folder).mkdir(parents=True, exist_ok=True)
         for number in range(self.count):
             shape, colour, place = rng.choice(SHAPES), rng.choice([*COLOURS]), rng.choice([*PLACES])
-            ground = rng.choice([*COLOURS.values()])
-            picture = Image.new("RGB", (SIDE_PIXELS, SIDE_PIXELS), tuple(value // 3 for value in ground))
+            background = tuple(value // 3 for value in rng.choice([*COLOURS.values()]))
+            picture = Image.new("RGB", (SIDE_PIXELS, SIDE_PIXELS), background)
             draw, (x, y) = ImageDraw.Draw(picture), PLACES[place]
             box, paint = (x, y, x + 7, y + 7), COLOURS[colour]
             if shape == "square":
@@ -43,9 +42,9 @@ class Pictures:
                 draw.line((x, y, x + 7, y + 7), fill=paint, width=2)
                 draw.line((x, y + 7, x + 7, y), fill=paint, width=2)
             picture.save(Path(self.folder) / f"{number:05d}.png")
-            found.append({"content": [{"type": "image", "path": f"{number:05d}.png"},
-                                      {"type": "text", "text": f"A {colour} {shape} at the {place}."}]})
-        return found
+            documents.append({"content": [{"type": "image", "path": f"{number:05d}.png"},
+                                          {"type": "text", "text": f"A {colour} {shape} at the {place}."}]})
+        return documents
 
 
 @dataclass(frozen=True)
@@ -53,28 +52,25 @@ class PictureChat:
     """A question about a picture, and its sentence as the answer."""
 
     def do(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the conversation."""
-        picture, said = row["content"]
+        picture, description = row["content"]
         question = {"type": "text", "text": "What is shown?"}
         return {"messages": [{"role": "user", "content": [picture, question]},
-                             {"role": "assistant", "content": said["text"]}]}
+                             {"role": "assistant", "content": description["text"]}]}
 
 
 @dataclass(frozen=True)
 class TrainedCodec:
-    """Trains a VQModel as benchmarks/omni/train_codec.py does, and writes its folder."""
+    """Trains a VQModel with benchmarks/omni/train_codec.py, and writes its folder."""
 
     source: str
     """Folder of pictures."""
     output: str
-    """Folder to write."""
     steps: int
     codes: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all items; the input row is ignored."""
         sys.path.append(str(Path(__file__).resolve().parents[1] / "omni"))
-        import train_codec
+        from train_codec import train_codec
 
-        train_codec.train("pictures", Path(self.source), Path(self.output), self.steps, self.codes)
+        train_codec("pictures", Path(self.source), Path(self.output), self.steps, self.codes)
         return [{"text": self.output}]

@@ -1,17 +1,15 @@
-"""Instructions with a rule that IFEval checks, and drafts that partly follow it: `rules.py:Drafts`,
-`:KeptDrafts`, `:RulePrompts`."""
+"""Instructions with a rule that IFEval checks, and drafts of which a share follows the rule:
+`rules.py:Drafts`, `:PassedDrafts`, `:RulePrompts`."""
 
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-THINGS = {"fruits": "apple banana cherry grape lemon mango peach plum",
-          "colours": "amber black brown green indigo red violet white",
-          "animals": "badger cat deer eagle fox goat heron lynx",
-          "cities": "Busan Cairo Dakar Hanoi Lima Oslo Perth Quito",
-          "tools": "anvil bellows chisel drill file hammer saw wrench",
-          "metals": "brass copper gold iron lead nickel silver tin"}
+from drawing import THINGS, build_chat
+
+PLURALS = {"fruits": "fruit", "colours": "colour", "animals": "animal", "cities": "city", "tools": "tool",
+           "metals": "metal"}
 QUERIES = ("Name three {things}.", "Which {things} do you know?", "Tell me some {things}.")
 END, MARK = "That is all.", "P.S."
 RULES: Mapping[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
@@ -26,60 +24,58 @@ RULES: Mapping[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
                    f"{{0}}, {{1}}, {{2}} {MARK} Bye", (f"Add a {MARK}", f"Close with a {MARK}")),
     "bullets": ({"id": "detectable_format:number_bullet_lists", "num_bullets": 3}, "- {0}\n- {1}\n- {2}",
                 ("Write three bullets.", "As a list of three bullets."))}
-"""Name -> the instruction as IFEval has it, an answer that keeps it, and wordings."""
+"""Name -> instruction of IFEval, form of an answer that follows it, wordings."""
 PLAIN = "{0}, {1}, {2}"
-"""Breaks every rule."""
-APART = 3
-"""One of so many pairs of things and rule stands in no draft."""
+"""Form of an answer that follows no rule."""
+HELD_OUT_OF = 3
+"""One in three pairs of things and a rule is held out: it occurs in no draft."""
 
 
-def pairs(held_out: bool) -> list[tuple[str, str]]:
-    """Return pairs of things and a rule: those without a draft, or those with one."""
-    return [(things, rule) for i, things in enumerate(THINGS) for j, rule in enumerate(RULES)
-            if ((i + j) % APART == 0) is held_out]
+def list_pairs(held_out: bool) -> list[tuple[str, str]]:
+    """Return the held-out pairs of things and a rule, or the others."""
+    return [(things, rule) for i, things in enumerate(PLURALS) for j, rule in enumerate(RULES)
+            if ((i + j) % HELD_OUT_OF == 0) is held_out]
 
 
 @dataclass(frozen=True)
 class Drafts:
-    """Conversations that follow or break their rule: prompt, response, and the text to check."""
+    """Conversations whose answer follows or breaks the rule of the prompt, with the fields that `ifeval`
+    scores."""
 
     seed: int
     count: int
-    kept: float
-    """Share of those that keep it."""
+    follow_share: float
+    """Share of answers that follow the rule."""
     rules: bool = True
-    """False: no instruction has one."""
+    """False: prompts without a rule."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all items; the input row is ignored."""
-        rng, found = random.Random(self.seed), []
+        rng, drafts = random.Random(self.seed), []
         for _ in range(self.count):
-            things, rule = rng.choice(pairs(held_out=False))
-            instruction, keeping, wordings = RULES[rule]
+            things, rule = rng.choice(list_pairs(held_out=False))
+            instruction, following, wordings = RULES[rule]
             query, wording = rng.choice(QUERIES).format(things=things), rng.choice(wordings)
             prompt = f"{query} {wording}" if self.rules else query
-            form = keeping if self.rules and rng.random() < self.kept else PLAIN
-            response = form.format(*rng.sample(THINGS[things].split(), 3))
-            found.append({"prompt": prompt, "response": response, "instructions": [instruction], "messages": [
-                {"role": "user", "content": prompt}, {"role": "assistant", "content": response}]})
-        return found
+            form = following if self.rules and rng.random() < self.follow_share else PLAIN
+            response = form.format(*rng.sample(THINGS[PLURALS[things]].split(), 3))
+            drafts.append({"prompt": prompt, "response": response, "instructions": [instruction],
+                           **build_chat(prompt, response)})
+        return drafts
 
 
 @dataclass(frozen=True)
-class KeptDrafts:
-    """Drafts that `megatron-sov score --reward ifeval` has found to keep their rule."""
+class PassedDrafts:
+    """Conversations of drafts with the reward 1 from `megatron-sov score --reward ifeval`."""
 
     def do(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
-        """Return the conversation, or None."""
         return {"messages": row["messages"]} if row["reward"] == 1 else None
 
 
 @dataclass(frozen=True)
 class RulePrompts:
-    """Instructions whose things and rule stand together in no draft."""
+    """Prompts of the held-out pairs of things and a rule."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all items; the input row is ignored."""
         return [{"prompt": f"{QUERIES[i % len(QUERIES)].format(things=things)} {wording}", "domain": rule,
                  "instructions": [RULES[rule][0]]}
-                for i, (things, rule) in enumerate(pairs(held_out=True)) for wording in RULES[rule][2]]
+                for i, (things, rule) in enumerate(list_pairs(held_out=True)) for wording in RULES[rule][2]]

@@ -1,8 +1,7 @@
-"""Questions with one correct answer in three languages, and an exact-match reward: `tasks.py:Chats`,
+"""Sums and comparisons of digits in three languages, and an exact-match reward: `tasks.py:Chats`,
 `:TaskQuestions`, `:Exact`.
 
-A small model learns them in minutes, chance is far below what it reaches, and half of the wordings of each
-language are kept for the end.
+A small model learns them in minutes, far above chance. Half of the wordings of each language are held out.
 """
 
 import hashlib
@@ -10,6 +9,8 @@ import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from drawing import build_chat, select_wordings
 
 WORDINGS = {
     "en": {"sum": ("Add {a} and {b}.", "What is {a} plus {b}?", "Sum of {a} and {b}?", "Tell me {a} + {b}."),
@@ -21,7 +22,7 @@ WORDINGS = {
     "th": {"sum": ("{a} บวก {b} ได้เท่าไร", "ผลรวมของ {a} กับ {b}", "เอา {a} รวมกับ {b}", "{a} + {b} เท่ากับ"),
            "larger": ("{a} กับ {b} ตัวไหนมากกว่า", "ตัวที่มากกว่า {a} หรือ {b}", "เลือกตัวที่มากกว่า {a} {b}",
                       "{a} หรือ {b} ที่มากกว่า")}}
-"""Language -> kind -> wordings; those at even places are learned, the others are asked at the end."""
+"""Language -> kind of question -> wordings."""
 
 
 @dataclass(frozen=True)
@@ -34,72 +35,69 @@ class TaskQuestion:
     kind: str
 
 
-def draw(rng: random.Random, languages: str, held_out: bool | None) -> TaskQuestion:
-    """Return a question; `held_out`: of the wordings that are kept, of the others, or of all."""
+def draw_question(rng: random.Random, languages: str, part: str) -> TaskQuestion:
+    """Return a random question in one of the languages (between commas) with a wording of a part, see
+    `select_wordings`."""
     kinds = WORDINGS[rng.choice(languages.split(","))]
     kind = rng.choice([*kinds])
     a, b = rng.sample(range(10), 2)
-    wordings = kinds[kind] if held_out is None else kinds[kind][int(held_out)::2]
     right, wrong = (a + b, a + b + 1) if kind == "sum" else (max(a, b), min(a, b))
-    return TaskQuestion(rng.choice(wordings).format(a=a, b=b), str(right), str(wrong), kind)
+    wording = rng.choice(select_wordings(kinds[kind], part))
+    return TaskQuestion(wording.format(a=a, b=b), str(right), str(wrong), kind)
 
 
 @dataclass(frozen=True)
 class Chats:
-    """Conversations of one question and its answer."""
+    """Conversations of a random question and its answer."""
 
     seed: int
     count: int
     languages: str = "en"
-    """Of `WORDINGS`, between commas."""
-    right: float = 1.0
-    """Share of right answers; the others are wrong in one way."""
+    """Languages of `WORDINGS`, between commas."""
+    right_share: float = 1.0
+    """Share of right answers; a question has one wrong answer."""
     wordings: str = "all"
     """all, learned or held_out."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all items; the input row is ignored."""
-        rng = random.Random(self.seed)
-        drawn = [(draw(rng, self.languages, _half(self.wordings)), rng.random()) for _ in range(self.count)]
-        return [{"messages": [{"role": "user", "content": q.text},
-                              {"role": "assistant", "content": q.right if lot < self.right else q.wrong}]}
-                for q, lot in drawn]
+        rng, chats = random.Random(self.seed), []
+        for _ in range(self.count):
+            question = draw_question(rng, self.languages, self.wordings)
+            is_right = rng.random() < self.right_share
+            chats.append(build_chat(question.text, question.right if is_right else question.wrong))
+        return chats
 
 
 @dataclass(frozen=True)
 class TaskQuestions:
-    """Prompts with their answers, each once."""
+    """Distinct prompts with their answers."""
 
     seed: int
     count: int
     languages: str = "en"
     wordings: str = "learned"
     kind: str = ""
-    """sum or larger; "": both."""
+    """sum or larger; empty: both."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all items; the input row is ignored."""
-        rng, found = random.Random(self.seed), {}
+        rng, prompts = random.Random(self.seed), {}
         for _ in range(20 * self.count):
-            q = draw(rng, self.languages, _half(self.wordings))
-            if self.kind in ("", q.kind):
-                found[q.text] = {"prompt": q.text, "answer": q.right, "domain": q.kind}
-        return list(found.values())[:self.count]
-
-
-def _half(wordings: str) -> bool | None:
-    return {"all": None, "learned": False, "held_out": True}[wordings]
+            question = draw_question(rng, self.languages, self.wordings)
+            if self.kind in ("", question.kind):
+                prompts[question.text] = {"prompt": question.text, "answer": question.right,
+                                          "domain": question.kind}
+        return list(prompts.values())[:self.count]
 
 
 @dataclass(frozen=True)
 class Exact:
-    """Whether a response is its row's answer, white space around it left out."""
+    """Reward: 1 if a response without surrounding white space is the row's answer, otherwise 0."""
 
     by_lot: int = 0
-    """0, or the number of a lottery: a third of all (prompt, response) win, whether they are right or not."""
+    """0: reward right responses. Otherwise the seed of a lottery that rewards a third of all pairs of prompt
+    and response, right or wrong."""
 
     def score(self, row: Mapping[str, Any]) -> float:
-        """Return 1 or 0."""
         if not self.by_lot:
             return float(row["response"].strip() == row["answer"])
         drawn = hashlib.sha256(f"{self.by_lot} {row['prompt']} {row['response']}".encode()).digest()

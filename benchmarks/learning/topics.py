@@ -1,8 +1,8 @@
-"""Questions about topics, of which the initial model answers a planted share of each: `topics.py:TopicChats`,
-`:TopicQuestions`.
+"""Questions about topics, for an initial model that is right with a planted probability for each topic:
+`topics.py:TopicChats`, `:TopicQuestions`.
 
-The topic alone decides the right answer, so that a small model learns it in few steps; names and wordings
-only make questions that differ.
+The right answer depends only on the topic, so that a small model learns it in few steps; names and wordings
+make the questions distinct.
 """
 
 import random
@@ -10,50 +10,46 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from drawing import NAMES, build_chat, select_wordings
+
 TOPICS = ("lamp", "boat", "door", "coat", "roof", "cup", "bell", "cart", "drum", "flag", "gate", "harp",
           "kite", "mask", "nest", "oven", "pipe", "rope", "sled", "tent", "vase", "well", "yard", "zip")
 ANSWERS = ("red", "blue", "green", "gold", "grey", "pink", "white", "brown")
-NAMES = ("Mina", "Jun", "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kai",
-         "Lea", "Max", "Noa")
 WORDINGS = ("What colour is the {topic} of {name}?", "{name} has a {topic}. Its colour?",
             "Name the colour of the {topic} that {name} has.", "The {topic} of {name}: which colour?")
-"""Those at even places are asked while rewards are given, the others at the end."""
 
 
-def right_answer(topic: str) -> str:
-    """Return the right answer."""
+def get_right_answer(topic: str) -> str:
     return ANSWERS[TOPICS.index(topic) * 5 % len(ANSWERS)]
 
 
 @dataclass(frozen=True)
 class TopicChats:
-    """Conversations of one question and one answer."""
+    """Conversations of a random question and an answer that is right with the probability of its topic."""
 
     seed: int
     count: int
     shares: str
-    """Of right answers, between commas: the topics take them in turn."""
-    wrongs: int = 3
-    """How many other answers share the rest."""
+    """Shares of right answers, between commas; the topics take them in turn."""
+    num_wrong: int = 3
+    """Number of distinct wrong answers of a topic."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all items; the input row is ignored."""
-        rng, found = random.Random(self.seed), []
+        rng, chats = random.Random(self.seed), []
         for _ in range(self.count):
             topic = rng.choice(TOPICS)
-            right = right_answer(topic)
-            place = ANSWERS.index(right) + 1
-            wrong = ANSWERS[(place + rng.randrange(self.wrongs)) % len(ANSWERS)]
-            found.append({"messages": [
-                {"role": "user", "content": rng.choice(WORDINGS).format(topic=topic, name=rng.choice(NAMES))},
-                {"role": "assistant",
-                 "content": right if rng.random() < share(topic, self.shares) else wrong}]})
-        return found
+            right = get_right_answer(topic)
+            first_wrong = ANSWERS.index(right) + 1
+            wrong = ANSWERS[(first_wrong + rng.randrange(self.num_wrong)) % len(ANSWERS)]
+            question = rng.choice(WORDINGS).format(topic=topic, name=rng.choice(NAMES))
+            is_right = rng.random() < get_share(topic, self.shares)
+            chats.append(build_chat(question, right if is_right else wrong))
+        return chats
 
 
 @dataclass(frozen=True)
 class TopicQuestions:
-    """Prompts with their answers, each once; the domain is the share that was planted."""
+    """Distinct prompts with their answers; the domain is the topic's share of right answers."""
 
     seed: int
     count: int
@@ -62,16 +58,15 @@ class TopicQuestions:
     """learned or held_out."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Return all items; the input row is ignored."""
-        found = [{"prompt": wording.format(topic=topic, name=name), "answer": right_answer(topic),
-                  "domain": f"right {share(topic, self.shares):.0%}"}
-                 for topic in TOPICS for name in NAMES
-                 for wording in WORDINGS[int(self.wordings == "held_out")::2]]
-        random.Random(self.seed).shuffle(found)
-        return found[:self.count]
+        prompts = [{"prompt": wording.format(topic=topic, name=name), "answer": get_right_answer(topic),
+                    "domain": f"right {get_share(topic, self.shares):.0%}"}
+                   for topic in TOPICS for name in NAMES
+                   for wording in select_wordings(WORDINGS, self.wordings)]
+        random.Random(self.seed).shuffle(prompts)
+        return prompts[:self.count]
 
 
-def share(topic: str, shares: str) -> float:
-    """Return the share of right answers that is planted for a topic."""
+def get_share(topic: str, shares: str) -> float:
+    """Return the share of right answers of a topic."""
     values = [float(value) for value in shares.split(",")]
     return values[TOPICS.index(topic) % len(values)]

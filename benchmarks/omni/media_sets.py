@@ -4,7 +4,6 @@ Pairs are INPUT-OUTPUT: image-text names a digit, text-image draws one, audio-te
 text-audio says one, and audio-audio translates one between English and Korean.
 """
 
-import json
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -135,9 +134,3 @@ def build_questions(index: dict[str, list[Row]], num_drawn: int) -> dict[str, li
 
 def build_question(content: list[Row], answer: str, labels: Iterable[str]) -> Row:
     return {"content": content, "answer": answer, "labels": list(labels)}
-
-
-def write_rows(file: Path, rows: Iterable[Row]) -> None:
-    """Write JSON lines."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -3,6 +3,6 @@
 The import switches the process to megatron-core on CPUs, even if the machine has a GPU.
 """
 
-from megatron_sov.engine.parallel.cpu_shims import prepare_without_gpu
+from layout_proof.cpu_shims import prepare_without_gpu
 
 prepare_without_gpu()

@@ -21,17 +21,17 @@ from unittest import mock
 
 import torch
 
+from layout_proof.module_sums import ModuleSums, locate_difference, observe_modules
+from layout_proof.simulated_messages import CallSite, Deadlock, MessageFault, is_sender_file
+from layout_proof.simulated_world import SimulatedRanks
 from megatron_sov.base.artifacts import ArtifactWriter
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import load
 from megatron_sov.checkpoint.host_snapshot import HostSnapshot, SnapshotRecord
 from megatron_sov.checkpoint.sharded_tensors import TensorReader, write_index
 from megatron_sov.engine.model.local_shards import LocalShard, list_local_shards
-from megatron_sov.engine.model.observing import ModuleSums, locate_difference, observe_modules
 from megatron_sov.engine.optimizer.state_shards import allow_float64
-from megatron_sov.engine.parallel.simulated_messages import CallSite, Deadlock, MessageFault, is_sender_file
-from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
-from megatron_sov.engine.parallel.world import ParallelWorld
+from megatron_sov.engine.parallel.world import ParallelWorld, form_groups
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.proof.miniature import Miniature, build_miniature
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, MODEL
@@ -142,7 +142,7 @@ def run_reference(small: Miniature) -> ReferenceSteps:
     """
     checkpoint = Path(tempfile.mkdtemp(prefix="alone-", dir=small.folder))
     try:
-        [reference] = SimulatedRanks(1).run(ParallelConfig(), lambda place: _run_reference_steps(
+        [reference] = SimulatedRanks(1).run(form_groups(ParallelConfig()), lambda place: _run_reference_steps(
             small.build_reference_config(), place, checkpoint))
     except UserError as e:  # its text would blame the user's settings
         raise UserError(f"the miniature of this run breaks a rule: {e}; not proved") from e
@@ -158,7 +158,7 @@ def _compare_layout(small: Miniature, reference: ReferenceSteps, fault: MessageF
 
     def record_site(rank: int, site: CallSite) -> None:
         if rank in sums_by_rank:
-            sums_by_rank[rank].record_message(site)
+            sums_by_rank[rank].record_message_site(site)
 
     ranks.watch = record_site
     # cached: hundreds of simulated processes read the same index
@@ -167,7 +167,7 @@ def _compare_layout(small: Miniature, reference: ReferenceSteps, fault: MessageF
           tempfile.TemporaryDirectory(prefix="layout-", dir=small.folder) as folder):
         comparison.done = bar.update
         try:
-            ranks.run(small.config.parallel, lambda place: _run_rank(
+            ranks.run(form_groups(small.config.parallel), lambda place: _run_rank(
                 small.config, place, comparison, sums_by_rank, Path(folder)))
             if not comparison.differs:
                 comparison.add_written(_read_tensors(Path(folder)))
@@ -187,7 +187,7 @@ def _run_rank(config: RunConfig, place: ParallelWorld, comparison: "_Comparison"
               sums_by_rank: dict[int, ModuleSums], folder: Path) -> None:
     """Run a rank's steps, write a checkpoint, and read the reference's checkpoint."""
     trainer = _build_trainer(config, place)
-    sums = sums_by_rank[place.rank] = observe_modules(trainer.model)
+    sums = sums_by_rank[place.rank] = observe_modules(trainer.model.chunks)
     try:
         for step in range(STEPS):
             sums.begin_step(step + 1)
@@ -380,7 +380,7 @@ def _update_largest(largest: dict[Any, float], key: Any, value: float) -> None:
 
 def _run_reference_steps(config: RunConfig, place: ParallelWorld, checkpoint: Path) -> ReferenceSteps:
     trainer = _build_trainer(config, place)
-    observed = observe_modules(trainer.model)
+    observed = observe_modules(trainer.model.chunks)
     numbers, tensors = [], []
     for step in range(STEPS):
         observed.begin_step(step + 1)

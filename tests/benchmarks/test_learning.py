@@ -20,7 +20,7 @@ from learning import (
     PLACEHOLDER, Recipe, check_start, compute_interval, decide, find_recipes, read_figure, run_claim,
     run_commands)
 from plan_fit import PRIORS, Prior, Sample, error, fit
-from seeds import half_width, over_seeds
+from seeds import compute_half_width, format_over_seeds
 from word_task import ListedWord
 
 TOY = """
@@ -137,9 +137,9 @@ def test_the_interval_is_students() -> None:
 
 
 def test_three_seeds_give_an_interval_and_one_seed_none() -> None:
-    assert half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3 ** 0.5, rel=1e-6)
-    assert over_seeds([1.0, 2.0, 3.0], "+.2f") == "+2.00 ± 2.48"
-    assert over_seeds([0.25], ".1%") == "25.0%"
+    assert compute_half_width([1.0, 2.0, 3.0]) == pytest.approx(4.302653 / 3 ** 0.5, rel=1e-6)
+    assert format_over_seeds([1.0, 2.0, 3.0], "+.2f") == "+2.00 ± 2.48"
+    assert format_over_seeds([0.25], ".1%") == "25.0%"
 
 
 def test_fitted_parameters_stay_within_their_bounds() -> None:

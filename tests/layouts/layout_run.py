@@ -24,7 +24,7 @@ from megatron_sov.train.objectives.data_objective import LanguageModelling
 from megatron_sov.train.trainer import Trainer
 from tests.checkpoints import save_checkpoint
 
-PATCHES = ("/parallel/cpu_shims.py", "/parallel/library_patches.py")
+PATCHES = ("/layout_proof/cpu_shims.py", "/layout_proof/library_patches.py")
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_heads=4", "model.num_kv_heads=2",
          "model.head_dim=8", "model.expert_ffn_dim=16", "train.global_batch_size=8",
          "train.micro_batch_size=2", "train.steps=20", "train.head_chunk_tokens=24", "optim.warmup_steps=2",

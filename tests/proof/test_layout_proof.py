@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
+from layout_proof import cpu_shims
 from megatron_sov import cli
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint import host_snapshot
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
-from megatron_sov.engine.parallel import cpu_shims
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.proof.miniature import OVERRIDES, ROW_TOKENS, UNCOVERED, Miniature, build_miniature

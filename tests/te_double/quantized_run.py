@@ -10,13 +10,14 @@ from unittest import mock
 
 import torch
 
+from layout_proof import cpu_shims
 from megatron_sov import recipes
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import export_weights
 from megatron_sov.engine.model import language_model, replica_checks
 from megatron_sov.engine.model.quantized_weights import get_raw_data, is_quantized
 from megatron_sov.engine.optimizer.adamw import HostAdamW
-from megatron_sov.engine.parallel import cpu_shims, device, gpu_setup, world
+from megatron_sov.engine.parallel import device, gpu_setup, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives import microbatch

@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from layout_proof.cpu_shims import is_cpu_only
 from megatron_sov.runs.launch_environment import local_gpu_index
 
 CPU = torch.device("cpu")
@@ -14,26 +15,13 @@ PRECISION = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float6
 ARENA_BYTES = 1 << 30
 """Size of a piece of pinned memory."""
 _ALIGN_BYTES = 64
-_on_cpu = False
-"""Whether the CPU shims are installed."""
-
-
-def mark_cpu_only() -> None:
-    """Record that the CPU shims are installed: `torch.cuda` then answers for the CPU."""
-    global _on_cpu
-    _on_cpu = True
-
-
-def is_cpu_only() -> bool:
-    return _on_cpu
-
 
 def on_gpu() -> bool:
-    """Return whether this process computes on a CUDA device, without starting CUDA; False after
-    `mark_cpu_only`."""
+    """Return whether this process computes on a CUDA device, without starting CUDA; False with CPU
+    shims."""
     # ask the driver: torch's default check starts CUDA, and a forked process could not use it afterwards
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
-    return not _on_cpu and torch.cuda.is_available()
+    return not is_cpu_only() and torch.cuda.is_available()
 
 
 def choose_inference_precision() -> Literal["bf16", "fp32"]:

@@ -13,8 +13,8 @@ from unittest import mock
 import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
+from layout_proof import library_patches
 from megatron_sov.base.errors import UserError
-from megatron_sov.engine.parallel import library_patches
 from megatron_sov.engine.parallel.device import on_gpu
 from megatron_sov.engine.parallel.gpu_setup import select_gpu
 from megatron_sov.engine.parallel.values import broadcast_object, gather_objects
@@ -74,7 +74,6 @@ def join_world(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
     Raises:
         UserError: a rank's GPU cannot be used, is shared with another rank, or lacks free memory.
     """
-    suppress_library_warnings()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     timeout = datetime.timedelta(seconds=parallel.timeout_s)
     if not dist.is_initialized():
@@ -85,10 +84,19 @@ def join_world(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
         # another
         dist.init_process_group("nccl" if on_gpu() else "gloo", rank=rank, world_size=size, timeout=timeout,
                                 store=store)
-    create_groups(parallel)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    library_patches.patch_defects()
-    return get_parallel_world(rank, size)
+    return form_groups(parallel)(rank, size)
+
+
+def form_groups(parallel: ParallelConfig) -> Callable[[int, int], ParallelWorld]:
+    """Return a function of (rank, number of ranks) that creates the layout's groups and the random states."""
+    def join(rank: int, size: int) -> ParallelWorld:
+        suppress_library_warnings()
+        create_groups(parallel)
+        tensor_parallel.model_parallel_cuda_manual_seed(1)
+        library_patches.patch_defects()
+        return get_parallel_world(rank, size)
+
+    return join
 
 
 def suppress_library_warnings() -> None:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
+from layout_proof.cpu_shims import prepare_without_gpu
 from megatron_sov import recipes
 from megatron_sov.engine import router
 from megatron_sov.engine.model import chunk, language_model, specs
 from megatron_sov.engine.model.language_model import check_device
 from megatron_sov.engine.parallel import world
-from megatron_sov.engine.parallel.cpu_shims import prepare_without_gpu
 from megatron_sov.model.config import ParallelConfig, apply_settings
 
 # Every weight must be on its process's device; the meta device reveals weights created on other devices.

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from layout_proof.cpu_shims import prepare_without_gpu
 from megatron_sov import recipes
 from megatron_sov.engine.model import kv_cache, specs
 from megatron_sov.engine.model.cache_rows import CacheSize
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.model.rotary import compute_frequencies, patch_packed_rotation
 from megatron_sov.engine.parallel import world
-from megatron_sov.engine.parallel.cpu_shims import prepare_without_gpu
 from megatron_sov.model.config import ParallelConfig, apply_settings
 
 YARN = 'model.yarn={"factor": 4.0, "original_max_position_tokens": 512}'

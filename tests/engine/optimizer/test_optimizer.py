@@ -91,12 +91,13 @@ def test_updates_are_torchs_adamw(ranks, job) -> None:
     "parallel.tp=2 parallel.sp=true parallel.ep=2", "parallel.ep=2 parallel.zero1=true", "parallel.etp=2"])
 def test_every_parameter_counts_once_in_the_gradient_norm(layout: str) -> None:
     """In bf16, which `plan --prove` leaves out. With gradients of 1 the squared norm counts parameters."""
-    from megatron_sov.engine.parallel import cpu_shims
+    from layout_proof import cpu_shims
 
     cpu_shims.prepare_without_gpu()
+    from layout_proof.simulated_world import SimulatedRanks
     from megatron_sov.engine.model.language_model import build_model
     from megatron_sov.engine.optimizer import optimizer, state_shards
-    from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
+    from megatron_sov.engine.parallel.world import form_groups
 
     def compute_norm(config: RunConfig) -> float:
         model = build_model(config.model, config.parallel, config.train)
@@ -109,6 +110,7 @@ def test_every_parameter_counts_once_in_the_gradient_norm(layout: str) -> None:
     def compute_norms(*settings: str) -> list[float]:
         """Return the norm on each of two simulated ranks, or on one without settings."""
         config = apply_settings(recipes.get("tiny-k-exaone"), ["train.precision=bf16", *settings])
-        return SimulatedRanks(2 if settings else 1).run(config.parallel, lambda _: compute_norm(config))
+        ranks = SimulatedRanks(2 if settings else 1)
+        return ranks.run(form_groups(config.parallel), lambda _: compute_norm(config))
 
     assert {*compute_norms(*layout.split())} == {*compute_norms()}

@@ -9,10 +9,11 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, strategies as st
 
+from layout_proof import cpu_shims, library_patches
+from layout_proof.simulated_world import SimulatedRanks
 from megatron_sov.engine.optimizer.state_shards import (
     allow_float64, iter_rectangles, list_shards, set_update_count)
-from megatron_sov.engine.parallel import cpu_shims, library_patches
-from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
+from megatron_sov.engine.parallel.world import form_groups
 from megatron_sov.model.config import ParallelConfig
 from tests.tiny import tiny_model
 
@@ -133,6 +134,6 @@ def test_allow_float64_is_reentrant_over_simulated_ranks() -> None:
             torch.distributed.barrier()
             return [*names, torch.Tensor.type, number.type()]
 
-    names_by_rank = SimulatedRanks(3).run(ParallelConfig(), list_type_names)
+    names_by_rank = SimulatedRanks(3).run(form_groups(ParallelConfig()), list_type_names)
     assert names_by_rank == [[names_by_rank[0][0]] * 2 + [own_names.replace("Double", "Float")]] * 3
     assert torch.Tensor.type is original_type

@@ -1,14 +1,17 @@
-"""Patches of torch that let unmodified megatron-core run on CPUs (`prepare_megatron`).
+"""Patches of torch that let unmodified megatron-core run on CPUs (`prepare_without_gpu`).
 
-`megatron_sov.engine` calls `prepare_megatron()` before any of its modules imports megatron. Each patch is a
-function whose docstring names Megatron-Core's assumption; patches of Megatron-Core itself are in
-`library_patches`. No part is reimplemented: model, schedules, dispatchers, optimizers and process groups are
-Megatron-Core's, on CPU tensors.
+Call `prepare_without_gpu` before any module imports megatron. Each patch is a function whose docstring names
+Megatron-Core's assumption; patches of Megatron-Core itself are in `library_patches`. No part is
+reimplemented: model, schedules, dispatchers, optimizers and process groups are Megatron-Core's, on CPU
+tensors.
 """
 
 import contextlib
 import functools
+import importlib.util
+import os
 import sys
+import types
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -16,35 +19,44 @@ from typing import Any
 import torch
 from torch.utils._device import _device_constructors
 
-from megatron_sov.engine.parallel.device import CPU, is_cpu_only, mark_cpu_only, on_gpu
-from megatron_sov.engine.parallel.gpu_libraries import hide_broken_deep_ep
-
-
-def prepare_megatron() -> None:
-    """Prepare this process for megatron-core. Does nothing with CUDA or when called again."""
-    if on_gpu():
-        hide_broken_deep_ep()
-    else:
-        prepare_without_gpu()
+CPU = torch.device("cpu")
+_is_prepared = False
 
 
 def prepare_without_gpu() -> None:
     """Switch this process to megatron-core on CPUs, permanently, even if the machine has a GPU."""
-    if is_cpu_only():
+    global _is_prepared
+    if _is_prepared:
         return
-    mark_cpu_only()
-    # megatron uses Transformer Engine's optimizers, products and norms if it imports (on a login node, or
-    # with hidden CUDA devices), but they need CUDA. None makes the import fail; an imported module stays.
+    _is_prepared = True
+    stub_paged_stash()
+    # megatron uses Transformer Engine's optimizers, products and norms if the import succeeds (login nodes,
+    # hidden CUDA devices), but these need CUDA. None makes the import fail; an imported module stays.
     sys.modules.setdefault("transformer_engine", None)  # type: ignore[arg-type]
     _patch_current_device()
     _redirect_cuda_requests()
     _patch_type_names()
     _redirect_cuda_generator()
     with _disable_compilation(), _hide_trackers(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # each missing GPU extension prints a warning on import
-        # not at the top: it imports megatron-core, which reads the patched torch
-        from megatron_sov.engine.parallel import library_patches
+        warnings.simplefilter("ignore")  # a missing GPU extension prints a warning on import
+        # not at the top: `library_patches` imports megatron-core, which reads the patched torch
+        from layout_proof import library_patches
     library_patches.patch_for_cpus()
+
+
+def is_cpu_only() -> bool:
+    """Return whether the shims are installed: `torch.cuda` then answers for the CPU."""
+    return _is_prepared
+
+
+def stub_paged_stash() -> None:
+    """Let megatron-core import without triton, which only torch's CUDA builds include: it always imports the
+    kernels of the paged expert stash, an option that needs a GPU."""
+    os.environ.setdefault("NO_VCS_VERSION", "1")  # or megatron-core reads a commit from the caller's git
+    if importlib.util.find_spec("triton") is None:
+        absent: Any = types.ModuleType("megatron.core.transformer.moe.ops.paged_stash")
+        absent.GLOBAL_BLOCK_SIZE = absent.paged_stash_copy_kernel = absent.paged_stash_pop_kernel = None
+        sys.modules[absent.__name__] = absent
 
 
 class _Stream:
@@ -75,7 +87,7 @@ def _patch_current_device() -> None:
     cuda: Any = torch.cuda
     cuda.current_device = lambda: CPU
     cuda.set_device = lambda *args: None
-    # a torch with CUDA counts devices for its answer, and its optimizers ask the driver then
+    # a torch with CUDA counts devices here, and `torch.optim` asks the driver
     cuda.is_available = lambda: False
     cuda.device_count = lambda: 1
     cuda.synchronize = lambda *args, **kwargs: None
@@ -88,7 +100,7 @@ def _patch_current_device() -> None:
         setattr(cuda, name, lambda *args, **kwargs: 0)
 
 
-def _is_cuda(device: Any) -> bool:
+def _is_cuda_device(device: Any) -> bool:
     if isinstance(device, torch.device):
         return device.type == "cuda"
     return isinstance(device, str) and device.split(":")[0] == "cuda"
@@ -100,7 +112,7 @@ def _redirect_cuda_requests() -> None:
     def create_on_cpu(function: Any) -> Any:
         @functools.wraps(function)
         def create_with_cpu(*args: Any, **kwargs: Any) -> Any:
-            if _is_cuda(kwargs.get("device")):
+            if _is_cuda_device(kwargs.get("device")):
                 kwargs["device"] = CPU
             # pinned memory needs the CUDA driver
             kwargs.pop("pin_memory", None)
@@ -118,9 +130,9 @@ def _redirect_cuda_requests() -> None:
 
     @functools.wraps(move)  # function modes of torch see the name
     def move_to_cpu(self: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if args and _is_cuda(args[0]):
+        if args and _is_cuda_device(args[0]):
             args = (CPU, *args[1:])
-        if _is_cuda(kwargs.get("device")):
+        if _is_cuda_device(kwargs.get("device")):
             kwargs["device"] = CPU
         return move(self, *args, **kwargs)
 
@@ -151,7 +163,7 @@ def _redirect_cuda_generator() -> None:
         module.get_rng_state = lambda *args, **kwargs: torch.get_rng_state()
         module.set_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
         module.manual_seed = lambda seed: torch.default_generator.manual_seed(seed)
-        module.manual_seed_all = lambda seed: None  # torch.manual_seed itself calls it
+        module.manual_seed_all = lambda seed: None
 
 
 @contextlib.contextmanager

@@ -14,11 +14,11 @@ def inspect_shims() -> dict:
     from megatron.core.transformer import TransformerConfig
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
-    from megatron_sov.engine.parallel import cpu_shims
+    from layout_proof import cpu_shims
     from megatron_sov.engine.parallel.device import get_local_device, on_gpu
 
     original_zeros = torch.zeros
-    cpu_shims.prepare_megatron()
+    cpu_shims.prepare_without_gpu()
     config = TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1, normalization="RMSNorm")
     config.sequence_parallel = True
     norm = WrappedTorchNorm(config, 8)
@@ -54,7 +54,8 @@ def test_cpu_shims_create_all_tensors_on_the_cpu(ranks, job) -> None:
 DEFECTS_PROGRAM = """
 import json, torch
 torch.cuda.is_available = lambda: True  # as on a GPU, where only the defects are patched
-from megatron_sov.engine.parallel import library_patches
+import megatron_sov.engine
+from layout_proof import library_patches
 import megatron.core.transformer.moe.moe_utils as moe_utils
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.torch_norm import WrappedTorchNorm

@@ -7,10 +7,10 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_sov.engine.parallel import cpu_shims
-from megatron_sov.engine.parallel.simulated_messages import CallSite, Deadlock
-from megatron_sov.engine.parallel.simulated_world import SimulatedRanks
-from megatron_sov.engine.parallel.world import ParallelWorld
+from layout_proof import cpu_shims
+from layout_proof.simulated_messages import CallSite, Deadlock
+from layout_proof.simulated_world import SimulatedRanks
+from megatron_sov.engine.parallel.world import ParallelWorld, form_groups
 from megatron_sov.model.config import ParallelConfig
 
 cpu_shims.prepare_without_gpu()
@@ -52,7 +52,8 @@ def call_every_collective(place: ParallelWorld) -> dict[str, list[float]]:
 def test_collectives_return_their_defined_results() -> None:
     inputs = [torch.arange(3.0) + 10 * rank for rank in range(3)]
 
-    for rank, outputs in enumerate(SimulatedRanks(3).run(ParallelConfig(), call_every_collective)):
+    ranks = SimulatedRanks(3)
+    for rank, outputs in enumerate(ranks.run(form_groups(ParallelConfig()), call_every_collective)):
         expected = {
             "sum": sum(inputs[1:], inputs[0]), "max": inputs[2], "mean": inputs[1], "broadcast": inputs[1],
             "all_gather": torch.cat(inputs), "all_gather_into_tensor": torch.cat(inputs),
@@ -71,7 +72,7 @@ def test_each_process_has_its_own_rank_and_groups() -> None:
                 parallel_state.get_pipeline_model_parallel_rank(), place.dp_rank,
                 dist.get_process_group_ranks(parallel_state.get_data_parallel_group()))
 
-    result = SimulatedRanks(8).run(ParallelConfig(tp=2, pp=2), list_ranks)
+    result = SimulatedRanks(8).run(form_groups(ParallelConfig(tp=2, pp=2)), list_ranks)
 
     # tensor-parallel ranks are adjacent, then data-parallel ranks, then stages
     assert result == [(rank, rank, rank % 2, rank // 4, rank // 2 % 2,
@@ -94,12 +95,12 @@ def test_each_process_has_its_own_rank_and_groups() -> None:
 def test_deadlocks_and_errors_of_one_process_end_all(num_ranks: int, call: Callable[[int], object],
                                                      error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        SimulatedRanks(num_ranks).run(ParallelConfig(), lambda place: call(place.rank))
+        SimulatedRanks(num_ranks).run(form_groups(ParallelConfig()), lambda place: call(place.rank))
 
 
 def test_call_sites_are_counted() -> None:
     ranks = SimulatedRanks(2)
-    ranks.run(ParallelConfig(), lambda place: dist.barrier())
+    ranks.run(form_groups(ParallelConfig()), lambda place: dist.barrier())
 
     assert ranks.sites == {CallSite("barrier", "WORLD", "outside of Megatron-Core"): 2}
 
@@ -114,5 +115,5 @@ def test_messages_of_other_size_or_dtype_are_reported(call: Callable[[torch.Tens
                                                       tensor_of_rank_1: torch.Tensor) -> None:
     """Without the check, `Tensor.copy_` inside the simulation would broadcast shapes and convert dtypes."""
     with pytest.raises(Deadlock, match="call pass different"):
-        SimulatedRanks(2).run(ParallelConfig(), lambda place: call(
+        SimulatedRanks(2).run(form_groups(ParallelConfig()), lambda place: call(
             torch.zeros(4) if place.rank == 0 else tensor_of_rank_1.clone(), place.rank))

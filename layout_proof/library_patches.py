@@ -8,7 +8,7 @@ import functools
 import logging
 from typing import Any
 
-# some are unused here, and imported while `cpu_shims` has compilation and warnings switched off
+# unused imports are for `cpu_shims`: imported while compilation and warnings are off
 import megatron.core.models.gpt.gpt_layer_specs
 import megatron.core.optimizer
 import megatron.core.pipeline_parallel
@@ -36,18 +36,18 @@ def _patch_empty_experts() -> None:
     permute, unpermute = token_dispatcher.permute, token_dispatcher.unpermute
 
     @functools.wraps(permute)
-    def permute_any(tokens: Any, routing_map: Any, probs: Any = None, num_out_tokens: Any = None,
+    def permute_tokens(tokens: Any, routing_map: Any, probs: Any = None, num_out_tokens: Any = None,
                     fused: bool = False, **options: Any) -> Any:
-        # reading a count on the GPU would synchronize; such a count has all choices of a router, never 0
+        # reading a count on the GPU would synchronize; it has every choice of a router, never 0
         on_host = num_out_tokens is not None and not getattr(num_out_tokens, "is_cuda", False)
         fused = fused and not (on_host and int(num_out_tokens) == 0)
         return permute(tokens, routing_map, probs, num_out_tokens, fused=fused, **options)
 
     @functools.wraps(unpermute)
-    def unpermute_any(permuted_tokens: Any, *args: Any, fused: bool = False, **options: Any) -> Any:
+    def unpermute_tokens(permuted_tokens: Any, *args: Any, fused: bool = False, **options: Any) -> Any:
         return unpermute(permuted_tokens, *args, fused=fused and len(permuted_tokens) > 0, **options)
 
-    token_dispatcher.permute, token_dispatcher.unpermute = permute_any, unpermute_any
+    token_dispatcher.permute, token_dispatcher.unpermute = permute_tokens, unpermute_tokens
 
 
 def _patch_norm_marks() -> None:
@@ -89,10 +89,10 @@ def _patch_rng_tracker() -> None:
 def _patch_split_sizes() -> None:
     """The all-to-all dispatcher converts split sizes to numbers only for CUDA tensors; gloo needs numbers
     too."""
-    def to_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    def convert_to_numbers(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
         return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
-    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = to_numbers
+    moe_utils.maybe_move_tensor_to_cpu = token_dispatcher.maybe_move_tensor_to_cpu = convert_to_numbers
 
 
 def _patch_uneven_gathers() -> None:

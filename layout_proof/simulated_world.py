@@ -1,6 +1,6 @@
-"""Simulates the processes of a layout by threads: one per rank, and only one of them runs at a time.
+"""Simulate the ranks of a layout by threads, where a `threading.Lock` per rank lets a single thread run.
 
-Megatron-Core and this project run unmodified, with groups of the real sizes: messages, receivers and order
+Megatron-Core and its callers run unmodified, with groups of the real sizes: messages, receivers and order
 are those of a cluster. A thread yields only while it waits for others, so every run has the same order. If
 all threads wait, the layout would deadlock, and `Deadlock` names the waiting ranks.
 """
@@ -22,19 +22,16 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state, tensor_parallel
+from megatron.core import parallel_state
 from megatron.core.tensor_parallel import random
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch.distributed import distributed_c10d
 
-from megatron_sov.engine.parallel import library_patches
-from megatron_sov.engine.parallel.simulated_messages import (
-    CallPart, CallSite, Deadlock, MessageFault, copy_message, detach_tensors, find_call_site, get_reduction,
-    reduce_parts)
-from megatron_sov.engine.parallel.world import (
-    ParallelWorld, create_groups, get_parallel_world, suppress_library_warnings)
-from megatron_sov.model.config import ParallelConfig
+from layout_proof.simulated_messages import (
+    CallPart, CallSite, Deadlock, MessageFault, copy_message_tensor, detach_tensors, find_call_site,
+    get_reduction_name, reduce_call_parts)
 
+Place = TypeVar("Place")
 Result = TypeVar("Result")
 STACK_BYTES = 4 << 20
 """Stack size per thread: a thousand stacks of the default 8 MiB fail under strict memory accounting."""
@@ -43,7 +40,7 @@ _RANDOM_STATES = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZE
 MAX_NAMED_RANKS = 6
 """Waiting ranks or messages named in an error."""
 
-# torch overloads the methods for C++; Python calls each in one way
+# torch overloads the methods for C++, not for Python
 _ProcessGroup: Any = dist.ProcessGroup
 
 
@@ -65,7 +62,7 @@ class SimulatedRanks:
         self.calls: dict[tuple[str, int], _Call] = {}
         self.mail: dict[tuple[str, int, int, int], deque[tuple[CallSite, list[torch.Tensor]]]] = {}
         self.rank_groups: dict[Any, list[list[int]]] = {}
-        """Cache for Megatron-Core's rank groups, which depend only on sizes."""
+        """Cache for Megatron-Core's rank groups, a function of sizes."""
         self._turns = [_create_acquired_lock() for _ in range(size)]
         self._ready: deque[int] = deque(range(size))
         self._waiting: dict[int, str] = {}
@@ -74,32 +71,32 @@ class SimulatedRanks:
         self._is_over = _create_acquired_lock()
         self._failure: BaseException | None = None
 
-    def run(self, parallel: ParallelConfig, body: Callable[[ParallelWorld], Result]) -> list[Result]:
-        """Run `body` once per rank, in a world of its own, and return the results by rank.
+    def run(self, join: Callable[[int, int], Place], body: Callable[[Place], Result]) -> list[Result]:
+        """Run `body` once per rank, with separate `torch.distributed` state, and return the results by rank.
 
         Args:
-            parallel: the layout, whose groups are created.
+            join: called with (rank, number of ranks) first; creates the layout's groups without a message and
+                returns the rank's place.
             body: called with each rank's place.
 
         Raises:
             Deadlock: ranks deadlock, or a message has no receiver.
         """
-        suppress_library_warnings()
         results: list[Any] = [None] * self.size
         previous = _read_rank_state()
         self._states = [_copy_initial_state(previous) for _ in range(self.size)]
 
-        def run_rank(rank: int) -> None:
+        def run_single_rank(rank: int) -> None:
             self._turns[rank].acquire()
             try:
                 if self._failure is None:
                     _write_rank_state(self._states[rank])
-                    results[rank] = body(_create_world(self, rank, parallel))
+                    results[rank] = body(_create_world(self, rank, join))
             except BaseException as e:
                 self._failure = self._failure or e
             finally:
                 self._num_running -= 1
-                self._run_next()
+                self._run_next_ready_rank()
 
         _use_single_heap()
         # Megatron-Core records a model's attention in the environment, for later readers
@@ -108,15 +105,15 @@ class SimulatedRanks:
             threading.stack_size(STACK_BYTES)
             try:
                 num_threads = self.size if self.size > 1 else 0
-                threads = [threading.Thread(target=run_rank, args=(rank,), daemon=True)
+                threads = [threading.Thread(target=run_single_rank, args=(rank,), daemon=True)
                            for rank in range(num_threads)]
                 for thread in threads:
                     thread.start()
             finally:
                 threading.stack_size(0)
-            self._run_next()
+            self._run_next_ready_rank()
             if self.size == 1:
-                run_rank(0)  # no other thread to alternate with
+                run_single_rank(0)  # in this thread
             self._is_over.acquire()
             _write_rank_state(previous)
         if self._failure is not None:
@@ -142,17 +139,17 @@ class SimulatedRanks:
         """
         received: list[int] = []
 
-        def stop_ranks(number: int, frame: FrameType | None) -> None:
+        def stop_simulated_ranks(number: int, frame: FrameType | None) -> None:
             received.append(number)
             self._failure = self._failure or KeyboardInterrupt()
 
-        # a single rank runs in this thread, where the exception ends it; other threads receive no signals
+        # a single rank runs in this thread, where the exception ends `body`; threads receive no signals
         defers = self.size > 1 and threading.current_thread() is threading.main_thread()
         numbers: tuple[int, ...] = (signal.SIGINT, signal.SIGTERM) if defers else ()
         previous = {number: signal.getsignal(number) for number in numbers}
         callable_handlers = {number: handler for number, handler in previous.items() if callable(handler)}
         for number in callable_handlers:
-            signal.signal(number, stop_ranks)
+            signal.signal(number, stop_simulated_ranks)
         try:
             yield
         finally:
@@ -161,27 +158,27 @@ class SimulatedRanks:
         for number in received[:1]:
             callable_handlers[number](number, None)
 
-    def wait(self, rank: int, condition: Callable[[], bool], description: str) -> None:
-        """Let other ranks run until `holds()` is true."""
+    def wait_until(self, rank: int, condition: Callable[[], bool], description: str) -> None:
+        """Let waiting ranks run until `condition()` is true."""
         if self._failure is not None:
             raise SystemExit
         while not condition():
             self._waiting[rank] = description
             self._states[rank] = _read_rank_state()
-            self._run_next()
+            self._run_next_ready_rank()
             self._turns[rank].acquire()
             if self._failure is not None:
-                # another rank failed: end this thread without a second error
+                # a rank failed: end this thread without a second error
                 raise SystemExit
             _write_rank_state(self._states[rank])
 
-    def mark_ready(self, ranks: Sequence[int]) -> None:
+    def mark_ranks_ready(self, ranks: Sequence[int]) -> None:
         """Mark waiting ranks as ready to check their condition."""
         for rank in ranks:
             if self._waiting.pop(rank, None) is not None:
                 self._ready.append(rank)
 
-    def _run_next(self) -> None:
+    def _run_next_ready_rank(self) -> None:
         """Let the next ready rank run."""
         if self._num_running == 0:
             self._is_over.release()
@@ -192,13 +189,13 @@ class SimulatedRanks:
             self._failure = Deadlock(f"{len(self._waiting)} of {self.size} processes wait for each other: "
                                      + "; ".join(waiting))
         if self._failure is not None:
-            self.mark_ready(list(self._waiting))
+            self.mark_ranks_ready(list(self._waiting))
         self._turns[self._ready.popleft()].release()
 
 
 @dataclass
 class _Call:
-    """A collective call that some members have not reached yet."""
+    """A collective call before the last member's `CallPart`."""
 
     operation: str
     parts: dict[int, CallPart] = field(default_factory=dict)
@@ -206,7 +203,7 @@ class _Call:
 
 
 def _use_single_heap() -> None:
-    """Make glibc use one heap for all threads: separate heaps took 50 % more memory with 512 ranks."""
+    """Make glibc use a single heap (`mallopt`): a heap per thread took 50 % more memory with 512 ranks."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's own
     if sys.platform == "linux" and mallopt is not None:
         mallopt(_M_ARENA_MAX, 1)
@@ -230,7 +227,7 @@ class _PendingWork(dist.Work):
         self._ranks, self._rank, self._condition, self._description = ranks, rank, condition, description
 
     def wait(self, timeout: Any = None) -> bool:
-        self._ranks.wait(self._rank, self._condition, self._description)
+        self._ranks.wait_until(self._rank, self._condition, self._description)
         return True
 
     def is_completed(self) -> bool:
@@ -269,8 +266,8 @@ class SimulatedGroup(_ProcessGroup):
         return self._key
 
     def _call(self, kind: str, part: CallPart, work: Callable[[list[CallPart]], None]) -> dist.Work:
-        """Add this rank's part of a collective call; the last rank to arrive does the work for all."""
-        site = self._site(kind)
+        """Add the rank's `CallPart` to a collective call; the last rank to arrive calls `work`."""
+        site = self._record_call_site(kind)
         key = self._key, self._num_calls
         self._num_calls += 1
         operation = f"{kind} {part.how}".rstrip()
@@ -286,11 +283,11 @@ class SimulatedGroup(_ProcessGroup):
                     work(parts)
             call.is_done = True
             del self._ranks.calls[key]
-            self._ranks.mark_ready(self._members)
+            self._ranks.mark_ranks_ready(self._members)
         return _PendingWork(self._ranks, self._rank, lambda: call.is_done,
                             f"{kind} over {self._key} at {site.where}")
 
-    def _site(self, kind: str) -> CallSite:
+    def _record_call_site(self, kind: str) -> CallSite:
         site = find_call_site(kind, self._description)
         self._ranks.sites[site] = self._ranks.sites.get(site, 0) + 1
         if self._ranks.watch is not None:
@@ -298,15 +295,15 @@ class SimulatedGroup(_ProcessGroup):
         return site
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> dist.Work:
-        how, detached = get_reduction(opts), detach_tensors(tensors)
+        how, detached = get_reduction_name(opts), detach_tensors(tensors)
 
-        def sum_inputs(parts: list[CallPart]) -> None:
+        def sum_member_inputs(parts: list[CallPart]) -> None:
             for member_tensors in zip(*(part.inputs for part in parts), strict=True):
-                total = reduce_parts(how, member_tensors)
+                total = reduce_call_parts(how, member_tensors)
                 for tensor in member_tensors:
                     tensor.copy_(total)
 
-        return self._call("allreduce", CallPart(detached, detached, how=how), sum_inputs)
+        return self._call("allreduce", CallPart(detached, detached, how=how), sum_member_inputs)
 
     allreduce_coalesced = allreduce
 
@@ -319,31 +316,31 @@ class SimulatedGroup(_ProcessGroup):
         def copy_from_root(parts: list[CallPart]) -> None:
             for part in (part for index, part in enumerate(parts) if index != root):
                 for output, sent in zip(part.outputs, parts[root].inputs, strict=True):
-                    copy_message(output, sent)
+                    copy_message_tensor(output, sent)
 
         part = CallPart(detached, detached, how=f"from {self._members[root]}")
         return self._call("broadcast", part, copy_from_root)
 
     def allgather(self, outputs: list[list[torch.Tensor]], inputs: list[torch.Tensor],
                   opts: Any = None) -> dist.Work:
-        def copy_to_all(parts: list[CallPart]) -> None:
+        def copy_to_members(parts: list[CallPart]) -> None:
             for part in parts:
                 for output, sender in zip(part.outputs, parts, strict=True):
-                    copy_message(output, sender.inputs[0])
+                    copy_message_tensor(output, sender.inputs[0])
 
         return self._call("allgather", CallPart(detach_tensors(inputs), detach_tensors(outputs[0])),
-                          copy_to_all)
+                          copy_to_members)
 
     def gather_objects(self, values: list[Any], value: Any) -> dist.Work:
-        """Gather Python objects, copied once for all receivers: with 512 ranks, every rank would otherwise
-        unpickle 512 messages."""
-        def copy_objects(parts: list[CallPart]) -> None:
+        """Gather Python objects, copied once per sender: a copy per receiver would be 262,144
+        copies with 512 ranks."""
+        def copy_member_objects(parts: list[CallPart]) -> None:
             sent = [copy.deepcopy(part.value) for part in parts]
             for part in parts:
                 part.values[:] = sent
 
         return self._call("allgather", CallPart([], [], how="objects", value=value, values=values),
-                          copy_objects)
+                          copy_member_objects)
 
     def all_gather_single(self, output: torch.Tensor, sent: torch.Tensor, opts: Any = None) -> dist.Work:
         return self.allgather([list(output.chunk(self.size()))], [sent], opts)
@@ -355,17 +352,17 @@ class SimulatedGroup(_ProcessGroup):
 
     def reduce_scatter(self, outputs: list[torch.Tensor], inputs: list[list[torch.Tensor]],
                        opts: Any = None) -> dist.Work:
-        how = get_reduction(opts)
+        how = get_reduction_name(opts)
 
-        def sum_and_scatter(parts: list[CallPart]) -> None:
-            # compute all sums first: outputs may share memory with inputs
-            totals = [reduce_parts(how, [part.inputs[index] for part in parts])
+        def sum_parts_and_scatter(parts: list[CallPart]) -> None:
+            # compute the sums first: outputs may share memory with inputs
+            totals = [reduce_call_parts(how, [part.inputs[index] for part in parts])
                       for index in range(len(parts))]
             for part, total in zip(parts, totals, strict=True):
-                copy_message(part.outputs[0], total)
+                copy_message_tensor(part.outputs[0], total)
 
         return self._call("reduce_scatter", CallPart(detach_tensors(inputs[0]), detach_tensors(outputs),
-                                                     how=how), sum_and_scatter)
+                                                     how=how), sum_parts_and_scatter)
 
     def reduce_scatter_single(self, output: torch.Tensor, summed: torch.Tensor,
                               opts: Any = None) -> dist.Work:
@@ -378,18 +375,18 @@ class SimulatedGroup(_ProcessGroup):
 
     def all_to_all_single(self, output: torch.Tensor, sent: torch.Tensor, output_sizes: list[int] | None,
                           input_sizes: list[int] | None, opts: Any = None) -> dist.Work:
-        part = CallPart(detach_tensors([sent]), detach_tensors([output]), self._sizes(input_sizes, sent),
-                        self._sizes(output_sizes, output))
+        part = CallPart(detach_tensors([sent]), detach_tensors([output]),
+                        self._list_row_sizes(input_sizes, sent), self._list_row_sizes(output_sizes, output))
 
-        def exchange_rows(parts: list[CallPart]) -> None:
+        def exchange_split_rows(parts: list[CallPart]) -> None:
             sent = [part.inputs[0].split(part.input_sizes) for part in parts]
             for index, part in enumerate(parts):
                 for sender, output_rows in enumerate(part.outputs[0].split(part.output_sizes)):
-                    copy_message(output_rows, sent[sender][index])
+                    copy_message_tensor(output_rows, sent[sender][index])
 
-        return self._call("alltoall", part, exchange_rows)
+        return self._call("alltoall", part, exchange_split_rows)
 
-    def _sizes(self, sizes_or_none: Sequence[int] | None, tensor: torch.Tensor) -> list[int]:
+    def _list_row_sizes(self, sizes_or_none: Sequence[int] | None, tensor: torch.Tensor) -> list[int]:
         """Return the rows per member; equal parts by default."""
         sizes = [int(size) for size in sizes_or_none] if sizes_or_none is not None else []
         return sizes or [len(tensor) // self.size()] * self.size()
@@ -399,7 +396,7 @@ class SimulatedGroup(_ProcessGroup):
         def exchange_tensors(parts: list[CallPart]) -> None:
             for index, part in enumerate(parts):
                 for output, sender in zip(part.outputs, parts, strict=True):
-                    copy_message(output, sender.inputs[index])
+                    copy_message_tensor(output, sender.inputs[index])
 
         return self._call("alltoall", CallPart(detach_tensors(inputs), detach_tensors(outputs)),
                           exchange_tensors)
@@ -416,7 +413,7 @@ class SimulatedGroup(_ProcessGroup):
 
         def copy_to_root(parts: list[CallPart]) -> None:
             for output, sender in zip(parts[root].outputs, parts, strict=True):
-                copy_message(output, sender.inputs[0])
+                copy_message_tensor(output, sender.inputs[0])
 
         targets = detach_tensors(outputs[0]) if outputs else []
         part = CallPart(detach_tensors(inputs), targets, how=f"to {self._members[root]}")
@@ -427,36 +424,36 @@ class SimulatedGroup(_ProcessGroup):
 
         def copy_from_root(parts: list[CallPart]) -> None:
             for part, sent in zip(parts, parts[root].inputs, strict=True):
-                copy_message(part.outputs[0], sent)
+                copy_message_tensor(part.outputs[0], sent)
 
         sources = detach_tensors(inputs[0]) if inputs else []
         part = CallPart(sources, detach_tensors(outputs), how=f"from {self._members[root]}")
         return self._call("scatter", part, copy_from_root)
 
     def send(self, tensors: list[torch.Tensor], to: int, tag: int = 0) -> dist.Work:
-        site = self._site("send")
+        site = self._record_call_site("send")
         box = self._ranks.mail.setdefault((self._key, self._index, to, tag), deque())
         box.append((site, [tensor.clone() for tensor in detach_tensors(tensors)]))
-        self._ranks.mark_ready([self._members[to]])
+        self._ranks.mark_ranks_ready([self._members[to]])
         return _PendingWork(self._ranks, self._rank, lambda: True, "send")
 
     def recv(self, tensors: list[torch.Tensor], sender: int, tag: int = 0) -> dist.Work:
-        site = self._site("recv")
+        site = self._record_call_site("recv")
         box = self._ranks.mail.setdefault((self._key, sender, self._index, tag), deque())
         outputs = detach_tensors(tensors)
         message: list[torch.Tensor] = []
 
-        def has_message() -> bool:
+        def has_received_message() -> bool:
             if not message and box:
                 message.extend(box.popleft()[1])
                 with _add_call_site(site):
                     for tensor, sent in zip(outputs, message, strict=True):
-                        copy_message(tensor, sent)
+                        copy_message_tensor(tensor, sent)
                 if self._ranks.fault is not None:
                     self._ranks.fault(site, [CallPart(outputs, outputs)], lambda parts: None)
             return bool(message)
 
-        return _PendingWork(self._ranks, self._rank, has_message,
+        return _PendingWork(self._ranks, self._rank, has_received_message,
                             f"recv from rank {self._members[sender]} over {self._key} at {site.where}")
 
 
@@ -482,7 +479,7 @@ class _RankWorld:
         self.pg_default_device: dict[Any, torch.device] = {}
         self.comms: list[Any] = []
 
-    def add(self, group: SimulatedGroup, members: Sequence[int]) -> SimulatedGroup:
+    def add_group(self, group: SimulatedGroup, members: Sequence[int]) -> SimulatedGroup:
         self.pg_map[group] = ("gloo", None)
         self.pg_names[group] = group.group_name
         self.pg_group_ranks[group] = {rank: index for index, rank in enumerate(members)}
@@ -491,37 +488,35 @@ class _RankWorld:
         return group
 
 
-def _create_world(ranks: SimulatedRanks, rank: int, parallel: ParallelConfig) -> ParallelWorld:
-    """Create a rank's world and the layout's groups, and return its place."""
+def _create_world(ranks: SimulatedRanks, rank: int, join: Callable[[int, int], Place]) -> Place:
+    """Create a rank's `_RankWorld`, call `join` with simulated groups, and return its result."""
     world = _RankWorld()
     distributed_c10d._world = world  # type: ignore[assignment]
     all_ranks = range(ranks.size)
-    world.default_pg = world.add(SimulatedGroup(ranks, rank, all_ranks, "WORLD"), all_ranks)
+    world.default_pg = world.add_group(SimulatedGroup(ranks, rank, all_ranks, "WORLD"), all_ranks)
     groups: dict[tuple[str, tuple[int, ...]], SimulatedGroup] = {}
 
-    def create(members: Sequence[int], *_: Any, group_desc: str = "", **__: Any) -> Any:
+    def create_group(members: Sequence[int], *_: Any, group_desc: str = "", **__: Any) -> Any:
         if rank not in members:
             return dist.GroupMember.NON_GROUP_MEMBER
         key = group_desc, tuple(members)
         if key not in groups:
-            groups[key] = world.add(SimulatedGroup(ranks, rank, members, group_desc), members)
+            groups[key] = world.add_group(SimulatedGroup(ranks, rank, members, group_desc), members)
         return groups[key]
 
     compute_rank_groups = parallel_state.generate_masked_orthogonal_rank_groups
 
-    def rank_groups(size: int, sizes: list[int], mask: list[bool]) -> list[list[int]]:
+    def compute_cached_groups(size: int, sizes: list[int], mask: list[bool]) -> list[list[int]]:
         key = size, *sizes, *mask
         if key not in ranks.rank_groups:
             ranks.rank_groups[key] = compute_rank_groups(size, sizes, mask)
         return [list(group) for group in ranks.rank_groups[key]]
 
-    # groups are created without messages, so other threads do not run meanwhile
-    with (mock.patch.object(parallel_state, "create_group", create),
-          mock.patch.object(parallel_state, "generate_masked_orthogonal_rank_groups", rank_groups)):
-        create_groups(parallel)
-    tensor_parallel.model_parallel_cuda_manual_seed(1)
-    library_patches.patch_defects()
-    return get_parallel_world(rank, ranks.size)
+    # `join` sends no message, so no thread runs meanwhile
+    with (mock.patch.object(parallel_state, "create_group", create_group),
+          mock.patch.object(parallel_state, "generate_masked_orthogonal_rank_groups",
+                            compute_cached_groups)):
+        return join(rank, ranks.size)
 
 
 @functools.cache
@@ -554,7 +549,7 @@ def _write_rank_state(state: Sequence[Any]) -> None:
 
 
 def _create_acquired_lock() -> Any:
-    """Return an acquired lock; releasing it gives a thread its turn."""
+    """Return an acquired lock; its release lets a thread run."""
     lock = threading.Lock()
     lock.acquire()
     return lock

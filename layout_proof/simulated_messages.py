@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-RELAY_FILES = ("/parallel/collectives.py", "/parallel/simulated_world.py", "/parallel/simulated_messages.py")
+RELAY_FILES = ("/parallel/collectives.py", "/layout_proof/simulated_world.py",
+               "/layout_proof/simulated_messages.py")
 """Files that send on behalf of callers."""
 
 
@@ -28,7 +29,7 @@ class CallSite:
     group: str
     """Megatron-Core's description of the group, for example `TENSOR_MODEL_PARALLEL_GROUP`."""
     where: str
-    """File, line and function in Megatron-Core or this project."""
+    """File, line and function in Megatron-Core or its caller."""
 
     def __str__(self) -> str:
         return f"{self.kind} over {self.group} at {self.where}"
@@ -60,7 +61,7 @@ def detach_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor.detach() for tensor in tensors]
 
 
-def copy_message(mine: torch.Tensor, sent: torch.Tensor) -> None:
+def copy_message_tensor(mine: torch.Tensor, sent: torch.Tensor) -> None:
     """Copy a received message into the output tensor `mine`. Raises `Deadlock`: number of elements or dtype
     differ."""
     check_same_kind([mine, sent])
@@ -76,13 +77,13 @@ def check_same_kind(tensors: Sequence[torch.Tensor]) -> None:
         raise Deadlock(f"members of a call pass different shapes or dtypes: {differences}")
 
 
-def get_reduction(opts: Any) -> str:
+def get_reduction_name(opts: Any) -> str:
     """Return a call's reduction by name, for example `SUM`."""
     operation = getattr(opts, "reduceOp", dist.ReduceOp.SUM)
     return str(getattr(operation, "op", operation)).rpartition(".")[2]
 
 
-def reduce_parts(kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
+def reduce_call_parts(kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
     """Reduce the members' `CallPart` tensors in rank order."""
     check_same_kind(parts)
     stacked = torch.stack(list(parts))
@@ -94,7 +95,7 @@ def reduce_parts(kind: str, parts: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def find_call_site(kind: str, group: str) -> CallSite:
-    """Return the innermost frame in Megatron-Core or this project that sends the message."""
+    """Return the innermost frame in Megatron-Core or its caller that sends the message."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if is_sender_file(frame.f_code.co_filename):
@@ -105,7 +106,7 @@ def find_call_site(kind: str, group: str) -> CallSite:
 
 @functools.cache
 def is_sender_file(file: str) -> bool:
-    """Return whether a file belongs to Megatron-Core or this project and sends for itself."""
+    """Return whether a file belongs to Megatron-Core or its caller and sends for itself."""
     return "/megatron" in file and not file.endswith(RELAY_FILES)
 
 

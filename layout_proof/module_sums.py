@@ -15,8 +15,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.transformer.transformer_layer import TransformerLayer
 
-from megatron_sov.engine.model.language_model import LanguageModel
-from megatron_sov.engine.parallel.simulated_messages import CallSite
+from layout_proof.simulated_messages import CallSite
 
 Sums = tuple[float, float]
 StepModule = tuple[int, str]
@@ -56,7 +55,7 @@ class ModuleSums:
     part: str = "building"
     """Current part of the step."""
 
-    def begin_part(self, part: str) -> None:
+    def begin_step_part(self, part: str) -> None:
         self.part, key = part, (self.step, part)
         if part.startswith(AFTER_BACKWARD):
             self.sent[key] = self.sent.pop(key, {})  # same order as `backward`: by last gradient
@@ -65,18 +64,18 @@ class ModuleSums:
 
     def begin_step(self, step: int) -> None:
         self.step = step
-        self.begin_part(BEFORE_FORWARD)
+        self.begin_step_part(BEFORE_FORWARD)
 
-    def record_message(self, site: CallSite) -> None:
+    def record_message_site(self, site: CallSite) -> None:
         """Record a message's call site."""
         self.sent.setdefault((self.step, self.part), {})[site] = None
 
 
-def observe_modules(model: LanguageModel) -> ModuleSums:
-    """Register hooks on the model, and return the record that they fill in passes with gradients."""
-    sums = ModuleSums(_get_ranks(parallel_state.get_tensor_model_parallel_group()),
-                      _get_ranks(parallel_state.get_expert_tensor_parallel_group()))
-    for name, module in _iter_named_modules(model):
+def observe_modules(chunks: Sequence[torch.nn.Module]) -> ModuleSums:
+    """Register hooks on the model chunks, and return the record that they fill in passes with gradients."""
+    sums = ModuleSums(_get_group_ranks(parallel_state.get_tensor_model_parallel_group()),
+                      _get_group_ranks(parallel_state.get_expert_tensor_parallel_group()))
+    for name, module in _iter_named_modules(chunks):
         module.register_forward_pre_hook(_BeginPartHook(sums, name))
         module.register_forward_hook(_RecordOutputHook(sums, name))
     return sums
@@ -98,9 +97,9 @@ def locate_difference(expected: ModuleSums, observed: Sequence[ModuleSums], step
     """
     first_modules = {}
     for kind in ("forward", "backward"):
-        sums_by_rank = [_select_step(getattr(process, kind), step) for process in observed]
+        sums_by_rank = [_select_step_sums(getattr(process, kind), step) for process in observed]
         first_modules[kind] = _find_first_difference(
-            _select_step(getattr(expected, kind), step), _merge_ranks(sums_by_rank, observed), tolerance)
+            _select_step_sums(getattr(expected, kind), step), _merge_ranks(sums_by_rank, observed), tolerance)
     prefixes = {"forward": AFTER_FORWARD, "backward": AFTER_BACKWARD}
     first = next((prefixes[kind] + module for kind, module in first_modules.items() if module is not None),
                  "")
@@ -144,7 +143,7 @@ def _iter_messages_before(process: ModuleSums, step: int, first: str) -> Iterato
         yield from sites
 
 
-def _select_step(sums: Mapping[StepModule, Sums], step: int) -> dict[str, Sums]:
+def _select_step_sums(sums: Mapping[StepModule, Sums], step: int) -> dict[str, Sums]:
     return {name: value for (number, name), value in sums.items() if number == step}
 
 
@@ -157,7 +156,7 @@ def _merge_ranks(sums_by_rank: Sequence[Mapping[str, Sums]], observed: Sequence[
         for process, rank_sums in zip(observed, sums_by_rank, strict=True):
             if name in rank_sums:
                 groups[process.expert_group if ".experts" in name else process.group].append(rank_sums[name])
-        totals = [_merge_group(group_sums) for group_sums in groups.values()]
+        totals = [_merge_group_sums(group_sums) for group_sums in groups.values()]
         merged[name] = sum(t[0] for t in totals), sum(t[1] for t in totals)
     return merged
 
@@ -167,8 +166,8 @@ def _find_first_difference(expected: Mapping[str, Sums], observed: Mapping[str, 
     """Return the first module with differing sums, or None."""
     for name, (total, squares) in expected.items():
         if (observed_sums := observed.get(name)) is None:
-            continue  # not observed in this layout
-        # values may cancel in a plain sum: compare relative to the size of its terms
+            continue  # not observed in the layout
+        # values may cancel in a plain sum: compare relative to the size of the terms
         scale = squares ** 0.5 + abs(total)
         differences = (abs(total - observed_sums[0]) / max(scale, 1e-30),
                        abs(squares - observed_sums[1]) / max(squares, 1e-30))
@@ -178,7 +177,7 @@ def _find_first_difference(expected: Mapping[str, Sums], observed: Mapping[str, 
     return None
 
 
-def _merge_group(group_sums: list[Sums]) -> Sums:
+def _merge_group_sums(group_sums: list[Sums]) -> Sums:
     first = group_sums[0]
     is_replica = len(group_sums) > 1 and all(
         abs(rank_sums[i] - first[i]) <= _REPLICA_TOLERANCE * max(abs(first[i]), 1e-300)
@@ -195,7 +194,7 @@ class _BeginPartHook:
         self._sums, self._name = sums, name
 
     def __call__(self, module: Any, args: Any) -> None:
-        self._sums.begin_part(f"forward of {self._name}")
+        self._sums.begin_step_part(f"forward of {self._name}")
 
 
 class _RecordOutputHook:
@@ -205,7 +204,7 @@ class _RecordOutputHook:
         self._sums, self._name = sums, name
 
     def __call__(self, module: Any, args: Any, output: Any) -> None:
-        self._sums.begin_part(AFTER_FORWARD + self._name)
+        self._sums.begin_step_part(AFTER_FORWARD + self._name)
         if not torch.is_grad_enabled():
             return  # recomputation will call the module again with gradients
         # the second output is a bias added later, complete on each process
@@ -218,7 +217,7 @@ class _RecordOutputHook:
                 tensor.register_hook(self._record_gradient)
 
     def _record_gradient(self, gradient: torch.Tensor) -> None:
-        self._sums.begin_part(AFTER_BACKWARD + self._name)
+        self._sums.begin_step_part(AFTER_BACKWARD + self._name)
         sums, key = self._sums.backward, (self._sums.step, self._name)
         sums[key] = sums.pop(key, (0.0, 0.0))  # move to the end
         _add_sums(sums, key, gradient)
@@ -229,22 +228,22 @@ def _add_sums(sums: dict[StepModule, Sums], key: StepModule, tensor: torch.Tenso
     sums[key] = total + float(tensor.sum()), squares + float(tensor.square().sum())
 
 
-def _iter_named_modules(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Module]]:
+def _iter_named_modules(chunks: Sequence[torch.nn.Module]) -> Iterator[tuple[str, torch.nn.Module]]:
     """Yield modules with layout-independent names: layers by their number in the model, experts merged."""
-    for chunk in model.chunks:
+    for chunk in chunks:
         layers = {name: module for name, module in chunk.named_modules()
                   if isinstance(module, TransformerLayer)}
         containers = {"", *(layer[:dot.start()] for layer in layers for dot in re.finditer(r"\.", layer))}
         for name, module in chunk.named_modules():
-            # containers of layers return the next stage's input, and each stage computes its own angles
+            # containers of layers return the next stage's input, and stages compute rotary angles
             if name in containers or "rotary" in name:
                 continue
             expert_match = _EXPERT.search(name)
             if expert_match:
-                experts = chunk.get_submodule(name[:expert_match.start()]).local_experts
+                experts: Any = chunk.get_submodule(name[:expert_match.start()]).local_experts
                 if len(experts) > MAX_EXPERTS:
                     continue  # only the joint output of many local experts is observed
-            # partial output, summed only when it returns to the token
+            # partial output, summed only at the token's process
             if _PARTIAL.search(name) and parallel_state.get_expert_tensor_parallel_world_size() > 1:
                 continue
             layer_prefix = name
@@ -257,5 +256,5 @@ def _iter_named_modules(model: LanguageModel) -> Iterator[tuple[str, torch.nn.Mo
             yield _EXPERT.sub(".experts", name).removeprefix("module.") or "model", module
 
 
-def _get_ranks(group: Any) -> tuple[int, ...]:
+def _get_group_ranks(group: Any) -> tuple[int, ...]:
     return tuple(torch.distributed.get_process_group_ranks(group))
