@@ -174,12 +174,12 @@ def prove_layout(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str] 
     """
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.plan.search.recommended_layouts import get_recommended_settings
+    from megatron_sov.plan.search.recommended_layouts import find_recommended
     from megatron_sov.proof.layout_proof import proof_to_json, prove_run
 
     config = recipes.get(recipe)
     if settings is None:
-        settings = get_recommended_settings(config, num_ranks, gpu)
+        settings = find_recommended(config, num_ranks, gpu) or ()
     result = proof_to_json(*prove_run(apply_settings(config, settings), num_ranks))
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return result | {"settings": settings, "cpu_s": usage.ru_utime + usage.ru_stime,

@@ -3,18 +3,16 @@
 Usage: python benchmarks/planted_faults.py FOUND.jsonl [--area AREA] [--faults N] [--hours H] [--deep]
        python benchmarks/planted_faults.py FOUND.jsonl --table
 
-`benchmarks/data/planted_faults.yaml` names source folders and test folders of each area. Faults are drawn at
-random, at most one per function: a changed comparison, operator, condition, number or call. All are planted
-at once in a copy of the repository, each switched off: `(wrong if _planted(7) else right)`. The tests run
-once without a fault and record which faults each test reaches, also in its child processes. Then each fault
-is switched on in a fork of pytest, which runs the tests that reach it, cheapest file first, until a test
-fails that passes without the fault. `--deep` does the same with the `deep` tests for the faults that `make
-test` has missed. A second start continues after the last measured fault.
+`benchmarks/data/planted_faults.yaml` names source folders and test folders of each area. Faults are random,
+at most one per function: a changed comparison, operator, condition, number or call. A copy of the repository
+gets all faults of an area, each switched off: `(wrong if _planted(7) else right)`. The tests run once without
+a fault and record the faults that each test reaches, also in its child processes. Then a fork of pytest
+switches on one fault and runs the tests that reach it, cheapest file first, until a test fails that passes
+without the fault. `--deep` runs the `deep` tests for the faults that `make test` misses. A second start
+continues after the last measured fault.
 
 `layout_proofs.py` plants faults of the same form in functions of its own process (`mutated`).
 """
-
-from __future__ import annotations
 
 import argparse
 import ast
@@ -45,16 +43,16 @@ import yaml
 ROOT = Path(__file__).resolve().parents[1]
 AREAS: dict[str, dict[str, str]] = yaml.safe_load(
     (ROOT / "benchmarks/data/planted_faults.yaml").read_text(encoding="utf-8"))
-COPIED = ("megatron_sov", "data_prep", "tokenizer", "tests", "benchmarks", "docs", "slurm", "examples",
-          "pyproject.toml", "setup.py", "Makefile", "README.md")
+COPIED_ROOTS = ("megatron_sov", "data_prep", "tokenizer", "tests", "benchmarks", "docs", "slurm", "examples",
+                "pyproject.toml", "setup.py", "Makefile", "README.md")
 PLAN = "PLANTED_PLAN"
-"""Environment variable with the path of a pytest session's plan: its faults and result file."""
+"""Environment variable with the path of a plan: the faults and the result file of a pytest session."""
 FUTURE = "from __future__ import annotations\n"
 SANDBOXED = ("check_program.py", "solution_frameworks.py", "solution_peer.py", "solution_tests.py")
-"""Files that run as programs in the sandbox and cannot import the switch."""
+"""Files that run as programs in the sandbox, which cannot import the switch."""
 SWITCH = '''"""Switch of the planted faults: PYTHON_PLANTED_FAULT has the number of the fault that acts.
 
-Workers of rewards delete all variables but some, such as those whose names begin with PYTHON.
+Workers of rewards delete most environment variables, but not variables whose names begin with PYTHON.
 """
 
 import os
@@ -63,7 +61,7 @@ SEEN: set[int] = set()
 
 
 def planted(number: int) -> bool:
-    """Return whether this fault acts, and record in the file PYTHON_PLANTED_REACHED that it was reached."""
+    """Record in the file PYTHON_PLANTED_REACHED that a fault was reached; return whether the fault acts."""
     file = os.environ.get("PYTHON_PLANTED_REACHED")
     if file and number not in SEEN:
         SEEN.add(number)
@@ -76,18 +74,18 @@ def planted(number: int) -> bool:
     return os.environ.get("PYTHON_PLANTED_FAULT") == str(number)
 '''
 """Source of megatron_sov/planted_switch.py in the copy."""
-SLOWER, LEAST_S = 5.0, 60.0
-"""A run with a fault is killed after LEAST_S + SLOWER times its duration without the fault."""
-MOST_S = 240.0
-"""Longest duration (without the fault) of the tests that run for a fault; the row counts the omitted ones."""
+TIMEOUT_FACTOR, TIMEOUT_S = 5.0, 60.0
+"""A run with a fault is killed after TIMEOUT_S + TIMEOUT_FACTOR times its duration without the fault."""
+MAX_TESTS_S = 240.0
+"""Longest duration, without the fault, of the tests for a fault; its row counts the omitted tests."""
 OPERATORS: dict[type[ast.AST], ast.AST] = {
     ast.Lt: ast.LtE(), ast.LtE: ast.Lt(), ast.Gt: ast.GtE(), ast.GtE: ast.Gt(), ast.Eq: ast.NotEq(),
     ast.NotEq: ast.Eq(), ast.In: ast.NotIn(), ast.NotIn: ast.In(), ast.Is: ast.IsNot(), ast.IsNot: ast.Is(),
     ast.Add: ast.Sub(), ast.Sub: ast.Add(), ast.Mult: ast.Add(), ast.FloorDiv: ast.Mult(),
     ast.Div: ast.Mult(), ast.Mod: ast.FloorDiv(), ast.And: ast.Or(), ast.Or: ast.And()}
-PASSED_OVER = (ast.Raise, ast.Assert, ast.JoinedStr, ast.FormattedValue, ast.arguments, ast.AnnAssign,
-               ast.pattern)
-"""Nodes that are not changed: messages, type annotations, defaults and assertions."""
+UNCHANGED = (ast.Raise, ast.Assert, ast.JoinedStr, ast.FormattedValue, ast.arguments, ast.AnnAssign,
+             ast.pattern)
+"""Nodes without faults: messages, type annotations, defaults and assertions."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +108,16 @@ class Fault:
 
 @contextlib.contextmanager
 def mutated(fault: Fault) -> Iterator[None]:
-    """Replace the code object of a function in this process, so that all references to it have the fault."""
+    """Replace the code object of a function, so that all references have the fault in the context."""
     module_name, _, name = fault.place.partition(":")
-    found: Any = importlib.import_module(module_name)
+    member: Any = importlib.import_module(module_name)
     for part in name.split("."):
-        found = inspect.getattr_static(found, part)
-    function = inspect.unwrap(getattr(found, "__func__", found))
+        member = inspect.getattr_static(member, part)
+    function = inspect.unwrap(getattr(member, "__func__", member))
     assert isinstance(function, FunctionType)
     source = textwrap.dedent(inspect.getsource(function))
     if fault.right not in source:
-        raise ValueError(f"{fault.place} holds no {fault.right!r}")
+        raise ValueError(f"{fault.place} does not contain {fault.right!r}")
     source = source.replace(fault.right, fault.wrong)
     # without decorators, and inside a function that defines its closure variables
     source = "\n".join(("from __future__ import annotations",
@@ -158,12 +156,12 @@ def mutate_node(node: ast.AST) -> ast.AST | None:
     return None
 
 
-def _nodes(node: ast.AST) -> Iterator[ast.AST]:
+def _iter_nodes(node: ast.AST) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(node):
-        if not isinstance(child, PASSED_OVER):
+        if not isinstance(child, UNCHANGED):
             yield child
             if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef)):
-                yield from _nodes(child)
+                yield from _iter_nodes(child)
 
 
 def draw_faults(area: str, file: str, draw: random.Random) -> Iterator[Fault]:
@@ -184,10 +182,11 @@ def draw_faults(area: str, file: str, draw: random.Random) -> Iterator[Fault]:
     for function in ast.walk(ast.parse(source)):
         if not isinstance(function, (ast.FunctionDef, ast.AsyncFunctionDef)):
             continue
-        found = [(node, wrong) for statement in function.body if not isinstance(statement, PASSED_OVER)
-                 for node in (statement, *_nodes(statement)) if (wrong := mutate_node(node)) is not None]
-        if found:
-            node, wrong = draw.choice(found)
+        mutations = [(node, wrong) for statement in function.body if not isinstance(statement, UNCHANGED)
+                     for node in (statement, *_iter_nodes(statement))
+                     if (wrong := mutate_node(node)) is not None]
+        if mutations:
+            node, wrong = draw.choice(mutations)
             assert isinstance(node, (ast.expr, ast.stmt)) and node.end_lineno is not None
             start = offset(node.lineno, node.col_offset)
             right = source[start:offset(node.end_lineno, node.end_col_offset or 0)]
@@ -201,21 +200,21 @@ def draw_area_faults(area: str, seed: int) -> list[Fault]:
     draw = random.Random(f"{area} {seed}")
     files = [file.relative_to(ROOT).as_posix() for name in AREAS[area]["source"].split()
              for file in sorted((ROOT / name).rglob("*.py"))]
-    found = [fault for file in files for fault in draw_faults(area, file, draw)]
-    draw.shuffle(found)
-    return found
+    faults = [fault for file in files for fault in draw_faults(area, file, draw)]
+    draw.shuffle(faults)
+    return faults
 
 
 def copy_tracked_files(folder: Path) -> None:
-    """Copy the files of COPIED that git tracks into a folder."""
+    """Copy the tracked files of COPIED_ROOTS into a folder."""
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, text=True, stdout=subprocess.PIPE, check=True)
     for name in listed.stdout.splitlines():
-        if name.split("/")[0] in COPIED and (ROOT / name).is_file():
+        if name.split("/")[0] in COPIED_ROOTS and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
 
 
-def plant(folder: Path, faults: Sequence[Fault]) -> None:
+def plant_faults(folder: Path, faults: Sequence[Fault]) -> None:
     """Plant faults, each switched off by its number, in a copy of the repository."""
     (folder / "megatron_sov/planted_switch.py").write_text(SWITCH, encoding="utf-8")
     for number, fault in sorted(enumerate(faults), key=lambda numbered: -(numbered[1].start or 0)):
@@ -230,9 +229,9 @@ def plant(folder: Path, faults: Sequence[Fault]) -> None:
         (folder / name).write_text(source.replace(FUTURE, f"{FUTURE[:-1]}; {imported}", 1), encoding="utf-8")
 
 
-class Reach:
-    """Pytest plugin that records the faults reached by each test in FOLDER/INDEX, and by its fixtures in
-    FOLDER/INDEX.setup."""
+class ReachRecorder:
+    """Pytest plugin that writes the faults reached by each test to FOLDER/INDEX, and those reached by its
+    fixtures to FOLDER/INDEX.setup."""
 
     def __init__(self, folder: Path, items: Sequence[pytest.Item]) -> None:
         self._folder, self._index = folder, {item: index for index, item in enumerate(items)}
@@ -262,21 +261,22 @@ class Measurement:
 
     def run(self) -> None:
         """Measure each fault, and write a line of JSON for each to the result file."""
-        self._run_sound()
+        self._record_reach()
         with open(self.plan["out"], "a", encoding="utf-8") as out:
             for number, row in self.plan["faults"]:
                 if time.time() > self.plan["until"]:
                     break
                 began = time.monotonic()
-                row[self.plan["tier"]], row["tests"], row["left out"] = self._find(number)
+                row[self.plan["tier"]], row["tests"], row["left out"] = self._find_failing_test(number)
                 row["seconds"] = round(time.monotonic() - began)
                 print(json.dumps(row), file=out, flush=True)
 
-    def _run_sound(self) -> None:
+    def _record_reach(self) -> None:
+        """Run all tests without a fault, and record their durations and the faults that they reach."""
         reached = self.folder / "reached"
         reached.mkdir()
         began = time.monotonic()
-        rows = self._fork(range(len(self.items)), 1e9, Reach(reached, self.items))
+        rows = self._fork(range(len(self.items)), 1e9, ReachRecorder(reached, self.items))
         print(f"{len(rows)} of {len(self.items)} tests in {time.monotonic() - began:.0f} s", file=sys.stderr)
         by_fixture: dict[Any, set[int]] = defaultdict(set)
         for index, failed, seconds in rows:
@@ -296,9 +296,9 @@ class Measurement:
             for number in {int(line) for line in file.read_text().split()}:
                 self.reaching[number] |= tests & self.seconds.keys()
 
-    def _find(self, number: int) -> tuple[str, int, int]:
+    def _find_failing_test(self, number: int) -> tuple[str, int, int]:
         """Return the first test that fails with a fault (or ""), the number of tests that reach the fault,
-        and the number of those that were omitted."""
+        and the number of omitted tests."""
         files: dict[Path, list[int]] = defaultdict(list)
         for index in sorted(self.reaching[number]):
             files[self.items[index].path].append(index)
@@ -306,14 +306,14 @@ class Measurement:
         seconds = 0.0
         for indices in sorted(files.values(), key=lambda file: sum(self.seconds[index] for index in file)):
             for index in indices:
-                if seconds < MOST_S:
+                if seconds < MAX_TESTS_S:
                     chosen.append(index)
                     seconds += self.seconds[index]
-        reached = sum(map(len, files.values()))
-        left_out = reached - len(chosen)
+        num_reaching = sum(map(len, files.values()))
+        num_omitted = num_reaching - len(chosen)
         while chosen:
             os.environ["PYTHON_PLANTED_FAULT"] = str(number)
-            rows = self._fork(chosen, LEAST_S + SLOWER * seconds)
+            rows = self._fork(chosen, TIMEOUT_S + TIMEOUT_FACTOR * seconds)
             del os.environ["PYTHON_PLANTED_FAULT"]
             has_failed = bool(rows and rows[-1][1])
             if len(rows) == len(chosen) and not has_failed:
@@ -322,20 +322,20 @@ class Measurement:
             place = len(rows) - 1 if has_failed else len(rows)
             suspect = chosen[place]
             nodeid = self.items[suspect].nodeid
-            again = self._fork([suspect], LEAST_S + SLOWER * self.seconds[suspect])
-            if again and not again[0][1]:  # it passes without the fault
-                return nodeid if has_failed else f"ends or stands still: {nodeid}", reached, left_out
+            repeated = self._fork([suspect], TIMEOUT_S + TIMEOUT_FACTOR * self.seconds[suspect])
+            if repeated and not repeated[0][1]:  # the test passes without the fault
+                return nodeid if has_failed else f"ends or hangs: {nodeid}", num_reaching, num_omitted
             chosen = chosen[place + 1:]
-        return "", reached, left_out
+        return "", num_reaching, num_omitted
 
-    def _fork(self, indices: Sequence[int], timeout_s: float, reach: Reach | None = None
+    def _fork(self, indices: Sequence[int], timeout_s: float, recorder: ReachRecorder | None = None
               ) -> list[tuple[int, str, float]]:
-        """Run tests in a fork; without `reach` stop at the first failure. Return (index, name if it failed,
-        seconds) of each completed test."""
+        """Run tests in a fork, without `recorder` up to the first failure; return index, name if it failed,
+        and seconds of each completed test."""
         notes = self.folder / "notes.jsonl"
         notes.write_text("")
         if not (pid := os.fork()):
-            self._work(indices, notes, reach)
+            self._run_tests(indices, notes, recorder)
         until = time.monotonic() + timeout_s
         while not os.waitpid(pid, os.WNOHANG)[0]:
             if time.monotonic() > until:
@@ -347,7 +347,7 @@ class Measurement:
             os.killpg(pid, signal.SIGKILL)
         return [json.loads(line) for line in notes.read_text().splitlines()]
 
-    def _work(self, indices: Sequence[int], notes: Path, reach: Reach | None) -> NoReturn:
+    def _run_tests(self, indices: Sequence[int], notes: Path, recorder: ReachRecorder | None) -> NoReturn:
         from tests import forks
 
         messages: list[Any] = []
@@ -358,10 +358,10 @@ class Measurement:
         try:
             os.setsid()
             atexit._clear()
-            # folders of temporary files get a number of their own
+            # each fork gets its own folder of temporary files
             forks._begin_anew(self.session.config, Line, time.monotonic_ns())  # type: ignore[arg-type]
-            if reach:
-                self.session.config.pluginmanager.register(reach)
+            if recorder:
+                self.session.config.pluginmanager.register(recorder)
             with notes.open("a", encoding="utf-8", buffering=1) as lines:
                 for index, following in zip(indices, [*indices[1:], None], strict=True):
                     messages.clear()
@@ -369,10 +369,10 @@ class Measurement:
                     self.session.config.hook.pytest_runtest_protocol(
                         item=self.items[index], nextitem=forks._AnyTest(self.session)
                         if following is None else self.items[following])
-                    failed = any(what == "report" and data["outcome"] == "failed" for what, data in messages)
+                    failed = any(kind == "report" and data["outcome"] == "failed" for kind, data in messages)
                     nodeid = self.items[index].nodeid if failed else ""
                     print(json.dumps((index, nodeid, round(time.monotonic() - began, 3))), file=lines)
-                    if failed and not reach:
+                    if failed and not recorder:
                         break
         except BaseException:
             sys.excepthook(*sys.exc_info())
@@ -390,12 +390,12 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     return True
 
 
-def measure(area: str, out: Path, faults: list[Fault], tier: str, until: float) -> None:
-    """Plant the faults of an area in a copy, and start a pytest session with its tests there."""
+def measure_area(area: str, out: Path, faults: list[Fault], tier: str, until: float) -> None:
+    """Plant the faults of an area in a copy of the repository, and start a pytest session there."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "copy"
         copy_tracked_files(folder)
-        plant(folder, faults)
+        plant_faults(folder, faults)
         plan = Path(name) / "plan.json"
         rows = [(number, {"area": area, "fault": str(fault)}) for number, fault in enumerate(faults)]
         plan.write_text(json.dumps({"out": str(out.absolute()), "tier": tier, "until": until,
@@ -418,19 +418,20 @@ def read_rows(file: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def table(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """Yield table lines: area, faults, how many each tier finds, and those that only `make deep` or no test
-    finds."""
+def iter_table(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """Yield a line for each area (faults, and how many each tier finds), then a line for each fault that only
+    `make deep` or no test finds."""
     yield f"{'area':<12} faults  make test  all tests  share"
     for area in [*dict.fromkeys(row["area"] for row in rows), "all"]:
         of_area = [row for row in rows if area in (row["area"], "all")]
-        first = sum(bool(row["make test"]) for row in of_area)
-        every = sum(bool(row["make test"] or row.get("make deep")) for row in of_area)
-        yield f"{area:<12} {len(of_area):6} {first:10} {every:10} {100 * first / max(every, 1):5.1f}%"
+        num_first = sum(bool(row["make test"]) for row in of_area)
+        num_all = sum(bool(row["make test"] or row.get("make deep")) for row in of_area)
+        share = 100 * num_first / max(num_all, 1)
+        yield f"{area:<12} {len(of_area):6} {num_first:10} {num_all:10} {share:5.1f}%"
     for row in rows:
         if not row["make test"]:
-            by = row.get("make deep") or "nobody" if row["tests"] else "reached by no test"
-            yield f"{by}: {row['fault']}"
+            finder = row.get("make deep") or "no test"
+            yield f"{finder if row['tests'] else 'reached by no test'}: {row['fault']}"
 
 
 def main(argv: list[str]) -> int:
@@ -453,9 +454,9 @@ def main(argv: list[str]) -> int:
         else:
             faults = [f for f in faults if str(f) not in rows]
         if faults:
-            measure(area, args.found, faults, "make deep" if args.deep else "make test",
-                    time.time() + 3600 * args.hours)
-    print("\n".join(table(list(read_rows(args.found).values()))))
+            measure_area(area, args.found, faults, "make deep" if args.deep else "make test",
+                         time.time() + 3600 * args.hours)
+    print("\n".join(iter_table(list(read_rows(args.found).values()))))
     return 0
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from megatron_sov.base.artifacts import write_atomically
-from megatron_sov.base.command_line import PROGRAMS, build_full_parser
+from megatron_sov.base.hints.commands import PROGRAMS, build_full_parser
 
 PAGE = Path(__file__).parent / "options.md"
 HEAD = """# Commands and their options

@@ -55,8 +55,8 @@ LAYOUTS = """
 ## Layouts for GPUs
 
 These layouts are recommended, best first. `rl` takes the first layout that fits your process count and the
-memory, with 5 % left free: with [CUDA graphs](gpu.md#cuda-graphs-for-routers) if they fit, and with
-`gpu.expert_spill` if twice the mean tokens on an expert-parallel rank need it ([memory.md](memory.md)).
+memory, with 5 % left free, with [CUDA graphs](gpu.md#cuda-graphs-for-routers) if the profile allows them, and
+with `gpu.expert_spill` if twice the mean tokens on an expert-parallel rank need it ([memory.md](memory.md)).
 `plan` and `submit` of other stages search for the fastest. `plan --sweep`
 chose them: among layouts at most 2 % slower than the fastest, the layout with the least memory. Figures are
 computed; none is from a GPU yet.

@@ -9,9 +9,10 @@ from typing import Any
 
 from megatron_sov.base.command_line import (
     HelpFormatter, Parser, append_examples, build_program_parser, check_arguments, find_check,
-    format_command_list, format_version, import_commands, order_help, run_to_exit_code)
+    format_command_list, format_version, order_help, run_to_exit_code)
 from megatron_sov.base.errors import ExitCode, Fix, UserError
-from megatron_sov.base.hints.commands import build_command_error, build_order_error, unwrap_launcher
+from megatron_sov.base.hints.commands import (
+    build_command_error, build_order_error, import_commands, unwrap_launcher)
 from megatron_sov.base.hints.lines import propose_line
 from megatron_sov.base.hints.removed import check_command
 from megatron_sov.commands import COMMANDS

@@ -21,7 +21,7 @@ SETTINGS = re.compile(r"(Config|Settings|Options|Training|Profile|Parts|Limits|S
 
 def options(program: str) -> Iterator[str]:
     """Yield a line for each argument of a program's commands."""
-    from megatron_sov.base.command_line import build_full_parser
+    from megatron_sov.base.hints.commands import build_full_parser
 
     def below(parser: argparse.ArgumentParser) -> Iterator[str]:
         for action in parser._actions:

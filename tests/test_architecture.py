@@ -7,6 +7,7 @@ rule that is kept.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
@@ -422,8 +423,12 @@ def find_users(found: list[Source], packages_too: bool = False) -> dict[str, set
 def named_in_tables(found: list[Source]) -> set[str]:
     """Return the modules that a text of another file names, as tables of commands, steps and codecs do."""
     modules = map_modules(found)
-    return {module for name, source in modules.items() for module in source.constants & modules.keys()
-            if module != name}
+    root = found[0].root
+    commands = [row for file in [*root.glob("*/commands.json"), *root.glob("*/commands/commands.json")]
+                for row in json.loads(file.read_text(encoding="utf-8")).values()]
+    return {row["module"].partition(":")[0] for row in commands} | {
+        module for name, source in modules.items() for module in source.constants & modules.keys()
+        if module != name}
 
 
 def lonely(found: list[Source]) -> list[str]:

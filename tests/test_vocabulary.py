@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from megatron_sov import cli
-from megatron_sov.base.command_line import PROGRAMS, build_full_parser
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.hints import words
+from megatron_sov.base.hints.commands import PROGRAMS, build_full_parser
 
 TEXT = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
 ROWS = re.findall(r"^\| ([^|]+) \| `(--[\w-]+)` \| ((?:`--[\w-]+` ?)+) \|$", TEXT, re.MULTILINE)

@@ -204,10 +204,10 @@ def build_config(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str])
     from megatron_sov.engine.parallel.gpu_libraries import DEEP_EP_NAMES
     from megatron_sov.model import recipes
     from megatron_sov.model.config import apply_settings
-    from megatron_sov.plan.search.recommended_layouts import get_recommended_settings
+    from megatron_sov.plan.search.recommended_layouts import find_recommended
 
     config = recipes.get(recipe)
-    config = apply_settings(config, [*get_recommended_settings(config, num_ranks, gpu), *settings])
+    config = apply_settings(config, [*(find_recommended(config, num_ranks, gpu) or ()), *settings])
     if config.parallel.expert_dispatcher in DEEP_EP_NAMES:
         return apply_settings(config, ["parallel.expert_dispatcher=alltoall"])
     return config

@@ -1,7 +1,7 @@
 """Data of `any_to_any.py`: image and speech files, training conversations, and questions for the evaluation.
 
-Pairs are INPUT-OUTPUT: image-text names a digit, text-image draws one, audio-text writes a spoken word,
-text-audio says one, and audio-audio translates one between English and Korean.
+Pairs are INPUT-OUTPUT: image-text names a digit, text-image draws a digit, audio-text writes a spoken word,
+text-audio says a word, and audio-audio translates a spoken word between English and Korean.
 """
 
 import random
@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from digits import part
+from digits import load_part
 from judges import DIGITS, WORDS
 from PIL import Image
-from speech import ENGLISH, KOREAN, SAMPLE_RATE_HZ, say
+from speech import ENGLISH, KOREAN, SAMPLE_RATE_HZ, synthesize_speech
 
 PITCHES = {"train": (30, 35, 40, 45, 50, 55, 60), "heldout": (38, 52)}
 SPEEDS_WPM = {"train": (120, 140, 160, 180), "heldout": (130, 170)}
@@ -37,7 +37,7 @@ def write_media(root: Path, seed: int = 0) -> dict[str, list[Row]]:
     """
     draw, index = random.Random(seed), dict[str, list[Row]]()
     for name in ("train", "heldout"):
-        images, labels = part(name)
+        images, labels = load_part(name)
         (root / f"pictures-{name}").mkdir(parents=True, exist_ok=True)
         index[f"pictures-{name}"] = []
         for number, i in enumerate(draw.sample(range(len(images)), len(images))):
@@ -53,7 +53,8 @@ def write_media(root: Path, seed: int = 0) -> dict[str, list[Row]]:
         index[f"sounds-{name}"] = []
         for number, (word, voice, pitch, speed) in enumerate(spoken):
             path = f"sounds-{name}/{number:05d}.wav"
-            soundfile.write(root / path, say(word, voice, pitch, speed), SAMPLE_RATE_HZ, subtype="PCM_16")
+            sound = synthesize_speech(word, voice, pitch, speed)
+            soundfile.write(root / path, sound, SAMPLE_RATE_HZ, subtype="PCM_16")
             index[f"sounds-{name}"].append({"path": path, "word": word, "voice": voice})
     return index
 

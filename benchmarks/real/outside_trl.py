@@ -1,10 +1,10 @@
-"""TRL's trainers on the data of our commands: the outside arm of claims, and the peer in speed tables.
+"""Train with TRL on the data of our commands, as a peer in claims and speed comparisons.
 
 Usage: outside/bin/python benchmarks/real/outside_trl.py KIND --model FOLDER --input ROWS.jsonl --run RUN
 
-KIND is sft, lora, dpo or grpo. One thread, float32, AdamW without weight decay, a constant rate, gradient
-norm clipped to 1. RUN/events.jsonl gets an event `round` for each step with its loss, mean reward,
-processor seconds and peak memory; `--save` writes the model to RUN/hf.
+KIND is sft, lora, dpo or grpo. Training uses one thread, float32, AdamW without weight decay, a constant
+learning rate, and gradients clipped to norm 1. RUN/events.jsonl gets an event `round` for each step with its
+loss, mean reward, processor seconds and peak memory; `--save` writes the model to RUN/hf.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
 Usage: python benchmarks/real/timed_command.py TIMES.json sft|prefer|rl|generate ...
 
-TIMES.json gets `steps`, the seconds between the starts of steps, `generations`, the seconds of each call of
-our decoder, and `peak_bytes`, the peak memory up to the start of the last step: the command also writes a
-checkpoint afterwards. `products` are the seconds of the decoder's matrix products alone: they are computed
-again for every row of tokens, by torch and with nothing between them.
+TIMES.json gets `steps`, the seconds between the starts of steps; `generations`, the seconds of each call of
+our decoder; `peak_bytes`, the peak memory up to the start of the last step, after which the command writes a
+checkpoint; and `products`, the seconds of the decoder's matrix products alone, which torch repeats for every
+row of tokens without other work.
 """
 
 import itertools
@@ -64,7 +64,7 @@ def record_row(decoder: Any, read: DecodeOutput, places: Any) -> Any:
 
 @torch.no_grad()
 def time_products() -> float:
-    """Return the processor seconds of the products of all recorded rows; the faster of two runs."""
+    """Repeat the matrix products of all recorded rows twice; return the processor seconds of the faster."""
     seconds = []
     for _ in range(2):
         began_s = time.process_time()

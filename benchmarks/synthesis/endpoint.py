@@ -1,5 +1,5 @@
-"""An OpenAI-compatible endpoint for tests and benchmarks that answers with a function. It can misbehave
-like real endpoints, reproducibly."""
+"""An OpenAI-compatible endpoint for tests and benchmarks that answers with a function, and has the faults of
+real endpoints at reproducible requests."""
 
 import contextlib
 import hashlib
@@ -10,33 +10,34 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import MappingProxyType
 from typing import Any
 
 from megatron_sov.work.endpoints.cache import EndpointCache
 
 Replies = Callable[[Mapping[str, Any]], "str | Mapping[str, Any]"]
-"""Takes a chat-completions body (messages, seed, temperature, tools), gives a text or a message."""
+"""Function from a chat-completions body (messages, seed, temperature, tools) to a text or a message."""
 MODEL = "scripted"
 WIRE_FAULTS = ("timeout", "garbage", "cut", "429", "503", "html", "wrong json", "reset")
-"""What comes in place of an answer; the next attempt may be answered."""
+"""Faults of the connection or server; the next attempt may succeed."""
 MODEL_FAULTS = ("empty", "loop", "length")
-"""What the model itself says, however often it is asked the same."""
+"""Faulty answers of the model, the same at every attempt."""
 MAX_FAULTS = 3
-"""In a row, for one request."""
+"""Largest number of successive wire faults for a request."""
 
 
-def completion(said: str | Mapping[str, Any], read_tokens: int = 10) -> dict[str, Any]:
-    """Return the chat completion of a text or a message; the message may hold its `finish_reason`, and the
-    `model` that the completion states."""
-    message = {"role": "assistant", "content": said} if isinstance(said, str) else dict(said)
+def completion(answer: str | Mapping[str, Any], prompt_tokens: int = 10) -> dict[str, Any]:
+    """Return the chat completion of a text or a message. `finish_reason` and `model` in the message become
+    fields of the completion."""
+    message = {"role": "assistant", "content": answer} if isinstance(answer, str) else dict(answer)
     model = {"model": message.pop("model")} if "model" in message else {}
     reason = message.pop("finish_reason", "tool_calls" if message.get("tool_calls") else "stop")
     return {**model, "choices": [{"index": 0, "message": message, "finish_reason": reason}],
-            "usage": {"prompt_tokens": read_tokens, "completion_tokens": tokens_in(message)}}
+            "usage": {"prompt_tokens": prompt_tokens, "completion_tokens": estimate_tokens(message)}}
 
 
 def stream_of(answer: Mapping[str, Any]) -> bytes:
-    """Return a completion as stream events: thoughts and content word by word, tool calls whole."""
+    """Return a completion as stream events: a word of reasoning or content each, then all tool calls."""
     choice = answer["choices"][0]
     message = choice["message"]
     deltas = [{name: piece} for name in ("reasoning_content", "content")
@@ -51,12 +52,12 @@ def stream_of(answer: Mapping[str, Any]) -> bytes:
         b"data: [DONE]\n\n")
 
 
-def tokens_in(said: Any) -> int:
-    """Return about how many tokens a message has, or several: four characters each."""
-    return len(json.dumps(said, ensure_ascii=False)) // 4
+def estimate_tokens(messages: Any) -> int:
+    """Return the approximate number of tokens of messages: one per four characters."""
+    return len(json.dumps(messages, ensure_ascii=False)) // 4
 
 
-def drawn(*parts: object) -> float:
+def draw_fixed(*parts: object) -> float:
     """Map a key to a fixed number in [0, 1)."""
     digest = hashlib.sha256(json.dumps(parts).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
@@ -66,30 +67,30 @@ def with_model_faults(reply: Replies, share: float) -> Replies:
     """Wrap a model so that a share of its answers is empty, repeats itself, or is truncated."""
     def answer(request: Mapping[str, Any]) -> str | Mapping[str, Any]:
         key = EndpointCache.key("", request)
-        if drawn("model", key) >= share:
+        if draw_fixed("model", key) >= share:
             return reply(request)
-        fault = MODEL_FAULTS[int(drawn("which", key) * len(MODEL_FAULTS))]
+        fault = MODEL_FAULTS[int(draw_fixed("which", key) * len(MODEL_FAULTS))]
         if fault == "empty":
             return ""
         if fault == "loop":
             return "and again and again, " * 100
-        said = reply(request)
-        text = said if isinstance(said, str) else str(said.get("content") or "")
+        message = reply(request)
+        text = message if isinstance(message, str) else str(message.get("content") or "")
         return {"role": "assistant", "content": text[:len(text) // 2] or "cut", "finish_reason": "length"}
 
     return answer
 
 
 class ScriptedEndpoint(ThreadingHTTPServer):
-    """Answers requests, counts them, and misbehaves.
+    """Answers and counts requests, some of them with faults.
 
     Args:
         reply: the model.
-        wire_faults: share of attempts at which something else comes; the same in every run.
-        late_s: how long a "timeout" says nothing.
-        slow_s: how long every answer takes.
-        port: that it listens on; 0: any that is free.
-        host: address that it listens on.
+        wire_faults: share of attempts with a wire fault, the same attempts in every run.
+        late_s: silence of the fault "timeout".
+        slow_s: delay of every answer.
+        port: listening port; 0: a free port.
+        host: listening address.
     """
 
     daemon_threads = True
@@ -103,42 +104,42 @@ class ScriptedEndpoint(ThreadingHTTPServer):
         self.asked: Counter[str] = Counter()
         """Key of a request -> attempts."""
         self.answered: Counter[str] = Counter()
-        """Key of a request -> answers that would be billed."""
+        """Key of a request -> complete answers, which a provider would bill."""
         self.outcomes: Counter[str] = Counter()
-        """What came back -> how often."""
+        """Fault, or "answer" -> number of attempts."""
         self.requests: list[dict[str, Any]] = []
         """Bodies, in order."""
         self.next: list[str] = []
-        """Faults of the next attempts, before any others; "" is none."""
+        """Faults of the next attempts in place of random faults; "": no fault."""
         self.has_template = True
-        """Whether its card says that it has a chat template."""
+        """Value of `has_chat_template` in the model's card."""
         self.key_header = ""
-        """Authorization of the last request."""
+        """Authorization header of the last request."""
 
     @property
     def url(self) -> str:
-        """Return its address, up to `/v1`."""
+        """Base URL, up to `/v1`."""
         return f"http://127.0.0.1:{self.server_port}/v1"
 
     def fault(self, key: str) -> str:
-        """Return the fault for this attempt at a request, and count it."""
+        """Count an attempt at a request, and return its fault ("": no fault)."""
         with self.lock:
             number = self.asked[key]
             self.asked[key] += 1
             if self.next:
                 return self.next.pop(0)
-        if number >= MAX_FAULTS or drawn("wire", key, number) >= self.wire_faults:
+        if number >= MAX_FAULTS or draw_fixed("wire", key, number) >= self.wire_faults:
             return ""
-        return WIRE_FAULTS[int(drawn("kind", key, number) * len(WIRE_FAULTS))]
+        return WIRE_FAULTS[int(draw_fixed("kind", key, number) * len(WIRE_FAULTS))]
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Say nothing: clients are killed."""
+        """Print nothing: tests kill clients."""
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: ScriptedEndpoint
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else a body waits 40 ms for the word that its head has come
+    disable_nagle_algorithm = True  # otherwise the body waits 40 ms for the acknowledgement of the headers
 
     def do_GET(self) -> None:
         if self.path == "/v1/models":
@@ -170,8 +171,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "too long":
             self._send(400, b'{"error": {"code": "context_length_exceeded"}}')
         else:
-            made = completion(self.server.reply(body), tokens_in(body["messages"]))
-            answer = stream_of(made) if body.get("stream") else json.dumps(made).encode()
+            whole = completion(self.server.reply(body), estimate_tokens(body["messages"]))
+            answer = stream_of(whole) if body.get("stream") else json.dumps(whole).encode()
             if fault == "cut":
                 self._send(200, answer[:len(answer) // 2], {"content-length": str(len(answer))})
                 self.close_connection = True
@@ -180,21 +181,21 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.answered[key] += 1
             self._send(200, answer)
 
-    def _send(self, status: int, body: bytes, more: Mapping[str, str] | None = None) -> None:
+    def _send(self, status: int, body: bytes, headers: Mapping[str, str] = MappingProxyType({})) -> None:
         with contextlib.suppress(OSError):
             self.send_response(status)
-            for name, value in ({"content-length": str(len(body))} | dict(more or {})).items():
+            for name, value in {"content-length": str(len(body)), **headers}.items():
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)
 
     def log_message(self, *args: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
 
 @contextlib.contextmanager
 def serving(endpoint: ScriptedEndpoint) -> Iterator[ScriptedEndpoint]:
-    """Serve while the context is open."""
+    """Run an endpoint in a thread while the context is open."""
     threading.Thread(target=endpoint.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
     try:
         yield endpoint

@@ -6,6 +6,7 @@ import dataclasses
 import errno
 import importlib
 import io
+import json
 import os
 import shlex
 import sys
@@ -178,25 +179,6 @@ def _parse_path(text: str) -> Path:
     return Path(text)
 
 
-def import_commands(parser: argparse.ArgumentParser) -> list[argparse.ArgumentParser]:
-    """Import all commands below a parser; return the parser and the parsers of all its commands."""
-    if isinstance(parser, CommandParser):
-        parser.import_command()
-    parsers = [parser]
-    for action in parser._actions:
-        if isinstance(action, argparse._SubParsersAction):
-            for child in action.choices.values():
-                parsers += import_commands(child)
-    return parsers
-
-
-def build_full_parser(program: str) -> Parser:
-    """Return a program's parser with the arguments of every command."""
-    parser: Parser = importlib.import_module(PROGRAMS[program]).build_parser()
-    import_commands(parser)
-    return parser
-
-
 @dataclass(frozen=True)
 class Command:
     """A command: module, and line in `--help`."""
@@ -228,6 +210,12 @@ class Command:
 
     def load(self) -> Any:
         return import_reference(self.module)
+
+
+def read_commands(file: Path) -> dict[str, Command]:
+    """Read a program's commands from JSON: name -> fields of `Command`, in the order of the help."""
+    rows = json.loads(file.read_text(encoding="utf-8"))
+    return {name: Command(**row | {"examples": tuple(row["examples"])}) for name, row in rows.items()}
 
 
 def import_reference(reference: str) -> Any:

@@ -54,17 +54,9 @@ def list_pretraining_requests(settings: Sequence[str]) -> dict[str, RecipeReques
 
 def compute_budget_rows(requests: Mapping[str, RecipeRequest], machines: Machines, days: float | None,
                         usd: float | None) -> list[BudgetRow]:
-    """Compute a row per recipe: fitting recipes first, small models before large models.
-
-    Args:
-        requests: recipe name -> recipe and settings.
-        machines: nodes in the cluster.
-        days: longest run in days; None: no limit.
-        usd: highest cost in US dollars; None: no limit.
-
-    Raises:
-        UserError: a profile without GPUs, or a recipe with rounds of reinforcement learning.
-    """
+    """Compute a row per recipe: fitting recipes first, small models before large models. `requests`: by
+    recipe name; `days` and `usd`: limits of a run, None: no limit. Raises `UserError`: a profile without
+    GPUs, or a recipe with rounds of reinforcement learning."""
     if machines.chip is None:
         raise UserError(f"--cluster {machines.cluster}: {explain_missing_price(machines)}")
     rows = []

@@ -18,7 +18,7 @@ from megatron_sov.plan.footprint.memory import MemoryAccount
 from megatron_sov.plan.pages.layout_report import (
     SweepReport, format_layout, format_model_size, format_set_options, format_sizes, format_submit_command)
 from megatron_sov.plan.pages.quotes import (
-    Quote, QuoteTotals, build_tables, format_gib, format_table, list_notes, quote_to_json, sum_quotes)
+    Quote, build_tables, format_gib, format_table, list_notes, quote_to_json, sum_quotes)
 from megatron_sov.plan.pricing import (
     Machines, Pricing, build_pricing, list_run_stages, quote_stage, refuse_precision)
 from megatron_sov.plan.search.local_search import DefaultLayout, choose_layout, leaves_layout_open
@@ -86,11 +86,12 @@ class ClusterPlan:
         if not self.quotes:
             return line
         total = sum_quotes(self.quotes)
-        line = f"{line}: {_format_time_and_cost(total)}"
+        line = f"{line}: {_format_time_and_cost(total.days, total.cost_usd)}"
         is_pretraining = self.config.objective.name == "lm" and not self.config.extend.stages
         if is_pretraining and 0 < total.tokens < REFERENCE_TOKENS / 2:
-            scaled = total.scale_to_tokens(REFERENCE_TOKENS)
-            line += f"; {format_count(REFERENCE_TOKENS)} tokens: {_format_time_and_cost(scaled)}"
+            share = REFERENCE_TOKENS / total.tokens
+            price = _format_time_and_cost(total.days * share, total.cost_usd * share)
+            line += f"; {format_count(REFERENCE_TOKENS)} tokens: {price}"
         return line
 
     def format_text(self) -> str:
@@ -133,8 +134,8 @@ class ClusterPlan:
                 "(docs/plan.md).")
 
 
-def _format_time_and_cost(total: QuoteTotals) -> str:
-    return f"{format_days(total.days * SECONDS_PER_DAY)}, {format_money(total.cost_usd)}"
+def _format_time_and_cost(days: float, usd: float) -> str:
+    return f"{format_days(days * SECONDS_PER_DAY)}, {format_money(usd)}"
 
 
 def format_gpus(machines: Machines) -> str:
@@ -200,15 +201,8 @@ def plan_on_cluster(request: RecipeRequest, machines: Machines) -> ClusterPlan:
 
 def plan_with_sweep(request: RecipeRequest, machines: Machines, recipe: Sequence[str]) -> ClusterPlan:
     """Plan a run in the fastest fitting layout (`search_layouts`); layout settings in --set stay fixed.
-
-    Args:
-        request: recipe and settings.
-        machines: nodes in the cluster.
-        recipe: command-line words that name the recipe, for the submit command.
-
-    Raises:
-        UserError: no layout fits, or the profile does not name its GPUs.
-    """
+    `recipe`: command-line words that name the recipe, for the submit command. Raises `UserError`: no layout
+    fits, or the profile does not name its GPUs."""
     pricing = build_pricing(machines)
     if pricing is None:
         raise UserError(f"--sweep with --cluster {machines.cluster}: {explain_missing_price(machines)}")

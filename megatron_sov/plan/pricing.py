@@ -6,17 +6,19 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from megatron_sov.base.errors import UserError
-from megatron_sov.model.config import ExtendStageConfig, PhaseConfig, RunConfig
+from megatron_sov.model.config import ExtendStageConfig, PhaseConfig, RunConfig, apply_settings
 from megatron_sov.model.config.post_training import REFERENCE_METHODS
 from megatron_sov.model.recipes.extension import find_micro_batch_size
-from megatron_sov.plan.footprint.gpu_capacity import find_fullest_stage, get_usable_bytes
+from megatron_sov.plan.footprint.gpu_capacity import can_run, find_fullest_stage, get_usable_bytes
 from megatron_sov.plan.pages.quotes import Quote, QuotedMemory
+from megatron_sov.plan.search.recommended_layouts import GRAPHS
 from megatron_sov.plan.search.space import choice_to_dict, get_current_choice
 from megatron_sov.plan.speed.parameters import UNITS, load_default_parameters
 from megatron_sov.plan.speed.step import (
     SLOW_HOST, PartsCache, StepTime, estimate_extra_layers, estimate_router_s, estimate_slow_host,
     estimate_step)
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload, build_workload
+from megatron_sov.runs.obs.routing import RecordedRoutes
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS, Chip, Links
@@ -43,6 +45,8 @@ class Machines:
     """Profile name or file, as in --cluster."""
     profile: ClusterProfile
     nodes: int
+    routes: RecordedRoutes | None = None
+    """Expert loads for prices; None: `Parameters.real_imbalance`."""
 
     @property
     def num_ranks(self) -> int:
@@ -104,14 +108,8 @@ class RunStage:
 
 
 def list_run_stages(config: RunConfig, num_ranks: int, *, micro_batch_set: bool = False) -> list[RunStage]:
-    """Return a run's stages in order.
-
-    Args:
-        config: the run.
-        num_ranks: number of processes.
-        micro_batch_set: whether the user or a search sets `train.micro_batch_size`; otherwise `extend` raises
-            it for shorter samples.
-    """
+    """Return a run's stages in order. `micro_batch_set`: the user or a search sets `train.micro_batch_size`;
+    otherwise `extend` raises it for shorter samples."""
     if config.extend.stages:
         return [_build_extension_stage(config, stage, num_ranks, micro_batch_set)
                 for stage in config.extend.stages]
@@ -187,10 +185,13 @@ class Pricing:
         return find_fullest_stage(stage.config, self.num_ranks)[1].total
 
     def build_workload(self, stage: RunStage) -> Workload:
-        """Build the workload per step; routers have `Parameters.real_imbalance`."""
-        imbalance = load_default_parameters().real_imbalance if stage.config.model.num_moe_layers() else 1.0
-        work = build_workload(stage.config, stage.phase, self.num_ranks, self.chip, self.links, imbalance)
-        if stage.config.objective.name in PACKED and not stage.config.extend.stages:
+        """Build the workload per step; routers have `Machines.routes` or `Parameters.real_imbalance`."""
+        config, routes = stage.config, self.machines.routes
+        imbalance = load_default_parameters().real_imbalance if config.model.num_moe_layers() else 1.0
+        if routes is not None:
+            imbalance = routes.compute_imbalance(config.parallel, config.model.num_layers)
+        work = build_workload(config, stage.phase, self.num_ranks, self.chip, self.links, imbalance)
+        if config.objective.name in PACKED and not config.extend.stages:
             work = replace(work, document_tokens=min(DOCUMENT_TOKENS, work.seq_len))
         return work
 
@@ -246,8 +247,8 @@ def quote_stage(stage: RunStage, pricing: Pricing) -> Quote:
         tokens_per_s_per_gpu=step.tokens_per_s_per_gpu, tflops_per_gpu=step.tflops_per_gpu, mfu=step.mfu,
         hours=train_s / SECONDS_PER_HOUR, cost_usd=gpu_hours * price.typical,
         cost_range_usd=(gpu_hours * price.low, gpu_hours * price.high),
-        notes=(*_list_notes(price, work.imbalance), *_list_router_notes(work, step), _format_slow_host(work),
-               *_list_packing_notes(stage.config, work)))
+        notes=(f"Cost: {price.source}.", *_list_expert_notes(work, step, pricing.machines.routes),
+               *_list_host_notes(stage, pricing), *_list_packing_notes(stage.config, work)))
 
 
 @dataclass(frozen=True)
@@ -273,26 +274,28 @@ def find_price(profile: ClusterProfile) -> GpuPrice:
     return GpuPrice(price.low, price.typical, price.high, f"a guess: {source}" if price.guess else source)
 
 
-def _list_notes(price: GpuPrice, imbalance: float) -> list[str]:
-    notes = [f"Cost: {price.source}."]
-    if imbalance > 1:
-        notes.append(f"The busiest experts are taken to meet {imbalance:.2f} times as many tokens as the "
-                     "mean.")
-    return notes
-
-
-def _list_router_notes(work: Workload, step: StepTime) -> list[str]:
+def _list_expert_notes(work: Workload, step: StepTime, routes: RecordedRoutes | None) -> list[str]:
     if not work.shape.num_moe_layers:
         return []
     seconds = estimate_router_s(work, load_default_parameters())
-    return [f"Routers take {seconds:.2g} s of a step, {seconds / step.total_s:.1%}, counted under dense and "
+    source = f"as {routes.run} recorded" if routes else "which is assumed; --routes RUN reads a run's record"
+    return [f"The busiest experts meet {work.imbalance:.2f} times as many tokens as the mean, {source}.",
+            f"Routers take {seconds:.2g} s of a step, {seconds / step.total_s:.1%}, counted under dense and "
             "memory-bound."]
 
 
-def _format_slow_host(work: Workload) -> str:
-    step = estimate_slow_host(work)
-    return (f"With a host {SLOW_HOST} times as slow (docs/plan.md), a step takes {step.total_s:.1f} s, "
-            f"MFU {step.mfu:.1%}.")
+def _list_host_notes(stage: RunStage, pricing: Pricing) -> list[str]:
+    """Return the price with a slow host, and both prices with the opposite choice of router graphs."""
+    slow = estimate_slow_host(pricing.build_workload(stage))
+    notes = [f"With a host {SLOW_HOST} times as slow (docs/plan.md), a step takes {slow.total_s:.1f} s, "
+             f"MFU {slow.mfu:.1%}."]
+    setting = "gpu.cuda_graphs=[]" if stage.config.gpu.cuda_graphs else GRAPHS
+    other = stage.with_config(apply_settings(stage.config, [setting]))
+    if other.config.model.num_moe_layers() and can_run(other.config, pricing.num_ranks, pricing.limit_bytes):
+        slow = estimate_slow_host(pricing.build_workload(other))
+        notes.append(f"With {setting} the MFU is {pricing.time_step(other).mfu:.1%}, and {slow.mfu:.1%} with "
+                     "the slow host; cuda_graphs in a profile allow graphs (docs/gpu.md).")
+    return notes
 
 
 def _list_packing_notes(config: RunConfig, work: Workload) -> list[str]:

@@ -69,7 +69,8 @@ def test_the_commands_of_the_page_run(outside: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.deep
-def test_every_door_agrees_with_its_reference(outside: Path, tmp_path: Path) -> None:
-    done = subprocess.run([outside / "bin/python", REAL / "doors.py", "--work", tmp_path], check=False,
-                          capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "2"})
+def test_every_command_agrees_with_its_reference(outside: Path, tmp_path: Path) -> None:
+    command = [outside / "bin/python", REAL / "compare_commands.py", "--work", tmp_path]
+    done = subprocess.run(command, check=False, capture_output=True, text=True,
+                          env=os.environ | {"OMP_NUM_THREADS": "2"})
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]

@@ -2,6 +2,8 @@
 
 import json
 import math
+import random
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +24,11 @@ from megatron_sov.plan.pages.quotes import (
 from megatron_sov.plan.pricing import (
     MAX_NODES, Machines, Pricing, RunStage, build_pricing, find_price, group_stages, list_run_stages,
     load_machines, quote_stage, refuse_precision)
+from megatron_sov.plan.search.recommended_layouts import GRAPHS
 from megatron_sov.plan.speed.parameters import load_default_parameters
+from megatron_sov.plan.speed.step import estimate_step
+from megatron_sov.runs.obs.events import EventLog
+from megatron_sov.runs.obs.routing import read_routes
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.units import GIB
 from tests.plan.test_cluster_plan import request
@@ -105,11 +111,6 @@ def test_components_differ_from_memory_items() -> None:
     assert [row[0] for row in memory_rows] == ["weights", "total", "may take"]
 
 
-def test_negligible_items_share_a_line() -> None:
-    result = quote_tables.select_items(QuotedMemory({"weights": 1000, "a": 5, "b": 6}, 0), share=0.01)
-    assert result == {"weights": 1000, quote_tables.SMALL_ITEMS: 11}
-
-
 def test_totals_are_printed_only_for_several_stages() -> None:
     assert len(quote_tables.build_stage_table([build_quote()]).rows) == 1
     *_, total = quote_tables.build_stage_table([build_quote(), build_quote(name="two")]).rows
@@ -153,6 +154,63 @@ def test_only_models_with_experts_meet_imbalance() -> None:
         sparse).imbalance == load_default_parameters().real_imbalance
     assert not any("busiest" in note for note in quote_stage(dense, pricing).notes)
     assert any("busiest" in note for note in quote_stage(sparse, pricing).notes)
+
+
+@pytest.mark.parametrize(("ep", "pp"), [(8, 1), (4, 2)])
+def test_recorded_routes_price_each_layer_by_its_busiest_process(tmp_path: Path, ep: int, pp: int) -> None:
+    """By brute force: 200 tokens go to 8 of 128 experts in each of 48 layers, at three evaluations."""
+    draw, num_layers = random.Random(0), 48
+    log, busiest = EventLog(tmp_path / "events.jsonl"), [0.0] * num_layers
+    for step in range(3):
+        shares = []
+        for layer in range(num_layers):
+            popularity = [draw.random() ** (layer / 12) for _ in range(128)]
+            experts = [expert for _ in range(200) for expert in draw.choices(range(128), popularity, k=8)]
+            tokens = Counter(expert * ep // 128 for expert in experts)
+            busiest[layer] += max(tokens.values()) / (len(experts) / ep) / 3
+            shares.append([experts.count(expert) / len(experts) for expert in range(128)])
+        log.write("expert_load", step=step, load=shares, layers=[*range(1, num_layers + 1)])
+        log.write("expert_load", step=step, load=[[1.0]], layers=[1], source="web")
+    log.close()
+    where = load_machines("h100", 2)
+    routes = read_routes(tmp_path, recipes.get("qwen3-moe-30b").model)
+    pricing = get_pricing(replace(where, routes=routes))
+    stage = get_first_stage("qwen3-moe-30b", pricing, f"parallel.ep={ep}", f"parallel.pp={pp}")
+    slowest = busiest[num_layers - num_layers // pp:]
+    work = pricing.build_workload(stage)
+    assert work.imbalance == pytest.approx(sum(slowest) / len(slowest)) and work.imbalance > 1.1
+    seconds = [estimate_step(replace(work, imbalance=load)).total_s for load in slowest]
+    assert pricing.time_step(stage).total_s == pytest.approx(sum(seconds) / len(seconds))
+    assert f"{work.imbalance:.2f} times as many tokens as the mean, as {tmp_path} recorded" in " ".join(
+        quote_stage(stage, pricing).notes)
+
+
+@pytest.mark.each(("events", "message"), [
+    ([], "has no expert load; name the folder of a run of a model with experts"),
+    ([{"load": [[0.5, 0.5]], "layers": [2]}], "are not those of 48 layers with 128 experts"),
+    ([{"load": [[0.0] * 128] * 48, "layers": [*range(1, 49)]}], "are not those of 48"),
+    ([{"load": [[1.0] * 127 + ["x"]] * 48, "layers": [*range(1, 49)]}], "are not those of 48"),
+    ([{"load": [[1.0] * 128] * 47 + [[1.0]], "layers": [*range(1, 49)]}], "are not those of 48")])
+def test_routes_of_another_model_are_refused(tmp_path: Path, events: list[dict[str, Any]],
+                                             message: str) -> None:
+    lines = [json.dumps({"event": "expert_load", "time_s": 0, "step": 1} | event) for event in events]
+    (tmp_path / "events.jsonl").write_text("".join(line + "\n" for line in lines))
+    with pytest.raises(UserError, match=f"^--routes {tmp_path}: .*{message}"):
+        read_routes(tmp_path, recipes.get("qwen3-moe-30b").model)
+
+
+def test_notes_name_the_price_with_the_opposite_choice_of_graphs() -> None:
+    pricing = get_pricing(load_machines("b200", 60))
+    layout = ("parallel.pp=3", "train.recompute=selective", 'gpu.recompute_modules=["moe_act"]',
+              "gpu.expert_spill=1.2")
+    eager, graphed = (quote_stage(get_first_stage("solar-open-102b", pricing, *layout, setting), pricing)
+                      for setting in ("gpu.cuda_graphs=[]", GRAPHS))
+    for quote, setting, other in ((eager, GRAPHS, graphed), (graphed, "gpu.cuda_graphs=[]", eager)):
+        slow = next(note for note in other.notes if "2 times as slow" in note).split()[-1].rstrip(".")
+        assert any(note.startswith(f"With {setting} the MFU is {other.mfu:.1%}, and {slow} with the slow")
+                   for note in quote.notes)
+    recomputed = quote_stage(get_first_stage("solar-open-102b", pricing, "train.recompute=true"), pricing)
+    assert not any("cuda_graphs" in note for note in recomputed.notes), "graphs exclude full recomputation"
 
 
 def test_the_price_of_deepseek_v3_equals_its_report() -> None:

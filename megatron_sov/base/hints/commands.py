@@ -1,13 +1,16 @@
 """Errors that name our command for an unknown or foreign one; commands after `torchrun` and the like."""
 
+import argparse
 import importlib
 import os
 import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, find_nearest_name
 from megatron_sov.base.hints.foreign import read_foreign_config
@@ -25,6 +28,29 @@ _PIPELINE_OPTIONS = ("input", "i", "data", "input_dir", "input_folder")
 _STAGE_KEYS = ("stage", "rl", "rlhf", "algorithm")
 """Keys in foreign configuration files that name the training stage."""
 _STAGE_COMMANDS = {"pt": "train", "rm": "reward-model"}
+
+
+def import_commands(parser: Any) -> list[argparse.ArgumentParser]:
+    """Import all commands below a parser; return the parser and the parsers of all its commands."""
+    getattr(parser, "import_command", lambda: None)()
+    below = [child for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+             for child in action.choices.values()]
+    return [parser, *(other for child in below for other in import_commands(child))]
+
+
+def build_full_parser(program: str) -> Any:
+    """Return a program's parser with the arguments of every command."""
+    parser = importlib.import_module(PROGRAMS[program]).build_parser()
+    import_commands(parser)
+    return parser
+
+
+@cache
+def list_parsers() -> Mapping[str, argparse.ArgumentParser]:
+    """Import the commands of all programs; return program and command -> parser with its arguments."""
+    parsers = [parser for program in PROGRAMS for parser in import_commands(build_full_parser(program))]
+    return {parser.prog: parser for parser in parsers if " " in parser.prog and "[" not in parser.prog
+            and not any(action.nargs == argparse.REMAINDER for action in parser._actions)}
 
 
 def build_command_error(program: str, word: str, choices: Sequence[str], typed: Sequence[str] = ()
@@ -79,7 +105,8 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     step_words = [command] if command != "run" else [part for word in words for part in word.split(",")]
     index, steps, others = index_words("steps"), dict[str, str](), list[str]()
     for word in step_words:
-        candidates = [name for name in index.get(normalize_word(word), ()) if "." not in name]
+        own = [word] if word in load_table()["steps"] else []
+        candidates = own or [name for name in index.get(normalize_word(word), ()) if "." not in name]
         if not candidates:
             continue
         settings = {name: _format_step_settings(name, values) for name in candidates}
@@ -101,8 +128,8 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
               and not any(f"{step}.{name}" in index for step in steps)]
     without = f", without {', '.join(unread)}" if unread else ""
     beside = f" (another step of this kind: {', '.join(others)})" if others else ""
-    rules = ("; the step rules also applies the other rules of its preset: `NAME: null` under thresholds "
-             "turns a rule off") if "rules" in steps else ""
+    rules = ("; the step rules reads the language, and applies all rules of its preset: `NAME: null` "
+             "under thresholds turns a rule off (docs/filter_rules.md)") if "rules" in steps else ""
     return UserError(f"sov-data {command}: a pipeline file names the steps {', '.join(steps)} and their "
                      f"settings{beside} (docs/data_pipeline.md); `sov-data run` runs it{without}{rules}",
                      Fix(f"sov-data run {file} --output {shlex.quote(output)}",
@@ -126,8 +153,9 @@ def _index_command_notes(program: str, word: str, typed: Sequence[str]) -> Mappi
     config = _read_configurations(typed)
     arguments = [word for word in typed if not word.startswith("-")]
     has_text = len(arguments) > 1 and not any(map(os.path.exists, arguments[1:]))
-    has_text = has_text and not any(word.startswith("-") and _is_output(word) for word in typed)
-    form = "+text" if has_text else "+model" if _names_model(typed, config) else "+"
+    has_text = has_text and not any(word.startswith("-") and means_output(word) for word in typed)
+    form = "+model" if _names_model(typed, config) else "+"
+    form = "+text" if has_text else form
     notes |= {name: notes[name + form] for name in [*notes] if name + form in notes}
     if (stage := _find_stage(config)) in notes and word.lower() in notes:
         notes[word.lower()] = notes[stage]
@@ -286,7 +314,7 @@ def _append_typed(line: str, typed: Sequence[str]) -> str:
     output, words = "", list(typed)
     while words:
         name, equals, value = words.pop(0).partition("=")
-        is_output = name.startswith("-") and _is_output(name)
+        is_output = name.startswith("-") and means_output(name)
         if not is_output and name not in _DIRECTION_OPTIONS:
             appended.append(f"{name}{equals}{value}")
             continue
@@ -325,7 +353,7 @@ def _read_configurations(typed: Sequence[str]) -> dict[str, list[str]]:
             for key, values in read_foreign_config(path, lambda key: "." in key).items()}
 
 
-def _is_output(option: str) -> bool:
+def means_output(option: str) -> bool:
     """Return whether an option is `--output` or a foreign word for `--output`."""
     word = normalize_word(option)
     return word == "output" or bool({"--output", "OUT"} & {*index_words("options").get(word, ())})

@@ -207,7 +207,7 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
                                  Fix("\n  ".join(lines)))
             proposal.program, proposal.check = other_program, other_check
         line = [word if word in typed or (_names_word(fault.sentence, word) and word != "OUT")
-                else _fill_placeholder(option, word) for option, word in pairwise(["", *line])]
+                else fill_placeholder(option, word) for option, word in pairwise(["", *line])]
         if (proposal.program, *line) in tried and not (fix.stand_ins or fix.before):
             proposal.unfixed.append(fault.sentence)
             break
@@ -218,8 +218,9 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
         (proposal.fixed if is_fixed else proposal.unfixed).append(fault.sentence)
         if fix.before:
             proposal.before += [command for command in fix.before if command not in proposal.before]
-            outputs = [shlex.split(command)[-1] for command in fix.before]
-            proposal.new_paths += [*fix.words.values(), *fix.options[1::2], *outputs]
+            outputs = [path for words in map(shlex.split, fix.before)
+                       for path in (words[-1], find_value(words, "--run"), find_value(words, "--output"))]
+            proposal.new_paths += filter(None, [*fix.words.values(), *fix.options[1::2], *outputs])
         fault = proposal.find_fault()
     if not proposal.fixed and len(proposal.unfixed) == 1:
         return error
@@ -282,7 +283,7 @@ def _find_vocab_size(command: str) -> str:
     return ""
 
 
-def _fill_placeholder(option: str, word: str) -> str:
+def fill_placeholder(option: str, word: str) -> str:
     """Return a new path for OUT, and the only model, tokenizer or token shards here for their placeholder."""
     if word == "OUT" or (word == "DIR" and option in ("--run", "--store", "--output")):
         return choose_free_path("new-output" if word == "OUT" else f"new-{option[2:]}")

@@ -23,9 +23,6 @@ MAX_FILES = 8
 """Largest number of files for which a pattern is written out."""
 DATA_OPTIONS = ("--data", "--prompts", "--input", "--validation")
 INPUT_OPTIONS = (*DATA_OPTIONS, "--from", "--tokenizer", "--teacher", "--reference", "--base")
-_PACK_OPTIONS = {"sft": ["--format", "chat"], "prefer": ["--format", "preference"],
-                 "eval": ["--heldout", "0.5"]}
-"""Command -> options of `sov-data pack` for its data."""
 _SHARD_COMMANDS = ("stats", "verify", "sample", "mix", "inspect")
 """Commands of sov-data whose arguments are folders of token shards."""
 _FIELDS = ("columns", "text", "prompt", "chosen", "rejected", "response")
@@ -153,7 +150,7 @@ def _find_unpacked_data(line: Sequence[str], path: str) -> UserError | None:
     if description := load_table()["kinds"].get(kind):
         return UserError(f"--data {path}: is {description}; pass token shards or a file of records",
                          Fix(options=("--data", find_only_folder("tokens") or "DIR")))
-    options = _PACK_OPTIONS.get(line[0], [])
+    options = load_table()["pack_options"].get(line[0], [])
     if os.path.isdir(source) and any(
             name.endswith(DATA_SUFFIXES) for name in os.listdir(source) if name != "manifest.json"):
         return _ask_for_packing(path, line, "is a folder of text", options, "--data ")
@@ -180,14 +177,14 @@ def _ask_for_packing(path: str, line: Sequence[str], what: str, options: Sequenc
                      fix_by_packing(path, Path(_choose_tokenizer(line)), [*options, *form]))
 
 
-def list_chats() -> list[str]:
-    """Return the token shards, then the files of JSON lines, with conversations in the current folder."""
+def list_data(kind: str) -> list[str]:
+    """Return the token shards, then the files of JSON lines, of a format in the current folder."""
     folders = []
-    for path in sorted(Path().iterdir()):
-        if classify_folder(path) == "tokens":
-            sources = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["content"]["sources"]
-            folders += [path.name] if any(source["format"] == "chat" for source in sources) else []
-    return folders + list_records("chat")
+    for path in filter(lambda path: classify_folder(path) == "tokens", sorted(Path().iterdir())):
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # a damaged manifest
+            content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["content"]
+            folders += [path.name] * any(source["format"] == kind for source in content["sources"])
+    return folders + list_records(kind)
 
 
 def list_records(kind: str) -> list[str]:
@@ -257,9 +254,13 @@ def fix_columns(command: str, typed: Sequence[str]) -> Fix | None:
     text, columns = fields.pop("text", ""), fields.pop("columns", "")
     columns = ",".join(filter(None, [columns, *(f"{target}={name}" for target, name in fields.items())]))
     options = ["--columns", columns] if columns else ["--text-field", text]
-    options = [*_PACK_OPTIONS.get(command, []), *options]
-    packing = fix_by_packing(file, Path(_choose_tokenizer(typed)), options)
-    return replace(packing, left_out=tuple(typed_fields))
+    return replace(pack_for(command, typed, file, options), left_out=tuple(typed_fields))
+
+
+def pack_for(command: str, typed: Sequence[str], file: str, options: Sequence[str]) -> Fix:
+    """Return the commands that pack a file for a command, with `options` of `sov-data pack`."""
+    form = [] if "--format" in options else load_table()["pack_options"].get(command, [])
+    return fix_by_packing(file, Path(_choose_tokenizer(typed)), [*form, *options])
 
 
 def fix_address(word: str, program: str) -> Fix | None:

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import find_nearest_name, fix_missing
+from megatron_sov.base.hints.commands import list_parsers
 from megatron_sov.base.hints.foreign import multiply_context, parse_blend, parse_object
 from megatron_sov.base.hints.kinds import classify_word
 from megatron_sov.base.hints.table import (
@@ -57,8 +59,8 @@ class Rewrite:
     """Commands to run before the line."""
     other_command: str = ""
     """Another command of ours, with options, that takes the typed words."""
-    resumed_run: str = ""
-    """Folder in both --save and --load."""
+    overruled: dict[str, str] = field(default_factory=dict)
+    """Option -> value that replaces the typed value."""
     target: str = ""
     """Adapter that replaces the typed model."""
     weights: Sequence[str] = ()
@@ -72,6 +74,12 @@ class Rewrite:
     words: list[str] = field(default_factory=list)
     messages: list[str] = field(default_factory=list)
     is_changed: bool = False
+    unplaced: dict[str, list[str]] = field(default_factory=dict)
+    """Unknown option -> values."""
+    after: list[str] = field(default_factory=list)
+    """Commands to run after the line."""
+    output: str = ""
+    """File for printed text."""
     unknown_settings: dict[str, str] = field(default_factory=dict)
     """Unknown `name=value` -> message, printed only if another word is replaced."""
 
@@ -154,6 +162,7 @@ class Rewrite:
         if value and value == find_value(self.typed, row.get("unless_value_of", "")):
             written = []  # prefer --ref_model MODEL --from MODEL
         self.weak_settings |= set(written) if row.get("weak") else set()
+        self.overruled |= dict(pairwise(written)) if row.get("overrules") else {}
         quoted = {name: shlex.quote(text) for name, text in holes.items()}
         if "before" in row:
             self.before.append(row["before"].format(**quoted))
@@ -190,7 +199,8 @@ class Rewrite:
                 "second": "".join(numbers[1:2]), "stem": Path(value).stem, "run": run,
                 "cluster": parse_cluster(value), "folder": folder,
                 "tokens": multiply_context(find_value(self.typed, "--from", "--model"), value),
-                "output": find_value(self.typed, "--output") or "DIR", "share": compute_share(value),
+                "output": find_value(self.typed, "--output") or "DIR", "python": shlex.quote(sys.executable),
+                "preset": find_value(self.typed, "--preset") or "solar-open", "share": compute_share(value),
                 "odds": compute_odds(value)}
 
     def replace_option(self, option: str, values: list[str]) -> None:
@@ -204,7 +214,7 @@ class Rewrite:
         same_name = f"--{word.replace('_', '-')}"
         if word == "load" and values and values[0] == find_value(self.typed, "--save", "--run"):
             self.add_words(f"{option}: --resume continues a folder's run", "--run", values[0], "--resume")
-            self.resumed_run = values[0]
+            self.overruled["--run"] = values[0]
         elif word in _WEIGHT_WORDS and any("[:weight]" in name.lower() for name in self.positionals):
             self.weights = values[0].split(",") if len(values) == 1 else values
             self.add_words(f"{option}: a weight follows its folder behind a colon")
@@ -292,19 +302,21 @@ class Rewrite:
 
     def _guess_option(self, option: str, values: list[str]) -> None:
         """Write the option with a similar name, or the option or setting with the same parts in its name."""
-        if nearest := find_nearest_option(option, self.options):
+        same_name = f"--{normalize_word(option).replace('_', '-')}"
+        is_elsewhere = any(same_name in parser._option_string_actions for parser in list_parsers().values())
+        if not is_elsewhere and (nearest := find_nearest_option(option, self.options)):
             self.add_words(f"{option}: nothing takes this; did you mean '{nearest}'?", nearest, *values)
         elif (name := find_by_parts(option, self.options)) and name not in self.typed:
             self._write_option(option, normalize_word(option), name, values)
-        elif values and (name := find_by_parts(option, self.list_settings())):
+        elif not is_elsewhere and values and (name := find_by_parts(option, self.list_settings())):
             self.add_setting(option, f"{name}={values[0]}")
         elif name := self._find_data_option(values):
             self.add_words(f"{option} is {name} here", name, *values)
-        elif self.find is None and (setting := _find_training_setting(option, values)):
-            self.add_words(f"{option}: is --set {setting} of the commands that train (pretrain, sft, ...); "
-                           "leave it out")
         else:
-            self.add_words(f"{option}: nothing takes this; leave it out")
+            self.unplaced[option] = values
+
+    def replace_word(self, word: str, new: str) -> None:
+        self.words = [new if text == word else text for text in self.words]
 
     def _find_data_option(self, values: list[str]) -> str:
         """Return the required option that takes a file of records and was not typed; "": none."""
@@ -386,12 +398,17 @@ def find_nearest_option(option: str, options: Sequence[str]) -> str:
     return nearest if difflib.SequenceMatcher(None, option, nearest).ratio() >= MIN_SIMILARITY else ""
 
 
-def _find_training_setting(option: str, values: Sequence[str]) -> str:
-    """Return `name=value` of the setting for a foreign option with its values; "": none."""
+def explain_unknown(option: str, values: Sequence[str]) -> str:
+    """Return the message for an unknown option: settings of training commands, or the advice to drop it."""
     value, word = "".join(values[:1]), get_last_part(option)
     setting = find_our_value(value, word)
-    names = [setting] if "=" in setting else translate_to_settings(word)
-    return "".join(name if "=" in name else f"{name}={value or 'VALUE'}" for name in names[:1])
+    names = [setting] if "=" in setting else [
+        name if "=" in name or not value else f"{name}={value}" for name in translate_to_settings(word)]
+    table, all_commands = load_table()["acts_in"], "the commands that train (pretrain, sft, ...)"
+    texts = [f"--set {name} of {table.get(name.partition('.')[0], all_commands)}"
+             for name in names if "=" in name]
+    meaning = f"is {', '.join(texts)}" if texts else "nothing takes this"
+    return f"{option}: {meaning}; leave it out"
 
 
 def _find_misspelt(key: str, names: Sequence[str]) -> str:

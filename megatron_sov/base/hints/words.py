@@ -16,6 +16,7 @@ from megatron_sov.base.hints.commands import PROGRAMS, propose_pipeline, unwrap_
 from megatron_sov.base.hints.foreign import find_word, parse_blend, read_foreign_config, read_recipe_name
 from megatron_sov.base.hints.kinds import classify_folder, classify_word, find_recipe_option
 from megatron_sov.base.hints.missing import choose_placeholder, find_missing_row, split_positionals
+from megatron_sov.base.hints.moves import place_options
 from megatron_sov.base.hints.paths import fix_address, fix_columns
 from megatron_sov.base.hints.rewriting import FOLDER, Rewrite
 from megatron_sov.base.hints.table import (
@@ -70,6 +71,7 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     _read_words(parser, rewrite)
     _move_model(parser, rewrite)
     _place_free_words(parser, rewrite)
+    place_options(parser, rewrite)
     if rewrite.messages:
         raise _build_error(parser, rewrite)
     return list(typed)
@@ -410,17 +412,14 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
         if not is_misplaced and not (lacks_option and len(free_words) > num_required):
             return
     unplaced: list[str] = []
+    takes_weights = "--from" in rewrite.required or "--data" not in rewrite.options
+    find_recipe = getattr(parser.get_default("options_class"), "find_recipe", lambda word: "")
     for index, word in enumerate(free_words):
         kind = classify_word(word)
-        if kind == "hub" and rewrite.command in ("plan", "pretrain"):
-            if recipe := parser.get_default("options_class").find_recipe(word):
-                unplaced.append(recipe)
-                rewrite.add_words(f"{word} is the recipe {recipe} here, and nothing is downloaded")
-                continue
-            parts = {part for text in option_words for part in text.split("=")}
-            if rewrite.command == "plan" and not parts & {"--data", "train.tokens", "train.steps"}:
-                option_words += ["--set", "train.tokens=100000000"]
-                rewrite.add_words("the length of a stage --from a model is --data or train.tokens")
+        if kind == "hub" and takes_recipe and not takes_weights and (recipe := find_recipe(word)):
+            unplaced.append(recipe)
+            rewrite.add_words(f"{word} is the recipe {recipe} here, and nothing is downloaded")
+            continue
         if kind == "recipe" and not takes_recipe and "=" not in word:
             kind = "absent"
         elif kind == "absent" and re.fullmatch("[a-z]+", word) and "--reward" not in written:
@@ -428,7 +427,7 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
         # TARGET, RUN and the like come first and take any kind
         is_argument = index < num_arguments and not (takes_recipe and kind not in ("recipe", "code"))
         options = [option for option in load_table()["kind_options"][kind] if option in rewrite.options
-                   and (option not in written or option == "--data")]
+                   and (option not in written or (option == "--data" and kind != "hub"))]
         if is_argument or not options:
             unplaced.append(word)
             continue
@@ -506,8 +505,9 @@ def _build_error(parser: argparse.ArgumentParser, rewrite: Rewrite) -> UserError
     program = f"megatron-sov {rewrite.other_command}" if rewrite.other_command else parser.prog
     command = f"{program} {shlex.join([*first, *words])}".strip()
     options = [f"{option} {value}" for option, value in missing.items()]
-    line = " ".join([command, *options])
-    return UserError(f"{parser.prog}: {_join_messages(rewrite)}", Fix(line, before=tuple(rewrite.before)))
+    output = [f"> {shlex.quote(rewrite.output)}"] if rewrite.output else []
+    lines = [*rewrite.before, " ".join([command, *options, *output]), *rewrite.after]
+    return UserError(f"{parser.prog}: {_join_messages(rewrite)}", Fix(lines[-1], before=tuple(lines[:-1])))
 
 
 def _order_positionals(parser: argparse.ArgumentParser, rewrite: Rewrite, words: list[str]
@@ -590,9 +590,8 @@ def _drop_repeated(parser: argparse.ArgumentParser, rewrite: Rewrite) -> list[st
                 continue
         elif name in single:
             key = name
-            typed = find_value(rewrite.typed, name)
-            typed = rewrite.resumed_run if name == "--run" and rewrite.resumed_run else typed
-            is_repeated = key in chosen or bool(rewrite.resumed_run)
+            typed = rewrite.overruled.get(name) or find_value(rewrite.typed, name)
+            is_repeated = key in chosen or name in rewrite.overruled
             if is_repeated and typed and len(group) > 1 and group[1] != typed:
                 continue
         chosen[key] = group

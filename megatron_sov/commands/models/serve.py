@@ -3,11 +3,12 @@
 import dataclasses
 import importlib.util
 import os
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.base.errors import Fix, UserError, format_install_command
+from megatron_sov.base.errors import Fix, UserError, choose_free_path, format_install_command
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import DeclaredCommand, Flag, ProblemCode, SettingsProblem
 from megatron_sov.commands.shared_options import ModelPath
@@ -82,9 +83,14 @@ def _refuse_layout(options: ServeOptions) -> None:
     refused_words += [f"--set {setting}" for setting in options.settings
                       if setting.partition("=")[0] != PRECISION_KEY]
     if is_hf_folder(options.target) and (refused_words or num_ranks(options.nproc) > 1):
+        target = choose_free_path(f"{options.target.name}-checkpoint")
+        conversion = shlex.join(["megatron-sov", "convert", "from-hf", str(options.target), target])
+        required = [] if "parallel.sp=true" in options.settings else ["--set", "parallel.sp=true"]
+        is_split = any(setting.startswith("parallel.tp=") for setting in options.settings)
         raise UserError(f"{', '.join(refused_words) or 'several processes'}: {options.target} is a Hugging "
-                        "Face folder, which transformers runs in one process; leave it out, or serve a "
-                        "checkpoint from `megatron-sov convert from-hf`", Fix(left_out=tuple(refused_words)))
+                        "Face folder, which transformers runs in one process; a checkpoint runs in several",
+                        Fix(words={str(options.target): target}, before=(conversion,),
+                            options=tuple(required * is_split)))
 
 
 SERVE = DeclaredCommand(ServeOptions, check_serve, "megatron_sov.commands.models.serve_run:serve_target")

@@ -64,20 +64,21 @@ class RoundsRequest(TrainingRequest):
 
 
 @dataclass(frozen=True)
-class CycleRequest:
-    """Checked input for `cycle_run.run_cycle`."""
-
-    options: RlRunOptions
-    rounds: RoundsRequest
-
-
-@dataclass(frozen=True)
 class EnvironmentRequest:
     """A tool environment with settings and `EpisodeLimits`."""
 
     order: PluginRequest
     version: str
     limits: EpisodeLimits
+
+
+@dataclass(frozen=True)
+class CycleRequest:
+    """Checked input for `cycle_run.run_cycle`."""
+
+    options: RlRunOptions
+    rounds: RoundsRequest
+    environment: EnvironmentRequest | None
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def check_cycle(options: RlRunOptions) -> CycleRequest | TrainingRequest:
     # checked before anything is written; the first process runs the servers
     if options.engine != MEGATRON and is_first_rank():
         check_vllm_program(options.engine_url, options.engine_python)
-    return CycleRequest(options, check_rounds(options, is_asked=options.environment is None))
+    rounds = check_rounds(options, is_asked=options.environment is None)
+    return CycleRequest(options, rounds, resolve_environment(options, rounds.config))
 
 
 def check_generate(options: RlGenerateOptions) -> RolloutsRequest:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from megatron_sov.commands.rl.checks import (
-    CycleRequest, RoundsRequest, check_sequence_length, count_max_tokens, resolve_environment)
+    CycleRequest, RoundsRequest, check_sequence_length, count_max_tokens)
 from megatron_sov.commands.rl.generation import GenerationBuilder
 from megatron_sov.commands.rl.options import VALIDATION_OPTION
 from megatron_sov.commands.train.setup.training import TrainingRequest
@@ -117,10 +117,10 @@ class RolloutBuilder:
     def open(cls, request: CycleRequest) -> "RolloutBuilder":
         """Open the start, and check that responses fit the context length."""
         options, config, start = request.options, request.rounds.config, find_target(request.rounds.start)
-        environment = resolve_environment(options, config)
-        check_sequence_length(config.rollout, environment, start)
+        check_sequence_length(config.rollout, request.environment, start)
         generation = GenerationBuilder(
-            options=options, config=config, start=start, engine_name=options.engine, environment=environment,
+            options=options, config=config, start=start, engine_name=options.engine,
+            environment=request.environment,
             provenance={"engine": options.engine, "environment": options.environment,
                         "reward": options.reward})
         return cls(request=request, generation=generation, servers=_build_servers(request, start))

@@ -8,7 +8,7 @@ from megatron_sov.commands.train.setup.feasibility import refuse_unfit
 from megatron_sov.commands.train.setup.stage_options import ExtendOptions
 from megatron_sov.commands.train.setup.starts import find_start, refuse_many_converters
 from megatron_sov.commands.train.setup.training import ExtensionRequest, check_extension
-from megatron_sov.commands.train.training_run import check_rank_memory, convert_start, load_objective
+from megatron_sov.commands.train.training_run import convert_start, load_objective
 from megatron_sov.model.objectives import get_factory
 from megatron_sov.plan.footprint.gpu_capacity import estimate_memory
 from megatron_sov.post.extend.running import run_stages
@@ -58,6 +58,5 @@ def _plan_checked_stages(request: ExtensionRequest) -> list[PlannedStage]:
         stage.config.check(num_ranks(options.nproc))
         refuse_unfit(request.request, stage.config, None, options.nproc, is_initial=False,
                      dry_run=options.dry_run)
-        check_rank_memory(stage.config)
         stage.folder.enter(stage.config, options.resume)
     return stages

@@ -13,14 +13,10 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.commands.train.kinds import STAGE_KINDS, TrainingKind
 from megatron_sov.commands.train.setup.training import TrainingRequest
 from megatron_sov.engine.parallel import launcher
-from megatron_sov.engine.parallel.device import on_gpu
-from megatron_sov.engine.parallel.gpu_setup import get_gpu
 from megatron_sov.model.config import RunConfig
 from megatron_sov.model.objectives import Factory, get_factory
 from megatron_sov.model.pretrained import find_hub_name, is_hf_folder
-from megatron_sov.plan.footprint.gpu_capacity import refuse_on_this_node, refuse_too_large
 from megatron_sov.runs.folder import RunFolder
-from megatron_sov.runs.launch_environment import has_launcher, num_ranks
 from megatron_sov.train.stages.launch import report_completion, run_stage
 from megatron_sov.train.stages.shared_copies import (
     SHARED, STAMPS, digest_files, digest_stats, find_copy, list_model_files)
@@ -46,7 +42,6 @@ def run_training(request: TrainingRequest, fill_stage: FillStage | None = None) 
     if request.completion is not None:
         report_completion(folder, request.config, request.completion, dry_run=options.dry_run)
         return
-    check_rank_memory(request.config)
     request = convert_request_start(request)
     kind, config = STAGE_KINDS[options.stage], request.config
     stage = Stage(
@@ -63,17 +58,6 @@ def load_objective(kind: TrainingKind, config: RunConfig) -> Factory:
     loaded: Any = import_reference(kind.objective)
     factory: Factory = loaded(config) if kind.is_chosen_by_settings else loaded
     return factory
-
-
-def check_rank_memory(config: RunConfig) -> None:
-    """Refuse a run too large for this process, if it is a rank under torchrun or Slurm; otherwise
-    `setup.feasibility` has checked the machine."""
-    if not has_launcher():
-        return
-    gpu = get_gpu() if on_gpu() else None
-    refuse_on_this_node(config, None, gpu)
-    if gpu is not None:
-        refuse_too_large(config, num_ranks(None), gpu)
 
 
 def convert_request_start(request: TrainingRequest) -> TrainingRequest:

@@ -16,7 +16,6 @@ from megatron_sov.base.errors import UserError, first_error_line
 from megatron_sov.model.config import RunConfig
 from megatron_sov.runs.gpu_driver import list_visible_gpus
 from megatron_sov.runs.launch_environment import local_gpu_index
-from megatron_sov.work.clusters.chips import Gpu
 from megatron_sov.work.clusters.units import GIB
 
 DETERMINISM_VARIABLES = {
@@ -99,12 +98,6 @@ def set_run_variables(config: RunConfig) -> None:
         raise UserError("parallel.expert_overlap = micro_batches: the environment has "
                         f"{MAX_CONNECTIONS_VARIABLE}=1, with which messages wait for products; unset it or "
                         "use 32")
-
-
-def get_gpu() -> Gpu:
-    """Return this process's GPU model and memory."""
-    properties = torch.cuda.get_device_properties(local_gpu_index(torch.cuda.device_count()))
-    return Gpu(properties.name, properties.total_memory)
 
 
 def select_gpu(store: dist.Store, rank: int, size: int, needs_bytes: int,

@@ -89,7 +89,7 @@ class DataConfig:
     """Curriculum phases in order."""
     max_epochs: Annotated[float, Ge(0)] = 4.0
     """Passes over a source above which the run warns, because more than about four passes help little (arXiv
-    2305.16264). A run longer than 20 passes is rejected unless you set its length. 0: no limit."""
+    2305.16264). A longer run than 20 passes (200, if you set its length) is rejected. 0: no limit."""
     skip_steps: tuple[tuple[AtLeastOne, AtLeastOne], ...] = ()
     """Ranges [first, last] of optimizer steps (from 1) whose samples are skipped."""
     prefetch_steps: Annotated[NotNegativeInt, Le(10_000)] = 2

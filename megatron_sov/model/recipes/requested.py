@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from megatron_sov.base.errors import Fix, UserError, suggest_download
+from megatron_sov.base.hints.paths import list_data
 from megatron_sov.base.plugins.loading import is_reference, load_plugin
 from megatron_sov.base.plugins.registry import Registry, suggest_same_family
 from megatron_sov.base.settings import (
@@ -265,8 +266,9 @@ def request_training(args: TrainingOptions, objective: BuiltIn, *, needs_data: b
     """
     request = request_recipe(args, of_model)
     if needs_data and not args.data and not request.base.data.paths:
+        local = list_data(objectives.COMMAND_FORMATS[objective][0])
         raise UserError("--data: is missing; pass a file of chats, pairs or text, or a folder made by "
-                        "`sov-data pack`", Fix(options=("--data", "DIR")))
+                        "`sov-data pack`", Fix(options=("--data", *(local[:1] or ["DIR"]))))
     learned = request.base.objective
     has_stages = lengthens and request.base.extend.stages and not request.from_file
     if learned.name == "lm" or has_stages:  # "lm" is the default of recipes without an objective

@@ -54,10 +54,6 @@ class JobAttempt:
     end: dict[str, Any] | None
     """`end` event; None: still running, or interrupted."""
 
-    @property
-    def has_progress(self) -> bool:
-        return self.end is not None and self.end["progress"] > self.progress
-
 
 class AttemptHistory:
     """Attempts by one job, from `attempts.jsonl`."""
@@ -99,7 +95,7 @@ class AttemptHistory:
             if attempt.end is None:
                 continue
             # progress resets the count, so a run may fail once a day for weeks
-            if attempt.has_progress:
+            if attempt.end["progress"] > attempt.progress:
                 break
             if not attempt.end["sick"]:
                 count += 1
@@ -110,17 +106,9 @@ class AttemptHistory:
 
     def record_end(self, restart: int, outcome: str, reason: str, progress: int, *,
                    blamed: list[str] | None = None, sick: list[str] | None = None) -> None:
-        """Write an attempt's `end` event.
-
-        Args:
-            restart: the attempt's number.
-            outcome: complete, gate, mistake, cancelled, stopped, crash, hang, corruption, cut_off or
-                sick_nodes.
-            reason: one sentence.
-            progress: current value of `measure_progress`.
-            blamed: nodes with the first failure.
-            sick: nodes that failed the preflight, or computed wrong values.
-        """
+        """Write an attempt's `end` event. `outcome`: complete, gate, mistake, cancelled, stopped, crash,
+        hang, corruption, cut_off or sick_nodes; `reason`: one sentence; `blamed`: nodes with the first
+        failure; `sick`: nodes that failed the preflight, or computed wrong values."""
         self._write_event("end", restart, outcome=outcome, reason=reason, progress=progress,
                           blamed=blamed or [], sick=sick or [])
 
@@ -225,15 +213,9 @@ def find_sick_nodes(folder: Path, nodes: list[str], limits: dict[str, Any]) -> d
 
 def _describe_problem(r: NodeReport, limits: dict[str, Any], usual_s: float, usual_checksum: float,
                       num_gpus: int) -> str:
-    """Return the first violated limit in a report, or "".
-
-    Args:
-        r: the rank's report.
-        limits: see `find_sick_nodes`.
-        usual_s: median `matmul_s` over the ranks.
-        usual_checksum: checksum of the majority.
-        num_gpus: GPUs visible to the node's ranks together.
-    """
+    """Return the first violated limit in a report, or "". `limits`: see `find_sick_nodes`; `usual_s`: median
+    `matmul_s` over the ranks; `usual_checksum`: checksum of the majority; `num_gpus`: GPUs visible to the
+    node's ranks together."""
     skew_s, allreduce_s = r.clock_skew_s or 0.0, r.allreduce_s or 0.0
     rules = [
         (num_gpus >= limits["num_gpus"], f"{num_gpus} GPUs, {limits['num_gpus']} wanted"),
@@ -337,11 +319,8 @@ def log_message(text: str) -> None:
 
 
 def begin_attempt(job: AttemptedJob, queue: str) -> str:
-    """Record an attempt's `begin`, and the missing `end` if Slurm interrupted the previous attempt.
-
-    Args:
-        job: the script's job.
-        queue: Slurm's jobs that hold nodes, a line "NUMBER STATE" each; ignored if `job` is missing in it.
+    """Record an attempt's `begin`, and the missing `end` if Slurm interrupted the previous attempt. `queue`:
+    Slurm's jobs that hold nodes, a line "NUMBER STATE" each; ignored if `job` is missing in it.
     """
     # Slurm may restart a complete job
     if job.options.done.is_file():

@@ -6,6 +6,7 @@ may not import them.
 
 import argparse
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -22,7 +23,8 @@ from megatron_sov.model.config import RunConfig, apply_settings, parse_data_path
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.config.run import add_rounds
 from megatron_sov.model.recipes.requested import BuiltIn, RecipeRequest, request_training
-from megatron_sov.plan.footprint.gpu_capacity import fits_gpu, refuse_on_nodes, refuse_too_large
+from megatron_sov.plan.footprint.gpu_capacity import (
+    can_run, get_usable_bytes, refuse_on_nodes, refuse_too_large)
 from megatron_sov.plan.pricing import Machines
 from megatron_sov.plan.search.local_search import choose_layout, leaves_layout_open
 from megatron_sov.plan.search.recommended_layouts import sets_layout
@@ -215,17 +217,9 @@ def check_stage(stage: str) -> None:
 
 def build_stage_work(stage: str, arguments: list[str], commands: Commands,
                      has_gpus: bool | None = None) -> StageWork:
-    """Parse a stage's arguments, without reading the named files.
-
-    Args:
-        stage: name in `STAGES`.
-        arguments: words after the stage's command.
-        commands: parsers for the stages' commands.
-        has_gpus: GPUs in the nodes; None: decided by this machine.
-
-    Raises:
-        UserError: unknown stage, or invalid arguments or settings.
-    """
+    """Parse a stage's arguments, without reading the named files. `commands`: parsers for the stages'
+    commands; `has_gpus`: GPUs in the nodes, None: decided by this machine. Raises `UserError`: unknown stage,
+    or invalid arguments or settings."""
     check_stage(stage)
     # the parsers of sov-tokenizer and sov-data are not in `commands`: parse their paths only
     if stage not in commands:
@@ -377,23 +371,14 @@ def check_inputs(work: StageWork, promised: set[Path]) -> None:
 
 def find_layouts(work: StageWork, profile: ClusterProfile, num_nodes: int, min_nodes: int,
                  settings: dict[int, tuple[str, ...]]) -> dict[int, tuple[str, ...]]:
-    """Return number of nodes -> settings, for valid layouts on `min_nodes` to `num_nodes`.
-
-    If the user sets no layout, a search chooses one for the profile's GPUs (`plan.search.local_search`).
-
-    Args:
-        work: a training stage.
-        profile: the cluster.
-        num_nodes: requested nodes.
-        min_nodes: smallest number of nodes to continue with.
-        settings: number of nodes -> settings for this number.
-
-    Raises:
-        UserError: the layout does not fit `num_nodes`, `min_nodes` or a key in `settings`, or exceeds memory.
-    """
+    """Return number of nodes -> settings, for valid layouts on `min_nodes` to `num_nodes`; `settings` are for
+    single numbers. If the user sets no layout, a search chooses one for the profile's GPUs
+    (`plan.search.local_search`). Raises `UserError`: the layout does not fit `num_nodes`, `min_nodes` or a
+    key in `settings`, or exceeds memory."""
     assert work.config is not None, work.stage
     layouts: dict[int, tuple[str, ...]] = {}
     profile_ranks, gpu = profile.tasks_per_node, profile.gpu if profile.gpus_per_node else ""
+    limit_bytes = get_usable_bytes(CHIPS[gpu]) if gpu else math.inf
     layout: tuple[str, ...] = ()
     # after a loss of nodes, a job continues with any smaller number in the result
     for count in range(num_nodes, min_nodes - 1, -1):
@@ -401,7 +386,8 @@ def find_layouts(work: StageWork, profile: ClusterProfile, num_nodes: int, min_n
         # a layout from the user is never replaced
         if not work.layout_open or sets_layout(node_settings):
             chosen = node_settings
-        elif layout and _layout_fits(apply_settings(work.config, [*layout, *node_settings]), num_ranks, gpu):
+        elif layout and can_run(apply_settings(work.config, [*layout, *node_settings]), num_ranks,
+                                limit_bytes):
             chosen = (*layout, *node_settings)
         else:
             layout, _ = choose_layout(apply_settings(work.config, list(node_settings)),
@@ -409,7 +395,7 @@ def find_layouts(work: StageWork, profile: ClusterProfile, num_nodes: int, min_n
                                       (*work.settings, *node_settings))
             chosen = (*layout, *node_settings)
         config = apply_settings(work.config, list(chosen)) if chosen else work.config
-        _refuse_missing_dispatcher(config, profile)
+        _refuse_missing_kernels(config, profile)
         problems = config.problems(num_ranks)
         if not problems:
             if gpu:
@@ -425,13 +411,13 @@ def find_layouts(work: StageWork, profile: ClusterProfile, num_nodes: int, min_n
     return layouts
 
 
-def _refuse_missing_dispatcher(config: RunConfig, profile: ClusterProfile) -> None:
-    dispatcher = config.parallel.expert_dispatcher
-    if config.model.num_moe_layers() and dispatcher not in profile.dispatchers:
-        raise UserError(f"parallel.expert_dispatcher = {dispatcher}: the profile's dispatchers are "
-                        f"{', '.join(profile.dispatchers)}; choose one of them, or add {dispatcher} to the "
-                        "profile once its kernels import in the job's Python (`megatron-sov doctor`)")
-
-
-def _layout_fits(config: RunConfig, num_ranks: int, gpu: str) -> bool:
-    return not config.problems(num_ranks) and (not gpu or fits_gpu(config, num_ranks, CHIPS[gpu]))
+def _refuse_missing_kernels(config: RunConfig, profile: ClusterProfile) -> None:
+    """Refuse dispatchers and CUDA graphs that the profile does not list."""
+    dispatchers = [config.parallel.expert_dispatcher] if config.model.num_moe_layers() else []
+    for setting, values, field, allowed in (
+            ("parallel.expert_dispatcher", dispatchers, "dispatchers", profile.dispatchers),
+            ("gpu.cuda_graphs", config.gpu.cuda_graphs, "cuda_graphs", profile.cuda_graphs)):
+        if missing := ", ".join(value for value in values if value not in allowed):
+            raise UserError(f"{setting} = {missing}: the profile's {field} are "
+                            f"{', '.join(allowed) or 'empty'}; change the setting, or add {missing} to the "
+                            "profile once it works in the job's Python (`megatron-sov doctor`)")

@@ -240,14 +240,8 @@ def _count_mask_elements(tokens: int, window: int) -> int:
 
 def count_stored_bytes(config: RunConfig, row_tokens: int, kind: LayerKind, saved: SavedActivations) -> int:
     """Return a layer's bytes that stay on the device until its backward pass, under `train.recompute` and
-    `gpu.offload_modules`.
-
-    Args:
-        config: the run.
-        row_tokens: tokens in a micro-batch, over all context-parallel processes.
-        kind: the layer's kind.
-        saved: result from `estimate_saved`.
-    """
+    `gpu.offload_modules`. `row_tokens`: tokens in a micro-batch, over all context-parallel processes;
+    `saved`: result from `estimate_saved`."""
     # Full recomputation only saves the layer's input.
     if config.train.recompute is True:
         hidden = count_tokens(config, row_tokens).share * config.model.hidden_size

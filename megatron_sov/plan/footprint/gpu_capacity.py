@@ -95,8 +95,9 @@ def get_usable_bytes(gpu: Gpu) -> int:
     return int(USABLE_SHARE * gpu.memory_bytes)
 
 
-def fits_gpu(config: RunConfig, num_ranks: int, gpu: Gpu) -> bool:
-    return find_fullest_stage(config, num_ranks)[1].total <= get_usable_bytes(gpu)
+def can_run(config: RunConfig, num_ranks: int, limit_bytes: float) -> bool:
+    """Return whether a run's settings are valid and its fullest process needs at most `limit_bytes`."""
+    return not config.problems(num_ranks) and find_fullest_stage(config, num_ranks)[1].total <= limit_bytes
 
 
 def find_imbalance_limit(config: RunConfig, num_ranks: int, gpu: Gpu) -> float:
@@ -106,8 +107,8 @@ def find_imbalance_limit(config: RunConfig, num_ranks: int, gpu: Gpu) -> float:
     num_steps = math.ceil((largest - 1) / IMBALANCE_STEP)
 
     def is_too_large(step: int) -> bool:
-        return not fits_gpu(_set_gpu(config, expert_imbalance=min(largest, 1 + IMBALANCE_STEP * step)),
-                            num_ranks, gpu)
+        changed = _set_gpu(config, expert_imbalance=min(largest, 1 + IMBALANCE_STEP * step))
+        return find_fullest_stage(changed, num_ranks)[1].total > get_usable_bytes(gpu)
 
     first = bisect.bisect_left(range(num_steps + 1), True, key=is_too_large)
     if first > num_steps:
@@ -128,8 +129,7 @@ def spill_experts(config: RunConfig, num_ranks: int, gpu: Gpu) -> str:
     if config.gpu.expert_spill or config.parallel.ep == 1:
         return ""
     for limit in SPILL_LIMITS:
-        changed = _set_gpu(config, expert_spill=limit)
-        if not changed.problems(num_ranks) and fits_gpu(changed, num_ranks, gpu):
+        if can_run(_set_gpu(config, expert_spill=limit), num_ranks, get_usable_bytes(gpu)):
             return f"gpu.expert_spill={limit}"
     return ""
 
@@ -248,24 +248,17 @@ def refuse_on_this_node(config: RunConfig, nproc: int | None, gpu: Gpu | None) -
 
 
 def refuse_on_this_machine(config: RunConfig, nproc: int | None) -> None:
-    """Refuse a run that does not fit this machine's visible GPUs, or, without GPUs, its host memory: then
-    only the local processes' weights, gradients and optimizer states count.
-
-    Args:
-        config: the run.
-        nproc: local processes; processes under a launcher check themselves.
-
-    Raises:
-        UserError: with needed and present memory.
-    """
-    if has_launcher():
+    """Refuse a run that does not fit this machine's visible GPUs, or, without GPUs and launcher, its host
+    memory: then only the local processes' weights, gradients and optimizer states count. Under a launcher,
+    the first process of each machine checks. Raises `UserError`: with needed and present memory."""
+    if has_launcher() and os.environ.get("LOCAL_RANK", "0") != "0":
         return
     count = num_ranks(nproc)
     gpus = [Gpu(gpu.name, gpu.memory_bytes) for gpu in list_visible_gpus()[:count]]
-    for gpu in gpus:
+    for gpu in dict.fromkeys(gpus):
         refuse_too_large(config, count, gpu)
     refuse_on_this_node(config, nproc, gpus[0] if gpus else None)
-    if gpus or os.path.exists(DRIVER_FILE):
+    if gpus or has_launcher() or os.path.exists(DRIVER_FILE):
         return
     pp, total_bytes = config.parallel.pp, psutil.virtual_memory().total
     longest = max(phase.seq_len for phase in config.data.phases)
@@ -293,7 +286,7 @@ def _refuse_offload(config: RunConfig, count: int, ranks: Sequence[int], memory_
         nearest = round(nearest - 0.01, 2)
         changed = _set_gpu(config, optimizer_offload=nearest)
     advice = "no share fits both host and GPU: use more GPUs, or nodes with more memory"
-    if gpu is None or fits_gpu(changed, count, gpu):
+    if gpu is None or can_run(changed, count, get_usable_bytes(gpu)):
         advice = f"the nearest share that fits: --set gpu.optimizer_offload={nearest:g}"
     raise UserError(f"gpu.optimizer_offload = {share:g} pins {needs / GIB:.1f} GiB of host memory for the "
                     f"{len(ranks)} processes of a node, and a run may take {usable / GIB:.1f} GiB of the "

@@ -149,16 +149,9 @@ def get_largest_imbalance(config: RunConfig) -> float:
 
 def build_account(config: RunConfig, num_ranks: int, stage: int, seq_len: int,
                   imbalance: float | None = None) -> MemoryAccount:
-    """Predict the memory on the fullest process on pipeline stage `stage` (0-based).
-
-    Args:
-        config: the run.
-        num_ranks: number of processes, valid for the layout.
-        stage: pipeline stage.
-        seq_len: tokens per sample.
-        imbalance: tokens on the fullest expert-parallel rank divided by the mean; None:
-            `gpu.expert_imbalance`, or all tokens if that is less.
-    """
+    """Predict the memory on the fullest process on pipeline stage `stage` (0-based); the layout must be valid
+    for `num_ranks`. `imbalance`: tokens on the fullest expert-parallel rank divided by the mean; None:
+    `gpu.expert_imbalance`, or all tokens if that is less."""
     p, train, m = config.parallel, config.train, config.model
     states = estimate_states(config, num_ranks, stage)
     replicas = max(1, num_ranks // p.ranks_per_replica)

@@ -132,17 +132,9 @@ def _find_position(key: str, fused: bool) -> tuple[int, int]:
 @lru_cache(maxsize=256)
 def _list_layer(m: ModelConfig, tp: int, ep: int, etp: int, fused: bool, layer: int | None
                 ) -> tuple[LocalParameter, ...]:
-    """Return a layer's parameters in registration order.
-
-    Args:
-        m: model.
-        tp: tensor parallel size.
-        ep: expert parallel size.
-        etp: tensor parallel size inside experts.
-        fused: use Transformer Engine's modules, with norms inside linear layers, and all experts' first
-            matrices before the second matrices.
-        layer: layer in the trunk; None: a prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2).
-    """
+    """Return a layer's parameters in registration order. `fused`: use Transformer Engine's modules, with
+    norms inside linear layers, and all experts' first matrices before the second matrices; `layer`: layer in
+    the trunk, None: a prediction layer (DeepSeek-V3, arXiv 2412.19437, section 2.2)."""
     weights = [weight for weight in layer_weights(m) if not weight.is_buffer
                and (weight.predicts if layer is None else layer in weight.layers)]
     weights.sort(key=lambda weight: _find_position(weight.key, fused))
@@ -239,14 +231,8 @@ def count_quantized_bytes(config: RunConfig, stage: int) -> int:
 
 
 def count_replaced_bytes(config: RunConfig, stage: int, elements: int) -> int:
-    """Return the bf16 bytes that `train.fp8_weights` saves on a process on a stage. Under mxfp8,
-    megatron-core still has the buffer that gathers the remaining weights.
-
-    Args:
-        config: the run.
-        stage: pipeline stage (0-based).
-        elements: all weights on the process.
-    """
+    """Return the bf16 bytes that `train.fp8_weights` saves on a process on a stage; `elements`: all weights
+    on the process. Under mxfp8, megatron-core still has the buffer that gathers the remaining weights."""
     if not config.train.fp8_weights:
         return 0
     in_8_bits = sum(part.count * part.numel for part in iter_quantized(config, stage))

@@ -65,9 +65,7 @@ class SweepReport:
         rows = []
         for i, layout in enumerate(self.search.best[:MAX_LAYOUTS], 1):
             row = [f"{i}", format_layout(layout.choice), format_gib(layout.needs_bytes)]
-            for sweep, result in zip(self.search.sweeps, self.search.find_results(layout.choice),
-                                     strict=True):
-                assert result is not None, layout.choice
+            for sweep, result in zip(self.search.sweeps, layout.results, strict=True):
                 row += [format_seconds(result.step_s), f"{self.compute_token_rate(sweep, result):,.0f}"]
             rows.append([*row, f"{layout.seconds / SECONDS_PER_HOUR / HOURS_PER_DAY:,.1f}"])
         return QuoteTable("Layouts, fastest first", [*head, "days"], rows)
@@ -117,14 +115,9 @@ def format_layout(choice: LayoutChoice) -> str:
         parts.append("experts' messages hidden")
     if not parts:
         parts.append("data parallel alone")
-    return ", ".join([*parts, f"micro-batch {choice.micro_batch_size}", format_recompute(choice)])
-
-
-def format_recompute(choice: LayoutChoice) -> str:
-    recompute, modules = choice.recompute
-    if recompute == "selective":
-        return f"recomputes {' + '.join(modules)}"
-    return "recomputes layers" if recompute else "recomputes nothing"
+    names = {True: "layers", False: "nothing", "selective": " + ".join(choice.recompute[1])}
+    return ", ".join([*parts, f"micro-batch {choice.micro_batch_size}",
+                      f"recomputes {names[choice.recompute[0]]}"])
 
 
 def describe_too_large(sweep: Sweep) -> list[str]:

@@ -1,6 +1,5 @@
 """Quotes for training stages on a cluster (memory, speed, time, cost), and the tables in `plan`."""
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,9 +11,8 @@ from megatron_sov.work.clusters.units import GIB, HOURS_PER_DAY, SECONDS_PER_DAY
 COMPONENTS = {"memory": "memory-bound", "launch": "kernel launches", "bubble": "pipeline bubble"} | {
     group: f"{group} messages" for group in ("tp", "cp", "ep", "pp", "dp")}
 """`StepTime` component -> label, if the component's name is ambiguous."""
-SMALL_ITEMS = "other items"
 SMALLEST_SHARE = 0.001
-"""Memory items with a smaller share are summed under `SMALL_ITEMS`."""
+"""The table leaves out memory items with a smaller share of the total."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +95,6 @@ class QuoteTotals:
     """Lowest and highest cost; equal if the profile sets the price."""
     peak_memory_bytes: int
 
-    def scale_to_tokens(self, tokens: float) -> "QuoteTotals":
-        """Scale the totals to `tokens` tokens at equal speed and stage proportions."""
-        share = tokens / self.tokens
-        low, high = self.cost_range_usd
-        return dataclasses.replace(
-            self, tokens=round(tokens), days=self.days * share, gpu_hours=self.gpu_hours * share,
-            cost_usd=self.cost_usd * share, cost_range_usd=(low * share, high * share))
-
 
 def sum_quotes(quotes: Sequence[Quote]) -> QuoteTotals:
     """Sum stages; `quotes` is not empty."""
@@ -161,7 +151,8 @@ def build_memory_table(quotes: Sequence[Quote]) -> QuoteTable:
     """Build the table with memory items on the fullest process, a column per kind of stage."""
     groups = group_quotes(quotes, lambda q: q.memory)
     memories = [group[0].memory for group in groups]
-    columns = [select_items(memory) for memory in memories]
+    columns = [{item: num_bytes for item, num_bytes in memory.by_component.items()
+                if num_bytes > SMALLEST_SHARE * memory.total_bytes} for memory in memories]
     names = list(dict.fromkeys(name for items in columns for name in items))
     rows = [[_format_name(name), *(format_gib(items.get(name, 0)) for items in columns)] for name in names]
     rows.append(["total", *(format_gib(memory.total_bytes) for memory in memories)])
@@ -174,13 +165,6 @@ def build_memory_table(quotes: Sequence[Quote]) -> QuoteTable:
     if len(stages) == 1 and quotes[0].layout.get("pp", 1) > 1:
         suffix = f", pipeline stage {stages.pop()}"
     return QuoteTable(f"Memory of the fullest GPU in GiB{suffix}", ["item", *label_groups(groups)], rows)
-
-
-def select_items(memory: QuotedMemory, share: float = SMALLEST_SHARE) -> dict[str, int]:
-    """Return item -> bytes for items above `share` of the total; `SMALL_ITEMS` sums smaller items."""
-    large = {item: n for item, n in memory.by_component.items() if n > share * memory.total_bytes}
-    rest = memory.total_bytes - sum(large.values())
-    return large | ({SMALL_ITEMS: rest} if rest > SMALLEST_SHARE * memory.total_bytes else {})
 
 
 def build_step_table(quotes: Sequence[Quote]) -> QuoteTable:

@@ -15,9 +15,9 @@ from megatron_sov.base.figures import format_days, format_share
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.recipes.requested import RecipeRequest
-from megatron_sov.plan.footprint.gpu_capacity import SPILL_LIMITS
+from megatron_sov.plan.footprint.gpu_capacity import SPILL_LIMITS, can_run
 from megatron_sov.plan.pricing import Machines, Pricing, RunStage, build_pricing
-from megatron_sov.plan.search.recommended_layouts import GRAPHS, get_recommended_settings, sets_layout
+from megatron_sov.plan.search.recommended_layouts import find_recommended, list_graphs, sets_layout
 from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, get_current_choice, iter_layouts
 from megatron_sov.plan.search.sweep import build_stage_spaces
 
@@ -82,23 +82,14 @@ def get_cluster_recommendation(config: RunConfig, machines: Machines,
                                user_settings: Sequence[str]) -> tuple[str, ...]:
     """Return the recommended settings for a run on a cluster; () if `RECOMMENDED` has none."""
     gpu = machines.profile.gpu if machines.profile.gpus_per_node else ""
-    return get_recommended_settings(config, machines.num_ranks, gpu, user_settings,
-                                    machines.profile.dispatchers)
+    return find_recommended(config, machines.num_ranks, gpu, user_settings, machines.profile) or ()
 
 
 def find_layout(config: RunConfig, machines: Machines, user_settings: Sequence[str] = ()
                 ) -> DefaultLayout | None:
-    """Search for a run's fastest layout on a cluster.
-
-    Args:
-        config: the run; kernels and precision stay fixed.
-        machines: nodes in the cluster.
-        user_settings: settings from --set, which stay fixed.
-
-    Returns:
-        The fastest layout. None: no layout fits, the profile does not describe its GPUs and links, or an RL
-        run has a valid recommended layout.
-    """
+    """Search for a run's fastest layout on a cluster; kernels, precision and `user_settings` from --set stay
+    fixed. None: no layout fits, the profile does not describe its GPUs and links, or an RL run has a valid
+    recommended layout."""
     pricing = build_pricing(machines)
     if pricing is None:
         return None
@@ -119,7 +110,7 @@ class LocalSearch:
         # recommended kernels and dispatchers stay fixed; graphs would exclude full recomputation
         recommended = get_cluster_recommendation(config, pricing.machines,
                                                  (*user_settings, "gpu.cuda_graphs=[]"))
-        self.may_graph = "gpu.cuda_graphs" not in fixed
+        self.graphs = list_graphs(fixed, pricing.machines.profile)
         may_spill = config.model.num_moe_layers() and not config.gpu.offload_modules and SPILL not in fixed
         self.own_settings = (*([f"{SPILL}={SPILL_LIMITS[0]}"] if may_spill else []), *recommended)
         self.config = apply_settings(config, list(self.own_settings))
@@ -158,34 +149,26 @@ class LocalSearch:
         current_choice = get_current_choice(self.config)
         current_cost = self.get_cost(current_choice)
         # An invalid layout has no memory account.
-        current_spare = -math.inf if current_cost == BROKEN else self.compute_spare_share(current_choice)
+        current_bytes = self.count_bytes(current_choice) or math.inf
         settings = {setting.partition("=")[0]: setting
                     for setting in (*self.own_settings, *best.list_settings(self.config))}
         stages = self._apply_to_stages(best)
         stored = [stage.with_config(apply_settings(stage.config, [f"{SPILL}=0"])) for stage in stages]
-        if self.fits(stored, searched_bytes):
+        if self.can_run(stored, searched_bytes):
             settings.pop(SPILL, None)
             stages = stored
-        graphed = [stage.with_config(apply_settings(stage.config, [GRAPHS])) for stage in stages]
-        if self.may_graph and self.fits(graphed, (1 - SPARE_SHARE) * self.pricing.limit_bytes):
-            settings[GRAPHS] = GRAPHS
+        graphed = [stage.with_config(apply_settings(stage.config, list(self.graphs))) for stage in stages]
+        if self.graphs and self.can_run(graphed, (1 - SPARE_SHARE) * self.pricing.limit_bytes):
+            settings |= {graphs: graphs for graphs in self.graphs}
             stages = graphed
             seconds = sum(self.pricing.time_step(stage).total_s * stage.steps for stage in graphed)
         spare = 1 - max(map(self.pricing.count_bytes, stages)) / self.pricing.limit_bytes
         return DefaultLayout(tuple(settings.values()), seconds,
                              current_cost[1] if current_cost[0] == 0 else math.inf,
-                             current_spare, num_priced, spare)
+                             1 - current_bytes / self.pricing.limit_bytes, num_priced, spare)
 
-    def fits(self, stages: list[RunStage], limit_bytes: float) -> bool:
-        """Return whether all stages are valid and need at most `limit_bytes` per GPU."""
-        return (not any(stage.config.problems(self.pricing.num_ranks) for stage in stages)
-                and max(map(self.pricing.count_bytes, stages)) <= limit_bytes)
-
-    def compute_spare_share(self, choice: LayoutChoice) -> float:
-        """Return the free share of usable memory on the fullest GPU; the layout must be valid."""
-        num_bytes = self.count_bytes(choice)
-        assert num_bytes is not None, choice
-        return 1 - num_bytes / self.pricing.limit_bytes
+    def can_run(self, stages: list[RunStage], limit_bytes: float) -> bool:
+        return all(can_run(stage.config, self.pricing.num_ranks, limit_bytes) for stage in stages)
 
     def count_bytes(self, choice: LayoutChoice) -> int | None:
         """Return the bytes on the fullest GPU over all stages; None if the layout breaks a rule."""
@@ -208,15 +191,14 @@ class LocalSearch:
     def get_cost(self, choice: LayoutChoice) -> LayoutCost:
         """Return a layout's cost, computed once per `limit_bytes`."""
         if choice not in self.costs:
-            self.costs[choice] = self._compute_cost(choice)
+            num_bytes = self.count_bytes(choice)
+            if num_bytes is None:
+                self.costs[choice] = BROKEN
+            elif num_bytes > self.limit_bytes:
+                self.costs[choice] = (1, num_bytes - self.limit_bytes)
+            else:
+                self.costs[choice] = (0, self.estimate_seconds(choice))
         return self.costs[choice]
-
-    def _compute_cost(self, choice: LayoutChoice) -> LayoutCost:
-        num_bytes = self.count_bytes(choice)
-        if num_bytes is None:
-            return BROKEN
-        lacks_bytes = num_bytes - self.limit_bytes
-        return (1, lacks_bytes) if lacks_bytes > 0 else (0, self.estimate_seconds(choice))
 
     def list_starts(self) -> list[LayoutChoice]:
         """Return the run's layout, and the cheapest layouts in a grid over `tp`, `pp`, `cp` and `ep`, with

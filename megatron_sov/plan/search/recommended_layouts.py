@@ -6,8 +6,9 @@ from pathlib import Path
 
 from megatron_sov.base.hints.table import load_package_table
 from megatron_sov.model.config import RunConfig, apply_settings
-from megatron_sov.plan.footprint.gpu_capacity import fits_gpu, spill_experts
+from megatron_sov.plan.footprint.gpu_capacity import can_run, get_usable_bytes, spill_experts
 from megatron_sov.work.clusters.chips import CHIPS
+from megatron_sov.work.clusters.cluster import ClusterProfile
 
 Layout = tuple[str, ...]
 """Settings for --set."""
@@ -22,7 +23,8 @@ LAYOUT_PREFIXES = ("parallel.", "train.micro_batch_size=", "train.recompute=", "
 DISPATCHER = "parallel.expert_dispatcher"
 """Setting that depends on the installed kernels: a user who sets it still gets a recommended layout."""
 GRAPHS = 'gpu.cuda_graphs=["moe_router"]'
-"""Setting that layouts get if it is valid and fits: it decides the speed with a slow host."""
+"""Setting that layouts get if the cluster profile allows it, and it is valid and fits: it decides the speed
+with a slow host."""
 
 
 def list_recommended(config: RunConfig, gpu: str) -> tuple[Layout, ...]:
@@ -32,41 +34,38 @@ def list_recommended(config: RunConfig, gpu: str) -> tuple[Layout, ...]:
 
 def find_recommended(config: RunConfig, num_ranks: int, gpu: str,
                      user_settings: Sequence[str] = (),
-                     dispatchers: Collection[str] = ()) -> Layout | None:
-    """Return the first recommended layout that is valid for `num_ranks` processes and fits, with the chip's
-    FP8 recipe; None: no layout does.
-
-    Args:
-        config: the run.
-        num_ranks: number of processes.
-        gpu: key in `CHIPS`.
-        user_settings: settings from --set, which stay: layouts with a different dispatcher are skipped.
-        dispatchers: dispatchers in the cluster's image; empty: all.
-    """
+                     profile: ClusterProfile | None = None) -> Layout | None:
+    """Return the first recommended layout that is valid for `num_ranks` processes and fits `gpu` in `CHIPS`,
+    with the chip's FP8 recipe; None: no layout does. `user_settings` from --set stay: layouts with another
+    dispatcher are skipped. `profile`: its image decides about dispatchers and CUDA graphs; None: all work."""
     fixed = {setting.partition("=")[0] for setting in user_settings}
-    allowed = [f"{DISPATCHER}={dispatcher}" for dispatcher in dispatchers]
+    allowed = [f"{DISPATCHER}={dispatcher}" for dispatcher in profile.dispatchers] if profile else []
     if DISPATCHER in fixed:
         allowed = [setting for setting in user_settings if _is_dispatcher(setting)]
+    graphs = list_graphs(fixed, profile)
     for layout in list_recommended(config, gpu):
         if allowed and any(_is_dispatcher(setting) and setting not in allowed for setting in layout):
             continue
         layout = tuple(setting for setting in (*layout, *_choose_fp8(config, gpu))
                        if setting.partition("=")[0] not in fixed)
-        graphs = () if "gpu.cuda_graphs" in fixed else (GRAPHS,)
         if (fitting := complete_layout(config, layout, num_ranks, gpu, graphs)) is not None:
             return fitting
     return None
 
 
+def list_graphs(fixed: Collection[str], profile: ClusterProfile | None) -> Layout:
+    """Return the graphs for layouts; none if the user sets them or the profile does not allow them."""
+    is_allowed = profile is None or "moe_router" in profile.cuda_graphs
+    return (GRAPHS,) if is_allowed and "gpu.cuda_graphs" not in fixed else ()
+
+
 def complete_layout(config: RunConfig, layout: Layout, num_ranks: int, gpu: str,
-                    graphs: Layout = (GRAPHS,)) -> Layout | None:
+                    graphs: Layout = ()) -> Layout | None:
     """Return a layout that is valid and fits, with `graphs` if possible, and with `gpu.expert_spill` if it
     needs the setting; otherwise None."""
     for candidate in dict.fromkeys(((*layout, *graphs), layout)):
         changed = apply_settings(config, list(candidate))
-        if changed.problems(num_ranks):
-            continue
-        if fits_gpu(changed, num_ranks, CHIPS[gpu]):
+        if can_run(changed, num_ranks, get_usable_bytes(CHIPS[gpu])):
             return candidate
         if spill := spill_experts(changed, num_ranks, CHIPS[gpu]):
             return (*candidate, spill)
@@ -86,8 +85,3 @@ def _is_dispatcher(setting: str) -> bool:
 def sets_layout(settings: Sequence[str]) -> bool:
     """Return whether a setting replaces the recommended layout."""
     return any(setting.startswith(LAYOUT_PREFIXES) and not _is_dispatcher(setting) for setting in settings)
-
-
-def get_recommended_settings(config: RunConfig, num_ranks: int, gpu: str, user_settings: Sequence[str] = (),
-                             dispatchers: Collection[str] = ()) -> Layout:
-    return find_recommended(config, num_ranks, gpu, user_settings, dispatchers) or ()

@@ -89,17 +89,12 @@ class LayoutChoice:
 
 def build_space(config: RunConfig, num_ranks: int, domain: int, fixed: Collection[str] = (),
                 extra_layers: Collection[float] = ()) -> LayoutSpace:
-    """Build the search space for a run; the run's layout is included.
+    """Build the search space for a run; the run's layout is included. Dispatcher, precision, optimizer, all
+    overlaps except the experts', and `fixed` settings (e.g. parallel.tp) keep the run's value.
 
     ZeRO-1 is on, because it saves memory and sends the same bytes; runs without it are tried both ways.
-
-    Args:
-        config: the run; dispatcher, precision, optimizer and all overlaps except the experts' stay fixed.
-        num_ranks: number of processes.
-        domain: GPUs per NVLink domain, the limit for tensor parallelism.
-        fixed: settings that keep the run's value, e.g. parallel.tp.
-        extra_layers: cost of the head and prediction layers on the last pipeline stage, in units of a layer;
-            each value adds uneven pipelines.
+    `domain`: GPUs per NVLink domain, the limit for tensor parallelism. `extra_layers`: cost of the head and
+    prediction layers on the last pipeline stage, in layers; each value adds uneven pipelines.
     """
     model, current = config.model, config.parallel
     longest = config.data.max_seq_len()

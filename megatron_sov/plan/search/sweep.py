@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from megatron_sov.base.settings import SettingsProblem
 from megatron_sov.model.config import ParallelConfig, RunConfig
 from megatron_sov.model.families.count import count_params
+from megatron_sov.plan.footprint.gpu_capacity import can_run
 from megatron_sov.plan.pricing import Pricing, RunStage, group_stages, list_run_stages, refuse_precision
 from megatron_sov.plan.search.space import (
     LayoutChoice, LayoutSpace, Recompute, build_space, iter_choices, iter_layouts)
@@ -73,6 +74,8 @@ class CommonLayout:
     """Bytes on the fullest process over all stages."""
     seconds: float
     """Predicted seconds for all steps in all stages."""
+    results: list[SweepResult]
+    """A result per kind of stage."""
 
 
 @dataclass(frozen=True)
@@ -89,11 +92,6 @@ class SweepSearch:
     @property
     def num_looked_at(self) -> int:
         return sum(sweep.num_looked_at for sweep in self.sweeps)
-
-    def find_results(self, choice: LayoutChoice) -> list[SweepResult | None]:
-        """Return a layout's result per kind of stage; None: it does not fit."""
-        return [next((result for result in sweep.ranked if result.choice == choice), None)
-                for sweep in self.sweeps]
 
 
 def search_layouts(config: RunConfig, pricing: Pricing, fixed: Collection[str] = (),
@@ -174,7 +172,8 @@ def find_common_layouts(sweeps: Iterable[Sweep]) -> list[CommonLayout]:
             fitting = [by_choice[choice] for by_choice in results]
             seconds = sum(result.step_s * sweep.stage.steps
                           for result, sweep in zip(fitting, sweeps, strict=True))
-            layouts.append(CommonLayout(choice, max(result.needs_bytes for result in fitting), seconds))
+            layouts.append(CommonLayout(choice, max(result.needs_bytes for result in fitting), seconds,
+                                        fitting))
     return sorted(layouts, key=lambda layout: (layout.seconds, layout.needs_bytes))
 
 
@@ -241,8 +240,7 @@ def has_fitting_layout(config: RunConfig, pricing: Pricing, fixed: Collection[st
             choice.parallel.tp * choice.parallel.pp * choice.parallel.ep * choice.parallel.cp))
         stages = (stage.with_config(choice.apply_to(stage.config)) for choice in choices
                   if not choice.parallel.problems(stage.config.model, pricing.num_ranks))
-        if not any(not changed.config.problems(pricing.num_ranks)
-                   and pricing.count_bytes(changed) <= pricing.limit_bytes for changed in stages):
+        if not any(can_run(changed.config, pricing.num_ranks, pricing.limit_bytes) for changed in stages):
             return False
     return True
 

@@ -217,16 +217,8 @@ PartsCache = dict[Workload, StepParts]
 
 def estimate_step(w: Workload, parameters: Parameters | None = None,
                   cache: PartsCache | None = None) -> StepTime:
-    """Estimate the seconds per step.
-
-    Args:
-        w: workload.
-        parameters: speed parameters; None: the package's.
-        cache: cache for a layout search, valid for one set of parameters.
-
-    Raises:
-        UserError: the chip has no products in the workload's precision.
-    """
+    """Estimate the seconds per step. `parameters`: None: the package's; `cache`: for a layout search, valid
+    for one set of parameters. Raises `UserError`: the chip has no products in the workload's precision."""
     p = parameters or load_default_parameters()
     clock, m = Clock(w, p), w.num_micro_batches
     # Messages between layers and stages are spread evenly over the micro-batches.

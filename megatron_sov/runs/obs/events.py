@@ -226,6 +226,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
                   "num_steps": _Whole(), "resumed_from": _Whole(), "layout": _Mapping(_Any()),
                   "headline": _List(_Mapping(_Any())), "inputs": _List(_Mapping(_Any()))},
     "phase": {"seq_len": _COUNT, "global_batch_size": _COUNT, "blend": _NUMBERS},
+    "expert_load": {"load": _List(_List(_N)), "layers": _List(_Whole())},
     "eval": {"heldout": _HELDOUT}, "needle": {"score": _N, "cells": _List(_CELL)},
     "gate": {"loss": _N, "start_loss": _N, "loss_limit": _N, "threshold": _N,
              "rows": _List(_Shape({"accuracy": _N}, ("accuracy",))), "failing_rows": _List(_Any()),

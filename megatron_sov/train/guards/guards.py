@@ -266,11 +266,8 @@ class RoutingMonitor:
                         ) -> Iterator[tuple[tuple[str, int], str]]:
         """Yield an alarm for each pipeline stage with an expert process above `gpu.expert_imbalance`."""
         parallel, num_layers = self._config.parallel, self._config.model.num_layers
-        for stage in range(parallel.pp if parallel.ep > 1 else 0):
-            on_stage = {*parallel.stage_layers(stage, num_layers)}
-            is_last = stage == parallel.pp - 1  # which holds the prediction layer
-            rows = [row for row, layer in enumerate(layers)
-                    if layer in on_stage or (is_last and layer >= num_layers)]
+        stages = routing.list_stage_rows(parallel, num_layers, layers) if parallel.ep > 1 else []
+        for rows in stages:
             load = routing.compute_process_load(counts[rows], parallel.ep) if rows else 1.0
             if load > self._config.gpu.expert_imbalance:
                 first, last = layers[rows[0]] + 1, layers[rows[-1]] + 1

@@ -69,15 +69,8 @@ def check_script(text: str) -> None:
 
 
 def submit_script(script: Path, *, after: list[str]) -> str:
-    """Submit a script with `sbatch`; return the job's number.
-
-    Args:
-        script: path of the script.
-        after: jobs that must succeed first; if a dependency fails, Slurm cancels this job.
-
-    Raises:
-        UserError: Slurm refuses the script.
-    """
+    """Submit a script with `sbatch`; return the job's number. `after`: jobs that must succeed first; if a
+    dependency fails, Slurm cancels this job. Raises `UserError`: Slurm refuses the script."""
     depends = [f"--dependency=afterok:{':'.join(after)}", "--kill-on-invalid-dep=yes"] if after else []
     result = run_slurm_program("sbatch", "--parsable", *depends, str(script))
     if result.returncode:

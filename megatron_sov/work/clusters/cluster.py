@@ -147,6 +147,8 @@ class ClusterProfile:
                                                                                         "allgather")
     """Values of `parallel.expert_dispatcher` that work in the job's Python. `plan` and `submit` recommend no
     others; deepep and hybridep need kernels in the image (docs/gpu.md)."""
+    cuda_graphs: tuple[Literal["moe_router", "moe_preprocess"], ...] = ()
+    """Values of `gpu.cuda_graphs` that the nodes' GPUs can capture. `plan` and `submit` use no others."""
     scratch: AbsolutePath = ""
     """Folder for temporary files on each node's local disk, created if missing; empty: default."""
     preflight: PreflightConfig = PreflightConfig()
@@ -204,15 +206,8 @@ class ClusterProfile:
 
 
 def compute_links(profile: ClusterProfile, num_gpus: int) -> Links:
-    """Return the interconnects for a run.
-
-    Args:
-        profile: the cluster.
-        num_gpus: GPUs of the run; within one NVLink domain no network is needed.
-
-    Raises:
-        UserError: the profile lacks the GPU model, or the network bandwidth beyond an NVLink domain.
-    """
+    """Return the interconnects for a run; within one NVLink domain no network is needed. Raises `UserError`:
+    the profile lacks the GPU model, or the network bandwidth beyond an NVLink domain."""
     chip = profile.chip
     # An NVL72 domain spans nodes; otherwise NVLink ends at the server, and a node may be part of a server.
     chip_domain = chip.nvlink_domain
@@ -267,17 +262,9 @@ def parse_node_settings(arguments: Sequence[str]) -> dict[int, tuple[str, ...]]:
 
 def load_profile(name: str, *, account: str | None = None, partition: str | None = None,
                  needs_account: bool = True) -> ClusterProfile:
-    """Load a packaged profile or a YAML file.
-
-    Args:
-        name: name of a packaged profile, or path ending with .yaml.
-        account: Slurm account, overrides the profile's.
-        partition: partition, overrides the profile's.
-        needs_account: require an account if the profile leaves it to the command line.
-
-    Raises:
-        UserError: the profile does not exist or is invalid.
-    """
+    """Load a packaged profile, or a YAML file if `name` ends with .yaml; `account` and `partition` override
+    the profile's. `needs_account`: require an account if the profile leaves it to the command line. Raises
+    `UserError`: the profile does not exist or is invalid."""
     if name.endswith((".yaml", ".yml")):
         file = Path(name)
         if not file.is_file():

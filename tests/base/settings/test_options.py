@@ -10,8 +10,9 @@ import pytest
 
 from data_prep import cli as data_cli
 from megatron_sov import cli
-from megatron_sov.base.command_line import PROGRAMS, Parser, build_full_parser, import_commands
+from megatron_sov.base.command_line import Parser
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.hints.commands import PROGRAMS, build_full_parser, import_commands
 from megatron_sov.base.settings import (
     NO_FLAG, AtLeastOne, Flag, Fraction, ProblemCode, SettingsError, SettingsProblem, add_options, options,
     read_options)

@@ -79,13 +79,19 @@ def test_a_job_with_fewer_nodes_keeps_its_layout_if_it_fits() -> None:
         assert not apply_settings(config, list(settings)).problems(nodes * H100.tasks_per_node)
 
 
-def test_a_dispatcher_that_the_image_lacks_is_refused() -> None:
-    hybrid = ("parallel.ep=16", "parallel.pp=4", "parallel.expert_dispatcher=hybridep")
-    options = [word for setting in hybrid for word in ("--set", setting)]
-    with pytest.raises(UserError, match=r"^parallel\.expert_dispatcher = hybridep: the profile's dispatchers "
-                                        r"are alltoall, allgather; choose one of them, or add hybridep"):
+@pytest.mark.each(("setting", "fields", "message"), [
+    ("parallel.expert_dispatcher=hybridep", {"dispatchers": ("hybridep",)},
+     "dispatchers are alltoall, allgather; change the setting, or add hybridep to"),
+    ('gpu.cuda_graphs=["moe_router"]', {"cuda_graphs": ("moe_router",)},
+     "cuda_graphs are empty; change the setting, or add moe_router to")])
+def test_kernels_that_the_profile_does_not_list_are_refused(setting: str, fields: dict[str, Any],
+                                                            message: str) -> None:
+    chosen = ("parallel.pp=8", "train.recompute=selective", "gpu.expert_spill=1.2",
+              'gpu.recompute_modules=["layernorm", "moe_act"]', setting)
+    options = [word for change in chosen for word in ("--set", change)]
+    with pytest.raises(UserError, match=rf"^{setting.partition('=')[0]} = .*: the profile's {message}"):
         find_layouts(*options)
-    built = dataclasses.replace(H100, dispatchers=("alltoall", "hybridep"))
+    built = dataclasses.replace(H100, **fields)
     assert prepare_job("pretrain", (*SOLAR, *options), built, nodes=64).jobs[0].layouts == {64: ()}
 
 

@@ -11,13 +11,12 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
 from megatron_sov.model.families.count import TABLES, count_params
 from megatron_sov.plan.footprint.gpu_capacity import (
-    find_fullest_stage, find_imbalance_limit, find_nearest_layout, fits_gpu, list_changed_settings,
-    refuse_too_large)
+    can_run, find_fullest_stage, find_imbalance_limit, find_nearest_layout, get_usable_bytes,
+    list_changed_settings, refuse_too_large)
 from megatron_sov.plan.footprint.stage_parameters import list_stage_parameters
 from megatron_sov.plan.pricing import list_run_stages, load_machines
 from megatron_sov.plan.search.local_search import get_cluster_recommendation
-from megatron_sov.plan.search.recommended_layouts import (
-    GRAPHS, RECOMMENDED, find_recommended, get_recommended_settings, sets_layout)
+from megatron_sov.plan.search.recommended_layouts import GRAPHS, RECOMMENDED, find_recommended, sets_layout
 from megatron_sov.work.clusters.chips import CHIPS, Gpu
 from megatron_sov.work.clusters.units import GIB
 from tests.plan.stage_counts import count_stage_params
@@ -50,7 +49,7 @@ def test_the_nearest_layout_is_the_one_with_fewest_doublings() -> None:
     for change in ({"pp": 2}, {"ep": 32}, {"ep": 8}, {"tp": 2, "sp": True}, {"ep": 8, "pp": 2}, {"ep": 64},
                    {"pp": 2, "ep": 32}):
         other = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, **change))
-        if other.problems(512) or not fits_gpu(other, 512, gpu):
+        if not can_run(other, 512, get_usable_bytes(gpu)):
             continue
         _, account = find_fullest_stage(other, 512)
         _, nearest_account = find_fullest_stage(dataclasses.replace(config, parallel=result), 512)
@@ -82,8 +81,8 @@ def test_every_recommended_layout_is_valid_and_fits(recipe: str) -> None:
             layout = find_recommended(config, num_ranks, gpu)
             assert layout is not None, (gpu, num_ranks)
             assert sets_layout(layout) or layout in ((), ("gpu.attention=fused",))
-            run = apply_settings(config, list(get_recommended_settings(config, num_ranks, gpu)))
-            assert run == apply_settings(config, list(layout)) and not run.problems(num_ranks)
+            run = apply_settings(config, list(layout))
+            assert not run.problems(num_ranks)
             refuse_too_large(run, num_ranks, CHIPS[gpu])
 
 
@@ -103,8 +102,8 @@ def test_a_layout_without_memory_for_uneven_experts_is_refused_unless_allowed() 
     config = apply_settings(config, layout)
     limit = find_imbalance_limit(config, 512, gpu)
     loads = [1 + 0.05 * step for step in range(301)]
-    fitting = [load for load in loads
-               if fits_gpu(apply_settings(config, [f"gpu.expert_imbalance={load}"]), 512, gpu)]
+    fitting = [load for load in loads if can_run(
+        apply_settings(config, [f"gpu.expert_imbalance={load}"]), 512, get_usable_bytes(gpu))]
     assert fitting == loads[:len(fitting)] and limit == pytest.approx(fitting[-1]) and 1.5 < limit < 1.6
     with pytest.raises(UserError, match=rf"on each process of pipeline stage 1 at gpu\.expert_imbalance = 2, "
                        rf"up to {limit} fits .*; it fits with: --set gpu\.expert_spill=1\.2$"):
@@ -125,8 +124,7 @@ def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(rec
     reached = []
     for settings, dispatcher in (([], "hybridep"), (["parallel.expert_dispatcher=alltoall"], "alltoall")):
         config = apply_settings(recipes.get(recipe), settings)
-        recommended = get_recommended_settings(config, where.num_ranks, gpu, settings)
-        run = apply_settings(config, list(recommended))
+        run = apply_settings(config, [*(find_recommended(config, where.num_ranks, gpu, settings) or ())])
         assert run.parallel.expert_overlap == "micro_batches"
         assert run.train.fp8 == ("mxfp8" if gpu == "b200" else "blockwise"), "Blackwell emulates blockwise"
         assert run.parallel.expert_dispatcher == dispatcher
@@ -134,28 +132,28 @@ def test_recommended_layouts_hide_messages_and_reach_their_share_of_the_peak(rec
     assert reached[0] > share > reached[1]
 
 
-def test_a_profile_without_hybridep_gets_layouts_without_it() -> None:
+def test_a_profile_decides_about_hybridep_and_graphs() -> None:
     config, where = recipes.get("k-exaone-236b"), load_machines("h100", 64)
-    hybrid, plain = (get_cluster_recommendation(config, dataclasses.replace(
-        where, profile=dataclasses.replace(where.profile, dispatchers=dispatchers)), ())
-        for dispatchers in (("alltoall", "hybridep"), ("alltoall",)))
-    assert "parallel.expert_dispatcher=hybridep" in hybrid
-    assert plain and not any(setting.startswith("parallel.expert_dispatcher") for setting in plain)
-    assert get_cluster_recommendation(config, where, ()) == plain
+    hybrid, graphed, plain = (get_cluster_recommendation(config, dataclasses.replace(
+        where, profile=dataclasses.replace(where.profile, **fields)), ()) for fields in (
+            {"dispatchers": ("alltoall", "hybridep")}, {"cuda_graphs": ("moe_router",)}, {}))
+    assert "parallel.expert_dispatcher=hybridep" in hybrid and GRAPHS not in hybrid
+    assert GRAPHS in graphed and plain == tuple(setting for setting in graphed if setting != GRAPHS)
+    assert not any(setting.startswith("parallel.expert_dispatcher") for setting in plain)
 
 
 def test_user_settings_stay_under_a_recommended_layout() -> None:
     config = recipes.get("solar-open-102b-mid")
-    assert "gpu.attention=fused" in get_recommended_settings(config, 480, "b200")
+    assert "gpu.attention=fused" in (find_recommended(config, 480, "b200") or ())
     settings = ["gpu.attention=local"]
-    own = get_recommended_settings(apply_settings(config, settings), 480, "b200", settings)
+    own = find_recommended(apply_settings(config, settings), 480, "b200", settings)
     assert own and not any(setting.startswith("gpu.attention") for setting in own)
 
 
 def test_a_recipe_without_recommendations_keeps_its_layout() -> None:
     tiny = recipes.get("tiny-solar-open")
-    assert get_recommended_settings(tiny, 8, "h100") == () and get_recommended_settings(tiny, 8, "") == ()
-    assert fits_gpu(tiny, 1, Gpu("a small one", 1 * GIB))
+    assert find_recommended(tiny, 8, "h100") == find_recommended(tiny, 8, "") is None
+    assert can_run(tiny, 1, 1 * GIB)
 
 
 def list_large_runs(every: bool) -> list[tuple[RunConfig, list[tuple[int, int]]]]:

@@ -37,6 +37,9 @@ class PlanOptions(RecipeOptions):
     cluster: Annotated[str | None, Flag(value="PROFILE", help=CLUSTER)] = None
     nodes: AtLeastOne | None = None
     """Nodes in --cluster (default 1)."""
+    routes: Annotated[Path | None, Flag(value="RUN")] = None
+    """Price experts on --cluster with the loads that RUN, a run of the same model, recorded at its
+    evaluations."""
     sweep: bool = False
     """Compare all layouts on --cluster, take the fastest that fits, and explain the choice; --set parallel.*
     restricts the layouts."""
@@ -68,9 +71,10 @@ class LayoutProof(PlanRequest):
 
 def check_plan(options: PlanOptions) -> PlanRequest:
     """Return the kind of plan that the options request. Raises `UserError`: options contradict each other."""
-    if options.cluster is None and (options.nodes is not None or options.sweep):
-        option, fix = (("--sweep", "") if options.sweep
-                       else (f"--nodes {options.nodes}", ", or pass --nproc"))
+    if options.cluster is None and (options.nodes is not None or options.sweep or options.routes):
+        option, fix = "--sweep" if options.sweep else f"--routes {options.routes}", ""
+        if options.nodes is not None:
+            option, fix = f"--nodes {options.nodes}", ", or pass --nproc"
         raise UserError(f"{option}: needs a cluster; add --cluster{fix}", Fix(options=("--cluster", "h100")))
     if options.cluster is not None and options.nproc is not None:
         profile = cluster.load_profile(options.cluster, needs_account=False)
@@ -82,7 +86,7 @@ def check_plan(options: PlanOptions) -> PlanRequest:
     if options.days is not None or options.budget is not None:
         _check_budget(options)
     if options.prove:
-        extra = next((name for name in ("sweep", "data") if getattr(options, name)), None)
+        extra = next((name for name in ("sweep", "data", "routes") if getattr(options, name)), None)
         if extra is not None:
             raise UserError(f"--prove: checks a layout, and --{extra} belongs to another plan; leave one out")
         return LayoutProof(options)
@@ -107,6 +111,11 @@ def _check_model(options: PlanOptions) -> None:
         model = options.recipe if has_recipe else f"--config {options.configs[0]}"
         raise UserError(f"--from {options.start_from} and {model}: both name a model; leave one out, or name "
                         f"a stage instead of a recipe ({', '.join(STAGES)})")
+    changed = {setting.partition("=")[0] for setting in options.settings}
+    if not options.data and not changed & {"train.steps", "train.tokens"}:
+        raise UserError(f"--from {options.start_from}: the stage's length is unknown; pass --data DIR made "
+                        "by `sov-data pack`, or --set train.tokens=100000000",
+                        Fix(options=("--set", "train.tokens=100000000")))
 
 
 def _check_budget(options: PlanOptions) -> None:

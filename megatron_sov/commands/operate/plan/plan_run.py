@@ -1,5 +1,7 @@
 """Runs `megatron-sov plan` for recipes: the schedule, the price on a cluster, or tokens within a budget."""
 
+from dataclasses import replace
+
 from megatron_sov.base.artifacts import format_json, read_manifest
 from megatron_sov.base.errors import UserError, stop_check
 from megatron_sov.base.figures import format_count, format_value
@@ -11,6 +13,7 @@ from megatron_sov.plan.budget import compute_budget_rows, format_budget, list_pr
 from megatron_sov.plan.cluster_plan import format_memory_lines, plan_on_cluster, plan_with_sweep
 from megatron_sov.plan.pages import layout_report
 from megatron_sov.plan.pricing import load_machines
+from megatron_sov.runs.obs.routing import read_routes
 from megatron_sov.schedules import Schedule
 
 
@@ -69,6 +72,8 @@ def _print_schedule(options: PlanOptions, request: RecipeRequest) -> None:
 def _print_on_cluster(options: PlanOptions, cluster: str, request: RecipeRequest) -> None:
     """Print layout, memory, speed, days and cost on a cluster."""
     where = load_machines(cluster, options.nodes)
+    if options.routes is not None:
+        where = replace(where, routes=read_routes(options.routes, request.config().model))
     if options.sweep:
         stop_check()  # takes minutes
     plan = (plan_with_sweep(request, where, _list_recipe_words(options)) if options.sweep

@@ -4,7 +4,6 @@ import dataclasses
 from functools import partial
 from pathlib import Path
 
-from megatron_sov.base.errors import UserError
 from megatron_sov.commands.operate.plan.plan import STAGES, PlanOptions, TuningPlan
 from megatron_sov.commands.operate.plan.plan_run import print_plan
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
@@ -64,9 +63,6 @@ def _complete_request(options: PlanOptions, request: RecipeRequest, stage: Stage
             num_gpus = load_machines(options.cluster, options.nodes).num_ranks
         config = complete_stage(request, config, stage, min(num_gpus or 1, MAX_LOCAL_RANKS)).config
         return dataclasses.replace(request, base=config)
-    if not changed & {"train.steps", "train.tokens"}:
-        raise UserError(f"--from {options.start_from}: the stage's length is unknown; pass --data DIR made "
-                        "by `sov-data pack`, or --set train.tokens=100000000")
     rates = find_rate_settings(config, stage, count_params(config.model).total, changed)
     config = apply_settings(config, list(rates))
     train = dataclasses.replace(config.train, epochs=0.0)

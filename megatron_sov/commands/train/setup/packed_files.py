@@ -28,6 +28,7 @@ from megatron_sov.base.documents.rows import fix_judged, fix_records
 from megatron_sov.base.errors import Fix, UserError, choose_free_path, warn
 from megatron_sov.base.hints.foreign import find_shards
 from megatron_sov.base.hints.paths import fix_by_packing, fix_table
+from megatron_sov.base.hints.table import load_table
 from megatron_sov.model.config import split_weight
 from megatron_sov.model.config.data import split_source_name
 from megatron_sov.model.objectives import COMMAND_FORMATS
@@ -39,21 +40,6 @@ from megatron_sov.work.progress.locks import critical_section
 
 HELDOUT_SHARE = 0.02
 """Expected share of a file's documents in the held-out split, chosen by text hash."""
-LEARNED_BY = {"a preference": ("prefer", "is a pair of responses; `megatron-sov prefer` learns from pairs"),
-              "a chat": ("sft", "is a chat, and this command learns from pairs with 'chosen' and 'rejected'; "
-                                "`megatron-sov sft` learns from chats"),
-              "plain text": ("pretrain", "is plain text, which has no responses; `megatron-sov pretrain` "
-                                         "learns from text")}
-"""Record type in `sov-data pack` messages -> the command that learns from it, and a message."""
-REFUSED_FILES = {
-    ".csv .tsv .xlsx": "is a table; save its rows as JSON lines, e.g. pandas.read_csv(FILE) or "
-                       "read_excel(FILE).to_json(OUT, orient='records', lines=True)",
-    ".pdf .docx .html .epub .warc": "is a document; `sov-data run PIPELINE.yaml --output DIR` extracts its "
-                                    "text",
-    ".bin .idx": "is one file of token shards or of Megatron-LM; pass the folder of shards, or make one by "
-                 "`sov-data adopt FILE.bin --tokenizer DIR --output DIR`",
-    ".arrow": "is an Arrow file of datasets; save it by to_json or to_parquet"}
-"""File suffixes that --data refuses -> message with the fix."""
 RESERVED_NAME = "tokenizer"
 """Source name that `sov-data pack` refuses: the tokenizer's folder has it."""
 BEGUN = {"tokenizer": ""}
@@ -211,7 +197,8 @@ def find_files(data: Sequence[str], run: Path, formats: Sequence[str],
         if not data_file.file.is_file() and (data_file.file.exists() or not was_packed):
             continue
         suffix = data_file.file.suffix.lower()
-        if refusal := next((text for names, text in REFUSED_FILES.items() if suffix in names.split()), ""):
+        rows = load_table()["refused_files"].items()
+        if refusal := next((text for names, text in rows if suffix in names.split()), ""):
             shards = find_shards(str(data_file.file.with_suffix(""))) if suffix in (".bin", ".idx") else ""
             fix = fix_table(data_file.file)
             if shards and Path(shards).is_dir():
@@ -300,7 +287,7 @@ def _explain_judged(file: Path, location: str) -> UserError:
     program = "select((.label // .kto_tag) as $l | $l == true or $l == 1) | del(.label, .kto_tag)"
     return UserError(f"{begin}, but no prompt has two responses; TRL's KTOTrainer learns from such rows, "
                      "`megatron-sov sft` from the good responses",
-                     Fix(command="sft", words={str(file): good}, left_out=("--method kto",),
+                     Fix(command="sft", words={str(file): good}, left_out=("--method kto", "--method dpo"),
                          before=(f"jq -c '{program}' {shlex.quote(str(file))} > {shlex.quote(good)}",)))
 
 
@@ -315,9 +302,14 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
     # prefer a fault in a record with the right fields
     fault = next((fault for fault in faults if fault.code != "fields"), faults[0])
     location = format_location(file, fault, 0)
-    for kind, (command, sentence) in LEARNED_BY.items():
+    for kind, (command, sentence) in load_table()["learned_by"].items():
         # `rl run` learns text next to its prompts; another command would not take its other options
         if fault.reason.startswith(f"is {kind},") and list(formats) != ["text"]:
+            if kind == "a preference" and tokenizer is not None:
+                columns = ["--format", "chat", "--columns", "prompt=prompt,response=chosen"]
+                packing = fix_by_packing(str(file), tokenizer, columns)
+                sentence += (f"; sft learns the chosen responses from --data {packing.words[str(file)]}, "
+                             f"made by `{' && '.join(packing.before)}`")
             raise UserError(f"--data {location}: {sentence}", Fix(command=command))
     if fault.reason.startswith("is a prompt,") and formats[0] in ("chat", "preference"):
         raise UserError(f"--data {location}: is a prompt without a response; `megatron-sov rl run` learns "

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.errors import IS_CHECKING, DryRun, Fix, UserError, choose_free_path
-from megatron_sov.base.hints.paths import fix_by_packing, list_chats
+from megatron_sov.base.hints.paths import fix_by_packing, list_data
 from megatron_sov.base.settings import SettingsError
 from megatron_sov.commands.train.kinds import STAGE_KINDS
 from megatron_sov.commands.train.setup.data_defaults import complete_stage
@@ -177,7 +177,7 @@ def check_chats(config: RunConfig, sources: list[Source]) -> None:
     chats = [s.name for s in sources if s.is_chat]
     texts = [s.name for s in sources if not s.is_chat]
     if not chats:
-        local = list_chats()
+        local = list_data("chat")
         listed = f"; conversations here: {', '.join(local)}" if local else ""
         raise UserError(f"--data: no source ({', '.join(texts)}) contains conversations; pack some with "
                         f"`sov-data pack --format chat`; `megatron-sov pretrain` learns from text{listed}",

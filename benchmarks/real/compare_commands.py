@@ -1,10 +1,10 @@
-"""SmolLM2-135M-Instruct through every command, each figure compared with an independent program.
+"""Results of every command with SmolLM2-135M-Instruct, compared with an independent program.
 
-Usage: outside/bin/python benchmarks/real/doors.py --work DIR [--only STEP ...]
+Usage: outside/bin/python benchmarks/real/compare_commands.py --work DIR [--only STEP ...]
 
 `model_folder.py` creates the environment outside/. The output is benchmarks/results/real_model.txt. All
 references run in float32 on a CPU: transformers for logits, text, losses and steps of AdamW, PEFT for
-adapters, lm-eval for scores. Finished steps of DIR are not repeated.
+adapters, lm-eval for scores. Steps whose output exists in DIR are not repeated.
 """
 
 import argparse
@@ -14,19 +14,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import text_doors
+import text_commands
 import torch
-import training_doors
+import training_commands
 from model_folder import PACKAGE, create_model_folder
-from road import Outcome, Road
+from session import Outcome, Session
 
-STEPS: dict[str, Callable[[Road], Outcome]] = {
-    "import": text_doors.import_folder, "verify": text_doors.verify_export,
-    "generate": text_doors.compare_greedy_texts, "chat": text_doors.chat_once,
-    "serve": text_doors.serve_openai,
-    "eval lm": text_doors.score_capitals, "eval ppl": text_doors.measure_perplexity,
-    "sft": training_doors.fine_tune, "lora": training_doors.train_adapter, "dpo": training_doors.prefer_pairs,
-    "rl": training_doors.reinforce, "opd": training_doors.distill_on_policy}
+STEPS: dict[str, Callable[[Session], Outcome]] = {
+    "import": text_commands.import_folder, "verify": text_commands.verify_export,
+    "generate": text_commands.compare_greedy_texts, "chat": text_commands.chat_once,
+    "serve": text_commands.serve_openai,
+    "eval lm": text_commands.score_capitals, "eval ppl": text_commands.measure_perplexity,
+    "sft": training_commands.fine_tune, "lora": training_commands.train_adapter,
+    "dpo": training_commands.train_on_pairs, "rl": training_commands.reinforce,
+    "opd": training_commands.distill_on_policy}
 
 
 def main() -> int:
@@ -35,15 +36,15 @@ def main() -> int:
     parser.add_argument("--work", type=Path, required=True, help="folder of the model and the runs")
     parser.add_argument("--only", nargs="+", choices=list(STEPS), default=list(STEPS), help="steps to run")
     args = parser.parse_args()
-    road = Road(args.work.resolve())
-    create_model_folder(road.model)
+    session = Session(args.work.resolve())
+    create_model_folder(session.model)
     print(f"SmolLM2-135M-Instruct, {PACKAGE}, torch {torch.__version__}, {os.cpu_count()} cores, "
           f"{time.strftime('%Y-%m-%d')}")
     failed = 0
     for name in args.only:
         began_s = time.monotonic()
         try:
-            ours, reference, agrees = STEPS[name](road)
+            ours, reference, agrees = STEPS[name](session)
         except RuntimeError as e:  # a command of ours ended with another exit code
             ours, reference, agrees = str(e), "-", False
         failed += not agrees

@@ -1,4 +1,4 @@
-"""Run commands in the model's folder, and compute references with transformers."""
+"""Run commands in a folder with SmolLM2-135M-Instruct, and compute references with transformers."""
 
 import json
 import os
@@ -19,39 +19,49 @@ CITIES = {"France": "Paris", "Japan": "Tokyo", "Italy": "Rome", "Spain": "Madrid
           "Germany": "Berlin", "Greece": "Athens", "Russia": "Moscow", "Peru": "Lima", "Cuba": "Havana",
           "Korea": "Seoul", "Thailand": "Bangkok"}
 Outcome = tuple[str, str, bool]
-"""Our figure, the reference's, and whether they agree."""
+"""Our figure, the figure of the reference, and whether they agree."""
 
 
-class Road:
-    """The folder of a run of this script, and the commands that were typed in it."""
+class Session:
+    """Runs commands in a folder that has the model as `my-model` and its checkpoint as `ck`."""
 
-    def __init__(self, work: Path) -> None:
-        self.work, self.model, self.checkpoint = work, work / "my-model", work / "ck"
-        work.mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.model, self.checkpoint = folder, folder / "my-model", folder / "ck"
+        folder.mkdir(parents=True, exist_ok=True)
 
     def run(self, *words: str, program: str = "megatron_sov", stdin: str = "", code: int = 0) -> str:
-        """Run one of our commands in the work folder, and return its output."""
+        """Run one of our commands in the folder, and return its output.
+
+        Raises:
+            RuntimeError: the exit code is not `code`.
+        """
         completed = subprocess.run(
-            [sys.executable, "-m", program, *words], cwd=self.work, input=stdin, text=True,
+            [sys.executable, "-m", program, *words], cwd=self.folder, input=stdin, text=True,
             capture_output=True, check=False, env={**os.environ, "COLUMNS": "200"})
         if completed.returncode != code:
             raise RuntimeError(f"{' '.join(words)}: exit {completed.returncode}\n{completed.stdout[-2000:]}"
                                f"\n{completed.stderr[-3000:]}")
         return completed.stdout + completed.stderr
 
-    def once(self, target: str, *words: str, program: str = "megatron_sov") -> None:
-        """Run a command that makes a folder or file, unless an earlier run of the script has made it."""
-        if not (self.work / target).exists():
-            self.run(*words, program=program)
+    def run_once(self, target: str, *words: str, program: str = "megatron_sov",
+                 settings: Sequence[str] = ()) -> None:
+        """Run a command that creates the folder or file `target`, unless it exists."""
+        if not (self.folder / target).exists():
+            self.run(*words, *format_settings(*settings), program=program)
+
+    def verify_export(self, checkpoint: str, folder: str) -> str:
+        """Return the verdict of `convert verify`."""
+        output = self.run("convert", "verify", checkpoint, folder)
+        return next((line for line in output.splitlines() if line.startswith("verified")), "no verdict")
 
     def read_rows(self, name: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.work / name).read_text(encoding="utf-8").splitlines()]
+        return [json.loads(line) for line in (self.folder / name).read_text(encoding="utf-8").splitlines()]
 
     def write_rows(self, name: str, rows: Sequence[dict[str, Any]]) -> str:
-        (self.work / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (self.folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
         return name
 
-    @cache  # noqa: B019 - one object a process
+    @cache  # noqa: B019 - one object per process
     def reference(self) -> tuple[Any, Any]:
         """Return transformers' float32 model and tokenizer of the folder."""
         return load_reference(self.model)
@@ -63,8 +73,8 @@ class Road:
                 for question in questions]
 
 
-def sets(*settings: str) -> list[str]:
-    """Return settings as words of a command line."""
+def format_settings(*settings: str) -> list[str]:
+    """Return the words `--set SETTING` for all settings."""
     return [word for setting in settings for word in ("--set", setting)]
 
 
@@ -88,7 +98,7 @@ def generate_greedily(model: Any, tokenizer: Any, ids: list[int], count: int) ->
 
 
 def find_number(value: Any, name: str) -> Any:
-    """Return the first number with that key in nested JSON."""
+    """Return the first number with the key `name` in nested JSON, or None."""
     if isinstance(value, dict):
         if isinstance(value.get(name), (int, float)):
             return value[name]

@@ -11,58 +11,58 @@ from pathlib import Path
 
 import torch
 from model_folder import HUB_FIELDS
-from road import CITIES, QUESTIONS, Outcome, Road, find_number
+from session import CITIES, QUESTIONS, Outcome, Session, find_number
 
 
-def import_folder(road: Road) -> Outcome:
-    output = "imported before"
-    if not road.checkpoint.exists():
-        output = " ".join(road.run("convert", "from-hf", "my-model", "ck").split())
-    road.once("out-hf", "convert", "to-hf", "ck", "out-hf")
+def import_folder(session: Session) -> Outcome:
+    output = "checkpoint exists"
+    if not session.checkpoint.exists():
+        output = " ".join(session.run("convert", "from-hf", "my-model", "ck").split())
+    session.run_once("out-hf", "convert", "to-hf", "ck", "out-hf")
     from safetensors.torch import load_file
 
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (road.work / "out-hf", road.model))
+    folders = (session.folder / "out-hf", session.model)
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in folders)
     equal = ours.keys() == theirs.keys() and all(
         ours[name].dtype == theirs[name].dtype and torch.equal(ours[name], theirs[name]) for name in ours)
-    config = json.loads((road.work / "out-hf/config.json").read_text())
-    back = all(config.get(name) == value for name, value in HUB_FIELDS.items())
-    return (f"{len(ours)} tensors to ck and back, bits equal: {equal}; three fields of the Hub given back: "
-            f"{back}; {output[:160]}", "the folder itself", equal and back)
+    config = json.loads((session.folder / "out-hf/config.json").read_text())
+    has_fields = all(config.get(name) == value for name, value in HUB_FIELDS.items())
+    return (f"{len(ours)} tensors imported and exported, bits equal: {equal}; the three fields of the Hub: "
+            f"{has_fields}; {output[:160]}", "the folder itself", equal and has_fields)
 
 
-def verify_export(road: Road) -> Outcome:
-    output = road.run("convert", "verify", "ck", "out-hf")
-    verdict = next((line for line in output.splitlines() if line.startswith("verified")), "no verdict")
+def verify_export(session: Session) -> Outcome:
+    verdict = session.verify_export("ck", "out-hf")
     return verdict[:160], "transformers runs the folder", verdict.startswith("verified")
 
 
-def compare_greedy_texts(road: Road) -> Outcome:
-    expected = road.answer_greedily(QUESTIONS, 24)
-    road.write_rows("questions.jsonl", [{"prompt": question} for question in QUESTIONS])
+def compare_greedy_texts(session: Session) -> Outcome:
+    expected = session.answer_greedily(QUESTIONS, 24)
+    session.write_rows("questions.jsonl", [{"prompt": question} for question in QUESTIONS])
     counts = []
     for target in ("ck", "my-model"):
-        road.run("generate", target, "--chat", "--prompts", "questions.jsonl", "--max-new-tokens", "24",
-                 "--output", f"{target}.texts.jsonl")
-        rows = [*road.read_rows(f"{target}.texts.jsonl")]
+        session.run("generate", target, "--chat", "--prompts", "questions.jsonl", "--max-new-tokens", "24",
+                    "--output", f"{target}.texts.jsonl")
+        rows = [*session.read_rows(f"{target}.texts.jsonl")]
         texts = [row["response"].strip() for row in rows]
         counts.append(sum(map(str.__eq__, texts, (text.strip() for text in expected))))
-        (road.work / f"{target}.texts.jsonl").unlink()
+        (session.folder / f"{target}.texts.jsonl").unlink()
     return (f"checkpoint {counts[0]} and folder {counts[1]} of {len(QUESTIONS)} greedy texts equal",
             "transformers, float32", counts == [len(QUESTIONS)] * 2)
 
 
-def chat_once(road: Road) -> Outcome:
-    expected = road.answer_greedily(QUESTIONS[:1], 24)[0].strip()
-    output = road.run("chat", "my-model", "--temperature", "0", "--max-new-tokens", "24",
-                      stdin=f"{QUESTIONS[0]}\n")
+def chat_once(session: Session) -> Outcome:
+    expected = session.answer_greedily(QUESTIONS[:1], 24)[0].strip()
+    output = session.run("chat", "my-model", "--temperature", "0", "--max-new-tokens", "24",
+                         stdin=f"{QUESTIONS[0]}\n")
     return f"answers {expected!r}: {expected in output}", f"transformers: {expected!r}", expected in output
 
 
 @contextmanager
-def serving(road: Road, target: str) -> Iterator[str]:
-    log = open(road.work / "serve.log", "w+", encoding="utf-8")  # noqa: SIM115
+def serving(session: Session, target: str) -> Iterator[str]:
+    log = open(session.folder / "serve.log", "w+", encoding="utf-8")  # noqa: SIM115
     process = subprocess.Popen([sys.executable, "-m", "megatron_sov", "serve", target, "--port", "8317"],
-                               cwd=road.work, stdout=log, stderr=subprocess.STDOUT)
+                               cwd=session.folder, stdout=log, stderr=subprocess.STDOUT)
     try:
         from openai import OpenAI
 
@@ -73,7 +73,7 @@ def serving(road: Road, target: str) -> Iterator[str]:
                 break
             except Exception:
                 if process.poll() is not None:
-                    raise RuntimeError((road.work / "serve.log").read_text()[-2000:]) from None
+                    raise RuntimeError((session.folder / "serve.log").read_text()[-2000:]) from None
                 time.sleep(0.5)
         yield client.models.list().data[0].id
     finally:
@@ -82,11 +82,11 @@ def serving(road: Road, target: str) -> Iterator[str]:
         log.close()
 
 
-def serve_openai(road: Road) -> Outcome:
+def serve_openai(session: Session) -> Outcome:
     from openai import OpenAI
 
-    expected = road.answer_greedily(QUESTIONS[:4], 24)
-    with serving(road, "my-model") as name:
+    expected = session.answer_greedily(QUESTIONS[:4], 24)
+    with serving(session, "my-model") as name:
         client = OpenAI(base_url="http://127.0.0.1:8317/v1", api_key="none")
         replies = [client.chat.completions.create(
             model=name, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=24)
@@ -96,9 +96,9 @@ def serve_openai(road: Road) -> Outcome:
     return f"{equal} of {len(expected)} greedy answers equal", "transformers, float32", equal == len(expected)
 
 
-def write_capitals(road: Road) -> int:
-    """Write a task of lm-eval with four choices into the folder `tasks`; return the number of its items."""
-    (road.work / "tasks").mkdir(exist_ok=True)
+def write_capitals(session: Session) -> int:
+    """Write an lm-eval task with four choices into the folder `tasks`; return the number of its items."""
+    (session.folder / "tasks").mkdir(exist_ok=True)
     names = list(CITIES)
     rows = []
     for i, (country, city) in enumerate(CITIES.items()):
@@ -107,8 +107,8 @@ def write_capitals(road: Road) -> int:
         rows += [{"q": text.format(country), "choices": choices, "right": i % 4}
                  for text in ("The capital of {} is", "The government of {} sits in the city of",
                               "Question: Which city is the capital of {}?\nAnswer:")]
-    (road.work / "tasks/capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (road.work / "tasks/capitals.yaml").write_text(
+    (session.folder / "tasks/capitals.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (session.folder / "tasks/capitals.yaml").write_text(
         "task: capitals\ndataset_path: json\ndataset_kwargs: {data_files: {test: capitals.jsonl}}\n"
         "test_split: test\noutput_type: multiple_choice\ndoc_to_text: '{{q}}'\ndoc_to_choice: choices\n"
         "doc_to_target: right\nmetric_list:\n- {metric: acc, aggregation: mean, higher_is_better: true}\n"
@@ -116,23 +116,24 @@ def write_capitals(road: Road) -> int:
     return len(rows)
 
 
-def score_capitals(road: Road) -> Outcome:
+def score_capitals(session: Session) -> Outcome:
     """Score the task with our command and with lm-eval."""
-    write_capitals(road)
+    write_capitals(session)
     scores = {}
     for target in ("ck", "my-model"):
-        road.run("eval", "lm", target, "--tasks", "capitals", "--task-dir", "tasks", "--output",
-                 f"{target}.scores.json")
-        found = json.loads((road.work / f"{target}.scores.json").read_text())["tasks"]["capitals"]["metrics"]
-        scores[target] = {metric["name"]: round(metric["value"], 4) for metric in found}
+        session.run("eval", "lm", target, "--tasks", "capitals", "--task-dir", "tasks", "--output",
+                    f"{target}.scores.json")
+        report = json.loads((session.folder / f"{target}.scores.json").read_text())
+        scores[target] = {metric["name"]: round(metric["value"], 4)
+                          for metric in report["tasks"]["capitals"]["metrics"]}
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     here = Path.cwd()
-    os.chdir(road.work / "tasks")
+    os.chdir(session.folder / "tasks")
     try:
-        model, tokenizer = road.reference()
+        model, tokenizer = session.reference()
         reference_lm = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1)
         theirs = simple_evaluate(reference_lm, tasks=["capitals"],
                                  task_manager=TaskManager(include_path=".", include_defaults=False),
@@ -140,7 +141,7 @@ def score_capitals(road: Road) -> Outcome:
     finally:
         os.chdir(here)
     reference = {name: round(theirs[f"{name},none"], 4) for name in ("acc", "acc_norm")}
-    return str(scores), f"lm-eval `hf`: {reference}", all(found == reference for found in scores.values())
+    return str(scores), f"lm-eval `hf`: {reference}", all(ours == reference for ours in scores.values())
 
 
 FACTS = 2 * [f"{city} is the capital of {country}." for country, city in CITIES.items()]
@@ -148,17 +149,17 @@ TEXTS = [" ".join(FACTS[first:first + count]) for first, count in (
     (0, 12), (2, 4), (5, 7), (1, 9), (3, 3), (0, 6), (4, 12), (7, 8), (9, 10), (6, 5), (8, 12))]
 
 
-def measure_perplexity(road: Road) -> Outcome:
-    """Every document whole, at two lengths of a row; the shortest row holds the longest document."""
-    road.write_rows("texts.jsonl", [{"text": text} for text in TEXTS])
-    road.once("tokenizer", "import", "my-model", "--output", "tokenizer", program="tokenizer.cli")
+def measure_perplexity(session: Session) -> Outcome:
+    """Compare the perplexity of whole documents at two row lengths; the longest document fits into both."""
+    session.write_rows("texts.jsonl", [{"text": text} for text in TEXTS])
+    session.run_once("tokenizer", "import", "my-model", "--output", "tokenizer", program="tokenizer.cli")
     # one training document; all others are held out by the hash of their text
-    road.once("texts", "pack", "--tokenizer", "tokenizer", "--input", "texts.jsonl", "--heldout", "0.99",
-              "--output", "texts", program="data_prep.cli")
+    session.run_once("texts", "pack", "--tokenizer", "tokenizer", "--input", "texts.jsonl", "--heldout",
+                     "0.99", "--output", "texts", program="data_prep.cli")
     from data_prep.shards.token_artifact import open_split
 
-    documents = [ids.tolist() for ids in open_split(road.work / "texts/texts/heldout-00000").documents()]
-    model, _ = road.reference()
+    documents = [ids.tolist() for ids in open_split(session.folder / "texts/texts/heldout-00000").documents()]
+    model, _ = session.reference()
     losses, count = 0.0, 0
     for ids in documents:
         with torch.no_grad():
@@ -167,8 +168,8 @@ def measure_perplexity(road: Road) -> Outcome:
         count += len(ids) - 1
     figures = {}
     for length in (256, 1024):
-        road.run("eval", "ppl", "ck", "--data", "texts", "--seq-len", str(length), "--output", "ppl.json")
-        figures[length] = float(find_number(json.loads((road.work / "ppl.json").read_text()), "loss"))
-    gap = max(abs(found - losses / count) for found in figures.values())
+        session.run("eval", "ppl", "ck", "--data", "texts", "--seq-len", str(length), "--output", "ppl.json")
+        figures[length] = float(find_number(json.loads((session.folder / "ppl.json").read_text()), "loss"))
+    gap = max(abs(ours - losses / count) for ours in figures.values())
     return (f"{figures[256]:.4f} and {figures[1024]:.4f} nats at rows of 256 and 1,024 tokens",
-            f"transformers, each document whole: {losses / count:.4f}", gap < 2e-4)
+            f"transformers, whole documents: {losses / count:.4f}", gap < 2e-4)
