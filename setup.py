@@ -55,7 +55,6 @@ EXTRAS = {
     "docs": ["mkdocs-material>=9.8", "mkdocstrings[python]>=1.0"],
     # pictures and sounds: their readers, quantisers of tokenizers, blocks of the picture decoder, error rates
     "omni": ["pillow", "soundfile", "scipy", "diffusers>=0.42", "jiwer>=4"],
-    "sentencepiece": ["sentencepiece>=0.2", "protobuf"],
     # einops: imported by the plain kernels of flash-linear-attention that ours are compared with
     "dev": [
         "pytest>=8", "hypothesis", "allpairspy", "einops", "ruff", "isort>=9", "mypy", "setuptools>=77",

@@ -5,19 +5,15 @@
 The output of all programs must be byte-identical. The Megatron-LM script follows tools/preprocess_data.py:
 JSON lines, `encode_batch` of Hugging Face `tokenizers`, `IndexedDatasetBuilder`. datatrove
 (`MegatronDocumentTokenizer`) is not a dependency and runs in another interpreter. CPU seconds are summed over
-all processes of a command, with start-up; other load on the machine changes them little. Then `pack` is
-killed 10 times, and its files must equal those of an undisturbed run.
+all processes of a command, with start-up; other load on the machine changes them little. `kills.py pack`
+kills the command.
 """
 
 import argparse
 import os
-import random
-import shutil
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import time
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -31,13 +27,13 @@ from megatron_sov.base.documents import Document, RecordReading, list_files, pla
 PRESETS = ("solar-open", "k-exaone")
 VOCAB_SIZE = 32_768
 TRAIN_TOKENIZER_BYTES = 16_000_000
-NUM_KILLS = 10
 BATCH_DOCUMENTS = 256
 ONE_THREAD = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
 """Environment of every measured command: encoding runs on one thread per process."""
 
 MEGATRON = """
 import json, sys, itertools, numpy as np, torch
+import megatron_sov.engine  # megatron-core needs its stand-ins for Triton on a machine without a GPU
 from tokenizers import Tokenizer
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")
@@ -65,24 +61,6 @@ writer.tokenizer.encode_special_tokens = True
 for _ in writer.run(reader.run(None, 0, 1), 0, 1) or ():
     continue
 """.replace("BATCH", str(BATCH_DOCUMENTS))
-
-THREADS_OR_PROCESSES = """
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from data_prep.shards.encode import EncodingSettings
-from data_prep.shards.units import UnitEncoder, UnitSettings, encode_units
-from megatron_sov.base.documents import RecordReading, plan_units
-if __name__ == "__main__":
-    units = list(plan_units([Path(sys.argv[2])]))
-    settings = UnitSettings(Path(sys.argv[1]), "", "", "uint16", RecordReading("text"),
-                            EncodingSettings(fast=True))
-    if sys.argv[4] == "threads":
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(UnitEncoder(settings, Path(sys.argv[3])).encode, units))
-    else:
-        list(encode_units(units, settings, Path(sys.argv[3]), 2))
-"""
 
 
 def iter_texts(inputs: list[Path], limit_bytes: int) -> Iterator[str]:
@@ -150,47 +128,6 @@ def compare_programs(preset: str, corpus: Path, size_bytes: int, work: Path, dat
     print(f".bin and .idx of all {len(hashes)} byte-identical: {len(set(hashes.values())) == 1}", flush=True)
 
 
-def compare_threads_and_processes(corpus: Path, work: Path) -> None:
-    """Print the cost of encoding the corpus with two threads and with two processes."""
-    script = work / "threads_or_processes.py"
-    script.write_text(THREADS_OR_PROCESSES)
-    print()
-    for kind in ("threads", "processes"):
-        cost = run_measured([sys.executable, script, work / PRESETS[0], corpus, work / f"units-{kind}", kind],
-                            ONE_THREAD | {"PYTHONPATH": str(Path(__file__).parents[1])})
-        print(f"two {kind}: {cost.cpu_s:.1f} CPU s, {cost.wall_s:.1f} s on the clock", flush=True)
-
-
-def count_complete_units(work: Path) -> int:
-    """Return the number of units that the killed command has completed."""
-    return sum(1 for p in work.glob(".killed.work/*/*/record.json") if ".tmp-" not in p.parent.name)
-
-
-def kill_and_resume(corpus: Path, work: Path) -> None:
-    """Kill `sov-data pack` NUM_KILLS times, each after one more complete unit, then let it finish, and
-    compare its files with those of an undisturbed run."""
-    output, rng = work / "killed", random.Random(0)
-    command = build_pack_command(work / PRESETS[0], corpus, output, 2)
-    expected = read_manifest(work / f"ours-{PRESETS[0]}-2").files
-    units_at_kills: list[int] = []
-    are_equal: list[bool] = []
-    while len(units_at_kills) < NUM_KILLS or not output.exists():
-        shutil.rmtree(output, ignore_errors=True)
-        num_before = count_complete_units(work)
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and (
-                    len(units_at_kills) >= NUM_KILLS or count_complete_units(work) <= num_before):
-                time.sleep(0.02)
-            time.sleep(rng.uniform(0, 0.3))
-            if process.poll() is None:
-                process.kill()
-                units_at_kills.append(count_complete_units(work))
-            else:
-                are_equal.append(read_manifest(output).files == expected)
-    print(f"\nkilled {len(units_at_kills)} times (complete units: {', '.join(map(str, units_at_kills))}); "
-          f"completed {len(are_equal)} times, all files as undisturbed: {all(are_equal)}")
-
-
 def main() -> int:
     """Run all measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
@@ -211,8 +148,6 @@ def main() -> int:
             run_measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
                           str(VOCAB_SIZE), "--input", work / "sample.jsonl", "--output", work / preset])
             compare_programs(preset, corpus, size_bytes, work, args.datatrove_python)
-        compare_threads_and_processes(corpus, work)
-        kill_and_resume(corpus, work)
     return 0
 
 

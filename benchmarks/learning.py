@@ -227,29 +227,32 @@ def run_claim(recipe: Recipe, name: str, work: Path, num_seeds: int | None,
         if seed and read_seconds(work / name) > claim.get("budget_s", math.inf):
             break
         seed_places = {**places, "seed": str(seed), "base": str(folder / "base")}
-        commands_of = {"base": claim.get("base", []), **{arm: claim["arms"][arm] for arm in arms}}
-        for part, commands in commands_of.items():
+        for part in ("base", *arms):
+            commands = claim.get("base", []) if part == "base" else claim["arms"][part]
             run_commands(folder / part, [recipe.fill_words(command) for command in commands], seed_places)
             if not seed and part == claim.get("start", {}).get("arm"):
                 check_start(claim, folder / part)
         folders.append(folder)
     print(f"\n{recipe.name}/{name}: {len(folders)} of {claim['seeds']} seeds, registered as "
-          f"{claim.get('registered', 'nothing')}, {read_seconds(work / name) / 3600:.2f} processor hours"
-          f"\n  {claim['says'].strip()}")
-    figures_of: dict[str, dict[str, list[float]]] = {}
+          f"{claim.get('registered', 'nothing')}, {read_seconds(work / name) / 3600:.2f} processor hours")
+    print_claim(claim, arms, folders)
+
+
+def print_claim(claim: Mapping[str, Any], arms: Sequence[str], folders: Sequence[Path]) -> None:
+    """Print the figures, curves and tests of a claim's arms; `folders`: a folder for each seed."""
+    print(f"  {claim['says'].strip()}")
+    figures: dict[str, dict[str, list[float]]] = {}
     for measure, source in claim["measures"].items():
         print(f"  {source['unit']}")
-        figures_of[measure] = {}
-        for arm in arms:
-            figures = [read_figure(folder / arm, source) for folder in folders]
-            figures_of[measure][arm] = figures
-            print(f"    {arm:<12} {', '.join(f'{figure:.4f}' for figure in figures)}")
+        figures[measure] = {arm: [read_figure(folder / arm, source) for folder in folders] for arm in arms}
+        for arm, of_seeds in figures[measure].items():
+            print(f"    {arm:<12} {', '.join(f'{figure:.4f}' for figure in of_seeds)}")
     for curve in claim.get("curves", {}).values():
         print_curve(curve["unit"], {arm: [read_curve(folder / arm, curve) for folder in folders]
                                     for arm in arms if arm not in curve.get("not", [])})
     for test in claim["tests"]:
         if {test["lower"], test["higher"]} <= {*arms}:
-            print_test(test, figures_of[test["measure"]], claim["seeds"])
+            print_test(test, figures[test["measure"]], claim["seeds"])
 
 
 def check_start(claim: Mapping[str, Any], folder: Path) -> None:
@@ -262,7 +265,6 @@ def check_start(claim: Mapping[str, Any], folder: Path) -> None:
 
 
 def find_recipes() -> list[Path]:
-    """Return the files of all recipes."""
     return sorted(file for folder in FOLDERS for file in folder.glob("*.yaml"))
 
 
@@ -270,10 +272,10 @@ def print_test(test: Mapping[str, Any], figures: Mapping[str, Sequence[float]], 
     """Print whether one arm exceeds another by more than the bound of a test."""
     differences = [a - b for a, b in zip(figures[test["higher"]], figures[test["lower"]], strict=True)]
     bound, interval = test.get("more_than", 0.0), compute_interval(differences)
-    written = f", 95 %: {interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ""
+    range_text = f", 95 %: {interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ""
     outcome = decide(differences, bound, num_seeds, test.get("may_be_equal", False))
     print(f"  {test['lower']} < {test['higher']} in {test['measure']}, bound {bound:g}: {outcome}, "
-          f"{fmean(differences):+.4f}{written}")
+          f"{fmean(differences):+.4f}{range_text}")
 
 
 def main() -> None:

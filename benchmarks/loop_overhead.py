@@ -31,13 +31,14 @@ import numpy as np
 from measurement import describe_machine
 
 from megatron_sov import recipes
+from megatron_sov.base.documents.shard_files import write_index
 from megatron_sov.engine.parallel import collectives, launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.train.data.sources import Source
 from megatron_sov.train.data.token_shards import ShardChain
 
-VOCAB_SIZE, SEQ_LEN, DOCUMENT_TOKENS, NUM_DOCUMENTS = 8192, 512, 512, 4000
+VOCAB_SIZE, SEQ_LEN, NUM_DOCUMENTS = 8192, 512, 4000
 COMMON = (f"model.vocab_size={VOCAB_SIZE}", "model.head_dim=64", "train.steps=100000",
           "train.eval_every_steps=0", f'data.phases=[{{"name": "main", "seq_len": {SEQ_LEN}}}]')
 SETTINGS = (*COMMON, "model.hidden_size=256", "model.expert_ffn_dim=256", "train.global_batch_size=8",
@@ -49,14 +50,9 @@ WARMUP_TURNS = 2
 def write_shard(folder: Path) -> None:
     """Write train.bin and train.idx with documents of SEQ_LEN tokens, so that the attention of all loops
     computes the same number of pairs."""
-    lengths = np.full(NUM_DOCUMENTS, DOCUMENT_TOKENS, np.int32)
-    ends = np.cumsum(lengths.astype(np.int64))
-    header = b"MMIDIDX\x00\x00" + np.array([1], np.uint64).tobytes() + bytes([4])
-    (folder / "train.idx").write_bytes(
-        header + np.array([NUM_DOCUMENTS, NUM_DOCUMENTS + 1], np.uint64).tobytes() + lengths.tobytes()
-        + (4 * (ends - lengths)).tobytes() + np.arange(NUM_DOCUMENTS + 1, dtype=np.int64).tobytes())
-    np.random.default_rng(0).integers(1, VOCAB_SIZE, int(ends[-1]),
-                                      dtype=np.int32).tofile(folder / "train.bin")
+    write_index(folder / "train", "int32", np.full(NUM_DOCUMENTS, SEQ_LEN, np.int32))
+    ids = np.random.default_rng(0).integers(1, VOCAB_SIZE, NUM_DOCUMENTS * SEQ_LEN, dtype=np.int32)
+    ids.tofile(folder / "train.bin")
 
 
 def build_our_step(config: RunConfig, place: world.ParallelWorld, source: Source, folder: Path
@@ -239,7 +235,7 @@ def compute_ratio(seconds: dict[str, list[float]], name: str, other: str) -> flo
 
 def open_source(folder: Path) -> Source:
     """Return the shard of `write_shard` as a data source."""
-    return Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * DOCUMENT_TOKENS}, 1.0,
+    return Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * SEQ_LEN}, 1.0,
                   ShardChain([folder / "train"]))
 
 

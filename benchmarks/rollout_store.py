@@ -10,14 +10,13 @@ rounds, part by part.
 """
 
 import argparse
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
-from measurement import describe_machine, read_peak_bytes
+from measurement import describe_machine, run_measured
 
 from megatron_sov.rollouts.rows import Key, Rollout, format_part_name
 from megatron_sov.rollouts.store import RolloutStore
@@ -72,16 +71,15 @@ def start_round(path: Path, number: int) -> str:
 def read_peak_mb(path: Path, rounds: int) -> float:
     """Return the peak memory of a process that reads the first `rounds` rounds, part by part."""
     command = [sys.executable, __file__, "--read", str(path), "--rounds", str(rounds)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    return run_measured(command).peak_bytes / 1e6
 
 
-def read_all(path: Path, rounds: int) -> None:
-    """Read the first `rounds` rounds, part by part, and print the peak memory in MB."""
+def read_rounds(path: Path, rounds: int) -> None:
+    """Read the first `rounds` rounds, part by part."""
     store = RolloutStore.open(path)
     for number in range(1, rounds + 1):
         for part in store.parts(number):
             store.read_rollouts(part.name)
-    print(read_peak_bytes() / 1e6)
 
 
 def main() -> None:
@@ -94,7 +92,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=0, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.read is not None:
-        read_all(args.read, args.rounds)
+        read_rounds(args.read, args.rounds)
         return
     parts = max(args.rows // args.part_rows, 1)
     rows, rounds = parts * args.part_rows, -(-parts // PIECES)

@@ -1,10 +1,9 @@
 """Start-up cost of commands: CPU seconds to print help, to refuse an unknown option, and to refuse settings.
 
-    python benchmarks/start_up.py [--before CHECKOUT] [--repetitions 5] > benchmarks/results/start_up.txt
+    python benchmarks/start_up.py [--repetitions 5] > benchmarks/results/start_up.txt
 
-CHECKOUT is an older tree of this repository. Each command runs in both trees in turn, with cached bytecode.
-The minimum over the repetitions counts, because other load on the machine only adds time. "torch" at the end
-of a line: the command has imported torch in this tree.
+The minimum over the repetitions counts, because other load on the machine only adds time; bytecode is cached.
+"torch" at the end of a line: the command has imported torch.
 """
 
 import argparse
@@ -46,43 +45,35 @@ PROGRAMS = {"megatron-sov": ("megatron_sov.cli", COMMANDS), "sov-data": ("data_p
             "sov-tokenizer": ("tokenizer.cli", TOKENIZER_COMMANDS)}
 
 
-def run_command(tree: Path, module: str, words: list[str]) -> tuple[float, int]:
+def run_command(module: str, words: list[str]) -> tuple[float, int]:
     """Return the processor seconds of a command with its child processes, and its exit code (100: it has
     imported torch)."""
     begin_cpu_s = read_child_cpu_s()
-    completed = subprocess.run([sys.executable, "-c", PROGRAM.format(module=module), *words], cwd=tree,
+    completed = subprocess.run([sys.executable, "-c", PROGRAM.format(module=module), *words], cwd=ROOT,
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                               env={**os.environ, "PYTHONPATH": str(tree)}, check=False)
+                               env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
     return read_child_cpu_s() - begin_cpu_s, completed.returncode
 
 
 def main() -> None:
     """Measure all commands, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="older tree to compare with")
     parser.add_argument("--repetitions", type=int, default=5)
     args = parser.parse_args()
-    trees = {"before": args.before, "now": ROOT} if args.before else {"now": ROOT}
-    print(f"start-up: {describe_machine()}; CPU seconds, the least of {args.repetitions} interleaved\n\n"
-          f"{'command':60}" + "".join(f"{name:>8}" for name in trees))
+    print(f"start-up: {describe_machine()}; CPU seconds, the least of {args.repetitions}\n")
     for kind in ("--help", UNKNOWN, "refused"):
-        seconds_of_trees: dict[str, list[float]] = {name: [] for name in trees}
+        least_s = []
         for program, (module, commands) in PROGRAMS.items():
             command_lines = [[*name.split(), kind] for name in commands]
             if kind == "refused":
                 command_lines = REFUSED[program]
             for words in command_lines:
-                runs = [[run_command(tree, module, words) for tree in trees.values()]
-                        for _ in range(args.repetitions)]
-                least_s = [min(seconds for seconds, _ in tree) for tree in zip(*runs, strict=True)]
-                for name, seconds in zip(trees, least_s, strict=True):
-                    seconds_of_trees[name].append(seconds)
-                print(f"{' '.join((program, *words))[:59]:60}" + "".join(f"{s:8.2f}" for s in least_s)
-                      + (" torch" if runs[-1][-1][1] == 100 else ""), flush=True)
-        print()
-        for name, aggregate in ((f"median of {kind}", statistics.median), (f"largest of {kind}", max)):
-            print(f"{name:60}" + "".join(f"{aggregate(values):8.2f}" for values in seconds_of_trees.values()))
-        print()
+                runs = [run_command(module, words) for _ in range(args.repetitions)]
+                least_s.append(min(seconds for seconds, _ in runs))
+                has_torch = " torch" if runs[-1][1] == 100 else ""
+                print(f"{' '.join((program, *words))[:59]:60}{least_s[-1]:8.2f}{has_torch}", flush=True)
+        print(f"\n{f'median of {kind}':60}{statistics.median(least_s):8.2f}\n"
+              f"{f'largest of {kind}':60}{max(least_s):8.2f}\n")
 
 
 if __name__ == "__main__":

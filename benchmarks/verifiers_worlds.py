@@ -145,8 +145,7 @@ Turn = str | list[tuple[str, dict[str, Any]]]
 """Text of a response, or its tool calls (name, arguments)."""
 CONTEXT_FULL: Turn = "(no more)"
 """Marks the turn at which the model's context is full."""
-Case = tuple[str, str, int, Sequence[Turn]]
-CASES: tuple[Case, ...] = (
+CASES: tuple[tuple[str, str, int, Sequence[Turn]], ...] = (
     ("vf_sum", "agent", 1, ["It is 3."]),
     ("vf_guess", "player", 0, ["I say 4", "no idea", "7"]),
     ("vf_guess", "player", 2, ["4", CONTEXT_FULL]),
@@ -256,14 +255,6 @@ def run_vf_eval(library: Library, config: Path, task: int, turns: Sequence[Turn]
     return {"reward": sum(rewards.values()), **trace["metrics"], **rewards, "stop": trace["stop_condition"]}
 
 
-def start_case(library: Library, case: Case, pool: ThreadPoolExecutor) -> tuple[list[str], Any, Any]:
-    """Start a case in both programs; return the list of lines that the bridge logs, and both futures."""
-    taskset, agent, task, turns = case
-    config, lines = library.write_config(taskset, agent), list[str]()
-    return (lines, pool.submit(run_in_bridge, library, config, task, turns, lines.append),
-            pool.submit(run_vf_eval, library, config, task, turns))
-
-
 def main() -> None:
     """Run all cases in both programs, and print the results and their differences."""
     parser = argparse.ArgumentParser()
@@ -279,9 +270,14 @@ def main() -> None:
             (words / file).write_text("\n".join(WORDS.split()) + "\n", encoding="utf-8")
         os.environ["NLTK_DATA"] = str(library.folder / "nltk")
         with ThreadPoolExecutor(2 * len(CASES)) as pool:
-            started = [(case, *start_case(library, case, pool)) for case in CASES]
+            started = []
+            for taskset, agent, task, turns in CASES:
+                config, lines = library.write_config(taskset, agent), list[str]()
+                bridge = pool.submit(run_in_bridge, library, config, task, turns, lines.append)
+                vf_eval = pool.submit(run_vf_eval, library, config, task, turns)
+                started.append((taskset, task, lines, bridge, vf_eval))
             num_different = 0
-            for (taskset, _, task, _), lines, bridge, vf_eval in started:
+            for taskset, task, lines, bridge, vf_eval in started:
                 ours, theirs = bridge.result(), vf_eval.result()
                 print(f"{taskset}, task {task}", *lines, f"  {json.dumps(ours)}", sep="\n")
                 print("  equal in vf-eval" if ours == theirs else f"  vf-eval: {json.dumps(theirs)}")

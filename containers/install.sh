@@ -1,7 +1,7 @@
 #!/bin/sh
-# Installs megatron-sov, which lies one folder above, into an image that has torch already; Dockerfile and megatron-sov.def run it.
-# Everything gets the version of constraints.txt, but for what the image was built with: its torch belongs to its CUDA libraries,
-# Transformer Engine and NCCL, and stays as it is.
+# Install megatron-sov from the parent folder into an image with torch; Dockerfile and megatron-sov.def run this script.
+# Packages get the versions in constraints.txt, except torch: the image's torch was built for its CUDA libraries, Transformer Engine
+# and NCCL, and must not be replaced.
 set -eu
 source=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 python=${PYTHON:-python3}
@@ -9,11 +9,11 @@ pins=$(mktemp)
 trap 'rm -f "$pins"' EXIT
 grep -v '^torch==' "$source/constraints.txt" > "$pins"
 "$python" -c 'import importlib.metadata as m; print("torch==" + m.version("torch"))' >> "$pins"
-unset PIP_CONSTRAINT  # the image's own pins, older than ours
+unset PIP_CONSTRAINT  # the image's pins are older than constraints.txt
 "$python" -m pip install --no-cache-dir --constraint "$pins" "$source"
-# DeepEP, where DEEPEP_ARCH names a compute capability (9.0 or 10.0; one alone, its kernels are compiled for it).  This commit of
-# its branch hybrid-ep has what megatron-core imports for parallel.expert_dispatcher=deepep and hybridep; its main branch no longer has.
-# HYBRID_EP_MULTINODE=1 takes hybridep beyond one NVLink domain and needs DOCA and rdma-core: its own README.
+# Install DeepEP if DEEPEP_ARCH is set, to one compute capability (9.0 or 10.0). This commit of DeepEP's branch hybrid-ep has the
+# functions that megatron-core imports for parallel.expert_dispatcher=deepep and hybridep; the main branch has removed them. Several
+# NVLink domains need HYBRID_EP_MULTINODE=1, DOCA and rdma-core; see DeepEP's README.
 if [ -n "${DEEPEP_ARCH:-}" ]; then
   folder=$(mktemp -d)
   git -C "$folder" init --quiet

@@ -1,6 +1,6 @@
-# What: a chat template of your own in a tokenizer: what is learned stands between the generation marks.
+# What: a tokenizer with your own chat template: training learns the text between the generation tags.
 # Run:  python examples/chat_template.py tokenizer my-tokenizer
-# See:  my-tokenizer, which `sov-data pack --format chat` takes; `sov-data sample` shows what is learned.
+# See:  my-tokenizer, for `sov-data pack --format chat`; `sov-data sample` marks the learned text.
 
 import shutil
 import subprocess

@@ -2,7 +2,7 @@
 # Run:  python examples/notebook.py
 # See:  the loss of each step, a continuation of a prompt, and a Hugging Face folder in runs/notebook-hf.
 
-# %% A recipe, changed
+# %% Change a recipe
 from megatron_sov import apply_settings, convert, generate, pretrain, recipes
 
 config = apply_settings(recipes.get("tiny-qwen3"), [
@@ -14,7 +14,7 @@ print(config.model.num_layers, "layers")
 completion = pretrain(config, {"tokens": 1.0}, "runs/notebook")
 print("step", completion["step"], "tokens", completion["tokens"])
 
-# %% Look at the losses
+# %% Read the losses
 import json
 from pathlib import Path
 

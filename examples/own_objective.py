@@ -1,6 +1,6 @@
-# What: a loss of your own: cross-entropy that forgets the tokens which the model finds least likely (noise).
+# What: your own loss: cross-entropy without the least likely tokens, which are often noise.
 # Run:  megatron-sov pretrain examples/own_recipe.py:two_layers --data tokens --run runs/own_objective --set objective.name=examples/own_objective.py:Trimmed --set objective.options.least=-7.7
-# See:  the loss under the name of its term, and the share of tokens that counted as a meter in events.jsonl.
+# See:  the loss `trimmed` and the meter `counted`, the share of tokens in the loss, in events.jsonl.
 
 from megatron_sov import LossSums, per_source, with_denominators
 

@@ -1,4 +1,4 @@
-# What: a recipe of your own, made from a shipped one: two layers, three steps, for trying things out.
+# What: your own recipe, derived from a shipped recipe: two layers and three steps, for experiments.
 # Run:  megatron-sov pretrain examples/own_recipe.py:two_layers --data tokens --run runs/own_recipe
 # See:  "complete: step 3", the checkpoint, and the next commands.
 

@@ -1,12 +1,12 @@
-# What: a world with tools that a model can call, a state that they change, and a goal that is checked.
+# What: a tool environment: tools that a model calls, the state that they change, and a reward for the goal.
 # Run:  megatron-sov tools run examples/own_tool_world.py:Shop work/sft --output work/episodes
-# See:  the mean reward; an episode gets 1 if its basket is what the task asks for.
+# See:  the mean reward; an episode gets 1 if its basket equals the goal of the task.
 
 from megatron_sov.judge.tools.environment import ToolRefused, World, tool
 
 
 class Shop(World):
-    """A shop that sells fruit until it is sold out."""
+    """A shop with a limited stock of fruit."""
 
     EXAMPLES = ({"question": "Buy two apples and a pear.", "goal": {"apple": 2, "pear": 1}},)
 
@@ -18,13 +18,13 @@ class Shop(World):
         """Put fruit into the basket.
 
         Args:
-            fruit: its name.
-            count: how many.
+            fruit: name of the fruit.
+            count: number of pieces.
         """
-        left = self.state["stock"].get(fruit, 0)
-        if not 0 < count <= left:
-            raise ToolRefused(f"there are {left} of {fruit}")
-        self.state["stock"][fruit] = left - count
+        stock = self.state["stock"].get(fruit, 0)
+        if not 0 < count <= stock:
+            raise ToolRefused(f"{fruit}: {stock} in stock")
+        self.state["stock"][fruit] = stock - count
         self.state["basket"][fruit] = self.state["basket"].get(fruit, 0) + count
         return f"{count} {fruit} in the basket"
 

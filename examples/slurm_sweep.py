@@ -1,6 +1,6 @@
-# What: a sweep over learning rates as Slurm jobs; each run is a folder, and a job that dies goes on by itself.
+# What: a sweep over learning rates as Slurm jobs; each run has a folder, and interrupted jobs resume.
 # Run:  python examples/slurm_sweep.py --dry-run
-# See:  three job scripts; without --dry-run three jobs, and `megatron-sov status runs` compares them.
+# See:  three job scripts; without --dry-run three jobs, which `megatron-sov status runs` compares.
 
 import json
 import subprocess
@@ -11,7 +11,7 @@ RATES = (1e-3, 2e-3, 4e-3)
 VOCAB_SIZE = json.loads(Path("tokens/manifest.json").read_text())["content"]["vocab_size"]
 
 
-def command(rate):
+def build_command(rate):
     return [sys.executable, "-m", "megatron_sov", "submit", "pretrain", "--cluster", "one-node",
             "--account", "mine", *sys.argv[1:], "tiny-qwen3", "--data", "tokens", "--run", f"runs/lr-{rate:g}",
             "--set", f"optim.lr={rate:g}", "--set", "optim.min_lr=1e-4", "--set", "train.micro_batch_size=2",
@@ -20,4 +20,4 @@ def command(rate):
 
 for rate in RATES:
     print(f"== learning rate {rate:g}", flush=True)
-    subprocess.run(command(rate), check=True)
+    subprocess.run(build_command(rate), check=True)

@@ -99,7 +99,6 @@ ALONE = {
     "megatron_sov/work/endpoints/http_client.py": "imports openai, which its user must not import at the top",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",
     "megatron_sov/commands/rl/teacher_models.py": "finds teachers; imports torch",
-    "megatron_sov/post/extend/contamination.py": "searches data; training stages is another subject",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
     "megatron_sov/judge/tools/worlds/virtual_program.py": _INSIDE,
@@ -109,7 +108,6 @@ ALONE = {
     "megatron_sov/train/guards/watchdog.py": "a thread that watches for steps that hang",
     "megatron_sov/train/recovery.py": "rejects steps and restores weights; the loop is another subject",
     "megatron_sov/proof/random_documents.py": "data of objectives; proving a layout is another subject",
-    "megatron_sov/operate/slurm/preflight_run.py": "imports torch; preflight reports a failing import",
     "megatron_sov/operate/contract.py": "parses sources of libraries; a machine is another subject",
 }
 """Short file with a single user that is not merged into it -> reason."""

@@ -111,7 +111,7 @@ def test_other_programs_group_their_commands(program: str, capsys: pytest.Captur
 def test_words_of_other_programs_lead_to_valid_commands(program: str, word: str, text: str,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     first, *group = program.split()
-    text = text.replace("{python}", shlex.quote(sys.executable))
+    text = text.replace("{python}", shlex.quote(sys.executable)).replace("{word}", word)
     with contextlib.suppress(SystemExit):
         assert importlib.import_module(ENTRIES[first]).main([*group, word, "--anything"]) == 2
     message, _, proposed = capsys.readouterr().err.partition("; write\n")

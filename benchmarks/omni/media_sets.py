@@ -5,7 +5,7 @@ text-audio says a word, and audio-audio translates a spoken word between English
 """
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,46 +59,48 @@ def write_media(root: Path, seed: int = 0) -> dict[str, list[Row]]:
     return index
 
 
-def text_part(text: str) -> Row:
-    return {"type": "text", "text": text}
-
-
-def build_conversation(content: list[Row], answer: list[Row]) -> Row:
-    return {"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]}
-
-
 def translate(word: str) -> str:
     """Return the word of the same meaning in the other language."""
     return WORDS.get(word) or next(english for english, korean in WORDS.items() if korean == word)
 
 
+def build_text(text: str) -> Row:
+    return {"type": "text", "text": text}
+
+
+def iter_sound_tasks(row: Row) -> Iterator[tuple[str, str, list[Row], str]]:
+    """Yield (pair, language of the answer, parts of the prompt, answer) of each task with a recorded word."""
+    audio, word = {"type": "audio", "path": row["path"]}, row["word"]
+    own, other = (KOREAN, ENGLISH) if row["voice"] == KOREAN else (ENGLISH, KOREAN)
+    yield "audio-text", own, [audio, build_text(PROMPTS[own]["write"])], word
+    yield "text-audio", own, [build_text(PROMPTS[own]["say"].format(word))], word
+    yield "audio-audio", other, [audio, build_text(PROMPTS[other]["translate"])], translate(word)
+
+
 def build_conversations(index: dict[str, list[Row]], seed: int) -> dict[str, list[Row]]:
     """Return pair -> training conversations; `seed` chooses the recordings that answer a translation."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     result: dict[str, list[Row]] = {
         pair: [] for pair in ("image-text", "text-image", "audio-text", "text-audio", "audio-audio")}
-    pictures, sounds = index["pictures-train"], index["sounds-train"]
-    by_word: dict[str, list[str]] = {}
-    for row in sounds:
-        by_word.setdefault(row["word"], []).append(row["path"])
+    paths_of_words: dict[str, list[str]] = {}
+    for row in index["sounds-train"]:
+        paths_of_words.setdefault(row["word"], []).append(row["path"])
+
+    def add(pair: str, prompt: list[Row], answer: Row) -> None:
+        result[pair].append({"messages": [{"role": "user", "content": prompt},
+                                          {"role": "assistant", "content": [answer]}]})
+
     for language in LANGUAGES:
         prompts = PROMPTS[language]
-        for row in pictures:
+        for row in index["pictures-train"]:
             image, name = {"type": "image", "path": row["path"]}, DIGITS[language][row["digit"]]
-            result["image-text"].append(
-                build_conversation([image, text_part(prompts["name"])], [text_part(name)]))
-            result["text-image"].append(
-                build_conversation([text_part(prompts["draw"].format(name))], [image]))
-    for row in sounds:
-        audio, word = {"type": "audio", "path": row["path"]}, row["word"]
-        own, other = (KOREAN, ENGLISH) if row["voice"] == KOREAN else (ENGLISH, KOREAN)
-        translation = {"type": "audio", "path": draw.choice(by_word[translate(word)])}
-        result["audio-text"].append(
-            build_conversation([audio, text_part(PROMPTS[own]["write"])], [text_part(word)]))
-        result["text-audio"].append(
-            build_conversation([text_part(PROMPTS[own]["say"].format(word))], [audio]))
-        result["audio-audio"].append(
-            build_conversation([audio, text_part(PROMPTS[other]["translate"])], [translation]))
+            add("image-text", [image, build_text(prompts["name"])], build_text(name))
+            add("text-image", [build_text(prompts["draw"].format(name))], image)
+    for row in index["sounds-train"]:
+        translation = rng.choice(paths_of_words[translate(row["word"])])
+        for pair, _, prompt, word in iter_sound_tasks(row):
+            path = translation if pair == "audio-audio" else row["path"]
+            add(pair, prompt, build_text(word) if pair == "audio-text" else {"type": "audio", "path": path})
     return result
 
 
@@ -110,28 +112,20 @@ def build_questions(index: dict[str, list[Row]], num_drawn: int) -> dict[str, li
         num_drawn: number of pictures to draw.
     """
     result: dict[str, list[Row]] = {}
-    words = {ENGLISH: list(WORDS), KOREAN: list(WORDS.values())}
+
+    def add(name: str, prompt: list[Row], answer: str, labels: Iterable[str]) -> None:
+        result.setdefault(name, []).append({"content": prompt, "answer": answer, "labels": list(labels)})
+
     for n, row in enumerate(index["pictures-heldout"]):
         language = LANGUAGES[n % 2]
-        image = {"type": "image", "path": row["path"]}
-        result.setdefault("image-text", []).append(build_question(
-            [image, text_part(PROMPTS[language]["name"])], DIGITS[language][row["digit"]], DIGITS[language]))
+        prompt = [{"type": "image", "path": row["path"]}, build_text(PROMPTS[language]["name"])]
+        add("image-text", prompt, DIGITS[language][row["digit"]], DIGITS[language])
     for n in range(num_drawn):
         language = LANGUAGES[n // 10 % 2]
         name = DIGITS[language][n % 10]
-        result.setdefault("text-image", []).append(
-            build_question([text_part(PROMPTS[language]["draw"].format(name))], name, DIGITS[language]))
+        add("text-image", [build_text(PROMPTS[language]["draw"].format(name))], name, DIGITS[language])
     for row in index["sounds-heldout"]:
-        audio, word = {"type": "audio", "path": row["path"]}, row["word"]
-        own, other = (KOREAN, ENGLISH) if row["voice"] == KOREAN else (ENGLISH, KOREAN)
-        result.setdefault("audio-text", []).append(
-            build_question([audio, text_part(PROMPTS[own]["write"])], word, words[own]))
-        result.setdefault(f"text-audio/{own}", []).append(
-            build_question([text_part(PROMPTS[own]["say"].format(word))], word, words[own]))
-        result.setdefault(f"audio-audio/{other}", []).append(
-            build_question([audio, text_part(PROMPTS[other]["translate"])], translate(word), words[other]))
+        for pair, language, prompt, word in iter_sound_tasks(row):
+            name = pair if pair == "audio-text" else f"{pair}/{language}"
+            add(name, prompt, word, WORDS if language == ENGLISH else WORDS.values())
     return result
-
-
-def build_question(content: list[Row], answer: str, labels: Iterable[str]) -> Row:
-    return {"content": content, "answer": answer, "labels": list(labels)}

@@ -87,8 +87,8 @@ def encode_units(units: list[Unit], settings: UnitSettings, work: Path,
                  workers: int) -> Generator[UnitRecord, None, None]:
     """Yield unit records in order; units from an earlier command are reused.
 
-    Workers are processes: two threads are as fast (benchmarks/data_pack.py), but a third of the work (JSON
-    parsing, building arrays) holds Python's lock, so more than three threads would wait for each other.
+    Workers are processes: two threads are as fast (benchmarks/results/data_pack.txt), but a third of the work
+    (JSON parsing, building arrays) holds Python's lock, so more than three threads would wait for each other.
     Raises `UserError`: a file is unreadable, the disk is full, or a worker was killed."""
     yield from map_in_processes(_create_encoder, (settings, work), units, workers)
 

@@ -22,7 +22,7 @@ class PartialRope(Rope):
     """Rotary frequencies of the first channels of each head: `partial_rotary_factor`."""
 
     default_share: float = 0.5
-    """What transformers assumes where the field is absent."""
+    """Share of rotating channels if config.json has no field, as in transformers."""
 
     @property
     def names(self):
@@ -33,21 +33,22 @@ class PartialRope(Rope):
         return {"rope_parameters": rope | {"partial_rotary_factor": model.rope_share}}
 
     def read(self, config):
-        """Return theta, scaling and share; `UserError` where the share is said twice in different ways."""
-        config, said = dict(config), []
+        """Return theta, scaling and share; raise `UserError` if config.json has two different shares."""
+        config, shares = dict(config), []
         for name in ("rope_parameters", "rope_scaling"):
             if config.get(name):
                 config[name] = dict(config[name])
-                said.append(config[name].pop("partial_rotary_factor", None))
-        said = [share for share in (*said, config.pop("partial_rotary_factor", None)) if share is not None]
-        if len({*said}) > 1:
-            raise UserError(f"config.json: partial_rotary_factor = {said[1]}, and {said[0]} in "
+                shares.append(config[name].pop("partial_rotary_factor", None))
+        shares.append(config.pop("partial_rotary_factor", None))
+        shares = [share for share in shares if share is not None]
+        if len({*shares}) > 1:
+            raise UserError(f"config.json: partial_rotary_factor = {shares[1]}, and {shares[0]} in "
                             "rope_parameters; make them agree")
-        return super().read(config) | {"rope_share": float(said[0] if said else self.default_share)}
+        return super().read(config) | {"rope_share": float(shares[0] if shares else self.default_share)}
 
 
-# The prediction layer stands in a folder as one more layer of the trunk, with copies of embedding and head.
-# transformers' model drops it on loading; its `MtpModel` and vLLM read it.
+# A Hugging Face folder has the prediction layer as an additional last layer of the trunk, with copies of
+# embedding and head. transformers' model ignores it on loading; its `MtpModel` and vLLM read it.
 GLM4_MOE = Family(
     name="glm4_moe",
     hf_classes=("Glm4MoeForCausalLM",),

@@ -21,58 +21,59 @@ from megatron_sov.model.recipes.open_models import LATENT, continue_pretraining
 
 @dataclass(frozen=True)
 class KimiLayers:
-    """Which layers have Kimi Delta Attention, and its sizes: in a part of config.json, where layers count
-    from 1, or as transformers writes them."""
+    """Layers with Kimi Delta Attention, and its sizes: from `linear_attn_config` of config.json, which counts
+    layers from 1, or from the fields of transformers."""
 
     sizes: tuple[str, ...] = ("num_heads", "head_dim", "short_conv_kernel_size")
-    """In the part `linear_attn_config`."""
-    beside: tuple[str, ...] = ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
-    """As transformers writes them."""
+    """Fields of `linear_attn_config`."""
+    top_level: tuple[str, ...] = ("linear_num_heads", "linear_head_dim", "linear_conv_kernel_dim")
+    """The same sizes as fields of transformers."""
     defaults: tuple[int, ...] = (32, 128, 4)
     lists: tuple[tuple[str, str], ...] = (("full_attn_layers", "full_attention"),
                                           ("kda_layers", "linear_attention"))
 
     @property
     def names(self):
-        return ("linear_attn_config", "layer_types", *self.beside)
+        return ("linear_attn_config", "layer_types", *self.top_level)
 
     def write(self, model):
-        """Return both; `UserError` where heads differ, or gates have another rank."""
-        said, types = read_delta_sizes(model, negative=False), model.layer_types()
-        lists = {name: [i + 1 for i, found in enumerate(types) if found == kind] for name, kind in self.lists}
-        return {"linear_attn_config": lists | dict(zip(self.sizes, said, strict=True)), "layer_types": types,
-                **dict(zip(self.beside, said, strict=True))}
+        """Return both forms; raise `UserError` if heads differ, or gates have another rank."""
+        sizes, types = read_delta_sizes(model, negative=False), model.layer_types()
+        lists = {name: [i + 1 for i, layer_type in enumerate(types) if layer_type == kind]
+                 for name, kind in self.lists}
+        return {"linear_attn_config": lists | dict(zip(self.sizes, sizes, strict=True)), "layer_types": types,
+                **dict(zip(self.top_level, sizes, strict=True))}
 
     def read(self, config):
-        """Return the shortest pattern that gives the layers, and the sizes; `UserError` where two spellings
-        disagree, or a layer has no kind or two."""
+        """Return the shortest pattern of the layers, and the sizes; raise `UserError` if two fields disagree,
+        or a layer has no type or two types."""
         part = dict(config.get("linear_attn_config", {}))
-        said = []
-        for name, other, default in zip(self.sizes, self.beside, self.defaults, strict=True):
-            inside = part.pop(name, config.get(other, default))
-            if config.get(other, inside) != inside:
-                raise UserError(f"config.json: linear_attn_config.{name} = {inside} and {other} = "
+        sizes = []
+        for name, other, default in zip(self.sizes, self.top_level, self.defaults, strict=True):
+            size = part.pop(name, config.get(other, default))
+            if config.get(other, size) != size:
+                raise UserError(f"config.json: linear_attn_config.{name} = {size} and {other} = "
                                 f"{config[other]} disagree; remove the latter")
-            said.append(check_integer(f"linear_attn_config.{name}", inside))
+            sizes.append(check_integer(f"linear_attn_config.{name}", size))
         lists = {kind: part.pop(name) for name, kind in self.lists if name in part}
         if part:
-            raise UserError(f"config.json: linear_attn_config has {', '.join(part)}, which is not known")
-        heads, width, taps = said
+            raise UserError(f"config.json: linear_attn_config has unknown fields: {', '.join(part)}")
+        heads, width, taps = sizes
         return {**self._layers(config, lists), "linear_attention": asdict(
             LinearAttentionConfig(heads, heads, width, width, width, taps))}
 
     def _layers(self, config, lists):
         count = read_num_layers(config)
-        usual = ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
-        types = config.get("layer_types", usual)
+        default = ["full_attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
+        types = config.get("layer_types", default)
         if len(lists) == 2:
-            of = {i: kind for kind, numbers in lists.items() for i in numbers}
-            listed = [of.get(i, "") for i in range(1, count + 1)]
-            if sorted(i for numbers in lists.values() for i in numbers) != [*range(1, count + 1)] or (
-                    config.get("layer_types", listed) != listed):
-                raise UserError("config.json: full_attn_layers and kda_layers of linear_attn_config must "
-                                f"name each of {count} layers once, counted from 1, as layer_types does "
-                                f"where it stands beside; they are {lists}")
+            type_of_layer = {i: kind for kind, numbers in lists.items() for i in numbers}
+            listed = [type_of_layer.get(i, "") for i in range(1, count + 1)]
+            numbers = sorted(i for layers in lists.values() for i in layers)
+            if numbers != [*range(1, count + 1)] or config.get("layer_types", listed) != listed:
+                raise UserError(f"config.json: linear_attn_config has {lists}; full_attn_layers and "
+                                f"kda_layers must list each of {count} layers once, counted from 1, and "
+                                "agree with layer_types")
             types = listed
         return parse_layer_pattern(types, count)
 
@@ -116,7 +117,7 @@ KIMI_LINEAR = Family(
         Fixed("moe_router_activation_func", "sigmoid"), Fixed("mla_use_nope", True),
         Fixed("moe_layer_freq", 1, written=False), Fixed("num_nextn_predict_layers", 0, written=False),
         LatentHeads(checks_head_dim=False), KimiLayers(), LeadingDenseLayers(default=1),
-        # nothing rotates, and groups are chosen from where there are several
+        # no channel rotates, and the router selects groups whenever there are several
         Unused(("rope_theta", "rope_scaling", "rope_parameters", "use_grouped_topk", "topk_method",
                 "pretraining_tp")),
     ),

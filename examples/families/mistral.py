@@ -1,6 +1,6 @@
-# What: Mistral 7B, Nemo and others of type `mistral`: Llama's decoder with a window in every layer, or in none.
+# What: Mistral 7B, Nemo and other models of type `mistral`: Llama's decoder, with or without a sliding window.
 # Run:  megatron-sov convert from-hf mistral-7b mistral-ckpt --plugin examples/families/mistral.py:MISTRAL
-# See:  a checkpoint that `sft --from mistral-ckpt` trains further; `convert to-hf` takes the same --plugin.
+# See:  a checkpoint for `sft --from mistral-ckpt`; `convert to-hf` takes the same --plugin.
 
 from dataclasses import dataclass
 
@@ -13,15 +13,15 @@ from megatron_sov.model.families.weights import ATTENTION, DENSE_FFN, EMBEDDINGS
 
 @dataclass(frozen=True)
 class OneWindow:
-    """A window of every layer, or of none: `sliding_window`."""
+    """Sliding window of all layers, or no window: `sliding_window`."""
 
     default: int = 0
-    """What transformers assumes where the field is absent, in tokens; null is no window."""
+    """Window in tokens if config.json has no field, as in transformers; null is no window."""
     names: tuple[str, ...] = ("sliding_window",)
     null_tells: tuple[str, ...] = ("sliding_window",)
 
     def write(self, model):
-        """Return the window, null for none; `UserError` where layers differ."""
+        """Return the window, or null; raise `UserError` if layers differ."""
         if len(set(model.layer_types())) > 1:
             raise UserError(f"model.attention_pattern = {model.attention_pattern!r}: in family "
                             f"'{model.family}' either every layer slides or none does; use 'L' or 'G'")

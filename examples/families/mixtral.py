@@ -1,4 +1,4 @@
-# What: Mixtral 8x7B and 8x22B: Mistral's decoder with experts in every layer, of which a softmax router chooses.
+# What: Mixtral 8x7B and 8x22B: Mistral's decoder with experts in every layer and a softmax router.
 # Run:  megatron-sov convert from-hf mixtral-8x7b mixtral-ckpt --plugin examples/families/mixtral.py:MIXTRAL
 # See:  a checkpoint for `pretrain examples/families/mixtral.py:mixtral_8x7b --from mixtral-ckpt`.
 
@@ -12,8 +12,8 @@ from megatron_sov.model.families.weights import (
     ATTENTION, EMBEDDINGS_AND_HEAD, Experts, GateUp, Same, trunk_section)
 from megatron_sov.model.recipes.open_models import continue_pretraining
 
-# transformers computes the router's logits in the model's dtype, we in float32; they are the same for models
-# in float32
+# transformers computes the router's logits in the model's dtype, this project in float32: only models in
+# float32 give equal logits
 EXPERTS = (
     Same("pre_mlp_layernorm.weight", "post_attention_layernorm.weight", "H"),
     Same("mlp.router.weight", "block_sparse_moe.gate.weight", "E H"),
@@ -33,7 +33,7 @@ MIXTRAL = Family(
         Renamed("num_experts_per_tok", "num_experts_per_token", 2),
         Renamed("tie_word_embeddings", "tied_embeddings", False), Renamed("rms_norm_eps", "norm_eps", 1e-5),
         Rope(default_theta=1e6), OneWindow(), Fixed("router_jitter_noise", 0.0),
-        # of its own model class only; ours is chosen by model.seq_aux_loss_coeff
+        # used only by transformers' model class; here model.seq_aux_loss_coeff sets the coefficient
         Unused(("router_aux_loss_coef",)),
     ),
     structure={"rope_on_global": True, "num_mtp_layers": 0, "num_dense_layers": 0, "qkv_bias": False,

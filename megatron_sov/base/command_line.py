@@ -169,7 +169,8 @@ def _check_line(parser: Parser, commands: "Mapping[str, Command]", line: list[st
     """Check a command line of `sov-data` or `sov-tokenizer`."""
     check_command(parser.prog, line)
     parsed = parser.parse_args(line)
-    check_arguments(parsed, commands[parsed.command].load())
+    name = " ".join(line[:2])  # rl run, eval difference
+    check_arguments(parsed, commands[name if name in commands else parsed.command].load())
 
 
 def _parse_path(text: str) -> Path:

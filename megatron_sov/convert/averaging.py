@@ -78,17 +78,11 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
             overwrite: bool = False, redo: bool = False, min_checkpoints: int = 2) -> None:
     """Write the weighted mean sum w x / sum w over checkpoints as a checkpoint (part `model`).
 
-    Args:
-        checkpoints: folders (a run means its newest checkpoint) and weights.
-        out: checkpoint to write. It appears when complete; a killed command continues where it stopped.
-        workers: files written at a time, each with two tensors in memory.
-        overwrite: replace an existing checkpoint.
-        redo: start over if unfinished work with other arguments exists.
-        min_checkpoints: minimum number of checkpoints; 1 if an automatic choice may select one checkpoint.
-
-    Raises:
-        UserError: there are too few checkpoints, a weight is not positive, architectures, tokenizers or bases
-            differ, a checkpoint is damaged, or the disk is full.
+    `checkpoints`: folders (a run means its newest checkpoint) and weights; `workers`: files written at a
+    time, each with two tensors in memory; `min_checkpoints`: 1 if an automatic choice may select one
+    checkpoint. For the other arguments see `from_hf`. Raises `UserError`: there are too few checkpoints, a
+    weight is not positive, architectures, tokenizers or bases differ, a checkpoint is damaged, or the disk is
+    full.
     """
     out = Path(out)
     check_output_folder(out, CHECKPOINT_KIND, overwrite)

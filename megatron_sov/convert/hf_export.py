@@ -101,14 +101,9 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True,
            workers: int = DEFAULT_WORKERS) -> ConversionProof:
     """Compare two models' weights; each model is a checkpoint or a Hugging Face folder.
 
-    Args:
-        a: checkpoint or Hugging Face folder.
-        b: checkpoint or Hugging Face folder.
-        load: also load Hugging Face folders with transformers; needs memory for a whole model.
-        workers: tensors, and files, read at a time.
-
-    Raises:
-        UserError: a folder cannot be opened, or the model does not fit into free memory.
+    `load`: also load Hugging Face folders with transformers, which needs memory for a whole model; `workers`:
+    tensors, and files, read at a time. Raises `UserError`: a folder cannot be opened, or the model does not
+    fit into free memory.
     """
     sides = [open_weights(a), open_weights(b)]
     first, second = (UpdateRounding(side) for side in sides)

@@ -86,18 +86,10 @@ def hash_file_plan(files: Mapping[str, list[TensorSpec]]) -> str:
 
 def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSource, workers: int,
                 finish: Callable[[str, FileRecord], None]) -> None:
-    """Write the planned files, `workers` at a time; the order of writing changes no byte.
-
-    Args:
-        folder: target folder.
-        files: file name -> tensors, see `plan_shards`.
-        read: returns one tensor.
-        workers: files at a time, each with one thread that reads and one that hashes and writes.
-        finish: called with the name and record of each completed file.
-
-    Raises:
-        UserError: the first error of `read`; further files are not started.
-    """
+    """Write `files` (name -> tensors, see `plan_shards`) into `folder`, `workers` at a time, each with a
+    thread that reads and a thread that hashes and writes; the order of writing changes no byte. `finish` is
+    called with the name and record of each completed file. Raises `UserError`: the first error of `read`;
+    further files are not started."""
     def write_one(name: str) -> None:
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -120,18 +112,12 @@ def write_files(folder: Path, files: dict[str, list[TensorSpec]], read: TensorSo
 # sources are verified, and the artifact is published only after every source file is verified.
 @contextlib.contextmanager
 def verify_source(weights: Weights, workers: int) -> Iterator[Callable[[Iterable[str]], None]]:
-    """Verify source files (model part only) against the manifest during the `with` block.
+    """Verify source files (model part only) against the manifest during the `with` block, `workers` at a
+    time.
 
-    Args:
-        weights: source of the conversion.
-        workers: files hashed at a time.
-
-    Yields:
-        Function that waits until the files of the given Hugging Face tensors are verified.
-
-    Raises:
-        UserError: a file is missing or differs from the manifest; the message lists its tensors. Replaces an
-            error of the block, which may be a consequence of the damage.
+    Yields a function that waits until the files of the given Hugging Face tensors are verified. Raises
+    `UserError`: a file is missing or differs from the manifest; the message lists its tensors, and replaces
+    an error of the block, which may be a consequence of the damage.
     """
     path, remedy = weights.path, DAMAGED_HF
     records: Mapping[str, FileRecord] = {}
@@ -191,19 +177,12 @@ def _read_integrity(folder: Path) -> dict[str, FileRecord]:
 def write_unfinished(artifact: ResumableArtifact, files: dict[str, list[TensorSpec]], read: TensorSource,
                      sources: Sequence[Weights], list_source_names: Callable[[TensorSpec], Iterable[str]],
                      label: str, workers: int) -> None:
-    """Write an artifact's unfinished files with a progress bar, and verify the source files meanwhile.
+    """Write an artifact's unfinished files (name -> tensors, see `plan_shards`), `workers` at a time, with a
+    progress bar, and verify the source files meanwhile.
 
-    Args:
-        artifact: its `finished` files are left as they are.
-        files: file name -> tensors, see `plan_shards`.
-        read: returns one tensor.
-        sources: weights from which `read` computes tensors.
-        list_source_names: returns the Hugging Face names in `sources` of a tensor to write.
-        label: of the progress bar.
-        workers: files written at a time.
-
-    Raises:
-        UserError: a source file is damaged, `read` fails, or the disk is full.
+    `sources`: weights from which `read` computes a tensor; `list_source_names`: returns their Hugging Face
+    names of a tensor to write. Raises `UserError`: a source file is damaged, `read` fails, or the disk is
+    full.
     """
     missing = {name: specs for name, specs in files.items() if name not in artifact.finished}
     check_space(artifact.path, sum(spec.size_bytes for specs in missing.values() for spec in specs))
@@ -229,8 +208,8 @@ def write_unfinished(artifact: ResumableArtifact, files: dict[str, list[TensorSp
 
 
 def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: int = DEFAULT_WORKERS,
-            overwrite: bool = False, redo: bool = False) -> None:
-    """Write a Hugging Face folder as a checkpoint (part `model`, step 0).
+            overwrite: bool = False, redo: bool = False) -> list[str]:
+    """Write a Hugging Face folder as a checkpoint (part `model`, step 0), and return the warnings.
 
     Args:
         hf_dir: folder with config.json and safetensors files.
@@ -265,6 +244,7 @@ def from_hf(hf_dir: str | Path, out: str | Path, dtype: str = KEEP, *, workers: 
     content = {SOURCE: find_hub_name(hf_dir)} | ({CARRIED_FIELDS: source.carried} if source.carried else {})
     write_imported(out, ImportSource(source, "from-hf", hf_dir, read_token_ids(hf_dir), content), dtype,
                    workers=workers, overwrite=overwrite, redo=redo)
+    return source.notes
 
 
 @dataclass(frozen=True)
@@ -379,13 +359,8 @@ def write_imported(out: Path, source: ImportSource, dtype: str, *, workers: int,
 
 def plan_files(links: dict[str, Link], dtype_of: Callable[[str], torch.dtype],
                dtype: str) -> dict[str, list[TensorSpec]]:
-    """Return file name -> checkpoint blocks.
-
-    Args:
-        links: block name -> link.
-        dtype_of: Hugging Face name -> dtype of the source tensor.
-        dtype: see `from_hf`.
-    """
+    """Return file name -> checkpoint blocks. `links`: block name -> link; `dtype_of`: returns the dtype of a
+    Hugging Face tensor in the source; `dtype`: see `from_hf`."""
     specs = [
         TensorSpec(name, link.block_shape, choose_dtype(dtype, link.fp32, dtype_of(link.hf_names[0])))
         for name, link in links.items()]

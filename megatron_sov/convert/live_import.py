@@ -123,15 +123,9 @@ class LiveImport:
 
     @torch.no_grad()
     def import_all(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Import every model tensor; interleaved tensors are buffered until the block is complete.
-
-        Args:
-            weights: (Hugging Face name, tensor), e.g. from `export_weights(other, everywhere=True)`.
-
-        Raises:
-            UserError: a tensor is missing, unknown, repeated or has a wrong shape; the model is then partly
-                updated.
-        """
+        """Import (Hugging Face name, tensor) pairs, e.g. from `export_weights(other, everywhere=True)`;
+        interleaved tensors are buffered until the block is complete. Raises `UserError`: a tensor is missing,
+        unknown, repeated or has a wrong shape; the model is then partly updated."""
         self._model.finish_param_gather()
         pending: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
         for name, tensor in check_whole_model(weights, self._shapes):

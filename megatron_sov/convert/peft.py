@@ -121,17 +121,9 @@ def build_peft_config(model: ModelConfig, lora: LoraConfig, base_name: str) -> d
 
 def parse_lora_config(config: dict[str, Any], names: Sequence[str], model: ModelConfig,
                       where: object) -> LoraConfig:
-    """Convert a PEFT adapter's settings.
-
-    Args:
-        config: content of adapter_config.json.
-        names: tensor names, which determine the targets.
-        model: architecture of the base.
-        where: folder, for messages.
-
-    Raises:
-        UserError: the adapter is not supported; the message names the field or tensor.
-    """
+    """Convert adapter_config.json of an adapter of the base `model`; the tensor `names` determine the
+    targets. Raises `UserError`: the adapter in folder `where` is not supported; the message names the field
+    or tensor."""
     if config.get("peft_type") != "LORA":
         raise UserError(f"{where}: peft_type = {config.get('peft_type')!r}; only LORA adapters can be read")
     unknown = [f"{name} = {value!r}" for name, value in config.items()
@@ -203,14 +195,8 @@ def get_merged_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def merge_adapter(weight: torch.Tensor, place: AdapterPlace, tensors: dict[str, torch.Tensor],
                   lora: LoraConfig) -> torch.Tensor:
-    """Return the merged weight [rows, columns] in the dtype of `get_merged_dtype`; the caller rounds it once.
-
-    Args:
-        weight: base weight [rows, columns].
-        place: selects the adapter tensors for this weight.
-        tensors: key -> adapter tensor of the module.
-        lora: rank, alpha and DoRA.
-    """
+    """Merge `weight` [rows, columns] with the adapter tensors that `place` selects from `tensors`, in the
+    dtype of `get_merged_dtype`; the caller rounds it once."""
     wide = get_merged_dtype(weight.dtype)
     a, b = (t.to(wide) for t in place.update(tensors))
     total = weight.to(wide) + lora.alpha / lora.rank * (b @ a)
@@ -313,17 +299,12 @@ def describe_adapter(weights: Any) -> dict[str, Any]:
 
 def to_peft(checkpoint: str | Path, out: str | Path, *, base_name: str | None = None,
             overwrite: bool = False) -> None:
-    """Write an adapter as a folder for `PeftModel.from_pretrained` (artifact kind `peft_adapter`).
+    """Write the adapter of a checkpoint, or of a run's newest one, as a folder for
+    `PeftModel.from_pretrained` (artifact kind `peft_adapter`), which appears when complete.
 
-    Args:
-        checkpoint: adapter checkpoint, or a run (its newest checkpoint).
-        out: folder to write; it appears when complete.
-        base_name: Hugging Face model that PEFT loads as the base; None uses the folder name of the imported
-            model, with a warning.
-        overwrite: replace an existing folder.
-
-    Raises:
-        UserError: `checkpoint` is not an adapter or is damaged, or PEFT does not support the adapter.
+    `base_name`: Hugging Face model that PEFT loads as the base; None uses the folder name of the imported
+    model, with a warning. Raises `UserError`: `checkpoint` is not an adapter or is damaged, or PEFT does not
+    support the adapter.
     """
     check_folder_kind(Path(checkpoint), (CHECKPOINT_KIND, RUN), "an adapter's checkpoint or a run")
     checkpoint = resolve_run(Path(checkpoint))
@@ -371,17 +352,9 @@ def get_base_name(checkpoint: Path, base: AdapterBase) -> str:
 
 
 def from_peft(peft_dir: str | Path, out: str | Path, base: str | Path, *, overwrite: bool = False) -> None:
-    """Write a PEFT adapter as a checkpoint (part `adapter`, step 0), to train or to merge.
-
-    Args:
-        peft_dir: folder with adapter_config.json and adapter_model.safetensors.
-        out: checkpoint to write; it appears when complete.
-        base: checkpoint of the base model, e.g. from `convert from-hf`.
-        overwrite: replace an existing checkpoint.
-
-    Raises:
-        UserError: the adapter is not supported, or does not match the base.
-    """
+    """Write a PEFT adapter as a checkpoint (part `adapter`, step 0), to train or to merge, which appears when
+    complete. `base`: checkpoint of the base model, e.g. from `convert from-hf`. Raises `UserError`: the
+    adapter is not supported, or does not match the base."""
     peft_dir = Path(peft_dir)
     check_folder_kind(peft_dir, (PEFT_ADAPTER,), "a PEFT adapter")
     base = resolve_run(Path(base))

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import sentencepiece
 from tokenizers import AddedToken, Tokenizer, models
+from transformers import AutoTokenizer
 
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import UserError
@@ -333,8 +334,9 @@ def test_sentencepiece_pieces_are_characters(kind: str, tmp_path: Path) -> None:
         input=str(tmp_path / "text.txt"), model_prefix=str(tmp_path / "tiny"), vocab_size=380,
         byte_fallback=True, model_type=kind, character_coverage=0.98, normalization_rule_name="identity",
         remove_extra_whitespaces=False, minloglevel=2)
-    arguments = ["import", str(tmp_path / "tiny.model"), "--eos", "</s>", "--output", str(tmp_path / "out")]
-    assert sov_tokenizer(arguments) == 0
+    (tmp_path / "tiny.model").rename(tmp_path / "tokenizer.model")
+    AutoTokenizer.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    assert sov_tokenizer(["import", str(tmp_path), "--eos", "</s>", "--output", str(tmp_path / "out")]) == 0
     sizes = count_token_bytes(tmp_path / "out", 500)
     tokenizer = Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
     for text in ("The naïve fox", "한국어 문장입니다", "🦊 ☃"):

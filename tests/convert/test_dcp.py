@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.optim import lr_scheduler
 
 from megatron_sov import convert
 from megatron_sov.base.artifacts import find_damaged_files
@@ -22,8 +23,10 @@ from megatron_sov.convert.dcp.from_dcp import from_dcp
 from megatron_sov.convert.dcp.names import HF, TORCHTITAN, check_names, list_forms, order_rotary
 from megatron_sov.convert.dcp.to_dcp import to_dcp
 from megatron_sov.model import recipes
+from megatron_sov.model.config import OptimConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
+from megatron_sov.schedules import compute_learning_rate
 from tests.convert.test_hostile import CANARY, TOUCH_CANARY, Calls
 from tests.convert.test_to_megatron import FIRST, SAVED_AFTER, STEPS, Case
 from tests.packing import Packed
@@ -227,3 +230,43 @@ def test_other_checkpoints_are_refused(state: dict[str, Any], config: dict[str, 
     assert re.search(sentence or "with the moments of 7 updates", captured.err if sentence else captured.out)
     assert not CANARY.exists()
     assert (code, (tmp_path / "out").exists()) == ((2, False) if sentence else (0, True))
+
+
+COSINE, FALLING, WARM = (
+    lambda optimizer: lr_scheduler.CosineAnnealingLR(optimizer, T_max=20, eta_min=1e-3),
+    lambda optimizer: lr_scheduler.LinearLR(optimizer, 1.0, 0.2, total_iters=20),
+    lambda optimizer: lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=4))
+
+
+def after_warmup(schedule: Any) -> Any:
+    return lambda optimizer: lr_scheduler.SequentialLR(optimizer, [WARM(optimizer), schedule(optimizer)], [4])
+
+
+@pytest.mark.each(("build", "kind"), [
+    (COSINE, "cosine"), (FALLING, "linear"), (after_warmup(COSINE), "cosine"),
+    (after_warmup(FALLING), "linear"), (WARM, ""),
+    (lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda step: 1.0), "")])
+def test_schedule_of_torch_continues(build: Any, kind: str, tmp_path: Path) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(2))], lr=0.01)
+    scheduler = build(optimizer)
+    for _ in range(7):
+        optimizer.step()
+        scheduler.step()
+    group = {"optimizer.param_groups.model.embed_tokens.weight.initial_lr": 0.01}
+    dcp.save(WEIGHTS | STATE | group | {"lr_scheduler": scheduler.state_dict()},
+             checkpoint_id=tmp_path / "theirs", no_dist=True)
+    (tmp_path / "theirs/config.json").write_text(json.dumps(QWEN3))
+    training = from_dcp(tmp_path / "theirs", tmp_path / "out").training
+    assert training is not None
+    settings = dict(setting.split("=") for setting in training.settings)
+    assert (training.num_updates, settings.get("optim.schedule", "")) == (7, kind)
+    if not kind:
+        assert training.step == 7
+        return
+    optim = OptimConfig(lr=0.01, min_lr=float(settings["optim.min_lr"]), schedule=kind)
+    steps, warmup = int(settings["train.steps"]), int(settings["optim.warmup_steps"])
+    for step in range(training.step, training.step + 12):
+        expected, = scheduler.get_last_lr()
+        assert compute_learning_rate(optim, step + 1, steps, warmup) == pytest.approx(expected)
+        optimizer.step()
+        scheduler.step()

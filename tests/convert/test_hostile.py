@@ -24,7 +24,7 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.convert.megatron.from_megatron import find_tensor
-from megatron_sov.convert.megatron.inert_pickle import read_in_subprocess, read_index, read_settings
+from megatron_sov.convert.megatron.inert_pickle import parse_file, read_index, read_settings
 from tests.convert import made_by_hand
 
 CANARY = Path("/tmp/megatron-sov-canary")
@@ -209,24 +209,11 @@ def test_settings_reject_callable_names() -> None:
     assert not CANARY.exists()
 
 
-def test_reader_process_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_files_are_refused_before_reading(tmp_path: Path) -> None:
     with open(tmp_path / "x", "wb") as file:
-        file.truncate(512 << 20)
-    for name in ("BASE_MEMORY_BYTES", "MEMORY_PER_BYTE"):
-        monkeypatch.setattr(f"megatron_sov.convert.megatron.inert_pickle.{name}", 0)
-    with pytest.raises(UserError, match="needs more memory"):
-        read_in_subprocess("index", tmp_path / "x")
-
-
-@pytest.mark.deep
-def test_reply_is_bounded_by_the_memory_limit(tmp_path: Path) -> None:
-    """A text of a megabyte, referenced a thousand times, would become a gigabyte of JSON."""
-    long = "x" * (1 << 20)
-    file = tmp_path / "common.pt"
-    file.write_bytes(save_to_bytes({"args": made_by_hand.argparse.Namespace(a=[long] * 1000)}))
-    assert file.stat().st_size < 2 << 20
-    with pytest.raises(UserError, match="needs more memory"):
-        read_in_subprocess("settings", file)
+        file.truncate(2 << 30)
+    with pytest.raises(UserError, match="it has 2"):
+        parse_file(read_index, tmp_path / "x")
 
 
 def build_schedule(**fields: Any) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from megatron_sov import convert
 from megatron_sov.base.artifacts import MANIFEST, FileRecord, create_artifact, find_file_damage, read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
+from megatron_sov.cli import main
+from megatron_sov.commands.models import convert_run
 from megatron_sov.convert import hf_import
 from megatron_sov.convert.hf_import import verify_source
 from megatron_sov.convert.sources import CheckpointWeights
@@ -235,6 +238,33 @@ def test_ignored_fields_are_warned_about_and_exported(tmp_path: Path,
     # a second time, from the converted folder
     convert.from_hf(back, tmp_path / "second")
     assert read_manifest(tmp_path / "second").content["config_fields"] == recorded
+
+
+def import_with_unknown_field(tmp_path: Path, *options: str) -> int:
+    folder = tiny_folder(tmp_path / "hf")
+    set_config(folder, unsloth_fixed=True)
+    return main(["convert", "from-hf", str(folder), str(tmp_path / "ckpt"), *options])
+
+
+@pytest.mark.parametrize(("options", "code", "expected", "message"), [
+    ((), 0, 0, ""), ((), 3, 3, ""), (("--no-verify",), None, 0, ""),
+    ((), 2, 0, "ckpt: was not compared with transformers (see above); if the model runs elsewhere, type "
+               "`megatron-sov convert verify ")])
+def test_import_with_a_warning_is_verified(
+        options: tuple[str, ...], code: int | None, expected: int, message: str, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = Mock(return_value=code)
+    monkeypatch.setattr(convert_run, "run_command", run)
+    assert import_with_unknown_field(tmp_path, *options) == expected
+    assert message in capsys.readouterr().err
+    expected_words = ["megatron_sov", "convert", "verify", str(tmp_path / "ckpt"), str(tmp_path / "hf")]
+    assert [call.args[0] for call in run.call_args_list] == ([] if code is None else [expected_words])
+
+
+@pytest.mark.deep
+def test_verification_after_an_import_runs(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert import_with_unknown_field(tmp_path) == 0
+    assert "verified: the same model" in capfd.readouterr().out
 
 
 def test_a_block_is_read_once_for_all_its_tensors(imported: dict[str, Path],

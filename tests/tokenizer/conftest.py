@@ -216,7 +216,7 @@ class Toy(LoadedTokenizer):
             special: special tokens, after `longer`.
             change: modifies text before encoding; a hidden defect, not a declared normalization.
         """
-        super().__init__(Path("toy"), Path("toy"))
+        self.path, self.name = Path("toy"), "toy"
         self.tokens = dict(enumerate([*(bytes([b]) for b in range(256)), *longer]))
         self.special = dict(enumerate(special, len(self.tokens)))
         self.added: dict[int, str] = {}
@@ -241,6 +241,9 @@ class Toy(LoadedTokenizer):
                 before, _, after = text.partition(token)
                 return [*self.encode_special(before), id_, *self.encode_special(after)]
         return self.encode(text)
+
+    def normalize(self, text: str) -> str:
+        return text
 
     def decode(self, ids: list[int]) -> str:
         return b"".join(self.tokens.get(i, b"") for i in ids).decode("utf-8", errors="replace")

@@ -18,8 +18,8 @@ from tokenizer.formats.tiktoken_format import (
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerImportOptions:
-    """Convert a tokenizer of Hugging Face (a folder with tokenizer.json, or the file), tiktoken (a file of
-    ranks; pattern and special tokens in FILE.json) or sentencepiece (a .model file, BPE or unigram).
+    """Convert a tokenizer of Hugging Face (a folder with tokenizer.json, or the file) or tiktoken (a file of
+    ranks; pattern and special tokens in FILE.json).
 
     The ids are compared with the ids of the source's library, on built-in texts of all scripts and on
     --text. If they differ, no tokenizer is written."""

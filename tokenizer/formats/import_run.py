@@ -15,7 +15,7 @@ from tokenizer.formats.commands import ImportRequest
 from tokenizer.formats.hf_files import CONFIG_JSON, TOKENIZER_JSON, build_tokenizer_config, get_token_ids
 from tokenizer.formats.reader import ForeignTokenizer, build_text_encoder, load_tokenizer
 from tokenizer.formats.sample_texts import (
-    CHUNK_BYTES, DISORDERED_MARKS, find_first_difference, iter_builtin_texts, iter_user_texts)
+    CHUNK_BYTES, find_first_difference, iter_builtin_texts, iter_user_texts)
 
 PRESET = "imported"
 """Preset name in the manifest."""
@@ -48,32 +48,23 @@ def _compare_with_source(folder: Path, source: ForeignTokenizer,
     user_texts = {str(path): list(iter_user_texts([path])) for path in paths}
     texts = [*iter_builtin_texts(source.raw), *itertools.chain.from_iterable(user_texts.values())]
     encode_source = cache(source.encode)  # three comparisons encode the same texts
-    encode = build_text_encoder(tokenizer)
     # transformers encodes with tokenizers, but slowly
     short_texts = [text for text in texts if len(text) <= CHUNK_BYTES]
     for library, library_texts, library_encode in (
-            ("tokenizers", texts, encode),
+            ("tokenizers", texts, build_text_encoder(tokenizer)),
             ("transformers", short_texts, lambda text: hf_tokenizer(
                 text, add_special_tokens=False, split_special_tokens=True)["input_ids"])):
         if difference := find_first_difference(library_texts, library_encode, encode_source):
             raise UserError(f"{source.file}: cannot be represented, since {library} would not give the ids "
                             f"of {source.library} for {difference}")
-    model = source.raw["model"]
-    unknown_id = model.get("unk_id")
-    if unknown_id is None:
-        unknown_id = get_token_ids(source.raw).get(model.get("unk_token") or "")
     for text in texts:
         ids = encode_source(text)
-        if unknown_id in ids:
-            continue
         decoded, expected = tokenizer.decode(ids, skip_special_tokens=False), source.decode(ids)
         if decoded != expected:
             raise UserError(f"{source.file}: cannot be represented, since ids of {text[:60]!r} would become "
                             f"{decoded[:60]!r}, not {expected[:60]!r}")
     sentence = (f"the same ids as {source.library}, by tokenizers and by transformers, on "
                 f"{_count_bytes(texts) / 1e6:.2f} MB of text")
-    if find_first_difference([DISORDERED_MARKS], encode, source.encode):
-        sentence += ", but not for combining marks in an order other than Unicode's"
     ratios = {path: _count_bytes(group) / max(1, sum(len(encode_source(text)) for text in group))
               for path, group in user_texts.items()}
     return sentence, ratios

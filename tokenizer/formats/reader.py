@@ -1,13 +1,10 @@
-"""Read tokenizers of other libraries: a Hugging Face folder or tokenizer.json, tiktoken's ranks, or a
-sentencepiece model.
+"""Read tokenizers of other libraries: a Hugging Face folder or tokenizer.json, or tiktoken's ranks.
 
-`ForeignTokenizer` converts to an equivalent tokenizer.json; `LoadedTokenizer` uses the library unchanged.
+`ForeignTokenizer` converts to an equivalent tokenizer.json, which `LoadedTokenizer` runs.
 """
 
 import json
 import shlex
-import unicodedata
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,15 +16,15 @@ from megatron_sov.base.documents.byte_bpe import byte_alphabet
 from megatron_sov.base.errors import Fix, UserError, fix_missing, suggest_download
 from megatron_sov.base.hints.kinds import list_run_tokenizers
 from megatron_sov.model.pretrained import read_json
-from tokenizer.formats import sentencepiece_format, tiktoken_format
+from tokenizer.formats import tiktoken_format
 from tokenizer.formats.hf_files import (
     CONFIG_JSON, TOKENIZER_JSON, check_id_range, get_token_ids, translate_panics)
-from tokenizer.formats.sentencepiece_format import SPACE, format_byte_piece
 
 SPECIAL_NAMES = ("bos_token", "eos_token", "pad_token")
-FORMS = f"a folder with {TOKENIZER_JSON}, such a file, tiktoken's ranks or sentencepiece's .model"
+FORMS = f"a folder with {TOKENIZER_JSON}, such a file, or tiktoken's ranks"
 PROBE = "a 가 😀\n"
-_BYTES = {format_byte_piece(b): bytes([b]) for b in range(256)}
+SPACE = "▁"
+_BYTES = {f"<0x{b:02X}>": bytes([b]) for b in range(256)}
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,7 @@ class ForeignTokenizer:
 
     file: Path
     library: str
-    """tokenizers, tiktoken or sentencepiece."""
+    """tokenizers or tiktoken."""
     raw: dict[str, Any]
     """Equivalent tokenizer.json."""
     encode: Callable[[str], list[int]]
@@ -71,9 +68,7 @@ def find_file(path: Path) -> Path:
                   if (folder / TOKENIZER_JSON).is_file()]
         if (path / "merges.txt").is_file():
             advice = "make tokenizer.json of vocab.json and merges.txt"
-            code = (f"from transformers import GPT2TokenizerFast as T; T('{path}/vocab.json', "
-                    f"'{path}/merges.txt').save_pretrained('{path}')")
-            fix = Fix(words={str(path): str(path)}, before=(shlex.join(["python", "-c", code]),))
+            fix = _convert_by_transformers(path, path)
         elif inside:
             fix = Fix(words={str(path): str(inside[-1])})
             advice = f"pass {inside[-1]}"
@@ -101,7 +96,10 @@ def open_foreign(path: Path, rules: Path | None = None) -> ForeignTokenizer:
     # by content: Llama 3 has ranks in tokenizer.model
     if tiktoken_format.is_ranks_file(file):
         return _open_tiktoken(file, rules or tiktoken_format.get_rules_path(file))
-    return _open_sentencepiece(file)
+    if file.suffix == ".model":
+        raise UserError(f"{file}: is not tiktoken's ranks; transformers converts sentencepiece's models to "
+                        f"{TOKENIZER_JSON}", _convert_by_transformers(path, file.parent))
+    raise UserError(f"{file}: is no tokenizer (or a damaged one); pass {FORMS}", _fix_by_neighbour(file))
 
 
 def load_tokenizer(raw: dict[str, Any], where: object) -> Tokenizer:
@@ -132,11 +130,11 @@ def open_hf(file: Path) -> ForeignTokenizer:
     raw = read_json(file)
     if (not isinstance(raw.get("model"), dict) or not isinstance(raw.get("added_tokens"), list)
             or "vocab" not in raw["model"]):
-        is_pair = (file.parent / "merges.txt").is_file()
-        raise UserError(f"{file}: has no model.vocab and added_tokens, so it is no tokenizer.json; " + (
-            "of a vocab.json with merges.txt transformers makes one: `python -c \"from transformers import "
-            f"AutoTokenizer as A; A.from_pretrained('{file.parent}').save_pretrained('DIR')\"`; pass DIR"
-            if is_pair else f"pass {FORMS}"), _fix_by_neighbour(file))
+        problem = f"{file}: has no model.vocab and added_tokens, so it is no {TOKENIZER_JSON}"
+        if (file.parent / "merges.txt").is_file():
+            raise UserError(f"{problem}; transformers makes one of vocab.json with merges.txt",
+                            _convert_by_transformers(file, file.parent))
+        raise UserError(f"{problem}; pass {FORMS}", _fix_by_neighbour(file))
     try:
         ids = list(get_token_ids(raw).values())
     except (TypeError, ValueError, KeyError, AttributeError) as e:
@@ -186,38 +184,26 @@ def _open_tiktoken(file: Path, rules_file: Path) -> ForeignTokenizer:
                             named_tokens={name: getattr(rules, name) for name in SPECIAL_NAMES})
 
 
+def _convert_by_transformers(typed: Path, folder: Path) -> Fix:
+    """Return the command that writes a tokenizer.json into a folder with vocab.json and merges.txt, or with
+    sentencepiece's .model."""
+    loading = f"AutoTokenizer as T; T.from_pretrained('{folder}')"
+    if (folder / "merges.txt").is_file():
+        loading = f"GPT2TokenizerFast as T; T('{folder}/vocab.json', '{folder}/merges.txt')"
+    code = f"from transformers import {loading}.save_pretrained('{folder}')"
+    return Fix(words={str(typed): str(folder)}, before=(shlex.join(["python", "-c", code]),))
+
+
 def _fix_by_neighbour(file: Path) -> Fix | None:
-    """Return the replacement of a file by the tokenizer in its folder: spm.model for spm.vocab."""
-    model = file.with_suffix(".model")
-    if model != file and model.is_file():
-        return Fix(words={str(file): str(model)})
+    """Return the replacement of a file by the tokenizer in its folder."""
     return Fix(words={str(file): str(file.parent)}) if (file.parent / TOKENIZER_JSON).is_file() else None
 
 
-def _open_sentencepiece(file: Path) -> ForeignTokenizer:
-    # optional package, installed with sentencepiece
-    from google.protobuf.message import DecodeError
+class LoadedTokenizer:
+    """A tokenizer in `tokenizers`, with the bytes of its tokens.
 
-    model = file.read_bytes()
-    proto = sentencepiece_format.create_proto()
-    try:
-        proto.ParseFromString(model)
-        processor = sentencepiece_format.create_processor(model)
-    except (DecodeError, RuntimeError):
-        raise UserError(f"{file}: is no tokenizer (or a damaged one); pass {FORMS}",
-                        _fix_by_neighbour(file)) from None
-    raw = sentencepiece_format.from_sentencepiece(proto, str(file))
-    return ForeignTokenizer(file, "sentencepiece", raw=raw, encode=processor.encode, decode=processor.decode,
-                            named_tokens=sentencepiece_format.get_special_tokens(proto))
+    Special tokens in ordinary text stay text."""
 
-
-class LoadedTokenizer(ABC):
-    """A tokenizer with its own library, without conversion.
-
-    Special tokens in ordinary text stay text if the library supports it."""
-
-    library: str
-    """tokenizers, tiktoken or sentencepiece."""
     special: dict[int, str]
     """Ids of special, control and unknown tokens."""
     added: dict[int, str]
@@ -225,44 +211,11 @@ class LoadedTokenizer(ABC):
     tokens: dict[int, bytes]
     """Id -> UTF-8 bytes, or part of a character, of every other token."""
 
-    def __init__(self, path: Path, file: Path) -> None:
-        self.path = path
-        self.file = file
+    def __init__(self, path: Path, source: ForeignTokenizer) -> None:
+        self.path, self.file, self.library = path, source.file, source.library
         self.name = path.name if path.suffix else path.resolve().name
-
-    @property
-    def vocab_size(self) -> int:
-        """Rows in a model's embedding: the largest id + 1."""
-        return max([*self.special, *self.added, *self.tokens]) + 1
-
-    @abstractmethod
-    def encode(self, text: str) -> list[int]:
-        """Encode ordinary text."""
-
-    @abstractmethod
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        """Encode ordinary texts, in parallel if the library can."""
-
-    @abstractmethod
-    def encode_special(self, text: str) -> list[int]:
-        """Encode text and recognize special tokens."""
-
-    @abstractmethod
-    def decode(self, ids: list[int]) -> str:
-        """Decode ids; bytes of incomplete characters become U+FFFD."""
-
-    def normalize(self, text: str) -> str:
-        """Return the expected `decode(encode(text))`."""
-        return text
-
-
-class HuggingFaceTokenizer(LoadedTokenizer):
-    library = "tokenizers"
-
-    def __init__(self, path: Path, file: Path) -> None:
-        super().__init__(path, file)
-        self._raw = open_hf(file).raw
-        self._tokenizer = load_tokenizer(self._raw, file)
+        raw, file = source.raw, source.file
+        self._tokenizer = load_tokenizer(raw, file)
         try:
             self.encode(PROBE)
         except Exception as e:  # the binding raises a bare Exception
@@ -272,13 +225,18 @@ class HuggingFaceTokenizer(LoadedTokenizer):
         self.special = {id_: token.content for id_, token in added_tokens.items() if token.special}
         self.added = {id_: token.content for id_, token in added_tokens.items() if not token.special}
         vocab = self._tokenizer.get_vocab(with_added_tokens=False)
-        if (unknown := self._raw["model"].get("unk_token")) in vocab:
+        if (unknown := raw["model"].get("unk_token")) in vocab:
             self.special[vocab[unknown]] = unknown
         # the decoder removes the space that the normalizer prepends
-        self._prepends = "Prepend" in _collect_types(self._raw.get("normalizer"))
-        decoders = _collect_types(self._raw.get("decoder"))
+        self._prepends = "Prepend" in _collect_types(raw.get("normalizer"))
+        decoders = _collect_types(raw.get("decoder"))
         self.tokens = {id_: self._decode_token(id_, token, decoders) for token, id_ in vocab.items()
                        if id_ not in added_tokens and id_ not in self.special}
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows in a model's embedding: the largest id + 1."""
+        return max([*self.special, *self.added, *self.tokens]) + 1
 
     def _decode_token(self, id_: int, token: str, decoders: set[str]) -> bytes:
         if "ByteLevel" in decoders:
@@ -291,12 +249,15 @@ class HuggingFaceTokenizer(LoadedTokenizer):
         return self._tokenizer.decode([id_], skip_special_tokens=False).encode()
 
     def encode(self, text: str) -> list[int]:
+        """Encode ordinary text."""
         return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
 
     def encode_many(self, texts: list[str]) -> list[list[int]]:
+        """Encode ordinary texts in parallel."""
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
     def encode_special(self, text: str) -> list[int]:
+        """Encode text and recognize special tokens."""
         self._tokenizer.encode_special_tokens = False
         try:
             return self.encode(text)
@@ -304,9 +265,11 @@ class HuggingFaceTokenizer(LoadedTokenizer):
             self._tokenizer.encode_special_tokens = True
 
     def decode(self, ids: list[int]) -> str:
+        """Decode ids; bytes of incomplete characters become U+FFFD."""
         return str(self._tokenizer.decode(ids, skip_special_tokens=False))
 
     def normalize(self, text: str) -> str:
+        """Return the expected `decode(encode(text))`."""
         normalizer = self._tokenizer.normalizer
         if normalizer is None:
             return text
@@ -314,81 +277,12 @@ class HuggingFaceTokenizer(LoadedTokenizer):
         return normal.removeprefix(" ") if self._prepends else normal
 
 
-class TiktokenTokenizer(LoadedTokenizer):
-    library = "tiktoken"
-
-    def __init__(self, path: Path, file: Path) -> None:
-        super().__init__(path, file)
-        ranks = tiktoken_format.read_ranks(file)
-        rules = tiktoken_format.read_rules(tiktoken_format.get_rules_path(file))
-        self._encoding = tiktoken_format.build_encoding(ranks, rules)
-        self._form: Any = rules.normalization
-        self.special = {id_: token for token, id_ in rules.special_tokens.items()}
-        self.added = {}
-        self.tokens = {rank: token for token, rank in ranks.items()}
-
-    def encode(self, text: str) -> list[int]:
-        return self._encoding.encode_ordinary(self.normalize(text))
-
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        return self._encoding.encode_ordinary_batch([self.normalize(text) for text in texts], num_threads=2)
-
-    def encode_special(self, text: str) -> list[int]:
-        return self._encoding.encode(self.normalize(text), allowed_special="all")
-
-    def decode(self, ids: list[int]) -> str:
-        return self._encoding.decode(ids, errors="replace")
-
-    def normalize(self, text: str) -> str:
-        return text if self._form is None else unicodedata.normalize(self._form, text)
-
-
-class SentencePieceTokenizer(LoadedTokenizer):
-    library = "sentencepiece"
-
-    def __init__(self, path: Path, file: Path) -> None:
-        super().__init__(path, file)
-        try:
-            self._model = sentencepiece_format.create_processor(file.read_bytes())
-        except (RuntimeError, OSError):
-            raise UserError(f"{file}: is none of the forms that are read (or a damaged one); "
-                            f"pass {FORMS}") from None
-        ids = range(self._model.get_piece_size())
-        self.special = {i: self._model.id_to_piece(i)
-                        for i in ids if self._model.is_control(i) or self._model.is_unknown(i)}
-        self.added = {}
-        self.tokens = {i: _decode_piece(self._model.id_to_piece(i)) for i in ids if i not in self.special}
-        self._adds_space = self._model.normalize("a").startswith(SPACE)
-
-    def encode(self, text: str) -> list[int]:
-        return list(self._model.encode(text, out_type=int))
-
-    def encode_many(self, texts: list[str]) -> list[list[int]]:
-        return list(self._model.encode(texts, out_type=int, num_threads=2))
-
-    def encode_special(self, text: str) -> list[int]:
-        return self.encode(text)  # sentencepiece never recognizes control tokens in text
-
-    def decode(self, ids: list[int]) -> str:
-        return str(self._model.decode(ids))
-
-    def normalize(self, text: str) -> str:
-        normal = str(self._model.normalize(text)).replace(SPACE, " ")
-        return normal.removeprefix(" ") if self._adds_space else normal
-
-
 def open_tokenizer(path: Path) -> LoadedTokenizer:
-    """Load the tokenizer at a path with its own library. Raises `UserError`: no tokenizer at the path, a
-    damaged file, or an optional package is missing."""
-    file = find_file(path)
-    tokenizer_class: type[LoadedTokenizer] = SentencePieceTokenizer
-    if file.suffix == ".json":
-        tokenizer_class = HuggingFaceTokenizer
-    elif tiktoken_format.is_ranks_file(file):
-        tokenizer_class = TiktokenTokenizer
-    tokenizer = tokenizer_class(path, file)
+    """Load the tokenizer at a path. Raises `UserError`: no tokenizer at the path, or a damaged file."""
+    source = open_foreign(path)
+    tokenizer = LoadedTokenizer(path, source)
     if not tokenizer.tokens:
-        raise UserError(f"{file}: holds no tokens, so it is empty or damaged; pass {FORMS}")
+        raise UserError(f"{source.file}: holds no tokens, so it is empty or damaged; pass {FORMS}")
     return tokenizer
 
 

@@ -19,9 +19,6 @@ SENTENCES: tuple[str, ...] = tuple(
 """Scripts of large languages, digits, white space, emoji, code, composed and decomposed forms, names of
 special tokens."""
 
-DISORDERED_MARKS = "a\u030a\u0323 o\u0302\u0323"
-"""Combining marks in a non-canonical order, on which converted sentencepiece models differ."""
-
 
 def iter_builtin_texts(raw: dict[str, Any]) -> Iterator[str]:
     """Yield the built-in texts and the tokens of a tokenizer.json.

@@ -169,14 +169,12 @@ def check_neutral(tokenizer: LoadedTokenizer) -> TokenizerCheck:
         if any(id_ in tokenizer.encode_special(text) for text in texts):
             by_default.append(id_)
     bad = bool(become_ids or not_returned)
-    setting = {"tokenizers": "encode_special_tokens = True; in transformers, split_special_tokens=True",
-               "tiktoken": "encode_ordinary"}.get(tokenizer.library, "encode")
     summary = f"{len(control):,} special tokens tried in text: "
     if become_ids:
         summary += (f"{len(become_ids):,} become their ids even in ordinary text, such as "
                     f"{format_token(control[become_ids[0]])}")
     else:
-        summary += f"encoded as ordinary text ({setting}) all stay text"
+        summary += "encoded as ordinary text (split_special_tokens=True in transformers) all stay text"
     if not_returned:
         summary += f"; {len(not_returned):,} are not returned"
     if by_default:

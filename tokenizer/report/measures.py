@@ -30,8 +30,7 @@ _WITHOUT_SPACES = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 """Thai, Lao, Burmese, Khmer, kana, Han."""
 TokenizerPath = Annotated[Path, Flag("TOKENIZER", help=(
-    "A folder, a tokenizer.json, a sentencepiece .model, or a .tiktoken file with its pat_str in "
-    "FILE.tiktoken.json."))]
+    "A folder, a tokenizer.json, or a .tiktoken file with its pat_str in FILE.tiktoken.json."))]
 BLOCK = 2048
 NUM_SCALARS_SHOWN = 20
 END = 0x110000

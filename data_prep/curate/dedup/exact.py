@@ -1,36 +1,33 @@
 """Step `exact_dedup`: drop repeated documents.
 
-The step counts more 128-bit keys than fit into memory: a first pass writes the sorted keys for a shard,
-divided into partitions by the first bits; a second pass counts a partition in ranges of keys.
+The step counts more 128-bit keys than fit into memory: a first pass writes the keys for a shard, divided into
+partitions by the first bits; a task in the second pass counts a partition in memory.
 """
 
 import unicodedata
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 from annotated_types import Ge, Le
 from blake3 import blake3
-from numpy.typing import NDArray
 
 from data_prep.curate.dedup.work_files import (
-    Numbering, Records, Register, Slice, compute_key_partitions, compute_partition_bounds, get_ranks,
-    iter_key_ranges, join_blocks, list_part_files, open_bucket, register_documents, write_buckets)
+    Numbering, Records, Register, compute_key_partitions, get_ranks, list_part_files, read_bucket,
+    read_partition, register_documents, write_buckets)
 from data_prep.curate.pipeline.step import KEPT, Doc, Pass, ShardRef, Step, StepOutcome, View
-from megatron_sov.base.artifacts import create_folder
 
 KEY_BYTES = 16
 OCCURRENCE = np.dtype([("key", f"S{KEY_BYTES}"), ("doc", "<u8")])
 """A key and the number of a document with the key."""
 SURPLUS = np.dtype([("doc", "<u8"), ("keeper", "<u8")])
 """A document, and the first document with the same key."""
-RANGE_RECORDS = 1 << 20
 REASON = "exact duplicate"
 
 Partitions = Annotated[int, Ge(1), Le(65536)]
-"""Number of tasks in a second pass."""
+"""Number of tasks in a second pass; a task holds its share of the keys in memory."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +35,14 @@ class ExactSettings:
     """Settings for `exact_dedup`."""
 
     partitions: Partitions = 64
-    """Tasks in the second pass, which limit the workers."""
+    """Tasks in the second pass, which limit the workers; a task holds its share of the keys in memory."""
 
 
 class ExactDedup(Step):
     """Drops documents whose normalized text equals an earlier document's, by source priority and order."""
 
     kind = "exact_dedup"
-    version = 2  # records of duplicates without their key
+    version = 3  # a file of duplicates per partition
     added_columns = {"duplicate_of": "string"}
     Settings = ExactSettings
     settings: ExactSettings
@@ -117,54 +114,23 @@ def write_occurrences(path: Path, keys: list[bytes], numbers: list[int], num_par
 
 
 def write_surplus(view: View, partition: int, num_partitions: int, output: Path) -> None:
-    """Write a partition's `SURPLUS` records, in files with a bucket for each rank.
-
-    Args:
-        view: `view.work_folder / "keys"` holds a file from `write_occurrences` for each rank.
-        partition: partition to count.
-        num_partitions: number of partitions.
-        output: folder; receives a subfolder for the partition.
-    """
+    """Write a partition's `SURPLUS` records to a file in the folder `output`, with a bucket for each rank;
+    `view.work_folder / "keys"` holds a file from `write_occurrences` for each rank."""
     num_ranks = len(view.shards)
-    slices = [open_bucket(view.work_folder / "keys" / f"{rank:06}", OCCURRENCE, partition)
-              for rank in range(num_ranks)]
-    bounds = compute_partition_bounds(partition, num_partitions)
-    surplus = _iter_surplus(iter_key_ranges(slices, *bounds, RANGE_RECORDS))
-    with create_folder(output / f"{partition:05}") as temporary:
-        for number, block in enumerate(join_blocks(surplus, RANGE_RECORDS)):
-            # Sorted by document, because the outcomes are read shard by shard.
-            block = block[np.argsort(block["doc"], kind="stable")]
-            write_buckets(temporary / f"{number:06}", block, get_ranks(block["doc"]), num_ranks)
+    files = [view.work_folder / "keys" / f"{rank:06}" for rank in range(num_ranks)]
+    records = read_partition(files, OCCURRENCE, partition, num_partitions)
+    records = records[np.lexsort((records["doc"], records["key"]))]
+    is_first = np.ones(len(records), np.bool_)
+    is_first[1:] = records["key"][1:] != records["key"][:-1]
+    firsts = np.maximum.accumulate(np.where(is_first, np.arange(len(records)), 0))
+    surplus = np.empty(int((~is_first).sum()), SURPLUS)
+    surplus["doc"], surplus["keeper"] = records["doc"][~is_first], records["doc"][firsts][~is_first]
+    # Sorted by document, because the outcomes are read shard by shard.
+    surplus = surplus[np.argsort(surplus["doc"], kind="stable")]
+    write_buckets(output / f"{partition:05}", surplus, get_ranks(surplus["doc"]), num_ranks)
 
 
 def read_surplus(folder: Path, rank: int) -> Records:
-    """Read a shard's `SURPLUS` records from the partitions' subfolders, sorted by document."""
-    parts = [open_bucket(file, SURPLUS, rank).read_records() for file in list_part_files(folder)]
-    records: Records = np.concatenate([np.empty(0, SURPLUS), *parts])
+    """Read a shard's `SURPLUS` records from the partitions' files, sorted by document."""
+    records = np.concatenate([read_bucket(file, SURPLUS, rank) for file in list_part_files(folder)])
     return records[np.argsort(records["doc"], kind="stable")]
-
-
-def _iter_surplus(ranges: Iterator[list[Slice]]) -> Iterator[Records]:
-    for slices in ranges:
-        keys, firsts = _find_first_documents(slices)
-        for part in slices:
-            records = part.read_records()
-            keepers = firsts[np.searchsorted(keys, records["key"])]
-            is_surplus = keepers != records["doc"]
-            surplus = np.empty(int(is_surplus.sum()), SURPLUS)
-            surplus["doc"], surplus["keeper"] = records["doc"][is_surplus], keepers[is_surplus]
-            yield surplus
-
-
-def _find_first_documents(slices: list[Slice]) -> tuple[NDArray[Any], NDArray[np.uint64]]:
-    """Return distinct keys [n] in ascending order, with the first document of each."""
-    keys, firsts = np.empty(0, OCCURRENCE["key"]), np.empty(0, np.uint64)
-    # A sort merges each block into the keys: memory holds an entry per key and a block, however often a key
-    # occurs.
-    for block in join_blocks((part.read_records() for part in slices), RANGE_RECORDS):
-        keys, firsts = np.concatenate([keys, block["key"]]), np.concatenate([firsts, block["doc"]])
-        order = np.argsort(keys, kind="stable")
-        keys, firsts = keys[order], firsts[order]
-        starts = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]]))
-        keys, firsts = keys[starts], np.minimum.reduceat(firsts, starts)
-    return keys, firsts

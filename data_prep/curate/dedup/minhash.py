@@ -12,7 +12,7 @@ selection (`clusters`, one task).
 
 import mmap
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -25,12 +25,11 @@ from data_prep.curate.dedup.clusters import DROPPED, EDGE, Clusters, DocumentOrd
 from data_prep.curate.dedup.exact import DuplicateFilter, Partitions
 from data_prep.curate.dedup.minhash_loops import count_common, hash_bands, lower_signature
 from data_prep.curate.dedup.work_files import (
-    ROW_MASK, Numbering, Records, Register, Slice, compute_key_partitions, compute_partition_bounds,
-    get_ranks, get_rows, iter_key_ranges, join_blocks, list_part_files, open_bucket, register_documents,
-    save_array, write_buckets)
+    ROW_MASK, Numbering, Records, Register, compute_key_partitions, get_ranks, get_rows, list_part_files,
+    read_bucket, read_partition, register_documents, write_array, write_buckets)
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
-from data_prep.damaged_files import explain_deletion, get_place_in_run
-from megatron_sov.base.artifacts import create_file, create_folder
+from data_prep.damaged_files import explain_deletion
+from megatron_sov.base.artifacts import create_file
 from megatron_sov.base.documents.overlap import find_units, hash_stretches
 from megatron_sov.base.sealed import SEAL_PLACEHOLDER, check_seal, seal_file
 from megatron_sov.base.settings import AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem
@@ -39,7 +38,6 @@ REASON = "near duplicate"
 MAX_FIRST_DOCUMENTS = 12
 """Documents in a band that every document in the band is compared with."""
 MAX_SIGNATURE_NUMBERS = 1024
-RANGE_RECORDS = 1 << 17
 PAIR_BLOCK = 1 << 18
 PAIR = np.dtype([("own", "<u8"), ("other", "<u8")])
 """Numbers of two documents."""
@@ -63,7 +61,7 @@ class MinhashSettings:
     seed: NotNegativeInt = 0
     """Seed for the permutations."""
     partitions: Partitions = 64
-    """Tasks in the second pass, which limit the workers."""
+    """Tasks in the second pass, which limit the workers; a task holds its share of the bands in memory."""
 
     def problems(self) -> list[SettingsProblem]:
         numbers = self.num_bands * self.rows_per_band
@@ -79,7 +77,7 @@ class MinhashDedup(Step):
     """Drops documents similar to a kept document; the column `duplicate_of` names the kept document."""
 
     kind = "minhash_dedup"
-    version = 3  # similarity is not transitive
+    version = 4  # a file of pairs per partition
     added_columns = {"duplicate_of": "string"}
     Settings = MinhashSettings
     settings: MinhashSettings
@@ -93,7 +91,7 @@ class MinhashDedup(Step):
     def load_inputs(self, view: View) -> None:
         file = view.work_folder / "dropped"
         self._duplicates = DuplicateFilter(
-            view, REASON, lambda rank: open_bucket(file, DROPPED, rank).read_records())
+            view, REASON, lambda rank: read_bucket(file, DROPPED, rank))
 
     def judge_document(self, document: Doc) -> StepOutcome:
         return self._duplicates.judge_document(document)
@@ -117,11 +115,11 @@ class MinhashDedup(Step):
         write_bands(view.work_folder / "bands" / f"{rank:06}", records.reshape(-1), self.settings.partitions)
 
     def _pair_documents(self, view: View, task: int) -> None:
-        files = [view.work_folder / "bands" / f"{rank:06}" for rank in range(len(view.shards))]
-        blocks = iter_band_pairs(files, DocumentOrder(view), task, self.settings.partitions)
-        with create_folder(view.work_folder / "pairs" / f"{task:05}") as temporary:
-            for number, pairs in enumerate(blocks):
-                write_pairs(temporary / f"{number:06}", pairs, len(files))
+        num_ranks = len(view.shards)
+        files = [view.work_folder / "bands" / f"{rank:06}" for rank in range(num_ranks)]
+        bands = read_partition(files, BAND, task, self.settings.partitions)
+        write_pairs(view.work_folder / "pairs" / f"{task:05}", pair_documents(bands, DocumentOrder(view)),
+                    num_ranks)
 
     def _write_shingles(self, view: View, task: int) -> None:
         rank = Numbering(view).rank_by_shard[view.shards[task]]
@@ -141,8 +139,7 @@ class MinhashDedup(Step):
             lengths = [register.find_rows(int(get_ranks(side[:1])[0]), get_rows(side))["characters"]
                        for side in block.T]
             edges.append(order.build_edges(block, np.stack(lengths, axis=1)))
-        with create_folder(view.work_folder / "similar" / f"{rank:06}") as temporary:
-            save_array(temporary / "edges.npy", sort_edges(np.concatenate(edges)))
+        write_array(view.work_folder / "similar" / f"{rank:06}.npy", sort_edges(np.concatenate(edges)))
 
     def _select_documents(self, view: View, task: int) -> None:
         scratch = view.work_folder / ".clusters"
@@ -199,80 +196,31 @@ def _hash_shingles(text: str, words: int) -> NDArray[np.uint64]:
     return hash_stretches(units.hashes, np.array([0]), np.array([len(units.hashes)]))
 
 
-# Memory for common bands does not grow with the corpus: as for exact keys (`dedup.exact`), a shard's bands
-# are sorted and divided into partitions, and a partition is processed in ranges of keys. n documents with a
-# common band have n^2 pairs, so a document is paired only with the band's first documents by
-# `clusters.DocumentOrder`.
-
 def write_bands(path: Path, records: Records, num_partitions: int) -> None:
     records = records[np.argsort(records["key"], kind="stable")]
     write_buckets(path, records, compute_key_partitions(records["key"], num_partitions), num_partitions)
 
 
-def iter_band_pairs(files: list[Path], order: DocumentOrder, partition: int, num_partitions: int
-                    ) -> Iterator[NDArray[np.uint64]]:
-    """Yield document numbers [n, 2] for pairs with a common band.
+def pair_documents(bands: Records, order: DocumentOrder) -> NDArray[np.uint64]:
+    """Pair documents with a common band; return their numbers [n, 2].
 
-    Args:
-        files: files from `write_bands` by rank.
-        order: selection order.
-        partition: partition to read.
-        num_partitions: number of partitions.
+    n documents with a common band have n^2 pairs, so a document is paired only with the band's first
+    `MAX_FIRST_DOCUMENTS` documents in the order of selection.
     """
-    slices = [open_bucket(file, BAND, partition) for file in files]
-    bounds = compute_partition_bounds(partition, num_partitions)
-    for parts in iter_key_ranges(slices, *bounds, RANGE_RECORDS):
-        # A frequent band may fill several blocks: find its first documents before pairing a block.
-        firsts = np.empty(0, BAND)
-        if sum(part.num_records for part in parts) > RANGE_RECORDS:
-            for block in _iter_blocks(parts):
-                records, _ = _merge_bands(firsts, block, order)
-                firsts = records[_count_earlier_equals(records["key"]) < MAX_FIRST_DOCUMENTS]
-        for block in _iter_blocks(parts):
-            records, is_of_block = _merge_bands(firsts, block, order)
-            yield _pair_records(records, is_of_block)
-
-
-def _iter_blocks(parts: Iterable[Slice]) -> Iterator[Records]:
-    return join_blocks((part.read_records(start, min(start + RANGE_RECORDS, part.num_records))
-                        for part in parts for start in range(0, part.num_records, RANGE_RECORDS)),
-                       RANGE_RECORDS)
-
-
-def _merge_bands(firsts: Records, block: Records, order: DocumentOrder) -> tuple[Records, NDArray[np.bool_]]:
-    """Merge the bands' first documents with a block, without repetitions.
-
-    Returns:
-        Records sorted by band and selection order, and whether a record comes from `block`.
-    """
-    # `block` comes first, so that the stable sort puts its record before an equal record of `firsts`.
-    records = np.concatenate([block, firsts])
-    places = order.compute_places(records["doc"], records["characters"])
-    sorting = np.lexsort((records["doc"], places, records["key"]))
-    records = records[sorting]
-    is_new = np.ones(len(records), np.bool_)
-    is_new[1:] = (records["key"][1:] != records["key"][:-1]) | (records["doc"][1:] != records["doc"][:-1])
-    return records[is_new], (sorting < len(block))[is_new]
-
-
-def _count_earlier_equals(keys: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Count the equal keys before a key, for ascending keys [n]."""
-    positions = np.arange(len(keys))
-    is_begin = np.concatenate([[True], keys[1:] != keys[:-1]])
-    counts: NDArray[np.int64] = positions - np.maximum.accumulate(np.where(is_begin, positions, 0))
-    return counts
-
-
-def _pair_records(records: Records, is_of_block: NDArray[np.bool_]) -> NDArray[np.uint64]:
-    """Pair records from the block with the band's first documents; return numbers [n, 2]."""
-    places = _count_earlier_equals(records["key"])
-    positions = np.arange(len(places))
+    places = order.compute_places(bands["doc"], bands["characters"])
+    bands = bands[np.lexsort((bands["doc"], places, bands["key"]))]
+    is_new = np.ones(len(bands), np.bool_)
+    is_new[1:] = (bands["key"][1:] != bands["key"][:-1]) | (bands["doc"][1:] != bands["doc"][:-1])
+    bands = bands[is_new]
+    positions = np.arange(len(bands))
+    is_begin = np.ones(len(bands), np.bool_)
+    is_begin[1:] = bands["key"][1:] != bands["key"][:-1]
+    begins = np.maximum.accumulate(np.where(is_begin, positions, 0))
     pairs = [np.empty((0, 2), np.int64)]
-    for first in range(min(MAX_FIRST_DOCUMENTS, int(places.max(initial=0)))):
-        # A pair belongs to the later document's block.
-        later = positions[(places > first) & is_of_block]
-        pairs.append(np.stack([later, later - places[later] + first], axis=1))
-    numbers: NDArray[np.uint64] = records["doc"][np.concatenate(pairs)]
+    for first in range(min(MAX_FIRST_DOCUMENTS, int((positions - begins).max(initial=0)))):
+        later = positions[positions - begins > first]
+        pairs.append(np.stack([later, begins[later] + first], axis=1))
+    numbers: NDArray[np.uint64] = bands["doc"][np.concatenate(pairs)]
     return numbers
 
 
@@ -286,9 +234,8 @@ def write_pairs(file: Path, pairs: NDArray[np.uint64], num_ranks: int) -> None:
 
 
 def read_pairs(folder: Path, rank: int) -> NDArray[np.uint64]:
-    """Read a shard's pairs [n, 2] from the partitions' subfolders: own document first, ascending."""
-    parts = [open_bucket(file, PAIR, rank).read_records() for file in list_part_files(folder)]
-    records = np.concatenate([np.empty(0, PAIR), *parts])
+    """Read a shard's pairs [n, 2] from the partitions' files: own document first, ascending."""
+    records = np.concatenate([read_bucket(file, PAIR, rank) for file in list_part_files(folder)])
     return sort_distinct_pairs(np.stack([records["own"], records["other"]], axis=1))
 
 
@@ -304,7 +251,7 @@ class ShingleSets:
     """A shard's shingles for candidate documents, mapped from a file by `write_shingle_sets`."""
 
     def __init__(self, file: Path) -> None:
-        check_seal(file, explain_deletion(file), get_place_in_run(file))
+        check_seal(file, explain_deletion(file))
         with open(file, "rb") as f:  # copy on write: compiled loops need writable arrays
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         words = np.frombuffer(mapped, np.uint64, (len(mapped) - len(SEAL_PLACEHOLDER)) // np.uint64().nbytes)
@@ -328,7 +275,7 @@ def write_shingle_sets(file: Path, documents: Iterator[Doc], rows: NDArray[np.in
                 shingles.tofile(f)
                 begins.append(begins[-1] + len(shingles))
         np.array([*np.sort(rows).tolist(), *begins, len(rows)], np.uint64).tofile(f)
-        seal_file(temporary, get_place_in_run(file))
+        seal_file(temporary)
 
 
 def iter_similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold: float

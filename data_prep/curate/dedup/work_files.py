@@ -9,31 +9,32 @@ A document number is ``rank << 32 | row``. Ranks order shards by descending sour
 pipeline. If two texts are equal, the smaller document number stays.
 """
 
-from bisect import bisect_left
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from data_prep.curate.pipeline.step import Doc, ShardRef, View
-from data_prep.damaged_files import explain_deletion, get_place_in_run
+from data_prep.damaged_files import explain_deletion, read_array, write_array
 from megatron_sov.base.artifacts import create_file
 from megatron_sov.base.digests import Digest
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import check_seal, seal_file
+from megatron_sov.base.figures import format_memory
 
 Records = NDArray[Any]
 """Structured array [num_records]."""
 ROW_BITS = np.uint64(32)
 ROW_MASK = np.uint64((1 << 32) - 1)
 _PLACE = np.dtype("<u8")
-_BLOCK_BYTES = 1 << 20
 _OPEN_FILES = 64
+SORT_COPIES = 4
+"""Memory for sorting a partition, in multiples of its size."""
 
 
 @contextmanager
@@ -47,7 +48,7 @@ def create_bucket_file(path: Path, num_buckets: int) -> Iterator[Callable[[int, 
 
         def append_bucket(bucket: int, records: Records) -> None:
             nonlocal num_records
-            checksums[bucket] = _compute_checksum(path, bucket, num_records, records)
+            checksums[bucket] = _compute_checksum(bucket, num_records, records)
             counts[bucket + 1] = len(records)
             num_records += len(records)
             records.tofile(f)
@@ -73,139 +74,56 @@ def write_buckets(path: Path, records: Records, buckets: NDArray[np.int64], num_
             append_bucket(bucket, records[begin:end])
 
 
-@dataclass(frozen=True)
-class Slice:
-    """Consecutive records in a bucket file, read on demand."""
-
-    path: Path
-    dtype: np.dtype[Any]
-    begin_bytes: int
-    """Offset of the first record in the file."""
-    num_records: int
-
-    def slice_records(self, start: int, stop: int) -> "Slice":
-        return Slice(self.path, self.dtype, self.begin_bytes + start * self.dtype.itemsize, stop - start)
-
-    def read_records(self, start: int = 0, stop: int | None = None) -> Records:
-        count = (self.num_records if stop is None else stop) - start
-        if not count:
-            return np.empty(0, self.dtype)
-        with open(self.path, "rb") as f:
-            f.seek(self.begin_bytes + start * self.dtype.itemsize)
-            records: Records = np.fromfile(f, self.dtype, count)
-        assert len(records) == count, f"{self.path}: is cut off"
-        return records
-
-    def read_key(self, place: int) -> int:
-        """Read the leading 64 bits of record `place`'s key."""
-        return int(get_leading_bits(self.read_records(place, place + 1)["key"])[0])
-
-    def find_first_key(self, bound: int, start: int) -> int:
-        """Find the first record from `start` on with a key of at least `bound`, by binary search."""
-        return start + bisect_left(range(start, self.num_records), bound, key=self.read_key)
-
-
-def iter_key_ranges(slices: Sequence[Slice], low: int, high: int, max_records: int) -> Iterator[list[Slice]]:
-    """Cut sorted slices at common keys into ranges with about `max_records` records.
-
-    Hashes spread evenly, so equal ranges of keys hold about equally many records.
-
-    Args:
-        slices: slices with leading 64 bits of keys in [low, high).
-        low: lower bound.
-        high: upper bound.
-        max_records: records to hold in memory.
-    """
-    num_ranges = max(1, -(-sum(part.num_records for part in slices) // max_records))
-    starts = [0] * len(slices)
-    for number in range(1, num_ranges + 1):
-        bound = low + (high - low) * number // num_ranges
-        stops = [part.find_first_key(bound, start) for part, start in zip(slices, starts, strict=True)]
-        if number == num_ranges:
-            stops = [part.num_records for part in slices]
-        yield [part.slice_records(start, stop)
-               for part, start, stop in zip(slices, starts, stops, strict=True) if stop > start]
-        starts = stops
-
-
-def open_bucket(path: Path, dtype: np.dtype[Any], bucket: int) -> Slice:
-    """Return a bucket's records after a first reading that verifies the checksum. Raises `UserError`: the
-    bucket is damaged."""
-    def read_number(f: Any, place: int) -> int:
-        # A damaged header may name any place: clamp the offset to the file's end.
-        f.seek(min(place * _PLACE.itemsize, size_bytes))
-        return int.from_bytes(f.read(_PLACE.itemsize), "little")
-
+def read_bucket(path: Path, dtype: np.dtype[Any], bucket: int) -> Records:
+    """Read a bucket's records and verify the checksum. Raises `UserError`: the bucket is damaged."""
     size_bytes = path.stat().st_size
     with open(path, "rb") as f:
-        count = read_number(f, 0)
-        begin, end = read_number(f, 1 + bucket), read_number(f, 2 + bucket)
-        checksum = read_number(f, 2 + count + bucket)
-        records = Slice(path, dtype, (2 + 2 * count) * _PLACE.itemsize + begin * dtype.itemsize, end - begin)
-        if begin == end:
-            # `write_buckets` stores 0 for an empty bucket.
-            is_sound = checksum == 0
-        else:
-            digest = _start_digest(path, bucket, begin, end)
-            missing_bytes = (end - begin) * dtype.itemsize
-            f.seek(min(records.begin_bytes, size_bytes))
-            while missing_bytes > 0 and (block := f.read(min(missing_bytes, _BLOCK_BYTES))):
-                digest.update(block)
-                missing_bytes -= len(block)
-            is_sound = missing_bytes == 0 and _shorten_digest(digest) == checksum
-    if not is_sound:
+        def read_bytes(begin_bytes: int, num_bytes: int) -> bytes:
+            # A damaged header may name any place and number: clamp both to the file's size.
+            f.seek(min(begin_bytes, size_bytes))
+            return f.read(max(0, min(num_bytes, size_bytes)))
+
+        def read_number(place: int) -> int:
+            return int.from_bytes(read_bytes(place * _PLACE.itemsize, _PLACE.itemsize), "little")
+
+        count = read_number(0)
+        begin, end = read_number(1 + bucket), read_number(2 + bucket)
+        checksum = read_number(2 + count + bucket)
+        raw = read_bytes((2 + 2 * count) * _PLACE.itemsize + begin * dtype.itemsize,
+                         (end - begin) * dtype.itemsize)
+    # `write_buckets` stores 0 for an empty bucket.
+    expected = 0 if begin == end else _compute_checksum(bucket, begin, np.frombuffer(raw, np.uint8))
+    if len(raw) != (end - begin) * dtype.itemsize or checksum != expected:
         raise UserError(f"{path}: is damaged (part {bucket} differs from its own checksum); "
                         f"{explain_deletion(path)}")
-    return records
+    return np.frombuffer(raw, dtype)
 
 
-def _compute_checksum(path: Path, bucket: int, begin: int, records: Records) -> int:
-    digest = _start_digest(path, bucket, begin, begin + len(records))
-    digest.update(np.ascontiguousarray(records).view(np.uint8).data)
-    return _shorten_digest(digest)
+def read_partition(files: Sequence[Path], dtype: np.dtype[Any], partition: int, num_partitions: int
+                   ) -> Records:
+    """Read a partition's records from the shards' files. Raises `UserError`: sorting them needs more than
+    half of the available memory."""
+    needs_bytes = SORT_COPIES * sum(file.stat().st_size for file in files) // num_partitions
+    usable_bytes = psutil.virtual_memory().available // 2
+    if needs_bytes > usable_bytes:
+        enough = 1 << math.ceil(math.log2(num_partitions * needs_bytes / max(1, usable_bytes)))
+        raise UserError(f"{files[0].parent}: a partition takes {format_memory(needs_bytes)} to sort, and a "
+                        f"task may take {format_memory(usable_bytes)} of this machine; set `partitions: "
+                        f"{enough}` in the step, or run it on a machine with more memory")
+    return np.concatenate([read_bucket(file, dtype, partition) for file in files])
 
 
-def _start_digest(path: Path, *place: int) -> Digest:
+def _compute_checksum(bucket: int, begin: int, records: Records) -> int:
     digest = Digest()
-    # The digest includes file and place, so a sound bucket of another file or place is still rejected.
-    digest.update(" ".join([get_place_in_run(path), *map(str, place), ""]).encode())
-    return digest
-
-
-def _shorten_digest(digest: Digest) -> int:
+    # The digest includes the place, so a sound bucket of another place is rejected.
+    digest.update(f"{bucket} {begin} ".encode())
+    digest.update(np.ascontiguousarray(records).view(np.uint8).data)
     return int(digest.text().partition(":")[2][:16], 16)
 
 
-def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write a sealed .npy file and rename it to `path` once it is on the disk."""
-    with create_file(path, create_parents=True) as temporary:
-        save_array(temporary, array)
-
-
-def save_array(path: Path, array: NDArray[Any]) -> None:
-    """Write a sealed .npy file; `path` is a temporary name."""
-    with open(path, "wb") as f:
-        np.save(f, array, allow_pickle=False)
-    seal_file(path, get_place_in_run(path))
-
-
-def read_array(path: Path) -> NDArray[Any]:
-    """Map a sealed .npy file into memory, copy on write.
-
-    Compiled loops compile again for read-only arrays, hence the writable map. Raises `UserError`: the file is
-    damaged."""
-    check_seal(path, explain_deletion(path), get_place_in_run(path))
-    try:
-        array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except ValueError:  # an empty array cannot be mapped
-        array = np.load(path, allow_pickle=False)
-    return np.asarray(array)
-
-
 def list_part_files(folder: Path) -> list[Path]:
-    """List the files in the subfolders of `folder`, sorted, without hidden subfolders of killed tasks."""
-    return [file for part in sorted(folder.iterdir()) if not part.name.startswith(".")
-            for file in sorted(part.iterdir())]
+    """List the files in `folder`, sorted, without hidden files of killed tasks."""
+    return sorted(file for file in folder.iterdir() if not file.name.startswith("."))
 
 
 def join_blocks(pieces: Iterable[Records], min_records: int) -> Iterator[Records]:
@@ -222,26 +140,13 @@ def join_blocks(pieces: Iterable[Records], min_records: int) -> Iterator[Records
         yield np.concatenate(waiting)
 
 
-def get_leading_bits(keys: NDArray[Any]) -> NDArray[np.uint64]:
-    """Return the first 64 bits of keys (uint64, or a multiple of 8 bytes) as uint64 [num_keys]."""
-    if keys.dtype == np.uint64:
-        return keys
-    # Big-endian numbers sort like the bytes of the keys.
-    words = np.ascontiguousarray(keys).view(">u8").reshape(-1, keys.dtype.itemsize // 8)
-    return words[:, 0].astype(np.uint64)
-
-
 def compute_key_partitions(keys: NDArray[Any], num_partitions: int) -> NDArray[np.int64]:
-    """Return the partition for each key [n]; ascending keys have ascending partitions."""
+    """Return the partition for each key [n] (uint64, or a multiple of 8 bytes)."""
+    # Big-endian numbers sort like the bytes of the keys.
+    words = np.ascontiguousarray(keys).view("<u8" if keys.dtype == np.uint64 else ">u8")
+    leading = words.reshape(-1, keys.dtype.itemsize // 8)[:, 0].astype(np.uint64)
     # (upper 32 bits) * num_partitions / 2^32: even shares in the order of the keys, without a division.
-    upper = get_leading_bits(keys) >> np.uint64(32)
-    return (upper * np.uint64(num_partitions) >> np.uint64(32)).astype(np.int64)
-
-
-def compute_partition_bounds(partition: int, num_partitions: int) -> tuple[int, int]:
-    """Return the first key in a partition and in the next partition; inverse of `compute_key_partitions`."""
-    low, high = (-(-(edge << 32) // num_partitions) << 32 for edge in (partition, partition + 1))
-    return low, high
+    return ((leading >> np.uint64(32)) * np.uint64(num_partitions) >> np.uint64(32)).astype(np.int64)
 
 
 class Numbering:

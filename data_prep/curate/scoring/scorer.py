@@ -54,7 +54,8 @@ class Scorer:
     def score(self, text: str) -> float:
         """Return the score in [0, 1] (classifier) or [0, 5] (regressor), rounded to float32."""
         s = self.settings
-        y = s.slope * (self._features.compute_dot(text, self._weights) + s.bias) + s.offset
+        dot = float((self._features.compute_rows([text]) @ self._weights)[0])
+        y = s.slope * (dot + s.bias) + s.offset
         if s.kind == "regressor":
             return float(np.float32(min(max(y, 0.0), float(HIGHEST_LABELS[s.kind]))))
         # Two equal forms of the logistic function: `math.exp` gets no positive number and cannot overflow.
@@ -113,7 +114,6 @@ def _read_scorer_settings(file: Path) -> ScorerSettings:
 def _read_weights(file: Path, width: int) -> np.ndarray:
     try:
         weights = load_file(file)["weights"]
-        # With another shape, a compiled loop would read past the array's end.
         if weights.dtype != np.float32 or weights.shape != (width,) or not np.isfinite(weights).all():
             raise ValueError(f"weights must be {width} finite float32, and are {weights.dtype} of shape "
                              f"{list(weights.shape)}")

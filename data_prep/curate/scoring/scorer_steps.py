@@ -71,6 +71,9 @@ class _ScoreStep(Step):
 
     settings: ScoreSettings
 
+    def list_libraries(self) -> Sequence[str]:
+        return ("sklearn",)
+
     def list_files(self) -> Sequence[Path]:
         return list_scorer_files(self.settings.model)
 
@@ -127,6 +130,9 @@ class DocumentKind(Step):
     needed_columns = ("language",)
     Settings = KindSettings
     settings: KindSettings
+
+    def list_libraries(self) -> Sequence[str]:
+        return ("sklearn",) if self.settings.domains else ()
 
     def list_files(self) -> Sequence[Path]:
         return [file for _, folder in sorted(self.settings.domains.items())

@@ -6,13 +6,12 @@ regressor is ridge regression, as in FineWeb-Edu (arXiv 2406.17557, section 4); 
 shrinkage towards the mean by the penalty.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.sparse import csr_matrix
 from sklearn.linear_model import LogisticRegression, Ridge
 from threadpoolctl import threadpool_limits
 
@@ -86,15 +85,13 @@ def _compute_scores(scorer: Scorer, labels: Sequence[Label]) -> np.ndarray:
 
 def _build_matrix(features: Ngrams, labels: Sequence[Label]) -> Any:
     """Return the feature rows as a scipy CSR matrix, float32 [num_labels, num_buckets]."""
-    rows = []
     with create_bar("reading texts", len(labels), "text") as bar:
-        for item in labels:
-            rows.append(features.compute_row(item.text))
-            bar.update(1)
-    ends = np.cumsum([0, *(len(columns) for columns, _ in rows)])
-    columns = np.concatenate([columns for columns, _ in rows])
-    weights = np.concatenate([weights for _, weights in rows])
-    return csr_matrix((weights, columns, ends), shape=(len(rows), features.settings.num_buckets))
+        def iter_texts() -> Iterator[str]:
+            for item in labels:
+                yield item.text
+                bar.update(1)
+
+        return features.compute_rows(iter_texts())
 
 
 @dataclass(frozen=True)

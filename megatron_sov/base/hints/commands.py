@@ -50,7 +50,8 @@ def list_parsers() -> Mapping[str, argparse.ArgumentParser]:
     """Import the commands of all programs; return program and command -> parser with its arguments."""
     parsers = [parser for program in PROGRAMS for parser in import_commands(build_full_parser(program))]
     return {parser.prog: parser for parser in parsers if " " in parser.prog and "[" not in parser.prog
-            and not any(action.nargs == argparse.REMAINDER for action in parser._actions)}
+            and not any(action.nargs == argparse.REMAINDER or (action.required and action.nargs == "A...")
+                        for action in parser._actions)}
 
 
 def build_command_error(program: str, word: str, choices: Sequence[str], typed: Sequence[str] = ()
@@ -63,6 +64,7 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     # in `convert hf RUN OUT`, hf is a direction even if a folder named hf exists
     is_word = classify_folder(Path(word)) == "other" or bool(typed and os.path.exists(typed[0]))
     if (note := notes.get(word.lower())) and is_word:
+        note = _choose_action_note(note, typed)
         return build_note_error(f"{program} {word}: does not exist", note, typed)
     for name, module in PROGRAMS.items() if program in PROGRAMS else ():
         if word in {command.partition(" ")[0] for command in importlib.import_module(module).COMMANDS}:
@@ -93,6 +95,14 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
         f"{program} {word}: does not exist{suggestion} (`{program} --help` lists what there is)", fix)
 
 
+def _choose_action_note(note: str, typed: Sequence[str]) -> str:
+    """Return the note on the action that takes a typed option: `eval ppl` for --data, not `eval lm`."""
+    group = " ".join(note.partition("`")[2].split()[:2])
+    action = find_action(group, typed)
+    notes = load_table()["commands"].get(group, {}).values()
+    return next((text for text in notes if action and text.startswith(f"`{group} {action} ")), note)
+
+
 def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     """Build the error for `sov-data STEP` or `sov-data run` with step options; the fix writes a pipeline.
 
@@ -105,8 +115,8 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     step_words = [command] if command != "run" else [part for word in words for part in word.split(",")]
     index, steps, others = index_words("steps"), dict[str, str](), list[str]()
     for word in step_words:
-        own = [word] if word in load_table()["steps"] else []
-        candidates = own or [name for name in index.get(normalize_word(word), ()) if "." not in name]
+        same_step = [word] if word in load_table()["steps"] else []
+        candidates = same_step or [name for name in index.get(normalize_word(word), ()) if "." not in name]
         if not candidates:
             continue
         settings = {name: _format_step_settings(name, values) for name in candidates}
@@ -117,19 +127,21 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
         if step in ("sources", "output"):  # parts of every pipeline, which also needs a step
             steps.setdefault("exact_dedup", "")
         else:
-            steps[step] = settings[step]
+            steps[step] = settings[step] or load_table()["step_defaults"].get(step, "")
             others += [name for name in candidates if name != step]
     if not steps or not source:
         return None
     name = next((step for step in steps if step != "language"), "language")
     file = choose_free_path(f"{name}.yaml")
     output = values.get("output", values.get("o", choose_free_path("corpus")))
-    unread = [name for name in values if name not in (*_PIPELINE_OPTIONS, "output", "o")
-              and not any(f"{step}.{name}" in index for step in steps)]
+    unread = [name for name in values if name not in (*_PIPELINE_OPTIONS, "output", "o", "steps")
+              and not any(f"{step}.{name}" in index or step in (name, *index.get(name, ()))
+                          for step in steps)]
     without = f", without {', '.join(unread)}" if unread else ""
     beside = f" (another step of this kind: {', '.join(others)})" if others else ""
     rules = ("; the step rules reads the language, and applies all rules of its preset: `NAME: null` "
              "under thresholds turns a rule off (docs/filter_rules.md)") if "rules" in steps else ""
+    rules += "; `sov-data scorer train` makes its model" if {"quality", "education"} & {*steps} else ""
     return UserError(f"sov-data {command}: a pipeline file names the steps {', '.join(steps)} and their "
                      f"settings{beside} (docs/data_pipeline.md); `sov-data run` runs it{without}{rules}",
                      Fix(f"sov-data run {file} --output {shlex.quote(output)}",
@@ -149,7 +161,7 @@ def _index_command_notes(program: str, word: str, typed: Sequence[str]) -> Mappi
     """Return foreign command -> note with our command. A typed model, a typed text after a folder, or the
     stage in a typed configuration file, selects a note of its own."""
     rows = load_table()["commands"].get(program, {})
-    notes = {name: note for words, note in rows.items() for name in words.split()}
+    notes = {name: note.replace("{word}", name) for words, note in rows.items() for name in words.split()}
     config = _read_configurations(typed)
     arguments = [word for word in typed if not word.startswith("-")]
     has_text = len(arguments) > 1 and not any(map(os.path.exists, arguments[1:]))
@@ -259,7 +271,8 @@ def build_note_error(begin: str, note: str, typed: Sequence[str]) -> UserError:
     # add the switches of our command, and its options with a value, unless they were typed
     values, switches = list[str](), list[str]()
     for option, value in pairwise([*words[num_words:], "--"]):
-        is_typed = option in typed and option != "--set"
+        is_typed = option != "--set" and any(
+            option in (word, *index_words("options").get(normalize_word(word), ())) for word in typed)
         if not option.startswith("--") or is_placeholder(value) or is_typed:
             continue
         if value.startswith("--"):
@@ -283,12 +296,13 @@ def _fill_command_chain(commands: str, typed: Sequence[str]) -> Fix:
         arguments.insert(0, arguments.pop(arguments.index(model)))
     name = Path(model).name
     output = arguments[1] if len(arguments) > 1 else f"{name}-{number_type or 'f16'}.gguf"
+    tokens = find_value(typed, "--tokens", "--special-tokens") or ",".join(arguments[1:])
     holes = {"first": model, "name": name, "second": output, "type": number_type.upper(),
              "repo": arguments[1] if len(arguments) > 1 else "OWNER/NAME",
              "gguf": f"{name}.gguf" if number_type else output,
              "python": sys.executable, "output": find_value(typed, "--output") or f"{name}-added",
              "text": " ".join(arguments[1:]) or "TEXT",
-             "tokens": find_value(typed, "--tokens", "--special-tokens") or "TOKEN,TOKEN",
+             "tokens": tokens or "TOKEN,TOKEN",
              "tokenizer": find_value(typed, "--tokenizer") or find_only_folder("tokenizer") or "DIR"}
     conversion = "megatron-sov convert to-hf {first} {name}-hf && "
     if conversion in commands and classify_folder(Path(model)) == "hf":

@@ -36,6 +36,12 @@ def classify_word(word: str) -> str:
     return "absent" if "/" in word or not re.search(r"\d|-", word) else "recipe"
 
 
+def classify_kind(word: str) -> str:
+    """Return run, hf or checkpoint for model folders, otherwise the kind of word (`classify_word`)."""
+    kind = classify_folder(Path(word))
+    return kind if kind in ("run", "hf", "checkpoint") else classify_word(word)
+
+
 def find_recipe_option(path: Path) -> str:
     """Return the option that takes a configuration file or model folder in place of a recipe; "": none."""
     if path.suffix in (".yaml", ".yml", ".json", ".toml") and os.path.isfile(path):

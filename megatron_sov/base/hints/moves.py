@@ -11,7 +11,7 @@ from pathlib import Path
 
 from megatron_sov.base.errors import choose_free_path
 from megatron_sov.base.hints.commands import build_note_error, list_parsers, means_output, propose_pipeline
-from megatron_sov.base.hints.kinds import classify_folder, classify_word
+from megatron_sov.base.hints.kinds import classify_kind, classify_word
 from megatron_sov.base.hints.lines import fill_placeholder
 from megatron_sov.base.hints.missing import choose_placeholder, find_missing_row, split_positionals
 from megatron_sov.base.hints.paths import pack_for
@@ -30,8 +30,9 @@ def place_options(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
         is_exact = move is not None and normalize_word(option) == normalize_word(move.taken[option])
         if not is_exact and _name_command(parser, rewrite, option):
             continue
-        if move is None or move.taken[option] == "--tokenizer":  # the data and the model have theirs
-            rewrite.add_words(explain_unknown(option, rewrite.unplaced.pop(option)))
+        if move is None or not move.is_plausible(parser, rewrite):
+            owner = "" if move is None or move.is_generic else move.parser.prog
+            rewrite.add_words(explain_unknown(option, rewrite.unplaced.pop(option), owner))
             continue
         message = f"{', '.join(move.taken)}: `{move.parser.prog}` takes this"
         words = [word for typed, name in move.taken.items() for word in (name, *rewrite.unplaced.pop(typed))]
@@ -56,6 +57,8 @@ class _Move:
     """Positional argument -> values; several values are several lines."""
     dropped: list[str] = field(default_factory=list)
     """Typed words left out."""
+    num_lost: int = 0
+    """Number of paths and texts in `dropped`."""
     num_missing: int = 0
     """Number of placeholders."""
 
@@ -67,6 +70,18 @@ class _Move:
         """Return whether the command reads the run folder after the typed training command."""
         run = self.parser._option_string_actions.get("--run")
         return "--run" in rewrite.required and not (run and run.required)
+
+    def is_plausible(self, parser: argparse.ArgumentParser, rewrite: Rewrite) -> bool:
+        """Return whether the command lines hold all typed paths and texts, with few placeholders."""
+        is_close = "--run" in rewrite.required or _is_sibling(self.parser, parser)
+        is_source = load_table()["made_by"].get(self.parser.prog) in rewrite.options
+        is_complete = self.num_lost == 0 and self.num_missing <= is_close
+        return not self.is_generic and (is_source or is_complete)
+
+    @property
+    def is_generic(self) -> bool:
+        """Whether many commands have the options."""
+        return bool({*self.taken.values()} & {*load_table()["generic_options"].split()})
 
     def place_word(self, word: str, kind: str) -> None:
         """Write a typed path or text as the argument or option for paths of `kind`."""
@@ -81,6 +96,7 @@ class _Move:
             self.words += [options[0], word]
         else:
             self.dropped.append(word)
+            self.num_lost += 1
 
     def complete(self) -> None:
         """Write values or placeholders for missing arguments."""
@@ -94,7 +110,7 @@ class _Move:
                     and action.option_strings[0] not in self.words]
         for name, value in missing:
             self.words += [name, fill_placeholder(name, value)]
-            self.num_missing += name != "--output"
+            self.num_missing += name not in ("--output", "--run", "--store", "--reward")  # have a default
 
     @property
     def lines(self) -> list[str]:
@@ -110,17 +126,26 @@ def _choose_move(parser: argparse.ArgumentParser, rewrite: Rewrite, option: str)
     """Return the command lines for `option`: most typed options and paths, fewest placeholders."""
     moves = dict[tuple[float, ...], _Move]()
     sources = load_table()["made_by"]
-    for other in list_parsers().values():
+    for candidate in list_parsers().values():
         taken = {typed: name for typed, values in rewrite.unplaced.items()
-                 if (name := _find_name(other, typed, values))}
-        if other.prog == parser.prog or option not in taken:
+                 if (name := _find_name(candidate, typed, values))}
+        if candidate.prog == parser.prog or option not in taken:
             continue
-        move = _write_move(parser, rewrite, _Move(other, taken))
+        move = _write_move(parser, rewrite, _Move(candidate, taken))
         num_exact = sum(normalize_word(typed) == normalize_word(name) for typed, name in taken.items())
-        is_sibling = other.prog.rpartition(" ")[0] == parser.prog.rpartition(" ")[0]
-        moves.setdefault((num_exact, len(taken), sources.get(other.prog) in rewrite.options,
-                          -len(move.dropped), -move.num_missing, is_sibling), move)
+        trains = "--run" in rewrite.required and not move.follows(rewrite) and move.num_lost == 0
+        num_placed = sum(map(len, move.arguments.values()))
+        is_source = sources.get(candidate.prog) in rewrite.options
+        score = (num_exact, len(taken), is_source, trains, -len(move.dropped), -move.num_missing,
+                 _is_sibling(candidate, parser), num_placed)
+        moves.setdefault(score, move)
     return moves[max(moves)] if moves else None
+
+
+def _is_sibling(first: argparse.ArgumentParser, second: argparse.ArgumentParser) -> bool:
+    """Return whether two commands are in one group: `eval ppl` and `eval lm`."""
+    group = first.prog.split()[:-1]
+    return len(group) > 1 and group == second.prog.split()[:-1]
 
 
 def _write_move(parser: argparse.ArgumentParser, rewrite: Rewrite, move: _Move) -> _Move:
@@ -139,7 +164,8 @@ def _write_move(parser: argparse.ArgumentParser, rewrite: Rewrite, move: _Move) 
     for start, end in pairwise([*starts, len(option_words)]):
         name, equals, value = option_words[start].partition("=")
         values = [value] * bool(equals) + option_words[start + 1:end]
-        fits = name in by_kind.get(_classify(values[0]) if values else "", [name])[:2]
+        options = by_kind.get(classify_kind(values[0]), []) if values and os.path.exists(values[0]) else []
+        fits = name == next((option for option in options if option in names), name)
         is_path = any(name in options for options in by_kind.values())
         if name in names and name not in move.words and (fits or not is_path):
             move.words += [name, *values]
@@ -148,7 +174,7 @@ def _write_move(parser: argparse.ArgumentParser, rewrite: Rewrite, move: _Move) 
         else:
             move.dropped += [name, *values]
     for word in loose:
-        move.place_word(word, _classify(word))
+        move.place_word(word, classify_kind(word))
     move.complete()
     return move
 
@@ -196,43 +222,64 @@ def _redirect_output(parser: argparse.ArgumentParser, rewrite: Rewrite, option: 
 
 def _filter_input(rewrite: Rewrite, option: str) -> bool:
     """Run a pipeline before `sov-data pack` if `option` names a pipeline step; return whether it does."""
-    word, source, index = normalize_word(option), find_value(rewrite.words, "--input"), index_words("steps")
-    steps = [word] if word in index or word in load_table()["steps"] else [
-        key.partition(".")[0] for key in index if key.partition(".")[2] == word]
-    if rewrite.command != "sov-data pack" or not steps or not source:
+    source = find_value(rewrite.words, "--input")
+    if rewrite.command != "sov-data pack" or not _list_steps(option) or not source:
         return False
-    error = propose_pipeline(steps[0], ["--input", source, option, *rewrite.unplaced.pop(option)])
+    step_options = {name: _list_steps(name) for name in rewrite.unplaced if _list_steps(name)}
+    words = [word for name in step_options for word in (name, *rewrite.unplaced.pop(name))]
+    names = ",".join(step for steps in step_options.values() for step in steps[:1])
+    error = propose_pipeline("run", ["--input", source, "--steps", names, *words])
     assert error and error.fix
-    rewrite.add_words(f"{option}: {error.sentence.partition(': ')[2]}")
+    rewrite.add_words(f"{', '.join(step_options)}: {error.sentence.partition(': ')[2]}")
     rewrite.before += [*error.fix.before, error.fix.line]
     rewrite.replace_word(source, shlex.split(error.fix.line)[-1])
     return True
 
 
+def _list_steps(option: str) -> list[str]:
+    """Return the pipeline steps, or the steps with a setting, for an option of another program."""
+    word, index = normalize_word(option), index_words("steps")
+    is_step = word in load_table()["steps"] or any("." not in step for step in index.get(word, ()))
+    return [word] if is_step else [key.partition(".")[0] for key in index if key.partition(".")[2] == word]
+
+
 def _name_command(parser: argparse.ArgumentParser, rewrite: Rewrite, option: str) -> bool:
     """Propose the command for an option with a command's name, `sft --merge`; return whether a row exists."""
-    table = load_table()
+    table, follows = load_table(), "--run" in rewrite.required
     rows = {**table["commands"].get(parser.prog.split()[0], table["commands"]["megatron-sov"]),
-            **table["option_commands"].get(parser.prog, {})}
+            **table["option_commands"]["*"], **table["option_commands"].get(parser.prog, {})}
     notes = {normalize_word(word): note for words, note in rows.items() for word in words.split()}
     note = notes.get(normalize_word(option), "")
-    if "`" not in note:
+    if named := list_parsers().get(f"megatron-sov {normalize_word(option)}"):
+        move = _write_move(parser, rewrite, _Move(named, {}))
+        if named.prog != parser.prog and follows and move.num_missing <= 1:
+            del rewrite.unplaced[option]
+            _add_lines(parser, rewrite, f"{option}: is the command `{named.prog}`", move.lines, follows)
+            return True
+    template = note.split("`")[1] if "`" in note else ""
+    if template.startswith(f"{parser.prog} "):
+        del rewrite.unplaced[option]
+        meaning = note.split("`")[2].strip()
+        rewrite.add_words(f"{option}: the command {meaning} without an option; leave it out")
+        return True
+    holes = ["MODEL", "FOLDER", *table["argument_kinds"]["run"].split()]
+    if not ({*template.split()} & {*holes} or "{first}" in template):
         return False
-    values, follows = rewrite.unplaced.pop(option), "--run" in rewrite.required
+    options = [name for name in rewrite.unplaced if notes.get(normalize_word(name)) == note]
+    values = [value for name in options for value in rewrite.unplaced.pop(name)]
     model = find_value(rewrite.words, "--run") or next(
         filter(os.path.exists, [*rewrite.first, *rewrite.words]), "RUN")
     if "{first}" in note:
         fix = build_note_error("", note, [model, *values]).fix
         lines, command = [*fix.before, fix.line] if fix else [], ""
     else:
-        words = shlex.split(note.split("`")[1])
-        holes = dict.fromkeys(["MODEL", "FOLDER", *table["argument_kinds"]["run"].split()], model)
-        holes["OUT"] = values[0] if values else choose_free_path(f"{Path(model).name}-hf")
-        words = [holes.get(word, word) for word in words]
+        output = values[0] if values else choose_free_path(f"{Path(model).name}-hf")
+        values_by_hole = {**dict.fromkeys(holes, model), "OUT": output}
+        words = [values_by_hole.get(word, word) for word in shlex.split(template)]
         command = f" `{' '.join(words[:3])}`"
         lines = [shlex.join(fill_placeholder(name, word) for name, word in pairwise(["", *words]))]
     text = re.sub(r":?\s*`[^`]*`", lambda match: command, note, count=1).strip()
-    _add_lines(parser, rewrite, f"{option}: {text}", lines, follows)
+    _add_lines(parser, rewrite, f"{', '.join(options)}: {text}", lines, follows)
     return True
 
 
@@ -241,9 +288,3 @@ def _find_name(parser: argparse.ArgumentParser, option: str, values: Sequence[st
     word, actions = normalize_word(option), parser._option_string_actions
     names = (f"--{word.replace('_', '-')}", *index_words("options").get(word, ()))
     return next((name for name in names if name in actions and (values or actions[name].nargs == 0)), "")
-
-
-def _classify(word: str) -> str:
-    """Return run, hf or checkpoint for model folders, otherwise the kind of word (`classify_word`)."""
-    kind = classify_folder(Path(word))
-    return kind if kind in ("run", "hf", "checkpoint") else classify_word(word)

@@ -52,18 +52,18 @@ def check_command(program: str, words: Sequence[str]) -> None:
             key = "--key-env" if option == "--model" and has_endpoint else option
             if successor := OPTIONS.get(f"{command} {key}"):
                 begin = f"{command} {option}: was removed in this version"
-                raise UserError(f"{begin}; {successor}", _find_fix(program, successor, option, words))
+                raise UserError(f"{begin}; {successor}", _find_fix(program, successor, option, words, count))
 
 
-def _find_fix(program: str, successor: str, option: str, words: Sequence[str]) -> Fix:
-    """Return the fix for a removed option, or second word of a command: the option or the filter that the
-    successor names, the command for the words after it, or the line without the option."""
+def _find_fix(program: str, successor: str, option: str, words: Sequence[str], count: int) -> Fix:
+    """Return the fix for a removed option, or second word of a command of `count` words: the option or the
+    filter that the successor names, the command for the words after it, or the line without the option."""
     if not option.startswith("-"):
         return build_note_error("", successor, words[2:]).fix or Fix()
     value = find_value(words, option)
     index = next(n for n, word in enumerate(words) if word.partition("=")[0] == option)
     # the word after a switch may be a positional argument, unless one precedes the switch
-    has_positional = any(not word.startswith("-") for word in words[2:index])
+    has_positional = any(not word.startswith("-") for word in words[count:index])
     has_value = value and not value.startswith("-") and has_positional
     if has_value and "| grep" in successor:
         remaining = [*words[:index], *words[index + 2:]]

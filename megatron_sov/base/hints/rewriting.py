@@ -16,7 +16,7 @@ from typing import Any
 from megatron_sov.base.errors import find_nearest_name, fix_missing
 from megatron_sov.base.hints.commands import list_parsers
 from megatron_sov.base.hints.foreign import multiply_context, parse_blend, parse_object
-from megatron_sov.base.hints.kinds import classify_word
+from megatron_sov.base.hints.kinds import classify_kind, classify_word
 from megatron_sov.base.hints.table import (
     find_by_parts, find_note, find_our_value, get_last_part, index_words, load_table, normalize_word,
     translate_to_settings)
@@ -80,6 +80,8 @@ class Rewrite:
     """Commands to run after the line."""
     output: str = ""
     """File for printed text."""
+    prefix: str = ""
+    """Words before the program: `timeout 2h`."""
     unknown_settings: dict[str, str] = field(default_factory=dict)
     """Unknown `name=value` -> message, printed only if another word is replaced."""
 
@@ -168,6 +170,7 @@ class Rewrite:
             self.before.append(row["before"].format(**quoted))
         if "line" in row:
             self.line = row["line"].format(**quoted)
+        self.prefix = row.get("prefix", self.prefix).format(**quoted)
         self.other_command = row.get("command", self.other_command)
         self.add_words(f"{option}: {row['say']}", *written)
         return True
@@ -245,15 +248,19 @@ class Rewrite:
             return 1
         names = index_words("settings").get(word, ())
         is_switch = any("=" in name for name in names)
+        same_name = f"--{word.replace('_', '-')}"
         is_known = bool(ours or names or find_note(option)) or any(
-            word in row["words"].split() for row in load_table()["in_command"])
+            word in row["words"].split() for row in load_table()["in_command"]) or any(
+                parser._option_string_actions[same_name].nargs != 0 for parser in list_parsers().values()
+                if same_name in parser._option_string_actions)
         is_path = os.path.exists(words[-1]) and words[-1].lower() not in ("lora", "qlora", *SWITCHES)
         is_other = self.is_recipe(words[-1]) or (is_path and (is_switch or not is_known))
         return num - 1 if has_room and not ours and is_other else num
 
     def _translate(self, word: str, values: list[str]) -> str:
         setting = translate_setting(word, values, self.find, self.typed) if self.find is not None else ""
-        is_other = setting.partition(".")[0] in load_table()["not_in"].get(self.command, "").split()
+        is_other = setting.partition(".")[0] in load_table()["not_in"].get(
+            self.command.removeprefix("submit "), "").split()
         return "" if is_other else setting
 
     def _choose_option(self, word: str, values: list[str]) -> str:
@@ -264,6 +271,8 @@ class Rewrite:
         is_recipe = is_name and (self.command == "plan" or classify_word(values[0]) == "recipe")
         if name == "--from" and "RECIPE" in self.positionals and is_recipe:
             return "RECIPE"
+        if name == "--prompts" and "--prompt" in self.options and values and not os.path.exists(values[0]):
+            return "--prompt"
         same_name = [name for name in self.positionals
                      if re.split(r"\W", name)[0].lower() in (word, word.removesuffix("s"))]
         if not name and same_name:
@@ -304,7 +313,13 @@ class Rewrite:
         """Write the option with a similar name, or the option or setting with the same parts in its name."""
         same_name = f"--{normalize_word(option).replace('_', '-')}"
         is_elsewhere = any(same_name in parser._option_string_actions for parser in list_parsers().values())
-        if not is_elsewhere and (nearest := find_nearest_option(option, self.options)):
+        is_path = bool(values) and (os.path.exists(values[0]) or ".py:" in values[0])
+        kind = classify_kind(values[0]) if is_path else ""
+        arguments = [name for name in self.positionals if name not in self.first_by_name
+                     and name in load_table()["argument_kinds"].get(kind, "").split()]
+        if arguments:
+            self._write_option(option, normalize_word(option), arguments[0], values)
+        elif not is_elsewhere and (nearest := find_nearest_option(option, self.options)):
             self.add_words(f"{option}: nothing takes this; did you mean '{nearest}'?", nearest, *values)
         elif (name := find_by_parts(option, self.options)) and name not in self.typed:
             self._write_option(option, normalize_word(option), name, values)
@@ -398,7 +413,7 @@ def find_nearest_option(option: str, options: Sequence[str]) -> str:
     return nearest if difflib.SequenceMatcher(None, option, nearest).ratio() >= MIN_SIMILARITY else ""
 
 
-def explain_unknown(option: str, values: Sequence[str]) -> str:
+def explain_unknown(option: str, values: Sequence[str], owner: str) -> str:
     """Return the message for an unknown option: settings of training commands, or the advice to drop it."""
     value, word = "".join(values[:1]), get_last_part(option)
     setting = find_our_value(value, word)
@@ -407,7 +422,8 @@ def explain_unknown(option: str, values: Sequence[str]) -> str:
     table, all_commands = load_table()["acts_in"], "the commands that train (pretrain, sft, ...)"
     texts = [f"--set {name} of {table.get(name.partition('.')[0], all_commands)}"
              for name in names if "=" in name]
-    meaning = f"is {', '.join(texts)}" if texts else "nothing takes this"
+    unknown = f"is an option of `{owner}`, not of this command" if owner else "nothing takes this"
+    meaning = f"is {', '.join(texts)}" if texts else unknown
     return f"{option}: {meaning}; leave it out"
 
 

@@ -57,6 +57,8 @@ class FromHfOptions(ConversionOptions):
     hf_dir: Annotated[Path, Flag("HF_DIR")]
     """Folder with config.json and safetensors files."""
     out: CheckpointOut
+    no_verify: bool = False
+    """After an import with warnings, do not run `convert verify`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,10 +2,12 @@
 
 import dataclasses
 import math
+import shlex
 from pathlib import Path
 from typing import Any
 
 from megatron_sov.base.artifacts import format_json
+from megatron_sov.base.errors import ExitCode, warn
 from megatron_sov.commands.models.convert import (
     AverageOptions, ConvertInspectOptions, FromDcpOptions, FromHfOptions, FromMegatronOptions,
     FromPeftOptions, ToDcpOptions, ToHfOptions, ToMegatronOptions, ToPeftOptions, resolve_architecture)
@@ -18,12 +20,26 @@ from megatron_sov.convert.megatron.from_megatron import ImportReport, from_megat
 from megatron_sov.convert.megatron.to_megatron import to_megatron
 from megatron_sov.convert.peft import describe_adapter, from_peft, open_weights, to_peft
 from megatron_sov.model.families.count import count_params
+from megatron_sov.work.processes.children import run_command
 
 
-def import_hf(options: FromHfOptions) -> None:
-    from_hf(options.hf_dir, options.out, options.dtype, workers=options.workers, overwrite=options.overwrite,
-            redo=options.redo)
-    print(f"wrote checkpoint {options.out}")
+def import_hf(options: FromHfOptions) -> int:
+    """Import a folder; after warnings, compare with transformers and return exit code 3 if they differ."""
+    warnings = from_hf(options.hf_dir, options.out, options.dtype, workers=options.workers,
+                       overwrite=options.overwrite, redo=options.redo)
+    print(f"wrote checkpoint {options.out}", flush=True)
+    if not warnings or options.no_verify:
+        return ExitCode.OK
+    plugins = [word for reference in options.plugins for word in ("--plugin", reference)]
+    command = ["convert", "verify", str(options.out), str(options.hf_dir), *plugins]
+    typed = f"`megatron-sov {shlex.join(command)}`"
+    # in a new process: ranks fork from it, and the conversion's threads would be missing in them
+    code = run_command(["megatron_sov", *command], f"compare with transformers later: {typed}")
+    if code == ExitCode.USER_ERROR:
+        warn(f"{options.out}: was not compared with transformers (see above); if the model runs elsewhere, "
+             f"type {typed} there")
+        return ExitCode.OK
+    return code
 
 
 def export_hf(options: ToHfOptions) -> None:

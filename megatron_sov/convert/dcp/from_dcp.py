@@ -1,6 +1,7 @@
 """Import torch.distributed checkpoints (DCP) of torchtitan, or of a torch loop on a transformers model."""
 
 import hashlib
+import re
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,8 @@ from megatron_sov.convert.hf_import import (
     ImportSource, StateBlock, TrainingState, list_states, write_imported)
 from megatron_sov.convert.megatron.from_megatron import (
     METADATA, DistTensors, ImportReport, parse_archive, read_adamw, read_numbers)
-from megatron_sov.convert.megatron.inert_pickle import TORCH_STATE_KEY, TRAINING_PREFIXES, read_in_subprocess
+from megatron_sov.convert.megatron.inert_pickle import (
+    TORCH_STATE_KEY, TRAINING_PREFIXES, parse_file, read_index)
 from megatron_sov.convert.sources import BlockPlace, Weights, check_dtypes, check_shapes, has_same_bits
 from megatron_sov.engine.optimizer.state_shards import MASTER
 from megatron_sov.engine.parallel.device import PRECISION
@@ -32,7 +34,7 @@ from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, checkpoint_step
 STEP = "step"
 """Torch's name of AdamW's update count."""
 COUNTERS = ("lr_scheduler.last_epoch", "train_state.step")
-GROUP_FIELDS = ("lr", "initial_lr", "weight_decay", "betas", "eps")
+SCHEDULER_KEY = re.compile(r"(?:.+\.)?lr_scheduler\.(.+)")
 
 
 def from_dcp(folder: str | Path, out: str | Path, dtype: str = KEEP, *, model_dir: Path | None = None,
@@ -87,7 +89,7 @@ class DcpWeights(Weights):
     match the model of config.json; the message names them."""
 
     def __init__(self, path: Path, config: dict[str, Any], *, with_optimizer: bool) -> None:
-        index = read_in_subprocess("index", path / METADATA)
+        index = parse_file(read_index, path / METADATA)
         self._names, prefix = _find_names(path, index["tensors"])
         weights, states = {}, {}
         for key, entry in index["tensors"].items():
@@ -154,18 +156,50 @@ class DcpWeights(Weights):
         values = {"updates": next(iter(counts)), STEP: next(iter([*steps, *counts]))}
         numbers = read_numbers(self.path, values, {name: name for name in values})
         settings = self._read_settings(self._list_parts(self._links_by_name[EMBEDDING])[0].key)
+        step = int(numbers[STEP])
+        if schedule := self._read_schedule(step, settings.get("optim.lr", 0.0)):
+            # our first step has the rate after a step of the schedule, torch's has the rate before it
+            settings, step = settings | schedule, max(0, step - 1)
         precisions = [f"train.precision={name}" for name, value in PRECISION.items() if value == dtype]
-        return TrainingState(int(numbers[STEP]), int(numbers["updates"]),
+        return TrainingState(step, int(numbers["updates"]),
                              (*precisions, *(f"{name}={value}" for name, value in settings.items())))
 
     def _read_settings(self, parameter: str) -> dict[str, Any]:
         """Return our settings for the parameter group of a matrix."""
-        group = {field: self._read_object(key) for field in GROUP_FIELDS for key in self._objects
-                 if key.endswith(f".param_groups.{parameter}.{field}")}
+        group = self._read_fields(re.compile(rf".+\.param_groups\.{re.escape(parameter)}\.(\w+)"))
         group["lr"] = group.get("initial_lr", group.get("lr"))
         names = {f"optim.{field}": field for field in ("lr", "weight_decay")
                  if isinstance(group.get(field), (int, float))}
         return read_numbers(self.path, group, names) | read_adamw(self.path, group)
+
+    def _read_schedule(self, step: int, peak: float) -> dict[str, Any]:
+        """Return our settings for torch's CosineAnnealingLR or falling LinearLR, alone or after a warm-up
+        (SequentialLR) that is over; {} for other schedules, for example LambdaLR, whose function is not
+        stored."""
+        fields = self._read_fields(SCHEDULER_KEY)
+        milestones = fields.get("_milestones", [0])
+        warmup, prefix = fields.get("_schedulers.0.total_iters", 0), ""
+        if "_milestones" in fields:
+            prefix = "_schedulers.1."
+        if type(warmup) is not int or step < warmup or milestones != [warmup]:
+            return {}
+        kind, steps = "cosine", fields.get(f"{prefix}T_max")
+        floor, rates = fields.get(f"{prefix}eta_min"), fields.get(f"{prefix}base_lrs")
+        if fields.get(f"{prefix}start_factor") == 1.0:
+            kind, steps = "linear", fields.get(f"{prefix}total_iters")
+            end = fields.get(f"{prefix}end_factor")
+            floor = peak * end if isinstance(end, float) else None
+        if not isinstance(rates, list) or rates != [peak] * len(rates) or type(steps) is not int:
+            return {}
+        if steps < warmup:  # our warm-up is at most half of the run
+            return {}
+        values = {"optim.min_lr": floor, "optim.warmup_steps": warmup, "train.steps": steps + warmup}
+        return {"optim.schedule": kind} | read_numbers(self.path, values, {name: name for name in values})
+
+    def _read_fields(self, keys: re.Pattern[str]) -> dict[str, Any]:
+        """Return name -> value of the stored objects whose key matches; the first group is the name."""
+        matches = {key: match for key in self._objects if (match := keys.fullmatch(key))}
+        return {match[1]: self._read_object(key) for key, match in matches.items()}
 
     def _read_object(self, key: str) -> Any:
         """Parse a number or a tuple of numbers; None for other values, which need further classes."""

@@ -23,7 +23,7 @@ from megatron_sov.convert.dtypes import KEEP, check_dtype_name
 from megatron_sov.convert.hf_import import (
     ImportSource, StateBlock, TrainingState, list_states, write_imported)
 from megatron_sov.convert.megatron.inert_pickle import (
-    COMMON_STATE, MAX_SIZE, STATE_KEY, TorchArchive, read_in_subprocess)
+    COMMON_STATE, MAX_SIZE, STATE_KEY, TorchArchive, parse_file, read_index, read_settings)
 from megatron_sov.convert.sources import BlockPlace, Weights, check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
@@ -289,7 +289,7 @@ class TorchDistWeights(Weights):
 
     def __init__(self, path: Path, model: ModelConfig, *, with_optimizer: bool = False) -> None:
         super().__init__(path, model, models.get_family(model.family).links(model))
-        entries, self.num_skipped = _select_entries(read_in_subprocess("index", path / METADATA),
+        entries, self.num_skipped = _select_entries(parse_file(read_index, path / METADATA),
                                                     with_optimizer=with_optimizer)
         self.tensors = DistTensors(path, entries)
         self._stored_keys = self.tensors.keys()
@@ -459,10 +459,10 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
     iteration = int(number[1]) if number else None
     settings: dict[str, Any] = {"args": {}, "iteration": None}
     if (folder / COMMON).is_file():
-        settings = read_in_subprocess("settings", folder / COMMON)
-    elif place := read_in_subprocess("index", folder / METADATA)["objects"].get(COMMON_STATE):
+        settings = parse_file(read_settings, folder / COMMON)
+    elif place := parse_file(read_index, folder / METADATA)["objects"].get(COMMON_STATE):
         file, start, length_bytes = place
-        settings = read_in_subprocess("settings", folder / file, start, length_bytes)
+        settings = parse_file(read_settings, folder / file, start, length_bytes)
     settings["model"] = normalize_arguments(settings["args"])
     if (folder / RUN_CONFIG).is_file():
         settings["model"] = read_sections(folder / RUN_CONFIG).get("model")

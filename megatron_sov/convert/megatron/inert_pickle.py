@@ -3,22 +3,14 @@
 A pickle is a program. Python's interpreter here builds plain values only: `GLOBAL` pushes a `Name`, `REDUCE`
 and `NEWOBJ` push an `InertCall` with the name and its arguments. Names that are not allowed, and opcodes that
 writers of plain values do not emit, raise ValueError. No opcode copies a value, so a small pickle cannot fill
-the memory.
-
-The index and settings of `torch_dist` checkpoints are read in a subprocess, whose limits stop a file that
-would exhaust memory or never end.
+the memory: values take about 50 bytes per byte of the file.
 """
 
 import io
-import json
 import math
-import os
 import pickle
 import re
-import resource
 import struct
-import subprocess
-import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,7 +19,6 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_size
-from megatron_sov.sandbox.restrictions import set_limit
 
 MAX_NAME_CHARS = 80
 """Limit for a name in an error message."""
@@ -460,73 +451,31 @@ class TorchArchive:
 
 
 REMEDY = "restore the checkpoint from its source"
-READERS = {"index": read_index, "settings": read_settings}
 MAX_FILE_BYTES = 1 << 30
-BASE_MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 29, 60
-"""Memory limit of the subprocess: a base, plus a factor per file byte, which parses to about 50 bytes."""
-BASE_TIME_S, BYTES_PER_S = 60, 200_000
-"""CPU time limit: the base, and a second per `BYTES_PER_S` bytes; about ten times the normal time."""
-CLOCK_FACTOR = 20
-"""Wall-clock limit as a multiple of the CPU limit, to stop a hang on a shared machine."""
-_CODE = ("import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-         "from megatron_sov.convert.megatron.inert_pickle import main; main(sys.argv[1])")
 
 
-def read_in_subprocess(reader: str, path: Path, start: int = 0, length_bytes: int | None = None) -> dict[str,
-                       Any]:
-    """Parse a checkpoint file in a subprocess.
+def parse_file(parse: Callable[[bytes], dict[str, Any]], path: Path, start: int = 0,
+               length_bytes: int | None = None) -> dict[str, Any]:
+    """Parse a checkpoint file.
 
     Args:
-        reader: key of `READERS`.
+        parse: `read_index` or `read_settings`.
         path: the file.
         start: offset of the first byte.
         length_bytes: number of bytes; None reads to the end.
 
     Raises:
-        UserError: the content is forbidden or malformed, the file is too large, or the subprocess exceeded
-            its limits.
+        UserError: the content is forbidden or malformed, or the file is too large.
     """
     try:
         size_bytes = path.stat().st_size if length_bytes is None else length_bytes
+        if not path.is_file() or size_bytes > MAX_FILE_BYTES:
+            raise ValueError(f"it has {format_size(size_bytes)}, at most {format_size(MAX_FILE_BYTES)} are "
+                             "supported")
+        with open(path, "rb") as f:
+            f.seek(start)
+            return parse(f.read(size_bytes))
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); {REMEDY}") from None
-    if not path.is_file() or size_bytes > MAX_FILE_BYTES:
-        raise UserError(f"{path}: has {format_size(size_bytes)}, but at most {format_size(MAX_FILE_BYTES)} "
-                        f"are supported; {REMEDY}")
-    time_s = BASE_TIME_S + size_bytes // BYTES_PER_S
-    request = json.dumps({"what": reader, "path": str(path.absolute()), "start": start,
-                          "size_bytes": size_bytes,
-                          "memory_bytes": BASE_MEMORY_BYTES + MEMORY_PER_BYTE * size_bytes, "time_s": time_s})
-    paths = json.dumps([os.path.abspath(entry) for entry in sys.path if entry])
-    try:
-        process = subprocess.run([sys.executable, "-P", "-c", _CODE, request, paths],
-                                 stdin=subprocess.DEVNULL, capture_output=True, check=False, cwd="/",
-                                 timeout=CLOCK_FACTOR * time_s,
-                                 env={"PATH": os.defpath, "PYTHONUTF8": "1", "OMP_NUM_THREADS": "1"})
-        reply = json.loads(process.stdout)
-    except (subprocess.TimeoutExpired, ValueError):
-        reply = {"error": "it needs more memory or time than a valid file of its size"}
-    if "error" in reply:
-        raise UserError(f"{path}: cannot be read: {reply['error']}; {REMEDY}")
-    return dict(reply["found"])
-
-
-def main(request: str) -> None:
-    """Parse a file; the subprocess's entry point."""
-    arguments = json.loads(request)
-    set_limit(resource.RLIMIT_AS, arguments["memory_bytes"])
-    set_limit(resource.RLIMIT_CPU, arguments["time_s"])
-    set_limit(resource.RLIMIT_FSIZE, 0)
-    set_limit(resource.RLIMIT_CORE, 0)
-    try:
-        with open(arguments["path"], "rb") as f:
-            f.seek(arguments["start"])
-            content = READERS[arguments["what"]](f.read(arguments["size_bytes"]))
-        # serialized under the memory limit: text referenced many times would exhaust the parent
-        reply = json.dumps({"found": content})
-    except MemoryError:
-        reply = json.dumps({"error": "it needs more memory than a valid file of its size"})
-    except (ValueError, OSError, RecursionError) as e:
-        reply = json.dumps({"error": str(e)[:500]})
-    sys.stdout.write(reply)
-    sys.stdout.flush()
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{path}: cannot be read: {str(e)[:500]}; {REMEDY}") from None

@@ -144,10 +144,14 @@ NESTED_TEXT_MODELS = {
          "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 131072}),
 }
 """model_type of a folder -> its text model."""
+KIMI_K2 = "kimi_k2"
+"""model_type of folders with DeepSeek-V3's class and weights."""
 
 
 def extract_text_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return the config of the text model: the nested config for multimodal folders, else `config`."""
+    if config.get("model_type") == KIMI_K2:
+        return config | {"model_type": "deepseek_v3"}
     inside = NESTED_TEXT_MODELS.get(str(config.get("model_type")))
     return config if inside is None else inside.extract_config(config)
 

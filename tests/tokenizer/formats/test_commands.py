@@ -1,7 +1,6 @@
 """`sov-tokenizer import`: the same ids as the library for which a tokenizer was made, or no output."""
 
 import functools
-import io
 import json
 import shutil
 from collections.abc import Callable
@@ -9,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sentencepiece
 import tiktoken
 from hypothesis import given, settings, strategies as st
 from transformers import AutoTokenizer
@@ -26,16 +24,6 @@ PROSE = ("The quick brown fox doesn't jump over 12 lazy dogs, 1234567 of them.\n
 CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
           r"|\s++$|\s*[\r\n]"
           r"|\s+(?!\S)|\s")
-SENTENCEPIECE: dict[str, dict[str, Any]] = {
-    "llama": {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity",
-              "remove_extra_whitespaces": False, "allow_whitespace_only_pieces": True, "split_digits": True,
-              "character_coverage": 0.98},
-    "bpe": {"model_type": "bpe", "user_defined_symbols": ["<mask>", "a fact"]},
-    "unigram": {"model_type": "unigram", "pad_id": 3},
-    "gemma": {"model_type": "unigram", "byte_fallback": True, "normalization_rule_name": "identity",
-              "add_dummy_prefix": False, "remove_extra_whitespaces": False,
-              "user_defined_symbols": ["<mask>", "  "], "character_coverage": 0.98},
-}
 TEXTS = st.one_of(st.text(max_size=40), st.text(alphabet="the fox'sS \u00a0\u3000\n\t12345ü가타ไท<mask>/s>▁",
                                                 max_size=60))
 
@@ -68,23 +56,6 @@ def by_tiktoken(tmp_path_factory: pytest.TempPathFactory) -> tuple[tiktoken.Enco
             root / "mine")
 
 
-@pytest.fixture(scope="module", params=SENTENCEPIECE)
-def by_sentencepiece(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[
-        sentencepiece.SentencePieceProcessor, Path]:
-    """A model trained by sentencepiece, and the folder of its import."""
-    root, out = tmp_path_factory.mktemp(request.param), io.BytesIO()
-    options = {"character_coverage": 1.0, "vocab_size": 370, **SENTENCEPIECE[request.param]}
-    lines = [word for line in PROSE.splitlines() for word in (line, *line.split())] * 3
-    lines += ["f(x) < s / 2 > unk pad mask 0x1A2B3C4D5E6F7890"] * 20
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(lines), model_writer=out, minloglevel=2,
-                                             hard_vocab_limit=options["model_type"] == "bpe", **options)
-    (root / "m.model").write_bytes(out.getvalue())
-    (root / "prose.txt").write_text(PROSE)
-    assert main(["import", str(root / "m.model"), "--output", str(root / "mine"), "--text",
-                 str(root / "prose.txt")]) == 0
-    return sentencepiece.SentencePieceProcessor(model_proto=out.getvalue()), root / "mine"
-
-
 @settings(max_examples=150)
 @given(text=st.one_of(TEXTS, st.just("say xyzzy or  xyzzyx 1234567  \n")))
 def test_tiktokens_ids(by_tiktoken: tuple[tiktoken.Encoding, Path], text: str) -> None:
@@ -103,32 +74,6 @@ def test_tiktokens_special_tokens_and_facts(by_tiktoken: tuple[tiktoken.Encoding
     encoder = Encoder(folder)
     assert (encoder.vocab_size, encoder.eos_id, encoder.plain.encode(text).ids) == (
         432, 430, encoding.encode_ordinary(text))
-
-
-@settings(max_examples=150)
-@given(text=TEXTS.filter(lambda t: not any("\u0300" <= c <= "\u036f" for c in t)))
-def test_sentencepieces_ids(by_sentencepiece: tuple[sentencepiece.SentencePieceProcessor, Path],
-                            text: str) -> None:
-    model, folder = by_sentencepiece
-    ids = load_cached_tokenizer(folder)(text, split_special_tokens=True)["input_ids"]
-    assert ids == model.encode(text)
-
-
-def test_sentencepieces_pieces_names_and_text(
-        by_sentencepiece: tuple[sentencepiece.SentencePieceProcessor, Path]) -> None:
-    model, folder = by_sentencepiece
-    loaded = AutoTokenizer.from_pretrained(folder)
-    pieces = [model.id_to_piece(i) for i in range(len(model))]
-    assert loaded.convert_ids_to_tokens(range(len(model))) == pieces
-    content = read_manifest(folder).content
-    assert (content["vocab_size"], content["bos_id"], content["eos_id"]) == (
-        len(model), model.bos_id(), model.eos_id())
-    assert content["pad_id"] == (model.pad_id() if model.pad_id() >= 0 else model.eos_id())
-    assert content["bytes_per_token"][str(folder.parent / "prose.txt")] == pytest.approx(
-        len(PROSE.encode()) / len(model.encode(PROSE)), rel=0.02)
-    for text in ("The fox, 12 dogs; <s> </s> <unk> it", "  a fact <mask> is"):
-        ids = model.encode(text)
-        assert (model.unk_id() in ids) or loaded.decode(ids) == model.decode(ids)
 
 
 @pytest.fixture(scope="module")
@@ -180,52 +125,6 @@ def test_a_hugging_face_folder_is_not_cut_off(trained: Path, tmp_path: Path) -> 
     assert (loaded.eos_token, loaded.pad_token, loaded.chat_template) == (
         "<|end|>", "<|end|>", "{{ messages }}")
     assert read_manifest(tmp_path / "mine").content["eos_id"] == 21
-
-
-def read_charsmap() -> bytes:
-    """Return the character map of sentencepiece's default normalizer, which only its trainer writes."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["a b"] * 9), model_writer=out,
-                                             minloglevel=2, vocab_size=9, model_type="bpe",
-                                             hard_vocab_limit=False)
-    return sentencepiece_model_pb2.ModelProto.FromString(out.getvalue()).normalizer_spec.precompiled_charsmap
-
-
-def write_broken_model(root: Path, **changes: Any) -> Path:
-    """Write a small BPE model with changes such as `trainer_spec__FIELD=value` or `score__PIECE=value`."""
-    from sentencepiece import sentencepiece_model_pb2
-
-    proto = sentencepiece_model_pb2.ModelProto()
-    for i, piece in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "b", "ab", "ba"]):
-        proto.pieces.add(piece=piece, score=-float(i), type={0: 2, 1: 3, 2: 3}.get(i, 1))
-    proto.trainer_spec.model_type = 2
-    for name, value in changes.items():
-        part, field = name.split("__")
-        if part == "score":
-            proto.pieces[int(field)].score = value
-        else:
-            setattr(getattr(proto, part), field, value() if callable(value) else value)
-    (root / "bad.model").write_bytes(proto.SerializeToString())
-    return root / "bad.model"
-
-
-@pytest.mark.each(("changes", "message"), [
-    ({"trainer_spec__model_type": 4}, "its model type is char, and only bpe and unigram"),
-    ({"trainer_spec__treat_whitespace_as_suffix": True}, "it writes white space behind words"),
-    ({"normalizer_spec__escape_whitespaces": False}, "it does not mark spaces"),
-    ({"score__7": -6.0}, "its pieces 'ba' and another one have the same score -6.0"),
-    ({"denormalizer_spec__precompiled_charsmap": read_charsmap}, "it changes characters when decoding"),
-    ({"trainer_spec__model_type": 1},
-     "it has no piece for '<', so text that reads '<unk>' would become that piece"),
-])
-def test_models_that_have_no_form_are_refused(tmp_path: Path, changes: dict[str, Any], message: str,
-                                              get_refusal: Any) -> None:
-    file = write_broken_model(tmp_path, **changes)
-    error = get_refusal("import", str(file), "--output", str(tmp_path / "out"))
-    assert message in error and error.count("\n") == 1
-    assert [p.name for p in tmp_path.iterdir()] == ["bad.model"]
 
 
 def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path, get_refusal: Any) -> None:

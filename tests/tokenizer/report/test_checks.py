@@ -43,7 +43,7 @@ def test_special_tokens_in_text_are_text_or_reported(toy: Toy) -> None:
     assert check.numbers == {"num_tried": 3, "become_ids_in_text": [], "not_given_back": [],
                              "num_ids_where_special_is_read": 3}
     assert check.summary.startswith("3 special tokens tried in text: encoded as ordinary text "
-                                    "(encode) all stay text")
+                                    "(split_special_tokens=True in transformers) all stay text")
     assert "3 become ids, so never encode users' text that way" in check.summary
 
 

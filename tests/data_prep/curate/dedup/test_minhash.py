@@ -11,7 +11,7 @@ import pytest
 from data_prep.curate.dedup import clusters as clusters_module, minhash
 from data_prep.curate.dedup.clusters import DROPPED, Clusters, DocumentOrder, sort_edges
 from data_prep.curate.dedup.minhash import MinhashDedup, MinhashSettings, compute_shingles
-from data_prep.curate.dedup.work_files import Register, open_bucket, write_array
+from data_prep.curate.dedup.work_files import Register, read_bucket, write_array
 from data_prep.curate.pipeline.step import Doc
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, run_step
 from tests.typed_words import keys_of
@@ -98,7 +98,6 @@ def test_each_dropped_text_is_similar_to_a_remaining_text(tmp_path: Path, name: 
 @pytest.mark.parametrize("longest_at", [0, 7, 30, 59])
 def test_a_crowd_is_compared_with_its_longest_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                    longest_at: int) -> None:
-    monkeypatch.setattr(minhash, "RANGE_RECORDS", 16)  # the crowd's bands fill several blocks
     monkeypatch.setattr(minhash, "MAX_FIRST_DOCUMENTS", 2)
     text = " ".join(draw_words(random.Random(5), 80))
     texts = [text] * 60
@@ -109,14 +108,14 @@ def test_a_crowd_is_compared_with_its_longest_text(tmp_path: Path, monkeypatch: 
     assert len(duplicates) == 59 and set(duplicates.values()) == {longest.id}
 
 
-def test_results_do_not_depend_on_shards_and_ranges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_results_do_not_depend_on_shards_and_partitions(tmp_path: Path) -> None:
     texts = plant_near_duplicates(60, seed=1)
     results = []
-    for size, records in ((60, 1 << 18), (25, 50), (7, 1 << 18)):
-        monkeypatch.setattr(minhash, "RANGE_RECORDS", records)
+    for size, partitions in ((60, 3), (25, 1), (7, 16)):
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 60, size)]
         place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
-        duplicates = find_duplicates(MemoryView.of(shards, tmp_path / str(size)), threshold=0.6, ngram=2)
+        duplicates = find_duplicates(MemoryView.of(shards, tmp_path / str(size)), threshold=0.6, ngram=2,
+                                     partitions=partitions)
         results.append({place[one]: place[other] for one, other in duplicates.items()})
     assert results[0] == results[1] == results[2] != {}
 
@@ -207,5 +206,5 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
         return (0 if is_book else 1, -lengths[number], number)
 
     expected = search_plainly(sorted(lengths, key=place), pairs)
-    found = [open_bucket(tmp_path / "dropped", DROPPED, rank).read_records() for rank in range(len(COUNTS))]
+    found = [read_bucket(tmp_path / "dropped", DROPPED, rank) for rank in range(len(COUNTS))]
     assert {int(r["doc"]): int(r["keeper"]) for part in found for r in part} == expected

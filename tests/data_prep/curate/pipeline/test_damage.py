@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data_prep.curate.dedup.work_files import open_bucket, read_array, write_array, write_buckets
+from data_prep.curate.dedup.work_files import read_array, read_bucket, write_array, write_buckets
 from data_prep.curate.pipeline.step import StepOutcome
 from data_prep.curate.pipeline.tasks import LayerFile, iter_row_batches
 from data_prep.damaged_files import explain_deletion
@@ -48,7 +48,7 @@ def make_buckets(folder: Path) -> tuple[Path, Callable[[], Any]]:
     records["key"], records["doc"] = np.arange(12), 7
     write_buckets(folder / "a", records, np.repeat([0, 1, 3], 4), 4)
     path = folder / "a"
-    return path, lambda: [open_bucket(path, RECORD, b).read_records().tolist() for b in range(4)]
+    return path, lambda: [read_bucket(path, RECORD, b).tolist() for b in range(4)]
 
 
 def make_json(folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -133,21 +133,3 @@ def test_a_message_never_proposes_to_delete_a_folder_above_the_run(tmp_path: Pat
     assert "-samefile" in message and f"delete {tmp_path}" not in message
     assert explain_deletion(tmp_path / "shared/mine/out/shared/02-unique-a/x/y").startswith(
         f"delete {tmp_path}/shared/mine/out/shared/02-unique-a and")
-
-
-def test_files_of_passes_may_move_with_the_run_but_not_between_steps(tmp_path: Path) -> None:
-    one, other = tmp_path / "shared/02-unique-aaaa", tmp_path / "shared/02-unique-bbbb"
-    records = np.zeros(4, RECORD)
-    for folder, value in ((one, 1), (other, 2)):
-        write_array(folder / "a.npy", np.full(9, value))
-        records["doc"] = value
-        write_buckets(folder / "b", records, np.zeros(4, np.int64), 2)
-    moved = tmp_path / "moved"
-    shutil.copytree(tmp_path / "shared", moved / "shared")
-    assert read_array(moved / "shared" / one.name / "a.npy")[0] == 1
-    assert open_bucket(moved / "shared" / one.name / "b", RECORD, 0).read_records()["doc"][0] == 1
-    for name in ("a.npy", "b"):
-        shutil.copyfile(other / name, one / name)
-    for read in (lambda: read_array(one / "a.npy"), lambda: open_bucket(one / "b", RECORD, 0)):
-        with pytest.raises(UserError, match=r"from its own checksum.*delete .*02-unique-aaaa"):
-            read()
