@@ -33,6 +33,7 @@ ONE_THREAD = os.environ | {"TOKENIZERS_PARALLELISM": "false"}
 
 MEGATRON = """
 import json, sys, itertools, numpy as np, torch
+import megatron_sov.engine  # megatron-core needs its stand-ins for Triton on a machine without a GPU
 from tokenizers import Tokenizer
 from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 tokenizer = Tokenizer.from_file(sys.argv[1] + "/tokenizer.json")

@@ -4,9 +4,9 @@ Usage: python benchmarks/plan_activations.py > benchmarks/results/plan_activatio
 
 Tiny models in float32 are trained for one step, in as many processes as their layout has.  Every tensor that
 autograd saves is counted by its storage, once, until autograd frees it; weights are left out.  `measured` is
-the peak, averaged over the ranks of the stage where `plan` is furthest off; `said` is the prediction for that
-stage (`plan/footprint/activations.py`).  Routing comes from an untrained router, so a rank's experts can get
-more or fewer tokens than the even share that is counted.
+the peak, averaged over the ranks of the stage where `plan` is furthest off; `predicted` is `plan`'s figure of
+that stage (`plan/footprint/activations.py`).  Routing comes from an untrained router, so a rank's experts can
+get more or fewer tokens than the even share that is counted.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Counter:
             del self._uses[address]
 
 
-def saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
+def measure_saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     """Train a step; return this process's pipeline stage, and the bytes that autograd saved at most."""
     from megatron.core import parallel_state
 
@@ -173,7 +173,7 @@ def saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     return found
 
 
-def measured(case: Case) -> list[tuple[int, int]]:
+def measure_case(case: Case) -> list[tuple[int, int]]:
     """Return (pipeline stage, bytes) of every rank of a case.
 
     Raises:
@@ -186,7 +186,7 @@ def measured(case: Case) -> list[tuple[int, int]]:
         folder = Path(name)
 
         def rank() -> int:
-            result = saved_bytes(config, folder)
+            result = measure_saved_bytes(config, folder)
             (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
             return 0
 
@@ -195,7 +195,7 @@ def measured(case: Case) -> list[tuple[int, int]]:
         return [tuple(json.loads((folder / f"{r}.json").read_text())) for r in range(case.nproc)]
 
 
-def said(config: RunConfig, stage: int, nproc: int) -> int:
+def predict_saved_bytes(config: RunConfig, stage: int, nproc: int) -> int:
     """Return the saved bytes that `plan` predicts for a process on a pipeline stage."""
     replicas = nproc // config.parallel.ranks_per_replica
     count = config.train.global_batch_size // (replicas * config.train.micro_batch_size)
@@ -209,16 +209,16 @@ def main() -> None:
     parser.add_argument("--only", help="cases whose names hold this")
     args = parser.parse_args()
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-          f"torch {torch.__version__}; float32, {SEQ_LEN} tokens where nothing else is said\n")
-    print(f"{'case':<40}{'ranks':>6}{'measured':>14}{'said':>14}{'error':>8}")
+          f"torch {torch.__version__}; float32, {SEQ_LEN} tokens unless noted\n")
+    print(f"{'case':<40}{'ranks':>6}{'measured':>14}{'predicted':>14}{'error':>8}")
     errors = []
     for case in CASES:
         if args.only and args.only not in case.name:
             continue
         of_stage: dict[int, list[int]] = {}
-        for stage, num_bytes in measured(case):
+        for stage, num_bytes in measure_case(case):
             of_stage.setdefault(stage, []).append(num_bytes)
-        rows = [(round(statistics.mean(found)), said(case.config, stage, case.nproc))
+        rows = [(round(statistics.mean(found)), predict_saved_bytes(case.config, stage, case.nproc))
                 for stage, found in of_stage.items()]
         found, predicted = max(rows, key=lambda row: abs(row[1] / row[0] - 1))
         errors.append(predicted / found - 1)

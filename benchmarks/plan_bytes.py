@@ -171,7 +171,7 @@ def compare_states(numbers: list[int], seed: int) -> list[dict[str, object]]:
         counted = count_process_memory(layout.config, layout.num_ranks, layout.rank)
         predicted = predict_states(layout, counted.stage, counted.place)
         rows.append({"number": number, "built": dataclasses.asdict(counted.states),
-                     "said": dataclasses.asdict(predicted), "stage": counted.stage})
+                     "predicted": dataclasses.asdict(predicted), "stage": counted.stage})
     return rows
 
 
@@ -236,7 +236,7 @@ def main() -> None:
         rows += run_worker(numbers, args.seed, double)
     counts = Counter(word for layout in layouts.values() for word in list_features(layout))
     names = list(States.__annotations__)
-    wrong = [row for row in rows if row["built"] != row["said"]]
+    wrong = [row for row in rows if row["built"] != row["predicted"]]
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; "
           f"seed {args.seed}; {time.perf_counter() - began:.0f} s\n")
     print(f"{len(rows)} layouts of {len({layout.recipe for layout in layouts.values()})} recipes, "
@@ -246,8 +246,8 @@ def main() -> None:
     for row in sorted(rows, key=lambda row: row["number"]):  # type: ignore[arg-type, return-value]
         layout = layouts[row["number"]]  # type: ignore[index]
         print(f"{row['number']:>7} {layout.num_ranks:>5} {row['stage']:>5} "
-              + " ".join(f"{row['said'][name]:>15,}" for name in names)
-              + ("  " if row["built"] == row["said"] else "  WRONG " + json.dumps(row["built"]) + " ")
+              + " ".join(f"{row['predicted'][name]:>15,}" for name in names)
+              + ("  " if row["built"] == row["predicted"] else "  WRONG " + json.dumps(row["built"]) + " ")
               + layout.recipe + ": " + ", ".join(list_features(layout)))
     sys.exit(bool(wrong))
 

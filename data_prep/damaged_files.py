@@ -1,23 +1,17 @@
-"""Bind checksums to files in a pipeline's run folder, and explain how to delete damaged files."""
+"""Sealed arrays in a pipeline's run folder, and advice to delete damaged files."""
 
 import shlex
 from pathlib import Path
 from typing import Any
 
-from megatron_sov.base.artifacts import get_final_name
-from megatron_sov.base.sealed import read_sealed_json
+import numpy as np
+from numpy.typing import NDArray
+
+from megatron_sov.base.artifacts import create_file
+from megatron_sov.base.sealed import check_seal, seal_file
 
 SHARED = "shared"
 """Subfolder of a run with results from passes over all shards: `shared/STEP/...`."""
-
-
-def get_place_in_run(file: Path) -> str:
-    """Return the path below `shared/` that a checksum covers, so that a run folder can be renamed; "" for
-    files outside `shared/`."""
-    for number, folder in enumerate(file.parents):
-        if folder.name == SHARED:
-            return "/".join(map(get_final_name, file.parts[-number - 1:]))
-    return ""
 
 
 def explain_deletion(file: Path) -> str:
@@ -36,6 +30,22 @@ def explain_deletion(file: Path) -> str:
     return f"delete it under all of its names (`{names}`) and run the command again"
 
 
-def read_run_json(file: Path) -> Any:
-    """Return the value in a sealed JSON file. Raises `UserError`: it is missing, damaged or another file."""
-    return read_sealed_json(file, explain_deletion(file), get_place_in_run(file))
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write a sealed .npy file and rename it to `path` once it is on the disk."""
+    with create_file(path, create_parents=True) as temporary:
+        with open(temporary, "wb") as f:
+            np.save(f, array, allow_pickle=False)
+        seal_file(temporary)
+
+
+def read_array(path: Path) -> NDArray[Any]:
+    """Map a sealed .npy file into memory, copy on write.
+
+    Compiled loops compile again for read-only arrays, hence the writable map. Raises `UserError`: the file is
+    damaged."""
+    check_seal(path, explain_deletion(path))
+    try:
+        array = np.load(path, mmap_mode="c", allow_pickle=False)
+    except ValueError:  # an empty array cannot be mapped
+        array = np.load(path, allow_pickle=False)
+    return np.asarray(array)

@@ -109,7 +109,6 @@ ALONE = {
     "megatron_sov/train/guards/watchdog.py": "a thread that watches for steps that hang",
     "megatron_sov/train/recovery.py": "rejects steps and restores weights; the loop is another subject",
     "megatron_sov/proof/random_documents.py": "data of objectives; proving a layout is another subject",
-    "megatron_sov/operate/slurm/preflight_run.py": "imports torch; preflight reports a failing import",
     "megatron_sov/operate/contract.py": "parses sources of libraries; a machine is another subject",
 }
 """Short file with a single user that is not merged into it -> reason."""

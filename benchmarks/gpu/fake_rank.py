@@ -15,13 +15,14 @@ the first, the middle and the last pipeline stage run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import platform
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -55,11 +56,11 @@ def prepare() -> None:
     """
     fake_gpu.install()
     sys.path[:0] = [str(DOUBLE), str(ROOT)]
-    _give_kernels_shapes()
+    give_kernels_shapes()
     import megatron_sov.engine  # noqa: F401  it replaces triton kernels of megatron-core, so it goes first
 
     compile_ = torch.compile
-    torch.compile = lambda function=None, **_: function or (lambda f: f)  # type: ignore[assignment]
+    torch.compile = skip_compiler  # type: ignore[assignment]
     import megatron.core.models.gpt.gpt_layer_specs
     import megatron.core.optimizer
     import megatron.core.pipeline_parallel
@@ -84,7 +85,12 @@ def prepare() -> None:
         (part, torch.empty(part.target.shape, device=part.target.device)) for part in parts)
 
 
-def _give_kernels_shapes() -> None:
+def skip_compiler(function: Any = None, **options: Any) -> Any:
+    """Replace `torch.compile`, whose guards would read values."""
+    return function or (lambda inner: inner)
+
+
+def give_kernels_shapes() -> None:
     """Replace kernels of the double that read GPU values by ones that return results of the right shape.
     Autograd saves and frees the same tensors as with the real kernels."""
     from transformer_engine.pytorch import permutation
@@ -143,6 +149,30 @@ def _send_unevenly(imbalance: float) -> None:
     Dispatcher._maybe_dtoh_and_synchronize = count_tokens
 
 
+@contextlib.contextmanager
+def use_rank(config: Any, gpu: str, num_ranks: int, rank: int) -> Iterator[tuple[Any, fake_gpu.Ledger]]:
+    """Build a rank on the fake GPU; yield it with the memory ledger."""
+    import torch.distributed as dist
+    from one_rank import OneRank
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from transformer_engine.pytorch import placement, recording
+
+    from megatron_sov.engine.optimizer import parameter_groups
+
+    p = config.parallel
+    fake_gpu.CAPABILITY["capability"] = CAPABILITY[gpu]
+    placement.CHIP = placement.Chip(CAPABILITY[gpu])
+    dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
+    # a pattern of parameter names need not match on this stage, and other stages are not there to ask
+    patterns = {group.pattern for group in config.optim.groups}
+    parameter_groups.gather_objects = lambda value, group=None: [(patterns, True)]
+    tokens = config.data.phases[0].seq_len * config.train.micro_batch_size // p.cp // (p.tp if p.sp else 1)
+    with fake_gpu.used(tokens * config.model.num_experts_per_token) as ledger:
+        # a replay would compute nothing, and recorded operators would hold all their tensors
+        recording.CapturedOperators._note = lambda graph, *operation: ledger.reserve(*operation)
+        yield OneRank(config, rank, num_ranks), ledger
+
+
 def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: int,
          imbalance: float = 1.0) -> dict[str, Any]:
     """Run two steps as the first process of a pipeline stage; the first step allocates the optimizer's state.
@@ -158,31 +188,14 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
         Parameters of the process, processor seconds, waits of the host in the first step by FILE:FUNCTION,
         and the peak of allocated bytes in the second step beside the estimate of `plan`.
     """
-    import torch.distributed as dist
-    from one_rank import OneRank
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    from transformer_engine.pytorch import placement, recording
-
-    from megatron_sov.engine.optimizer import parameter_groups
     from megatron_sov.plan.footprint.memory import build_account
 
     config = build_config(recipe, gpu, num_ranks, settings)
     p = config.parallel
-    rank = stage * num_ranks // p.pp
-    fake_gpu.CAPABILITY["capability"] = CAPABILITY[gpu]
-    placement.CHIP = placement.Chip(CAPABILITY[gpu])
-    dist.init_process_group("fake", rank=rank, world_size=num_ranks, store=FakeStore())
-    # a pattern of parameter names need not match on this stage, and other stages are not there to ask
-    patterns = {group.pattern for group in config.optim.groups}
-    parameter_groups.gather_objects = lambda value, group=None: [(patterns, True)]
-    tokens = config.data.phases[0].seq_len * config.train.micro_batch_size // p.cp // (p.tp if p.sp else 1)
     begun = time.process_time()
     if imbalance != 1:
         _send_unevenly(imbalance)
-    with fake_gpu.used(tokens * config.model.num_experts_per_token) as ledger:
-        # a replay would compute nothing, and recorded operators would hold all their tensors
-        recording.CapturedOperators._note = lambda graph, *operation: ledger.reserve(*operation)
-        runner = OneRank(config, rank, num_ranks)
+    with use_rank(config, gpu, num_ranks, stage * num_ranks // p.pp) as (runner, ledger):
         fake_gpu.WAITS.clear()
         runner.step(1, p.pp)
         waits = dict(fake_gpu.WAITS)
@@ -215,12 +228,20 @@ def build_config(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str])
 
 def run_case(*case: Any) -> dict[str, Any]:
     """Run `step` in a fork of this process; return its result, or its `problem`."""
+    result = run_in_fork(step, *case)
+    if others := sorted(result.get("waits", {}).keys() - ALLOWED.keys()):
+        result["problem"] = f"waits for the device in {', '.join(others)}"
+    return result
+
+
+def run_in_fork(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Call a function in a fork of this process; return its result, or its `problem`."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
 
     def run_in_child() -> None:
         try:
-            result = step(*case)
+            result = function(*arguments)
         except Exception as e:  # after any error the other cases still run
             result = {"problem": f"{type(e).__name__}: {e}".splitlines()[0], "trace": traceback.format_exc()}
         sender.send(json.dumps(result))
@@ -233,8 +254,6 @@ def run_case(*case: Any) -> dict[str, Any]:
     except EOFError:
         result = {"problem": "the process has ended"}
     process.join()
-    if others := sorted(result.get("waits", {}).keys() - ALLOWED.keys()):
-        result["problem"] = f"waits for the device in {', '.join(others)}"
     return result
 
 

@@ -9,7 +9,7 @@ import itertools
 from typing import Any
 
 import torch
-from setting import Cost, Figures, Setting, fail_on, largest, relative
+from setting import Figures, Setting, fail_on, largest, relative
 
 LIMIT = 2e-2
 """Largest relative error in bf16: rounding one operand gives 2e-3 to 4e-3, and three products follow."""
@@ -116,11 +116,6 @@ def cases(setting: Setting) -> list[tuple[str, tuple[int, int], str, int]]:
     """Return (key of WAYS, (query heads, key heads), key of DOCUMENTS, window) of each case."""
     ways = WAYS if not setting.dry else ("Transformer Engine",)
     return list(itertools.product(ways, HEADS[:2] if setting.dry else HEADS, DOCUMENTS, WINDOWS))
-
-
-def cost(setting: Setting) -> Cost:
-    """Estimate the cost of the part: two attention calls per case."""
-    return Cost(steps=2 * len(cases(setting)))
 
 
 def measure(setting: Setting) -> Figures:

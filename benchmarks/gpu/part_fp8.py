@@ -2,7 +2,7 @@
 
 import torch
 from quantizers.products import product
-from setting import Cost, Figures, Setting, fail_on, relative
+from setting import Figures, Setting, fail_on, relative
 
 RECIPES = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling",
            "mxfp8": "MXFP8BlockScaling", "nvfp4": "NVFP4BlockScaling"}
@@ -53,11 +53,6 @@ def limit(setting: Setting, fp8: str, product: str) -> float:
         return DRY_LIMIT
     is_hopper = torch.cuda.get_device_capability()[0] == 9
     return FAST_LIMIT if is_hopper and fp8 == "tensorwise" and product == "fprop" else LIMIT
-
-
-def cost(setting: Setting) -> Cost:
-    """Estimate the cost of the part: three products of each recipe, and their emulation."""
-    return Cost(steps=6 * len(RECIPES))
 
 
 def measure(setting: Setting) -> Figures:

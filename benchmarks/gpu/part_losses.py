@@ -1,11 +1,10 @@
 """Losses of tiny recipes, GPU against CPU, and of a CPU run that continues on the GPU and then on the CPU.
 
-Three processes: all runs on the CPU, all runs on the GPU, and the last resume on the CPU.
+Another machine can run the rung of the CPU: the journal then carries its losses, and `work` its run.
 """
 
 import hashlib
 import json
-import math
 import shutil
 import sysconfig
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from setting import Cost, Figures, Setting, fail_on, largest, losses, training_flops
+from setting import Figures, Setting, fail_on, largest, losses
 
 RECIPES = ("tiny-solar-open", "tiny-k-exaone")
 WAYS = {"bf16": ("train.precision=bf16",),
@@ -64,10 +63,10 @@ def training(setting: Setting, recipe: str, run: Path, steps: int, *settings: st
 
 
 def as_after(run: Path, step: int, copy: Path) -> Path:
-    """Copy a complete run to `copy`, reset to its checkpoint after `step` so that the copy can resume."""
+    """Copy a run to `copy`, reset to its checkpoint after `step` so that the copy can resume."""
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(run, copy)
-    (copy / "complete.json").unlink()
+    (copy / "complete.json").unlink(missing_ok=True)
     for folder in (copy / "checkpoints").iterdir():
         if int(folder.name.removeprefix("step-")) > step:
             shutil.rmtree(folder)
@@ -110,20 +109,20 @@ class Comparison:
         return training(setting, self.recipe, self.run(setting, steps, on_gpu=on_gpu), steps,
                         *self.settings(setting, steps, on_gpu=on_gpu))
 
-    def figures(self, setting: Setting, steps: int) -> tuple[dict[str, Any], list[str]]:
-        """Return the figures (GPU and CPU losses and their largest relative difference), and the problems: a
-        difference above `LIMITS`, or a router without updates."""
-        gpu_run = self.run(setting, steps, on_gpu=True)
-        gpu, cpu = losses(gpu_run), losses(self.run(setting, steps, on_gpu=False))
+    def figures(self, setting: Setting, steps: int, cpu: list[float]) -> tuple[dict[str, Any], list[str]]:
+        """Return the figures (GPU losses and their largest relative difference from the CPU's), and the
+        problems: a difference above `LIMITS`, or a router without updates."""
+        run = self.run(setting, steps, on_gpu=True)
+        gpu = losses(run)
         worst = largest(abs(a - b) / abs(b) for a, b in zip(gpu, cpu, strict=True))
-        first, last = (routers(gpu_run, step) for step in (steps // 2, steps))
+        first, last = (routers(run, step) for step in (steps // 2, steps))
         unchanged = [n for n in first if torch.equal(first[n], last[n])]
         problems = []
         if not first or unchanged:
             problems.append(f"{self.name}: routers that do not learn: {unchanged or 'none found'}")
         if not worst <= LIMITS[self.way]:
             problems.append(f"{self.name}: losses differ by {worst:.2e}, more than {LIMITS[self.way]:g}")
-        return {"worst relative difference": worst, "gpu": gpu, "cpu": cpu, "routers": len(first)}, problems
+        return {"worst relative difference": worst, "gpu": gpu, "routers": len(first)}, problems
 
 
 def comparisons() -> list[Comparison]:
@@ -136,47 +135,65 @@ def num_steps(setting: Setting) -> int:
     return 4 if setting.dry else 20
 
 
-def cost(setting: Setting) -> Cost:
-    """Estimate the cost of the part: each run on both devices, and a run that changes its device twice."""
-    steps, small = num_steps(setting), (*COMMON, *SMALL * setting.dry)
-    flops = sum(training_flops(c.recipe, small, steps) for c in comparisons())
-    return Cost(starts=3, steps=2 * steps * len(comparisons()) + 3 * steps, flops=flops,
-                cpu_flops=2 * flops)
+STAYING, MOVED = "a run that stays on the CPU", "run-on-both-devices"
+"""Figure of the CPU's rung with the losses of a run, and the folder of this run after its first half."""
 
 
-def measure(setting: Setting) -> Figures:
-    """Yield the figures of all comparisons.
+def moved_settings(setting: Setting) -> tuple[str, ...]:
+    """Return the settings of the run that moves between devices."""
+    return (*SMALL * setting.dry, *WAYS["fp32"], f"train.checkpoint_every_steps={num_steps(setting) // 2}")
+
+
+def measure(setting: Setting, case: str) -> Figures:
+    """Yield the figures of a rung.
 
     Raises:
         Failed: losses differ by more than `LIMITS`, or a command fails.
     """
-    steps, problems = num_steps(setting), []
-    part_steps = steps // 2
-    way = (*SMALL * setting.dry, *WAYS["fp32"], f"train.checkpoint_every_steps={part_steps}")
+    return {"cpu": measure_cpu, "gpu": measure_gpu, "moved": measure_moved}[case](setting)
+
+
+def measure_cpu(setting: Setting) -> Figures:
+    """Pack data, train on the CPU, and yield the losses of each run. Only the data and the half of the run
+    that moves remain in `work`."""
+    steps, half = num_steps(setting), num_steps(setting) // 2
     staying = setting.work / "staying"
-    cpu_runs = {c.run(setting, steps, on_gpu=False): c.command(setting, steps, on_gpu=False)
+    runs = {c.name: c.run(setting, steps, on_gpu=False) for c in comparisons()} | {STAYING: staying}
+    commands = {c.run(setting, steps, on_gpu=False): c.command(setting, steps, on_gpu=False)
                 for c in comparisons()}
-    on_cpu = [*data(setting)[1], training(setting, RECIPES[0], staying, 3 * part_steps, *way),
-              *cpu_runs.values()]
-    problems += [problem for problem in setting.commands(on_cpu, on_gpu=False) if problem]
-    yield "runs on the CPU", len(on_cpu) - len(problems)
-    fail_on(problems)  # without CPU runs the GPU runs have no reference
-    moved = as_after(staying, part_steps, setting.work / "on-the-gpu")
-    on_gpu = [c.command(setting, steps, on_gpu=True) for c in comparisons()]
-    on_gpu.append(training(setting, RECIPES[0], moved, 3 * part_steps, *way, resume=True))
-    for comparison, problem in zip([*comparisons(), None], setting.commands(on_gpu), strict=True):
-        problems += [problem] if problem else []
-        if comparison and not problem:
-            found, wrong = comparison.figures(setting, steps)
+    commands[staying] = training(setting, RECIPES[0], staying, 3 * half, *moved_settings(setting))
+    fail_on([problem for problem in setting.commands([*data(setting)[1], *commands.values()], on_gpu=False)
+             if problem])
+    yield from ((name, losses(run)) for name, run in runs.items())
+    as_after(staying, half, setting.work / MOVED)
+    for run in commands:
+        shutil.rmtree(run)
+
+
+def measure_gpu(setting: Setting) -> Figures:
+    """Yield the figures of each comparison with the CPU's losses."""
+    steps, cpu = num_steps(setting), setting.get_figures("losses.cpu")
+    problems: list[str] = []
+    commands = [c.command(setting, steps, on_gpu=True) for c in comparisons()]
+    for comparison, problem in zip(comparisons(), setting.commands(commands), strict=True):
+        wrong = [problem]
+        if not problem:
+            found, wrong = comparison.figures(setting, steps, cpu[comparison.name])
             yield comparison.name, found
-            problems += wrong
-    if not problem:
-        back = as_after(moved, 2 * part_steps, setting.work / "and-back")
-        [problem] = setting.commands([training(setting, RECIPES[0], back, 3 * part_steps, *way, resume=True)],
-                                     on_gpu=False)
-        worst = math.inf if problem else largest(
-            abs(a - b) / abs(b) for a, b in zip(losses(back), losses(staying), strict=True))
-        yield "CPU, GPU, CPU", {"worst relative difference": worst}
-        if not worst <= LIMITS["fp32"]:
-            problems.append(problem or f"a run that moves differs from one that stays by {worst:.2e}")
+        problems += filter(None, wrong)
     fail_on(problems)
+
+
+def measure_moved(setting: Setting) -> Figures:
+    """Continue the CPU's run on the GPU and then on the CPU; yield the difference from the run that stays."""
+    half, stayed = num_steps(setting) // 2, setting.get_figures("losses.cpu")[STAYING]
+    run = as_after(setting.work / MOVED, half, setting.work / "on-the-gpu")
+    for on_gpu in (True, False):
+        command = training(setting, RECIPES[0], run, 3 * half, *moved_settings(setting), resume=True)
+        fail_on([problem for problem in setting.commands([command], on_gpu=on_gpu) if problem])
+        if on_gpu:
+            run = as_after(run, 2 * half, setting.work / "and-back")
+    worst = largest(abs(a - b) / abs(b) for a, b in zip(losses(run), stayed, strict=True))
+    yield "CPU, GPU, CPU", {"worst relative difference": worst}
+    if not worst <= LIMITS["fp32"]:
+        fail_on([f"a run that moves differs from one that stays by {worst:.2e}"])

@@ -1,8 +1,10 @@
 """Post-training of a tiny model, GPU against CPU: fine-tuning, preferences, distillation, RL rounds,
 generation.
 
-In float32, losses and greedy tokens are compared. In bf16, with the layers of Transformer Engine, only losses
-are compared. RL rounds only have to complete, because other rounding samples other tokens.
+Another machine can run the rung of the CPU: the journal then carries its losses and responses, and `work` the
+packed data and the pretrained run. In float32, losses and greedy tokens are compared. In bf16, with the
+layers of Transformer Engine, only losses are compared. RL rounds only have to complete, because other
+rounding samples other tokens.
 """
 
 import json
@@ -10,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from part_losses import COMMON, LIMITS, SMALL, data, training
-from setting import Cost, Figures, Setting, fail_on, largest, losses, training_flops
+from part_losses import LIMITS, SMALL, data, training
+from setting import Figures, Setting, fail_on, largest, losses
 
 RECIPE = "tiny-k-exaone"
 """A recipe with sliding windows and a multi-token prediction layer."""
@@ -78,51 +80,54 @@ def answers(work: Path) -> list[str]:
     return [json.loads(line)["response"] for line in lines]
 
 
-def compare(gpu: Path, cpu: Path, precision: str) -> tuple[dict[str, Any], list[str]]:
+def read_chain(work: Path) -> dict[str, Any]:
+    """Return the losses of each stage and the greedy responses of a chain."""
+    return {name: losses(work / name) for name in STAGES} | {"responses": answers(work)}
+
+
+def compare(gpu: Path, cpu: dict[str, Any], precision: str) -> tuple[dict[str, Any], list[str]]:
     """Return the figures (largest relative loss difference per stage, number of equal responses), and the
     problems."""
+    on_gpu = read_chain(gpu)
     found: dict[str, Any] = {name: largest(abs(a - b) / abs(b) for a, b in zip(
-        losses(gpu / name), losses(cpu / name), strict=True)) for name in STAGES}
+        on_gpu[name], cpu[name], strict=True)) for name in STAGES}
     problems = [f"{precision}, {name}: losses differ by {worst:.2e}" for name, worst in found.items()
                 if not worst <= LIMITS[precision]]
-    on_gpu, on_cpu = answers(gpu), answers(cpu)
-    found["same responses"] = f"{sum(a == b for a, b in zip(on_gpu, on_cpu, strict=True))} of {len(on_cpu)}"
-    if precision == "fp32" and on_gpu != on_cpu:
+    equal = sum(a == b for a, b in zip(on_gpu["responses"], cpu["responses"], strict=True))
+    found["same responses"] = f"{equal} of {len(cpu['responses'])}"
+    if precision == "fp32" and on_gpu["responses"] != cpu["responses"]:
         problems.append(f"greedy responses: {found['same responses']} are the CPU's")
     found["losses of rounds"] = losses(gpu / "rl")
     return found, problems
 
 
-def cost(setting: Setting) -> Cost:
-    """Estimate the cost of the part: a chain per precision on each device, counted as training steps."""
-    steps = 2 * (5 * STEPS + NEW_TOKENS)
-    flops = training_flops(RECIPE, (*COMMON, *SMALL * setting.dry), steps)
-    return Cost(starts=3, steps=2 * steps, flops=flops, cpu_flops=2 * flops)
+START = "post-start"
+"""Folder of the pretrained run."""
 
 
-def measure(setting: Setting) -> Figures:
-    """Yield the figures of each precision.
+def measure(setting: Setting, case: str) -> Figures:
+    """Yield the losses and responses of each precision on the CPU, or their comparison on the GPU.
 
     Raises:
         Failed: a command fails, or its losses or responses differ from the CPU's.
     """
-    write_rows(setting)
-    start = setting.work / "post-start"
-    words = training(setting, RECIPE, start, STEPS, *SMALL * setting.dry, "train.precision=fp32")
-    before = [*data(setting)[1], *packing(setting), words]
-    problems = [problem for problem in setting.commands(before, on_gpu=False) if problem]
-    fail_on(problems)  # without data and a pretrained run no chain can start
-    where = {(precision, on_gpu): setting.work / f"post-{precision}-{'gpu' if on_gpu else 'cpu'}"
-             for precision in PRECISIONS for on_gpu in (False, True)}
-    for on_gpu in (False, True):
-        commands = [words for (precision, here), work in where.items() if here == on_gpu
-                    for words in chain(setting, start, work, precision)]
-        problems += [problem for problem in setting.commands(commands, on_gpu=on_gpu) if problem]
-    for precision in PRECISIONS:
+    on_gpu, start, problems = case == "gpu", setting.work / START, []
+    cpu = setting.get_figures("post.cpu") if on_gpu else {}
+    works = {precision: setting.work / f"post-{precision}-{case}" for precision in PRECISIONS}
+    if not on_gpu:
+        write_rows(setting)
+        words = training(setting, RECIPE, start, STEPS, *SMALL * setting.dry, "train.precision=fp32")
+        commands = [*data(setting)[1], *packing(setting), words]
+        # without data and a pretrained run no chain can start
+        fail_on([problem for problem in setting.commands(commands, on_gpu=False) if problem])
+    chains = [words for precision, work in works.items() for words in chain(setting, start, work, precision)]
+    problems += [problem for problem in setting.commands(chains, on_gpu=on_gpu) if problem]
+    for precision, work in works.items():
         try:
-            found, wrong = compare(where[precision, True], where[precision, False], precision)
+            found, wrong = (compare(work, cpu[precision], precision) if on_gpu else (read_chain(work), []))
         except OSError as e:  # a failed command has written no losses or answers
             found, wrong = {}, [f"{precision}: {e}"]
         yield precision, found
         problems += wrong
+        shutil.rmtree(work, ignore_errors=True)
     fail_on(problems)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from setting import Cost, Failed, Figures, Setting
+from setting import Failed, Figures, Setting
 
 from megatron_sov.checkpoint.host_snapshot import HostSnapshot
 from megatron_sov.engine.model.local_shards import LocalShard
@@ -76,11 +76,6 @@ def starts(setting: Setting) -> dict[str, Any]:
         found[name] = time.monotonic() - start
         run = as_after(run, 1, setting.work / "restart") if "two" in name else run
     return found
-
-
-def cost(setting: Setting) -> Cost:
-    """Estimate the cost of the part: starts of `data` and two runs, their steps, and snapshots as steps."""
-    return Cost(starts=3, steps=4 + TIMES)
 
 
 def measure(setting: Setting) -> Figures:

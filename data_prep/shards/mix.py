@@ -4,8 +4,6 @@ Shards are hard links to the inputs if the file system permits, else copies. Art
 so links stay valid.
 """
 
-import errno
-import os
 import re
 import shutil
 from collections import Counter
@@ -23,6 +21,7 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import hash_file, parse_digest_algorithm
 from megatron_sov.base.documents.shard_files import CONTENT_VERSION
 from megatron_sov.base.errors import Fix, UserError, choose_free_path
+from megatron_sov.base.outputs import link_or_copy
 from megatron_sov.base.settings import (
     DeclaredCommand, Flag, NotNegative, ProblemCode, SettingsError, SettingsProblem, find_all_problems)
 from megatron_sov.chat.folder import CONFIG_JSON, TOKENIZER_JSON
@@ -268,16 +267,3 @@ def _link_sources(artifact: ArtifactWriter, path: Path, manifest: Manifest,
             # a link has the input's bytes and hash: no second reading of terabytes
             artifact.hashed_files[name] = record
     return [{**s, "weight": weights[s["name"]]} for s in sources]
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """Hard-link `target` to `source`, or copy the file if the file system refuses links. Raises `UserError`:
-    `source` is missing."""
-    try:
-        os.link(source, target)
-    except FileNotFoundError:
-        raise UserError(f"{source}: is missing; pack the data again or restore it from a copy") from None
-    except OSError as e:
-        if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
-            raise
-        shutil.copyfile(source, target)

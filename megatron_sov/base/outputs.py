@@ -2,6 +2,7 @@
 
 import errno
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -137,3 +138,16 @@ def _refuse_place(path: Path, subject: str) -> None:
     if not nearest.is_dir():
         raise UserError(f"{subject}: {nearest} is a file, so nothing can lie in it; choose another path")
     refuse_unwritable(nearest, subject)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """Hard-link `target` to `source`, or copy the file if the file system refuses links. Raises `UserError`:
+    `source` is missing."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise UserError(f"{source}: is missing; make it again or restore it from a copy") from None
+    except OSError as e:
+        if e.errno not in (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.EOPNOTSUPP):
+            raise
+        shutil.copyfile(source, target)

@@ -50,8 +50,8 @@ def seal_bytes(data: bytes, owner: str = "") -> bytes:
     return head + _MARK + _hash_parts([head, _MARK + _ZEROS, tail], owner) + tail
 
 
-def seal_file(file: Path, owner: str = "") -> str:
-    """Write a file's checksum over the last `SEAL_PLACEHOLDER` or after the end; return the checksum."""
+def seal_file(file: Path, owner: str = "") -> None:
+    """Write a file's checksum over the last `SEAL_PLACEHOLDER` or after the end."""
     with open(file, "r+b") as f:
         start = _find_mark(f, SEAL_PLACEHOLDER.encode())
         if start is None:
@@ -61,7 +61,6 @@ def seal_file(file: Path, owner: str = "") -> str:
         digest = _hash_around_seal(f, start, owner)
         f.seek(start + len(_MARK))
         f.write(digest)
-    return digest.decode()
 
 
 def write_sealed(file: Path, data: bytes, owner: str = "") -> None:
@@ -70,23 +69,10 @@ def write_sealed(file: Path, data: bytes, owner: str = "") -> None:
     write_atomically(file, data + _MARK + _hash_parts([data, SEAL_PLACEHOLDER.encode()], owner))
 
 
-def read_seal(file: Path) -> str:
-    """Return the stored checksum without verification; "" if the file has no seal."""
-    with open(file, "rb") as f:
-        return _read_seal(f, _find_mark(f, _MARK)).decode("ascii", "replace")
-
-
-def find_seal_damage(file: Path, owner: str = "", *, is_required: bool = True,
-                     seal: str | None = None) -> str | None:
-    """Return a sentence if a file is missing or damaged, else None; a process reads unchanged files once.
-
-    Args:
-        owner: identity of the owner.
-        is_required: whether a missing seal counts as damage.
-        seal: the expected checksum, as recorded in another file; None: unknown.
-    """
+def find_seal_damage(file: Path, owner: str = "") -> str | None:
+    """Return a sentence if a file is missing or damaged, else None; a process reads unchanged files once."""
     try:
-        check_seal(file, "", owner, is_required=is_required, seal=seal)
+        check_seal(file, "", owner)
     except OSError as e:
         return f"{file}: cannot be read ({os.strerror(e.errno or 0)})"
     except UserError as e:
@@ -94,9 +80,8 @@ def find_seal_damage(file: Path, owner: str = "", *, is_required: bool = True,
     return None
 
 
-def check_seal(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, is_required: bool = True,
-               seal: str | None = None) -> None:
-    """Raise `UserError` with the fix `remedy` if a file is damaged. Other arguments as in `find_seal_damage`.
+def check_seal(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, is_required: bool = True) -> None:
+    """Raise `UserError` with the fix `remedy` if a file is damaged, or has no seal although it `is_required`.
     Raises `OSError`: the file cannot be read."""
     stat = os.stat(file)
     # cache key: changes with the content, because `touch` cannot set back the change time
@@ -107,10 +92,8 @@ def check_seal(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, is_requi
     damage = ""
     if is_sealed is False:
         damage = f"is damaged{' or belongs elsewhere' if owner else ''} (it differs from its own checksum)"
-    elif is_sealed is None and (is_required or seal is not None):
+    elif is_sealed is None and is_required:
         damage = "is damaged (it has no checksum of its own)"
-    elif seal is not None and read_seal(file) != seal:
-        damage = "is not the file that was written here (its checksum is another one)"
     if damage:
         raise UserError(f"{file}: {damage}; {remedy}")
 
@@ -120,14 +103,10 @@ def _is_sealed(file: str, mark: tuple[int, ...], owner: str) -> bool | None:
     """Return whether a file matches the seal; None: no seal. `mark` only extends the cache key."""
     with open(file, "rb") as f:
         start = _find_mark(f, _MARK)
-        return None if start is None else _read_seal(f, start) == _hash_around_seal(f, start, owner)
-
-
-def _read_seal(f: Any, start: int | None) -> bytes:
-    if start is None:
-        return b""
-    f.seek(start + len(_MARK))
-    return bytes(f.read(len(_ZEROS)))
+        if start is None:
+            return None
+        f.seek(start + len(_MARK))
+        return bool(f.read(len(_ZEROS)) == _hash_around_seal(f, start, owner))
 
 
 def _find_mark(f: Any, mark: bytes) -> int | None:
@@ -190,33 +169,32 @@ def write_sealed_json(file: Path, value: Any, owner: str = "") -> None:
     write_atomically(file, seal_bytes((json.dumps(content, indent=1) + "\n").encode(), owner))
 
 
-def read_sealed_json(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *, seal: str | None = None) -> Any:
+def read_sealed_json(file: Path, remedy: str = RUN_AGAIN, owner: str = "") -> Any:
     """Return the value written by `write_sealed_json`. Raises `UserError`: missing or damaged file."""
     try:
-        value = json.loads(_read_checked(file, remedy, owner, seal))
+        value = json.loads(_read_checked(file, remedy, owner))
         del value[SEAL]
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise UserError(f"{file}: is damaged ({e}); {remedy}") from None
     return value["content"] if value.keys() == {"content"} else value
 
 
-def try_read_sealed_json(file: Path, owner: str = "") -> Any:
+def try_read_sealed_json(file: Path) -> Any:
     """Return the value written by `write_sealed_json`; None: missing or damaged file (for caches)."""
     with suppress(UserError):
-        return read_sealed_json(file, owner=owner)
+        return read_sealed_json(file)
     return None
 
 
-def read_sealed_lines(file: Path, remedy: str = RUN_AGAIN, owner: str = "", *,
-                      seal: str | None = None) -> list[bytes]:
+def read_sealed_lines(file: Path, remedy: str = RUN_AGAIN) -> list[bytes]:
     """Return a sealed JSONL file's lines without the seal's line. Raises `UserError`: the file is missing,
     unreadable or damaged."""
-    return [line + b"\n" for line in _read_checked(file, remedy, owner, seal).split(b"\n")[:-2]]
+    return [line + b"\n" for line in _read_checked(file, remedy).split(b"\n")[:-2]]
 
 
-def _read_checked(file: Path, remedy: str, owner: str, seal: str | None = None) -> bytes:
+def _read_checked(file: Path, remedy: str, owner: str = "") -> bytes:
     try:
-        check_seal(file, remedy, owner, seal=seal)
+        check_seal(file, remedy, owner)
         return file.read_bytes()
     except OSError as e:
         raise UserError(f"{file}: cannot be read ({e.strerror or e}); {remedy}") from None
@@ -228,13 +206,12 @@ def seal_parquet(writer: Any) -> None:
 
 
 def open_sealed_parquet(file: Path, remedy: str = RUN_AGAIN, *, is_required: bool = False,
-                        seal: str | None = None, **options: Any) -> Any:
+                        **options: Any) -> Any:
     """Check a Parquet file's seal, and open the file with pyarrow.
 
     Args:
         remedy: the fix in the error message.
         is_required: refuse a file without a seal; files written by a pipeline always have one.
-        seal: as in `find_seal_damage`.
         options: of `pyarrow.parquet.ParquetFile`.
 
     Raises:
@@ -243,5 +220,5 @@ def open_sealed_parquet(file: Path, remedy: str = RUN_AGAIN, *, is_required: boo
     """
     from pyarrow import parquet  # not at the top: it is slow to import, and most seals are of JSON files
 
-    check_seal(file, remedy, is_required=is_required, seal=seal)
+    check_seal(file, remedy, is_required=is_required)
     return parquet.ParquetFile(file, page_checksum_verification=True, **options)

@@ -143,18 +143,16 @@ class BalancedRouter(TopKRouter):
             valid = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
         row, num_rows = self._get_sequence_index(len(valid), step, logits.device)
         scores, counts = self._compute_balancing_terms(logits, valid, row, num_rows, recorded)
-        scores = scores * valid[:, None]
-        tokens = scores.new_zeros(num_rows).index_add_(0, row, valid.to(scores.dtype))
+        tokens = _sum_by_sequence(valid[:, None].to(scores.dtype), row, num_rows)
         if self.tp_cp_group.size() > 1:
             # counts have no gradient, so the group may sum them; scores have a gradient and stay local
-            counts_and_tokens = torch.cat([counts, tokens[:, None]], dim=1)
+            counts_and_tokens = torch.cat([counts, tokens], dim=1)
             torch.distributed.all_reduce(counts_and_tokens, group=self.tp_cp_group)
-            counts, tokens = counts_and_tokens[:, :-1], counts_and_tokens[:, -1]
-        # a sequence of padding only has no tokens and no loss
-        tokens = tokens.clamp(min=1)[:, None]
+            counts, tokens = counts_and_tokens[:, :-1], counts_and_tokens[:, -1:]
+        tokens = tokens.clamp(min=1)  # a sequence of padding only has no tokens and no loss
         frequency = counts * (logits.shape[1] / self.topk) / tokens
         # linear in the local scores: each process contributes its tokens' part, and gradients add up
-        mean_score = scores.new_zeros(num_rows, logits.shape[1]).index_add(0, row, scores) / tokens
+        mean_score = _sum_by_sequence(scores * valid[:, None], row, num_rows) / tokens
         loss = coeff * (frequency * mean_score).sum() / step.num_sequences
         layer: Any = self.layer_number
         if layer not in step.aux_loss:
@@ -162,8 +160,8 @@ class BalancedRouter(TopKRouter):
         step.aux_loss[layer] += loss.detach()
         return MoEAuxLossAutoScaler.apply(probs, loss)
 
-    def _compute_balancing_terms(self, logits: torch.Tensor, valid: torch.Tensor, row: torch.Tensor,
-                                 num_rows: int,
+    def _compute_balancing_terms(self, logits: torch.Tensor, valid: torch.Tensor,
+                                 row: torch.Tensor | None, num_rows: int,
                                  recorded: RecordedRoutes | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores [tokens, experts] that sum to 1, and counts [sequences, experts] of local tokens with
         the expert in their top K.
@@ -171,35 +169,39 @@ class BalancedRouter(TopKRouter):
         Without selection bias and groups the top K by score are the choice, so recorded routes replace them.
         With bias or groups the formula uses scores that did not decide the choice, and records do not apply.
         """
-        experts = logits.shape[1]
         is_choice = self.expert_bias is None and self.config.moe_router_num_groups is None
         replayed = recorded if is_choice else None
         if replayed is None and uses_fused_routing(self.config, logits):
             scores, chosen = (_expand_documents(found, self.config.routing_step.shared)
                               for found in compute_balancing_scores(self.config, logits))
-            counted = (chosen & valid[:, None]).to(scores.dtype)
-            return scores, scores.new_zeros(num_rows, experts).index_add_(0, row, counted)
+            return scores, _sum_by_sequence((chosen & valid[:, None]).to(scores.dtype), row, num_rows)
         scores = self._compute_scores(logits)
         scores = scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)  # no effect after a softmax
         top = scores.topk(self.topk, dim=-1).indices
         if replayed is not None:
             top = torch.where(replayed.is_recorded[:, None], replayed.experts, top)
         scores, top = (_expand_documents(found, self.config.routing_step.shared) for found in (scores, top))
-        # one scatter-add for all sequences: bin = sequence * experts + expert
-        bins = row[:, None] * experts + top
-        counted = valid[:, None].expand(bins.shape).to(scores.dtype)
-        counts = scores.new_zeros(num_rows * experts).index_add_(0, bins.flatten(), counted.flatten())
-        return scores, counts.view(num_rows, experts)
+        counted = torch.zeros_like(scores).scatter(1, top, valid[:, None].expand(top.shape).to(scores.dtype))
+        return scores, _sum_by_sequence(counted, row, num_rows)
 
     def _get_sequence_index(self, num_tokens: int, step: "RoutingStep",
-                            device: torch.device) -> tuple[torch.Tensor, int]:
-        """Return a sequence index per local token, and the number of sequences in the micro-batch."""
+                            device: torch.device) -> tuple[torch.Tensor | None, int]:
+        """Return a sequence index per local token (None: all local sequences are whole), and their number."""
         split = context.get_cp_size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
-        key = num_tokens, step.seq_len
-        if key not in step.rows:
+        num_rows, rest = divmod(num_tokens * split, step.seq_len)
+        if not rest and (num_rows == 1 or split == 1):
+            return None, num_rows
+        if (key := (num_tokens, step.seq_len)) not in step.rows:
             step.rows[key] = context.compute_row_index(num_tokens * split, self.config.sequence_parallel,
                                                        device) // step.seq_len
-        return step.rows[key], max(1, num_tokens * split // step.seq_len)
+        return step.rows[key], max(1, num_rows)
+
+
+def _sum_by_sequence(values: torch.Tensor, row: torch.Tensor | None, num_rows: int) -> torch.Tensor:
+    """Sum [tokens, columns] by sequence; without an index a GPU repeats the bits of the sum."""
+    if row is None:
+        return values.view(num_rows, -1, values.shape[1]).sum(dim=1)
+    return values.new_zeros(num_rows, values.shape[1]).index_add(0, row, values)
 
 
 class ExpertSpill:

@@ -28,7 +28,7 @@ BICUBIC = 3
 
 
 class OmniModality:
-    """Multimodal operations for text code; see `model.modality.Modality`."""
+    """Implements `model.modality.Modality`, through which packing, training and export handle media."""
 
     def read_banks(self, record: Any, where: str) -> Banks:
         return read_bank_shapes(record, where)

@@ -32,14 +32,15 @@ DEFAULT_COMPLETION_TOKENS = 16
 """`max_tokens` for `/v1/completions`, as in OpenAI's API."""
 IGNORED_FIELDS = {"user", "metadata", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
                   "service_tier", "store", "request_id"}
-"""Fields without influence on answers."""
+"""Accepted fields that do not change answers."""
 NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
     "frequency_penalty": (0,), "presence_penalty": (0,), "repetition_penalty": (1,), "min_p": (0,),
     "logit_bias": ({},), "best_of": (1,), "echo": (False,), "suffix": ("",),
     "logprobs": (False,), "top_logprobs": (0,), "return_token_ids": (False,), "parallel_tool_calls": (True,),
     "response_format": ({"type": "text"},), "modalities": (["text"],), "skip_special_tokens": (True,),
     "add_generation_prompt": (True,), "tool_choice": ("auto", "none")}
-"""Unsupported field -> accepted values, which change nothing. `tool_choice` none hides the tools."""
+"""Unsupported field -> values that are accepted because they have no effect; `tool_choice` "none" removes the
+tools from the prompt."""
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=MAX_STOP_CHARS)]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
@@ -83,15 +84,15 @@ class CompletionRequest:
     num_choices: int
     """Answers per prompt."""
     sampling: Sampling
-    """Without `max_new_tokens`; the choice's index becomes the random stream."""
+    """Sampling settings; each answer gets its `max_new_tokens`, and its choice index as random stream."""
     max_tokens: int | None
     """Longest answer; None for the remaining context."""
     stops: tuple[str, ...]
     """Stop strings."""
     stop_ids: tuple[int, ...]
-    """Stop tokens in addition to the model's."""
+    """Stop tokens in addition to the model's stop tokens."""
     ignore_eos: bool
-    """Generate past the model's stop tokens."""
+    """Continue after the model's stop tokens."""
     is_stream: bool
     include_usage: bool
     """End a stream with token counts."""
@@ -118,7 +119,7 @@ def _check_few_options(options: Any) -> Any:
 
 
 class _Body(BaseModel):
-    """Fields in both kinds of requests."""
+    """Fields of both chat and text completions."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
     model: str | None = None

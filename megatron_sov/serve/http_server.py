@@ -21,14 +21,15 @@ from megatron_sov.serve.bodies import (
     CompletionRequest, RefusedRequest, RequestEncoder, parse_chat_body, parse_completion_body)
 from megatron_sov.serve.replies import DONE, CompletionReply, format_event
 from megatron_sov.serve.scheduler import (
-    RETRY_S, Event, QueuedRequest, RequestQueue, RequestStarted, TokenWritten)
+    RETRY_AFTER_S, Event, QueuedRequest, RequestQueue, RequestStarted, TokenWritten)
 from megatron_sov.serve.settings import ServeSettings
 
 MAX_BODY_BYTES = 8 << 20
-BODY_S, TAKES_S, IDLE_S = 60.0, 60.0, 75.0
-"""Time for a client to send a body, to receive a chunk, and between two requests."""
-LINGERS_S, CLOSING_S = 2.0, 10.0
-"""Time to read an unwanted body, so that its sender reads the response; and to send last answers."""
+BODY_TIMEOUT_S, SEND_TIMEOUT_S, IDLE_TIMEOUT_S = 60.0, 60.0, 75.0
+"""Time limits for a client: to send a body, to receive a chunk, and between two requests."""
+LINGER_TIMEOUT_S, CLOSE_TIMEOUT_S = 2.0, 10.0
+"""Time limits of the server: to read the body of a refused request, because its sender reads the response
+only afterwards; and to send the last answers at the end."""
 LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 PAGE_HEADERS = {"Content-Security-Policy": "frame-ancestors 'none'",  # the page sets further policies
                 "X-Content-Type-Options": "nosniff", "Referrer-Policy": "no-referrer",
@@ -73,7 +74,7 @@ class HttpServer:
         """Finish the responses in progress, and end the thread."""
         # the event belongs to the server's loop
         self._loop.call_soon_threadsafe(self._stop.set)
-        self._thread.join(2 * CLOSING_S)
+        self._thread.join(2 * CLOSE_TIMEOUT_S)
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
@@ -91,8 +92,9 @@ class HttpServer:
         app.router.add_post("/v1/completions", self._build_handler(parse_completion_body))
         logging.getLogger("aiohttp.server").addFilter(_should_log)
         # a disconnect cancels the handler and with it the answer; bodies are read without decompression
-        runner = web.AppRunner(app, handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_S,
-                               auto_decompress=False, lingering_time=LINGERS_S, shutdown_timeout=CLOSING_S)
+        runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, keepalive_timeout=IDLE_TIMEOUT_S,
+            auto_decompress=False, lingering_time=LINGER_TIMEOUT_S, shutdown_timeout=CLOSE_TIMEOUT_S)
         await runner.setup()
         await web.SockSite(runner, self._socket).start()
         await self._stop.wait()
@@ -158,10 +160,10 @@ class HttpServer:
             if (request.content_length or 0) > MAX_BODY_BYTES:  # refuse before reading
                 raise web.HTTPRequestEntityTooLarge(MAX_BODY_BYTES, request.content_length or 0)
             try:
-                async with asyncio.timeout(BODY_S):
+                async with asyncio.timeout(BODY_TIMEOUT_S):
                     raw = await request.read()
             except TimeoutError:
-                raise RefusedRequest(408, f"the body did not come within {BODY_S:g} s") from None
+                raise RefusedRequest(408, f"the body did not come within {BODY_TIMEOUT_S:g} s") from None
             queued = self._queue.submit(parse_body(raw, self._settings.name))
             try:
                 return await self._send_reply(request, queued)
@@ -221,7 +223,7 @@ def _should_log(record: logging.LogRecord) -> bool:
 
 
 def _build_error_response(error: RefusedRequest) -> web.Response:
-    headers = {"Retry-After": str(RETRY_S)} if error.status in (429, 503) else {}
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status in (429, 503) else {}
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return web.Response(text=error.format_body(), status=error.status, content_type="application/json",
@@ -231,7 +233,7 @@ def _build_error_response(error: RefusedRequest) -> web.Response:
 async def _send_bytes(response: web.StreamResponse, data: bytes) -> None:
     """Send part of a stream; raise TimeoutError if the client does not read."""
     if data:
-        async with asyncio.timeout(TAKES_S):
+        async with asyncio.timeout(SEND_TIMEOUT_S):
             await response.write(data)
 
 

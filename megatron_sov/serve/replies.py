@@ -15,7 +15,7 @@ from megatron_sov.serve.bodies import CompletionRequest, RequestEncoder
 from megatron_sov.serve.scheduler import RequestStarted
 
 REPLACEMENT_CHARACTER = "\ufffd"
-"""Shown by decoders for the first tokens of a character."""
+"""Decoded text for an incomplete character, of which more tokens follow."""
 DONE = b"data: [DONE]\n\n"
 """Last event in a stream."""
 _OTHER_MARKS = (*(mark for family in FAMILIES[1:] for mark in family), PYTHON_TAG)
@@ -27,7 +27,7 @@ class CompletionReply:
     Args:
         request: parsed body.
         started: prompt lengths and stop tokens.
-        encoder: for decoding and tool calls.
+        encoder: decodes tokens and parses tool calls.
         model: served name.
     """
 
@@ -40,7 +40,7 @@ class CompletionReply:
                       "created": int(time.time()), "model": model}
         self.answers = [AnswerText(encoder.get_decoder(request), encoder.list_text_stops(request),
                                    started.end_ids) for _ in range(request.num_sequences)]
-        """By prompt, then by choice."""
+        """Answers ordered by prompt, then by choice."""
         self._streamed = [ServedTurn("", "") for _ in self.answers]
 
     @property
@@ -68,7 +68,7 @@ class CompletionReply:
         answer = self.answers[index]
         if self._request.is_chat:
             return self._build_chat_chunks(index, answer)
-        text = answer.stable_text() if answer.finish_reason is None else answer.get_text()
+        text = answer.get_stable_text() if answer.finish_reason is None else answer.get_text()
         # stable text only grows
         new_text = text[len(self._streamed[index].content):]
         if not new_text and answer.finish_reason is None:
@@ -97,8 +97,8 @@ class CompletionReply:
 
     def _parse_turn(self, answer: "AnswerText") -> ServedTurn:
         if answer.finish_reason is None:
-            return parse_partial_turn(answer.stable_text(), self._started.in_thoughts, self._request.tools,
-                                      self._encoder.call_form)
+            return parse_partial_turn(answer.get_stable_text(), self._started.in_thoughts,
+                                      self._request.tools, self._encoder.call_form)
         return parse_served_turn(answer.get_text(), self._started.in_thoughts, self._request.tools,
                                  self._encoder.call_form)
 
@@ -135,7 +135,7 @@ class AnswerText:
 
     def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...],
                  end_ids: tuple[int, ...]) -> None:
-        """Start without tokens.
+        """Create an empty answer.
 
         Args:
             decode: token ids -> text.
@@ -151,7 +151,7 @@ class AnswerText:
 
     def add_token(self, token: int, reason: str | None) -> None:
         """Append a token; `reason` ends the answer. Tokens after a stop string are ignored."""
-        # the model does not know stop strings; its next tokens may be on their way
+        # only this process knows stop strings: the model may have sent more tokens
         if self.finish_reason is not None:
             return
         self.tokens.append(token)
@@ -160,13 +160,13 @@ class AnswerText:
     def get_text(self) -> str:
         return self._stop.truncate_text(self._decode(self.tokens))
 
-    def stable_text(self) -> str:
+    def get_stable_text(self) -> str:
         """Return the beginning of the text that later tokens cannot change.
 
-        Decodes from the last position with complete characters, so that each token is decoded a few times
-        rather than with every later token.
+        Decoding starts at the last position with complete characters, so that its cost does not grow with the
+        answer.
         """
-        # a token may decode differently alone: both texts begin at the same token
+        # a token may decode to another text without its predecessors: both texts begin at the same token
         previous = self._decode(self.tokens[self._begin:self._decoded])
         current = self._decode(self.tokens[self._begin:])
         if len(current) > len(previous) and not current.endswith(REPLACEMENT_CHARACTER):
@@ -179,12 +179,13 @@ class AnswerText:
 
 def parse_partial_turn(text: str, in_thoughts: bool, tools: Sequence[dict[str, Any]],
                        form: CallForm | None = None) -> ServedTurn:
-    """Parse an unfinished turn to the stable start of the result of `parse_served_turn`, without calls."""
-    # Llama 3's calls have no mark: only the end shows whether the text is a call
+    """Parse an incomplete turn; return the part of `parse_served_turn`'s result that cannot change, without
+    tool calls."""
+    # Llama 3's calls have no mark: only a complete text shows whether it is a call
     if form == LLAMA and tools and text.lstrip()[:1] in ("{", ""):
         return ServedTurn("", "")
     has_tools = bool(tools)
-    # hold back characters that may begin a mark
+    # omit the last characters if they may begin a mark
     marks = (END_THOUGHTS, BEGIN_CALL) if has_tools else (END_THOUGHTS,)
     stable = _drop_open_mark(text, _OTHER_MARKS)
     text = to_hermes_form(stable, in_thoughts=in_thoughts)

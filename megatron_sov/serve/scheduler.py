@@ -11,35 +11,35 @@ from dataclasses import dataclass, field, replace
 from megatron_sov.infer.engines.live_generation import BatchChanges, NewSequence, TokenEvent
 from megatron_sov.serve.bodies import CompletionRequest, EncodedRequest, RefusedRequest, RequestEncoder
 
-RETRY_S = 5
+RETRY_AFTER_S = 5
 """`Retry-After` for refused clients."""
 WAIT_S = 0.5
 """Longest wait of the model's thread for a request."""
-DRAIN_S = 120.0
+DRAIN_TIMEOUT_S = 120.0
 """Time for unfinished answers after a signal."""
-CLOSING = "the server is about to end; ask another one, or this one when it is back"
+CLOSING = "the server is shutting down; use another server, or retry after a restart"
 
 
 @dataclass(frozen=True)
 class RequestStarted:
-    """The request's prompts are encoded."""
+    """Event: the prompts of a request are encoded."""
 
     prompt_tokens: tuple[int, ...]
     in_thoughts: bool
-    """See `EncodedRequest`."""
+    """As in `EncodedRequest`."""
     end_ids: tuple[int, ...]
     """Stop tokens."""
 
 
 @dataclass(frozen=True)
 class TokenWritten:
-    """A new token in an answer."""
+    """Event: an answer has a new token."""
 
     sequence: int
     """Index of the answer: prompt times `num_choices` plus choice."""
     token: int
     reason: str | None
-    """Finish reason with the last token."""
+    """Finish reason, if the token is the last."""
 
 
 Event = RequestStarted | TokenWritten | RefusedRequest
@@ -94,7 +94,7 @@ class RequestQueue:
                                           f"{self._max_waiting} may wait here; send fewer at a time", "n")
             if self.num_waiting + request.num_sequences > self._max_waiting:
                 raise RefusedRequest(429, f"{self.num_waiting} answers wait already, of at most "
-                                          f"{self._max_waiting}; try again in {RETRY_S} s")
+                                          f"{self._max_waiting}; try again in {RETRY_AFTER_S} s")
             queued = QueuedRequest(request)
             self._requests.append(queued)
             self.num_waiting += request.num_sequences
@@ -176,7 +176,7 @@ class BatchScheduler:
         leaving = self._pop_leaving()
         if self._queue.close_reason is None and self._get_stop_reason() is not None:
             self._queue.close(CLOSING)
-            self._deadline_s = time.monotonic() + DRAIN_S
+            self._deadline_s = time.monotonic() + DRAIN_TIMEOUT_S
         joining: list[NewSequence] = []
         # wait only while idle: waiting would delay running answers
         wait_s = WAIT_S if is_idle and self._queue.close_reason is None else 0.0

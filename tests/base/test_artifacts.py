@@ -22,8 +22,7 @@ from megatron_sov.base.artifacts import (
     manifest_sha256, read_manifest, sha256_file, write_atomically)
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import (
-    check_seal, find_seal_damage, read_seal, read_sealed_json, seal_file, write_sealed, write_sealed_json)
+from megatron_sov.base.sealed import find_seal_damage, read_sealed_json, write_sealed, write_sealed_json
 
 BLAKE3_OF_ABC = "6437b3ac38465133ffb63b75273a8db548c558465d79db03fd359c6cd5bd9d85"
 """As in the test vectors of other implementations."""
@@ -389,16 +388,3 @@ def test_seal_detects_file_of_another_owner(tmp_path: Path) -> None:
     assert read_sealed_json(tmp_path / "a.json", owner="here") == {"a": 1}
     with pytest.raises(UserError, match=r"a.json: is damaged or belongs elsewhere .it differs"):
         read_sealed_json(tmp_path / "a.json", owner="there")
-
-
-def test_seal_detects_older_version(tmp_path: Path) -> None:
-    file = tmp_path / "rows"
-    file.write_bytes(b"older")
-    older = seal_file(file)
-    assert read_seal(file) == older
-    check_seal(file, seal=older)
-    file.write_bytes(b"newer")
-    newer = seal_file(file)
-    with pytest.raises(UserError, match=r"rows: is not the file that was written here .its checksum is"):
-        check_seal(file, seal=older)
-    check_seal(file, seal=newer)

@@ -22,6 +22,8 @@ BIG = ("train.micro_batch_size=1", "train.fp8=none", *SELECTIVE, "parallel.ep=64
        "parallel.expert_dispatcher=alltoall")
 COUNTED = ("solar-open-102b", "h200", 64, (*BIG, "model.num_layers=4"), 0)
 """A rank at full size whose allocated bytes are counted, with the saved activations of four layers."""
+COUNTED_WITH = {"counted graphs": ('gpu.cuda_graphs=["moe_router"]',),
+                "counted overlap": ("parallel.expert_overlap=micro_batches",)}
 ONE_LAYER = ("tiny-solar-open", "h100", 2, (*SMALL, "model.num_layers=1"), 0)
 GRAPHS = (*ONE_LAYER[:3], (*ONE_LAYER[3], *SELECTIVE, 'gpu.cuda_graphs=["moe_router", "moe_preprocess"]'), 0)
 CASES = {"last": ("tiny-solar-open", "b200", 8, (*SMALL, *STAGES, "train.fp8=mxfp8"), 1), "graphs": GRAPHS,
@@ -43,8 +45,8 @@ def run_cases() -> None:
 
     results: dict[str, Any] = {name: fake_rank.run_case(*case) for name, case in CASES.items()}
     results["counted"] = fake_rank.run_case(*COUNTED)
-    results["counted graphs"] = fake_rank.run_case(
-        *COUNTED[:3], (*COUNTED[3], 'gpu.cuda_graphs=["moe_router"]'), 0)
+    for name, settings in COUNTED_WITH.items():
+        results[name] = fake_rank.run_case(*COUNTED[:3], (*COUNTED[3], *settings), 0)
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(microbatch, "get_local_device", lambda: torch.device("cpu"))
         results["rows on the host"] = fake_rank.run_case(*ONE_LAYER)
@@ -57,14 +59,14 @@ def run_cases() -> None:
     print(json.dumps(results))
 
 
-def run_in_own_process(function: str, names: Collection[str]) -> dict[str, Any]:
-    """Run a function of this file in its own process, and return the JSON of its last line.
+def run_in_own_process(module: str, function: str, names: Collection[str]) -> dict[str, Any]:
+    """Run a function of a test module in its own process, and return the JSON of its last line.
 
     Asserts that the results in `names` have no problem.
     """
     completed = subprocess.run(
         [sys.executable, "-W", "ignore", "-c",
-         f"from tests.benchmarks import test_fake_rank as t; t.{function}()"],
+         f"import {module} as t; t.{function}()"],
         cwd=ROOT, capture_output=True, text=True, check=False)
     assert completed.returncode == 0, completed.stderr[-3000:]
     results: dict[str, Any] = json.loads(completed.stdout.splitlines()[-1])
@@ -75,8 +77,8 @@ def run_in_own_process(function: str, names: Collection[str]) -> dict[str, Any]:
 
 @pytest.mark.deep
 def test_a_valid_step_passes_and_gpu_only_errors_are_detected() -> None:
-    result = run_in_own_process("run_cases", [*CASES, "counted", "counted graphs"])
-    for name, error in (("counted", 0.005), ("counted graphs", 0.03)):
+    result = run_in_own_process(__name__, "run_cases", [*CASES, "counted", *COUNTED_WITH])
+    for name, error in (("counted", 0.005), ("counted overlap", 0.005), ("counted graphs", 0.03)):
         assert result[name]["account bytes"] == pytest.approx(result[name]["peak bytes"], rel=error)
     waits = result["last"]["waits"]
     # the stage's one layer, in two micro-batches

@@ -2,11 +2,13 @@
 
 import json
 import math
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,62 +16,149 @@ import torch
 
 from megatron_sov import recipes
 from megatron_sov.model.config import apply_settings
+from megatron_sov.plan.footprint.memory import build_account
 from tests import releases
 from tests.te_double.contract import TE, TE_VERSION
 from tests.te_double.library_shapes import CONTRACT, Sources, differences
 
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks" / "gpu"))
 import first_contact
-import part_big_rank
+import host_time
+import parcel
 import part_fp8
 import part_losses
 import part_post
 import part_transfers
-from part_big_rank import LADDER, LAYOUT, NUM_RANKS, RECIPE
-from setting import Failed, Setting, largest
+from part_big_rank import CASES, LAYOUT, NUM_RANKS, RECIPE
+from setting import CUT, EVENTS, PASS, RUNGS, Failed, Rung, Setting, largest
 
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks/gpu"
 SYMBOLS = json.loads(CONTRACT.read_text())[TE]["symbols"]
-QUICK = ("installation", "attention", "fp8")
-"""Parts that start no process; the other parts run commands or train."""
+DRY_RUNGS = ("installation", "attention", "fp8", "big_rank.selective", "big_rank.overlap_graphs")
+"""Rungs of the test of whole processes; other rungs of `big_rank` differ in their settings."""
+H200_BYTES, UNEVEN = 139 << 30, 1.2
+"""Memory of the GPU; tokens of the mirrored experts, relative to the mean."""
 
 
-def run_first_contact(out: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, str(GPU / "first_contact.py"), "--out", str(out), "--dry", *words],
-                          capture_output=True, text=True, check=False)
+def build_setting(folder: Path) -> Setting:
+    (folder / "work").mkdir(parents=True, exist_ok=True)
+    return Setting(folder, dry=True, work=folder / "work")
 
 
-def quick(out: str) -> None:
-    """Runs in a process that has imported everything: does parts as processes of their own would."""
-    for part in QUICK:
-        first_contact.run_here(part, Setting(Path(out), dry=True))
+def get_rung(name: str) -> Rung:
+    [rung] = first_contact.choose_rungs(name)
+    return rung
 
 
 @pytest.mark.deep
-def test_parts_pass_and_store_their_results(te_ranks: Any, job: Any, tmp_path: Path) -> None:
-    te_ranks(job(__file__, "quick", 1, {"out": str(tmp_path)}))
-    result = run_first_contact(tmp_path, "--parts", ",".join(QUICK))
-    results = {part: json.loads((tmp_path / f"{part}.json").read_text()) for part in QUICK}
-    assert result.returncode == 0 and {r["status"] for r in results.values()} == {"PASS"}, results
+def test_rungs_pass_in_a_dry_run_and_are_kept(tmp_path: Path) -> None:
+    words = [sys.executable, str(GPU / "first_contact.py"), "--out", str(tmp_path), "--dry", "--rungs",
+             ",".join(DRY_RUNGS)]
+    first, again = (subprocess.run(words, capture_output=True, text=True, check=False) for _ in range(2))
+    results = build_setting(tmp_path).read_results()
+    assert first.returncode == 0, first.stdout
+    assert {rung: result["status"] for rung, result in results.items()} == dict.fromkeys(DRY_RUNGS, PASS)
     errors = results["attention"]["figures"]
     assert all(max(found) < 1e-5 for case, found in errors.items() if "heads" in case)
-    assert [line.split()[1] for line in result.stdout.splitlines() if line.endswith(" kept")] == [*QUICK]
-    assert "not in a dry run: torch varlen" in result.stdout
+    functions = results["big_rank.overlap_graphs"]["figures"]["functions"]
+    assert any(name.endswith(":replay") for name, _, _ in functions), "no graph was replayed"
+    assert [line.split()[1] for line in again.stdout.splitlines() if line.endswith(" kept")] == [*DRY_RUNGS]
+    assert "not in a dry run: torch varlen" in first.stdout
 
 
-@pytest.mark.deep
-def test_a_big_rank_trains_at_each_step_of_the_ladder(tmp_path: Path) -> None:
-    assert run_first_contact(tmp_path, "--parts", "big_rank").returncode == 0
-    result = json.loads((tmp_path / "big_rank.json").read_text())
-    assert result["status"] == "PASS"
-    assert {name for name, _ in LADDER} - {part_big_rank.GRAPHS} < result["figures"].keys()
-    _is_a_ladder(result["figures"])
+def test_the_list_has_minutes_and_the_first_questions_take_ten() -> None:
+    lines = first_contact.list_rungs().splitlines()[1:]
+    total_minutes = {name: float(total) for _, total, name, *_ in map(str.split, lines)}
+    assert list(total_minutes) == [rung.name for rung in RUNGS]
+    assert total_minutes["big_rank.fp8_weights"] < 10 < total_minutes["post.gpu"] < 40
 
 
-def _is_a_ladder(found: dict[str, Any]) -> None:
-    assert found["FP8"]["TFLOP/s"] > 0
-    assert found["FP8"]["losses"] != found["overlapped messages"]["losses"], "nothing was quantised"
+def test_rungs_are_chosen_by_name_and_part() -> None:
+    names = [rung.name for rung in first_contact.choose_rungs("fp8,losses,losses.cpu,big_rank.recompute")]
+    assert names == ["fp8", "losses.cpu", "losses.gpu", "losses.moved", "big_rank.recompute"]
+    with pytest.raises(ValueError, match=r"big_rank\.fp9: no rung or part has this name"):
+        first_contact.choose_rungs("big_rank.fp9")
+
+
+def test_a_cut_journal_keeps_finished_rungs_and_figures(tmp_path: Path) -> None:
+    setting = build_setting(tmp_path)
+    for name in ("fp8", "attention"):
+        setting.record("start", name, dry=True, device="CPU")
+        setting.record("figure", name, name="error", value=0.5)
+    setting.record("end", "fp8", status=PASS, problem="", seconds=1.0)
+    with (tmp_path / EVENTS).open("a") as journal:
+        journal.write('{"event": "figure", "rung": "atten')  # the machine stopped here
+    results = setting.read_results()
+    assert [(results[name]["status"], results[name]["figures"]) for name in ("fp8", "attention")] == [
+        (PASS, {"error": 0.5}), (CUT, {"error": 0.5})]
+    with pytest.raises(Failed, match=r"run losses\.cpu first, or give the journal of its run by --carry"):
+        setting.get_figures("losses.cpu")
+
+
+def test_cpu_rungs_of_another_machine_are_carried_in(tmp_path: Path) -> None:
+    home, lent = (build_setting(tmp_path / name) for name in ("home", "lent"))
+    for name in ("losses.cpu", "fp8"):
+        home.record("start", name, dry=True, device="CPU")
+        home.record("figure", name, name="tiny", value=[2.0, 1.5])
+        home.record("end", name, status=PASS, problem="", seconds=9.0)
+    for _ in range(2):
+        first_contact.carry_events(home.out / EVENTS, lent)
+    assert lent.get_figures("losses.cpu") == {"tiny": [2.0, 1.5]}
+    assert list(lent.read_results()) == ["losses.cpu"], "rungs of the GPU are measured on the lent machine"
+    assert len((lent.out / EVENTS).read_text().splitlines()) == 3
+
+
+def test_no_rung_starts_that_would_exceed_the_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(first_contact, "RungProcess", None)
+    rungs = first_contact.choose_rungs("fp8,attention")
+    assert first_contact.run_rungs(rungs, build_setting(tmp_path), minutes=0.4) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["LEFT", "fp8"], ["LEFT", "attention"]]
+
+
+def test_kernels_are_counted_without_the_calls_that_launch_them() -> None:
+    gpu, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [SimpleNamespace(key=key, device_type=kind, self_device_time_total=device, count=count,
+                              self_cpu_time_total=host) for key, kind, device, host, count in (
+        ("gemm", gpu, 4000, 0, 3), ("cudaLaunchKernel", cpu, 0, 900, 4), ("memcpy", gpu, 1000, 0, 1),
+        ("cudaMalloc", cpu, 0, 2500, 1))]
+    found = host_time.attribute_events(events)
+    assert found["kernels"] == {"all": (5.0, 4), "gemm": (4.0, 3), "memcpy": (1.0, 1)}
+    assert list(found["driver calls"].items()) == [
+        ("all", (3.4, 5)), ("cudaMalloc", (2.5, 1)), ("cudaLaunchKernel", (0.9, 4))]
+
+
+def write_library(file: Path, capabilities: Sequence[int]) -> None:
+    """Write a library with GPU programs of 64 bytes, as nvcc packs them."""
+    entries = b"".join(struct.pack("<HHIQ12xI32x", 2, 0x101, 64, 64, sm) + bytes([sm]) * 64
+                       for sm in capabilities)
+    header = struct.pack("<IHHQ", parcel.FATBIN, 1, 16, len(entries))
+    file.write_bytes(b"\x7fELF code" + header + entries + b"more code")
+
+
+def test_a_parcel_holds_programs_of_one_gpu_and_survives_the_way(tmp_path: Path) -> None:
+    library = tmp_path / "libtransformer_engine.so"
+    write_library(library, (80, 90, 100))
+    before = library.read_bytes()
+    assert parcel.clear_other_programs(library, 90) == 2 * 64
+    after = library.read_bytes()
+    assert len(after) == len(before) and after.count(bytes([90]) * 64) == 1
+    assert [sm for _, _, sm in parcel.find_programs(bytearray(after))] == [80, 90, 100]
+    parcel.split(library, tmp_path / "pieces")
+    (tmp_path / "pieces/piece-00").write_bytes(before)
+    with pytest.raises(SystemExit, match="piece-00: missing or damaged; carry this piece again"):
+        parcel.unpack(tmp_path / "pieces", tmp_path / "there")
+
+
+def run_rungs_here(setting: Setting, *names: str) -> dict[str, Any]:
+    """Measure rungs in this process; return the figures of all."""
+    for name in names:
+        first_contact.run_here(get_rung(name), setting, wait_for_go=False)
+    results = setting.read_results()
+    assert {name: results[name]["problem"] for name in names} == dict.fromkeys(names, "")
+    return {figure: value for name in names for figure, value in results[name]["figures"].items()}
 
 
 @pytest.mark.distributed
@@ -94,11 +183,11 @@ def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path:
     monkeypatch.setattr(part_losses, "data", lambda setting: (packed_data.text, []))
     monkeypatch.setattr(part_losses, "WAYS", {"fp32": part_losses.WAYS["fp32"]})
     monkeypatch.setattr(part_losses, "RECIPES", part_losses.RECIPES[:1])
-    setting = Setting(tmp_path, dry=True)
-    losses = dict(part_losses.measure(setting))
-    assert losses.pop("runs on the CPU") == 2
+    setting = build_setting(tmp_path)
+    losses = run_rungs_here(setting, "losses.cpu", "losses.gpu", "losses.moved")
     assert losses["tiny-solar-open, fp32"]["routers"] == 2
-    assert {found["worst relative difference"] for found in losses.values()} == {0.0}
+    assert {losses[name]["worst relative difference"]
+            for name in ("tiny-solar-open, fp32", "CPU, GPU, CPU")} == {0.0}
     # files of a failed part do not interfere
     command(setting, *part_losses.training(setting, "tiny-solar-open", setting.work / "staying", 1,
                                            *part_losses.SMALL))
@@ -108,7 +197,7 @@ def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path:
     monkeypatch.setattr(part_post, "NUMBERS", 16)
     monkeypatch.setattr(part_post, "data", part_losses.data)
     (setting.work / "tokenizer").symlink_to(packed_data.tokenizer)
-    [(_, behind)] = part_post.measure(setting)
+    behind = run_rungs_here(setting, "post.cpu", "post.gpu")["fp32"]
     assert behind.pop("same responses") == "32 of 32" and len(behind.pop("losses of rounds")) == 2
     assert behind == dict.fromkeys(part_post.STAGES, 0.0)
     figures = dict(part_transfers.measure(setting))
@@ -116,11 +205,13 @@ def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path:
     assert len(figures) == 9
 
 
-@pytest.mark.each(("name", "words"), LADDER)
-def test_big_rank_uses_settings_that_training_accepts(name: str, words: tuple[str, ...]) -> None:
-    problems = apply_settings(recipes.get(RECIPE), [*LAYOUT, *words]).problems(NUM_RANKS)
+@pytest.mark.each("name", CASES)
+def test_big_rank_uses_settings_that_training_accepts_and_fits_an_h200(name: str) -> None:
+    config = apply_settings(recipes.get(RECIPE), [*LAYOUT, *CASES[name].settings])
     # the global batch of so many processes is not measured
-    assert [p for p in problems if "global_batch_size" not in p.key] == [], name
+    assert [p for p in config.problems(NUM_RANKS) if "global_batch_size" not in p.key] == [], name
+    assert name in {rung.case for rung in RUNGS}
+    assert build_account(config, NUM_RANKS, 0, 4096, UNEVEN).total < H200_BYTES, name
 
 
 @pytest.mark.deep
@@ -139,14 +230,14 @@ def test_nan_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     nan = float("nan")
     assert largest([1.0, 3.0, 2.0]) == 3
     assert math.isnan(largest([1.0, nan])) and math.isnan(largest([nan, 1.0]))
-    setting = Setting(tmp_path, dry=True)
+    setting = build_setting(tmp_path)
     monkeypatch.setattr(part_fp8, "products", lambda *_: {"fprop": 0.01, "dgrad": nan, "wgrad": 0.01})
     figures: dict[str, Any] = {}
     with pytest.raises(Failed, match="tensorwise: products differ from their emulation"):
         figures.update(part_fp8.measure(setting))
-    monkeypatch.setattr(part_losses, "losses", lambda run: [1.0, nan if "gpu" in run.name else 1.0])
+    monkeypatch.setattr(part_losses, "losses", lambda run: [1.0, nan])
     monkeypatch.setattr(part_losses, "routers", lambda run, step: {"router": torch.tensor(float(step))})
-    _, [problem] = part_losses.Comparison("tiny-solar-open", "fp32").figures(setting, 2)
+    _, [problem] = part_losses.Comparison("tiny-solar-open", "fp32").figures(setting, 2, [1.0, 1.0])
     assert problem.startswith("tiny-solar-open, fp32: losses differ by nan")
 
 
@@ -171,11 +262,13 @@ def test_a_part_without_end_leaves_its_figures_and_no_process(tmp_path: Path, en
 
     def wait(process: Any, timeout: float | None = None) -> int:
         """Find the budget spent as soon as the figure is there: the test waits for an event."""
-        while timeout == 7.0 and not (tmp_path / "fp8.json").exists():
+        while timeout == 7.0 and not build_setting(tmp_path).read_results().get("fp8", {}).get("figures"):
             time.sleep(0.01)
         return waited_for(process, 0.0 if timeout == 7.0 else timeout)
 
     monkeypatch.setattr(subprocess.Popen, "wait", wait)
-    result = first_contact.run_apart("fp8", Setting(tmp_path, dry=True), 7.0)
+    setting = build_setting(tmp_path)
+    first_contact.RungProcess(get_rung("fp8"), setting).run(7.0)
+    result = setting.read_results()["fp8"]
     assert (result["status"], result["problem"]) == ("FAIL", "not done within 7 s")
     assert ends(result["figures"]["child"])

@@ -263,7 +263,7 @@ def test_shutdown_finishes_running_requests_and_refuses_new_ones(opened: Any) ->
 
 def test_requests_beyond_the_shutdown_limit_are_aborted_with_a_message(
         opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_sov.serve.scheduler.DRAIN_S", 0.0)
+    monkeypatch.setattr("megatron_sov.serve.scheduler.DRAIN_TIMEOUT_S", 0.0)
     with opened() as server, ThreadPoolExecutor(2) as pool:
         server.model.rows = threading.Semaphore(0)
         answers = [pool.submit(server.chat, "long " * 70, stream=True)]
@@ -274,7 +274,7 @@ def test_requests_beyond_the_shutdown_limit_are_aborted_with_a_message(
         server.model.rows.release(3)
         stream, unstarted = (answer.result() for answer in answers)
         assert (stream.status_code, unstarted.status_code) == (200, 503)
-        assert "about to end" in unstarted.text and "about to end" in stream.text
+        assert "shutting down" in unstarted.text and "shutting down" in stream.text
         assert "[DONE]" not in stream.text
 
 
@@ -314,7 +314,7 @@ def send_bytes(server: RunningServer, content: bytes) -> bytes:
 
 
 def test_slow_clients_are_disconnected(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("BODY_S", "LINGERS_S"):
+    for name in ("BODY_TIMEOUT_S", "LINGER_TIMEOUT_S"):
         monkeypatch.setattr(http_server, name, 0.2)
     head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
     with opened() as server:
@@ -326,7 +326,7 @@ def test_slow_clients_are_disconnected(opened: Any, monkeypatch: pytest.MonkeyPa
 
 
 def test_an_unread_stream_is_ended(opened: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(http_server, "TAKES_S", 0.2)
+    monkeypatch.setattr(http_server, "SEND_TIMEOUT_S", 0.2)
 
     async def block_forever(*args: Any) -> None:
         await asyncio.sleep(600)

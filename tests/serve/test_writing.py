@@ -23,7 +23,7 @@ def test_streamed_text_only_grows_by_whole_characters(by_bytes: Tokenizer) -> No
     writing, told = AnswerText(by_bytes.decode, (), ()), ""
     for byte in TEXT.encode():
         writing.add_token(byte, None)
-        sure = writing.stable_text()
+        sure = writing.get_stable_text()
         assert sure.startswith(told) and TEXT.startswith(sure)
         told = sure
     assert told == TEXT == writing.get_text()
@@ -35,7 +35,7 @@ def test_no_part_of_a_stop_string_is_streamed(by_bytes: Tokenizer, stops: tuple[
     expected = min((TEXT.partition(stop)[0] for stop in stops), key=len)
     for byte in TEXT.encode():
         writing.add_token(byte, None)
-        assert expected.startswith(writing.stable_text())
+        assert expected.startswith(writing.get_stable_text())
     assert writing.get_text() == expected
     assert writing.finish_reason == (STOP if any(stop in TEXT for stop in stops) else None)
 

@@ -28,7 +28,7 @@ from data_prep.curate.dedup.work_files import (
     ROW_MASK, Numbering, Records, Register, compute_key_partitions, get_ranks, get_rows, list_part_files,
     read_bucket, register_documents, write_array, write_buckets)
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
-from data_prep.damaged_files import explain_deletion, get_place_in_run
+from data_prep.damaged_files import explain_deletion
 from megatron_sov.base.artifacts import create_file
 from megatron_sov.base.documents.overlap import find_units, hash_stretches
 from megatron_sov.base.sealed import SEAL_PLACEHOLDER, check_seal, seal_file
@@ -251,7 +251,7 @@ class ShingleSets:
     """A shard's shingles for candidate documents, mapped from a file by `write_shingle_sets`."""
 
     def __init__(self, file: Path) -> None:
-        check_seal(file, explain_deletion(file), get_place_in_run(file))
+        check_seal(file, explain_deletion(file))
         with open(file, "rb") as f:  # copy on write: compiled loops need writable arrays
             mapped = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
         words = np.frombuffer(mapped, np.uint64, (len(mapped) - len(SEAL_PLACEHOLDER)) // np.uint64().nbytes)
@@ -275,7 +275,7 @@ def write_shingle_sets(file: Path, documents: Iterator[Doc], rows: NDArray[np.in
                 shingles.tofile(f)
                 begins.append(begins[-1] + len(shingles))
         np.array([*np.sort(rows).tolist(), *begins, len(rows)], np.uint64).tofile(f)
-        seal_file(temporary, get_place_in_run(file))
+        seal_file(temporary)
 
 
 def iter_similar_pairs(pairs: NDArray[np.uint64], folder: Path, rank: int, threshold: float

@@ -19,11 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_prep.curate.pipeline.step import Doc, ShardRef, View
-from data_prep.damaged_files import explain_deletion, get_place_in_run
+from data_prep.damaged_files import explain_deletion, read_array, write_array
 from megatron_sov.base.artifacts import create_file
 from megatron_sov.base.digests import Digest
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import check_seal, seal_file
 
 Records = NDArray[Any]
 """Structured array [num_records]."""
@@ -44,7 +43,7 @@ def create_bucket_file(path: Path, num_buckets: int) -> Iterator[Callable[[int, 
 
         def append_bucket(bucket: int, records: Records) -> None:
             nonlocal num_records
-            checksums[bucket] = _compute_checksum(path, bucket, num_records, records)
+            checksums[bucket] = _compute_checksum(bucket, num_records, records)
             counts[bucket + 1] = len(records)
             num_records += len(records)
             records.tofile(f)
@@ -88,40 +87,19 @@ def read_bucket(path: Path, dtype: np.dtype[Any], bucket: int) -> Records:
         raw = read_bytes((2 + 2 * count) * _PLACE.itemsize + begin * dtype.itemsize,
                          (end - begin) * dtype.itemsize)
     # `write_buckets` stores 0 for an empty bucket.
-    expected = 0 if begin == end else _compute_checksum(path, bucket, begin, np.frombuffer(raw, np.uint8))
+    expected = 0 if begin == end else _compute_checksum(bucket, begin, np.frombuffer(raw, np.uint8))
     if len(raw) != (end - begin) * dtype.itemsize or checksum != expected:
         raise UserError(f"{path}: is damaged (part {bucket} differs from its own checksum); "
                         f"{explain_deletion(path)}")
     return np.frombuffer(raw, dtype)
 
 
-def _compute_checksum(path: Path, bucket: int, begin: int, records: Records) -> int:
+def _compute_checksum(bucket: int, begin: int, records: Records) -> int:
     digest = Digest()
-    # The digest includes file and place, so a sound bucket of another file or place is still rejected.
-    digest.update(f"{get_place_in_run(path)} {bucket} {begin} ".encode())
+    # The digest includes the place, so a sound bucket of another place is rejected.
+    digest.update(f"{bucket} {begin} ".encode())
     digest.update(np.ascontiguousarray(records).view(np.uint8).data)
     return int(digest.text().partition(":")[2][:16], 16)
-
-
-def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write a sealed .npy file and rename it to `path` once it is on the disk."""
-    with create_file(path, create_parents=True) as temporary:
-        with open(temporary, "wb") as f:
-            np.save(f, array, allow_pickle=False)
-        seal_file(temporary, get_place_in_run(path))
-
-
-def read_array(path: Path) -> NDArray[Any]:
-    """Map a sealed .npy file into memory, copy on write.
-
-    Compiled loops compile again for read-only arrays, hence the writable map. Raises `UserError`: the file is
-    damaged."""
-    check_seal(path, explain_deletion(path), get_place_in_run(path))
-    try:
-        array = np.load(path, mmap_mode="c", allow_pickle=False)
-    except ValueError:  # an empty array cannot be mapped
-        array = np.load(path, allow_pickle=False)
-    return np.asarray(array)
 
 
 def list_part_files(folder: Path) -> list[Path]:

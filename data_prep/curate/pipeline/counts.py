@@ -4,13 +4,9 @@ import hashlib
 import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from data_prep.damaged_files import explain_deletion
 from megatron_sov.base.documents.records import count_text_bytes
-from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import read_sealed_json
 
 MAX_SAMPLES, SAMPLE_CHARS = 5, 1000
 _SUMMED_FIELDS = ("documents_in", "bytes_in", "documents_kept", "bytes_kept", "documents_changed")
@@ -35,8 +31,6 @@ class DocumentCounts:
     """Error code -> number of unreadable or excluded records."""
     output_bytes: dict[str, int] = field(default_factory=dict)
     """Output name -> UTF-8 bytes in its texts, for a shard of the output."""
-    seals: dict[str, str] = field(default_factory=dict)
-    """File name -> checksum, for files by the shard's task."""
     samples: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {"dropped": []})
     """The `MAX_SAMPLES` dropped documents with the lowest hashes from `hash_sample_id`."""
 
@@ -72,7 +66,7 @@ class DocumentCounts:
 
     @staticmethod
     def merge_dicts(parts: Iterable[dict[str, Any]]) -> "DocumentCounts":
-        """Sum the results of `to_dict`, except `output_bytes` and `seals`."""
+        """Sum the results of `to_dict`, except `output_bytes`."""
         total = DocumentCounts()
         for part in parts:
             for name in _SUMMED_FIELDS:
@@ -95,16 +89,3 @@ class DocumentCounts:
 def hash_sample_id(sample: dict[str, Any]) -> bytes:
     """Hash a document id for sample selection. Every step uses the same hash, which follows a document."""
     return hashlib.blake2b(sample["id"].encode(), digest_size=8).digest()
-
-
-def read_recorded_seal(file: Path) -> str:
-    """Return the checksum for `file` in the shard's counts file. Raises `UserError`: the counts file is
-    missing or damaged, or does not name `file`."""
-    # Output files are in a folder named by the shard's number; its counts are next to that folder.
-    shard = file.parent if file.parent.name.isdigit() else file
-    counts = shard.with_name(f"{shard.name.partition('.')[0]}.json")
-    seals = read_sealed_json(counts, explain_deletion(file)).get("seals", {})
-    if file.name not in seals:
-        raise UserError(f"{file}: is not named in {counts}, which lists the shard's files; "
-                        f"{explain_deletion(file)}")
-    return str(seals[file.name])

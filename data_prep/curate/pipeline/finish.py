@@ -6,8 +6,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
-from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan, link_or_copy
+from data_prep.curate.pipeline.counts import DocumentCounts
+from data_prep.curate.pipeline.plan import OUTPUT, Layer, PipelinePlan, SourcePlan
 from data_prep.damaged_files import explain_deletion
 from data_prep.tags import CORPUS
 from megatron_sov.base.artifacts import (
@@ -15,6 +15,7 @@ from megatron_sov.base.artifacts import (
     write_atomically)
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import link_or_copy
 from megatron_sov.base.sealed import open_sealed_parquet, read_sealed_json, read_sealed_lines
 
 MAX_PRINTED_NAMES = 6
@@ -125,8 +126,7 @@ def _list_output_files(layer: Layer, output: Path, shard: int) -> list[tuple[Pat
     counts = read_sealed_json(counts_file, explain_deletion(counts_file))
     files = []
     for file in sorted(folder.glob("*.parquet")):
-        table = open_sealed_parquet(file, explain_deletion(file), is_required=True,
-                                    seal=read_recorded_seal(file))
+        table = open_sealed_parquet(file, explain_deletion(file), is_required=True)
         files.append((file, table.metadata.num_rows, counts["output_bytes"][file.stem]))
     num_rows = sum(num_documents for _, num_documents, _ in files)
     if num_rows != counts["documents_in"]:
@@ -141,8 +141,7 @@ def _write_quarantine(plan: PipelinePlan, output: Path) -> None:
             with open(temporary / f"{source.settings.name}.jsonl", "wb") as merged:
                 for shard in source.shards:
                     file = source.layers[0].get_quarantine_file(output, shard)
-                    merged.writelines(read_sealed_lines(file, explain_deletion(file),
-                                                        seal=read_recorded_seal(file)))
+                    merged.writelines(read_sealed_lines(file, explain_deletion(file)))
 
 
 def build_summary(plan: PipelinePlan, output: Path) -> dict[str, Any]:

@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -250,11 +248,3 @@ def read_shard_pieces(output: Path, layer: Layer, shard: int) -> tuple[
             return [SourcePiece(**{**piece, "companion_files": tuple(piece["companion_files"])})
                     for piece in pieces], marks
     raise KeyError(f"{layer.folder}: has no shard {shard}")
-
-
-def link_or_copy(file: Path | str, name: Path | str) -> None:
-    """Create a hard link `name`, or a copy if the file system has no hard links."""
-    try:
-        os.link(file, name)
-    except OSError:
-        shutil.copyfile(file, name)

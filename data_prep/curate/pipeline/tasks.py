@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from data_prep.curate.line_ends import unify_line_ends
 from data_prep.curate.pipeline.addresses import check_unchanged
-from data_prep.curate.pipeline.counts import DocumentCounts, read_recorded_seal
+from data_prep.curate.pipeline.counts import DocumentCounts
 from data_prep.curate.pipeline.pipeline_file import Pipeline, format_output_name
 from data_prep.curate.pipeline.plan import (
     OUTPUT, PARSE, Layer, PipelinePlan, SourcePlan, StepPlan, hash_step_files, read_shard_pieces)
@@ -33,7 +33,7 @@ from megatron_sov.base.artifacts import create_file, create_folder, translate_di
 from megatron_sov.base.documents.records import count_text_bytes
 from megatron_sov.base.documents.rows import replace_surrogates
 from megatron_sov.base.errors import UserError, escape_controls
-from megatron_sov.base.sealed import SEAL, SEAL_PLACEHOLDER, read_seal, seal_file, write_sealed_json
+from megatron_sov.base.sealed import SEAL, SEAL_PLACEHOLDER, seal_file, write_sealed_json
 from megatron_sov.work.tables.parquet import TableFile, iter_row_groups
 
 GROUP_BYTES, GROUP_ROWS = 8 << 20, 1000
@@ -215,19 +215,17 @@ class LayerFile(TableFile):
         self.write(table)
 
 
-def iter_row_batches(source: str, files: Sequence[Path],
-                     seals: Sequence[str] = ()) -> Iterator[list[LayerRow | None]]:
+def iter_row_batches(source: str, files: Sequence[Path]) -> Iterator[list[LayerRow | None]]:
     """Yield a shard's row groups as documents after the last layer; None stands for a dropped document.
 
     Args:
         source: the source's name.
         files: the base, and layers in order.
-        seals: recorded checksums (`read_recorded_seal`); (): no check against the counts.
 
     Raises:
         UserError: a file is missing, damaged, or belongs to another shard.
     """
-    for tables in iter_row_groups(files, seals or [None] * len(files), explain_deletion):
+    for tables in iter_row_groups(files, explain_deletion):
         yield _merge_layers(source, tables)
 
 
@@ -270,11 +268,10 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
     counts, buffer = DocumentCounts(), _RowBuffer(source.settings, shard)
     listed = layer.get_quarantine_file(output, shard)
     listed.parent.mkdir(parents=True, exist_ok=True)
-    table_file = layer.get_table_file(output, shard)
     reader = create_reader(source.settings)
     # The blocks end in reverse order, so the table gets its final name last.
-    with (TableFile(table_file, BASE_SCHEMA) as file, create_file(listed) as temporary,
-          open(temporary, "w", encoding="utf-8") as quarantine):
+    with (TableFile(layer.get_table_file(output, shard), BASE_SCHEMA) as file,
+          create_file(listed) as temporary, open(temporary, "w", encoding="utf-8") as quarantine):
         pieces, marks = read_shard_pieces(output, layer, shard)
         for piece in pieces:
             # Line ends are unified before the first step, for every format.
@@ -298,8 +295,7 @@ def parse_shard(pipeline: Pipeline, source: SourcePlan, layer: Layer, output: Pa
         quarantine.write(json.dumps({SEAL: SEAL_PLACEHOLDER}) + "\n")
         # `seal_file` reads from the disk.
         quarantine.flush()
-        # The counts record the checksums, which exposes a table swapped with another shard's.
-        counts.seals = {table_file.name: file.close(), listed.name: seal_file(temporary)}
+        seal_file(temporary)
         yield counts
 
 
@@ -391,7 +387,7 @@ class LayerView:
                  for layer in self.plan.get_source(shard.source).layers
                  if layer.number < self.step.entry.number]
         first = 0
-        for rows in iter_row_batches(shard.source, files, [read_recorded_seal(file) for file in files]):
+        for rows in iter_row_batches(shard.source, files):
             yield first, rows
             first += len(rows)
 
@@ -423,7 +419,6 @@ def _write_layer(plan: PipelinePlan, plan_file: Path, output: Path, stage: Pipel
             except (ValueError, TypeError) as e:
                 raise TypeError(f"step {stage.kind} gives a value that is not of its column's type: "
                                 f"{e}") from e
-        counts.seals = {file.name: layer.close()}
         yield counts
 
 
@@ -453,14 +448,11 @@ def write_output_shard(plan: PipelinePlan, source: SourcePlan, layer: Layer, out
     with create_folder(layer.get_result_path(output, shard)) as temporary:
         with ExitStack() as stack:
             sorter = _OutputSorter(plan, temporary, stack)
-            for rows in iter_row_batches(source.settings.name, files,
-                                         [read_recorded_seal(file) for file in files]):
+            for rows in iter_row_batches(source.settings.name, files):
                 for row in filter(None, rows):
                     name = sorter.add(source.settings.name, row)
                     counts.add_document(row.id, "", row.text, None, name)
             sorter.write_waiting()
-        # Read after the stack has closed the files.
-        counts.seals = {file.name: read_seal(file) for file in temporary.iterdir()}
         yield counts
 
 

@@ -9,7 +9,6 @@ Documents with equal scores are ordered by a hash, so that a cut always splits t
 its exact share.
 """
 
-import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -24,10 +23,9 @@ import numpy as np
 from annotated_types import Gt, Le
 
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
-from data_prep.damaged_files import explain_deletion, get_place_in_run, read_run_json
-from megatron_sov.base.artifacts import write_atomically
+from data_prep.damaged_files import explain_deletion, read_array, write_array
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.sealed import check_seal, seal_bytes, write_sealed_json
+from megatron_sov.base.sealed import read_sealed_json, write_sealed_json
 from megatron_sov.base.settings import AtLeastOne, NotBlank, at_most_field
 
 LEVELS = ("L1", "L2", "L3")
@@ -60,6 +58,7 @@ class Level(Step):
     """Adds the column `level`."""
 
     kind = "level"
+    version = 2  # keys without the place in the run
     added_columns = {"level": "string"}
     Settings = LevelSettings
     settings: LevelSettings
@@ -72,7 +71,7 @@ class Level(Step):
         return (Pass("keys", self._write_keys), Pass("cuts", self._write_cuts, 1))
 
     def load_inputs(self, view: View) -> None:
-        groups = read_run_json(view.work_folder / CUTS_FILE)["groups"]
+        groups = _read_json(view.work_folder / CUTS_FILE)["groups"]
         self._cuts: dict[str, list[int]] = {name: group["cuts"] for name, group in groups.items()}
 
     def judge_document(self, document: Doc) -> StepOutcome:
@@ -120,19 +119,14 @@ class Level(Step):
             ranges[name] = [start, start + len(keys)]
             arrays.append(np.sort(np.array(keys, np.uint64)))
             start += len(keys)
-        content = io.BytesIO()
-        np.save(content, np.concatenate(arrays))
         folder = view.work_folder / "keys"
-        folder.mkdir(parents=True, exist_ok=True)
-        keys_file, ranges_file = folder / f"{task:06d}.npy", folder / f"{task:06d}.json"
         # The index comes last: a task killed before leaves no index to missing keys.
-        write_atomically(keys_file, seal_bytes(content.getvalue(), get_place_in_run(keys_file)))
-        write_sealed_json(ranges_file, {"groups": ranges, "num_without": num_without},
-                          get_place_in_run(ranges_file))
+        write_array(folder / f"{task:06d}.npy", np.concatenate(arrays))
+        write_sealed_json(folder / f"{task:06d}.json", {"groups": ranges, "num_without": num_without})
 
     def _write_cuts(self, view: View, task: int) -> None:
         """Write the lowest key of each level for each group."""
-        shards = [(file.with_suffix(".npy"), read_run_json(file))
+        shards = [(file.with_suffix(".npy"), _read_json(file))
                   for file in sorted((view.work_folder / "keys").glob("*.json"))]
         counts: Counter[str] = Counter()
         for _, shard in shards:
@@ -147,11 +141,15 @@ class Level(Step):
         shares = [Fraction(str(getattr(self.settings, level.lower()))) for level in LEVELS]
         ranks = {pool: [math.ceil(count * share) for share in shares] for pool, count in pool_counts.items()}
         cuts = find_cuts(shards, pools, ranks)
-        file = view.work_folder / CUTS_FILE
         groups = {name: {"judged_as": pools[name], "num_documents": counts[name], "cuts": cuts[pools[name]]}
                   for name in sorted(counts)}
         num_without = sum(shard["num_without"] for _, shard in shards)
-        write_sealed_json(file, {"groups": groups, "num_without_score": num_without}, get_place_in_run(file))
+        write_sealed_json(view.work_folder / CUTS_FILE,
+                          {"groups": groups, "num_without_score": num_without})
+
+
+def _read_json(file: Path) -> Any:
+    return read_sealed_json(file, explain_deletion(file))
 
 
 def _to_sortable(score: float) -> int:
@@ -180,8 +178,7 @@ def find_cuts(shards: Sequence[tuple[Path, dict[str, Any]]], pools: Mapping[str,
         candidates = {pool: pool_cuts[:, None] | bytes_ for pool, pool_cuts in cuts.items()}
         num_reaching = {pool: np.zeros(keys.shape, np.int64) for pool, keys in candidates.items()}
         for file, shard in shards:
-            check_seal(file, explain_deletion(file), get_place_in_run(file))
-            keys = np.load(file, mmap_mode="r" if shard["groups"] else None)
+            keys = read_array(file)
             for name, (start, stop) in shard["groups"].items():
                 below = np.searchsorted(keys[start:stop], candidates[pools[name]], "left")
                 num_reaching[pools[name]] += stop - start - below

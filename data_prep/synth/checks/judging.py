@@ -10,7 +10,6 @@ from typing import IO, Any
 
 import pyarrow as pa
 
-from data_prep.curate.pipeline.counts import read_recorded_seal
 from data_prep.curate.pipeline.finish import build_summary
 from data_prep.curate.pipeline.pipeline_file import check_libraries
 from data_prep.curate.pipeline.plan import PipelinePlan, SourcePlan, make_plan
@@ -161,8 +160,7 @@ def _iter_results(source: SourcePlan, folder: Path) -> Iterator[_StepResult]:
 
 def _read_table(file: Path, columns: list[str] | None = None) -> pa.Table:
     try:
-        return open_sealed_parquet(file, explain_deletion(file), is_required=True,
-                                   seal=read_recorded_seal(file)).read(columns)
+        return open_sealed_parquet(file, explain_deletion(file), is_required=True).read(columns)
     except (OSError, pa.ArrowException) as e:
         raise UserError(f"{file}: cannot be read ({' '.join(str(e).split())[:200]}); "
                         f"{explain_deletion(file)}") from None

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
@@ -396,8 +397,9 @@ def _take_blocks(blocks: Iterator[bytes], limit_bytes: int) -> Iterator[bytes]:
 def _choose_columns(names: list[str], reading: RecordReading) -> list[str]:
     """Return the columns to read: every column for prompts, otherwise the kind's fields. Raises `BadRecord`:
     the rows are of another kind, or two columns have the same name."""
-    if repeated := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-        raise BadRecord("parquet", f"has two columns {repeated[0]!r}; rename or remove one")
+    name, count = next(iter(Counter(names).most_common(1)), ("", 0))
+    if count > 1:
+        raise BadRecord("parquet", f"has two columns {name!r}; rename or remove one")
     # a prompt's remaining columns are for the reward
     if reading.kind == "prompt":
         return names

@@ -50,7 +50,8 @@ def list_parsers() -> Mapping[str, argparse.ArgumentParser]:
     """Import the commands of all programs; return program and command -> parser with its arguments."""
     parsers = [parser for program in PROGRAMS for parser in import_commands(build_full_parser(program))]
     return {parser.prog: parser for parser in parsers if " " in parser.prog and "[" not in parser.prog
-            and not any(action.nargs == argparse.REMAINDER for action in parser._actions)}
+            and not any(action.nargs == argparse.REMAINDER or (action.required and action.nargs == "A...")
+                        for action in parser._actions)}
 
 
 def build_command_error(program: str, word: str, choices: Sequence[str], typed: Sequence[str] = ()
@@ -63,6 +64,7 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
     # in `convert hf RUN OUT`, hf is a direction even if a folder named hf exists
     is_word = classify_folder(Path(word)) == "other" or bool(typed and os.path.exists(typed[0]))
     if (note := notes.get(word.lower())) and is_word:
+        note = _choose_action_note(note, typed)
         return build_note_error(f"{program} {word}: does not exist", note, typed)
     for name, module in PROGRAMS.items() if program in PROGRAMS else ():
         if word in {command.partition(" ")[0] for command in importlib.import_module(module).COMMANDS}:
@@ -93,6 +95,14 @@ def build_command_error(program: str, word: str, choices: Sequence[str], typed: 
         f"{program} {word}: does not exist{suggestion} (`{program} --help` lists what there is)", fix)
 
 
+def _choose_action_note(note: str, typed: Sequence[str]) -> str:
+    """Return the note on the action that takes a typed option: `eval ppl` for --data, not `eval lm`."""
+    group = " ".join(note.partition("`")[2].split()[:2])
+    action = find_action(group, typed)
+    notes = load_table()["commands"].get(group, {}).values()
+    return next((text for text in notes if action and text.startswith(f"`{group} {action} ")), note)
+
+
 def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     """Build the error for `sov-data STEP` or `sov-data run` with step options; the fix writes a pipeline.
 
@@ -105,8 +115,8 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
     step_words = [command] if command != "run" else [part for word in words for part in word.split(",")]
     index, steps, others = index_words("steps"), dict[str, str](), list[str]()
     for word in step_words:
-        own = [word] if word in load_table()["steps"] else []
-        candidates = own or [name for name in index.get(normalize_word(word), ()) if "." not in name]
+        same_step = [word] if word in load_table()["steps"] else []
+        candidates = same_step or [name for name in index.get(normalize_word(word), ()) if "." not in name]
         if not candidates:
             continue
         settings = {name: _format_step_settings(name, values) for name in candidates}
@@ -117,19 +127,21 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
         if step in ("sources", "output"):  # parts of every pipeline, which also needs a step
             steps.setdefault("exact_dedup", "")
         else:
-            steps[step] = settings[step]
+            steps[step] = settings[step] or load_table()["step_defaults"].get(step, "")
             others += [name for name in candidates if name != step]
     if not steps or not source:
         return None
     name = next((step for step in steps if step != "language"), "language")
     file = choose_free_path(f"{name}.yaml")
     output = values.get("output", values.get("o", choose_free_path("corpus")))
-    unread = [name for name in values if name not in (*_PIPELINE_OPTIONS, "output", "o")
-              and not any(f"{step}.{name}" in index for step in steps)]
+    unread = [name for name in values if name not in (*_PIPELINE_OPTIONS, "output", "o", "steps")
+              and not any(f"{step}.{name}" in index or step in (name, *index.get(name, ()))
+                          for step in steps)]
     without = f", without {', '.join(unread)}" if unread else ""
     beside = f" (another step of this kind: {', '.join(others)})" if others else ""
     rules = ("; the step rules reads the language, and applies all rules of its preset: `NAME: null` "
              "under thresholds turns a rule off (docs/filter_rules.md)") if "rules" in steps else ""
+    rules += "; `sov-data scorer train` makes its model" if {"quality", "education"} & {*steps} else ""
     return UserError(f"sov-data {command}: a pipeline file names the steps {', '.join(steps)} and their "
                      f"settings{beside} (docs/data_pipeline.md); `sov-data run` runs it{without}{rules}",
                      Fix(f"sov-data run {file} --output {shlex.quote(output)}",

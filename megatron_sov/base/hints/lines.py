@@ -344,12 +344,12 @@ def _pair_options(line: Sequence[str]) -> list[str]:
 def _leave_out(words: Sequence[str], left_out: Sequence[str]) -> list[str]:
     """Remove words from `words`; "--set a.b=1" in `left_out` stands for an option with its value, as
     two words or joined by "="."""
-    kept: list[str] = []
+    remaining: list[str] = []
     for previous, word, following in zip(["", *words], words, [*words[1:], ""], strict=False):
         option = word.replace("=", " ", 1) if word.startswith("--") else word
         if not {word, option, f"{word} {following}", f"{previous} {word}"} & {*left_out}:
-            kept.append(word)
-    return kept
+            remaining.append(word)
+    return remaining
 
 
 def _replace_path(word: str, fix: Fix) -> str:
@@ -365,22 +365,22 @@ def _replace_path(word: str, fix: Fix) -> str:
 
 def _remove_option(words: Sequence[str], name: str, values: Sequence[str]) -> list[str]:
     """Remove an option with its values; for `--set`, only changes of the same setting."""
-    kept: list[str] = []
+    remaining: list[str] = []
     words = list(words)
     key = values[0].partition("=")[0] if name == "--set" and values else ""
     while words:
         word = words.pop(0)
         option, equals, value = word.partition("=")
         if option != name:
-            kept.append(word)
+            remaining.append(word)
             continue
         option_words = [word]
         if not equals and values and words:
             option_words.append(words.pop(0))
             value = option_words[1]
         if key and value.partition("=")[0] != key:
-            kept += option_words
-    return kept
+            remaining += option_words
+    return remaining
 
 
 def _run_check(check: Check, words: list[str]) -> UserError | None:

@@ -126,18 +126,18 @@ def _choose_move(parser: argparse.ArgumentParser, rewrite: Rewrite, option: str)
     """Return the command lines for `option`: most typed options and paths, fewest placeholders."""
     moves = dict[tuple[float, ...], _Move]()
     sources = load_table()["made_by"]
-    for other in list_parsers().values():
+    for candidate in list_parsers().values():
         taken = {typed: name for typed, values in rewrite.unplaced.items()
-                 if (name := _find_name(other, typed, values))}
-        if other.prog == parser.prog or option not in taken:
+                 if (name := _find_name(candidate, typed, values))}
+        if candidate.prog == parser.prog or option not in taken:
             continue
-        move = _write_move(parser, rewrite, _Move(other, taken))
+        move = _write_move(parser, rewrite, _Move(candidate, taken))
         num_exact = sum(normalize_word(typed) == normalize_word(name) for typed, name in taken.items())
         trains = "--run" in rewrite.required and not move.follows(rewrite) and move.num_lost == 0
         num_placed = sum(map(len, move.arguments.values()))
-        is_source = sources.get(other.prog) in rewrite.options
+        is_source = sources.get(candidate.prog) in rewrite.options
         score = (num_exact, len(taken), is_source, trains, -len(move.dropped), -move.num_missing,
-                 _is_sibling(other, parser), num_placed)
+                 _is_sibling(candidate, parser), num_placed)
         moves.setdefault(score, move)
     return moves[max(moves)] if moves else None
 
@@ -222,17 +222,25 @@ def _redirect_output(parser: argparse.ArgumentParser, rewrite: Rewrite, option: 
 
 def _filter_input(rewrite: Rewrite, option: str) -> bool:
     """Run a pipeline before `sov-data pack` if `option` names a pipeline step; return whether it does."""
-    word, source, index = normalize_word(option), find_value(rewrite.words, "--input"), index_words("steps")
-    steps = [word] if word in index or word in load_table()["steps"] else [
-        key.partition(".")[0] for key in index if key.partition(".")[2] == word]
-    if rewrite.command != "sov-data pack" or not steps or not source:
+    source = find_value(rewrite.words, "--input")
+    if rewrite.command != "sov-data pack" or not _list_steps(option) or not source:
         return False
-    error = propose_pipeline(steps[0], ["--input", source, option, *rewrite.unplaced.pop(option)])
+    step_options = {name: _list_steps(name) for name in rewrite.unplaced if _list_steps(name)}
+    words = [word for name in step_options for word in (name, *rewrite.unplaced.pop(name))]
+    names = ",".join(step for steps in step_options.values() for step in steps[:1])
+    error = propose_pipeline("run", ["--input", source, "--steps", names, *words])
     assert error and error.fix
-    rewrite.add_words(f"{option}: {error.sentence.partition(': ')[2]}")
+    rewrite.add_words(f"{', '.join(step_options)}: {error.sentence.partition(': ')[2]}")
     rewrite.before += [*error.fix.before, error.fix.line]
     rewrite.replace_word(source, shlex.split(error.fix.line)[-1])
     return True
+
+
+def _list_steps(option: str) -> list[str]:
+    """Return the pipeline steps, or the steps with a setting, for an option of another program."""
+    word, index = normalize_word(option), index_words("steps")
+    is_step = word in load_table()["steps"] or any("." not in step for step in index.get(word, ()))
+    return [word] if is_step else [key.partition(".")[0] for key in index if key.partition(".")[2] == word]
 
 
 def _name_command(parser: argparse.ArgumentParser, rewrite: Rewrite, option: str) -> bool:
@@ -242,11 +250,11 @@ def _name_command(parser: argparse.ArgumentParser, rewrite: Rewrite, option: str
             **table["option_commands"]["*"], **table["option_commands"].get(parser.prog, {})}
     notes = {normalize_word(word): note for words, note in rows.items() for word in words.split()}
     note = notes.get(normalize_word(option), "")
-    if own := list_parsers().get(f"megatron-sov {normalize_word(option)}"):
-        move = _write_move(parser, rewrite, _Move(own, {}))
-        if own.prog != parser.prog and follows and move.num_missing <= 1:
+    if named := list_parsers().get(f"megatron-sov {normalize_word(option)}"):
+        move = _write_move(parser, rewrite, _Move(named, {}))
+        if named.prog != parser.prog and follows and move.num_missing <= 1:
             del rewrite.unplaced[option]
-            _add_lines(parser, rewrite, f"{option}: is the command `{own.prog}`", move.lines, follows)
+            _add_lines(parser, rewrite, f"{option}: is the command `{named.prog}`", move.lines, follows)
             return True
     template = note.split("`")[1] if "`" in note else ""
     if template.startswith(f"{parser.prog} "):

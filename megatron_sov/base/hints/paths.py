@@ -240,21 +240,24 @@ def fix_by_packing(path: str, tokenizer: Path, options: Sequence[str]) -> Fix:
 
 
 def fix_columns(command: str, typed: Sequence[str]) -> Fix | None:
-    """Return the command that packs the file in --data with the typed fields, for a training command; None:
-    no fields were typed."""
+    """Return the command that packs the file in --data with the typed fields, for a training command, or the
+    options of `sov-data pack`; None: no fields were typed."""
     file, fields = find_value(typed, "--data"), dict[str, str]()
     typed_fields = []
     for option, value in pair_words(typed):
         target = re.sub(r"_(column|field|key|col)s?\Z", "", normalize_word(option))
-        if option.startswith("--") and target in _FIELDS:
+        is_own = command == "pack" and option in ("--columns", "--text-field")
+        if option.startswith("--") and target in _FIELDS and not is_own:
             fields[target] = value
             typed_fields.append(f"{option} {value}")
-    if not fields or not os.path.isfile(file) or command not in ("pretrain", "extend", "sft", "prefer"):
+    packs_itself = os.path.isfile(file) and command in ("pretrain", "extend", "sft", "prefer")
+    if not fields or not (packs_itself or command == "pack"):
         return None
     text, columns = fields.pop("text", ""), fields.pop("columns", "")
     columns = ",".join(filter(None, [columns, *(f"{target}={name}" for target, name in fields.items())]))
     options = ["--columns", columns] if columns else ["--text-field", text]
-    return replace(pack_for(command, typed, file, options), left_out=tuple(typed_fields))
+    packing = pack_for(command, typed, file, options) if packs_itself else Fix(options=tuple(options))
+    return replace(packing, left_out=tuple(typed_fields))
 
 
 def pack_for(command: str, typed: Sequence[str], file: str, options: Sequence[str]) -> Fix:

@@ -43,7 +43,7 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     if parser.prog == "sov-data run" and typed and typed[0].startswith("-") and (
             error := propose_pipeline("run", typed)):
         raise error
-    if "--data" in options and (fix := fix_columns(parser.prog.rpartition(" ")[2], typed)):
+    if {"--data", "--columns"} & {*options} and (fix := fix_columns(parser.prog.rpartition(" ")[2], typed)):
         raise UserError(f"{parser.prog}: fields are named when the file is packed", fix)
     addresses = [fix for word in typed if (fix := fix_address(word.partition("=")[2] or word, parser.prog))]
     if addresses:
@@ -150,7 +150,8 @@ def _check_passed_words(parser: argparse.ArgumentParser, typed: Sequence[str]) -
     words = [long_names.get(word, word) for word in typed]
     messages = [f"{word} is {name}" for word, name in long_names.items()]
     stages = parser.get_default("stages") or ()
-    command_index = next((n for n, word in enumerate(words) if word in ("--", *PROGRAMS)), len(words))
+    command_index = next((n for n, word in enumerate(words) if word in ("--", *PROGRAMS)
+                          or word in load_table()["launchers"]["starters"].split()), len(words))
     command = words[command_index:]
     if command[:1] == ["--"]:
         command.pop(0)

@@ -141,12 +141,12 @@ class Optimizer:
         """
         total = torch.zeros((), dtype=torch.float64, device=get_local_device())
         for optimizer in self.megatron_optimizer.chained_optimizers:
-            norms = []
+            parts: list[torch.Tensor] = []
             for gradient in optimizer.get_grads_for_grad_norm():
-                parts = gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient]
-                norms += [torch.linalg.vector_norm(part, dtype=torch.float64) for part in parts]
+                parts += gradient.view(-1).split(NORM_ELEMENTS) if gradient.is_cpu else [gradient]
+            norms = torch._foreach_norm(parts, dtype=torch.float64) if parts else [torch.zeros_like(total)]
             norms = [norm.to(total.device) for norm in norms]  # some gradients are in host memory
-            squares = torch.stack(norms).square().sum() if norms else torch.zeros_like(total)
+            squares = torch.stack(norms).square().sum()
             torch.distributed.all_reduce(squares, group=optimizer.get_grad_stats_parallel_group())
             total += squares
         return math.sqrt(total.item())

@@ -33,14 +33,15 @@ CONV_KERNEL = 4
 SCAN_TOKENS = 64
 """Tokens per chunk of the scan: chunks compute all pairs of tokens, and pass a state to the next chunk."""
 GATE_MARGIN = 0.01
-"""Smallest weight for the query, and for its chunk, in the mixer's input at the query."""
+"""Smallest weight of the query, and of the pooled chunk, in the mixer's input at the query."""
 
 Scan = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """Function with the arguments and result of `scan`."""
 
 
 class MediaEncoder(torch.nn.Module):
-    """Encoder, adapter and optional compressor."""
+    """Turns pictures or spectrograms into features of the model's hidden size, with an encoder, an adapter,
+    and for sounds an optional compressor."""
 
     def __init__(self, config: VisionEncoderConfig | AudioEncoderConfig, hidden_size: int) -> None:
         super().__init__()
@@ -55,7 +56,7 @@ class MediaEncoder(torch.nn.Module):
 
     @property
     def trains(self) -> bool:
-        """Whether any parameter is trained."""
+        """Whether any parameter requires a gradient."""
         return _is_trained(self)
 
     def forward(self, records: torch.Tensor | None) -> torch.Tensor:

@@ -26,12 +26,13 @@ CODEC_CLASSES = {
     "mimi": "megatron_sov.omni.codecs.hf_codecs:MimiCodec",
     "dac": "megatron_sov.omni.codecs.hf_codecs:DacCodec", "ta-tok": "megatron_sov.omni.codecs.ta_tok:TATok",
     "cosyvoice2": "megatron_sov.omni.codecs.published:CosyVoice2Tokenizer"}
-"""Codec kind -> module:class of an `nn.Module` that is built from its `Settings`, stored as `.settings`."""
+"""Codec kind -> module:class of an `nn.Module`, which takes an instance of its `Settings` and stores it as
+`.settings`."""
 ARTIFACT_KIND = "codec"
 WEIGHTS = "model.safetensors"
 MAX_CONFIG_BYTES = 1_000_000
 _FLOATS = ("F64", "F32", "BF16", "F16")
-_REMEDY = "make the codec again, or restore it from a copy"
+_REMEDY = "import the codec again, or restore it from a copy"
 
 
 def save_codec(path: Path, kind: str, codec: nn.Module, *, overwrite: bool = False) -> None:

@@ -29,13 +29,14 @@ _REFUSED_FIELDS = ("auto_map", "attn_implementation", "quantization_config")
 """Config fields that make transformers load code or other weights."""
 _MAX_DEPTH = 20
 _MAX_NUMBER = 1_000_000
-"""Largest number in a config: the meta device does not see filter tables built outside torch."""
+"""Largest number in a config: it also limits filter tables that are built without torch, and therefore not on
+the meta device."""
 Config = dict[str, Any]
 
 
 def limit_parameters() -> RemovableHandle:
-    """Return a context that raises `MemoryError` before a network gets more than `MAX_PARAMETERS` parameters;
-    `open_codec` compares their sizes with the weights before it reserves memory."""
+    """Return a context that raises `MemoryError` if a network gets more than `MAX_PARAMETERS` parameters.
+    Their sizes need no limit: `open_codec` compares them with the weights before it reserves memory."""
     numbers = itertools.count(1)
 
     def count_parameter(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -47,8 +48,8 @@ def limit_parameters() -> RemovableHandle:
 
 def find_config_problems(config: object, is_imported: bool = False, where: str = "config", depth: int = 0
                          ) -> Iterator[str]:
-    """Yield a message for each config entry that is too deep or too large. `is_imported`: also for fields
-    that an import leaves out."""
+    """Yield a message for each config entry that is nested too deep or too large, and with `is_imported` for
+    each field that an import drops."""
     if depth > _MAX_DEPTH:
         yield f"{where}: is nested deeper than {_MAX_DEPTH}"
     elif isinstance(config, dict):
@@ -80,14 +81,14 @@ class HfAudioSettings:
     config: Config
     """Sizes from `config.json`."""
     num_codebooks: Annotated[int, Ge(1), Le(128)] = 1
-    """Codebooks to use, from the first."""
+    """Number of codebooks to use, starting with the first."""
 
     def problems(self) -> list[str]:
         return list(find_config_problems(self.config, is_imported=True))
 
 
 class HfCodec(nn.Module):
-    """A library's network, built from its own config."""
+    """Codec with a network of transformers or diffusers, built from the network's config."""
 
     MODEL: ClassVar[str]
     """The network's module:class."""

@@ -49,7 +49,7 @@ class MediaGeneration:
     output_folders: dict[str, Path]
     """`IMAGE` or `AUDIO` -> output folder; kinds without a folder are not generated."""
     sampling: Sampling
-    """Settings for choosing tokens."""
+    """Sampling settings."""
     chat: bool = True
     """Apply the chat template."""
     max_audio_tokens: int = 0
@@ -120,7 +120,7 @@ def generate_replies(target: Target, prompts: Sequence[PromptParts], generation:
 
 @dataclass(frozen=True)
 class DecodedMediaReply:
-    """A reply's text and files."""
+    """Text and media files of a reply."""
 
     text_ids: list[int]
     pictures: list[Path]
@@ -128,7 +128,7 @@ class DecodedMediaReply:
     sounds: list[Path]
     """Sound file, if the reply contains speech."""
     num_broken: int = 0
-    """Incomplete pictures, which are not decoded."""
+    """Number of incomplete pictures, which are not decoded."""
     tokens: dict[str, list[list[int]]] | None = None
     """Kind -> codebook entries per file."""
 

@@ -194,28 +194,33 @@ def find_sick_nodes(folder: Path, nodes: list[str], limits: dict[str, Any]) -> d
         return {"all nodes": "no rank came to look at its node (see the pre-flight logs)"}
     # relative to the median: one limit for every GPU model
     usual_s = statistics.median(r.matmul_s for r in reports)
+    usual_exchange_s = statistics.median(r.exchange_s for r in reports)
+    slowest = max(reports, key=lambda r: r.exchange_s)
+    log_message(f"slowest exchange: {slowest.exchange_s * 1e3:.2f} ms on {slowest.node}, median "
+                f"{usual_exchange_s * 1e3:.2f} ms; slowest all-to-all of a group of experts: "
+                f"{max(r.alltoall_s for r in reports) * 1e3:.2f} ms")
     # integers sum exactly, so a checksum that differs from the majority is a hardware fault
     usual_checksum = Counter(r.checksum for r in reports).most_common(1)[0][0]
     # a rank may see only its own GPU, so count UUIDs per node too
     gpu_uuids = {node: {r.gpu_uuid for r in reports if r.node == node and r.gpu_uuid} for node in written}
     for r in reports:
-        problem = _describe_problem(r, limits, usual_s, usual_checksum,
+        problem = _describe_problem(r, limits, usual_s, usual_exchange_s, usual_checksum,
                                     max(r.num_gpus, len(gpu_uuids[r.node])))
         if problem:
             # later problems on a node usually follow from the first
             sick.setdefault(r.node, f"rank {r.rank}: {problem}")
     # one hung rank blocks every rank, so a hang alone does not reveal the sick node
-    if not sick and any(r.allreduce_s is None for r in reports):
+    if not sick and any(r.error or r.allreduce_s is None for r in reports):
         errors = Counter(r.error for r in reports if r.error).most_common(1)
-        sick["all nodes"] = f"the all-reduce did not end ({errors[0][0] if errors else 'it hung'})"
+        sick["all nodes"] = f"messages between the ranks failed ({errors[0][0] if errors else 'a hang'})"
     return sick
 
 
-def _describe_problem(r: NodeReport, limits: dict[str, Any], usual_s: float, usual_checksum: float,
-                      num_gpus: int) -> str:
-    """Return the first violated limit in a report, or "". `limits`: see `find_sick_nodes`; `usual_s`: median
-    `matmul_s` over the ranks; `usual_checksum`: checksum of the majority; `num_gpus`: GPUs visible to the
-    node's ranks together."""
+def _describe_problem(r: NodeReport, limits: dict[str, Any], usual_s: float, usual_exchange_s: float,
+                      usual_checksum: float, num_gpus: int) -> str:
+    """Return the first violated limit in a report, or "". `limits`: see `find_sick_nodes`; `usual_s` and
+    `usual_exchange_s`: medians over the ranks; `usual_checksum`: checksum of the majority; `num_gpus`: GPUs
+    visible to the node's ranks together."""
     skew_s, allreduce_s = r.clock_skew_s or 0.0, r.allreduce_s or 0.0
     rules = [
         (num_gpus >= limits["num_gpus"], f"{num_gpus} GPUs, {limits['num_gpus']} wanted"),
@@ -237,7 +242,10 @@ def _describe_problem(r: NodeReport, limits: dict[str, Any], usual_s: float, usu
          f"a matrix product runs at {r.matmul_tflops:.2f} TFLOP/s, {limits['min_matmul_tflops']:g} wanted"),
         (abs(skew_s) <= limits["max_clock_skew_s"], f"its clock is {skew_s:+.1f} s off the others"),
         (allreduce_s <= limits["max_allreduce_s"],
-         f"the all-reduce took {allreduce_s:.2f} s, at most {limits['max_allreduce_s']:g} s wanted")]
+         f"the all-reduce took {allreduce_s:.2f} s, at most {limits['max_allreduce_s']:g} s wanted"),
+        (r.exchange_s <= limits["max_exchange_ratio"] * usual_exchange_s,
+         f"an exchange with its fastest partner takes {r.exchange_s * 1e3:.2f} ms, the others' median is "
+         f"{usual_exchange_s * 1e3:.2f} ms")]
     return next((sentence for holds, sentence in rules if not holds), "")
 
 

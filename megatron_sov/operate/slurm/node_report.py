@@ -32,5 +32,10 @@ class NodeReport:
     """Clock minus the median clock over the ranks, right after a barrier."""
     allreduce_s: float | None = None
     """Duration of the second all-reduce; None: not completed."""
+    alltoall_s: float = 0.0
+    """Shortest all-to-all in the rank's expert-parallel group; 0: no group."""
+    exchange_s: float = 0.0
+    """Time of an exchange with the fastest of some ranks on other nodes, or on this node if there is one; 0:
+    a single rank."""
     error: str = ""
     """First exception."""

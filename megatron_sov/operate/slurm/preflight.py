@@ -16,7 +16,7 @@ from typing import Annotated
 
 from megatron_sov.base.artifacts import format_json, write_atomically
 from megatron_sov.base.errors import format_error
-from megatron_sov.base.settings import AboveZero, Flag, add_options, read_options
+from megatron_sov.base.settings import AboveZero, AtLeastOne, Flag, add_options, read_options
 from megatron_sov.operate.slurm.node_report import NodeReport
 
 
@@ -30,6 +30,8 @@ class PreflightOptions:
     """Folder on the node for a test file."""
     timeout_s: AboveZero = 120.0
     """Timeout for collectives."""
+    group_size: AtLeastOne = 1
+    """Consecutive ranks that exchange the tokens of experts."""
     transformer_engine: bool = False
     """Import Transformer Engine too."""
 
@@ -42,7 +44,8 @@ def main(argv: list[str] | None = None) -> int:
     report = NodeReport(os.environ.get("SLURMD_NODENAME", platform.node()), int(os.environ["RANK"]))
     file = args.folder / f"rank-{report.rank}.json"
     for inspect in (lambda: preflight_run.inspect_node(report, args.scratch, args.transformer_engine),
-                    lambda: preflight_run.inspect_communication(report, args.timeout_s)):
+                    lambda: preflight_run.inspect_communication(report, args.timeout_s,
+                                                                args.group_size)):
         try:
             # inside: the report carries the error of an installation without torch
             from megatron_sov.operate.slurm import preflight_run

@@ -1,10 +1,11 @@
-"""Test a node with torch before a training start: GPUs, disk, a matrix product and an all-reduce."""
+"""Test a node with torch before a training start: GPUs, disk, a matrix product and messages."""
 
 import datetime
 import importlib
 import os
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from megatron_sov.runs.launch_environment import local_gpu_index
 
 REPEATS = 5
 ALLREDUCE_BYTES = {"cuda": 64 << 20, "cpu": 4 << 20}
+NUM_TURNS = 4
+"""Exchanges of each rank with other nodes, at least."""
 MATMUL_SIZE = {"cuda": 8192, "cpu": 512}
 
 
@@ -83,8 +86,8 @@ def _inspect_gpu(report: NodeReport) -> None:
         report.gpu_illness = find_gpu_fault(gpu.uuid)
 
 
-def inspect_communication(report: NodeReport, timeout_s: float) -> None:
-    """Add `clock_skew_s`, and an all-reduce's time and result, to `report`."""
+def inspect_communication(report: NodeReport, timeout_s: float, group_size: int = 1) -> None:
+    """Add `clock_skew_s`, an all-reduce's time and result, and the times of exchanges to `report`."""
     kind = "cuda" if report.num_gpus else "cpu"
     device = torch.device("cuda", local_gpu_index(report.num_gpus)) if kind == "cuda" else torch.device("cpu")
     if kind == "cuda":
@@ -109,4 +112,55 @@ def inspect_communication(report: NodeReport, timeout_s: float) -> None:
     report.allreduce_s = time.perf_counter() - start
     if num_wrong:
         report.error = f"an all-reduce of ones over {dist.get_world_size()} ranks gave {num_wrong} wrong sums"
+    if group_size > 1:
+        first = dist.get_rank() // group_size * group_size
+        ranks = range(first, min(first + group_size, dist.get_world_size()))
+        report.alltoall_s = time_alltoall(values, ranks)
+    report.exchange_s = time_exchanges(values, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     dist.destroy_process_group()
+
+
+def time_alltoall(values: torch.Tensor, ranks: range) -> float:
+    """Return the seconds of the fastest of `REPEATS` all-to-alls of `values` in `ranks`, the rank's group."""
+    group = dist.new_group([*ranks], use_local_synchronization=True)
+    sent = values[:len(values) // len(ranks) * len(ranks)]
+    received = torch.empty_like(sent)
+    return min(_time_message(values.device, lambda: dist.all_to_all_single(received, sent, group=group))
+               for _ in range(REPEATS))
+
+
+def time_exchanges(values: torch.Tensor, node_ranks: int) -> float:
+    """Return the seconds of an exchange of `values` with the fastest of at least `NUM_TURNS` partners.
+
+    Partners have the same local index on other nodes, so a slow node is slow with each of its partners, and
+    another node is fast with most of its partners. On one node, all its ranks are partners.
+    """
+    if dist.get_world_size() == node_ranks:
+        node_ranks = 1
+    num_nodes = dist.get_world_size() // node_ranks
+    node, index = divmod(dist.get_rank(), node_ranks)
+    received, times = torch.empty_like(values), []
+    for turn in range(0, num_nodes, max(1, num_nodes // NUM_TURNS)):
+        partner = (turn - node) % num_nodes
+
+        def exchange(rank: int = partner * node_ranks + index) -> None:
+            sends = dist.P2POp(dist.isend, values, rank), dist.P2POp(dist.irecv, received, rank)
+            for work in dist.batch_isend_irecv([*sends]):
+                work.wait()
+
+        # the first exchange sets up the connection
+        pair_times = [_time_message(values.device, exchange if partner != node else lambda: None)
+                      for _ in range(2)]
+        if partner != node:
+            times.append(min(pair_times))
+    return min(times, default=0.0)
+
+
+def _time_message(device: torch.device, send: Callable[[], object]) -> float:
+    """Return the seconds of `send` after a barrier over all ranks."""
+    dist.barrier()
+    start = time.perf_counter()
+    send()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start

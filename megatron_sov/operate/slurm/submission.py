@@ -131,12 +131,16 @@ def render_script(job: SlurmJob) -> str:
     # the limits of today's profile, even for a job that starts next week
     limits = {**dataclasses.asdict(profile.preflight), "num_gpus": profile.gpus_per_node,
               "ranks_per_node": profile.tasks_per_node}
-    template = "training" if work.kind.ranks else "work"
+    template, group_size = "work", 1
+    if work.kind.ranks and work.config is not None:
+        layout = apply_settings(work.config, list(job.layouts[max(job.layouts)])).parallel
+        template, group_size = "training", layout.ep * layout.etp
     if job.array:
         template = "array"
     return _build_environment(job.ready is not None).get_template(f"{template}.sbatch.j2").render(
         work=work, kind=work.kind, profile=profile, job=job, ready=job.ready, name=_format_job_name(job),
-        nodes=max(job.layouts), least=min(job.layouts), limits=json.dumps(limits), first_port=PORTS[0],
+        nodes=max(job.layouts), least=min(job.layouts), limits=json.dumps(limits),
+        group_size=group_size, first_port=PORTS[0],
         num_ports=PORTS[1], engines=_build_engine_words(job), python=_quote_python(job),
         own_python=not profile.python and profile.container.kind == "none",
         command=["-m", *work.kind.program, *work.arguments])

@@ -250,6 +250,9 @@ def count_stored_bytes(config: RunConfig, row_tokens: int, kind: LayerKind, save
               - _count_offloaded_bytes(config, saved, kind))
     if kind.with_experts and _permutes_in_graph(config):
         stored += saved.expert_input // config.parallel.etp
+    overlaps = config.parallel.expert_overlap == "micro_batches" and config.model.num_shared_experts
+    if kind.with_experts and overlaps:  # `ScheduleNode` holds the shared experts' output
+        stored += saved.ffn_input
     return stored
 
 

@@ -10,9 +10,9 @@ import numpy as np
 from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import Chart
 from megatron_sov.base.pages.plots import Axis, HeatMap, LinePlot, Series, series_colour
-from megatron_sov.publish.report.evaluations import needle_curves, source_curves
+from megatron_sov.publish.report.evaluations import extract_needle_curves, extract_source_curves
 from megatron_sov.publish.report.run_data import Run
-from megatron_sov.publish.report.steps import Curve, downsample, moving_mean
+from megatron_sov.publish.report.steps import Curve, compute_moving_mean, downsample
 from megatron_sov.runs.obs.figures import parse_number
 from megatron_sov.work.clusters.units import GIB
 
@@ -21,11 +21,11 @@ LOSS_UNITS = {"lm": PER_TOKEN, "sft": PER_TOKEN, "distill": "distillation loss",
               "preference": "preference loss", "policy": "policy loss"}
 """Built-in objective -> unit of its training loss."""
 MAX_POINTS, MAX_LINE_POINTS = 200, 120
-"""Maximum points in a smoothed curve that is alone in its chart, and in further curves (`downsample`)."""
+"""Maximum points of a curve: smoothed and alone in its chart, and in other charts (`downsample`)."""
 MIN_SMOOTHED_STEPS = 50
 """Curves with fewer points get no moving mean."""
 MIN_WINDOW_STEPS, MAX_WINDOW_STEPS, NUM_WINDOWS = 5, 500, 50
-"""A moving mean covers a fiftieth of the steps, within limits: a wider one hides events of a few hours."""
+"""A moving mean covers a fiftieth of the steps, within limits: a wider mean hides events of a few hours."""
 MAX_PHASES = 24
 """Maximum phases to mark: each RL round is a phase, and a run may have hundreds."""
 NEEDLE_TITLES = {"before": "Before the extension", "after": "After the extension"}
@@ -102,7 +102,7 @@ def _draw_curve(curve: Curve, colour: str, *, alone: bool, smooth: bool) -> tupl
     if not smooth or len(finite.steps) < MIN_SMOOTHED_STEPS:
         return [build_series(finite, colour, max_points)], [*notes, *_describe_omission(finite, max_points)]
     window = min(MAX_WINDOW_STEPS, max(MIN_WINDOW_STEPS, len(finite.steps) // NUM_WINDOWS))
-    mean = moving_mean(finite, window)
+    mean = compute_moving_mean(finite, window)
     if not alone:
         notes.append(f"Each line is a moving mean over {window:,} steps.")
         return [build_series(mean, colour, max_points)], [*notes, *_describe_omission(mean, max_points)]
@@ -137,7 +137,7 @@ def get_loss_unit(run: Run) -> str:
     return LOSS_UNITS.get(objective, f"loss of {objective}")
 
 
-def field_charts(run: Run, fields: Sequence[StepField]) -> list[Chart]:
+def draw_field_charts(run: Run, fields: Sequence[StepField]) -> list[Chart]:
     """Return a chart per field that the run's `step` events have."""
     charts = []
     for declared in fields:
@@ -147,8 +147,8 @@ def field_charts(run: Run, fields: Sequence[StepField]) -> list[Chart]:
     return charts
 
 
-def loss_charts(run: Run) -> list[Chart]:
-    """Return charts for `loss`, `losses` and `losses_by_source`; a single term or source has none."""
+def draw_loss_charts(run: Run) -> list[Chart]:
+    """Return charts for `loss`, and for `losses` and `losses_by_source` with several terms or sources."""
     total, terms, sources = run.get_curve("loss"), run.curves["losses"], run.curves["losses_by_source"]
     unit = f"loss ({get_loss_unit(run)})"
     charts = draw_curves([total] if total else [], unit,
@@ -160,12 +160,12 @@ def loss_charts(run: Run) -> list[Chart]:
     return charts
 
 
-def meter_charts(run: Run) -> list[Chart]:
+def draw_meter_charts(run: Run) -> list[Chart]:
     return [chart for name, curve in run.curves["meters"].items() for chart in draw_curves(
         [curve], name, f"{name}, mean of each step's batch.", run, smooth=True)]
 
 
-def heldout_charts(run: Run) -> list[Chart]:
+def draw_heldout_charts(run: Run) -> list[Chart]:
     """Return a chart with `bits_per_byte` per held-out source, or with `loss` if bytes are unknown."""
     bits = [source.bits_per_byte for source in run.heldout.values()]
     if len(bits) > 1 and run.overall_bits_per_byte:
@@ -177,17 +177,17 @@ def heldout_charts(run: Run) -> list[Chart]:
         "Loss on held-out documents, which training never sees.", run)
 
 
-def export_charts(run: Run) -> list[Chart]:
+def draw_evaluation_charts(run: Run) -> list[Chart]:
     """Return charts for `Run.evaluations`: `ppl`, `needle` and `pairs`."""
-    return [*draw_curves(source_curves(run.evaluations, "ppl", "bits_per_byte"), "bits per byte",
+    return [*draw_curves(extract_source_curves(run.evaluations, "ppl", "bits_per_byte"), "bits per byte",
                          "Bits per byte of the exports.", run),
-            *draw_curves(needle_curves(run.evaluations), "% right",
+            *draw_curves(extract_needle_curves(run.evaluations), "% right",
                          "Needles found by the exports, over all lengths and depths.", run),
-            *draw_curves(source_curves(run.evaluations, "pairs", "chosen_likelier", 100), "% right",
+            *draw_curves(extract_source_curves(run.evaluations, "pairs", "chosen_likelier", 100), "% right",
                          "Held-out pairs whose better response the exports would rather write.", run)]
 
 
-def needle_charts(needle: dict[str, Any]) -> list[Chart]:
+def draw_needle_charts(needle: dict[str, Any]) -> list[Chart]:
     """Return a heat map (depth x length) per kind and language in a `needle` event; a cell shows the fraction
     of correct answers and, under the pointer, counts and interval."""
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}

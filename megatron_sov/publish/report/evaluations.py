@@ -65,7 +65,7 @@ def find_unrecorded_scores(evaluations: list[ExportEvaluation], recorded: list[d
             if not is_score_recorded(score, recorded)]
 
 
-def source_curves(evaluations: list[ExportEvaluation], task: str, field: str, factor: float = 1.0
+def extract_source_curves(evaluations: list[ExportEvaluation], task: str, field: str, factor: float = 1.0
                   ) -> list[Curve]:
     """Return a field per source over steps, for task ppl or pairs, multiplied by `factor`."""
     values: dict[str, dict[int, float]] = {}
@@ -77,7 +77,7 @@ def source_curves(evaluations: list[ExportEvaluation], task: str, field: str, fa
     return [build_curve(source, by_step) for source, by_step in values.items()]
 
 
-def needle_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
+def extract_needle_curves(evaluations: list[ExportEvaluation]) -> list[Curve]:
     """Return the percentage of correct answers per needle kind and language over steps."""
     shares: dict[str, dict[int, list[float]]] = {}
     for evaluation in evaluations:

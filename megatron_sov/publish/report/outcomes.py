@@ -10,7 +10,7 @@ from megatron_sov.base.figures import format_share, format_value
 from megatron_sov.base.pages.page import PageTable
 from megatron_sov.publish.report.charts import PER_TOKEN, get_loss_unit
 from megatron_sov.publish.report.run_data import HeldoutSource, Run
-from megatron_sov.publish.report.steps import Curve, last_value
+from megatron_sov.publish.report.steps import Curve, get_last_value
 from megatron_sov.runs.obs.figures import parse_number
 from megatron_sov.runs.obs.history import COMPLETE
 from megatron_sov.runs.obs.meters import LOSS, Meter, read_headline
@@ -22,10 +22,10 @@ SENTENCE_END = re.compile(r"[.!?。！？][\"'”’`)\]]*$")
 MIN_SENTENCE_WORDS = 3
 
 
-def gain_tables(runs: Sequence[Run]) -> list[PageTable]:
+def build_gain_tables(runs: Sequence[Run]) -> list[PageTable]:
     """Return a `PageTable` with first and last values per stage; [] without measurements."""
     rows = [[run.name, *row] for run in runs for row in (
-        *_text_gains(run), *_meter_gains(run), *_needle_gains(run), *_reward_means(run))]
+        *_iter_text_gains(run), *_iter_meter_gains(run), *_iter_needle_gains(run), *_iter_reward_means(run))]
     return [PageTable(["stage", "figure", "before", "after", "rule"], rows)] if rows else []
 
 
@@ -51,7 +51,7 @@ def _find_column(run: Run, name: str) -> Curve | None:
     return None
 
 
-def text_bits_per_byte(runs: Sequence[Run]) -> tuple[float, float]:
+def compute_text_bits_per_byte(runs: Sequence[Run]) -> tuple[float, float]:
     """Return held-out `bits_per_byte` before and after all stages; NaN if unknown.
 
     Sources are the text sources (no conversations) in the first stage that has any; the last stage with the
@@ -63,17 +63,17 @@ def text_bits_per_byte(runs: Sequence[Run]) -> tuple[float, float]:
         return math.nan, math.nan
     last = max(i for i, names in enumerate(texts) if set(names) >= set(texts[first]))
     return (_weight_by_bytes(runs[first], texts[first], lambda source: float(source.bits_per_byte.values[0])),
-            _weight_by_bytes(runs[last], texts[first], lambda source: last_value(source.bits_per_byte)))
+            _weight_by_bytes(runs[last], texts[first], lambda source: get_last_value(source.bits_per_byte)))
 
 
 def _weight_by_bytes(run: Run, names: Sequence[str], get_value: Callable[[HeldoutSource], float]) -> float:
     """Return the mean over held-out sources, weighted by bytes; NaN if a source's bytes are unknown."""
     total = num_bytes = 0.0
     for source in (run.heldout[name] for name in names):
-        per_byte = last_value(source.bits_per_byte)
+        per_byte = get_last_value(source.bits_per_byte)
         if not per_byte > 0:
             return math.nan
-        source_bytes = last_value(source.loss) * source.num_tokens / math.log(2) / per_byte
+        source_bytes = get_last_value(source.loss) * source.num_tokens / math.log(2) / per_byte
         total, num_bytes = total + get_value(source) * source_bytes, num_bytes + source_bytes
     return total / num_bytes if num_bytes else math.nan
 
@@ -84,11 +84,11 @@ def _build_gain_row(figure: str, values: Sequence[float], text: Callable[[float]
     return [figure, text(values[0]) if len(values) > 1 else "–", text(values[-1]), rule]
 
 
-def _text_gains(run: Run) -> Iterator[list[str]]:
+def _iter_text_gains(run: Run) -> Iterator[list[str]]:
     """Yield `bits_per_byte` on held-out text, and `loss` per held-out source with conversations."""
     if get_loss_unit(run) != PER_TOKEN:
         return
-    before, after = text_bits_per_byte([run])
+    before, after = compute_text_bits_per_byte([run])
     if math.isfinite(after):
         yield _build_gain_row("held-out text, bits per byte", [before, after], "{:.3f}".format,
                               "lower is better")
@@ -99,7 +99,7 @@ def _text_gains(run: Run) -> Iterator[list[str]]:
                                   "lower is better")
 
 
-def _meter_gains(run: Run) -> Iterator[list[str]]:
+def _iter_meter_gains(run: Run) -> Iterator[list[str]]:
     """Yield the headline meters, on held-out data if `Meter.heldout` names an event."""
     for meter, curve in find_headline_curves(run):
         rule = f"{meter.better} is better" if meter.better else "–"
@@ -114,13 +114,13 @@ def _meter_gains(run: Run) -> Iterator[list[str]]:
             yield _build_gain_row(meter.title, curve.drop_nonfinite().values.tolist(), meter.text, rule)
 
 
-def _needle_gains(run: Run) -> Iterator[list[str]]:
+def _iter_needle_gains(run: Run) -> Iterator[list[str]]:
     scores = [parse_number(needle.get("score")) for needle in run.needles if needle.get("cells")]
     if scores:
         yield _build_gain_row("needles found", scores, format_share, "higher is better")
 
 
-def _reward_means(run: Run) -> Iterator[list[str]]:
+def _iter_reward_means(run: Run) -> Iterator[list[str]]:
     """Yield `mean_reward` from the newest `score` event per reward (`score --run`)."""
     for reward, event in {str(event.get("reward")): event for event in run.get_events("score")}.items():
         mean = parse_number(event.get("mean_reward"))
@@ -129,18 +129,18 @@ def _reward_means(run: Run) -> Iterator[list[str]]:
                                   [mean], "{:.3g}".format, f"reward {reward}")
 
 
-def verdict_tables(runs: list[Run]) -> list[PageTable]:
+def build_verdict_tables(runs: list[Run]) -> list[PageTable]:
     """Return a `PageTable` with the verdicts on a model's stages; [] without checks."""
-    rows = [*_stage_verdicts(runs)]
+    rows = [*_iter_stage_verdicts(runs)]
     for run in runs:
-        rows += [*_gate_verdicts(run), *_needle_verdicts(run)]
-    rows += [row for run in runs for row in _export_verdicts(run)]
+        rows += [*_iter_gate_verdicts(run), *_iter_needle_verdicts(run)]
+    rows += [row for run in runs for row in _iter_export_verdicts(run)]
     return [PageTable(["check", "verdict", "measured"], rows)] if rows else []
 
 
 def build_verdict_sentence(runs: list[Run]) -> str:
     """Return the report's first sentence: checks, whole sentences, held-out text, missing gates."""
-    rows = [row for table in verdict_tables(runs) for row in table.rows]
+    rows = [row for table in build_verdict_tables(runs) for row in table.rows]
     failed = [row[0] for row in rows if 'class="bad"' in row[1]]
     num_judged = len([row for row in rows if row[1] != NO_GATE])
     parts = []
@@ -153,7 +153,7 @@ def build_verdict_sentence(runs: list[Run]) -> str:
         sentences = [text for text in texts
                      if len(text.split()) >= MIN_SENTENCE_WORDS and SENTENCE_END.search(text)]
         parts.append(f"{len(sentences):,} of {len(texts):,} answers are whole sentences")
-    before, after = text_bits_per_byte(runs)
+    before, after = compute_text_bits_per_byte(runs)
     if math.isfinite(before + after):
         parts.append(f"held-out text {format_value(before, 3)} → {format_value(after, 3)} bits per byte")
     parts += [f"{NO_GATE} for {row[0].lower()}" for row in rows if row[1] == NO_GATE]
@@ -161,7 +161,7 @@ def build_verdict_sentence(runs: list[Run]) -> str:
     return f"{text[:1].upper()}{text[1:]}." if text else ""
 
 
-def _stage_verdicts(runs: list[Run]) -> Iterator[list[str]]:
+def _iter_stage_verdicts(runs: list[Run]) -> Iterator[list[str]]:
     started = [run for run in runs if run.attempts]
     incomplete = [f"{run.name} {run.attempts[-1].outcome}" for run in started
                   if run.attempts[-1].outcome != COMPLETE]
@@ -172,7 +172,7 @@ def _stage_verdicts(runs: list[Run]) -> Iterator[list[str]]:
         yield ["Stages", verdict, "; ".join(incomplete) or complete]
 
 
-def _gate_verdicts(run: Run) -> Iterator[list[str]]:
+def _iter_gate_verdicts(run: Run) -> Iterator[list[str]]:
     """Yield the last `gate` event."""
     for check in run.gate_checks[-1:]:
         loss, limit = parse_number(check.get("loss")), parse_number(check.get("loss_limit"))
@@ -186,7 +186,7 @@ def _gate_verdicts(run: Run) -> Iterator[list[str]]:
         yield ["Gate", verdict, f"{run.name}: {text}"]
 
 
-def _needle_verdicts(run: Run) -> Iterator[list[str]]:
+def _iter_needle_verdicts(run: Run) -> Iterator[list[str]]:
     """Yield the newest `needle` event in a run without `gate` events: a figure without a verdict."""
     needles = [needle for needle in run.needles if needle.get("cells")]
     if needles and not run.gate_checks:
@@ -195,7 +195,7 @@ def _needle_verdicts(run: Run) -> Iterator[list[str]]:
         yield ["Needles", NO_GATE, f"{run.name}: {score} found, up to {longest:,} tokens"]
 
 
-def _export_verdicts(run: Run) -> Iterator[list[str]]:
+def _iter_export_verdicts(run: Run) -> Iterator[list[str]]:
     for event in [event for event in run.get_events("conversion") if event.get("checks")][-1:]:
         passed = [bool(check.get("passed")) for check in event["checks"]]
         yield ["Export", VERDICTS[all(passed)], f"{run.name}: {sum(passed)} of {len(passed)} checks"]

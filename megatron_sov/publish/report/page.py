@@ -10,10 +10,11 @@ from megatron_sov.base.figures import format_count, format_duration, format_valu
 from megatron_sov.base.pages.page import Chapter, Chart, Comparison, PageTable, Panel, render_page
 from megatron_sov.base.pages.plots import Axis, LinePlot, series_colour
 from megatron_sov.publish.report.charts import build_series
-from megatron_sov.publish.report.outcomes import build_verdict_sentence, gain_tables, verdict_tables
+from megatron_sov.publish.report.outcomes import (
+    build_gain_tables, build_verdict_sentence, build_verdict_tables)
 from megatron_sov.publish.report.run_data import Run
-from megatron_sov.publish.report.sections import MAX_SAMPLES, build_sections, cut_lines, key_figures
-from megatron_sov.publish.report.steps import Curve, last_value
+from megatron_sov.publish.report.sections import MAX_SAMPLES, build_sections, cut_lines, list_key_figures
+from megatron_sov.publish.report.steps import Curve, get_last_value
 
 MAX_CHARACTERS = 600
 """Longer prompts and responses are cut."""
@@ -26,7 +27,7 @@ def render_report(runs: list[Run], now_s: float | None = None) -> str:
     """Return the HTML report on the model in `runs[0]`.
 
     Args:
-        runs: results from `read_run`, in reading order; runs of different models are only named.
+        runs: results from `read_run`, in reading order; of runs of other models only the names are shown.
         now_s: Unix time shown as the creation time; None: now.
     """
     stages, excluded = split_by_model(runs)
@@ -67,7 +68,7 @@ def _build_chapter(run: Run, stages: list[Run]) -> Chapter:
     # The first screen shows the samples of the last stage that has any.
     last = next((stage for stage in reversed(stages) if stage.samples), None)
     excluded = ("Samples",) if run is last else ()
-    return Chapter(run.name, run.recipe_name, key_figures(run), build_sections(run, excluded))
+    return Chapter(run.name, run.recipe_name, list_key_figures(run), build_sections(run, excluded))
 
 
 def _build_subtitle(runs: list[Run]) -> str:
@@ -94,7 +95,7 @@ def _find_start_field(runs: list[Run], name: str) -> Any:
 
 def _count_tokens(runs: list[Run]) -> float:
     """Sum the last `tokens` in `step` events over runs; runs without `tokens` add nothing."""
-    counts = [last_value(run.get_curve("tokens")) for run in runs]
+    counts = [get_last_value(run.get_curve("tokens")) for run in runs]
     return sum(count for count in counts if not np.isnan(count))
 
 
@@ -105,8 +106,8 @@ def _build_overview(runs: list[Run]) -> PageTable:
         loss, tokens = run.get_curve("loss"), _count_tokens([run])
         rows.append([run.name, str(run.get_setting("objective", "name") or "–"),
                      f"{int(loss.steps[-1]):,}" if loss else "–", format_count(tokens) if tokens else "–",
-                     format_duration(run.wall_time_s), format_value(last_value(loss)),
-                     format_value(last_value(run.overall_bits_per_byte)),
+                     format_duration(run.wall_time_s), format_value(get_last_value(loss)),
+                     format_value(get_last_value(run.overall_bits_per_byte)),
                      run.attempts[-1].outcome if run.attempts else "–"])
     return PageTable(["run", "objective", "steps", "tokens", "wall time", "last loss",
                       "held-out bits per byte", "outcome"], rows)
@@ -116,13 +117,13 @@ def _build_overview(runs: list[Run]) -> PageTable:
 
 
 def build_opening(runs: list[Run]) -> list[Panel]:
-    """Return the first screen's `Panel`s; panels without content are left out."""
+    """Return the first screen's `Panel`s, without empty panels."""
     samples = _list_samples(runs)
     panels = [
         Panel("Held-out quality", 12, charts=_draw_heldout(runs)),
         Panel("What it writes", 12, comparisons=samples[:NUM_OPEN_SAMPLES], more=samples[NUM_OPEN_SAMPLES:]),
-        Panel("What each stage gained" if len(runs) > 1 else "What it gained", 12, tables=gain_tables(runs)),
-        Panel("Verdicts", 12, tables=verdict_tables(runs))]
+        Panel("Gain of each stage" if len(runs) > 1 else "Gain", 12, tables=build_gain_tables(runs)),
+        Panel("Verdicts", 12, tables=build_verdict_tables(runs))]
     return [panel for panel in panels if not panel.is_empty]
 
 

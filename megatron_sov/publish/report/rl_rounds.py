@@ -27,7 +27,7 @@ REWARD, LENGTH, TRUNCATED, PASS, COMPONENT, DOMAIN = (
 Event = dict[str, Any]
 
 
-def round_charts(run: Run) -> list[Chart]:
+def draw_round_charts(run: Run) -> list[Chart]:
     """Return charts over `Run.rounds`: `reward` with components, `response_tokens`, `truncated`, groups."""
     means = [content["means"] for content in run.rounds]
     groups = [content.get("groups") or {} for content in run.rounds]
@@ -55,7 +55,7 @@ def round_charts(run: Run) -> list[Chart]:
               "What became of each group of responses.", default=0)]
 
 
-def round_tables(run: Run) -> list[PageTable]:
+def build_round_tables(run: Run) -> list[PageTable]:
     """Return a row per round, for the newest `MAX_ROUNDS`."""
     def format_counts(counts: Event | None) -> str:
         untrained = {name: count for name, count in (counts or {}).items() if name != TRAINED_GROUPS}
@@ -77,7 +77,7 @@ def round_tables(run: Run) -> list[PageTable]:
         "without a reward": lambda content: format_counts(content.get("unjudged"))})
 
 
-def validation_curves(run: Run) -> dict[str, Curve]:
+def extract_validation_curves(run: Run) -> dict[str, Curve]:
     """Return name -> curve over steps for a run's validations, see `extract_curves`."""
     values: dict[str, dict[int, float]] = {}
     for event in final_step_events(run.get_events(VALIDATION), VALIDATION):
@@ -86,9 +86,9 @@ def validation_curves(run: Run) -> dict[str, Curve]:
     return {name: build_curve(name, by_step) for name, by_step in values.items()}
 
 
-def validation_charts(run: Run) -> list[Chart]:
+def draw_validation_charts(run: Run) -> list[Chart]:
     """Return charts over steps: `reward` with components, pass@k, domains, `response_tokens`, `truncated`."""
-    curves = validation_curves(run)
+    curves = extract_validation_curves(run)
 
     def draw(names: Sequence[str], unit: str, caption: str) -> list[Chart]:
         drawn = [Curve(_format_curve_name(name), curves[name].steps, curves[name].values)
@@ -117,7 +117,7 @@ def _format_curve_name(name: str) -> str:
     return name.removeprefix(DOMAIN).removesuffix(f"/{REWARD}").replace("_", " ")
 
 
-def validation_tables(run: Run) -> list[PageTable]:
+def build_validation_tables(run: Run) -> list[PageTable]:
     """Return a row per `validation` event, for the newest `MAX_VALIDATIONS`."""
     events = final_step_events(run.get_events(VALIDATION), VALIDATION)
     return build_tables(events[-MAX_VALIDATIONS:], {
@@ -138,7 +138,7 @@ def _format_pass_at_k(event: Event) -> str:
     return "; ".join(parts) or "–"
 
 
-def response_tables(run: Run) -> list[PageTable]:
+def build_response_tables(run: Run) -> list[PageTable]:
     """Return sampled responses from `Run.responses`: the newest round and the newest validation."""
     tables = []
     for event in run.responses.values():

@@ -57,7 +57,7 @@ class Run:
     overall_bits_per_byte: Curve | None = None
     """Bits per byte over all held-out sources, weighted by bytes."""
     incidents: list[dict[str, Any]] = field(default_factory=list)
-    """Failures and recoveries in time order, without steps that `data.skip_steps` leaves out."""
+    """Failures and recoveries in time order, except steps in `data.skip_steps`."""
     gate_checks: list[dict[str, Any]] = field(default_factory=list)
     """The last gate check per step, in step order."""
     events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -125,7 +125,7 @@ def read_run(path: Path) -> Run:
             responses[str(event.get("of"))] = event
     heldout, evaluations = _merge_heldout_events(events["eval"]), read_evaluations(path)
     incidents = [event for name in INCIDENT_NAMES for event in events[name] if is_incident(event)]
-    # the newest needle test before and after the run, per way of judging
+    # the newest needle test before and after the run, for each kind of judging
     needles = {(str(event.get("when", "")), str(event.get("by", ""))): event for event in events["needle"]}
     return Run(
         path.resolve().name, _read_config(path / CONFIG), attempts.all,
@@ -143,7 +143,7 @@ def read_run(path: Path) -> Run:
 def read_rounds(run: Path) -> list[dict[str, Any]]:
     """Read the manifests of RL rounds, sorted by round.
 
-    A damaged manifest is left out: the round may be incomplete, and `rl train` reports damage.
+    A round with a damaged manifest is omitted: it may be incomplete, and `rl train` reports damage.
     """
     contents = []
     for file in (run / ROUNDS).glob(f"[0-9]*/{MANIFEST}"):

@@ -80,7 +80,7 @@ def _read_interval(event: Event) -> tuple[float, float] | None:
     return (low, high) if math.isfinite(low) and math.isfinite(high) else None
 
 
-def score_tables(run: Run) -> list[PageTable]:
+def build_score_tables(run: Run) -> list[PageTable]:
     """Return the last checkpoint's score per task and metric."""
     def format_count(field: str) -> Callable[[ReportedScore], str]:
         return lambda score: field_formatter(field, ",.0f", "–")(score.event)
@@ -95,7 +95,7 @@ def score_tables(run: Run) -> list[PageTable]:
         "cut at the limit": format_count("at_limit")})
 
 
-def score_charts(run: Run) -> list[Chart]:
+def draw_score_charts(run: Run) -> list[Chart]:
     """Return scores over steps, for tasks with at least two evaluated checkpoints."""
     lines: dict[tuple[str, str], list[ReportedScore]] = {}
     for score in read_scores(run.scores):
@@ -139,7 +139,7 @@ def _list_passk_events(run: Run) -> list[tuple[str, Event]]:
     return named
 
 
-def passk_charts(run: Run) -> list[Chart]:
+def draw_passk_charts(run: Run) -> list[Chart]:
     """Return a chart over k per set of prompts."""
     return [_draw_passk(event, name) for name, event in _list_passk_events(run)]
 
@@ -158,7 +158,7 @@ def _draw_passk(event: Event, name: str) -> Chart:
                  f"{parse_whole_number(event.get('num_prompts')):,} prompts.")
 
 
-def passk_tables(run: Run) -> list[PageTable]:
+def build_passk_tables(run: Run) -> list[PageTable]:
     def format_estimate(event: Event, index: int) -> str:
         estimate = event["pass_at_k"][index]
         return f"{format_share(parse_number(estimate['value']))} (k = {estimate['k']})"

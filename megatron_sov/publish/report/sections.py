@@ -1,4 +1,4 @@
-"""Key figures and sections of a run's chapter in the report; a section without data is left out."""
+"""Key figures and sections of a run's chapter in the report; sections without data are omitted."""
 
 import math
 from collections.abc import Callable, Collection
@@ -10,13 +10,15 @@ import numpy as np
 from megatron_sov.base.figures import format_count, format_duration, format_share, format_value
 from megatron_sov.base.pages.page import Chart, PageSection, PageTable, build_tables
 from megatron_sov.publish.report.charts import (
-    LEARNING, SPEED, StepField, export_charts, field_charts, get_loss_unit, heldout_charts, loss_charts,
-    meter_charts, needle_charts)
+    LEARNING, SPEED, StepField, draw_evaluation_charts, draw_field_charts, draw_heldout_charts,
+    draw_loss_charts, draw_meter_charts, draw_needle_charts, get_loss_unit)
 from megatron_sov.publish.report.rl_rounds import (
-    response_tables, round_charts, round_tables, validation_charts, validation_tables)
+    build_response_tables, build_round_tables, build_validation_tables, draw_round_charts,
+    draw_validation_charts)
 from megatron_sov.publish.report.run_data import Run
-from megatron_sov.publish.report.scores import passk_charts, passk_tables, score_charts, score_tables
-from megatron_sov.publish.report.steps import last_value
+from megatron_sov.publish.report.scores import (
+    build_passk_tables, build_score_tables, draw_passk_charts, draw_score_charts)
+from megatron_sov.publish.report.steps import get_last_value
 from megatron_sov.runs.obs.figures import field_formatter, parse_number
 from megatron_sov.runs.obs.history import INCIDENT_NAMES, describe_incident
 
@@ -25,16 +27,16 @@ MAX_SAMPLES = 24
 MAX_SAMPLE_CHARACTERS = 2000
 
 
-def key_figures(run: Run) -> list[tuple[str, str, str]]:
-    """Return (label, value, detail) from `run_start`, `step`, `eval` and `needle` events; missing numbers are
-    left out."""
+def list_key_figures(run: Run) -> list[tuple[str, str, str]]:
+    """Return (label, value, detail) from `run_start`, `step`, `eval` and `needle` events, without missing
+    numbers."""
     figures = []
     loss = run.get_curve("loss")
     if num_params := run.get_start_field("num_params"):
         active = run.get_start_field("num_active_params")
         figures.append(("Parameters", format_count(num_params),
                         f"{format_count(active)} active for each token" if active else ""))
-    tokens = last_value(run.get_curve("tokens"))
+    tokens = get_last_value(run.get_curve("tokens"))
     if math.isfinite(tokens):
         figures.append(("Tokens trained", format_count(tokens),
                         f"{int(loss.steps[-1]):,} steps" if loss else ""))
@@ -50,8 +52,8 @@ def key_figures(run: Run) -> list[tuple[str, str, str]]:
         best = int(np.argmin(bits.values))
         figures.append(("Best held-out", f"{bits.values[best]:.4f}",
                         f"bits per byte, step {int(bits.steps[best]):,}"))
-    if math.isfinite(last_value(loss)):
-        figures.append(("Last training loss", f"{last_value(loss):.4f}", get_loss_unit(run)))
+    if math.isfinite(get_last_value(loss)):
+        figures.append(("Last training loss", f"{get_last_value(loss):.4f}", get_loss_unit(run)))
     for needle in run.needles[-1:]:
         if needle.get("cells"):
             longest = max(int(cell["length_tokens"]) for cell in needle["cells"])
@@ -82,15 +84,15 @@ def cut_lines(text: str, max_characters: int) -> str:
 # The table of sections, in reading order.
 
 
-def _heldout_tables(run: Run) -> list[PageTable]:
+def _build_heldout_tables(run: Run) -> list[PageTable]:
     return build_tables(run.heldout.items(), {
         "source": lambda item: item[0], "tokens": lambda item: f"{item[1].num_tokens:,}",
         "first loss": lambda item: format_value(float(item[1].loss.values[0])),
-        "last loss": lambda item: format_value(last_value(item[1].loss)),
-        "bits per byte": lambda item: format_value(last_value(item[1].bits_per_byte))})
+        "last loss": lambda item: format_value(get_last_value(item[1].loss)),
+        "bits per byte": lambda item: format_value(get_last_value(item[1].bits_per_byte))})
 
 
-def _checkpoint_tables(run: Run) -> list[PageTable]:
+def _build_checkpoint_tables(run: Run) -> list[PageTable]:
     timed = [event for event in run.checkpoints if event.get("save_s") is not None]
     if not timed:
         return []
@@ -102,7 +104,7 @@ def _checkpoint_tables(run: Run) -> list[PageTable]:
         [[f"{len(save_s):,}", f"{int(run.checkpoints[-1]['step']):,}", *map(format_duration, seconds)]])]
 
 
-def _failure_tables(run: Run) -> list[PageTable]:
+def _build_failure_tables(run: Run) -> list[PageTable]:
     failures = [evaluation for evaluation in run.evaluations if evaluation.failure]
     return build_tables(failures, {
         "step": lambda evaluation: f"{evaluation.step:,}", "task": lambda evaluation: evaluation.task,
@@ -110,7 +112,7 @@ def _failure_tables(run: Run) -> list[PageTable]:
 
 
 def _draw_needles(run: Run) -> list[Chart]:
-    return [chart for needle in run.needles if needle.get("cells") for chart in needle_charts(needle)]
+    return [chart for needle in run.needles if needle.get("cells") for chart in draw_needle_charts(needle)]
 
 
 def _list_samples(run: Run) -> list[dict[str, str]]:
@@ -129,7 +131,7 @@ def _describe_samples(run: Run) -> str:
     return f"What the model wrote at step {step:,}, unedited.{more}"
 
 
-def _fault_tables(run: Run) -> list[PageTable]:
+def _build_fault_tables(run: Run) -> list[PageTable]:
     """Return the newest `warning` events, and `Run.incidents` in time order."""
     tables = build_tables(run.get_events("warning")[-MAX_ROWS:], {
         "step": _format_step, "warning": field_formatter("text", none="")})
@@ -164,28 +166,30 @@ class ReportSection:
     def build(self, run: Run) -> PageSection:
         return PageSection(
             self.title, self.text if isinstance(self.text, str) else self.text(run),
-            [*field_charts(run, self.fields), *self.charts(run)], self.tables(run), self.samples(run),
+            [*draw_field_charts(run, self.fields), *self.charts(run)], self.tables(run), self.samples(run),
             side_by_side=self.side_by_side)
 
 
 SECTIONS = {section.title: section for section in (
-    ReportSection("Training loss", charts=loss_charts, side_by_side=False),
-    ReportSection("Meters", "What the objective measures in addition to its loss.", charts=meter_charts),
-    ReportSection("Held-out loss", charts=heldout_charts, tables=_heldout_tables),
+    ReportSection("Training loss", charts=draw_loss_charts, side_by_side=False),
+    ReportSection("Meters", "What the objective measures in addition to its loss.", charts=draw_meter_charts),
+    ReportSection("Held-out loss", charts=draw_heldout_charts, tables=_build_heldout_tables),
     ReportSection("Learning rate and gradient norm", fields=LEARNING),
-    ReportSection("Speed", fields=SPEED, tables=_checkpoint_tables),
+    ReportSection("Speed", fields=SPEED, tables=_build_checkpoint_tables),
     ReportSection("Scores", "Tasks of eval lm with 95 % intervals over clusters of items.",
-                  charts=score_charts, tables=score_tables),
-    ReportSection("Evaluation during training", charts=export_charts, tables=_failure_tables),
+                  charts=draw_score_charts, tables=build_score_tables),
+    ReportSection("Evaluation during training", charts=draw_evaluation_charts, tables=_build_failure_tables),
     ReportSection("Needle in a haystack", "Share of questions about hidden facts that the model answers, by "
                   "the length of the context and their depth in it.", charts=_draw_needles),
     ReportSection("pass@k", "The probability that at least one of k responses to a prompt is correct "
-                  "(pass@k), or the most frequent answer (maj@k).", charts=passk_charts, tables=passk_tables),
+                  "(pass@k), or the most frequent answer (maj@k).", charts=draw_passk_charts,
+                  tables=build_passk_tables),
     ReportSection("Rounds", "In a round the policy writes responses, which are judged and trained; a group "
-                  "is the responses to one prompt.", charts=round_charts, tables=round_tables),
+                  "is the responses to one prompt.", charts=draw_round_charts, tables=build_round_tables),
     ReportSection("Validation", "Held-out prompts under the run's own reward (`rl run --validation`); "
-                  "RUN/validation stores the responses.", charts=validation_charts, tables=validation_tables),
+                  "RUN/validation stores the responses.", charts=draw_validation_charts,
+                  tables=build_validation_tables),
     ReportSection("Samples of responses", "From the newest sampled rounds, unedited.",
-                  tables=response_tables),
+                  tables=build_response_tables),
     ReportSection("Samples", _describe_samples, samples=_list_samples),
-    ReportSection("Warnings and faults", tables=_fault_tables))}
+    ReportSection("Warnings and faults", tables=_build_fault_tables))}

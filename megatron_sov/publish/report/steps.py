@@ -101,7 +101,7 @@ def build_curve(name: str, values_by_step: dict[int, float]) -> Curve:
                  np.array([values_by_step[step] for step in steps], dtype=np.float64))
 
 
-def last_value(curve: Curve | None) -> float:
+def get_last_value(curve: Curve | None) -> float:
     """Return a curve's last value, or NaN without a curve or points."""
     return float(curve.values[-1]) if curve is not None and len(curve.values) else math.nan
 
@@ -124,7 +124,7 @@ def downsample(curve: Curve, max_points: int) -> Curve:
     return Curve(curve.name, curve.steps[chosen], curve.values[chosen])
 
 
-def moving_mean(curve: Curve, window: int) -> Curve:
+def compute_moving_mean(curve: Curve, window: int) -> Curve:
     """Return the centred mean over `window` neighbouring values, fewer at the ends. Values must be finite."""
     # With cumulative sums, a window's sum is a single difference.
     sums = np.concatenate([[0.0], np.cumsum(curve.values)])

@@ -95,6 +95,8 @@ class PreflightConfig:
     """Check that ranks with a GPU can import Transformer Engine (required for bf16 on GPUs)."""
     max_allreduce_s: AboveZero = 10.0
     """Maximum time of a 64 MiB all-reduce over the whole job, after a warm-up."""
+    max_exchange_ratio: Annotated[float, Gt(1), Lt(math.inf)] = 3.0
+    """Maximum time of an exchange with other nodes relative to the median of all ranks. Assumed."""
     timeout_min: AtLeastOne = 10
     """Minutes after which the check itself counts as failed."""
 

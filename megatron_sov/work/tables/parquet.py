@@ -159,7 +159,7 @@ class TableFile:
 
     def __init__(self, path: Path, columns: pa.Schema) -> None:
         self.path, self.columns = path, columns
-        self._seal, self._new = "", create_file(path, create_parents=True)
+        self._new = create_file(path, create_parents=True)
 
     def __enter__(self) -> Self:
         self._temporary = self._new.__enter__()
@@ -175,15 +175,6 @@ class TableFile:
             with translate_disk_errors(self.path):
                 self._writer.write_table(table, row_group_size=table.num_rows)
 
-    def close(self) -> str:
-        """Seal the file under the temporary name; return the checksum."""
-        if not self._seal:
-            with translate_disk_errors(self.path):
-                seal_parquet(self._writer)
-                self._writer.close()
-                self._seal = seal_file(self._temporary)
-        return self._seal
-
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
         if kind is not None:
@@ -192,27 +183,28 @@ class TableFile:
             self._new.__exit__(kind, error, trace)
             return
         with contextlib.ExitStack() as stack:
-            # `close` runs before the rename: the file is sealed when it appears
+            # sealed before the rename, hence when it appears
             stack.push(self._new)
-            self.close()
+            with translate_disk_errors(self.path):
+                seal_parquet(self._writer)
+                self._writer.close()
+                seal_file(self._temporary)
 
 
-def iter_row_groups(files: Sequence[Path], seals: Sequence[str | None], hint: Callable[[Path], str]
-                    ) -> Iterator[list[pa.Table]]:
+def iter_row_groups(files: Sequence[Path], hint: Callable[[Path], str]) -> Iterator[list[pa.Table]]:
     """Yield row groups of a file, each with the corresponding row groups of files with added columns.
 
     Args:
         files: `TableFile` paths: the first file, then files with further columns for the same rows.
-        seals: required checksum per file; None accepts the file's own.
         hint: returns the hint for a damaged file.
 
     Raises:
         UserError: a file is missing, damaged, or has another number of rows.
     """
     opened = []
-    for file, seal in zip(files, seals, strict=True):
+    for file in files:
         with report_damage(file, hint(file)):
-            opened.append(open_sealed_parquet(file, hint(file), is_required=True, seal=seal))
+            opened.append(open_sealed_parquet(file, hint(file), is_required=True))
     for i in range(opened[0].num_row_groups):
         group: list[pa.Table] = []
         for file, parquet_file in zip(files, opened, strict=True):

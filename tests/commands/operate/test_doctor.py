@@ -43,6 +43,19 @@ def test_this_machine_can_train(read_output: Any) -> None:
         assert name in printed
 
 
+@pytest.mark.each(("has_gpu", "installed", "broken", "line"), [
+    (True, True, "deepep", "dispatchers: [alltoall, allgather, hybridep]"),
+    (True, False, "", "dispatchers: [alltoall, allgather]"),
+    (False, True, "", "its dispatchers are those of a GPU node")])
+def test_the_line_for_a_cluster_profile(has_gpu: bool, installed: bool, broken: str, line: str) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(gpu_checks, "has_gpu", lambda: has_gpu)
+        patch.setattr(gpu_checks.importlib.util, "find_spec", lambda name: installed or None)
+        patch.setattr(gpu_checks, "find_deep_ep_problem", lambda name: "ImportError" * (name == broken))
+        (check,) = gpu_checks.iter_profile_checks()
+    assert check.detail == line
+
+
 def test_missing_compiler_and_ninja_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", "/nowhere")

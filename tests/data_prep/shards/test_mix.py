@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from data_prep.cli import main
-from data_prep.shards import mix as mix_module
 from data_prep.shards.heldout import hash_document
 from data_prep.shards.mix import MixPart, parse_part, write_mix
 from data_prep.shards.pack import PackSettings, PackSource
@@ -75,7 +74,7 @@ def test_mix_copies_files_across_devices(parts: tuple[Path, Path], tmp_path: Pat
     def other_device(source: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
-    monkeypatch.setattr(mix_module.os, "link", other_device)
+    monkeypatch.setattr(os, "link", other_device)
     write_mix([MixPart(parts[0], None)], tmp_path / "out")
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/few/train-00000.bin").stat().st_nlink == 1

@@ -23,7 +23,7 @@ from megatron_sov.work.clusters.cluster import PreflightConfig
 
 LIMITS = {**asdict(PreflightConfig()), "num_gpus": 8, "ranks_per_node": 1}
 SOUND = NodeReport("n1", 0, num_gpus=8, free_disk_bytes=10**12, matmul_s=0.002, matmul_tflops=600.0,
-                   checksum=17.0, clock_skew_s=0.01, allreduce_s=0.1)
+                   checksum=17.0, clock_skew_s=0.01, allreduce_s=0.1, exchange_s=0.001)
 
 
 def find_sick(folder: Path, *reports: NodeReport, limits: dict[str, Any] = LIMITS) -> dict[str, str]:
@@ -54,6 +54,8 @@ def test_sound_nodes_pass(tmp_path: Path) -> None:
      "Transformer Engine does not import (OSError: libcublas.so.13: cannot open)"),
     ({"clock_skew_s": -30.0}, "its clock is -30.0 s off the others"),
     ({"allreduce_s": 11.0}, "the all-reduce took 11.00 s, at most 10 s wanted"),
+    ({"exchange_s": 0.004},
+     "an exchange with its fastest partner takes 4.00 ms, the others' median is 1.00 ms"),
 ])
 def test_a_sick_node_is_named_with_the_figure(tmp_path: Path, changed: dict[str, Any], message: str) -> None:
     assert find_sick(tmp_path, *OTHERS, replace(SOUND, node="n2", **changed)) == {"n2": f"rank 2: {message}"}
@@ -124,24 +126,58 @@ def test_a_rank_that_never_came_is_laid_to_its_node(tmp_path: Path) -> None:
     assert find_sick(tmp_path, *hung) == {"n2": "0 of 1 ranks came to look at it"}
 
 
-def test_an_all_reduce_failure_without_a_culprit_blames_no_node(tmp_path: Path) -> None:
+def test_failed_messages_without_a_culprit_blames_no_node(tmp_path: Path) -> None:
     hung = [replace(r, allreduce_s=None, error="timeout") for r in (*OTHERS, replace(SOUND, node="n2"))]
-    assert find_sick(tmp_path, *hung) == {"all nodes": "the all-reduce did not end (timeout)"}
+    assert find_sick(tmp_path, *hung) == {"all nodes": "messages between the ranks failed (timeout)"}
+    wrong = [replace(r, error="3 wrong sums") for r in (*OTHERS, replace(SOUND, node="n2"))]
+    assert find_sick(tmp_path, *wrong) == {"all nodes": "messages between the ranks failed (3 wrong sums)"}
     assert set(find_sick_nodes(tmp_path / "none", ["n1"], LIMITS)) == {"all nodes"}
 
 
-def test_two_ranks_look_at_this_machine(tmp_path: Path, warm_python: str) -> None:
+SLOW_SENDS = """import sys, time
+import torch.distributed as dist
+send = dist.batch_isend_irecv
+dist.batch_isend_irecv = lambda messages: (time.sleep(1), send(messages))[1]
+from megatron_sov.operate.slurm.preflight import main
+main(sys.argv[1:])
+"""
+"""Preflight of a rank whose exchanges take a second longer."""
+
+
+def run_preflight(python: str, folder: Path, commands: list[list[str]]) -> None:
+    """Run a rank of a node of its own per command, which are python's arguments before the preflight's."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    environment = {**os.environ, "WORLD_SIZE": str(len(commands)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT":
+                   port, "LOCAL_WORLD_SIZE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    processes = [subprocess.Popen([python, *command[:2], str(folder), "--timeout-s", "600", *command[2:]],
+                                  env={**environment, "RANK": str(rank), "SLURMD_NODENAME": f"n{rank + 1}"})
+                 for rank, command in enumerate(commands)]
+    assert [p.wait(600) for p in processes] == [0] * len(commands)
+
+
+def test_the_node_with_slow_exchanges_is_named(tmp_path: Path, warm_python: str) -> None:
+    """Of four nodes in groups of two, both members of a group see its slow all-to-all; exchanges with other
+    nodes tell them apart."""
+    sound, slow = ["-m", "megatron_sov.operate.slurm.preflight"], ["-c", SLOW_SENDS]
+    run_preflight(warm_python, tmp_path, [[*words, "--group-size", "2"]
+                                          for words in (sound, sound, slow, sound)])
+    reports = [NodeReport(**json.loads((tmp_path / f"rank-{rank}.json").read_text())) for rank in range(4)]
+    assert all(r.error == "" and r.alltoall_s > 0 for r in reports)
+    usual_s = max(r.exchange_s for r in reports if r.rank != 2)
+    assert usual_s < 1 < reports[2].exchange_s
+    limits = {**LIMITS, "num_gpus": 0, "min_free_disk_bytes": 1, "max_matmul_ratio": 1000,
+              "max_exchange_ratio": 1 / usual_s}
+    sick = find_sick_nodes(tmp_path, ["n1", "n2", "n3", "n4"], limits)
+    assert set(sick) == {"n3"} and "rank 2: an exchange with its fastest partner takes" in sick["n3"]
+
+
+def test_two_ranks_look_at_this_machine(tmp_path: Path, warm_python: str) -> None:
     read_only = Path("/proc/scratch")  # a folder in which not even root can write
-    processes = [subprocess.Popen(
-        [warm_python, "-m", "megatron_sov.operate.slurm.preflight", str(tmp_path), "--scratch", str(scratch),
-         "--timeout-s", "600"],
-        env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT":
-             port, "SLURMD_NODENAME": f"n{rank + 1}", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
-        for rank, scratch in enumerate((tmp_path / "new", read_only))]
-    assert [p.wait(600) for p in processes] == [0, 0]
+    run_preflight(warm_python, tmp_path, [
+        ["-m", "megatron_sov.operate.slurm.preflight", "--scratch", str(scratch)]
+        for scratch in (tmp_path / "new", read_only)])
     limits = {**LIMITS, "num_gpus": 0, "min_free_disk_bytes": 1, "max_matmul_ratio": 1000}
     sick = find_sick_nodes(tmp_path, ["n1", "n2"], limits)
     assert set(sick) == {"n2"} and "disk cannot be written (/proc/scratch" in sick["n2"]

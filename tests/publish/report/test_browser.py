@@ -16,7 +16,7 @@ MeasurePage = Callable[[Path, tuple[Screen, ...]], dict[tuple[str, int], dict[st
 PHONE, TABLET, NOTEBOOK = ("dark", 390, 844), ("light", 820, 1180), ("light", 1440, 900)
 """Colour scheme, width and height in pixels of three screens, as `measure_page` takes them."""
 FIRST_SCREEN = ["Held-out quality", "What it writes"]
-BELOW = ["What each stage gained", "Verdicts"]
+BELOW = ["Gain of each stage", "Verdicts"]
 """Titles of the opening panels, on the first screen and below it."""
 
 

@@ -12,10 +12,11 @@ from hypothesis import given, strategies as st
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.pages.page import Chart
 from megatron_sov.commands.operate.runs.run_state import format_run_state, read_run_state
-from megatron_sov.publish.report.charts import MAX_POINTS, heldout_charts, loss_charts, needle_charts
+from megatron_sov.publish.report.charts import (
+    MAX_POINTS, draw_heldout_charts, draw_loss_charts, draw_needle_charts)
 from megatron_sov.publish.report.page import render_report
 from megatron_sov.publish.report.run_data import read_run
-from megatron_sov.publish.report.steps import Curve, StepTable, downsample, moving_mean
+from megatron_sov.publish.report.steps import Curve, StepTable, compute_moving_mean, downsample
 from megatron_sov.runs.obs.events import EVENTS, EventLog, final_step_events, parse_event, read_events
 from tests.run_files import read_run_events
 
@@ -26,7 +27,7 @@ def list_series_names(chart: Chart) -> list[str]:
 
 def test_the_loss_is_drawn_at_every_step_with_its_moving_mean(runs: list[Path]) -> None:
     run = read_run(runs[0])
-    loss, _, by_source = loss_charts(run)
+    loss, _, by_source = draw_loss_charts(run)
     raw, mean = loss.plot.series
     assert (raw.name, raw.is_faint, mean.name) == ("each step", True, "mean of 8 steps")
     curve = run.get_curve("loss")
@@ -36,7 +37,7 @@ def test_the_loss_is_drawn_at_every_step_with_its_moving_mean(runs: list[Path]) 
 
 
 def test_phases_are_bands_and_restarts_are_rules(runs: list[Path]) -> None:
-    plot = loss_charts(read_run(runs[0]))[0].plot
+    plot = draw_loss_charts(read_run(runs[0]))[0].plot
     assert plot.bands == [("1", 1, 251), ("2.A", 251, 400)] and plot.rules == [("restart", 233)]
 
 
@@ -51,7 +52,7 @@ def test_a_diverged_run_is_marked_in_its_report(tmp_path: Path) -> None:
 
 
 def test_heldout_chart_has_a_line_for_each_source_and_the_total(runs: list[Path]) -> None:
-    (bits,) = heldout_charts(read_run(runs[0]))
+    (bits,) = draw_heldout_charts(read_run(runs[0]))
     assert list_series_names(bits) == ["english", "korean", "code", "all sources"]
     assert bits.plot.y.title == "bits per byte"
 
@@ -63,7 +64,7 @@ def test_needles_have_a_map_for_each_kind_and_language() -> None:
         for kind, gain in (("single", 0.1), ("multi-key", 0.0))
         for length, shares in ((4096, (0.9, 0.8, 0.7)), (8192, (0.6, 0.5, 0.4)))
         for depth, share in zip((0.0, 0.5, 0.95), (s + gain for s in shares), strict=True)]
-    single, many = needle_charts({"step": 7, "when": "after", "cells": cells})
+    single, many = draw_needle_charts({"step": 7, "when": "after", "cells": cells})
     heat = many.plot
     assert (heat.columns, heat.rows) == (["4,096", "8,192"], ["0 %", "50 %", "95 %"])
     np.testing.assert_allclose(heat.values, [[0.9, 0.6], [0.8, 0.5], [0.7, 0.4]], rtol=1e-6)
@@ -138,7 +139,7 @@ def test_downsampling_keeps_every_spike_of_a_long_curve() -> None:
 
 def test_moving_mean_agrees_with_convolution() -> None:
     values = np.random.default_rng(1).normal(size=101)
-    smooth = moving_mean(Curve("loss", np.arange(101), values), 7)
+    smooth = compute_moving_mean(Curve("loss", np.arange(101), values), 7)
     np.testing.assert_allclose(smooth.values[3:-3], np.convolve(values, np.ones(7) / 7, mode="valid"))
     np.testing.assert_allclose(smooth.values[0], values[:4].mean())
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_sov.publish.report.outcomes import find_headline_curves, gain_tables
+from megatron_sov.publish.report.outcomes import build_gain_tables, find_headline_curves
 from megatron_sov.publish.report.page import render_report
 from megatron_sov.publish.report.run_data import read_run
 from megatron_sov.runs.obs.events import EVENTS, EventLog
@@ -107,7 +107,7 @@ def test_each_stage_gains_on_its_first_figures(tmp_path: Path) -> None:
                     {"event": "step", "step": 1, "loss": 0.7, "meters": {"pairs_right": 0.5}},
                     {**pairs, "step": 1, "pairs_right": 1.0}, build_score(float("nan")), headline=[
                         {**vars(PAIRS[0]), "heldout": "heldout_pairs.pairs_right"}], comparable_loss=False)
-    (table,) = gain_tables([read_run(run) for run in (pretrain, sft, dpo)])
+    (table,) = build_gain_tables([read_run(run) for run in (pretrain, sft, dpo)])
     lower = "lower is better"
     assert table.rows == [
         ["pretrain", "held-out text, bits per byte", "5.000", "2.500", lower],
@@ -115,4 +115,4 @@ def test_each_stage_gains_on_its_first_figures(tmp_path: Path) -> None:
         ["sft", "held-out responses of chat, nats per token", "2.079", "1.386", lower],
         ["sft", "mean reward of 34 responses", "–", "0.25", "reward format"],
         ["dpo", "held-out pairs right", "50 %", "100 %", "higher is better"]]
-    assert gain_tables([read_run(log_stage(tmp_path / "none", "lm"))]) == []
+    assert build_gain_tables([read_run(log_stage(tmp_path / "none", "lm"))]) == []

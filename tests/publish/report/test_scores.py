@@ -6,8 +6,9 @@ from typing import Any
 
 from megatron_sov.base.figures import format_share
 from megatron_sov.base.pages.page import PageSection
-from megatron_sov.publish.report.evaluations import needle_curves, read_evaluations, source_curves
-from megatron_sov.publish.report.outcomes import verdict_tables
+from megatron_sov.publish.report.evaluations import (
+    extract_needle_curves, extract_source_curves, read_evaluations)
+from megatron_sov.publish.report.outcomes import build_verdict_tables
 from megatron_sov.publish.report.run_data import Run, read_run
 from megatron_sov.publish.report.scores import read_scores
 from megatron_sov.publish.report.sections import SECTIONS, build_sections
@@ -80,11 +81,11 @@ def test_files_become_curves_by_step_and_failures_a_table(tmp_path: Path) -> Non
     result = read_evaluations(tmp_path)
     assert [(evaluation.step, evaluation.task) for evaluation in result] == [
         (20, "needle"), (20, "pairs"), (20, "ppl"), (40, "ppl"), (100, "needle"), (100, "ppl")]
-    (bits,), (needles,) = source_curves(result, "ppl", "bits_per_byte"), needle_curves(result)
+    (bits,), (needles,) = extract_source_curves(result, "ppl", "bits_per_byte"), extract_needle_curves(result)
     assert (bits.name, bits.steps.tolist(), bits.values.tolist()) == ("ko", [20, 100], [2.5, 1.5])
     assert (needles.name, needles.steps.tolist()) == ("single, korean", [20])
     assert needles.values.tolist() == [100 * (4 + 1) / (4 + 4)]
-    (ranked,) = source_curves(result, "pairs", "chosen_likelier", 100)
+    (ranked,) = extract_source_curves(result, "pairs", "chosen_likelier", 100)
     assert (ranked.name, ranked.steps.tolist(), ranked.values.tolist()) == ("judged", [20], [75.0])
     (section,) = build_sections(read_run(tmp_path))
     assert section.title == "Evaluation during training" and len(section.charts) == 3
@@ -151,7 +152,7 @@ def test_files_with_equal_names_are_separate_prompt_sets() -> None:
 
 def list_verdicts(runs: list[Path]) -> list[list[str]]:
     """Return the rows of the verdict table of these run folders, as text without HTML tags."""
-    tables = verdict_tables([read_run(path) for path in runs])
+    tables = build_verdict_tables([read_run(path) for path in runs])
     return [[cell.striptags() if hasattr(cell, "striptags") else cell for cell in row]
             for table in tables for row in table.rows]
 

@@ -9,9 +9,10 @@ from megatron_sov.base.artifacts import create_artifact
 from megatron_sov.base.pages.page import Chart, PageSection
 from megatron_sov.cli import main
 from megatron_sov.publish.report.page import build_opening, render_report, split_by_model
-from megatron_sov.publish.report.rl_rounds import validation_curves
+from megatron_sov.publish.report.rl_rounds import extract_validation_curves
 from megatron_sov.publish.report.run_data import Run, read_rounds, read_run
-from megatron_sov.publish.report.sections import MAX_ROWS, SECTIONS, build_sections, cut_lines, key_figures
+from megatron_sov.publish.report.sections import (
+    MAX_ROWS, SECTIONS, build_sections, cut_lines, list_key_figures)
 from megatron_sov.runs.obs.events import EventLog
 
 
@@ -24,7 +25,7 @@ def test_sections_without_data_are_omitted(tmp_path: Path) -> None:
     log.write("conversion", target="hf",
               checks=[{"name": "logits", "value": 2e-3, "limit": 1e-3, "passed": False}])
     run = read_run(tmp_path)
-    assert build_sections(run) == [] == key_figures(run)
+    assert build_sections(run) == [] == list_key_figures(run)
     assert [p.title for p in build_opening([run])] == ["Verdicts"] and build_opening([Run("a", {})]) == []
     assert '<span class="bad">FAILED</span>' in render_report([run])
 
@@ -35,7 +36,7 @@ def test_a_run_without_steps_is_marked_as_started(tmp_path: Path) -> None:
 
 
 def test_key_figures(runs: list[Path]) -> None:
-    found = {label: (value, detail) for label, value, detail in key_figures(read_run(runs[1]))}
+    found = {label: (value, detail) for label, value, detail in list_key_figures(read_run(runs[1]))}
     assert found["Parameters"] == ("2.89 M", "1.12 M active for each token")
     assert found["Tokens trained"] == ("1.64 M", "400 steps")
     assert found["Needle score"] == ("97 %", "up to 2,048 tokens")
@@ -216,7 +217,7 @@ def test_the_report_shows_validations_and_the_newest_samples(tmp_path: Path) -> 
     (by_step,) = validation.tables
     assert len(by_step.rows) == 2 and by_step.rows[1] == [
         "10", "4", "8", "0.5000", "1: 50 % (10 % to 90 %); 2: 75 % (20 % to 100 %)", "12.0", "12.5 %"]
-    curves = validation_curves(run)
+    curves = extract_validation_curves(run)
     assert curves["reward"].values.tolist() == [0.25, 0.5]
     assert curves["pass_at_2"].values.tolist() == [0.5, 0.75]
     assert curves["domain/math/reward"].values.tolist() == [0.25, 0.5]

@@ -10,11 +10,13 @@ from megatron_sov.engine.parallel.storage_extension import TOOLS_COMMAND, find_m
 
 DEEP_EP_REMEDY = ("build the commit that containers/install.sh names: DEEPEP_ARCH=10.0 sh "
                   "containers/install.sh")
+PORTABLE = ("alltoall", "allgather")
+"""Values of `parallel.expert_dispatcher` that need no kernels."""
 FLA_REMEDY = "pip install fla-core==0.6.0, for models with linear attention"
 
 
 def iter_engine_checks() -> Iterator[MachineCheck]:
-    for group in (iter_compiler_checks, iter_quantization_checks, iter_deep_ep_checks,
+    for group in (iter_compiler_checks, iter_quantization_checks, iter_deep_ep_checks, iter_profile_checks,
                   iter_linear_attention_checks):
         yield from group()
 
@@ -50,6 +52,18 @@ def iter_deep_ep_checks() -> Iterator[MachineCheck]:
     reasons = {dispatcher: find_deep_ep_problem(dispatcher) for dispatcher in DEEP_EP_NAMES}
     yield MachineCheck("DeepEP", "warning" if all(reasons.values()) else "ok", _format_reasons(reasons),
                        DEEP_EP_REMEDY if any(reasons.values()) else "")
+
+
+def iter_profile_checks() -> Iterator[MachineCheck]:
+    """Print the line of a cluster profile with the dispatchers that import here."""
+    if not has_gpu():
+        yield MachineCheck("cluster profile", "missing", "its dispatchers are those of a GPU node",
+                           "run `megatron-sov doctor` there, in the job's Python")
+        return
+    is_installed = importlib.util.find_spec("deep_ep") is not None
+    kernels = [name for name in DEEP_EP_NAMES if is_installed and not find_deep_ep_problem(name)]
+    yield MachineCheck("cluster profile", "ok", f"dispatchers: [{', '.join([*PORTABLE, *kernels])}]",
+                       "cuda_graphs: [moe_router] after a run with graphs (docs/gpu.md)")
 
 
 def iter_linear_attention_checks() -> Iterator[MachineCheck]:

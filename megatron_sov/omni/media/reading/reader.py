@@ -47,12 +47,12 @@ class MediaReader:
     """Decodes media files below a folder; safe to use from several threads."""
 
     def __init__(self, root: Path, limits: MediaLimits | None = None, processes: int = 1) -> None:
-        """Prepare without starting a process.
+        """Create a reader; the first file starts a decoding process.
 
         Args:
             root: media folder; files outside are refused.
             limits: limits per file.
-            processes: most decoding processes at a time.
+            processes: maximum number of decoding processes.
 
         Raises:
             UserError: Pillow or soundfile is not installed.
@@ -63,7 +63,7 @@ class MediaReader:
         self.root, self.limits = root.resolve(), limits or MediaLimits()
         self._idle: queue.SimpleQueue[_DecoderProcess | None] = queue.SimpleQueue()
         for _ in range(processes):
-            # None stands for a process that the first request will start.
+            # None: the first request in this slot starts a process.
             self._idle.put(None)
         self._processes: weakref.WeakSet[_DecoderProcess] = weakref.WeakSet()
         self._lock = threading.Lock()
@@ -82,8 +82,8 @@ class MediaReader:
                 process.end()
 
     def read_picture(self, path: str, sides: tuple[int, ...], animated: str = "refuse") -> DecodedMedia:
-        """Decode a picture once per side, see `decoders.read_picture`. Raises `BadRecord`: the file cannot be
-        decoded; the reason completes a sentence that begins with its name."""
+        """Decode a picture for each side length, see `decoders.read_picture`. Raises `BadRecord`: the file
+        cannot be decoded; its reason is a predicate, such as "is truncated", that follows the file's name."""
         max_bytes = sum(3 * side * side for side in sides)
         return self._decode(path, {"kind": "picture", "sides": list(sides), "animated": animated}, max_bytes)
 
@@ -113,7 +113,7 @@ class MediaReader:
                 process = None
                 raise BadRecord(e.code, e.reason) from None
         finally:
-            # Also after an error: threads would wait forever for a lost slot.
+            # Return the slot after an error, too: other threads would wait forever for it.
             self._idle.put(process)
         return DecodedMedia(arrays, str(facts["mime_type"]), int(facts.get("width", 0)),
                             int(facts.get("height", 0)), float(facts.get("duration_s", 0.0)))

@@ -133,21 +133,3 @@ def test_a_message_never_proposes_to_delete_a_folder_above_the_run(tmp_path: Pat
     assert "-samefile" in message and f"delete {tmp_path}" not in message
     assert explain_deletion(tmp_path / "shared/mine/out/shared/02-unique-a/x/y").startswith(
         f"delete {tmp_path}/shared/mine/out/shared/02-unique-a and")
-
-
-def test_files_of_passes_may_move_with_the_run_but_not_between_steps(tmp_path: Path) -> None:
-    one, other = tmp_path / "shared/02-unique-aaaa", tmp_path / "shared/02-unique-bbbb"
-    records = np.zeros(4, RECORD)
-    for folder, value in ((one, 1), (other, 2)):
-        write_array(folder / "a.npy", np.full(9, value))
-        records["doc"] = value
-        write_buckets(folder / "b", records, np.zeros(4, np.int64), 2)
-    moved = tmp_path / "moved"
-    shutil.copytree(tmp_path / "shared", moved / "shared")
-    assert read_array(moved / "shared" / one.name / "a.npy")[0] == 1
-    assert read_bucket(moved / "shared" / one.name / "b", RECORD, 0)["doc"][0] == 1
-    for name in ("a.npy", "b"):
-        shutil.copyfile(other / name, one / name)
-    for read in (lambda: read_array(one / "a.npy"), lambda: read_bucket(one / "b", RECORD, 0)):
-        with pytest.raises(UserError, match=r"from its own checksum.*delete .*02-unique-aaaa"):
-            read()

@@ -1,5 +1,6 @@
 """Division of sources into shards, and addresses (hashes of content and settings) of a run's files."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -7,9 +8,10 @@ import pytest
 
 from data_prep.curate.pipeline import plan as plan_module
 from data_prep.curate.pipeline.addresses import check_unchanged, compute_address, hash_tree, read_file_mark
-from data_prep.curate.pipeline.plan import link_or_copy, split_into_shards
+from data_prep.curate.pipeline.plan import split_into_shards
 from data_prep.curate.sources.source import SourcePiece
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.outputs import link_or_copy
 
 
 def split_sizes(*sizes: int) -> list[list[int]]:
@@ -29,12 +31,17 @@ def test_a_shard_ends_before_it_exceeds_its_size(monkeypatch: pytest.MonkeyPatch
 
 def test_files_are_copied_if_hard_links_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
-        raise PermissionError("no hard links here")
+        raise PermissionError(errno.EPERM, "no hard links here")
 
     monkeypatch.setattr(os, "link", refused)
     (tmp_path / "a").write_text("text")
     link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "text" and not (tmp_path / "a").samefile(tmp_path / "b")
+
+
+def test_a_missing_file_is_not_linked(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="a: is missing; make it again or restore it from a copy"):
+        link_or_copy(tmp_path / "a", tmp_path / "b")
 
 
 def test_an_address_depends_on_values_but_not_on_key_order() -> None:

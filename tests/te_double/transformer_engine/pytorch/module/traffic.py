@@ -24,4 +24,4 @@ def reduce(tensor: torch.Tensor, group: Any) -> torch.Tensor:
 
 def reduce_scatter(tensor: torch.Tensor, group: Any) -> torch.Tensor:
     """Return this rank's shard, along the first axis, of the sum over all ranks."""
-    return reduce(tensor, group).chunk(group.size())[group.rank()].contiguous()
+    return reduce(tensor, group).chunk(group.size())[group.rank()].clone()  # a view would hold the whole sum
