@@ -130,7 +130,8 @@ def test_invalid_values_raise_user_error(haystacks: dict[str, Haystack]) -> None
 def test_questions_cover_all_test_sentences(haystacks: dict[str, Haystack]) -> None:
     haystack = haystacks["heldout"]
     suite = NeedleSuite((haystack,), ("multi-key",), (200,), (0.5,), 6, 0.3)
-    questions = {tuple(q) for q in suite.questions()}
+    questions = {(*slots[0], *pair.tolist()) for slots in haystack.form.sentences[True]
+                 for pair in haystack.form.pairs[True]}
     assert len(questions) == len(haystack.form.pairs[True]) * len(haystack.form.sentences[True])
     for _, _, examples in suite.examples():
         for example in examples:
