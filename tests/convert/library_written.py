@@ -121,6 +121,7 @@ def save_fsdp_checkpoint(out: str, name: str) -> list[float]:
         preprocess_state_dict_for_uneven_dtensor)
     from megatron.core.transformer.fsdp_dtensor_checkpoint import (
         handle_experts_in_state_dict, handle_swiglu_in_state_dict)
+
     from megatron_sov.engine.parallel.world import join_world, leave_world
     from megatron_sov.model.config import ParallelConfig
 
