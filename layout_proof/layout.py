@@ -22,8 +22,7 @@ class Layout:
     vpp: int = 1
     cp: int = 1
     ep: int = 1
-    etp: int = 0
-    """Tensor parallel size of experts; 0: `tp`, as in Megatron-Core."""
+    etp: int = 0  # tensor parallel size of experts; 0: `tp`, as in Megatron-Core
     sp: bool = False
     distributed_optimizer: bool = False
 

@@ -18,8 +18,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer
 from layout_proof.simulated_messages import CallSite
 
 Sums = tuple[float, float]
-StepModule = tuple[int, str]
-"""(step, name of a module or part)."""
+StepModule = tuple[int, str]  # (step, name of a module or part)
 BEFORE_FORWARD = "before the first module"
 AFTER_FORWARD, AFTER_BACKWARD = "forward behind ", "backward of "
 """Prefixes for step parts: a module has returned, or the gradient for a module's output has arrived."""
@@ -28,8 +27,7 @@ REDUCTION_GROUP = "DATA_PARALLEL"
 _EXPERT = re.compile(r"\.local_experts\.\d+")
 _PARTIAL = re.compile(r"\.mlp\.experts(\.local_experts\.\d+(\.linear_fc2)?)?$")
 """Expert modules whose output is partial under expert tensor parallelism."""
-MAX_EXPERTS = 16
-"""Maximum local experts per layer for sums per expert."""
+MAX_EXPERTS = 16  # maximum local experts per layer for sums per expert
 _REPLICA_TOLERANCE = 1e-12
 """Relative tolerance: sums this close belong to replicas of a tensor; sums of two parts differ more."""
 
@@ -38,12 +36,9 @@ _REPLICA_TOLERANCE = 1e-12
 class ModuleSums:
     """A process's sums and messages."""
 
-    group: tuple[int, ...]
-    """Ranks in the tensor-parallel group."""
-    expert_group: tuple[int, ...]
-    """Ranks in the expert tensor-parallel group."""
-    step: int = 1
-    """Current step, set by the caller."""
+    group: tuple[int, ...]  # ranks in the tensor-parallel group
+    expert_group: tuple[int, ...]  # ranks in the expert tensor-parallel group
+    step: int = 1  # current step, set by the caller
     forward: dict[StepModule, Sums] = field(default_factory=dict)
     """(step, module) -> output sums, in the order of first calls."""
     backward: dict[StepModule, Sums] = field(default_factory=dict)
@@ -52,8 +47,7 @@ class ModuleSums:
     last."""
     sent: dict[StepModule, dict[CallSite, None]] = field(default_factory=dict)
     """(step, part) -> call sites, in the order of their first messages."""
-    part: str = "building"
-    """Current part of the step."""
+    part: str = "building"  # current part of the step
 
     def begin_step_part(self, part: str) -> None:
         self.part, key = part, (self.step, part)

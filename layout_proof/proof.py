@@ -35,15 +35,11 @@ SHOWN = 8
 class LayoutVerdict:
     """Result of `prove_layout`."""
 
-    outcome: str
-    """`EQUAL`, `DIFFERS`, `STANDS` (a deadlock) or `FAILS` (an error on a rank)."""
+    outcome: str  # `EQUAL`, `DIFFERS`, `STANDS` (a deadlock) or `FAILS` (an error on a rank)
     layout: Layout
-    largest: float = 0.0
-    """Largest relative difference."""
-    places: list[str] = field(default_factory=list)
-    """Differing modules, parameters and numbers in order."""
-    sites: list[str] = field(default_factory=list)
-    """Messages at the first difference, with file and line."""
+    largest: float = 0.0  # largest relative difference
+    places: list[str] = field(default_factory=list)  # differing modules, parameters and numbers in order
+    sites: list[str] = field(default_factory=list)  # messages at the first difference, with file and line
     num_tensors: int = 0
     num_messages: int = 0
     seconds: float = 0.0

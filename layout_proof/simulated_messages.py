@@ -25,12 +25,9 @@ class Deadlock(Exception):
 class CallSite:
     """Source line that sends a message."""
 
-    kind: str
-    """Collective, for example `allreduce`."""
-    group: str
-    """Megatron-Core's description of the group, for example `TENSOR_MODEL_PARALLEL_GROUP`."""
-    where: str
-    """File, line and function in Megatron-Core or its caller."""
+    kind: str  # collective, for example `allreduce`
+    group: str  # megatron-Core's description of the group, for example `TENSOR_MODEL_PARALLEL_GROUP`
+    where: str  # file, line and function in Megatron-Core or its caller
 
     def __str__(self) -> str:
         return f"{self.kind} over {self.group} at {self.where}"
@@ -49,12 +46,9 @@ class CallPart:
     outputs: list[torch.Tensor]
     input_sizes: list[int] = field(default_factory=list)
     output_sizes: list[int] = field(default_factory=list)
-    how: str = ""
-    """Attribute that must be equal on all members: reduction, source or target rank."""
-    value: Any = None
-    """Python object in an object gather."""
-    values: list[Any] = field(default_factory=list)
-    """List that receives all members' objects."""
+    how: str = ""  # attribute that must be equal on all members: reduction, source or target rank
+    value: Any = None  # python object in an object gather
+    values: list[Any] = field(default_factory=list)  # list that receives all members' objects
 
 
 def detach_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:

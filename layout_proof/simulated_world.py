@@ -37,8 +37,7 @@ STACK_BYTES = 4 << 20
 """Stack size per thread: a thousand stacks of the default 8 MiB fail under strict memory accounting."""
 _M_ARENA_MAX = -8  # malloc.h
 _RANDOM_STATES = ("_CUDA_RNG_STATE_TRACKER", "_CUDA_RNG_STATE_TRACKER_INITIALIZED")
-MAX_NAMED_RANKS = 6
-"""Waiting ranks or messages named in an error."""
+MAX_NAMED_RANKS = 6  # waiting ranks or messages named in an error
 
 # torch overloads the methods for C++, not for Python
 _ProcessGroup: Any = dist.ProcessGroup
@@ -50,8 +49,7 @@ class SimulatedRanks:
     def __init__(self, size: int, fault: MessageFault | None = None) -> None:
         """Store the number of ranks, and a function that changes messages; `run` starts the threads."""
         self.size, self.fault = size, fault
-        self.sites: dict[CallSite, int] = {}
-        """Call site -> message count over ranks."""
+        self.sites: dict[CallSite, int] = {}  # call site -> message count over ranks
         self.watch: Callable[[int, CallSite], None] | None = None
         """Called with (rank, call site) for each message."""
         self.calls: dict[tuple[str, int], _Call] = {}

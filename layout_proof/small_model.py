@@ -1,4 +1,4 @@
-"""A user's model builder with small widths: a layout's errors do not depend on widths if ranks have shards."""
+"""A user's model builder with small widths: a layout's errors do not depend on widths."""
 
 import dataclasses
 import importlib.util
@@ -46,10 +46,8 @@ class SmallModel:
     """The builder, with small arguments for ranks."""
 
     builder: Builder
-    config: Any
-    """`TransformerConfig` with small widths, for one rank."""
-    arguments: dict[str, Any]
-    """Small values for the arguments of `GPTModel` or `HybridModel`."""
+    config: Any  # `TransformerConfig` with small widths, for one rank
+    arguments: dict[str, Any]  # small values for the arguments of `GPTModel` or `HybridModel`
     row_tokens: int
 
     def use_small_arguments(self) -> Any:

@@ -23,13 +23,10 @@ from layout_proof.module_sums import ModuleSums, observe_modules
 from layout_proof.simulated_world import use_single_thread
 from layout_proof.small_model import SmallModel
 
-STEPS = 2
-"""The second step shows that weights and optimizer state after the first step agree."""
+STEPS = 2  # the second step shows that weights and optimizer state after the first step agree
 MICRO_BATCH_SIZE = 2
-LEARNED_SHARE = 0.7
-"""Share of learned tokens in `loss_mask`, unequal between ranks."""
-CLIP_GRAD = 0.1
-"""Small enough that the gradient is clipped."""
+LEARNED_SHARE = 0.7  # share of learned tokens in `loss_mask`, unequal between ranks
+CLIP_GRAD = 0.1  # small enough that the gradient is clipped
 SPREAD = 0.05
 """Standard deviation added to initial weights, since equal norm weights would hide exchanged shards."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -43,11 +40,9 @@ class Piece:
 
     key: Key
     global_shape: tuple[int, ...]
-    block: tuple[slice, ...]
-    """Indices in the global tensor."""
+    block: tuple[slice, ...]  # indices in the global tensor
     start: int
-    values: torch.Tensor
-    """[stop - start] local elements."""
+    values: torch.Tensor  # [stop - start] local elements
 
 
 @contextlib.contextmanager
