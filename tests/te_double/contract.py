@@ -142,7 +142,8 @@ def find_te_names() -> set[str]:
 def describe_megatron() -> dict[str, Any]:
     """Return the contract of the installed megatron-core."""
     sources, version = Sources(site_folder("megatron")), importlib.metadata.version("megatron-core")
-    names = find_used_names(ROOT / "megatron_sov", MEGATRON) | set(REACHED)
+    names = {name for package in ("megatron_sov", "layout_proof")
+             for name in find_used_names(ROOT / package, MEGATRON)} | set(REACHED)
     return {"version": version,
             "symbols": {name: describe(sources, name, private=True) for name in sorted(names)},
             "fields": {name: sources.fields(path) for name, path in CONFIGS.items()}}
