@@ -224,8 +224,7 @@ def retrieval_stages(root: Path, sources: list[str]) -> list[Stage]:
              "blend": {"needle": 1}, "parts": [short]}
     gate = settings(extend__stages=json.dumps([stage]), extend__gate__every_steps=GATE_STEPS,
                     extend__gate__min_accuracy=0.8, extend__gate__loss_tolerance_nats=0.1,
-                    extend__gate__max_overlap=0.3, train__global_batch_size=4, train__micro_batch_size=2,
-                    optim__lr=5e-3, optim__min_lr=5e-4)
+                    train__global_batch_size=4, train__micro_batch_size=2, optim__lr=5e-3, optim__min_lr=5e-4)
     texts = settings(data__phases=json.dumps([{"name": "text", "seq_len": NEAR, "blend": {language: 1}}]),
                      train__steps=20)
     recipe = RETRIEVAL_RECIPE

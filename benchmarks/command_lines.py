@@ -16,7 +16,7 @@ def run_command(log: Path, module: str, *arguments: str | Path) -> None:
     """Run `python -m MODULE ARGUMENTS` on one thread, and append its output to the file `log`.
 
     Raises:
-        SystemExit: the command failed.
+        SystemExit: the command failed; the message has the end of the log.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     words = [module, *map(str, arguments)]
@@ -24,7 +24,7 @@ def run_command(log: Path, module: str, *arguments: str | Path) -> None:
         code = subprocess.run([sys.executable, "-W", "ignore", "-m", *words], stdout=output, stderr=output,
                               env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
     if code:
-        raise SystemExit(f"{log}: {' '.join(words)} ended with exit code {code}")
+        raise SystemExit(f"{log}: {' '.join(words)} ended with exit code {code}\n{log.read_text()[-2000:]}")
 
 
 def format_settings(*settings: str) -> list[str]:

@@ -99,7 +99,6 @@ ALONE = {
     "megatron_sov/work/endpoints/http_client.py": "imports openai, which its user must not import at the top",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",
     "megatron_sov/commands/rl/teacher_models.py": "finds teachers; imports torch",
-    "megatron_sov/post/extend/contamination.py": "searches data; training stages is another subject",
     "megatron_sov/checkpoint/gather.py": "megatron's side of exporting a live model",
     "megatron_sov/judge/rewards/check_program.py": _INSIDE,
     "megatron_sov/judge/tools/worlds/virtual_program.py": _INSIDE,

@@ -1,1 +1,1 @@
-"""What others read of a run: reports."""
+"""HTML reports on runs."""

@@ -4,9 +4,11 @@ import argparse
 import queue
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock, patch
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch.nn.functional import silu
 
 VOCAB_SIZE, PADDED_VOCAB_SIZE, NUM_LAYERS = 120, 128, 4
@@ -108,3 +110,70 @@ def save_state(state: dict[str, Any], folder: Path, metadata: dict[str, Any] | N
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     dist_checkpointing.save(state, str(folder), content_metadata=metadata)
+
+
+def save_fsdp_checkpoint(out: str, name: str) -> list[float]:
+    """Save a random bfloat16 model under Megatron-FSDP as Megatron-LM does (`fsdp_dtensor`); return logits.
+
+    The first moments are half the weights, the second moments their squares.
+    """
+    from megatron.core.distributed.fsdp.src.megatron_fsdp.uneven_dtensor import (
+        preprocess_state_dict_for_uneven_dtensor)
+    from megatron.core.transformer.fsdp_dtensor_checkpoint import (
+        handle_experts_in_state_dict, handle_swiglu_in_state_dict)
+
+    from megatron_sov.engine.parallel.world import join_world, leave_world
+    from megatron_sov.model.config import ParallelConfig
+
+    join_world(ParallelConfig())
+    torch.manual_seed(7)
+    model = _model(MODELS[name], {}).bfloat16().float()
+    logits = _logits(model)
+    # on a CPU all streams of the library are one
+    with torch.no_grad(), patch.multiple(
+            torch.cuda, Stream=MagicMock(), current_stream=MagicMock(), stream=MagicMock(),
+            current_device=lambda: 0, get_rng_state=torch.get_rng_state, set_rng_state=MagicMock()):
+        wrapped, optimizer = _shard_by_fsdp(model)
+        weights = wrapped.module.state_dict_for_save_checkpoint()
+        state = optimizer.sharded_state_dict(
+            weights, metadata={"distrib_optim_sharding_type": "fsdp_dtensor"})
+        weights, state = handle_swiglu_in_state_dict(wrapped.module, weights, state)
+        weights = handle_experts_in_state_dict(weights, model.config.num_moe_experts)
+    args = arguments(MODELS[name])
+    args.global_batch_size = 8
+    content = {"model": weights, "optimizer": state, "args": args, "iteration": 12, "checkpoint_version": 3.0,
+               "opt_param_scheduler": {"max_lr": 0.01, "min_lr": 0.001, "num_steps": 96, "end_wd": 0.1,
+                                       "lr_decay_style": "cosine", "lr_decay_steps": 800,
+                                       "lr_warmup_steps": 16}}
+    preprocess_state_dict_for_uneven_dtensor(content)
+    dcp.save(content, storage_writer=dcp.FileSystemWriter(Path(out) / "iter_0000012"))
+    dist.barrier()
+    leave_world()
+    return [float(x) for x in logits.flatten()]
+
+
+def _shard_by_fsdp(model: Any) -> tuple[Any, Any]:
+    """Return the model in Megatron-FSDP's wrapper, and its optimizer after a step."""
+    from megatron.core.distributed import DistributedDataParallelConfig
+    from megatron.core.distributed.fsdp.mcore_fsdp_adapter import FullyShardedDataParallel
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.transformer.module import Float16Module
+
+    model.config.bf16, model.config.params_dtype = True, torch.bfloat16
+    wrapped = FullyShardedDataParallel(
+        model.config, DistributedDataParallelConfig(use_megatron_fsdp=True, use_distributed_optimizer=True,
+                                                    data_parallel_sharding_strategy="optim_grads_params"),
+        Float16Module(model.config, model), device=torch.device("cpu"))
+    settings = OptimizerConfig(optimizer="adam", lr=0.01, min_lr=0.001, weight_decay=0.1, adam_beta2=0.95,
+                               bf16=True, params_dtype=torch.bfloat16, use_distributed_optimizer=True)
+    optimizer = get_megatron_optimizer(settings, [wrapped], use_gloo_process_groups=False)
+    parameters = [param for group in optimizer.optimizer.param_groups for param in group["params"]]
+    values = [param.to_local().clone() for param in parameters]
+    for param in parameters:
+        param.grad = torch.zeros_like(param)
+    optimizer.optimizer.step()
+    for param, value in zip(parameters, values, strict=True):
+        param.to_local().copy_(value)
+        optimizer.state[param]["exp_avg"].to_local().copy_(value / 2)
+        optimizer.state[param]["exp_avg_sq"].to_local().copy_(value.square())
+    return wrapped, optimizer

@@ -165,12 +165,12 @@ def describe_called_files(sources: Sources, names: set[str], *, private: bool) -
         file = sources.path_in_wheel(home)
         signatures = read_signatures(sources.folder / file)
         hidden = "__" if private else "_"
-        kept = {name: arguments for name, arguments in signatures.items() if name == node.name or (
+        described = {name: arguments for name, arguments in signatures.items() if name == node.name or (
             name.startswith(f"{node.name}.") and name.count(".") == 1
             and (not name.partition(".")[2].startswith(hidden) or name.endswith((".__init__", ".__call__"))))}
         if node.name in found.get(file, {}):
             continue
-        found.setdefault(file, {}).update(kept)
+        found.setdefault(file, {}).update(described)
         if isinstance(node, ast.ClassDef):
             bases = [f"{home}.{ast.unparse(base)}" for base in node.bases]
             waiting += [definition for base in bases if (definition := sources.find(base))]

@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from data_prep.curate.dedup.work_files import (
     Numbering, Records, Register, compute_key_partitions, get_ranks, list_part_files, read_bucket,
-    register_documents, write_buckets)
+    read_partition, register_documents, write_buckets)
 from data_prep.curate.pipeline.step import KEPT, Doc, Pass, ShardRef, Step, StepOutcome, View
 
 KEY_BYTES = 16
@@ -117,8 +117,8 @@ def write_surplus(view: View, partition: int, num_partitions: int, output: Path)
     """Write a partition's `SURPLUS` records to a file in the folder `output`, with a bucket for each rank;
     `view.work_folder / "keys"` holds a file from `write_occurrences` for each rank."""
     num_ranks = len(view.shards)
-    records = np.concatenate([read_bucket(view.work_folder / "keys" / f"{rank:06}", OCCURRENCE, partition)
-                              for rank in range(num_ranks)])
+    files = [view.work_folder / "keys" / f"{rank:06}" for rank in range(num_ranks)]
+    records = read_partition(files, OCCURRENCE, partition, num_partitions)
     records = records[np.lexsort((records["doc"], records["key"]))]
     is_first = np.ones(len(records), np.bool_)
     is_first[1:] = records["key"][1:] != records["key"][:-1]

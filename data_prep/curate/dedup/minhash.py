@@ -26,7 +26,7 @@ from data_prep.curate.dedup.exact import DuplicateFilter, Partitions
 from data_prep.curate.dedup.minhash_loops import count_common, hash_bands, lower_signature
 from data_prep.curate.dedup.work_files import (
     ROW_MASK, Numbering, Records, Register, compute_key_partitions, get_ranks, get_rows, list_part_files,
-    read_bucket, register_documents, write_array, write_buckets)
+    read_bucket, read_partition, register_documents, write_array, write_buckets)
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from data_prep.damaged_files import explain_deletion
 from megatron_sov.base.artifacts import create_file
@@ -116,8 +116,8 @@ class MinhashDedup(Step):
 
     def _pair_documents(self, view: View, task: int) -> None:
         num_ranks = len(view.shards)
-        bands = np.concatenate([read_bucket(view.work_folder / "bands" / f"{rank:06}", BAND, task)
-                                for rank in range(num_ranks)])
+        files = [view.work_folder / "bands" / f"{rank:06}" for rank in range(num_ranks)]
+        bands = read_partition(files, BAND, task, self.settings.partitions)
         write_pairs(view.work_folder / "pairs" / f"{task:05}", pair_documents(bands, DocumentOrder(view)),
                     num_ranks)
 

@@ -9,6 +9,7 @@ A document number is ``rank << 32 | row``. Ranks order shards by descending sour
 pipeline. If two texts are equal, the smaller document number stays.
 """
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from data_prep.curate.pipeline.step import Doc, ShardRef, View
@@ -23,6 +25,7 @@ from data_prep.damaged_files import explain_deletion, read_array, write_array
 from megatron_sov.base.artifacts import create_file
 from megatron_sov.base.digests import Digest
 from megatron_sov.base.errors import UserError
+from megatron_sov.base.figures import format_memory
 
 Records = NDArray[Any]
 """Structured array [num_records]."""
@@ -30,6 +33,8 @@ ROW_BITS = np.uint64(32)
 ROW_MASK = np.uint64((1 << 32) - 1)
 _PLACE = np.dtype("<u8")
 _OPEN_FILES = 64
+SORT_COPIES = 4
+"""Memory for sorting a partition, in multiples of its size."""
 
 
 @contextmanager
@@ -92,6 +97,20 @@ def read_bucket(path: Path, dtype: np.dtype[Any], bucket: int) -> Records:
         raise UserError(f"{path}: is damaged (part {bucket} differs from its own checksum); "
                         f"{explain_deletion(path)}")
     return np.frombuffer(raw, dtype)
+
+
+def read_partition(files: Sequence[Path], dtype: np.dtype[Any], partition: int, num_partitions: int
+                   ) -> Records:
+    """Read a partition's records from the shards' files. Raises `UserError`: sorting them needs more than
+    half of the available memory."""
+    needs_bytes = SORT_COPIES * sum(file.stat().st_size for file in files) // num_partitions
+    usable_bytes = psutil.virtual_memory().available // 2
+    if needs_bytes > usable_bytes:
+        enough = 1 << math.ceil(math.log2(num_partitions * needs_bytes / max(1, usable_bytes)))
+        raise UserError(f"{files[0].parent}: a partition takes {format_memory(needs_bytes)} to sort, and a "
+                        f"task may take {format_memory(usable_bytes)} of this machine; set `partitions: "
+                        f"{enough}` in the step, or run it on a machine with more memory")
+    return np.concatenate([read_bucket(file, dtype, partition) for file in files])
 
 
 def _compute_checksum(bucket: int, begin: int, records: Records) -> int:

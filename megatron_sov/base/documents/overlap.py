@@ -11,7 +11,6 @@ A polynomial hash modulo 2^64 (Karp and Rabin, 1987) identifies each run of word
 import unicodedata
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -137,16 +136,6 @@ def hash_stretches(ids: NDArray[np.uint64], begins: NDArray[np.int64], ends: NDA
     np.cumsum(ids * inverses, out=sums[1:])
     hashes: NDArray[np.uint64] = powers[ends - 1] * (sums[ends] - sums[begins])
     return hashes ^ (hashes >> _SHIFT)
-
-
-def hash_windows(tokens: NDArray[Any], window: int) -> NDArray[np.uint64]:
-    """Return a hash per window of `window` token ids, uint64 [n - window + 1]; empty if n < window."""
-    count = len(tokens) - window + 1
-    if count < 1:
-        return np.zeros(0, np.uint64)
-    begins = np.arange(count)
-    # plus one: id 0 would not contribute, and windows of different lengths could have equal sums
-    return hash_stretches(tokens.astype(np.uint64) + np.uint64(1), begins, begins + window)
 
 
 def _get_powers(count: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:

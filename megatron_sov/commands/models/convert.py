@@ -74,8 +74,8 @@ class ToHfOptions(ConversionOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class FromMegatronOptions(ConversionOptions):
-    """Convert a torch_dist checkpoint from Megatron-LM, Megatron-Bridge or NeMo to a checkpoint that loads at
-    any layout."""
+    """Convert a torch_dist or fsdp_dtensor checkpoint from Megatron-LM, Megatron-Bridge or NeMo to a
+    checkpoint that loads at any layout."""
 
     megatron_dir: Annotated[Path, Flag("DIR")]
     """Iteration folder (iter_0001000), or its parent folder."""

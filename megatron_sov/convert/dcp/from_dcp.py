@@ -11,7 +11,6 @@ import torch
 
 from megatron_sov.base.artifacts import check_output_folder
 from megatron_sov.base.errors import UserError
-from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.companion_files import read_token_ids
 from megatron_sov.convert.dcp.names import EMBEDDINGS, TITAN_BIAS, Part, check_names, list_forms, order_rotary
@@ -20,7 +19,7 @@ from megatron_sov.convert.dtypes import KEEP, check_dtype_name, choose_dtype
 from megatron_sov.convert.hf_import import (
     ImportSource, StateBlock, TrainingState, list_states, write_imported)
 from megatron_sov.convert.megatron.from_megatron import (
-    METADATA, DistTensors, ImportReport, parse_archive, read_adamw, read_numbers)
+    METADATA, DistTensors, ImportReport, read_adamw, read_numbers, read_objects)
 from megatron_sov.convert.megatron.inert_pickle import (
     TORCH_STATE_KEY, TRAINING_PREFIXES, parse_file, read_index)
 from megatron_sov.convert.sources import BlockPlace, Weights, check_dtypes, check_shapes, has_same_bits
@@ -33,7 +32,7 @@ from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, checkpoint_step
 
 STEP = "step"
 """Torch's name of AdamW's update count."""
-COUNTERS = ("lr_scheduler.last_epoch", "train_state.step")
+COUNTER_KEY = re.compile(r"(?:.+\.)?(lr_scheduler\.last_epoch|train_state\.step)")
 SCHEDULER_KEY = re.compile(r"(?:.+\.)?lr_scheduler\.(.+)")
 
 
@@ -151,8 +150,8 @@ class DcpWeights(Weights):
             (first, key), (second, other), *_ = counts.items()
             raise UserError(f"{self.path}: its optimizer counts {first:g} updates in {key} and {second:g} in "
                             f"{other}, but a run has one count; pass --weights-only")
-        steps = [value for key in self._objects if key.endswith(COUNTERS)
-                 if type(value := self._read_object(key)) is int]
+        steps = [value for value in read_objects(self.path, self._objects, COUNTER_KEY).values()
+                 if type(value) is int]
         values = {"updates": next(iter(counts)), STEP: next(iter([*steps, *counts]))}
         numbers = read_numbers(self.path, values, {name: name for name in values})
         settings = self._read_settings(self._list_parts(self._links_by_name[EMBEDDING])[0].key)
@@ -166,7 +165,8 @@ class DcpWeights(Weights):
 
     def _read_settings(self, parameter: str) -> dict[str, Any]:
         """Return our settings for the parameter group of a matrix."""
-        group = self._read_fields(re.compile(rf".+\.param_groups\.{re.escape(parameter)}\.(\w+)"))
+        group = read_objects(self.path, self._objects,
+                             re.compile(rf".+\.param_groups\.{re.escape(parameter)}\.(\w+)"))
         group["lr"] = group.get("initial_lr", group.get("lr"))
         names = {f"optim.{field}": field for field in ("lr", "weight_decay")
                  if isinstance(group.get(field), (int, float))}
@@ -176,7 +176,7 @@ class DcpWeights(Weights):
         """Return our settings for torch's CosineAnnealingLR or falling LinearLR, alone or after a warm-up
         (SequentialLR) that is over; {} for other schedules, for example LambdaLR, whose function is not
         stored."""
-        fields = self._read_fields(SCHEDULER_KEY)
+        fields = read_objects(self.path, self._objects, SCHEDULER_KEY)
         milestones = fields.get("_milestones", [0])
         warmup, prefix = fields.get("_schedulers.0.total_iters", 0), ""
         if "_milestones" in fields:
@@ -195,20 +195,6 @@ class DcpWeights(Weights):
             return {}
         values = {"optim.min_lr": floor, "optim.warmup_steps": warmup, "train.steps": steps + warmup}
         return {"optim.schedule": kind} | read_numbers(self.path, values, {name: name for name in values})
-
-    def _read_fields(self, keys: re.Pattern[str]) -> dict[str, Any]:
-        """Return name -> value of the stored objects whose key matches; the first group is the name."""
-        matches = {key: match for key in self._objects if (match := keys.fullmatch(key))}
-        return {match[1]: self._read_object(key) for key, match in matches.items()}
-
-    def _read_object(self, key: str) -> Any:
-        """Parse a number or a tuple of numbers; None for other values, which need further classes."""
-        file, start, length_bytes = self._objects[key]
-        refuse_outside_link(self.path, self.path / file)
-        try:
-            return parse_archive(self.path / file, start, length_bytes, lambda archive: archive.header)
-        except (OSError, ValueError):
-            return None
 
     def _list_parts(self, link: Link, state: str = "") -> list[Part]:
         """Return the first form whose tensors are all stored, with our keys for optimizer tensors."""

@@ -1,4 +1,4 @@
-"""Import `torch_dist` checkpoints from Megatron-LM, Megatron-Bridge and NeMo."""
+"""Import `torch_dist` and `fsdp_dtensor` checkpoints from Megatron-LM, Megatron-Bridge and NeMo."""
 
 import functools
 import hashlib
@@ -19,11 +19,11 @@ from megatron_sov.base.outputs import refuse_outside_link
 from megatron_sov.checkpoint.safetensors_files import read_block
 from megatron_sov.checkpoint.stored_tensors import StoredBlock, StoredTensors
 from megatron_sov.convert import DEFAULT_WORKERS
-from megatron_sov.convert.dtypes import KEEP, check_dtype_name
+from megatron_sov.convert.dtypes import KEEP, check_dtype_name, choose_dtype
 from megatron_sov.convert.hf_import import (
     ImportSource, StateBlock, TrainingState, list_states, write_imported)
 from megatron_sov.convert.megatron.inert_pickle import (
-    COMMON_STATE, MAX_SIZE, STATE_KEY, TorchArchive, parse_file, read_index, read_settings)
+    COMMON_STATE, MAX_SIZE, STATE_KEY, TORCH_STATE_KEY, TorchArchive, parse_file, read_index, read_settings)
 from megatron_sov.convert.sources import BlockPlace, Weights, check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
@@ -89,9 +89,12 @@ def _check_format(folder: Path) -> None:
         raise UserError(f"{folder}: has neither {METADATA} nor {FORMAT}, so it is not a torch_dist "
                         f"checkpoint; pass the folder of an iteration, or the folder with {TRACKER}")
     if not (folder / FORMAT).is_file():
-        raise UserError(f"{folder}: has no {FORMAT}, so it is not a torch_dist checkpoint; let Megatron "
-                        "convert fsdp_dtensor to --ckpt-format torch_dist, and pass those of torchtitan "
-                        "or torch loops to `megatron-sov convert from-dcp`")
+        keys = parse_file(read_index, folder / METADATA)["tensors"]
+        if not any(key.startswith("model.") and key.endswith(VOCABULARY_WEIGHTS) for key in keys):
+            raise UserError(f"{folder}: has neither {FORMAT} (torch_dist) nor model.{VOCABULARY_WEIGHTS[0]} "
+                            "(fsdp_dtensor); pass checkpoints of torchtitan or torch loops to "
+                            "`megatron-sov convert from-dcp`")
+        return
     metadata = read_json(folder / FORMAT)
     backend, version = metadata.get("sharded_backend"), metadata.get("sharded_backend_version")
     if backend != BACKEND or version not in VERSIONS:
@@ -157,9 +160,11 @@ class _TensorWindow(io.RawIOBase):
 
 _LAYER = re.compile(r"(decoder\.layers)\.(\d+)\.(.+)")
 _ALIASES = ((".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_"),
+            (".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."),
+            (".self_attention.linear_qkv.layer_norm_", ".input_layernorm."),
             (".transformer_layer.", ".mtp_model_layer."))
-"""(our key part, Megatron's key part): the norm before experts without Transformer Engine, and the layer
-inside a prediction layer in later versions."""
+"""(our key part, Megatron's key part): norms without Transformer Engine, and the layer inside a prediction
+layer in later versions."""
 EXPERTS = ".experts.experts."
 DECAY_STYLES = {"cosine": "cosine", "linear": "linear", "wsd": "WSD", "inverse_sqrt": "inverse-square-root",
                 "constant": "constant"}
@@ -257,6 +262,25 @@ class DistTensors(StoredTensors):
                             f"{list(piece.offset)} cannot be read ({e}); {REMEDY}") from None
 
 
+_WRAPPERS = re.compile(r"(model\.)?(module\.)*")
+_FSDP_EXPERT = re.compile(
+    r"\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12]\.weight)|(linear_fc[12]\.weight)(\d+))(_[wv])?")
+
+
+def _rename_fsdp_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors of an `fsdp_dtensor` checkpoint under the keys of `torch_dist`."""
+    renamed = {}
+    for key, entry in tensors.items():
+        state = TORCH_STATE_KEY.fullmatch(key)
+        name = _WRAPPERS.sub("", state[1] if state else key, count=1)
+        name = _FSDP_EXPERT.sub(lambda m: f"{EXPERTS}{m[1] or m[4]}.{m[2] or m[3]}{m[5] or ''}", name)
+        if state is None:
+            renamed[name] = entry
+        elif state[2] != "step":  # AdamW's count, which is the iteration
+            renamed[f"optimizer.state.{state[2]}.{name}"] = entry
+    return renamed
+
+
 def _select_entries(index: dict[str, Any], *, with_optimizer: bool) -> tuple[dict[str, Any], int]:
     """Return the tensors of an index under Megatron's keys, with AdamW's state under keys such as
     `exp_avg/KEY`, and the number of optimizer tensors that are left out."""
@@ -276,7 +300,7 @@ def _select_entries(index: dict[str, Any], *, with_optimizer: bool) -> tuple[dic
 
 
 class TorchDistWeights(Weights):
-    """Tensors in a `torch_dist` checkpoint, split into Hugging Face tensors.
+    """Tensors in a `torch_dist` or `fsdp_dtensor` checkpoint, split into Hugging Face tensors.
 
     Args:
         path: folder with the index.
@@ -289,8 +313,10 @@ class TorchDistWeights(Weights):
 
     def __init__(self, path: Path, model: ModelConfig, *, with_optimizer: bool = False) -> None:
         super().__init__(path, model, models.get_family(model.family).links(model))
-        entries, self.num_skipped = _select_entries(parse_file(read_index, path / METADATA),
-                                                    with_optimizer=with_optimizer)
+        index = parse_file(read_index, path / METADATA)
+        if not (path / FORMAT).is_file():
+            index["tensors"] = _rename_fsdp_tensors(index["tensors"])
+        entries, self.num_skipped = _select_entries(index, with_optimizer=with_optimizer)
         self.tensors = DistTensors(path, entries)
         self._stored_keys = self.tensors.keys()
         self._sources = self._match_tensors()
@@ -301,13 +327,15 @@ class TorchDistWeights(Weights):
         return [(prefix + source.key, *self._locate_block(link, source))
                 for source in self._sources[link.key, link.offset]]
 
-    def list_states(self) -> list[StateBlock]:
-        """Return AdamW's moments, and masters if there are any; [] without state. Raises `UserError`: a
-        weight has none, although others do."""
+    def list_states(self, dtype: torch.dtype) -> list[StateBlock]:
+        """Return AdamW's moments, and masters if they are stored, or are float32 weights that are written in
+        `dtype`; [] without state. Raises `UserError`: a weight has none, although others do."""
         stored_states = {key.partition("/")[0] for key in self._stored_keys if "/" in key}
         names = {state: state for state in ("exp_avg", "exp_avg_sq")} if stored_states else {}
         if masters := [name for name in (STATES["master"], "param") if name in stored_states]:
             names["master"] = masters[0]
+        elif stored_states and dtype.itemsize < torch.float32.itemsize:
+            names["master"] = ""
         return list_states(self, lambda link: names)
 
     def _locate_block(self, link: Link, source: DistSource) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -354,6 +382,9 @@ FROM_MEGATRON = "from_megatron"
 """Manifest key for the checkpoint's origin."""
 SETTINGS = {"optim.lr": "max_lr", "optim.min_lr": "min_lr", "optim.weight_decay": "end_wd"}
 """Our setting -> field of Megatron's scheduler."""
+_SCHEDULER_KEY = re.compile(r"opt_param_scheduler\.(\w+)")
+_GROUP_KEY = re.compile(rf".+\.param_to_group_meta\..+\.{re.escape(VOCABULARY_WEIGHTS[0])}\.(\w+)")
+"""Keys of scheduler and optimizer settings in an `fsdp_dtensor` checkpoint."""
 SAMPLE_COUNTS = {"step": "num_steps", "train.steps": "lr_decay_steps",
                  "optim.warmup_steps": "lr_warmup_steps"}
 """Step, and our settings in steps -> field of Megatron's scheduler in samples."""
@@ -398,7 +429,8 @@ def from_megatron(folder: str | Path, out: str | Path, dtype: str = KEEP, *, fam
         raise UserError(f"{iteration_folder}: {e}") from None
     weights = TorchDistWeights(iteration_folder, model, with_optimizer=not weights_only)
     check_dtypes(weights)
-    states = weights.list_states()
+    stored_dtype = weights.tensors.get_dtype(VOCABULARY_WEIGHTS[0])
+    states = weights.list_states(choose_dtype(dtype, fp32=False, stored_dtype=stored_dtype))
     training = _describe_training(iteration_folder, stored, iteration or 0) if states else None
     index_sha256 = hashlib.sha256((iteration_folder / METADATA).read_bytes()).hexdigest()
     origin = {"path": str(iteration_folder), "iteration": iteration, "index_sha256": index_sha256}
@@ -453,6 +485,21 @@ def read_numbers(folder: Path, block: Mapping[str, Any], names: Mapping[str, str
     return numbers
 
 
+def read_objects(folder: Path, objects: Mapping[str, Sequence[Any]], keys: re.Pattern[str]) -> dict[str, Any]:
+    """Return name (first group of `keys`) -> number, text or list of the stored objects whose key matches;
+    None for values that need further classes."""
+    values = {}
+    for key, (file, start, length_bytes) in objects.items():
+        if match := keys.fullmatch(key):
+            refuse_outside_link(folder, folder / file)
+            try:
+                values[match[1]] = parse_archive(folder / file, start, length_bytes,
+                                                 lambda archive: archive.header)
+            except (OSError, ValueError):
+                values[match[1]] = None
+    return values
+
+
 def _read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
     """Return a checkpoint's settings (`model`, and `read_settings`) and iteration."""
     number = re.fullmatch(r"iter_(\d{7,12})", folder.name)
@@ -460,9 +507,15 @@ def _read_settings(folder: Path) -> tuple[dict[str, Any], int | None]:
     settings: dict[str, Any] = {"args": {}, "iteration": None}
     if (folder / COMMON).is_file():
         settings = parse_file(read_settings, folder / COMMON)
-    elif place := parse_file(read_index, folder / METADATA)["objects"].get(COMMON_STATE):
-        file, start, length_bytes = place
-        settings = parse_file(read_settings, folder / file, start, length_bytes)
+    else:
+        objects = parse_file(read_index, folder / METADATA)["objects"]
+        if place := objects.get(COMMON_STATE) or objects.get("args"):
+            file, start, length_bytes = place
+            settings = parse_file(read_settings, folder / file, start, length_bytes)
+        if COMMON_STATE not in objects:  # fsdp_dtensor
+            settings |= read_objects(folder, objects, re.compile("(iteration)"))
+            settings["scheduler"] = read_objects(folder, objects, _SCHEDULER_KEY)
+            settings["group"] = read_objects(folder, objects, _GROUP_KEY)
     settings["model"] = normalize_arguments(settings["args"])
     if (folder / RUN_CONFIG).is_file():
         settings["model"] = read_sections(folder / RUN_CONFIG).get("model")

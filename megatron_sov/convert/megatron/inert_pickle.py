@@ -220,7 +220,7 @@ TRAINING_PREFIXES = ("optimizer.", "chained_", "opt_param_scheduler", "rng_state
 STATE_KEY = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(exp_avg|exp_avg_sq|param|fp32_param)\.(.+)")
 """Megatron's key of AdamW's state for a weight; other training state is not imported."""
 TORCH_STATE_KEY = re.compile(
-    r"(?:.+\.)?optim(?:izer)?\.state\.(.+)\.(exp_avg|exp_avg_sq|momentum_buffer|step)")
+    r"(?:.+\.)?optim(?:izer)?(?:\.\d+)?\.state\.(.+)\.(exp_avg|exp_avg_sq|momentum_buffer|step)")
 """Torch's key of AdamW's or Muon's state for a weight, as in `get_optimizer_state_dict`."""
 Index = dict[str, Any]
 """JSON object. `tensors`: key -> [dtype, shape, pieces], with a piece [file, start, length, offset, shape];
@@ -308,10 +308,11 @@ def _parse_dtype(value: Any) -> str:
 
 
 def _parse_sizes(value: Any) -> tuple[int, ...]:
-    if not (isinstance(value, InertCall) and value.name == SIZE and len(value.arguments) == 1
-            and isinstance(value.arguments[0], (tuple, list))):
+    if isinstance(value, InertCall) and value.name == SIZE and len(value.arguments) == 1:
+        value = value.arguments[0]
+    if not isinstance(value, (tuple, list)):
         raise ValueError("a torch.Size is needed")
-    sizes = tuple(value.arguments[0])
+    sizes = tuple(value)
     if len(sizes) > MAX_AXES:
         raise ValueError(f"a tensor has {len(sizes)} axes, more than {MAX_AXES}")
     return tuple(map(_parse_number, sizes))
@@ -331,7 +332,8 @@ def _parse_path(value: Any) -> str:
     return str(value)
 
 
-# Settings in a Megatron-LM checkpoint: `args` in `common.pt` or, as a single-item list, in a tensor file.
+# Settings in a Megatron-LM checkpoint: `args` in `common.pt` or, alone or as a single-item list, in a tensor
+# file.
 
 MAX_VALUES = 200_000
 """Maximum number of setting values, including list items."""
@@ -342,7 +344,8 @@ def read_settings(raw: bytes) -> dict[str, Any]:
     """Return `args`, `iteration`, scheduler and an optimizer's first group of a common.pt as JSON values;
     raises ValueError for a malformed file."""
     header = TorchArchive(io.BytesIO(raw), is_settings_name).header
-    settings = to_text_dict(header[0] if type(header) is list and len(header) == 1 else header)
+    content = header[0] if type(header) is list and len(header) == 1 else header
+    settings = {"args": content} if isinstance(content, InertCall) else to_text_dict(content)
     converter = _JsonConverter()
     args = get_attributes(settings["args"], NAMESPACE) if "args" in settings else {}
     return {"args": {name: converter.convert(value, 0) for name, value in args.items()},

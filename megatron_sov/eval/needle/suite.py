@@ -108,13 +108,6 @@ class NeedleSuite:
     def num_examples(self) -> int:
         return sum(1 for _ in self._iter_rows()) * len(self.depths) * self.samples
 
-    def questions(self) -> Iterator[list[int]]:
-        """Yield every possible question up to the value; training text must not contain the questions."""
-        for haystack in self.haystacks:
-            for slots in haystack.form.sentences[True]:
-                for pair in haystack.form.pairs[True]:
-                    yield [*slots[0], *pair.tolist()]
-
     def examples(self) -> "Iterator[tuple[Haystack, list[tuple[NeedleKind, int, float]], list[Example]]]":
         """Yield (haystack, cell per example, examples) in cell order, up to `BATCH_TOKENS` prompt tokens."""
         for kind, haystack, length in self._iter_rows():

@@ -116,7 +116,7 @@ class GateConfig:
     old length."""
 
     ACTS_WHEN: ClassVar[ActsWhen] = {
-        "min_accuracy loss_tolerance_nats scan_tokens max_overlap": is_set(".every_steps")}
+        "min_accuracy loss_tolerance_nats": is_set(".every_steps")}
 
     every_steps: NotNegativeInt = 0
     """Optimizer steps between checks. 0: no gate; the stage ends after its `steps`."""
@@ -126,10 +126,6 @@ class GateConfig:
     loss_tolerance_nats: Annotated[float, Ge(0)] = 0.05
     """Allowed increase in the held-out loss at the previous length since the first stage began, in nats per
     token."""
-    scan_tokens: AtLeastOne = 20_000_000
-    """Maximum training tokens per source searched for the gate's questions and haystacks."""
-    max_overlap: Share = 0.05
-    """The gate is rejected if more than this share of held-out text is in the training text."""
 
 
 @dataclass(frozen=True)

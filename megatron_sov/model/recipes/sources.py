@@ -85,6 +85,12 @@ def list_settings(config: RunConfig, sources: Sources) -> list[Setting]:
         for key, value, default in _iter_leaves("", config, dataclasses.MISSING)]
 
 
+def select_used(config: RunConfig, sources: Sources) -> Sources:
+    """Return the entries that match a setting; derived tables may have unused entries."""
+    used = {_find_entry(key, sources) for key, _, _ in _iter_leaves("", config, None)}
+    return {key: source for key, source in sources.items() if key in used}
+
+
 def label_changes(before: RunConfig, after: RunConfig, source: ValueSource) -> Sources:
     """Return a table with `source` for every value that differs between `before` and `after`."""
     had = {key: value for key, value, _ in _iter_leaves("", before, None)}

@@ -21,7 +21,6 @@ from megatron_sov.infer.engines.load import LoadedModel, run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import GateConfig, RunConfig
 from megatron_sov.model.process_memory import MemoryEstimate
-from megatron_sov.post.extend.contamination import Decontamination, check_contamination, search_contamination
 from megatron_sov.post.extend.stages import PlannedStage
 from megatron_sov.runs.checkpoints import find_checkpoint, find_tokenizer_folder, latest_checkpoint
 from megatron_sov.runs.launch_environment import get_command_start, is_first_rank
@@ -73,7 +72,9 @@ def run_stages(stages: list[PlannedStage], start: Path, objective: ObjectiveFact
             if fresh and start_loss is None:
                 # A resumed stage has the loss in the state of the gate.
                 start_loss = measure_checkpoint_loss(first, short, planned.config, nproc)
-            gate = _build_gate(planned, needles, short, start_loss)
+            if (text := describe_small_suite(planned.config)) and is_first_rank():
+                warn(f"{planned.folder.path.name}: {text}")
+            gate = StageGate(planned.config.extend.gate, needles, short, start_loss, planned.min_steps)
             stage = dataclasses.replace(stage, before=None, after=gate.completion, gate=gate)
         was_complete = stage.folder.completion() is not None
         if not run_stage(stage, nproc, stage_start_s):
@@ -91,7 +92,7 @@ class StageGate:
     """
 
     def __init__(self, settings: GateConfig, needles: "Needles", short: HeldoutData, start_loss: float | None,
-                 min_steps: int, clean: Decontamination) -> None:
+                 min_steps: int) -> None:
         """Start without checks.
 
         Args:
@@ -100,17 +101,15 @@ class StageGate:
             short: held-out rows of the earlier length.
             start_loss: loss on `short` before the first stage, nats per token; required on rank 0.
             min_steps: steps before the gate may end the stage.
-            clean: result of `search_contamination`.
         """
         self.passed = False
-        self._settings, self._needles, self._short, self._clean = settings, needles, short, clean
+        self._settings, self._needles, self._short = settings, needles, short
         self._start_loss, self._min_steps = start_loss, min_steps
         self._checks: list[dict[str, Any]] = []
         self._result: dict[str, Any] | None = None
 
     def begin(self, run: GateView) -> None:
-        """Record the contamination search, and test the model before the first step."""
-        run.events.write("decontamination", step=run.step, **self._clean.fields())
+        """Test the model before the first step."""
         self._measure_stage(run)
 
     def check(self, run: GateView) -> None:
@@ -152,8 +151,7 @@ class StageGate:
 
     def completion(self, run: GateView) -> dict[str, Any]:
         return {"needle": self._result,
-                "gate": {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks,
-                         "decontamination": self._clean.fields()}}
+                "gate": {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks}}
 
     def state(self) -> dict[str, Any]:
         return {"passed": self.passed, "start_loss": self._start_loss, "checks": self._checks,
@@ -341,18 +339,6 @@ def decide_verdict(cells: Sequence[Cell], loss: float, start_loss: float, gate: 
         failing_rows=[r for r in described if r["accuracy"] < gate.min_accuracy],
         loss=loss, loss_limit=start_loss + gate.loss_tolerance_nats, threshold=gate.min_accuracy,
         rows=described)
-
-
-def _build_gate(planned: PlannedStage, needles: Needles, short: HeldoutData, start_loss: float | None
-                ) -> StageGate:
-    """Search the data for contamination, and build a stage's gate."""
-    config, settings = planned.config, planned.config.extend.gate
-    if (text := describe_small_suite(config)) and is_first_rank():
-        warn(f"{planned.folder.path.name}: {text}")
-    clean = search_contamination(list(needles.suite.questions()), [*needles.data, *needles.sources],
-                                 settings.scan_tokens)
-    check_contamination(clean, settings.max_overlap)
-    return StageGate(settings, needles, short, start_loss, min_steps=planned.min_steps, clean=clean)
 
 
 def describe_small_suite(config: RunConfig) -> str | None:

@@ -117,7 +117,7 @@ def _build_overview(runs: list[Run]) -> PageTable:
 
 
 def build_opening(runs: list[Run]) -> list[Panel]:
-    """Return the first screen's `Panel`s; panels without content are left out."""
+    """Return the first screen's `Panel`s, without empty panels."""
     samples = _list_samples(runs)
     panels = [
         Panel("Held-out quality", 12, charts=_draw_heldout(runs)),

@@ -13,7 +13,7 @@ from hypothesis import given, strategies as st
 
 from megatron_sov.base.documents import cut_at_blank_lines, cut_text, overlap, scripts, unit_scan
 from megatron_sov.base.documents.item_search import ItemSearch, SearchItem
-from megatron_sov.base.documents.overlap import RUN_WORDS, find_units, hash_runs, hash_stretches, hash_windows
+from megatron_sov.base.documents.overlap import RUN_WORDS, find_units, hash_runs, hash_stretches
 from megatron_sov.base.documents.rows import parse_finite, reject_constant
 from megatron_sov.base.errors import escape_controls
 
@@ -97,12 +97,12 @@ def test_stretch_hash_is_its_polynomial(ids: list[int], data: st.DataObject) -> 
 
 
 def test_hashes_do_not_depend_on_cached_powers(monkeypatch: pytest.MonkeyPatch) -> None:
-    tokens = np.random.default_rng(0).integers(0, 1 << 17, 9000)
-    expected = [hash_windows(tokens[start:start + 32], 32)[0] for start in range(0, 8900, 97)]
-    assert hash_windows(tokens, 32)[:8900:97].tolist() == expected
+    tokens = np.random.default_rng(0).integers(1, 1 << 17, 9000).astype(np.uint64)
+    begins = np.arange(0, 8900, 97)
+    expected = [hash_stretches(tokens[at:at + 32], np.array([0]), np.array([32]))[0] for at in begins]
+    assert hash_stretches(tokens, begins, begins + 32).tolist() == expected
     monkeypatch.setattr(overlap, "_MAX_CACHED_POWERS", 100)
-    assert hash_windows(tokens, 32)[:8900:97].tolist() == expected
-    assert len(hash_windows(tokens[:31], 32)) == 0
+    assert hash_stretches(tokens, begins, begins + 32).tolist() == expected
 
 
 @given(st.text(alphabet=st.sampled_from("aB1,. -\n<>/&;\\\u200bé\u0301한ภ字ﬁİß"), max_size=40))

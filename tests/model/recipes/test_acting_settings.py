@@ -129,7 +129,7 @@ ACTING_SETTINGS = [
     ("rl", "rollout.validation_samples=2 rollout.validation_every_rounds=2 obs.sample_rows=2"),
     ("rl", "policy.method=gkd policy.on_policy_share=0.5 distillation.beta=0.5"),
     ("rl", "policy.method=preference policy.reference=run policy.keep_unfinished=true preference.beta=0.2"),
-    ("extend", "extend.gate.min_accuracy=0.5 extend.gate.max_overlap=0.1 extend.gate.scan_tokens=9"),
+    ("extend", "extend.gate.min_accuracy=0.5 extend.gate.loss_tolerance_nats=0.1"),
     ("extend", "extend.stages=[] data.phases.0.seq_len=64 train.steps=2"),
     ("experts", "model.router_bias_update_rate=0.1 model.num_shared_experts=2 guards.max_bias_spread=2"),
     ("experts", "model.num_mtp_layers=1 model.mtp_loss_coeff=0.1 model.mtp_depths=2"),

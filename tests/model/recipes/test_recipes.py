@@ -19,7 +19,7 @@ from megatron_sov.model.families.family import COMMON_VALUES, extract_text_confi
 from megatron_sov.model.recipes import TINY, TINY_SOURCE, get, names, sources
 from megatron_sov.model.recipes.extension import extend_model
 from megatron_sov.model.recipes.sources import (
-    DEFAULT, YOURS, Sources, _find_entry, derive_sources, label_changes, list_settings, ours, published)
+    DEFAULT, YOURS, Sources, derive_sources, label_changes, list_settings, ours, published, select_used)
 
 STRUCTURE = (
     "family", "num_dense_layers", "num_shared_experts", "routed_scaling_factor", "router_bias_update_rate",
@@ -193,16 +193,10 @@ def test_a_value_without_a_source_is_detected() -> None:
     assert len(list_unlabelled("tiny-qwen3", {})) > 20, "without a table all values count as the user's"
 
 
-def select_used(name: str, table: Sources) -> frozenset[str]:
-    """Return the entries of a source table that match a setting of a recipe."""
-    keys = {_find_entry(setting.key, table) for setting in list_settings(get(name), table)}
-    return frozenset(keys & table.keys())
-
-
 @cache
 def find_used_entries(name: str) -> frozenset[str]:
     """Return the entries of a recipe's source table that match a setting."""
-    return select_used(name, sources(name))
+    return frozenset(select_used(get(name), sources(name)))
 
 
 @pytest.mark.each("name", BIG)
@@ -212,7 +206,7 @@ def test_every_entry_of_a_source_table_is_used(name: str) -> None:
     inherited = {key for other in BIG if other != name for key in find_used_entries(other)}
     assert set(sources(name)) - used <= inherited
     extended = sources(name) | {"optim.lr": ours("last"), "optim.rl": ours("misspelt")}
-    assert select_used(name, extended) == used | {"optim.lr"}
+    assert select_used(get(name), extended).keys() == used | {"optim.lr"}
 
 
 RELEASED = [name for name in BIG if any(s.kind == "config.json" for s in sources(name).values())]

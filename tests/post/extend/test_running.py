@@ -72,10 +72,8 @@ def build_gate(monkeypatch: pytest.MonkeyPatch) -> Callable[..., StageGate]:
         monkeypatch.setattr(running, "evaluate_forward_model", lambda loaded, short: {"text": HeldoutLoss(
             loss=run.loss, bits_per_byte=1.0, tokens=100)})
         monkeypatch.setattr(running.collectives, "all_reduce_world", lambda values: values)
-        search_result: Any = SimpleNamespace(fields=lambda: {"questions_found": 0})
         needles: Any = SimpleNamespace(measure_scores=run.measure_scores, record=run.record_scores)
-        run.gate = StageGate(SETTINGS, needles, SimpleNamespace(seq_len=64), start_loss, min_steps,
-                             search_result)
+        run.gate = StageGate(SETTINGS, needles, SimpleNamespace(seq_len=64), start_loss, min_steps)
         return run.gate
 
     return build
@@ -87,10 +85,9 @@ def check_gate_at(run: Run, *steps: tuple[int, int]) -> None:
         run.gate.check(run)
 
 
-def test_gate_checks_before_the_first_step_and_records_the_search(build_gate: Any, capsys: Any) -> None:
+def test_gate_checks_before_the_first_step(build_gate: Any, capsys: Any) -> None:
     run = Run()
     build_gate(run).begin(run)
-    assert run.written_events[0] == {"event": "decontamination", "step": 0, "questions_found": 0}
     assert run.list_gate_checks() == [(0, False)] and run.records == [("before", 0, 0)]
     assert capsys.readouterr().out.startswith("gate at step 0 does not pass\n  single, english, "
                                               "512 tokens: 0 of 20 right")
@@ -157,7 +154,6 @@ def test_failure_completion_and_checkpoint_contain_all_checks(build_gate: Any) -
     assert completion["gate"]["start_loss"] == 2.0
     assert [(c["step"], c["passed"]) for c in completion["gate"]["checks"]] == [
         (4, False), (8, False), (10, False), (12, True)]
-    assert completion["gate"]["decontamination"] == {"questions_found": 0}
     assert len(gate.state()["checks"]) == 3, "the restored checks are a copy"
 
 

@@ -1,115 +1,29 @@
-"""Stages of a context extension: search for contamination, blends of stages, gates, and resumption."""
+"""Stages of a context extension: blends of stages, gates, and resumption."""
 
-import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
 
-from megatron_sov.base.documents.overlap import hash_windows
 from megatron_sov.base.errors import UserError
 from megatron_sov.cli import main
 from megatron_sov.commands.train.setup.stage_options import ExtendOptions
 from megatron_sov.commands.train.setup.training import stage_request
 from megatron_sov.model.config import ExtendStageConfig, PartConfig, YarnConfig
-from megatron_sov.post.extend.contamination import WINDOW_TOKENS, check_contamination, search_contamination
 from megatron_sov.post.extend.stages import build_stage_blend, plan_stages
 from megatron_sov.runs.checkpoints import find_checkpoint
 from megatron_sov.train.data.sources import Source
 from tests.run_files import read_run_events
 from tests.typed_words import format_set_options, parse_settings
 
-# The search for needle questions and held-out text in the training text, which would let a model memorize
-# them.
-
-QUESTION = [5, 6, 7]
-
-
-class Texts:
-    """Documents in memory."""
-
-    is_plain, columns = True, ()
-
-    def __init__(self, documents: list[list[int]]) -> None:
-        self._documents, self.lengths = documents, np.array([len(d) for d in documents])
-
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        return np.array(self._documents[document][start:start + count], np.int64)
-
-
-@dataclasses.dataclass(frozen=True)
-class MemorySource(Source):
-    """A source with its splits in memory."""
-
-    splits: Any = None
-
-    def open_split(self, split: str) -> Any:
-        return Texts(self.splits[split])
-
-
-def build_source(train: list[list[int]], heldout: list[list[int]]) -> MemorySource:
-    splits = {"train": train, "heldout": heldout}
-    return MemorySource("web", None, "text", {}, {name: sum(map(len, docs)) for name, docs in splits.items()},
-                        1.0,
-                        splits=splits)
-
-
-def random_text(seed: int, count: int) -> list[int]:
-    return np.random.default_rng(seed).integers(100, 1000, count).tolist()
-
-
-@given(st.lists(st.integers(0, 3), max_size=40), st.integers(1, 6))
-def test_equal_windows_have_equal_hashes_and_others_differ(text: list[int], window: int) -> None:
-    windows = [tuple(text[i:i + window]) for i in range(len(text) - window + 1)]
-    hashes = hash_windows(np.array(text, np.int64), window).tolist()
-    assert len(hashes) == len(windows)
-    assert len(set(zip(windows, hashes, strict=True))) == len(set(windows)) == len(set(hashes))
-
-
-def test_clean_text_is_clean() -> None:
-    result = search_contamination([QUESTION], [build_source([random_text(1, 5000)], [random_text(2, 640)])],
-                                  10_000)
-    assert (result.questions_found, result.windows, result.windows_found, result.overlap) == (0, 20, 0, 0)
-    assert result.scanned_tokens == result.train_tokens == {"web": 5000}
-    check_contamination(result, 0.0)
-
-
-def test_search_finds_shared_ranges_of_two_windows() -> None:
-    heldout = random_text(2, 640)
-    for start in (0, 7, 101, 640 - 2 * WINDOW_TOKENS):
-        train = random_text(1, 333) + heldout[start:start + 2 * WINDOW_TOKENS] + random_text(3, 50)
-        result = search_contamination([QUESTION], [build_source([random_text(4, 90), train], [heldout])],
-                                      10_000)
-        assert result.windows_found >= 1
-    with pytest.raises(UserError, match="held-out text occurs"):
-        check_contamination(result, 0.01)
-
-
-def test_search_finds_questions_within_documents_only() -> None:
-    sources = [build_source([random_text(1, 50), [1, *QUESTION, 2]], [random_text(2, 64)])]
-    inside = search_contamination([QUESTION], sources, 10_000)
-    across = search_contamination([QUESTION], [build_source([[1, 5, 6], [7, 2]], [random_text(2, 64)])],
-                                  10_000)
-    assert (inside.questions_found, across.questions_found) == (1, 0)
-    with pytest.raises(UserError, match="1 questions"):
-        check_contamination(inside, 1.0)
-
-
-def test_search_stops_at_its_bound_with_a_warning() -> None:
-    sources = [build_source([random_text(1, 900), [*QUESTION]], [random_text(2, 64)])]
-    result = search_contamination([QUESTION], sources, 500)
-    assert (result.scanned_tokens, result.train_tokens, result.questions_found) == (
-        {"web": 500}, {"web": 903}, 0)
-
-
 # The parts of a stage become one blend; a part without sources uses all sources of its kind.
 
 
 def blend_source(name: str, lengths: list[int], share: float, is_chat: bool = False) -> Source:
-    documents: Any = Texts([[0] * count for count in lengths])
+    documents: Any = SimpleNamespace(is_plain=True, columns=(), lengths=np.array(lengths))
     return Source(name, None, "chat" if is_chat else "text", {}, {"train": sum(lengths)}, share,
                   train_documents=documents)
 
@@ -168,20 +82,18 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(scope="module")
-def short_run(run_command: Any, token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_run(run_checked: Any, token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step at 64 tokens, which no test changes."""
     run = tmp_path_factory.mktemp("stages") / "short"
-    result = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
-                         *format_set_options(SHORT | {"train.num_threads": 1}))
-    assert result.returncode == 0, result.stderr
+    run_checked("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
+                *format_set_options(SHORT | {"train.num_threads": 1}))
     return run
 
 
 def build_command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[str, Any]], *more: str,
             **settings: Any) -> list[str]:
-    gate = {"max_overlap": 1} | settings if settings else {}
     all_settings = LONG | {"extend.stages": json.dumps(stages)} | {f"extend.gate.{name}": v
-                                                                   for name, v in gate.items()}
+                                                                   for name, v in settings.items()}
     return ["extend", "tiny-solar-open", "--from", str(short_run), "--data", str(token_shards), "--run",
             str(run), *format_set_options(all_settings), *more]
 
@@ -212,10 +124,6 @@ def test_two_stages_with_rehearsal_and_an_open_gate(short_run: Path, token_shard
     assert len(starts) == 1, "both stages are held to the loss before the first one"
     blend = near_config["data"]["phases"][0]["blend"]
     assert blend["first/64"] / sum(blend.values()) == pytest.approx(0.5 * 0.9), "half of what is not needles"
-    (contamination,) = read_run_events(near, "decontamination")
-    assert ((contamination["questions_found"], contamination["questions"] > 100,
-             contamination["scanned_tokens"]["needle"] > 0)
-            == (0, True, True))
     assert main(build_command(short_run, token_shards, run, stages, "--resume", every_steps=1,
                               min_accuracy=0)) == 0
 

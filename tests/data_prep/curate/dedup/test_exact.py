@@ -1,8 +1,13 @@
 """Step `exact_dedup`: one of several equal documents remains."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from data_prep.curate.dedup import work_files
 from data_prep.curate.dedup.exact import ExactDedup, ExactSettings
+from megatron_sov.base.errors import UserError
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, run_step
 
 
@@ -39,3 +44,12 @@ def test_results_do_not_depend_on_shards_and_partitions(tmp_path: Path) -> None:
 def test_character_width_and_spaces_are_ignored(tmp_path: Path) -> None:
     texts = ["A word.", "A word.", "A  ｗord.\n", "a *word*"]
     assert len(find_duplicates(MemoryView.of([docs(*texts)], tmp_path))) == 2
+
+
+def test_partitions_larger_than_the_memory_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+                                                       ) -> None:
+    shard = docs(*map(str, range(200)))
+    monkeypatch.setattr(work_files.psutil, "virtual_memory", lambda: SimpleNamespace(available=4096))
+    with pytest.raises(UserError, match=r"keys: a partition .* set `partitions: (16|32)`"):
+        find_duplicates(MemoryView.of([shard], tmp_path), partitions=1)
+    assert find_duplicates(MemoryView.of([shard], tmp_path / "more"), partitions=16) == {}
