@@ -12,8 +12,7 @@ DESCRIPTION = """Run two training steps of a Megatron-Core model on all ranks of
 without a GPU, and compare losses, gradients, gradient norm, optimizer state and weights with one rank.
 
 FILE.py:NAME is a function build(config=None, pre_process=True, post_process=True, vp_stage=None) that returns
-a GPTModel or HybridModel, or (model, loss). With config None it makes its own config; otherwise it uses the
-given one, which has the layout and small widths."""
+a GPTModel or HybridModel, or (model, loss), with its own config or the given one."""
 EPILOG = """exit codes: 0 equal, 3 differs, 2 cannot be simulated (one line says why)
 example: layout-proof model.py:build --tp 2 --pp 2 --ranks 8 --distributed-optimizer"""
 SIZES = {"tp": "tensor parallel size", "pp": "pipeline stages", "vpp": "model chunks of a stage",

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -42,7 +41,6 @@ class LayoutVerdict:
     sites: list[str] = field(default_factory=list)  # messages at the first difference, with file and line
     num_tensors: int = 0
     num_messages: int = 0
-    seconds: float = 0.0
 
     def __str__(self) -> str:
         sizes = " ".join(f"{name}={value}" for name, value in asdict(self.layout).items() if value)
@@ -74,13 +72,10 @@ def prove_layout(builder: Builder, layout: Layout, *, full_masks: bool = False) 
     `CannotPlay`: no simulation is possible."""
     layout.check()
     logging.getLogger("megatron.core").setLevel(logging.ERROR)
-    began_s = time.monotonic()
     with use_float64():
         model = shrink_model(builder, layout)
         with model.use_small_arguments():
-            verdict = _compare(model, layout, full_masks)
-    verdict.seconds = time.monotonic() - began_s
-    return verdict
+            return _compare(model, layout, full_masks)
 
 
 def _compare(model: SmallModel, layout: Layout, full_masks: bool) -> LayoutVerdict:

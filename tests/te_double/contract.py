@@ -78,9 +78,6 @@ def parse_signature(text: str) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-OURS = ("megatron_sov", "layout_proof")
-
-
 def find_used_names(folder: Path, package: str, without: tuple[str, ...] = ()) -> set[str]:
     """Return the dotted names of `package` that files in a folder import or reach by attributes."""
     names: set[str] = set()
@@ -142,10 +139,16 @@ def find_te_names() -> set[str]:
     return {name for name in names if not name.startswith(f"{TE}.pytorch.ops.")}
 
 
+def find_megatron_names() -> set[str]:
+    """Return the names of megatron-core that this project and its layout proof use."""
+    return set(REACHED).union(*(find_used_names(ROOT / package, MEGATRON)
+                                for package in ("megatron_sov", "layout_proof")))
+
+
 def describe_megatron() -> dict[str, Any]:
     """Return the contract of the installed megatron-core."""
     sources, version = Sources(site_folder("megatron")), importlib.metadata.version("megatron-core")
-    names = {*REACHED}.union(*(find_used_names(ROOT / ours, MEGATRON) for ours in OURS))
+    names = find_megatron_names()
     return {"version": version,
             "symbols": {name: describe(sources, name, private=True) for name in sorted(names)},
             "fields": {name: sources.fields(path) for name, path in CONFIGS.items()}}
@@ -250,8 +253,8 @@ def drop_outdated_fields(reviewed: Fields, contract: dict[str, Any]) -> Fields:
 
 def describe_torch() -> dict[str, Any]:
     """Return the contract of torch: private names that this project uses and any release may change."""
-    names = {name for ours in OURS for name in find_used_names(ROOT / ours, TORCH)
-             if "._" in name and "__" not in name}
+    names = {name for name in find_used_names(ROOT / "megatron_sov", TORCH) if "._" in name
+             and "__" not in name}
     version = importlib.metadata.version(TORCH).partition("+")[0]
     return describe_library(Sources(site_folder(TORCH)), names, version)
 

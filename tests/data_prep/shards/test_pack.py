@@ -27,7 +27,7 @@ from data_prep.shards.pack_run import pack_sources
 from data_prep.shards.token_artifact import iter_shards, open_split
 from megatron_sov.base.artifacts import FileRecord, manifest_sha256, read_manifest
 from megatron_sov.base.documents import RecordReading, files
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.work.progress.journal import work_folder
 from tests.waiting import wait_until
@@ -188,6 +188,13 @@ def test_sources_are_named_after_files_and_folders(corpus: Path) -> None:
                             ([""], "names no file or folder")):
         with pytest.raises(UserError, match=rule):
             parse_sources(arguments)
+
+
+def test_the_output_of_a_pipeline_is_packed_from_its_text_folder(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"kind": "corpus"}')
+    with pytest.raises(UserError, match="is the output of `sov-data run`") as raised:
+        parse_sources([f"web={tmp_path}"])
+    assert raised.value.fix == Fix(words={str(tmp_path): f"{tmp_path}/text"})
 
 
 def test_wrong_input_gives_one_sentence_and_no_output(corpus: Path, tokenizers: dict[str, Path],
