@@ -36,6 +36,7 @@ from hypothesis import given, is_hypothesis_test, settings, strategies
 
 import megatron_sov.engine  # noqa: F401  prepares the import of megatron-core without triton
 from tests import tiers
+from tests.command_output import cli_main, get_refusal, read_output, run_checked  # noqa: F401  fixtures
 from tests.each_row import pytest_pycollect_makeitem  # noqa: F401
 from tests.tiers import (  # noqa: F401  hooks of pytest
     pytest_addoption, pytest_collection_modifyitems, pytest_configure, pytest_runtest_call,

@@ -21,10 +21,6 @@ import demo
 SOURCES = ["code", "english", "korean"]
 
 
-def read_json_lines(file: Path) -> list[dict]:
-    return [json.loads(line) for line in file.read_text().split("\n") if line]
-
-
 def gather(root: Path, num_chats: int) -> None:
     """Write chats as `sov-data demo-corpus` does, with answers that contain characters which only Python
     treats as line ends."""
@@ -41,8 +37,9 @@ def test_each_chat_is_used_once_and_a_rule_ranks_answers(tmp_path: Path, num_cha
     gather(tmp_path, num_chats)
     demo.split_chats(tmp_path)
     folder = tmp_path / "conversations"
-    asked, pairs, chats = (read_json_lines(folder / f"{name}.jsonl")
-                           for name in ("questions", "pairs", "chat"))
+    asked, pairs, chats = (
+        [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().rstrip("\n").split("\n")]
+        for name in ("questions", "pairs", "chat"))
     assert (len(asked), len(pairs), len(chats)) == expected
     learned = [pair["prompt"] for pair in pairs] + [chat["messages"][0]["content"] for chat in chats]
     assert len({*learned, *(question["prompt"] for question in asked)}) == num_chats

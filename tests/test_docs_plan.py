@@ -65,9 +65,8 @@ def collect_keys(parsed: Any) -> set[str]:
     return keys
 
 
-def test_every_json_key_is_on_the_page(narrow_grid: None, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--json"]) == 0
-    plan = json.loads(capsys.readouterr().out)
+def test_every_json_key_is_on_the_page(narrow_grid: None, read_output: Any) -> None:
+    plan = json.loads(read_output("plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--json"))
     explained = set(re.findall(r"`([a-z_]+)`", KEYS))
     keys_of_rules = {"count", "example"}
     assert collect_keys(plan) - explained - keys_of_rules == set()

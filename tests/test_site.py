@@ -21,15 +21,12 @@ def hook(name: str, folder: str = "docs/site") -> ModuleType:
     return module
 
 
-def list_pages(nav: list[dict[str, str | list[str]]]) -> list[str]:
-    return [page for entry in nav for found in entry.values()
-            for page in ([found] if isinstance(found, str) else found)]
-
-
 def test_the_navigation_has_every_page_once_under_the_heading_of_the_index() -> None:
     index = (ROOT / "docs/index.md").read_text()
     nav = hook("navigation").build_navigation(index, PAGES)
-    assert sorted(list_pages(nav)) == PAGES
+    pages = [page for entry in nav for value in entry.values()
+             for page in ([value] if isinstance(value, str) else value)]
+    assert sorted(pages) == PAGES
     assert {"Home": "index.md"} in nav and not any("More" in entry for entry in nav)
     (train,) = (entry["Train"] for entry in nav if "Train" in entry)
     assert "pretrain.md" in train and "sft.md" not in train

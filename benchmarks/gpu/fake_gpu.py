@@ -1,8 +1,8 @@
 """Run GPU code of any size on a CPU: GPU tensors are torch's fake tensors, with shape, dtype and device only.
 
-Host tensors are real, so a process does all its work beside the GPU's; torch may be built without CUDA. As on
-a GPU, an operation fails if it mixes host and GPU tensors, if shapes do not fit, or if it ends the capture of
-a CUDA graph. `WAITS` counts where the host waited for the device.
+Host tensors are real, so a process does all work that a host does next to a GPU; torch may be built without
+CUDA. As on a GPU, an operation fails if it mixes host and GPU tensors, if shapes do not fit, or if it breaks
+off the capture of a CUDA graph. `WAITS` counts where the host waited for the device.
 
 Call `install` before importing megatron-core, which binds some of the patched functions at import.
 """
@@ -32,26 +32,26 @@ WAITS: Counter[str] = Counter()
 """FILE:FUNCTION -> how often the host waited there for the GPU, or for a copy to it."""
 CAPABILITY = {"capability": (9, 0)}
 """CUDA compute capability that the device reports."""
-CAPTURE: dict[str, Callable[[], bool]] = {"is under way": lambda: False}
+CAPTURE: dict[str, Callable[[], bool]] = {"is_recording": lambda: False}
 """Function that returns whether a CUDA graph is being captured; the capturing code sets it."""
 aten = torch.ops.aten
 TYPES = {torch.float32: "Float", torch.bfloat16: "BFloat16", torch.float16: "Half", torch.float64: "Double",
          torch.int64: "Long", torch.int32: "Int", torch.uint8: "Byte", torch.bool: "Bool"}
 
 
-def refuse(what: str) -> None:
-    """End a capture that is under way, as CUDA does.
+def refuse_in_capture(operation: str) -> None:
+    """Break off the current capture of a graph, as CUDA does.
 
     Raises:
         RuntimeError: a graph is being captured.
     """
-    if CAPTURE["is under way"]():
-        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({what})")
+    if CAPTURE["is_recording"]():
+        raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({operation})")
 
 
 def wait() -> None:
     """Count a wait of the host for its innermost function outside torch; simulated kernels do not wait."""
-    refuse("the host waits")
+    refuse_in_capture("the host waits")
     caller = _caller()
     if caller is not None and not _is_kernel(caller):
         WAITS[f"{Path(caller.co_filename).name}:{caller.co_name}"] += 1
@@ -137,8 +137,8 @@ class Ledger:
         self.now += change
 
 
-class _Moment:
-    """Stands for a stream and an event."""
+class _Event:
+    """Stand-in for `torch.cuda.Event`, and base of the stand-in for streams."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self.device = GPU
@@ -147,7 +147,7 @@ class _Moment:
         wait()
 
     def query(self) -> bool:
-        refuse("the host asks how far the device is")
+        refuse_in_capture("the host queries an event")
         return True
 
     def __getattr__(self, name: str) -> Any:
@@ -156,24 +156,24 @@ class _Moment:
         return lambda *args, **kwargs: self
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Moment)
+        return isinstance(other, _Event)
 
     def __hash__(self) -> int:
         return 0
 
 
-class _Stream(_Moment):
-    """One of the GPU's streams."""
+class _Stream(_Event):
+    """Stand-in for `torch.cuda.Stream`."""
 
 
 DEFAULT = _Stream()
 _current = [DEFAULT]
-"""The stream that work goes to is the last one."""
+"""Stack of streams; operations go to the last one."""
 
 
 @contextlib.contextmanager
-def _on(stream: _Stream | None) -> Iterator[None]:
-    """Stand for `torch.cuda.stream`."""
+def _use_stream(stream: _Stream | None) -> Iterator[None]:
+    """Replace `torch.cuda.stream`."""
     _current.append(stream or _current[-1])
     try:
         yield
@@ -181,19 +181,21 @@ def _on(stream: _Stream | None) -> Iterator[None]:
         _current.pop()
 
 
-def _remember_stream(expanded: torch.Tensor) -> None:
-    """Make a weight's `AccumulateGrad` node end captures. Megatron-core's data parallelism takes it from
-    the expanded weight and keeps it. Wherever the node runs, the stream on which it was made waits; if that
-    is the default stream, it would wait for the captured stream, which CUDA refuses."""
+def _break_captures(expanded: torch.Tensor) -> None:
+    """Make a weight's `AccumulateGrad` node break off captures if it was created on the default stream.
+
+    Megatron-core's data parallelism takes the node from the expanded weight and holds it. When the node runs,
+    the stream on which it was created waits; the default stream must not wait for a captured stream.
+    """
     if _current[-1] is not DEFAULT or expanded.grad_fn is None:
         return
     node = expanded.grad_fn.next_functions[0][0]
     if node is not None and node.name().endswith("AccumulateGrad"):
-        node.register_prehook(lambda _: refuse("the default stream waits for one that is captured"))
+        node.register_prehook(lambda _: refuse_in_capture("the default stream waits for a captured one"))
 
 
 class _Shapes(FakeTensorMode):
-    """Computes nothing, not even constants."""
+    """Fake tensor mode that computes no values, not even of constants."""
 
     avoid_device_init = True
 
@@ -209,9 +211,9 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if func is torch.ops.prim.device.default:
-            return torch.device("meta")  # to autograd, which would look for streams
+            return torch.device("meta")  # for autograd, which would look up streams of a GPU
         if func.namespace == "c10d":
-            return _message(func, args)
+            return _complete_collective(func, args)
         device = kwargs.get("device")
         to_gpu = device is not None and device.type in ("cuda", "meta")
         if to_gpu:
@@ -248,8 +250,8 @@ _GATHERS = {"_allgather_base_", "allgather_into_tensor_coalesced_"}
 _SCATTERS = {"_reduce_scatter_base_", "reduce_scatter_tensor_coalesced_"}
 
 
-def _message(func: Any, args: Any) -> Any:
-    """Check a collective's arguments as NCCL would, and return a finished work without communication.
+def _complete_collective(func: Any, args: Any) -> Any:
+    """Check a collective's arguments as NCCL would, and return a completed work without communication.
 
     Raises:
         RuntimeError: a tensor is on the host.
@@ -294,7 +296,7 @@ class _Calls(TorchFunctionMode):
             return _move(*args) if isinstance(args[1], FakeTensor) else func(*args, **kwargs)
         if name == "cuda":
             name, func, args = "to", torch.Tensor.to, (args[0], GPU)
-        if name == "to" and isinstance(args[0], FakeTensor):  # it is there, and the operation would copy
+        if name == "to" and isinstance(args[0], FakeTensor):  # already on the GPU: the operation would copy
             wanted = [a.dtype if isinstance(a, FakeTensor) else a for a in args[1:] if not _is_gpu(a)]
             if kwargs.get("device") == GPU:
                 del kwargs["device"]
@@ -305,12 +307,12 @@ class _Calls(TorchFunctionMode):
             args = (args[0], *(GPU if _is_gpu(a) else a for a in args[1:]))
         result = func(*args, **kwargs)
         if name == "expand_as":
-            _remember_stream(result)
+            _break_captures(result)
         return result
 
 
 def _is_gpu(device: Any) -> bool:
-    """Return whether an argument names the GPU: a number does."""
+    """Return whether an argument is a name or index of the GPU."""
     if isinstance(device, (str, torch.device)):
         return torch.device(device).type == "cuda"
     return isinstance(device, int) and not isinstance(device, bool)
@@ -324,8 +326,8 @@ def _move(tensor: torch.Tensor, data: torch.Tensor) -> None:
 
 
 @contextlib.contextmanager
-def used(num_routed: int) -> Iterator[Ledger]:
-    """Use the fake GPU in the `with` block; `num_routed`: routed tokens in a micro-batch. Yields the memory
+def use_fake_gpu(num_routed: int) -> Iterator[Ledger]:
+    """Use the fake GPU in the `with` block, with `num_routed` routed tokens per micro-batch; yield the memory
     ledger."""
     ledger = Ledger()
     resize = torch.UntypedStorage.resize_
@@ -340,8 +342,8 @@ def used(num_routed: int) -> Iterator[Ledger]:
 
 
 def install() -> None:
-    """Make this process see one GPU, permanently, and answer for processes that do not exist."""
-    cuda, properties = _settable(torch.cuda), SimpleNamespace(name="fake", total_memory=1 << 40, uuid="GPU-0")
+    """Make one GPU visible in this process, permanently, and complete object collectives locally."""
+    cuda, properties = _as_any(torch.cuda), SimpleNamespace(name="fake", total_memory=1 << 40, uuid="GPU-0")
     answers: dict[str, Any] = {
         "_lazy_init": None, "is_available": True, "is_initialized": True, "device_count": 1,
         "current_device": 0, "set_device": None, "empty_cache": None, "manual_seed": None,
@@ -349,43 +351,43 @@ def install() -> None:
         "mem_get_info": (1 << 40, 1 << 40), "memory_allocated": 0, "max_memory_allocated": 0,
         "memory_reserved": 0, "max_memory_reserved": 0, "default_stream": DEFAULT}
     for name, answer in answers.items():
-        setattr(cuda, name, _saying(answer))
+        setattr(cuda, name, _return_always(answer))
     cuda.get_device_capability = lambda device=None: CAPABILITY["capability"]
     cuda.synchronize = lambda device=None: wait()
-    cuda.Stream, cuda.Event, cuda.stream = _Stream, _Moment, _on
+    cuda.Stream, cuda.Event, cuda.stream = _Stream, _Event, _use_stream
     cuda.current_stream = lambda device=None: _current[-1]
     cuda.nvtx.range_push = cuda.nvtx.range_pop = lambda *args: 0
-    cuda.nccl.version = _saying((2, 28, 9))
+    cuda.nccl.version = _return_always((2, 28, 9))
     for module in (cuda, cuda.random):
         module.get_rng_state = _rng_state
         module.set_rng_state = lambda state, device="cuda": torch.set_rng_state(state)
-    _settable(fake_tensor).init_gpu_context = _saying(None)  # a torch with CUDA would ask the driver
-    tensor, fake = _settable(torch.Tensor), _settable(FakeTensor)
+    _as_any(fake_tensor).init_gpu_context = _return_always(None)  # a torch with CUDA would ask the driver
+    tensor, fake = _as_any(torch.Tensor), _as_any(FakeTensor)
     fake.is_cuda = property(lambda self: self.device.type == "cuda")
     fake.is_cpu = fake.is_meta = property(lambda self: False)
     fake.get_device = lambda self: 0
     fake.type = lambda self, *args: (
         torch.Tensor.type(self, *args) if args else f"torch.cuda.{TYPES[self.dtype]}Tensor")
     tensor.record_stream = lambda self, stream: None
-    # asked for functions of their own, they would switch `_Calls` off for all that autograd runs
-    _settable(torch.autograd).has_torch_function = _saying(False)
+    # calls through `__torch_function__` would disable `_Calls` during autograd's passes
+    _as_any(torch.autograd).has_torch_function = _return_always(False)
     tensor.backward = lambda self, gradient=None, retain_graph=None, create_graph=False, inputs=None: (
         torch.autograd.backward(self, gradient, retain_graph, create_graph, inputs=inputs))
-    _settable(dist).get_backend = lambda group=None: "nccl"
-    _settable(dist).all_gather_object = _gather_object
-    _settable(dist).broadcast_object_list = _saying(None)
+    _as_any(dist).get_backend = lambda group=None: "nccl"
+    _as_any(dist).all_gather_object = _gather_object
+    _as_any(dist).broadcast_object_list = _return_always(None)
 
 
 def _rng_state(device: Any = "cuda") -> torch.Tensor:
-    refuse("the host reads the generator's state")
+    refuse_in_capture("the host reads the generator's state")
     return torch.get_rng_state()
 
 
-def _settable(thing: Any) -> Any:
+def _as_any(thing: Any) -> Any:
     return thing
 
 
-def _saying(answer: Any) -> Callable[..., Any]:
+def _return_always(answer: Any) -> Callable[..., Any]:
     return lambda *args, **kwargs: answer
 
 

@@ -73,7 +73,7 @@ def prepare() -> None:
     import transformer_engine.pytorch as te
     from transformer_engine.pytorch import recording
 
-    fake_gpu.CAPTURE["is under way"] = recording.is_recording
+    fake_gpu.CAPTURE["is_recording"] = recording.is_recording
     from megatron_sov.engine.parallel.gpu_libraries import FP8_FUNCTIONS
 
     for name in FP8_FUNCTIONS.values():
@@ -167,7 +167,7 @@ def use_rank(config: Any, gpu: str, num_ranks: int, rank: int) -> Iterator[tuple
     patterns = {group.pattern for group in config.optim.groups}
     parameter_groups.gather_objects = lambda value, group=None: [(patterns, True)]
     tokens = config.data.phases[0].seq_len * config.train.micro_batch_size // p.cp // (p.tp if p.sp else 1)
-    with fake_gpu.used(tokens * config.model.num_experts_per_token) as ledger:
+    with fake_gpu.use_fake_gpu(tokens * config.model.num_experts_per_token) as ledger:
         # a replay would compute nothing, and recorded operators would hold all their tensors
         recording.CapturedOperators._note = lambda graph, *operation: ledger.reserve(*operation)
         yield OneRank(config, rank, num_ranks), ledger

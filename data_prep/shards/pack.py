@@ -16,6 +16,7 @@ from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.layouts import parse_renames
 from megatron_sov.base.documents.records import find_column_problems
 from megatron_sov.base.errors import Fix, UserError
+from megatron_sov.base.hints.kinds import classify_folder
 from megatron_sov.base.settings import (
     AtLeastOne, DeclaredCommand, Flag, Fraction, ProblemCode, SettingsProblem, count_cores)
 
@@ -171,6 +172,9 @@ def parse_sources(arguments: Sequence[str]) -> list[PackSource]:
         if colon and re.fullmatch(r"[0-9.]+", weight) and not Path(path).exists() and Path(file).exists():
             raise UserError(f"--input {argument!r}: packing takes no weight; pack {file}, and pass --data "
                             f"SHARDS:{weight} to the training command", Fix(words={argument: file}))
+        if classify_folder(Path(path)) == "corpus":
+            raise UserError(f"--input {argument!r}: is the output of `sov-data run`, with its documents in "
+                            f"{path}/text; pass that folder", Fix(words={path: f"{path}/text"}))
         if "*" in path and not Path(path).exists():  # a shell passes a pattern on if nothing matches
             raise UserError(f"--input {argument!r}: no file matches it; check the folder")
         if not _NAME.fullmatch(name) or name == "tokenizer":

@@ -38,9 +38,9 @@ def find_chat_model(url: str, key_env: str, name: str = "", key: str = "") -> Ch
     """
     try:
         response = Transport(f"{url}/models", key_env, 60.0, key).get()
-        if response.status != 200:
-            raise BadAnswer(read_error_text(response.body) or f"it answered HTTP {response.status}")
-        cards = {str(card["id"]): card for card in parse_json_answer(response.body)["data"]}
+        if response.status_code != 200:
+            raise BadAnswer(read_error_text(response.content) or f"it answered HTTP {response.status_code}")
+        cards = {str(card["id"]): card for card in parse_json_answer(response.content)["data"]}
     except (BadAnswer, TimeoutError, LookupError, TypeError) as e:
         address = urlsplit(url)
         is_closed = address.hostname in ("localhost", "127.0.0.1") and "ConnectError" in str(e)

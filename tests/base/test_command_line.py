@@ -6,11 +6,11 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from data_prep.cli import build_parser as sov_data
-from megatron_sov import cli
 from megatron_sov.base import errors
 from megatron_sov.base.command_line import Parser, run_to_exit_code
 from megatron_sov.base.errors import (
@@ -98,10 +98,8 @@ def test_defect_keeps_traceback() -> None:
     ("report '' --output c", "RUN: is empty, where a file or folder is to be named"),
     ("eval pll", "megatron-sov eval pll: does not exist; did you mean 'ppl'?"),
 ])
-def test_unknown_words_become_one_sentence(line: str, message: str,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(shlex.split(line)) == 2
-    error = capsys.readouterr().err
+def test_unknown_words_become_one_sentence(line: str, message: str, get_refusal: Any) -> None:
+    error = get_refusal(*shlex.split(line))
     assert error.startswith("error: ") and message in error and len(error.splitlines()) <= 3, error
 
 

@@ -13,7 +13,6 @@ from megatron_sov.base.documents import RecordReading
 from megatron_sov.base.documents.overlap import find_units
 from megatron_sov.bench.contamination import TaskContamination, search_training_data
 from megatron_sov.bench.score_differences import ScoredResults, read_scored_results
-from megatron_sov.cli import main
 
 QUESTIONS = ["Which of the four rivers that cross the old town is the longest one of all?",
              "How many stones did the mason carry up the hill on the first day of spring?",
@@ -64,18 +63,16 @@ def test_packed_documents_are_decoded(scored: ScoredResults, packed_data: Any) -
 
 
 def test_the_command_prints_figures_and_writes_positions(tmp_path: Path, written_scores: Callable[..., Path],
-                                                         capsys: pytest.CaptureFixture[str]) -> None:
+                                                         read_output: Any, get_refusal: Any) -> None:
     out = written_scores(tmp_path / "out.json", SCORES)
     train = tmp_path / "train.txt"
     train.write_text("What is question number 2 of this little quiz about? Nobody knows.")
     argv = ["eval", "contamination", str(out), "--data", str(train), "--workers", "1"]
-    assert main(argv) == 0
-    table = capsys.readouterr().out.splitlines()
+    table = read_output(*argv).splitlines()
     assert table[1].split() == ["quiz", "acc", "0.5000", "0.6667", "4", "1", "0"]
     written = json.loads((tmp_path / "out.hits.json").read_text())
     assert written["hits"][0]["item"] == "2" and written["tasks"]["quiz"]["items_hit"] == 1
     for bad, message in ((["--data", str(tmp_path / "no")], "does not exist"),
                          (["--workers", "0"], "at least 1"),
                          (["--run", str(tmp_path)], "--run: was removed")):
-        assert main([*argv, *bad]) == 2
-        assert message in capsys.readouterr().err
+        assert message in get_refusal(*argv, *bad)

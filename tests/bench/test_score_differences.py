@@ -82,11 +82,11 @@ def test_other_items_under_the_same_names_are_refused(written_scores: Written, t
 
 
 def test_the_command_prints_a_table_or_json_and_refuses_in_a_sentence(
-        written_scores: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        written_scores: Written, tmp_path: Path, capsys: pytest.CaptureFixture[str], read_output: Any,
+        get_refusal: Any) -> None:
     first, second = (str(written_scores(tmp_path / f"{n}.json", scores, model=n)) for n, scores in
                      (("a", [0.0] * 30 + [1.0] * 10), ("b", [1.0] * 40)))
-    assert main(["eval", "difference", first, second]) == 0
-    line = capsys.readouterr().out.splitlines()[1].split()
+    line = read_output("eval", "difference", first, second).splitlines()[1].split()
     assert line[:5] == ["quiz", "acc", "0.2500", "1.0000", "+0.7500"] and line[-1] == "better"
     out = tmp_path / "difference.json"
     assert main(["eval", "difference", first, second, "--json", "--output", str(out)]) == 0
@@ -98,11 +98,9 @@ def test_the_command_prints_a_table_or_json_and_refuses_in_a_sentence(
             ([first, second, "--output", first], "is read"),
             ([first, second, "--tasks", ","], "names no task"),
             ([first], "required: B.json")]:
-        assert main(["eval", "difference", *argv]) == 2
-        assert sentence in capsys.readouterr().err
+        assert sentence in get_refusal("eval", "difference", *argv)
     (tmp_path / "b.items.jsonl").write_text("{}\n")
-    assert main(["eval", "difference", first, second]) == 2
-    assert "differs from the hash" in capsys.readouterr().err
+    assert "differs from the hash" in get_refusal("eval", "difference", first, second)
 
 
 @pytest.mark.parametrize(("changed", "message"), [

@@ -87,5 +87,5 @@ def test_a_valid_step_passes_and_gpu_only_errors_are_detected() -> None:
     assert "same device" in result["rows on the host"]["problem"]
     assert result["rows waited for"]["problem"] == "waits for the device in microbatch.py:build_micro_batch"
     error = "CUDA error: operation not permitted when stream is capturing"
-    why = "the default stream waits for one that is captured"
+    why = "the default stream waits for a captured one"
     assert result["the default stream"]["problem"] == f"RuntimeError: {error} ({why})"

@@ -229,17 +229,14 @@ def test_calls_come_from_mark_tokens_only(family: str) -> None:
         ids += marks_tokenizer.encode(closing).ids + text_tokenizer.encode(f"a{content}b").ids
         ids += marks_tokenizer.encode(call * num_calls).ids
         text = decode(ids)
-        assert unquote_marks(quote_marks(content)) == content and not find_marks(quote_marks(content))
+        quoted = quote_marks(content)
+        assert unquote_marks(quoted) == content and not any(mark in quoted for mark in MARKS)
         turn = parse_turn(text)
         assert turn == WrittenTurn(f"a{content}b", (ToolCall("g", {}),) * num_calls), (content, thought, text)
         assert to_hermes_form(to_hermes_form(text)) == to_hermes_form(text)
         served = parse_served_turn(text, in_thoughts=False, tools=TOOL_LIST)
         assert (served.content.strip(), served.calls) == (turn.content, turn.calls)
         assert served.thoughts == (thought.strip("\n") if opening else "")
-
-
-def find_marks(text: str) -> list[str]:
-    return [mark for mark in MARKS if mark in text]
 
 
 def test_first_mark_determines_form_of_turn() -> None:

@@ -1,12 +1,10 @@
 """Fixtures for commands: their output, settings of a tiny model, and a trained run as a teacher."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from megatron_sov.cli import main
 from tests.typed_words import format_set_options
 
 TINY = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_experts=4",
@@ -29,40 +27,4 @@ def teacher(packed_data: Any, run_checked: Any, tiny: list[str], tmp_path_factor
     run = tmp_path_factory.mktemp("teacher") / "run"
     run_checked("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(run),
                 *tiny, *STEPS, "--set", "model.hidden_size=48")
-    return run
-
-
-@pytest.fixture
-def read_output(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return `read_output(*words)`: the output of a command, which must succeed."""
-    def run(*words: str) -> str:
-        capsys.readouterr()
-        assert main(list(words)) == 0
-        return capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def get_refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """Return `get_refusal(*words)`: the errors of a command, which must end with code 2 and print nothing
-    else."""
-    def run(*words: str) -> str:
-        capsys.readouterr()
-        assert main(list(words)) == 2
-        captured = capsys.readouterr()
-        assert not captured.out and "Traceback" not in captured.err
-        return captured.err
-
-    return run
-
-
-@pytest.fixture(scope="session")
-def run_checked(run_command: Any) -> Callable[..., Any]:
-    """Return `run_checked(*words, code=0)`: `run_command` of a command that must end with a code."""
-    def run(*words: str, code: int = 0) -> Any:
-        result = run_command(*words)
-        assert result.returncode == code, result.stderr
-        return result
-
     return run

@@ -1,12 +1,20 @@
-"""A fixture that checks tiktoken's ids once per tokenizer instead of in every `sov-data pack`."""
+"""Fixtures: the program `sov-data`, and a check of tiktoken's ids once per tokenizer instead of in every
+`sov-data pack`."""
 
 import pytest
 
+from data_prep import cli
 from data_prep.shards.encode import Encoder
 from megatron_sov.base.artifacts import sha256_file
+from tests.command_output import Main
 
 Proof = tuple[bool, str]
 PROOFS: dict[str, Proof] = {}
+
+
+@pytest.fixture
+def cli_main() -> Main:
+    return cli.main
 
 
 @pytest.fixture(autouse=True)

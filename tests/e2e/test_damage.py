@@ -45,22 +45,20 @@ def read_hashes(run: Path, step: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def complete_run(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_command: Any) -> Path:
+def complete_run(tmp_path_factory: pytest.TempPathFactory, pretrain: Any, run_checked: Any) -> Path:
     """A complete run on two processes with a checkpoint of every step."""
     run = tmp_path_factory.mktemp("complete") / "run"
-    result = run_command(*pretrain(run, *EP2, settings=SETTINGS))
-    assert result.returncode == 0, result.stderr
+    run_checked(*pretrain(run, *EP2, settings=SETTINGS))
     return run
 
 
 @pytest.mark.distributed
 @pytest.mark.essential
-def test_the_newest_valid_checkpoint_resumes_to_the_same_bits(tmp_path: Path, pretrain: Any, run_command: Any,
+def test_the_newest_valid_checkpoint_resumes_to_the_same_bits(tmp_path: Path, pretrain: Any, run_checked: Any,
                                                               complete_run: Path) -> None:
     """Damages another kind of file in each checkpoint from the newest back to step 3: step 2 is loaded."""
     synchronous = tmp_path / "at-once"
-    assert run_command(*pretrain(synchronous, *EP2,
-                                 settings=(*SETTINGS, "train.async_save=false"))).returncode == 0
+    run_checked(*pretrain(synchronous, *EP2, settings=(*SETTINGS, "train.async_save=false")))
     assert all(read_hashes(synchronous, step) == read_hashes(complete_run, step)
                for step in range(1, STEPS + 1)), "written before the next step, or in the background"
 
@@ -73,8 +71,7 @@ def test_the_newest_valid_checkpoint_resumes_to_the_same_bits(tmp_path: Path, pr
     for step, (name, damage_file) in damages.items():
         damage_file(get_checkpoint_folder(broken, step) / name)
     (broken / "checkpoints" / ".writing-step-9-0a1b2c3d").mkdir()
-    result = run_command(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
-    assert result.returncode == 0, result.stderr
+    result = run_checked(*pretrain(broken, *EP2, "--resume", settings=SETTINGS))
     found = [e for e in read_events(broken / "events.jsonl")
              if e["event"] in ("damaged_checkpoint", "resume")]
     assert [e.get("path") for e in found] == [*(f"checkpoints/step-{step}" for step in damages), None]
@@ -91,8 +88,8 @@ def test_the_newest_valid_checkpoint_resumes_to_the_same_bits(tmp_path: Path, pr
     (lost / "complete.json").unlink()
     delete_file(get_checkpoint_folder(lost, 1) / "state.json")
     for _ in range(2):  # the second attempt fails like the first
-        result = run_command(*pretrain(lost, *EP2, "--resume", settings=SETTINGS))
-        assert result.returncode == 2 and "Traceback" not in result.stderr
+        result = run_checked(*pretrain(lost, *EP2, "--resume", settings=SETTINGS), code=2)
+        assert "Traceback" not in result.stderr
         assert ("no sound checkpoint is left (damaged-step-1); restore one from a copy as step-N"
                 in result.stderr)
 
@@ -137,12 +134,12 @@ def test_commands_name_the_file_and_the_checkpoint_before(complete_run: Path, tm
 
 
 def test_a_run_does_not_start_from_a_damaged_one(complete_run: Path, tmp_path: Path, pretrain: Any,
-                                                 run_command: Any) -> None:
+                                                 run_checked: Any) -> None:
     shutil.copytree(get_checkpoint_folder(complete_run, 8), get_checkpoint_folder(tmp_path / "run", 8))
     truncate_file(get_checkpoint_folder(tmp_path / "run", 8) / "model/00000/rank-00000-00000.safetensors")
-    result = run_command(*pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS))
-    assert result.returncode == 2 and ("there is no checkpoint before it; restore it from "
-                                       "a copy") in result.stderr, result.stderr
+    command = pretrain(tmp_path / "new", "--from", str(tmp_path / "run"), settings=SETTINGS)
+    result = run_checked(*command, code=2)
+    assert "there is no checkpoint before it; restore it from a copy" in result.stderr
     assert not (tmp_path / "new").exists()
 
 
@@ -152,7 +149,8 @@ def test_a_run_does_not_start_from_a_damaged_one(complete_run: Path, tmp_path: P
 FULL_DISK = ("train.steps=4", "train.checkpoint_every_steps=2")
 
 
-def test_a_checkpoint_that_does_not_fit(tmp_path: Path, pretrain: Any, run_command: Any) -> None:
+def test_a_checkpoint_that_does_not_fit(tmp_path: Path, pretrain: Any, run_command: Any,
+                                        run_checked: Any) -> None:
     run = tmp_path / "run"
     result = run_command(*pretrain(run, "--nproc", "2", settings=FULL_DISK), file_limit_bytes=100_000)
     assert result.returncode == 2, result.stderr
@@ -162,8 +160,7 @@ def test_a_checkpoint_that_does_not_fit(tmp_path: Path, pretrain: Any, run_comma
     assert sorted(p.name for p in run.iterdir()) == ["checkpoints", "command.json", "config.json",
                                                    "events.jsonl"]
     assert list((run / "checkpoints").iterdir()) == []
-    again = run_command(*pretrain(run, "--nproc", "2", "--resume", settings=FULL_DISK))
-    assert again.returncode == 0, again.stderr
+    run_checked(*pretrain(run, "--nproc", "2", "--resume", settings=FULL_DISK))
     steps = [e["step"] for e in read_run_events(run, "step")]
     assert steps[-4:] == [1, 2, 3, 4] and 2 <= len(steps) - 4 <= 4, (
         "the first run may do steps 3 and 4 while the checkpoint of step 2 is written")

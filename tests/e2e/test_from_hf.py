@@ -19,14 +19,12 @@ SETTINGS = ('data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch
 
 
 def test_the_first_step_has_the_models_own_loss(tmp_path: Path, hf_models: dict[str, Path],
-                                                token_shards: Path, run_command: Any) -> None:
+                                                token_shards: Path, run_checked: Any) -> None:
     from transformers import AutoModelForCausalLM
 
     run = tmp_path / "run"
-    result = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
-                         "--from", str(hf_models["solar_open"]), "--nproc", "2",
-                         *format_set_options(SETTINGS))
-    assert result.returncode == 0, result.stderr
+    run_checked("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run), "--from",
+                str(hf_models["solar_open"]), "--nproc", "2", *format_set_options(SETTINGS))
     first_step = read_run_events(run, "step")[0]
 
     config = from_dict(json.loads((run / "config.json").read_text()))

@@ -9,7 +9,6 @@ from typing import Any
 import psutil
 import pytest
 
-from megatron_sov.cli import main
 from megatron_sov.commands.operate.runs.run_state import read_run_state
 from megatron_sov.runs.folder import FAULTS
 from megatron_sov.runs.lock import read_lock
@@ -59,7 +58,7 @@ def test_ctrl_c_is_answered_before_the_step_has_ended(tmp_path: Path, pretrain: 
 @pytest.mark.distributed
 @pytest.mark.essential
 @pytest.mark.parametrize("nproc", [pytest.param("1", marks=pytest.mark.deep), "2"])
-def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_command: Any, start: Any,
+def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_checked: Any, start: Any,
                                         until: Any, nproc: str) -> None:
     run = tmp_path / "run"
     process = start(pretrain(run, "--nproc", nproc, "--inject", "slow-rank@step=4,seconds=900,steps=1",
@@ -76,8 +75,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path: Path, pretrain: Any, run_comma
                                        f"megatron-sov resume {run}")
     assert "Traceback" not in errors
     # The fault occurred in the run; without it the command resumes from the checkpoint.
-    result = run_command("resume", str(run))
-    assert result.returncode == 0, result.stderr
+    run_checked("resume", str(run))
     # a resumed run is not evaluated again
     assert [event["step"] for event in read_run_events(run, "eval")] == [0, 8]
 
@@ -87,7 +85,7 @@ SHORT = ("train.steps=6", "train.eval_every_steps=0")
 
 @pytest.mark.distributed
 def test_status_shows_why_a_run_ended(pretrain: Any, run_command: Any, tmp_path: Path,
-                                      capsys: pytest.CaptureFixture[str]) -> None:
+                                      read_output: Any) -> None:
     refused, crashed, unguarded = tmp_path / "refused", tmp_path / "crashed", tmp_path / "unguarded"
     arguments = {refused: ("--inject", "nan@step=1,nan@step=2", "--set", "guards.rollback_after_skips=2"),
                  unguarded: ("--inject", "nan@step=3", "--set", "guards.skip=false", "--set",
@@ -104,12 +102,10 @@ def test_status_shows_why_a_run_ended(pretrain: Any, run_command: Any, tmp_path:
                           "again; find the cause"}
     for run, reason in reasons.items():
         assert f"error: {reason}" in results[run].stderr
-        assert main(["status", str(run)]) == 0
-        status = capsys.readouterr().out
+        status = read_output("status", str(run))
         assert f"  state       ended ({reason}" in status
         assert ("  incidents   2 x step rejected (megatron-sov logs" in status) == (run == refused)
-        assert main(["logs", str(run)]) == 0
-        assert f"ended by an error: {reason}" in capsys.readouterr().out
+        assert f"ended by an error: {reason}" in read_output("logs", str(run))
 
 
 FAILING_OBJECTIVE = """
@@ -138,13 +134,13 @@ class Failing(LanguageModelling):
 
 
 @pytest.mark.distributed
-def test_a_checkpoint_in_progress_is_completed_after_an_error(pretrain: Any, run_command: Any,
+def test_a_checkpoint_in_progress_is_completed_after_an_error(pretrain: Any, run_checked: Any,
                                                               tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(FAILING_OBJECTIVE)
     settings = (*SHORT, f"objective.name={tmp_path}/mine.py:Failing", "train.checkpoint_every_steps=2",
                 "train.max_restarts=0")
-    result = run_command(*pretrain(tmp_path / "run", "--nproc", "2", settings=settings))
-    assert result.returncode == 1 and "ValueError: a defect of one process" in result.stderr, result.stderr
+    result = run_checked(*pretrain(tmp_path / "run", "--nproc", "2", settings=settings), code=1)
+    assert "ValueError: a defect of one process" in result.stderr, result.stderr
     assert [p.name for p in (tmp_path / "run/checkpoints").iterdir()] == ["step-2"]
     saved = read_run_events(tmp_path / "run", "checkpoint")
     assert [(e["step"], e["save_s"] > 1) for e in saved] == [(2, True)]

@@ -58,17 +58,16 @@ def read_tensors(run: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.distributed
 @pytest.mark.essential
 def test_stopped_killed_and_continued_equals_uninterrupted(
-        tmp_path: Path, pretrain: Any, run_command: Any, start: Any, until: Any) -> None:
+        tmp_path: Path, pretrain: Any, run_checked: Any, start: Any, until: Any) -> None:
     uninterrupted, interrupted = tmp_path / "whole", tmp_path / "broken"
-    assert run_command(*pretrain(uninterrupted, *EP2, settings=SETTINGS)).returncode == 0
+    run_checked(*pretrain(uninterrupted, *EP2, settings=SETTINGS))
 
     run = start(pretrain(interrupted, *EP2, settings=SETTINGS))
     until(lambda: read_last_step(interrupted) >= 3, run)
     holder = json.loads((interrupted / "lock.json").read_text())["pid"]
     os.kill(holder, signal.SIGSTOP)  # the run is alive but stopped while a second one tries to start
-    second = run_command(*pretrain(interrupted, *EP2, "--resume", settings=SETTINGS))
-    assert second.returncode == 2 and f"held by a living run (process {holder}" in second.stderr, (
-        second.stderr)
+    second = run_checked(*pretrain(interrupted, *EP2, "--resume", settings=SETTINGS), code=2)
+    assert f"held by a living run (process {holder}" in second.stderr
     os.kill(psutil.Process(holder).ppid(), signal.SIGTERM)
     os.kill(holder, signal.SIGCONT)
     _, errors = run.communicate(timeout=600)
@@ -89,8 +88,7 @@ def test_stopped_killed_and_continued_equals_uninterrupted(
         time.sleep(0.05)
 
     # `resume` needs no options: settings, data and the number of processes are in the folder
-    result = run_command("resume", str(interrupted))
-    assert result.returncode == 0, result.stderr
+    run_checked("resume", str(interrupted))
     reasons = [e["event"] for e in read_events(interrupted / "events.jsonl")
                if e["event"] in ("stop", "resume", "run_end")]
     assert reasons == ["stop", "resume", "resume", "run_end"]

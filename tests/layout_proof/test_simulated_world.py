@@ -80,34 +80,22 @@ def test_each_process_has_its_own_rank_and_groups() -> None:
     assert not dist.is_initialized()
 
 
-def test_a_deadlock_names_each_waiting_process_and_call() -> None:
-    def reduce_without_rank_0(place: ParallelWorld) -> None:
-        if place.rank:
-            dist.all_reduce(torch.ones(1))
-
-    with pytest.raises(Deadlock, match="2 of 3 processes"):
-        SimulatedRanks(3).run(form_groups(ParallelConfig()), reduce_without_rank_0)
-
-
-def test_mismatched_calls_are_reported() -> None:
-    def call_different_collectives(place: ParallelWorld) -> None:
-        if place.rank:
-            dist.barrier()
-        else:
-            dist.all_reduce(torch.ones(1))
-
-    with pytest.raises(Deadlock, match="rank 1 calls barrier"):
-        SimulatedRanks(2).run(form_groups(ParallelConfig()), call_different_collectives)
-
-
-def test_an_error_of_one_process_ends_all() -> None:
-    def fail_on_rank_1(place: ParallelWorld) -> None:
-        if place.rank == 1:
-            raise KeyError("rank 1")
-        dist.barrier()
-
-    with pytest.raises(KeyError, match="rank 1"):
-        SimulatedRanks(3).run(form_groups(ParallelConfig()), fail_on_rank_1)
+@pytest.mark.each(("num_ranks", "call", "error", "message"), [
+    (3, lambda rank: rank and dist.all_reduce(torch.ones(1)), Deadlock, "2 of 3 processes"),
+    (2, lambda rank: dist.barrier() if rank else dist.all_reduce(torch.ones(1)), Deadlock,
+     "rank 1 calls barrier"),
+    (2, lambda rank: rank or dist.isend(torch.ones(1), 1), Deadlock, "rank 0 of WORLD"),  # is not received
+    (2, lambda rank: rank or dist.all_reduce(torch.ones(1), async_op=True), Deadlock,  # is not waited for
+     "allreduce SUM over WORLD"),
+    (2, lambda rank: dist.all_reduce(torch.zeros(4), [dist.ReduceOp.SUM, dist.ReduceOp.MAX][rank]), Deadlock,
+     "allreduce MAX"),
+    (2, lambda rank: dist.broadcast(torch.zeros(4), rank), Deadlock, "broadcast from 1"),
+    (3, lambda rank: {}["of rank 1"] if rank == 1 else dist.barrier(), KeyError, "of rank 1"),
+])
+def test_deadlocks_and_errors_of_one_process_end_all(num_ranks: int, call: Callable[[int], object],
+                                                     error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        SimulatedRanks(num_ranks).run(form_groups(ParallelConfig()), lambda place: call(place.rank))
 
 
 def test_call_sites_are_counted() -> None:
@@ -115,21 +103,6 @@ def test_call_sites_are_counted() -> None:
     ranks.run(form_groups(ParallelConfig()), lambda place: dist.barrier())
 
     assert ranks.sites == {CallSite("barrier", "WORLD", "outside of Megatron-Core"): 2}
-
-
-def test_an_unreceived_message_is_reported() -> None:
-    def send_only(place: ParallelWorld) -> None:
-        if place.rank == 0:
-            dist.isend(torch.ones(1), 1)
-
-    def call_without_waiting(place: ParallelWorld) -> None:
-        if place.rank == 0:
-            dist.all_reduce(torch.ones(1), async_op=True)
-
-    with pytest.raises(Deadlock, match="rank 0 of WORLD"):
-        SimulatedRanks(2).run(form_groups(ParallelConfig()), send_only)
-    with pytest.raises(Deadlock, match="allreduce SUM over WORLD"):
-        SimulatedRanks(2).run(form_groups(ParallelConfig()), call_without_waiting)
 
 
 @pytest.mark.each("tensor_of_rank_1", [torch.zeros(4, 2), torch.zeros(4, dtype=torch.float64)])
@@ -144,11 +117,3 @@ def test_messages_of_other_size_or_dtype_are_reported(call: Callable[[torch.Tens
     with pytest.raises(Deadlock, match="call pass different"):
         SimulatedRanks(2).run(form_groups(ParallelConfig()), lambda place: call(
             torch.zeros(4) if place.rank == 0 else tensor_of_rank_1.clone(), place.rank))
-
-
-@pytest.mark.parametrize("call", [
-    lambda tensor, rank: dist.all_reduce(tensor, [dist.ReduceOp.SUM, dist.ReduceOp.MAX][rank]),
-    lambda tensor, rank: dist.broadcast(tensor, rank)])
-def test_mismatched_reductions_or_sources_are_reported(call: Callable[[torch.Tensor, int], None]) -> None:
-    with pytest.raises(Deadlock, match=r"(allreduce MAX|broadcast from 1)"):
-        SimulatedRanks(2).run(form_groups(ParallelConfig()), lambda place: call(torch.zeros(4), place.rank))

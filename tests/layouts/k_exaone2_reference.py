@@ -8,22 +8,22 @@ import torch
 from torch.nn.functional import linear, silu
 
 
-def as_released(model: Any) -> Any:
+def apply_layer_limits(model: Any) -> Any:
     """Set `sliding_windows` and `swiglu_limits` of the config in
     transformers' model; without them the model is unchanged."""
     config = model.config.to_dict()
     for layer, window in zip(model.model.layers, config.get("sliding_windows") or [], strict=False):
-        layer.self_attn.register_forward_pre_hook(_seeing(window), with_kwargs=True)
+        layer.self_attn.register_forward_pre_hook(mask_by_window(window), with_kwargs=True)
     for layer, limit in zip(model.model.layers, config.get("swiglu_limits") or [], strict=False):
         for part in layer.mlp.modules() if limit else ():
             if hasattr(part, "gate_up_proj"):
-                part.forward = MethodType(_experts(limit), part)
+                part.forward = MethodType(build_expert_forward(limit), part)
             elif hasattr(part, "gate_proj"):
-                part.forward = MethodType(_network(limit), part)
+                part.forward = MethodType(build_dense_forward(limit), part)
     return model
 
 
-def _seeing(window: int) -> Any:
+def mask_by_window(window: int) -> Any:
     """Return a hook that replaces a layer's mask by a causal mask over a window of tokens (0: unlimited)."""
     def hook(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         n = kwargs["hidden_states"].shape[1]
@@ -35,25 +35,25 @@ def _seeing(window: int) -> Any:
     return hook
 
 
-def _activated(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
+def apply_limited_swiglu(gate: torch.Tensor, up: torch.Tensor, limit: float) -> torch.Tensor:
     return silu(gate.clamp(max=limit)) * up.clamp(min=-limit, max=limit)
 
 
-def _network(limit: float) -> Any:
+def build_dense_forward(limit: float) -> Any:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
-        found: torch.Tensor = self.down_proj(_activated(self.gate_proj(x), self.up_proj(x), limit))
+        found: torch.Tensor = self.down_proj(apply_limited_swiglu(self.gate_proj(x), self.up_proj(x), limit))
         return found
 
     return forward
 
 
-def _experts(limit: float) -> Any:
+def build_expert_forward(limit: float) -> Any:
     def forward(self: Any, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         result = torch.zeros_like(x)
         for expert in range(self.num_experts):
             token, place = torch.where(chosen == expert)
             gate, up = linear(x[token], self.gate_up_proj[expert]).chunk(2, -1)
-            out = linear(_activated(gate, up, limit), self.down_proj[expert])
+            out = linear(apply_limited_swiglu(gate, up, limit), self.down_proj[expert])
             result = result.index_add(0, token, out * weights[token, place, None])
         return result
 

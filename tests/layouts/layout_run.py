@@ -54,7 +54,7 @@ FAMILIES["tiny-solar-open2"] = (
     '"value_head_dim": 6, "gate_rank": 6, "negative_eigenvalues": true}')
 
 
-def maker() -> str:
+def find_caller() -> str:
     """Return `file:function` of the innermost frame in this project or Megatron-Core, without comprehensions
     and lambdas."""
     frame: FrameType | None = sys._getframe(1)
@@ -67,7 +67,7 @@ def maker() -> str:
     return "outside"
 
 
-def small_config(recipe: str, settings: list[str], paths: list[str], objective: str) -> RunConfig:
+def build_small_config(recipe: str, settings: list[str], paths: list[str], objective: str) -> RunConfig:
     """Return a recipe with a few thousand parameters and samples of 32 tokens; `settings` take precedence."""
     base = recipes.get(recipe)
     phases = 'data.phases=[{"name": "main", "seq_len": 32}]'
@@ -76,7 +76,7 @@ def small_config(recipe: str, settings: list[str], paths: list[str], objective: 
     return apply_settings(config, [f"data.paths={{{', '.join(f'{chr(34)}{p}{chr(34)}: 1' for p in paths)}}}"])
 
 
-def _trainer(config: RunConfig, run: str = "not-written") -> Trainer:
+def build_trainer(config: RunConfig, run: str = "not-written") -> Trainer:
     place = world.join_world(config.parallel)
     config.check(place.size)
     factory = LanguageModelling if config.objective.name == "lm" else SupervisedFineTuning
@@ -84,7 +84,7 @@ def _trainer(config: RunConfig, run: str = "not-written") -> Trainer:
     return Trainer(config, place, RunFolder(Path(run)), sources, factory)
 
 
-def _step(trainer: Trainer) -> dict[str, Any]:
+def run_step(trainer: Trainer) -> dict[str, Any]:
     result = train_step(trainer)
     biases: list[Any] = [None] * trainer.world.size
     dist.all_gather_object(biases, {m.layer_number: m.expert_bias.tolist() for m in trainer.model.modules()
@@ -97,11 +97,12 @@ def _step(trainer: Trainer) -> dict[str, Any]:
             **({"router bias": [router_biases[i] for i in sorted(router_biases)]} if router_biases else {})}
 
 
-def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str, out: str) -> dict[str, Any]:
+def compute_first_batch(recipe: str, settings: list[str], paths: list[str], objective: str,
+                        out: str) -> dict[str, Any]:
     """Return the losses of the first global batch and the batch itself; write checkpoints `out`/weights and
     `out`/gradients."""
-    config = small_config(recipe, settings, paths, objective)
-    trainer = _trainer(config)
+    config = build_small_config(recipe, settings, paths, objective)
+    trainer = build_trainer(config)
     # before the step, which updates router biases
     state = {"step": 0, "tokens": 0}
     save_checkpoint(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
@@ -122,39 +123,40 @@ def one_batch(recipe: str, settings: list[str], paths: list[str], objective: str
                               for m in batch.micro_batches]}
 
 
-def compared(recipe: str, settings: list[str], paths: list[str], reference: str, *,
+def train_and_continue(recipe: str, settings: list[str], paths: list[str], reference: str, *,
              is_reference: bool, num_steps: int = 2) -> dict[str, Any]:
     """Train from scratch, then repeat the second half from the reference's checkpoint; return the steps and
     the largest differences to the reference's checkpoints.
 
     `reference` is the run folder of the single process, which trains first.
     """
-    trainer = _trainer(small_config(recipe, settings, paths, "lm"), reference)
+    trainer = build_trainer(build_small_config(recipe, settings, paths, "lm"), reference)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
     scratch, half = [], num_steps // 2
     for _ in range(num_steps):
-        scratch.append(_step(trainer))
+        scratch.append(run_step(trainer))
         if is_reference and trainer.step in (half, num_steps):
             trainer.save()
     trainer.checkpointer.finish()
-    result = {"scratch": scratch, "scratch apart": _apart(trainer, trainer.folder.checkpoint(num_steps))}
+    last = trainer.folder.checkpoint(num_steps)
+    result = {"scratch": scratch, "scratch differences": compute_differences(trainer, last)}
     trainer.resume(trainer.folder.checkpoint(half))
-    result |= {"continued": [_step(trainer) for _ in range(num_steps - half)],
-               "continued apart": _apart(trainer, trainer.folder.checkpoint(num_steps))}
+    result |= {"continued": [run_step(trainer) for _ in range(num_steps - half)],
+               "continued differences": compute_differences(trainer, last)}
     trainer.close()
     world.leave_world()
     return result
 
 
 @functools.cache
-def _tensors(path: Path, part: str) -> dict[str, tuple[torch.Tensor, float]]:
+def read_checkpoint_tensors(path: Path, part: str) -> dict[str, tuple[torch.Tensor, float]]:
     """Return a checkpoint's tensors, each with its largest absolute value."""
     reader = TensorReader(path, part)
     tensors = {key: reader.read(key) for key in reader.keys()}  # noqa: SIM118  (a reader is no dict)
     return {key: (tensor, max(float(tensor.abs().max()), 1e-12)) for key, tensor in tensors.items()}
 
 
-def _apart(trainer: Trainer, path: Path) -> dict[str, float]:
+def compute_differences(trainer: Trainer, path: Path) -> dict[str, float]:
     """Return the largest differences of weights and optimizer state to a checkpoint, relative to each
     tensor's largest value."""
     largest_differences = {}
@@ -162,17 +164,17 @@ def _apart(trainer: Trainer, path: Path) -> dict[str, float]:
                          ("optimizer", trainer.optimizer.state_shards())):
         differences = []
         for block in blocks:
-            tensor, largest = _tensors(path, part)[block.key]
+            tensor, largest = read_checkpoint_tensors(path, part)[block.key]
             expected = tensor[tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))]
             differences.append(float((expected.reshape(block.data.shape) - block.data).abs().max()) / largest)
         largest_differences[part] = max(differences)
     return largest_differences
 
 
-def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
+def train_with_overlap(settings: list[str], paths: list[str]) -> dict[str, Any]:
     """Train, evaluate, train: return weight hashes after updates and evaluation, and the number of overlapped
     reductions."""
-    trainer = _trainer(small_config("tiny-k-exaone", settings, paths, "lm"))
+    trainer = build_trainer(build_small_config("tiny-k-exaone", settings, paths, "lm"))
     groups = [g for chunk in trainer.optimizer.wrapped
               for g in chunk.bucket_groups + chunk.expert_parallel_bucket_groups]
     finalize, reductions_in_flight = trainer.model.config.finalize_model_grads_func, []
@@ -183,18 +185,18 @@ def deferred(settings: list[str], paths: list[str]) -> dict[str, Any]:
 
     trainer.model.config.finalize_model_grads_func = count_reductions
     losses = [train_step(trainer).loss for _ in range(2)]
-    updated = _digest(trainer.model)
+    updated = hash_weights(trainer.model)
     heldout = {name: result.loss for name, result in trainer.evaluate().items()}
-    evaluated = _digest(trainer.model)
+    evaluated = hash_weights(trainer.model)
     losses += [train_step(trainer).loss for _ in range(2)]
     trainer.model.finish_param_gather()
     result = {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated,
-              "ended": _digest(trainer.model), "groups": len(groups), "on their way": reductions_in_flight,
-              "place": trainer.world.dp_rank}
+              "final": hash_weights(trainer.model), "groups": len(groups),
+              "reductions in flight": reductions_in_flight, "dp_rank": trainer.world.dp_rank}
     world.leave_world()
     return result
 
 
-def _digest(model: torch.nn.Module) -> str:
+def hash_weights(model: torch.nn.Module) -> str:
     """Hash this process's weights."""
     return hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()

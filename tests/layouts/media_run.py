@@ -92,21 +92,21 @@ class Documents:
         return inputs
 
 
-def trainer(recipe: str, settings: list[str], run: str = "not-written") -> Trainer:
+def build_trainer(recipe: str, settings: list[str], run: str = "not-written") -> Trainer:
     """Return a trainer of a tiny model with both encoders."""
     both = [f"model.vision={json.dumps(VISION)}", f"model.audio={json.dumps(AUDIO)}"]
     config = apply_settings(recipes.get(recipe), [*both, *SMALL, *settings])
     documents = Documents()
     source = Source("media", None, "text", {}, {"train": int(documents.lengths.sum()), "heldout": 0}, 1.0,
                     train_documents=documents, banks=documents.banks)
-    place = world.join_world(config.parallel)
-    config.check(place.size)
-    return Trainer(config, place, RunFolder(Path(run)), [source], LanguageModelling)
+    rank_world = world.join_world(config.parallel)
+    config.check(rank_world.size)
+    return Trainer(config, rank_world, RunFolder(Path(run)), [source], LanguageModelling)
 
 
-def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
+def compute_first_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
     """Return the losses of the first global batch; write checkpoints `out`/weights and `out`/gradients."""
-    result = trainer(recipe, settings)
+    result = build_trainer(recipe, settings)
     config, state = result.config, {"step": 0, "tokens": 0}
     save_checkpoint(Path(out) / "weights", result.model, None, state, config.to_dict(), None)
     batch = result.objective.prepare(result.objective.collect(result.policy, 0))
@@ -132,46 +132,47 @@ def one_batch(recipe: str, settings: list[str], out: str) -> dict[str, Any]:
                               for m in batch.micro_batches]}
 
 
-def _step(found: Trainer) -> dict[str, Any]:
+def run_step(trainer: Trainer) -> dict[str, Any]:
     """Train a step; return its loss and a hash of weights and optimizer state."""
-    loss = train_step(found).loss
+    loss = train_step(trainer).loss
     digest = hashlib.sha256()
-    for block in (*list_local_shards(found.model), *found.optimizer.state_shards()):
+    for block in (*list_local_shards(trainer.model), *trainer.optimizer.state_shards()):
         digest.update(block.key.encode() + block.data.detach().contiguous().numpy().tobytes())
-    return {"loss": loss, "held": digest.hexdigest()}
+    return {"loss": loss, "state": digest.hexdigest()}
 
 
-def trained(settings: list[str], run: str) -> list[dict[str, Any]]:
+def train_with_checkpoint(settings: list[str], run: str) -> list[dict[str, Any]]:
     """Train two steps, with a checkpoint after the first."""
-    result = trainer("tiny-qwen3", settings, run)
+    result = build_trainer("tiny-qwen3", settings, run)
     result.folder.checkpoints.mkdir(parents=True, exist_ok=True)
-    steps = [_step(result)]
+    steps = [run_step(result)]
     result.save()
     result.checkpointer.finish()
-    steps.append(_step(result))
+    steps.append(run_step(result))
     world.leave_world()
     return steps
 
 
-def continued(settings: list[str], run: str) -> dict[str, Any]:
+def resume_training(settings: list[str], run: str) -> dict[str, Any]:
     """Train the second step from the checkpoint of the first."""
-    result = trainer("tiny-qwen3", settings)
+    result = build_trainer("tiny-qwen3", settings)
     result.resume(RunFolder(Path(run)).checkpoint(1))
-    step = _step(result)
+    step = run_step(result)
     world.leave_world()
     return step
 
 
-def started(plain: str, encoder: str) -> dict[str, list[str]]:
+def start_with_encoders(plain: str, encoder: str) -> dict[str, list[str]]:
     """Start from a checkpoint without encoders, with a picture encoder from a folder; return the tensors of
     the checkpoint, of the folder, and of neither.
 
-    PLAIN is the checkpoint, which is written first.
+    `plain` is the checkpoint, which is written first.
     """
-    first = trainer("tiny-qwen3", ["model.vision=null", "model.audio=null"])
-    save_checkpoint(Path(plain), first.model, None, {"step": 0, "tokens": 0}, first.config.to_dict(), None)
+    without_encoders = build_trainer("tiny-qwen3", ["model.vision=null", "model.audio=null"])
+    save_checkpoint(Path(plain), without_encoders.model, None, {"step": 0, "tokens": 0},
+                    without_encoders.config.to_dict(), None)
     world.leave_world()
-    outcome = trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
+    outcome = build_trainer("tiny-qwen3", ["train.seed=2", f"media.vision_from={encoder}"])
     outcome.load_start_weights(Path(plain))
     reader, stored = TensorReader(Path(plain), "model"), load_file(Path(encoder) / "model.safetensors")
     known = set(reader.keys())

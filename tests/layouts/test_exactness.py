@@ -20,7 +20,7 @@ from megatron_sov.model.config import ParallelConfig, apply_settings, from_dict
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.recipes.requested import load_plugins
 from tests.checkpoints import save_checkpoint
-from tests.layouts.k_exaone2_reference import as_released
+from tests.layouts.k_exaone2_reference import apply_layer_limits
 
 LENGTH, BEFORE = 160, 37
 """Tokens of the compared document, and of the document before it in the row."""
@@ -240,7 +240,7 @@ def hf_logits(folder: Path) -> Any:
     """Return transformers' logits [LENGTH, vocabulary] float32 for the document alone."""
     from transformers import AutoModelForCausalLM
 
-    model = as_released(AutoModelForCausalLM.from_pretrained(
+    model = apply_layer_limits(AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, experts_implementation="eager", attn_implementation="eager").eval())
     with torch.no_grad():
         return model(input_ids=torch.tensor(documents(model.config.vocab_size)[1:]),

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import cross_entropy, linear, rms_norm, silu
 
-from tests.layouts.k_exaone2_reference import as_released
+from tests.layouts.k_exaone2_reference import apply_layer_limits
 
 RUN = str(Path(__file__).with_name("layout_run.py"))
 SETTINGS = ["train.precision=fp32", "model.seq_aux_loss_coeff=0", "model.num_mtp_layers=0",
@@ -125,7 +125,7 @@ def _reference(weights: Path, gradients: Path, result: dict[str, Any], objective
     weights."""
     from transformers import AutoModelForCausalLM
 
-    model = as_released(AutoModelForCausalLM.from_pretrained(
+    model = apply_layer_limits(AutoModelForCausalLM.from_pretrained(
         weights, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"))
     config = json.loads((weights / "config.json").read_text())
     prediction = {name.removeprefix("mtp."): tensor.requires_grad_() for name, tensor in load_file(
@@ -183,7 +183,7 @@ def test_loss_and_all_gradients_equal_transformers(ranks: Any, job: Any, packed_
     jobs = []
     for name, (recipe, objective, settings) in CASES.items():
         paths = [str(packed_data.text)] + ([str(packed_data.chats)] if objective == "sft" else [])
-        jobs.append(job(RUN, "one_batch", 2 if "parallel.tp=2" in settings else 1,
+        jobs.append(job(RUN, "compute_first_batch", 2 if "parallel.tp=2" in settings else 1,
                         {"recipe": recipe, "settings": [*SETTINGS, *settings], "paths": paths,
                          "objective": objective, "out": str(tmp_path / name)}))
     for (name, (_, objective, _)), (result, *_) in zip(CASES.items(), ranks(*jobs), strict=True):

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_sov.engine.parallel import world
 from megatron_sov.train.loop import train_step
-from tests.layouts.layout_run import _trainer, maker, small_config
+from tests.layouts.layout_run import build_small_config, build_trainer, find_caller
 
 FETCHES = ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__")
 SYNCING = ("aten.nonzero", "aten.masked_select", "aten.unique", "aten.bincount", "aten.repeat_interleave")
@@ -33,15 +33,7 @@ PER_STEP = {"values.py:sum_dict": 2, "loop.py:train_step": 1, "forward_backward.
 """Sums over processes, losses and the gradient norm."""
 
 
-def _counted(fetches: Counter[str], method: Callable[..., Any]) -> Callable[..., Any]:
-    def count_fetch(self: Any, *args: Any, **kwargs: Any) -> Any:
-        fetches[maker()] += 1
-        return method(self, *args, **kwargs)
-
-    return count_fetch
-
-
-def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
+def count_launches(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
     """Return launches and copies of the second training step."""
     fetches: Counter[str] = Counter()
 
@@ -56,15 +48,22 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
             by_mask = name.startswith("aten.index.") and any(
                 torch.is_tensor(t) and t.dtype == torch.bool for t in tree_leaves(args[1]))
             if by_mask or name.startswith(SYNCING):
-                fetches[maker()] += 1
+                fetches[find_caller()] += 1
             return func(*args, **(kwargs or {}))
 
-    config = small_config(recipe, settings, [data], "lm")
-    trainer = _trainer(config, "not-written")
+    def count_fetches(method: Callable[..., Any]) -> Callable[..., Any]:
+        def count_and_fetch(self: Any, *args: Any, **kwargs: Any) -> Any:
+            fetches[find_caller()] += 1
+            return method(self, *args, **kwargs)
+
+        return count_and_fetch
+
+    config = build_small_config(recipe, settings, [data], "lm")
+    trainer = build_trainer(config)
     train_step(trainer)
     with pytest.MonkeyPatch.context() as patched, Operations() as seen:
         for name in FETCHES:
-            patched.setattr(torch.Tensor, name, _counted(fetches, getattr(torch.Tensor, name)))
+            patched.setattr(torch.Tensor, name, count_fetches(getattr(torch.Tensor, name)))
         train_step(trainer)
     world.leave_world()
     return {"operations": seen.count, "fetches": fetches, "routed_layers": config.model.num_moe_layers(),
@@ -76,7 +75,7 @@ def step(recipe: str, settings: list[str], data: str) -> dict[str, Any]:
 @pytest.mark.parametrize("recipe", OPERATIONS)
 def test_a_step_starts_no_more_operations_and_fetches_no_more_numbers(
         recipe: str, ranks: Any, job: Any, packed_data: Any) -> None:
-    (fewer,), (more,) = ranks(*(job(__file__, "step", 1, {
+    (fewer,), (more,) = ranks(*(job(__file__, "count_launches", 1, {
         "recipe": recipe, "settings": [f"model.num_layers={n}", "model.num_experts=8"],
         "data": str(packed_data.text)}) for n in (2, 4)))
     count = more["micro_batches"]

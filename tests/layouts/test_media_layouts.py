@@ -64,8 +64,8 @@ def test_layouts_agree_with_one_rank(ranks: Any, job: Any, tmp_path: Path, names
     layouts = {name: LAYOUTS[name] for name in names}
     one = {recipe: (recipe, 1, []) for recipe, _, _ in layouts.values()}
     all_runs = {**one, **layouts}
-    results = ranks(*(job(RUN, "one_batch", n, {"recipe": recipe, "settings": settings(recipe, layout),
-                                                "out": str(tmp_path / name)})
+    results = ranks(*(job(RUN, "compute_first_batch", n, {
+        "recipe": recipe, "settings": settings(recipe, layout), "out": str(tmp_path / name)})
                       for name, (recipe, n, layout) in all_runs.items()))
     losses = {name: per_rank[0]["losses"] | per_rank[0]["meters"]
               for name, per_rank in zip(all_runs, results, strict=True)}
@@ -84,7 +84,7 @@ def test_layouts_agree_with_one_rank(ranks: Any, job: Any, tmp_path: Path, names
 @pytest.mark.distributed
 def test_gradients_reach_encoders_exactly_when_they_are_trained(ranks: Any, job: Any, tmp_path: Path) -> None:
     cases = {"both": (True, True), "adapters": (False, True), "none": (False, False)}
-    results = ranks(*(job(RUN, "one_batch", 1, {
+    results = ranks(*(job(RUN, "compute_first_batch", 1, {
         "recipe": "tiny-qwen3", "out": str(tmp_path / name), "settings": [
             *FP64, f"media.train_encoders={encoders}", f"media.train_adapters={adapters}"]})
                       for name, (encoders, adapters) in cases.items()))
@@ -107,9 +107,9 @@ def test_a_run_resumes_bit_for_bit_and_at_another_layout(ranks: Any, job: Any, t
     fp64 = [*FP64, "optim.name=muon"]
     one = [*fp64, *OVERLAP]
     first, same, other = ranks(
-        job(RUN, "trained", 2, {"settings": one, "run": str(tmp_path / "one")}),
-        job(RUN, "continued", 2, {"settings": one, "run": str(tmp_path / "one")}),
-        job(RUN, "continued", 2, {"settings": [*fp64, *SP], "run": str(tmp_path / "one")}))
+        job(RUN, "train_with_checkpoint", 2, {"settings": one, "run": str(tmp_path / "one")}),
+        job(RUN, "resume_training", 2, {"settings": one, "run": str(tmp_path / "one")}),
+        job(RUN, "resume_training", 2, {"settings": [*fp64, *SP], "run": str(tmp_path / "one")}))
     assert same == [steps[1] for steps in first]
     assert other[0]["loss"] == pytest.approx(first[0][1]["loss"], rel=1e-9)
     assert first[0][1]["loss"] != first[0][0]["loss"]
@@ -122,8 +122,8 @@ def test_a_run_may_start_from_a_model_without_encoders(ranks: Any, job: Any, tmp
     SiglipVisionModel(SiglipVisionConfig(
         image_size=8, patch_size=4, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
         intermediate_size=24, vision_use_head=False)).save_pretrained(tmp_path / "vit")
-    ((tensors,),) = ranks(job(RUN, "started", 1, {"plain": str(tmp_path / "plain"),
-                                                  "encoder": str(tmp_path / "vit")}))
+    ((tensors,),) = ranks(job(RUN, "start_with_encoders", 1, {
+        "plain": str(tmp_path / "plain"), "encoder": str(tmp_path / "vit")}))
     all_tensors = set(encoder_shapes(trained_config().model))
     assert not set(tensors["checkpoint"]) & all_tensors and len(tensors["checkpoint"]) > 20
     assert set(tensors["folder"]) == {key for key in all_tensors if key.startswith("vision.encoder.")}
@@ -193,8 +193,8 @@ def hf_encoders(w: dict[str, torch.Tensor]) -> tuple[Any, Any]:
 def test_losses_and_gradients_are_those_of_transformers(ranks: Any, job: Any, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
-    ((result,),) = ranks(job(RUN, "one_batch", 1, {"recipe": "tiny-qwen3", "settings": FP64,
-                                                   "out": str(tmp_path)}))
+    ((result,),) = ranks(job(RUN, "compute_first_batch", 1, {
+        "recipe": "tiny-qwen3", "settings": FP64, "out": str(tmp_path)}))
     for name in ("weights", "gradients"):
         to_hf(tmp_path / name, tmp_path / f"hf-{name}", "float64")
     from_hf(tmp_path / "hf-weights", tmp_path / "again")

@@ -4,6 +4,7 @@ tensors."""
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,12 +55,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {"lm": folder / "lm", "bert": folder / "bert"}
 
 
-def classify(folder: Path) -> None:
-    load_pretrained(AutoModelForSequenceClassification, folder)
-
-
 LOADERS = {"generate, eval, serve": ("lm", load_hf, LM_TENSOR),
-           "a classifier": ("bert", classify, CLASSIFIER_TENSOR)}
+           "a classifier": ("bert", partial(load_pretrained, AutoModelForSequenceClassification),
+                            CLASSIFIER_TENSOR)}
 
 
 @pytest.mark.each("kind", ["missing", "unexpected", "mismatched"])

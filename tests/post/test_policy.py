@@ -24,7 +24,7 @@ from megatron_sov.train.data.sources import Source, open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.objective import get_columns, get_formats
 from megatron_sov.train.trainer import Trainer
-from tests.layouts.layout_run import small_config
+from tests.layouts.layout_run import build_small_config
 
 TEMPERATURE, LOW, HIGH, CLIP = 0.7, 0.75, 1.35, 0.05
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]', "model.num_experts=8",
@@ -89,7 +89,7 @@ class Texts:
 
 def build_trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
 
-    config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [], "policy")
+    config = build_small_config("tiny-k-exaone", [*SETTINGS, *settings], [], "policy")
     place = world.join_world(config.parallel)
     config.check(place.size)
     documents: Any = (rollouts or Rollouts(60), Texts())

@@ -19,7 +19,7 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
-from tests.layouts.layout_run import small_config
+from tests.layouts.layout_run import build_small_config
 
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 128}]',
             "preference.chosen_coeff=0.1", "train.global_batch_size=4", "optim.lr=0.01",
@@ -29,7 +29,7 @@ STEPS = 3
 
 def build_trainer(settings: list[str], data: str, run: Path) -> Any:
     """Return a trainer whose reference log-probabilities are computed by its own initial weights."""
-    config = small_config("tiny-k-exaone", [*SETTINGS, *settings], [data], "preference")
+    config = build_small_config("tiny-k-exaone", [*SETTINGS, *settings], [data], "preference")
     place = world.join_world(config.parallel)
     config.check(place.size)
     sources = open_sources(config.data.paths, config.model.vocab_size, ("preference",))

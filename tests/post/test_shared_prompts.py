@@ -22,7 +22,7 @@ from megatron_sov.train.data.sources import Source
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.objectives.microbatch import MicroBatch
 from megatron_sov.train.trainer import Trainer
-from tests.layouts.layout_run import small_config
+from tests.layouts.layout_run import build_small_config
 from tests.post.test_policy import Rollouts
 
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64}]', "optim.lr=0.01",
@@ -59,8 +59,8 @@ def train_steps(shares: bool, run: str) -> list[dict[str, Any]]:
     Returns, for each step: loss, meters, gradient norm, loads of the experts, and the share of tokens that
     remains after sharing.
     """
-    config = small_config("tiny-solar-open", [*SETTINGS, f"policy.share_prompts={str(shares).lower()}"], [],
-                          "policy")
+    settings = [*SETTINGS, f"policy.share_prompts={str(shares).lower()}"]
+    config = build_small_config("tiny-solar-open", settings, [], "policy")
     groups: Any = Groups(60)
     source = Source(ROLLOUTS, None, ROLLOUTS, {}, {"train": int(groups.lengths.sum()), "heldout": 0}, 1.0,
                     train_documents=groups, columns=groups.columns)

@@ -42,11 +42,6 @@ def create_rollout(sample: int = 0, **changes: Any) -> Rollout:
     return dataclasses.replace(row, **changes)
 
 
-def long_rollout(count: int, logprobs: np.ndarray) -> Rollout:
-    return create_rollout(tokens=np.full(count, 5, np.int32), logprobs=logprobs,
-                          versions=np.zeros(count, np.int32))
-
-
 def build_reward(row: Rollout, reward: float | None = 1.0, **changes: Any) -> RewardRow:
     """The verdict of reward v1 for a row."""
     reward_row = RewardRow(row.key, row.attempt, "v1" * 8, reward, "failed" if reward is None else "scored",
@@ -358,7 +353,9 @@ def test_a_decompression_bomb_is_not_read(store: RolloutStore, monkeypatch: pyte
     with pytest.raises(UserError, match="piece-0001: has 51 rows"):
         store.add_rollouts(format_part_name(1, 1), [create_rollout(i) for i in range(51)], {})
     with pytest.raises(UserError, match=r"piece-0001: .*GiB in memory"):
-        store.add_rollouts(format_part_name(1, 1), [long_rollout(300_000, np.zeros(300_000, np.float32))], {})
+        store.add_rollouts(format_part_name(1, 1), [create_rollout(
+            tokens=np.full(300_000, 5, np.int32), logprobs=np.zeros(300_000, np.float32),
+            versions=np.zeros(300_000, np.int32))], {})
     assert len(list((store.path / "rollouts").iterdir())) == 1
 
 

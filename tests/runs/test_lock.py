@@ -18,6 +18,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.runs import lock
 from megatron_sov.runs.lock import LOCK, RunLock, find_living_holder
 from megatron_sov.work.progress.locks import process_table
+from tests.waiting import wait_until
 
 
 def write_record(run: Path, **fields: Any) -> None:
@@ -148,10 +149,7 @@ def test_holder_writes_heartbeats(tmp_path: Path) -> None:
     run_lock = RunLock(tmp_path, lease_s=0.2)
     run_lock.acquire()
     first = json.loads((tmp_path / LOCK).read_text())["beat"]
-    deadline = time.monotonic() + 600
-    while json.loads((tmp_path / LOCK).read_text())["beat"] == first:
-        assert time.monotonic() < deadline, "it shows no life"
-        time.sleep(0.02)
+    wait_until(lambda: json.loads((tmp_path / LOCK).read_text())["beat"] != first)
     run_lock.release()
 
 

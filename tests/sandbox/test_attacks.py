@@ -379,10 +379,6 @@ def look_at_all():
 """A program that collects the texts "planted<digit>..." of its memory, objects, files in the set `found`."""
 
 
-def find_planted(text: str) -> set[str]:
-    return set(re.findall(r"planted\d\w+", text))
-
-
 def test_a_program_sees_nothing_of_earlier_programs(sandbox: Sandbox,
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JUDGES_KEY", "planted1environment")
@@ -394,7 +390,7 @@ def test_a_program_sees_nothing_of_earlier_programs(sandbox: Sandbox,
             stdin=f"planted7input{i}\n", files={f"planted8file{i}": "x" * 5000 + f"planted9text{i}"}))
     outcome = sandbox.run(Program(SEARCH + "look_at_all(); print(sorted(found))"))
     assert outcome.status == "ok", outcome
-    assert find_planted(outcome.stdout) == {"planted3own"}
+    assert set(re.findall(r"planted\d\w+", outcome.stdout)) == {"planted3own"}
 
 
 @pytest.mark.tier1_cases(2)

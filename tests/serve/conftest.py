@@ -5,7 +5,6 @@ import json
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests.waiting import wait_until
 
 LIMIT_S = 600
 
@@ -46,11 +47,8 @@ def serving(run_command: Any, tmp_path_factory: pytest.TempPathFactory
         argv = ["serve", str(target), *options, "--port", "0", "--address-file", str(file)]
         thread = threading.Thread(target=lambda: ended.append(run_command(*argv)))
         thread.start()
-        deadline_s = time.monotonic() + LIMIT_S
-        while not file.exists():
-            assert not ended, ended[0].stderr
-            assert time.monotonic() < deadline_s
-            time.sleep(0.02)
+        wait_until(lambda: ended or file.exists())
+        assert not ended, ended[0].stderr
         server = Served(**json.loads(file.read_text()), thread=thread, ended=ended)
         try:
             yield server

@@ -11,8 +11,6 @@ import openai
 import pytest
 import torch
 
-from megatron_sov.cli import main
-
 PROMPTS = ["def parse(self", "The ", "import argparse\n" * 5, "한국어 ", "x"]
 NUM_NEW_TOKENS = 12
 
@@ -69,13 +67,12 @@ def test_greedy_answers_are_those_of_generate(folder: Path, serving: Any) -> Non
     (["--nproc", "2"], "--nproc 2: "),
     (["--set", "parallel.tp=2", "--set", "train.precision=bf16"], "--set parallel.tp=2: "),
     (["--set", "train.precision=fp12"], "--set train.precision=fp12: must be one of")])
-def test_a_layout_is_for_checkpoints(words: list[str], message: str, folder: Path, capsys: Any) -> None:
-    assert main(["serve", str(folder), *words]) == 2
-    errors = capsys.readouterr().err
+def test_a_layout_is_for_checkpoints(words: list[str], message: str, folder: Path, get_refusal: Any) -> None:
+    errors = get_refusal("serve", str(folder), *words)
     assert message in errors and ("convert from-hf" in errors or "precision=fp12" in errors)
 
 
-def test_latent_attention_is_served_from_a_checkpoint(folder: Path, capsys: Any, one_rank: None) -> None:
+def test_latent_attention_is_served_from_a_checkpoint(folder: Path, one_rank: None, get_refusal: Any) -> None:
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
     small = DeepseekV3ForCausalLM(DeepseekV3Config(
@@ -87,7 +84,6 @@ def test_latent_attention_is_served_from_a_checkpoint(folder: Path, capsys: Any,
         file.unlink()
     small.save_pretrained(folder)
     assert json.loads((folder / "config.json").read_text())["kv_lora_rank"] == 8
-    assert main(["serve", str(folder), "--port", "0"]) == 2
-    errors = capsys.readouterr().err
+    errors = get_refusal("serve", str(folder), "--port", "0")
     assert "kv_lora_rank = 8: latent attention has no cache" in errors
     assert "serve a checkpoint from `megatron-sov convert from-hf`" in errors

@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from megatron_sov.cli import main
-from tests.serve.test_serve import PROMPTS, TYPED
+from tests.serve.test_serve import PROMPTS, START_OPTIONS
 
 
 def test_two_processes_answer_like_one_and_end_with_their_parent(serving: Any, imported: dict[str, Path],
@@ -25,7 +25,7 @@ def test_two_processes_answer_like_one_and_end_with_their_parent(serving: Any, i
         expected.append([sample["text"] for sample in json.loads(capsys.readouterr().out)])
     monkeypatch.setenv("SERVE_KEY", "sesame")
     parent = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
-    with serving(imported["solar_open"], *TYPED[1], "--parent-pid", str(parent.pid),
+    with serving(imported["solar_open"], *START_OPTIONS[1], "--parent-pid", str(parent.pid),
                  "--set", "train.num_threads=1") as two:
         client = openai.OpenAI(base_url=two.url, api_key="sesame", max_retries=0)
         assert [model.id for model in client.models.list()] == ["solar_open"]

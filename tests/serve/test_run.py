@@ -7,7 +7,6 @@ import json
 import logging
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
@@ -28,6 +27,7 @@ from megatron_sov.serve.bodies import RequestEncoder
 from megatron_sov.serve.http_server import HttpServer
 from megatron_sov.serve.scheduler import BatchScheduler, RequestQueue
 from megatron_sov.serve.settings import ServeSettings
+from tests.waiting import wait_until
 
 NUM_SLOTS, MAX_LENGTH = 2, 400
 """Sequences that the model generates at the same time, and tokens of the longest one."""
@@ -207,14 +207,6 @@ def test_a_finished_answer_frees_its_slot(opened: Any) -> None:
             return 1 in server.model.left
 
         wait_until(has_left)  # the answer ends after its client has disconnected
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait until `condition()` is true."""
-    deadline_s = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.005)
 
 
 def get_health(server: RunningServer) -> httpx.Response:

@@ -139,10 +139,16 @@ def find_te_names() -> set[str]:
     return {name for name in names if not name.startswith(f"{TE}.pytorch.ops.")}
 
 
+def find_megatron_names() -> set[str]:
+    """Return the names of megatron-core that this project and its layout proof use."""
+    return set(REACHED).union(*(find_used_names(ROOT / package, MEGATRON)
+                                for package in ("megatron_sov", "layout_proof")))
+
+
 def describe_megatron() -> dict[str, Any]:
     """Return the contract of the installed megatron-core."""
     sources, version = Sources(site_folder("megatron")), importlib.metadata.version("megatron-core")
-    names = find_used_names(ROOT / "megatron_sov", MEGATRON) | set(REACHED)
+    names = find_megatron_names()
     return {"version": version,
             "symbols": {name: describe(sources, name, private=True) for name in sorted(names)},
             "fields": {name: sources.fields(path) for name, path in CONFIGS.items()}}
@@ -165,12 +171,12 @@ def describe_called_files(sources: Sources, names: set[str], *, private: bool) -
         file = sources.path_in_wheel(home)
         signatures = read_signatures(sources.folder / file)
         hidden = "__" if private else "_"
-        kept = {name: arguments for name, arguments in signatures.items() if name == node.name or (
+        described = {name: arguments for name, arguments in signatures.items() if name == node.name or (
             name.startswith(f"{node.name}.") and name.count(".") == 1
             and (not name.partition(".")[2].startswith(hidden) or name.endswith((".__init__", ".__call__"))))}
         if node.name in found.get(file, {}):
             continue
-        found.setdefault(file, {}).update(kept)
+        found.setdefault(file, {}).update(described)
         if isinstance(node, ast.ClassDef):
             bases = [f"{home}.{ast.unparse(base)}" for base in node.bases]
             waiting += [definition for base in bases if (definition := sources.find(base))]

@@ -110,7 +110,7 @@ def train_cases(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str,
     CheckpointWithoutOutput._recompute = count_and_recompute
     results = []
     for recipe, settings in cases:
-        trainer = layout_run._trainer(build_config(recipe, settings, path))
+        trainer = layout_run.build_trainer(build_config(recipe, settings, path))
         take_product_counts()
         num_recomputed[0] = 0
         loss = train_step(trainer).loss
@@ -122,7 +122,7 @@ def train_cases(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str,
 
 def _trainer(recipe: str, settings: list[str], path: str, run: str = "not-written") -> Trainer:
     quantize_products()
-    trainer: Trainer = layout_run._trainer(build_config(recipe, settings, path), run)
+    trainer: Trainer = layout_run.build_trainer(build_config(recipe, settings, path), run)
     return trainer
 
 
@@ -199,7 +199,7 @@ def check_placement(cases: list[tuple[str, list[str]]], path: str, run: str, *,
     results: list[Any] = []
     for number, (recipe, settings) in enumerate(cases):
         with placement.HostTensors() as mode:
-            trainer = layout_run._trainer(build_config(recipe, settings, path), f"{run}-{number}")
+            trainer = layout_run.build_trainer(build_config(recipe, settings, path), f"{run}-{number}")
             trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
             try:
                 train_step(trainer)

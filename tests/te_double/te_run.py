@@ -17,7 +17,7 @@ def count_modules_and_products(recipe: str, settings: list[str], paths: list[str
     """Train one step; return modules by class, optimizer classes, and products by kind."""
     from transformer_engine.pytorch.gemm import COUNTS  # the double's own
 
-    trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
+    trainer = layout_run.build_trainer(layout_run.build_small_config(recipe, settings, paths, "lm"))
     COUNTS.clear()
     train_step(trainer)
     modules = Counter(type(m).__name__ for m in trainer.model.modules())
@@ -42,7 +42,7 @@ def record_calls(recipe: str, settings: list[str], paths: list[str]) -> list[lis
                     setattr(result, method, _recorder(function, (name, method), calls, bound=True))
         elif inspect.isfunction(result):
             _replace_everywhere(result, _recorder(result, (name, None), calls, bound=False))
-    trainer = layout_run._trainer(layout_run.small_config(recipe, settings, paths, "lm"))
+    trainer = layout_run.build_trainer(layout_run.build_small_config(recipe, settings, paths, "lm"))
     train_step(trainer)
     world.leave_world()
     return sorted(map(list, calls), key=str)
@@ -82,7 +82,8 @@ def train_overloaded(settings: list[str], paths: list[str]) -> list[Any]:
     gradient norm, the spilled passes of both steps, and the bytes that experts saved on the device."""
     import torch
 
-    trainer = layout_run._trainer(layout_run.small_config("tiny-solar-open", settings, paths, "lm"))
+    config = layout_run.build_small_config("tiny-solar-open", settings, paths, "lm")
+    trainer = layout_run.build_trainer(config)
     routing_step = trainer.model.config.routing_step
     for router in trainer.expert_load._list_routers():
         router.expert_bias[:router.config.num_moe_experts // 2] = 100

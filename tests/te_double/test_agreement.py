@@ -7,10 +7,10 @@ of models configured as on a GPU, not the real kernels.
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
+from tests.layouts.test_agreement import compare_runs, compute_difference
 
 TE_RUN = str(Path(__file__).with_name("te_run.py"))
 LAYOUT_RUN = str(Path(__file__).parents[1] / "layouts" / "layout_run.py")
@@ -35,21 +35,6 @@ EXAONE = ["model.num_layers=4", "model.num_experts=4", "train.micro_batch_size=4
 SOLAR = ["model.num_layers=2", "model.num_experts=4"]
 """Settings of tiny-solar-open, with YaRN."""
 FP64 = ["train.precision=fp64"]
-
-
-def compute_difference(ours: Any, theirs: Any) -> float:
-    """Return the largest difference relative to the largest value."""
-    a, b = np.array(ours), np.array(theirs)
-    return float(np.abs(a - b).max(initial=0.0) / max(1e-3, np.abs(b).max(initial=0.0)))
-
-
-def differences(steps: list[dict[str, Any]], expected: list[dict[str, Any]]) -> dict[str, float]:
-    """Return field (loss, gradient norm, expert loads, router biases) -> largest difference of two runs."""
-    assert len(steps) == len(expected)
-    assert all(ours.keys() == theirs.keys() for ours, theirs in zip(steps, expected, strict=True))
-    return {field: max(compute_difference(ours[field], theirs[field])
-                       for ours, theirs in zip(steps, expected, strict=True))
-            for field in expected[0]}
 
 
 @pytest.mark.distributed
@@ -110,7 +95,7 @@ def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any,
     from the checkpoint of the other kind of model."""
 
     def build_job(reference: str, *layout: str, nproc: int = 1, is_reference: bool = False) -> Any:
-        return job(LAYOUT_RUN, "compared", nproc, {
+        return job(LAYOUT_RUN, "train_and_continue", nproc, {
             "recipe": "tiny-k-exaone", "settings": [*FP64, *EXAONE, *layout], "is_reference": is_reference,
             "paths": [str(packed_data.text)], "reference": str(tmp_path / reference)})
 
@@ -121,18 +106,8 @@ def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any,
         te_ranks(build_job("te", *TP2, nproc=2, is_reference=True))
         others["the other way round"], = ranks(build_job("te"))
     assert local["scratch"][0]["loss"] > local["scratch"][-1]["loss"]
-    problems = {}
-    for name, per_rank in others.items():
-        assert all(found["scratch"] == per_rank[0]["scratch"] for found in per_rank), name
-        found = (differences(per_rank[0]["scratch"], local["scratch"])
-                 | {f"continued {what}": value for what, value in
-                    differences(per_rank[0]["continued"], local["continued"]).items()}
-                 | {"moments": per_rank[0]["scratch apart"]["optimizer"],
-                    "continued moments": per_rank[0]["continued apart"]["optimizer"]})
-        problems |= {f"{name}: {what}": value for what, value in found.items() if value > 1e-12}
-        weights = max(per_rank[0][f"{part} apart"]["model"] for part in ("scratch", "continued"))
-        # for a gradient near zero AdamW divides its last bits by eps = 1e-8
-        problems |= {f"{name}: weights": weights} if weights > 2e-11 else {}
+    problems = [problem for name, per_rank in others.items()
+                for problem in compare_runs(name, per_rank, local)[1]]
     assert not problems
 
 
@@ -150,7 +125,7 @@ def test_every_gradient_and_every_name(ranks: Any, te_ranks: Any, job: Any, pack
     found = []
     for kind, run, nproc, layout in (("local", ranks, 1, []), ("te", te_ranks, 2, TP2)):
         out = str(tmp_path / kind)
-        found.append(run(job(LAYOUT_RUN, "one_batch", nproc, {
+        found.append(run(job(LAYOUT_RUN, "compute_first_batch", nproc, {
             **arguments, "settings": [*FP64, *settings, *layout], "out": out}))[0][0]["loss"])
     assert compute_difference(*found) < 1e-12
     for part in ("weights", "gradients"):

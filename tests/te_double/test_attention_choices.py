@@ -42,28 +42,28 @@ def test_attention_decisions_are_cached_per_window_and_length(te: Any, monkeypat
     from transformer_engine.pytorch.attention.dot_product_attention import utils
 
     monkeypatch.setattr(utils, "get_attention_backend",
-                        lambda call: te.backends.choose(call, te.machine.CHIP))
+                        lambda call: te.backends.choose_backend(call, te.machine.CHIP))
     if keeps:
         cache_attention_decisions(utils)
         cache_attention_decisions(utils)  # every model calls it, so a second call must not matter
     q, bound = draw_states(), torch.tensor([0, 5, 6, 15, 16], dtype=torch.int32)
     attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
-    te.backends.CHOSEN.clear()
+    te.backends.SELECTIONS.clear()
     # the longest document and the window change 6 times after the first call; there are 3 distinct pairs
     for longest, left in ((9, -1), (9, -1), (16, -1), (9, 3), (9, -1), (9, 3), (9, -1), (16, -1)):
         attention(q, q, q, cu_seqlens_q=bound, cu_seqlens_kv=bound, max_seqlen_q=longest,
                   window_size=(left, 0))
-    assert dict(te.backends.CHOSEN) == {te.backends.FUSED: decisions}
+    assert dict(te.backends.SELECTIONS) == {te.backends.FUSED: decisions}
     monkeypatch.setenv("NVTE_FUSED_ATTN", "0")
     attention(q, q, q, cu_seqlens_q=bound, cu_seqlens_kv=bound, max_seqlen_q=9)
-    assert te.backends.CHOSEN[te.backends.UNFUSED] == 1
+    assert te.backends.SELECTIONS[te.backends.UNFUSED] == 1
 
 
 def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> None:
     """`pack_documents` appends empty documents, so that rows with 5 to 8 documents share a decision."""
     q = draw_states()
     attention = te.pytorch.DotProductAttention(4, 8, attn_mask_type="padding_causal", qkv_format="thd")
-    te.backends.CHOSEN.clear()
+    te.backends.SELECTIONS.clear()
     for lengths in ((4, 4, 4, 3, 1), (4, 4, 4, 2, 1, 1), (4, 3, 3, 2, 2, 1, 1), (3, 3, 2, 2, 2, 2, 1, 1)):
         bound = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
         packed = pack_documents(bound, max(lengths), 16, own=False)
@@ -74,7 +74,7 @@ def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> 
                  for x in q.split(lengths)]
         torch.testing.assert_close(out.view(16, 4, 8).float(), torch.cat(whole), atol=0.02, rtol=0.02)
         assert packed.bounds.equal(bound), "multi-token prediction needs the bounds without empty documents"
-    assert te.backends.CHOSEN == {te.backends.FUSED: 1}
+    assert te.backends.SELECTIONS == {te.backends.FUSED: 1}
 
 
 def test_the_unfused_attention_gets_no_more_than_a_row_has(te: Any) -> None:

@@ -135,8 +135,7 @@ GPT_MODEL = "megatron.core.models.gpt.gpt_model.GPTModel"
 
 def test_no_deprecated_library_interface_is_used() -> None:
     sources = Sources(contract.site_folder("megatron"))
-    names = contract.find_used_names(contract.ROOT / "megatron_sov",
-                                     contract.MEGATRON) | set(contract.REACHED)
+    names = contract.find_megatron_names()
     found = {name: mark for name in sorted(names) if (mark := find_deprecation(sources, name))}
     assert not found, "the library will remove them: use what it names in their place"
     assert GPT_MODEL not in names and find_deprecation(sources,

@@ -4,17 +4,21 @@ Graphs of the double replay the captured operators on the memory of the capture.
 other memory would change the losses, and a synchronization with the GPU during the capture raises an error.
 """
 
-from pathlib import Path
+import hashlib
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from megatron_sov.engine.model import graphs
 from megatron_sov.engine.model.specs import BlockOutputLayer
+from megatron_sov.engine.parallel import world
 from megatron_sov.engine.router import RoutingStep
+from tests.layouts import layout_run
+from tests.te_double import quantized_run
 
-RUN = str(Path(__file__).with_name("graph_run.py"))
+GRAPHS = 'gpu.cuda_graphs=["moe_router", "moe_preprocess"]'
 RAMP = ("train.ramp_from_batch_size=4", "train.ramp_increment=4", "train.ramp_steps=2",
         "train.global_batch_size=12")
 PP2 = ("model.num_layers=4", "parallel.pp=2")
@@ -39,7 +43,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
     "8 bits": ("tiny-solar-open", 1, ("model.num_layers=2", "train.fp8=mxfp8",
                                       "train.fp8_bf16_layers_at_end=1", "train.recompute=selective",
                                       'gpu.recompute_modules=["layernorm"]'),
-               {"quantises": True, "steps": 2}, [2 * 2 * 2] * 2),
+               {"quantizes": True, "steps": 2}, [2 * 2 * 2] * 2),
     # a graph per micro-batch; a third one computes the weight gradients of shared experts
     "overlapped messages": ("tiny-solar-open", 2, (
         *OVERLAP, "model.num_layers=3", "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
@@ -52,15 +56,93 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
         "parallel.pipeline_layout=[2,2,1,1]", "model.mtp_experts=true", "train.recompute=selective",
         'gpu.recompute_modules=["layernorm"]'), {"graphs": ROUTER_ONLY, "steps": 2}, [2 * 2 * 4] * 2),
 }
-"""(recipe, processes, settings, arguments of `graph_run.both`, replayed passes of each step on process 0).
+"""(recipe, processes, settings, arguments of `train_twice`, replayed passes of each step on process 0).
 The passes are 2 (forward and backward) x layers x micro-batches."""
+
+
+def train_twice(recipe: str, settings: list[str], path: str, *, graphs: str = GRAPHS, steps: int = 3,
+                quantizes: bool = False) -> list[dict[str, Any]]:
+    """Train without graphs and with graphs; return the results of `train_and_hash` of both runs.
+
+    Args:
+        recipe, settings: recipe and settings of both runs.
+        path: folder of token shards.
+        graphs: setting that switches graphs on.
+        steps: training steps.
+        quantizes: quantize the double's products as `train.fp8` says.
+    """
+    if quantizes:
+        quantized_run.quantize_products()
+    return [train_and_hash(recipe, [*settings, *more], path, steps, quantizes) for more in ([], [graphs])]
+
+
+def train_and_hash(recipe: str, settings: list[str], path: str, steps: int,
+                   quantizes: bool) -> dict[str, Any]:
+    """Train, and return the results.
+
+    Returns:
+        steps: the results of `layout_run.run_step`, with balancing losses and the number of replayed passes.
+        alone: hash of the local gradients of one more batch's first micro-batch.
+        weights: hash of the final weights and buffers.
+        padding: number of padding tokens in all rows.
+    """
+    from megatron.core.tensor_parallel import random
+    from transformer_engine.pytorch import recording  # the double's own
+
+    get_rng_state = random._get_cuda_rng_state
+
+    def get_state_outside_captures(*args: Any, **kwargs: Any) -> Any:
+        if recording.is_recording():
+            raise RuntimeError("Cannot call CUDAGeneratorImpl::current_seed during CUDA graph capture")
+        return get_rng_state(*args, **kwargs)
+
+    random._get_cuda_rng_state = get_state_outside_captures
+    operators: Any = recording.CapturedOperators
+    replay, replays = operators.replay, [0]
+
+    def count_and_replay(self: Any) -> None:
+        replays[0] += 1
+        replay(self)
+
+    operators.replay = count_and_replay
+    config = (quantized_run.build_config(recipe, settings, path) if quantizes
+              else layout_run.build_small_config(recipe, settings, [path], "lm"))
+    trainer = layout_run.build_trainer(config)
+    compute_gradients, padding = trainer.forward_backward.compute_gradients, [0]
+
+    def count_padding(batch: Any, *others: Any) -> Any:
+        padding[0] += sum(int(m.inputs.padding.sum()) for m in batch.micro_batches)
+        return compute_gradients(batch, *others)
+
+    trainer.forward_backward.compute_gradients = count_padding  # type: ignore[method-assign]
+    found = []
+    for _ in range(steps):
+        replays[0] = 0
+        found.append(layout_run.run_step(trainer))
+        losses = trainer.model.config.routing_step.aux_loss
+        found[-1] |= {"replays": replays[0],
+                      "balancing": {layer: float(loss) for layer, loss in sorted(losses.items())}}
+    batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, steps))
+    trainer.forward_backward.compute_local_gradients(batch, trainer.objective, steps + 1, 0)
+    alone = hash_tensors(p.main_grad for p in trainer.model.parameters())
+    weights = hash_tensors([*trainer.model.parameters(), *trainer.model.buffers()])
+    operators.replay = replay
+    world.leave_world()
+    return {"steps": found, "alone": alone, "weights": weights, "padding": padding[0]}
+
+
+def hash_tensors(tensors: Any) -> str:
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(np.array(tensor.detach().double()).tobytes())
+    return digest.hexdigest()
 
 
 @pytest.mark.deep
 @pytest.mark.distributed
 def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(te_ranks: Any, job: Any,
                                                                          packed_data: Any) -> None:
-    result = te_ranks(*(job(RUN, "both", nproc, {
+    result = te_ranks(*(job(__file__, "train_twice", nproc, {
         "recipe": recipe, "settings": ["train.precision=bf16", *settings], "path": str(packed_data.text),
         **more}) for recipe, nproc, settings, more, _ in CASES.values()))
     for (name, (*_, replays)), per_rank in zip(CASES.items(), result, strict=True):

@@ -17,8 +17,8 @@ OVERLAPPED = ("parallel.zero1=true", "parallel.overlap_grad_reduce=true",
 
 def store_activations(settings: tuple[str, ...]) -> tuple[str, ...]:
     """Return the settings without recomputation."""
-    kept = [s for s in settings if not s.startswith(("train.recompute", "gpu.recompute_modules"))]
-    return (*kept, "train.recompute=false")
+    others = [s for s in settings if not s.startswith(("train.recompute", "gpu.recompute_modules"))]
+    return (*others, "train.recompute=false")
 
 
 def check_cases(te_ranks: Any, job: Any, path: Path, cases: list[tuple[str, tuple[str, ...]]]) -> None:

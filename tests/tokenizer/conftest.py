@@ -11,6 +11,8 @@ import pytest
 import regex
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
+from tests.command_output import Main
+from tokenizer import cli
 from tokenizer.bpe.count_pipeline import learn_superwords, learn_words
 from tokenizer.bpe.counting import WordTable
 from tokenizer.bpe.splitter import Splitter
@@ -24,6 +26,11 @@ GAP = "Ġ"  # a space in the byte-level alphabet
 PAIRS = [("t", "h"), ("th", "e"), (GAP, "the"), (GAP, "a"), ("i", "n"), ("o", "n"), ("e", "r")]
 
 Build = Callable[..., Path]
+
+
+@pytest.fixture
+def cli_main() -> Main:
+    return cli.main
 
 
 @pytest.fixture

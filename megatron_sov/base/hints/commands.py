@@ -138,7 +138,7 @@ def propose_pipeline(command: str, typed: Sequence[str]) -> UserError | None:
               and not any(f"{step}.{name}" in index or step in (name, *index.get(name, ()))
                           for step in steps)]
     without = f", without {', '.join(unread)}" if unread else ""
-    beside = f" (another step of this kind: {', '.join(others)})" if others else ""
+    beside = f" (another step of this kind: {', '.join(dict.fromkeys(others))})" if others else ""
     rules = ("; the step rules reads the language, and applies all rules of its preset: `NAME: null` "
              "under thresholds turns a rule off (docs/filter_rules.md)") if "rules" in steps else ""
     rules += "; `sov-data scorer train` makes its model" if {"quality", "education"} & {*steps} else ""

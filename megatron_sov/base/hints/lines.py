@@ -79,7 +79,9 @@ class _Proposal:
     def is_expected(self, error: UserError) -> bool:
         """Return whether a fault is about a placeholder, or a path that `before` creates."""
         placeholders = [word for word in self.line if is_placeholder(word) and word not in self.typed]
-        names = [*placeholders, *(part for word in placeholders for part in word.split("=")),
+        inside = [part for word in self.line for part in word.split("=")  # of a new folder
+                  if any(part.startswith(f"{path}/") for path in self.new_paths)]
+        names = [*placeholders, *(part for word in placeholders for part in word.split("=")), *inside,
                  *self.new_paths, *map(os.path.abspath, self.new_paths)]
         return any(_names_word(error.sentence, word) for word in names)
 

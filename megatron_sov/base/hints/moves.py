@@ -232,7 +232,7 @@ def _filter_input(rewrite: Rewrite, option: str) -> bool:
     assert error and error.fix
     rewrite.add_words(f"{', '.join(step_options)}: {error.sentence.partition(': ')[2]}")
     rewrite.before += [*error.fix.before, error.fix.line]
-    rewrite.replace_word(source, shlex.split(error.fix.line)[-1])
+    rewrite.replace_word(source, f"web={shlex.split(error.fix.line)[-1]}/text/web")
     return True
 
 

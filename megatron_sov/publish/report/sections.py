@@ -42,8 +42,8 @@ def list_key_figures(run: Run) -> list[tuple[str, str, str]]:
                         f"{int(loss.steps[-1]):,} steps" if loss else ""))
     if run.wall_time_s > 0:
         ranks = run.get_start_field("num_ranks")
-        figures.append(("Wall time", format_duration(run.wall_time_s),
-                        f"{ranks:,} process{'es' if ranks > 1 else ''}" if ranks else ""))
+        detail = f"processes: {ranks:,}" if ranks else ""
+        figures.append(("Wall time", format_duration(run.wall_time_s), detail))
     speed = run.get_curve("tokens_per_s")
     if speed and len(speed.drop_nonfinite().steps):
         figures.append(("Tokens a second", f"{np.median(speed.drop_nonfinite().values):,.0f}",

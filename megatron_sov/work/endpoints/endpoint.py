@@ -235,10 +235,10 @@ class Endpoint:
         outcome, usage, answer, began_s = "no answer", Usage(0, 0, 0.0), None, time.monotonic()
         try:
             response = self._transport.post(self._transform(payload))
-            outcome = str(response.status)
-            self._check_status(response.status, response.headers.get("retry-after"), response.body)
+            outcome = str(response.status_code)
+            self._check_status(response.status_code, response.headers.get("retry-after"), response.content)
             usage = max_usage  # also if the answer was truncated in transit
-            content = parse_json_answer(response.body)
+            content = parse_json_answer(response.content)
             usage = self._read_billing(content, max_usage)
             self._check_model(payload, content)
             try:

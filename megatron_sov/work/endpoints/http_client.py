@@ -76,8 +76,8 @@ class HttpClient:
         return {"Accept-Encoding": "identity",
                 "Authorization": f"Bearer {self._secret}" if self._secret else openai.Omit()}
 
-    def send_request(self, method: str, payload: Mapping[str, Any] | None, path: str) -> Any:
-        """Send a request to the address with `path` appended, and return the `httpx.Response`; raises like
+    def send_request(self, method: str, payload: Mapping[str, Any] | None, path: str) -> httpx.Response:
+        """Send a request to the address with `path` appended, and return the response; raises like
         `Transport.post`."""
         arguments: dict[str, Any] = {"cast_to": httpx.Response, "options": {"headers": self._build_headers()}}
         if payload is not None:
@@ -86,7 +86,7 @@ class HttpClient:
         try:
             return getattr(self._client, method)(f"/{self._path}{path}", **arguments)
         except openai.APIStatusError as e:
-            return e.response
+            return e.response  # type: ignore[return-value]
         except (openai.OpenAIError, httpx.HTTPError, httpx.InvalidURL) as e:
             raise self._convert_error(e) from None
 

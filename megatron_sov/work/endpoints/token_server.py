@@ -125,7 +125,7 @@ class ServerCalls:
     def is_there(self, path: str) -> bool:
         """Return whether a path answers with status 200."""
         try:
-            return self._get_transport(STATUS_TIMEOUT_S).get(path[1:]).status == 200
+            return self._get_transport(STATUS_TIMEOUT_S).get(path[1:]).status_code == 200
         except (BadAnswer, TimeoutError):
             return False
 
@@ -138,20 +138,20 @@ class ServerCalls:
             return self._opened[limit_s]
 
     def _parse_response(self, path: str, response: Any) -> Any:
-        if response.status == 200:
+        if response.status_code == 200:
             try:
-                return json.loads(response.body) if response.body.strip() else None
+                return json.loads(response.content) if response.content.strip() else None
             except RecursionError:
                 raise BadAnswer(f"{self.url}{path}: answered JSON that is nested too deep") from None
             except ValueError:
                 # some servers answer control requests in plain text
-                return response.body.decode(errors="replace")
-        reason = read_error_text(response.body) or "without a reason"
-        message = f"{self.url}{path} answered HTTP {response.status}: {reason}"
-        if response.status in (400, 404, 413, 422):
+                return response.content.decode(errors="replace")
+        reason = read_error_text(response.content) or "without a reason"
+        message = f"{self.url}{path} answered HTTP {response.status_code}: {reason}"
+        if response.status_code in (400, 404, 413, 422):
             raise RequestRefused(message)
         # an engine whose worker has died answers 500 until it is restarted
-        raise BadAnswer(message, is_unavailable=response.status >= 500)
+        raise BadAnswer(message, is_unavailable=response.status_code >= 500)
 
 
 def check_answers(answers: list[TokenAnswer], expected: int, where: str) -> list[TokenAnswer]:

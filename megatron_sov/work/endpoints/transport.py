@@ -3,7 +3,6 @@
 import importlib.util
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
@@ -11,6 +10,8 @@ from megatron_sov.base.errors import format_install_command
 from megatron_sov.base.settings import ProblemCode, SettingsProblem
 
 if TYPE_CHECKING:
+    import httpx
+
     from megatron_sov.work.endpoints.http_client import HttpClient
 
 MAX_BODY_BYTES = 8 << 20
@@ -49,16 +50,6 @@ def find_address_problems(field: str, text: str, key_field: str) -> list[Setting
     return [SettingsProblem(ProblemCode.RULE, field, rule) for rule in rules]
 
 
-@dataclass(frozen=True)
-class HttpResponse:
-    """HTTP response."""
-
-    status: int
-    headers: Mapping[str, str]
-    """Header names in lower case."""
-    body: bytes
-
-
 def find_missing_libraries() -> list[str]:
     """Return a sentence per missing library (`openai`, `httpx`)."""
     return [f"{name} is not installed; {format_install_command('judge')}" for name in ("openai", "httpx")
@@ -82,7 +73,7 @@ class Transport:
         self._lock = threading.Lock()
         self._client: HttpClient | None = None
 
-    def post(self, payload: Mapping[str, Any], path: str = "") -> HttpResponse:
+    def post(self, payload: Mapping[str, Any], path: str = "") -> "httpx.Response":
         """Send a POST request; return the response with any status.
 
         Args:
@@ -93,11 +84,11 @@ class Transport:
             TimeoutError: timeout.
             BadAnswer: no connection, or the response is too large.
         """
-        return self._send_request("post", payload, path)
+        return self._open_client().send_request("post", payload, path)
 
-    def get(self, path: str = "") -> HttpResponse:
+    def get(self, path: str = "") -> "httpx.Response":
         """Send a GET request to the address or a path; raises like `post`."""
-        return self._send_request("get", None, path)
+        return self._open_client().send_request("get", None, path)
 
     def stream(self, payload: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
         """Yield the objects of a streamed answer; closing the iterator closes the connection.
@@ -108,11 +99,6 @@ class Transport:
             BadAnswer: no connection, a refusal, or an interrupted answer.
         """
         yield from self._open_client().stream(payload)
-
-    def _send_request(self, method: str, payload: Mapping[str, Any] | None, path: str) -> HttpResponse:
-        response = self._open_client().send_request(method, payload, path)
-        headers = {name.lower(): value for name, value in response.headers.items()}
-        return HttpResponse(response.status_code, headers, response.content)
 
     def _open_client(self) -> "HttpClient":
         """Return the client, created on first use."""

@@ -5,9 +5,7 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -134,20 +132,18 @@ def test_jobs_that_end_together_record_each_score_once(tmp_path: Path, monkeypat
 @pytest.mark.deep
 def test_a_checkpoint_split_over_processes_is_too(
         task_dir: Path, imported: dict[str, Path], reference: dict[str, Any], tmp_path: Path,
-        run_command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+        run_checked: Any) -> None:
     out = tmp_path / "out.json"
-    result = run_command("eval", "lm", str(imported[FAMILY]), "--tasks", ",".join(TASKS), "--task-dir",
-                         str(task_dir), "--output", str(out), "--nproc", "4", "--set", "parallel.tp=2",
-                         "--set", "parallel.pp=2", "--set", "parallel.sp=true", "--batch-size", "2")
-    assert result.returncode == 0, result.stderr
+    run_checked("eval", "lm", str(imported[FAMILY]), "--tasks", ",".join(TASKS), "--task-dir", str(task_dir),
+                "--output", str(out), "--nproc", "4", "--set", "parallel.tp=2", "--set", "parallel.pp=2",
+                "--set", "parallel.sp=true", "--batch-size", "2")
     agrees(out, reference)
 
 
 @pytest.mark.parametrize("tp", [1, pytest.param(2, marks=pytest.mark.deep)])
 def test_checkpoint_and_hf_folder_stop_at_the_same_tokens(
         tp: int, task_dir: Path, hf_models: dict[str, Path], tmp_path: Path, as_one_rank: dict[str, str],
-        run_command: Callable[..., subprocess.CompletedProcess[str]],
-        monkeypatch: pytest.MonkeyPatch) -> None:
+        run_checked: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also at ends that generation_config.json alone names."""
     folder = shutil.copytree(hf_models[FAMILY], tmp_path / "hf")
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": list(range(0, 1024, 4))}))
@@ -163,9 +159,8 @@ def test_checkpoint_and_hf_folder_stop_at_the_same_tokens(
             monkeypatch.setenv(name, value)
         assert main(argv(tmp_path / "checkpoint")) == 0
     else:
-        result = run_command(*argv(tmp_path / "checkpoint"), "--nproc", "2", "--set",
-                             "parallel.tp=2", "--set", "parallel.sp=true")
-        assert result.returncode == 0, result.stderr
+        run_checked(*argv(tmp_path / "checkpoint"), "--nproc", "2", "--set", "parallel.tp=2", "--set",
+                    "parallel.sp=true")
     answers = []
     for name in ("hf", "checkpoint"):
         out = tmp_path / f"{name}.json"

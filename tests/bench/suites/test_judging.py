@@ -26,14 +26,10 @@ from megatron_sov.bench.suites.judging import (
 from megatron_sov.bench.suites.scorers import build_code_tests, unpack_tests
 from megatron_sov.eval.pass_at_k import compute_majority_at_k
 from megatron_sov.judge.rewards import patterns
-from megatron_sov.judge.rewards.reward import Refused, Result, Score, to_result
+from megatron_sov.judge.rewards.reward import Refused, Score, to_result
 
 ANSWERS = ("right", "a", "b", None)
 STEM = Judging("t", "stem", reward_settings={"kind": "number"}, row={"answer": "gold"})
-
-
-def build_results(answers: Sequence[str | None]) -> list[Result]:
-    return [to_result(Score(float(answer == "right"), {"extracted": answer})) for answer in answers]
 
 
 def draws(answers: Sequence[str | None], k: int) -> tuple[float, float]:
@@ -54,7 +50,8 @@ def test_metrics_are_means_over_all_draws(answers: list[str | None], data: Any) 
     passed, won = draws(answers, k)
     counts = Counter(answer for answer in answers if answer in ("a", "b"))
     assert compute_majority_at_k(answers.count("right"), counts, answers.count(None), k) == pytest.approx(won)
-    assert compute_metrics(protocol, build_results(answers)) == pytest.approx(
+    results = [to_result(Score(float(answer == "right"), {"extracted": answer})) for answer in answers]
+    assert compute_metrics(protocol, results) == pytest.approx(
         {f"avg@{len(answers)}": answers.count("right") / len(answers), f"pass@{k}": passed, f"cons@{k}": won})
 
 

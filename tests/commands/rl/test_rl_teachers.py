@@ -66,11 +66,6 @@ def complete_run(folder: Path, build_command: Command, run_checked: Any) -> Path
     return folder / "whole"
 
 
-def read_teacher_logprobs(run: Path, number: int = 1) -> np.ndarray:
-    count = sum(len(ids) for ids, _ in read_documents(run, number))
-    return np.fromfile(run / f"rounds/{number:04d}.teacher_logprobs.f32", np.float32, count)
-
-
 def read_documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]:
     """Return the tokens of each document of a round, and which the student wrote."""
     [source] = open_sources({str(run / f"rounds/{number:04d}"): 1.0}, 368, ("rollouts",))
@@ -110,7 +105,8 @@ def test_token_advantage_is_teacher_minus_student_log_probability(complete_run: 
         # the server teaches domain b: see `server`
         teacher_logprobs.append(logprobs if domain == "a" else -np.array(ids[1:]) / 100)
     expected = np.concatenate([[0.0, *logprobs] for logprobs in teacher_logprobs])
-    assert np.allclose(read_teacher_logprobs(complete_run), expected, atol=2e-5)
+    stored = np.fromfile(complete_run / "rounds/0001.teacher_logprobs.f32", np.float32, len(expected))
+    assert np.allclose(stored, expected, atol=2e-5)
 
     advantages = []
     for theirs, ours, (_, is_student) in zip(teacher_logprobs, student_logprobs, documents, strict=True):

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,9 +26,9 @@ def build_train_command(*more: str, labels: str = "labels.jsonl", kind: str = "c
     return ["scorer", "train", "--labels", labels, "--kind", kind, "--output", "model", *more]
 
 
-def test_a_scorer_is_trained_and_judged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(build_train_command()) == 0
-    out = capsys.readouterr().out.splitlines()
+def test_a_scorer_is_trained_and_judged(folder: Path, capsys: pytest.CaptureFixture[str], read_output: Any,
+                                        get_refusal: Any) -> None:
+    out = read_output(*build_train_command()).splitlines()
     assert out[0] == "labels.jsonl: 200 texts"
     assert out[1] == "held out:"
     assert out[2].startswith("  20 texts: AUC 0.9") or out[2].startswith("  20 texts: AUC 1.0")
@@ -37,8 +38,7 @@ def test_a_scorer_is_trained_and_judged(folder: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().out.startswith("model, a classifier\n  200 texts: AUC ")
     assert main(["scorer", "check", "model", "--labels", "labels.jsonl", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["num_labels"] == 200
-    assert main(build_train_command()) == 2
-    assert "already exists" in capsys.readouterr().err
+    assert "already exists" in get_refusal(*build_train_command())
 
 
 @pytest.mark.parametrize(("argv", "message"), [
@@ -53,11 +53,9 @@ def test_a_scorer_is_trained_and_judged(folder: Path, capsys: pytest.CaptureFixt
     (["scorer", "check", ".", "--labels", "labels.jsonl"], "has no manifest.json, so it is not a 'scorer'"),
     (["scorer"], "required: ACTION"),
 ])
-def test_a_mistake_is_one_sentence(folder: Path, capsys: pytest.CaptureFixture[str], argv: list[str],
-                                   message: str) -> None:
+def test_a_mistake_is_one_sentence(folder: Path, argv: list[str], message: str, get_refusal: Any) -> None:
     before = sorted(folder.iterdir())
-    assert main(argv) == 2
-    error = capsys.readouterr().err
+    error = get_refusal(*argv)
     assert message in error
     assert error.startswith("error: ")
     assert sorted(folder.iterdir()) == before

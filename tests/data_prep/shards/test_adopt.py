@@ -113,10 +113,9 @@ def change_index(pair: Path, folder: Path, at: int, raw: bytes) -> Path:
      "document bounds do not go from 0"),
 ])
 def test_adopt_rejects_damaged_index(at: int, raw: bytes, message: str, pair: Path, tokenizer: Path,
-                                     tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+                                     tmp_path: Path, get_refusal: Any) -> None:
     bad, out = change_index(pair, tmp_path, at, raw), tmp_path / "out"
-    assert cli.main(["adopt", str(bad), "--tokenizer", str(tokenizer), "--output", str(out)]) == 2
-    assert message in capsys.readouterr().err
+    assert message in get_refusal("adopt", str(bad), "--tokenizer", str(tokenizer), "--output", str(out))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.bin", "bad.idx"]
 
 

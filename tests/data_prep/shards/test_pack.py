@@ -8,9 +8,9 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -27,9 +27,10 @@ from data_prep.shards.pack_run import pack_sources
 from data_prep.shards.token_artifact import iter_shards, open_split
 from megatron_sov.base.artifacts import FileRecord, manifest_sha256, read_manifest
 from megatron_sov.base.documents import RecordReading, files
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.chat.marks import KIND_ANSWER, KIND_NONE
 from megatron_sov.work.progress.journal import work_folder
+from tests.waiting import wait_until
 
 
 @pytest.fixture(scope="module")
@@ -189,9 +190,15 @@ def test_sources_are_named_after_files_and_folders(corpus: Path) -> None:
             parse_sources(arguments)
 
 
+def test_the_output_of_a_pipeline_is_packed_from_its_text_folder(tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"kind": "corpus"}')
+    with pytest.raises(UserError, match="is the output of `sov-data run`") as raised:
+        parse_sources([f"web={tmp_path}"])
+    assert raised.value.fix == Fix(words={str(tmp_path): f"{tmp_path}/text"})
+
+
 def test_wrong_input_gives_one_sentence_and_no_output(corpus: Path, tokenizers: dict[str, Path],
-                                                      tmp_path: Path,
-                                                      capsys: pytest.CaptureFixture[str]) -> None:
+                                                      tmp_path: Path, get_refusal: Any) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "blank.txt").write_text("\n \n")
@@ -211,8 +218,7 @@ def test_wrong_input_gives_one_sentence_and_no_output(corpus: Path, tokenizers: 
         "has no string field 'body'": [str(corpus / "web.jsonl"), "--text-field", "body"],
     }
     for sentence, arguments in mistakes.items():
-        assert main([*base, "--input", *arguments]) == 2
-        assert sentence in capsys.readouterr().err
+        assert sentence in get_refusal(*base, "--input", *arguments)
     assert not (tmp_path / "new").exists()
     # encoded units are reused by the next attempt
     assert {p.name for p in tmp_path.iterdir()} == {"data", ".new.work"}
@@ -287,10 +293,7 @@ def test_killed_pack_leaves_no_worker_and_resumes(tokenizers: dict[str, Path], t
     text.write_text("".join(f"{i} words in a long file\n\n" for i in range(80_000)))
     num_units = len(list(files.plan_units([text])))
     with start_packing(tokenizers["solar-open"], text, output, 2) as process:
-        deadline_s = time.monotonic() + 600
-        while not complete_units(output):
-            assert process.poll() is None and time.monotonic() < deadline_s
-            time.sleep(0.02)
+        wait_until(lambda: complete_units(output), lambda: process.poll() is not None)
         workers = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     assert workers and all(ends(worker.pid) for worker in workers)
@@ -312,7 +315,7 @@ BAD_LINES = {
 
 
 def test_quarantine_lists_bad_records_and_keeps_good_ones(tokenizers: dict[str, Path], tmp_path: Path,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+                                                          capsys: Any, read_output: Any) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     good = ['{"id": "first", "text": "one"}', '{"id": "last", "text": "two"}']
@@ -330,8 +333,7 @@ def test_quarantine_lists_bad_records_and_keeps_good_ones(tokenizers: dict[str, 
             str(tmp_path / "out"), "--max-document-bytes", "500", "--heldout", "0"]
     assert main(base) == 2
     assert f"error: {folder}/a.jsonl:2: is not valid JSON" in capsys.readouterr().err
-    assert main([*base, "--on-bad", "quarantine"]) == 0
-    stdout = capsys.readouterr().out
+    stdout = read_output(*base, "--on-bad", "quarantine")
     rows = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
     found = [(Path(r["file"]).name, r["line"], r["code"]) for r in rows]
     assert found == [*(("a.jsonl", line, code) for code, line in BAD_LINES.values()), ("a.jsonl", 11, "utf8"),
@@ -349,13 +351,12 @@ def test_quarantine_lists_bad_records_and_keeps_good_ones(tokenizers: dict[str, 
     assert texts == ["one", "two", "four", "seven"]
 
 
-def test_a_repeated_id_is_answered_by_the_line_that_sets_it_aside(
-        tokenizers: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_repeated_id_is_answered_by_the_line_that_sets_it_aside(tokenizers: dict[str, Path], tmp_path: Path,
+                                                                  get_refusal: Any) -> None:
     (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n')
     typed = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", f"{tmp_path}/a.jsonl",
              "--output", f"{tmp_path}/out"]
-    assert main(typed) == 2
-    assert capsys.readouterr().err.endswith(f"write\n  sov-data {' '.join(typed)} --on-bad quarantine\n")
+    assert get_refusal(*typed).endswith(f"write\n  sov-data {' '.join(typed)} --on-bad quarantine\n")
 
 
 def test_chat_rejected_by_template_is_named(tokenizers: dict[str, Path], tmp_path: Path,

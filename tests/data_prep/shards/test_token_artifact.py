@@ -11,7 +11,6 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from megatron.core.datasets.indexed_dataset import DType, IndexedDataset, IndexedDatasetBuilder
 
-from data_prep.cli import main
 from data_prep.shards.heldout import HeldoutRule, hash_document
 from data_prep.shards.pack import PackSettings, PackSource
 from data_prep.shards.pack_run import pack_sources
@@ -129,16 +128,14 @@ def test_joined_and_empty_documents_are_rejected(tmp_path: Path) -> None:
 
 
 def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: Path,
-                                         capsys: pytest.CaptureFixture[str]) -> None:
+                                         read_output: Any) -> None:
     (tmp_path / "one.txt").write_text("some text of one document " * 100)
     pack_sources(tokenizers["solar-open"], [PackSource("one", tmp_path / "one.txt")], tmp_path / "shards",
                  PackSettings(heldout_share=1e-9))
-    assert main(["inspect", str(tmp_path / "shards")]) == 0
-    lines = capsys.readouterr().out.split("artifact of kind")[1].splitlines()
+    lines = read_output("inspect", str(tmp_path / "shards")).split("artifact of kind")[1].splitlines()
     assert [line.removeprefix("  ") for line in lines[1:5]] == format_table(tmp_path / "shards")
     assert lines[-1].startswith("  row 1: == one/train, document 0, ") and "some text of one" in lines[-1]
-    assert main(["inspect", str(tmp_path / "shards"), "--verify"]) == 0
-    assert capsys.readouterr().out.endswith("shards: sound as tokens\n")
+    assert read_output("inspect", str(tmp_path / "shards"), "--verify").endswith("shards: sound as tokens\n")
     record = read_manifest(tmp_path / "shards").content["sources"][0]["splits"]["train"]
     train, heldout = (line.split() for line in format_table(tmp_path / "shards")[2:])
     ratio = f"{2600 / record['num_tokens']:.3f}"

@@ -62,9 +62,8 @@ def write_values(file: Path, dtype: str, value: int) -> None:
     np.full(len(np.fromfile(file, dtype)), value, dtype).tofile(file)
 
 
-def test_sound_shards_pass(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["verify", str(chats)]) == 0
-    assert capsys.readouterr().out.splitlines() == [f"{chats}: sound"]
+def test_sound_shards_pass(chats: Path, read_output: Any) -> None:
+    assert read_output("verify", str(chats)).splitlines() == [f"{chats}: sound"]
 
 
 def test_duplicates_are_counted(tokenizers: dict[str, Path], tmp_path: Path,
@@ -99,8 +98,7 @@ def test_damage_with_right_hashes_is_found(chats: Path, tmp_path: Path, damage: 
     assert any(message in problem for problem in verify_shards(data)[0])
 
 
-def test_wrong_counts_and_hashes_are_found(chats: Path, tmp_path: Path,
-                                           capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_counts_and_hashes_are_found(chats: Path, tmp_path: Path, get_refusal: Any) -> None:
     data = tmp_path / "copy"
     shutil.copytree(chats, data)
     raw = json.loads((data / "manifest.json").read_text())
@@ -108,8 +106,7 @@ def test_wrong_counts_and_hashes_are_found(chats: Path, tmp_path: Path,
     raw["content"]["dtype"] = "int32"
     (data / "manifest.json").write_text(format_json(raw | {"sha256": ""}))
     (data / "tokenizer/tokenizer.json").write_text("{}")
-    assert main(["verify", str(data)]) == 2
-    err = capsys.readouterr().err
+    err = get_refusal("verify", str(data))
     found = read_manifest(chats).content["sources"][0]["splits"]["train"]["shards"][0]["num_tokens"]
     assert f"num_tokens is {found}, the manifest says {found + 1}" in err
     assert "ids are uint16, the manifest says int32" in err
@@ -145,12 +142,11 @@ def test_routes_are_checked_against_shape(chats: Path, tmp_path: Path) -> None:
     assert "source 'chat': routes = " in "\n".join(verify_shards(data)[0])
 
 
-def test_unreadable_tokenizer_gives_one_sentence(chats: Path, tmp_path: Path,
-                                                 capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_tokenizer_gives_one_sentence(chats: Path, tmp_path: Path, get_refusal: Any) -> None:
     shutil.copytree(chats, tmp_path / "out")
     (tmp_path / "out/tokenizer/tokenizer.json").write_text('{"model": {"vocab": {}}, "added_tokens": [5]}')
-    assert main(["stats", str(tmp_path / "out")]) == 2
-    assert "tokenizer.json: cannot be read as a tokenizer (TypeError" in capsys.readouterr().err
+    assert "tokenizer.json: cannot be read as a tokenizer (TypeError" in get_refusal(
+        "stats", str(tmp_path / "out"))
 
 
 def test_statistics_equal_transformers(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -175,7 +171,7 @@ def test_statistics_equal_transformers(chats: Path, capsys: pytest.CaptureFixtur
     assert json.loads(capsys.readouterr().out)["sources"]["chat"]["num_tokens"] == s["num_tokens"]
 
 
-def test_samples_mark_learned_tokens(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_samples_mark_learned_tokens(chats: Path, get_refusal: Any) -> None:
     lines = sample_documents(chats, "chat", "train", 100, 1000, seed=0)
     headings, texts = lines[::3], lines[1::3]
     assert headings[0].startswith("== chat/train, document 0, ")
@@ -185,11 +181,9 @@ def test_samples_mark_learned_tokens(chats: Path, capsys: pytest.CaptureFixture[
     few = sample_documents(chats, None, "train", 2, 5, seed=1)
     assert len(few) == 6 and all("tokens, the first 5" in h for h in few[::3])
     assert few == sample_documents(chats, None, "train", 2, 5, seed=1)
-    assert main(["sample", str(chats), "--source", "none"]) == 2
-    assert "has no such source (sources: chat)" in capsys.readouterr().err
+    assert "has no such source (sources: chat)" in get_refusal("sample", str(chats), "--source", "none")
     for wrong in (["--count", "-1"], ["--max-tokens", "0"]):
-        assert main(["sample", str(chats), *wrong]) == 2
-        assert f"{wrong[0]} {wrong[1]}: must be at least 1" in capsys.readouterr().err
+        assert f"{wrong[0]} {wrong[1]}: must be at least 1" in get_refusal("sample", str(chats), *wrong)
 
 
 def test_samples_name_both_sides_of_a_preference(tokenizers: dict[str, Path], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -85,10 +86,9 @@ def test_rows_are_graded_and_filtered_by_pass_rate(made: Path, tmp_path: Path,
     (["grade", "--input", "@rows", "--model", "@model", "--keep", "1:1", "--output", "@out"], "no row is in"),
 ])
 def test_mistakes_give_one_sentence_and_no_output(words: list[str], message: str, made: Path, tmp_path: Path,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+                                                  get_refusal: Any) -> None:
     write(tmp_path / "rows.jsonl", [{"prompt": "What is 977 times 3 times 88?"}])
     places = {"@rows": tmp_path / "rows.jsonl", "@out": tmp_path / "out"}
     argv = [str(places.get(word, made / word[1:])) if word.startswith("@") else word for word in words]
-    assert main(["difficulty", *argv]) == 2
-    assert message in capsys.readouterr().err
+    assert message in get_refusal("difficulty", *argv)
     assert not (tmp_path / "out").exists()

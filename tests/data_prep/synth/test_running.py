@@ -57,8 +57,8 @@ def endpoint() -> Iterator[ScriptedEndpoint]:
 class Run:
     """A command over lines in a folder of its own."""
 
-    def __init__(self, folder: Path, num_lines: int = 3) -> None:
-        self.folder, self.output = folder, folder / "out"
+    def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], num_lines: int = 3) -> None:
+        self.folder, self.output, self._capsys = folder, folder / "out", capsys
         folder.mkdir(exist_ok=True)
         self.write([{"id": f"i{n}", "text": f"line {n}"} for n in range(num_lines)])
 
@@ -74,6 +74,12 @@ class Run:
     def __call__(self, endpoint: ScriptedEndpoint, *more: str) -> int:
         return main(self.words(endpoint.url, *more))
 
+    def get_error(self, endpoint: ScriptedEndpoint, *more: str, code: int = 2) -> str:
+        """Return the error of the command, which must end with a code."""
+        self._capsys.readouterr()
+        assert self(endpoint, *more) == code
+        return self._capsys.readouterr().err
+
     def kept(self) -> list[str]:
         """Return what passes the generator's own checks, in order."""
         return [sample["record"]["text"] for line in self.candidates()
@@ -84,8 +90,8 @@ class Run:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Run:
-    return Run(tmp_path)
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(tmp_path, capsys)
 
 
 def test_items_become_samples_with_their_requests_and_verdicts(run: Run, endpoint: ScriptedEndpoint,
@@ -133,12 +139,11 @@ def reply_with_fallback(request: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @pytest.mark.deep
 def test_answers_of_another_model_are_refused_or_recorded_with_its_name(
-        run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+        run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(finishing, "finish", FINISH)
     with serving(ScriptedEndpoint(reply_with_fallback)) as falling_back:
-        assert run(falling_back) == 2
         assert (f"was asked for model 'scripted', and '{FALLBACK}' answered; its answer is not used"
-                in capsys.readouterr().err)
+                in run.get_error(falling_back))
         assert run(falling_back, "--accept-model", FALLBACK) == 0
     rows = [json.loads(line) for name in ("kept.jsonl", "rejected.jsonl")
             for line in (run.output / name).read_text().splitlines()]
@@ -168,12 +173,12 @@ def test_answered_requests_are_not_repeated_and_new_items_are_added(
 
 
 @pytest.mark.parametrize("more", [["--set", "tone=sharp"], ["--model", "another"]])
-def test_changed_settings_are_refused_unless_redo_is_given(
-        more: list[str], run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
+def test_changed_settings_are_refused_unless_redo_is_given(more: list[str], run: Run,
+                                                           endpoint: ScriptedEndpoint) -> None:
     assert run(endpoint) == 0
     before = len(endpoint.requests)
-    assert run(endpoint, *more) == 2
-    assert ("settings.tone was" if "--set" in more else "model was") in capsys.readouterr().err
+    error = run.get_error(endpoint, *more)
+    assert ("settings.tone was" if "--set" in more else "model was") in error
     assert len(endpoint.requests) == before
     assert run(endpoint, *more, "--redo") == 0
     assert len(run.kept()) == 6 and len(endpoint.requests) > before
@@ -182,20 +187,17 @@ def test_changed_settings_are_refused_unless_redo_is_given(
     assert len(endpoint.requests) == num_asked, "what was paid for once is still there"
 
 
-def test_a_complete_output_without_its_records_needs_redo(run: Run, endpoint: ScriptedEndpoint,
-                                                          capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_complete_output_without_its_records_needs_redo(run: Run, endpoint: ScriptedEndpoint) -> None:
     assert run(endpoint) == 0
     (run.output / "manifest.json").write_text("{}")
     shutil.rmtree(work_folder(run.output))  # cleared, or not moved with it
     num_asked = len(endpoint.requests)
-    assert run(endpoint) == 2
-    assert "out.work) are gone; pass --redo" in capsys.readouterr().err
+    assert "out.work) are gone; pass --redo" in run.get_error(endpoint)
     assert run(endpoint, "--redo") == 0 and len(run.kept()) == 6
     assert len(endpoint.requests) == num_asked, "what was paid for once is still there"
 
 
-def test_the_token_limit_is_sent_in_the_field_of_the_endpoint(run: Run, endpoint: ScriptedEndpoint,
-                                                              capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_token_limit_is_sent_in_the_field_of_the_endpoint(run: Run, endpoint: ScriptedEndpoint) -> None:
     options = ["--judge-model", "judge", "--max-tokens-field", "max_completion_tokens"]
     assert run(endpoint, *options, "--judge-max-tokens", "3000") == 0
     lengths = [(body["model"], body.get("max_tokens"), body.get("max_completion_tokens"))
@@ -204,18 +206,14 @@ def test_the_token_limit_is_sent_in_the_field_of_the_endpoint(run: Run, endpoint
     num_asked = len(endpoint.requests)
     assert run(endpoint, "--judge-model", "judge", "--judge-max-tokens", "3000", "--redo") == 0
     assert len(endpoint.requests) == num_asked, "it is the same answer"
-    assert run(endpoint, "--judge-model", "judge") == 2
-    assert "judge_max_tokens was 3000, and is 1024" in capsys.readouterr().err
-    assert run(endpoint, "--max-tokens-field", "tokens") == 2
-    assert '--max-tokens-field "tokens": must be' in capsys.readouterr().err
+    assert "judge_max_tokens was 3000, and is 1024" in run.get_error(endpoint, "--judge-model", "judge")
+    assert '--max-tokens-field "tokens": must be' in run.get_error(endpoint, "--max-tokens-field", "tokens")
 
 
-def test_an_item_whose_content_changed_is_refused(run: Run, endpoint: ScriptedEndpoint,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_item_whose_content_changed_is_refused(run: Run, endpoint: ScriptedEndpoint) -> None:
     assert run(endpoint) == 0
     run.write([{"id": "i0", "text": "another line"}])
-    assert run(endpoint) == 2
-    assert "1 items are not what they were" in capsys.readouterr().err
+    assert "1 items are not what they were" in run.get_error(endpoint)
     assert run(endpoint, "--redo") == 0
     assert len(run.kept()) == 2
 
@@ -232,11 +230,10 @@ def test_unusable_answers_are_retried_and_then_given_up(run: Run) -> None:
     assert not run.kept()
 
 
-def test_an_unreachable_endpoint_ends_the_run_with_exit_code_75(run: Run, endpoint: ScriptedEndpoint,
-                                                                capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreachable_endpoint_ends_the_run_with_exit_code_75(run: Run, endpoint: ScriptedEndpoint) -> None:
     endpoint.next = ["503"] * 1000
-    assert run(endpoint, "--patience", "0.2", "--max-attempts", "2") == 75
-    assert "nothing is lost, and the same command goes on" in capsys.readouterr().err
+    error = run.get_error(endpoint, "--patience", "0.2", "--max-attempts", "2", code=75)
+    assert "nothing is lost, and the same command goes on" in error
     endpoint.next = []
     assert run(endpoint) == 0
     assert len(run.kept()) == 6
@@ -245,24 +242,20 @@ def test_an_unreachable_endpoint_ends_the_run_with_exit_code_75(run: Run, endpoi
 @pytest.mark.parametrize(("status", "ids", "options"), [
     ("503", "ab", ["--patience", "0", "--threads", "1"]), ("400", "a", [])])
 def test_items_without_an_answer_are_retried_by_the_next_command(
-        run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str], status: str, ids: str,
-        options: list[str]) -> None:
+        run: Run, endpoint: ScriptedEndpoint, status: str, ids: str, options: list[str]) -> None:
     run.write([{"id": id_, "text": f"line {id_}"} for id_ in ids])
     endpoint.next = [status] * 1000
-    assert run(endpoint, "--max-attempts", "2", *options) == 75
     assert (f"{len(ids)} items got no answer, the last: {ids[-1]}: the endpoint answered HTTP {status}"
-            in capsys.readouterr().err)
+            in run.get_error(endpoint, "--max-attempts", "2", *options, code=75))
     assert 1000 - len(endpoint.next) == len(ids) * 2 * 2, "two answers to each item"
     assert run.candidates() == []
     endpoint.next = []
     assert run(endpoint) == 0 and len(run.kept()) == 2 * len(ids)
 
 
-def test_a_wrong_key_is_one_message_without_the_key(run: Run, endpoint: ScriptedEndpoint,
-                                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_key_is_one_message_without_the_key(run: Run, endpoint: ScriptedEndpoint) -> None:
     endpoint.next = ["401"] * 100
-    assert run(endpoint) == 2
-    stderr = capsys.readouterr().err
+    stderr = run.get_error(endpoint)
     assert "the key is not accepted (HTTP 401)" in stderr and KEY not in stderr
 
 
@@ -275,14 +268,11 @@ def test_a_budget_is_never_broken_and_can_be_raised(run: Run, endpoint: Scripted
     assert max(endpoint.answered.values()) == 1
 
 
-def test_generators_and_their_settings_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["synth", "--list"]) == 0
-    assert "rewrite              documents in other words" in capsys.readouterr().out
-    assert main(["synth", str(ECHOES), "--list"]) == 0
-    stdout = capsys.readouterr().out
+def test_generators_and_their_settings_are_listed(read_output: Any, get_refusal: Any) -> None:
+    assert "rewrite              documents in other words" in read_output("synth", "--list")
+    stdout = read_output("synth", str(ECHOES), "--list")
     assert "echoes: repeat lines" in stdout and "  tone = 'plain': Of the repetition" in stdout
-    assert main(["synth", "rewrit", "--list"]) == 2
-    assert "rewrit: is no generator; did you mean 'rewrite'?" in capsys.readouterr().err
+    assert "rewrit: is no generator; did you mean 'rewrite'?" in get_refusal("synth", "rewrit", "--list")
 
 
 BAD = {
@@ -301,13 +291,13 @@ BAD = {
 }
 
 
-def test_a_command_refused_at_its_input_does_not_fix_the_settings(run: Run, endpoint: ScriptedEndpoint,
-                                                                  capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_command_refused_at_its_input_does_not_fix_the_settings(run: Run,
+                                                                  endpoint: ScriptedEndpoint) -> None:
     run.write([])
     assert run(endpoint) == 2
     run.write([{"id": "a", "text": "line a"}])
     assert run(endpoint, "--set", "tone=dry") == 0
-    assert run(endpoint, "--set", "tone=odd") == 2 and "settings.tone was" in capsys.readouterr().err
+    assert "settings.tone was" in run.get_error(endpoint, "--set", "tone=odd")
 
 
 def test_a_list_may_be_written_with_commas() -> None:
@@ -317,18 +307,17 @@ def test_a_list_may_be_written_with_commas() -> None:
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_command_lines_are_one_message_and_write_no_output(name: str, run: Run,
-                                                               endpoint: ScriptedEndpoint,
-                                                               capsys: pytest.CaptureFixture[str]) -> None:
+                                                               endpoint: ScriptedEndpoint) -> None:
     more, sentence = BAD[name]
-    assert run(endpoint, *more) == 2
-    stderr = capsys.readouterr().err
+    stderr = run.get_error(endpoint, *more)
     assert sentence in stderr and KEY not in stderr
     assert not run.output.exists() and not endpoint.requests
 
 
 @pytest.mark.deep
-def test_a_killed_run_resumes_without_repeating_requests(tmp_path: Path, endpoint: ScriptedEndpoint) -> None:
-    run, undisturbed = Run(tmp_path / "killed", 12), Run(tmp_path / "undisturbed", 12)
+def test_a_killed_run_resumes_without_repeating_requests(tmp_path: Path, endpoint: ScriptedEndpoint,
+                                                         capsys: pytest.CaptureFixture[str]) -> None:
+    run, undisturbed = (Run(tmp_path / name, capsys, 12) for name in ("killed", "undisturbed"))
     endpoint.slow_s = 0.05
     command = [sys.executable, "-m", "data_prep.cli", *run.words(endpoint.url)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -350,7 +339,7 @@ def test_a_killed_run_resumes_without_repeating_requests(tmp_path: Path, endpoin
 
 def test_a_stopped_run_waits_for_its_open_requests(tmp_path: Path, endpoint: ScriptedEndpoint,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
-    run = Run(tmp_path, 12)
+    run = Run(tmp_path, capsys, 12)
     endpoint.slow_s = 0.05
 
     def ask() -> None:
@@ -360,9 +349,8 @@ def test_a_stopped_run_waits_for_its_open_requests(tmp_path: Path, endpoint: Scr
 
     asking = threading.Thread(target=ask)
     asking.start()
-    assert run(endpoint) == 75
+    assert "received SIGTERM; the same command resumes" in run.get_error(endpoint, code=75)
     asking.join()
-    assert "received SIGTERM; the same command resumes" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert EndpointCache(run.output / "answers.sqlite").keys() == set(endpoint.answered)
     assert run(endpoint) == 0

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_sov.engine.model import chunked_head
 from megatron_sov.engine.model.chunked_head import Chunking, CrossEntropySums, LabelLogprobs
@@ -24,17 +25,18 @@ def joined_world(one_rank: None) -> Iterator[None]:
 
 
 class ProductCounter(TorchDispatchMode):
-    """Counts matrix products and records the elements of the largest tensor that an operation creates."""
+    """Counts matrix products, and elements of tensors that operations return: of all, and of the largest."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.num_products = self.max_elements = 0
+        self.num_products = self.num_elements = self.max_elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         self.num_products += "mm" in str(func)
-        if torch.is_tensor(out):
-            self.max_elements = max(self.max_elements, out.numel())
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        self.num_elements += sum(sizes)
+        self.max_elements = max(self.max_elements, *sizes, 0)
         return out
 
 

@@ -1,15 +1,12 @@
 """The gated delta rule against transformers' function, and documents of a row against single documents."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from megatron_sov.engine.model.delta_rule import (
     CHUNK_TOKENS, apply_delta_rule, apply_delta_rule_by_token, apply_short_convolution, chunk_documents,
     convolve_windows, normalize_l2)
+from tests.engine.model.test_chunked_head import ProductCounter
 
 CPU = torch.device("cpu")
 LENGTHS = [5, 130, 1, 64, 65, 200, 64]
@@ -56,20 +53,10 @@ def test_a_document_equals_transformers(max_decay: float) -> None:
 
 
 def test_backward_cost_per_token_is_constant_in_length() -> None:
-    class ElementCounter(TorchDispatchMode):
-        """Counts the elements that operators return."""
-
-        num_elements = 0
-
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            outputs = func(*args, **(kwargs or {}))
-            self.num_elements += sum(t.numel() for t in tree_leaves(outputs) if isinstance(t, torch.Tensor))
-            return outputs
-
     def count_backward_elements(num_chunks: int) -> int:
         row = draw_inputs(num_chunks * CHUNK_TOKENS, torch.float32)
         result, _ = apply_delta_rule(*row, chunks=chunk_documents([(0, 0, len(row[0]))], CPU))
-        with ElementCounter() as counter:
+        with ProductCounter() as counter:
             result.sum().backward()
         return counter.num_elements
 

@@ -19,7 +19,7 @@ DOCUMENT = [11, 5, 5, 5, 5, 12, 13, 5, 5, 14, 15, 16]
 def compare_hidden_states(layout: dict[str, Any]) -> dict[str, Any]:
     """Return the largest differences of a document's hidden states from those of the document alone.
 
-    "after_documents" and "behind another": after another document, with other images; "other": with another
+    "after_documents" and "other_images": after another document, with other images; "other": with another
     second image; "spans": read in spans of 3 tokens through a cache.
     """
     import dataclasses
@@ -55,7 +55,7 @@ def compare_hidden_states(layout: dict[str, Any]) -> dict[str, Any]:
 
     expected = compute_last_document([(0, 1)])
     others = {"after_documents": compute_last_document([(2, 2), (0, 1)]),
-              "behind another": compute_last_document([(1, 0), (0, 1)]),
+              "other_images": compute_last_document([(1, 0), (0, 1)]),
               "other": compute_last_document([(0, 2)])}
     states_by_span = []
     with CachedDecoder(policy, CacheSize(1, 16)) as decoder:
@@ -76,6 +76,6 @@ def test_documents_are_separate_and_cached_spans_equal_whole_rows(ranks: Any, jo
     results = ranks(*(job(__file__, "compare_hidden_states", n, {"layout": layout}) for n, layout in layouts))
     for (_, layout), per_rank in zip(layouts, results, strict=True):
         for differences in per_rank:
-            assert max(differences["after_documents"], differences["behind another"],
+            assert max(differences["after_documents"], differences["other_images"],
                        differences["spans"]) < 1e-12, layout
             assert differences["other"] > 1e-3, "the second image has an effect"

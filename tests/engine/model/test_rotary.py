@@ -77,8 +77,8 @@ def test_frequencies_equal_transformers(yarn: dict[str, Any] | None) -> None:
 def get_yarn_scales(recipe: str) -> dict[str, Any]:
     """Return the effect of YaRN on a model.
 
-    "layers" and "cached": each layer's softmax scale in training and with a KV cache. "fused", "given to
-    all" and "on cosine and sine": Megatron-Core's settings if Transformer Engine is installed.
+    "layers" and "cached": each layer's softmax scale in training and with a KV cache. "fused", "softmax
+    scale of all layers" and "on cosine and sine": settings if Transformer Engine is installed.
     """
     from megatron.core.models.common.embeddings import rope_utils, yarn_rotary_pos_embedding
     from megatron.core.transformer.moe import moe_utils
@@ -99,7 +99,7 @@ def get_yarn_scales(recipe: str) -> dict[str, Any]:
             setattr(module, name, print)
     fused = specs.build_transformer_config(config.model, ParallelConfig(), config.train)
     return {"layers": [layer.softmax_scale for layer in layers], "cached": softmax_scales,
-            "fused": fused.apply_rope_fusion, "given to all": fused.softmax_scale,
+            "fused": fused.apply_rope_fusion, "softmax scale of all layers": fused.softmax_scale,
             "on cosine and sine": yarn_rotary_pos_embedding._yarn_get_concentration_factor_from_config(fused)}
 
 
@@ -120,7 +120,7 @@ def test_yarn_factor_is_applied_in_the_softmax_scale(ranks: Any, job: Any) -> No
     for result, expected in ((solar, [scaled] * 4), (exaone, [scaled] * 3 + [plain] * 2)):
         assert result["layers"] == pytest.approx(expected, rel=1e-12)
         assert result["cached"] == result["layers"], "a cache would apply another factor"
-        assert result["given to all"] == pytest.approx(scaled, rel=1e-12)
+        assert result["softmax scale of all layers"] == pytest.approx(scaled, rel=1e-12)
         assert result["fused"] and result["on cosine and sine"] == 1.0
 
 

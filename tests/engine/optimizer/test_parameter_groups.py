@@ -35,7 +35,7 @@ LAYOUTS = {"plain": (2, []), "both": (2, [ZERO1, REDUCE, GATHER, BUCKETS])}
 def test_overlap_is_overlap_and_evaluation_waits_for_the_weights(ranks: Any, job: Any,
                                                                  packed_data: Any) -> None:
     results = dict(zip(LAYOUTS, ranks(*(
-        job(RUN, "deferred", n, {"settings": [FP64, *settings], "paths": [str(packed_data.text)]})
+        job(RUN, "train_with_overlap", n, {"settings": [FP64, *settings], "paths": [str(packed_data.text)]})
         for n, settings in LAYOUTS.values())), strict=True))
     plain = results["plain"][0]
     assert plain["heldout"] and plain["losses"][-1] < plain["losses"][0]
@@ -43,14 +43,14 @@ def test_overlap_is_overlap_and_evaluation_waits_for_the_weights(ranks: Any, job
         for result in per_rank:
             assert result["losses"] == pytest.approx(plain["losses"], rel=1e-12), name
             assert result["heldout"] == pytest.approx(plain["heldout"], rel=1e-11), name
-        (rank0,), (rank1,) = ([result for result in per_rank if result["place"] == rank] for rank in (0, 1))
+        (rank0,), (rank1,) = ([result for result in per_rank if result["dp_rank"] == rank] for rank in (0, 1))
         assert (rank0["updated"] != rank1["updated"]) == (name == "both"), (
             f"{name}: before the all-gather, each rank has only the updates of its own ZeRO-1 shard")
-        assert rank0["evaluated"] == rank1["evaluated"] and rank0["ended"] == rank1["ended"], name
+        assert rank0["evaluated"] == rank1["evaluated"] and rank0["final"] == rank1["final"], name
     assert results["both"][0]["groups"] > 2, "dense and expert parameters, in buckets"
-    assert set(results["plain"][0]["on their way"]) == {0}
+    assert set(results["plain"][0]["reductions in flight"]) == {0}
     for result in results["both"]:  # the first step only counts how often each gradient is added to
-        assert result["on their way"][1:] == [result["groups"]] * 3
+        assert result["reductions in flight"][1:] == [result["groups"]] * 3
 
 
 def compare_zero1_layouts() -> list[Any]:

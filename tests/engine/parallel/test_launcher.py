@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +20,7 @@ from megatron_sov.engine.parallel.launcher import read_plan, write_plan_file
 from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.data.token_shards import ShardChain, map_numbers
 from megatron_sov.work.processes.stop_signals import catch_stop_signals
+from tests.waiting import wait_until
 
 # Plan files for ranks that are new processes.
 
@@ -151,10 +151,7 @@ def start_launchers(program: str, folder: Path,
 
 def wait_for_ranks(folder: Path) -> list[int]:
     """Wait until both ranks run; return their process ids."""
-    deadline = time.monotonic() + 600
-    while not all((folder / f"pid-{r}").exists() for r in range(2)):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
+    wait_until(lambda: all((folder / f"pid-{r}").exists() for r in range(2)))
     return [int((folder / f"pid-{r}").read_text()) for r in range(2)]
 
 

@@ -178,12 +178,6 @@ def test_question_refers_to_one_of_the_needles(distractors: int, depth: float,
     assert len(example.prompt) + len(example.answer) == 300
 
 
-def build_batches(haystack: Haystack) -> list[list[Example]]:
-    """Examples longer than K-EXAONE's window (8) and Solar's original context (256)."""
-    suite = NeedleSuite((haystack,), ("single", "multi-key"), (140, 300), (0.4,), 2, 0.2)
-    return [examples for _, _, examples in suite.examples()]
-
-
 @torch.no_grad()
 def generate_answer(model: Any, example: Example) -> list[int]:
     """Return transformers' answer to one prompt, without our code."""
@@ -197,7 +191,9 @@ def generate_answer(model: Any, example: Example) -> list[int]:
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
 def test_answers_equal_plain_transformers(family: str, imported: dict[str, Path], hf_models: dict[str, Path],
                                           haystacks: dict[str, Haystack], one_rank: None) -> None:
-    examples = build_batches(haystacks["heldout"])
+    # longer than K-EXAONE's window (8) and Solar's original context (256)
+    suite = NeedleSuite((haystacks["heldout"],), ("single", "multi-key"), (140, 300), (0.4,), 2, 0.2)
+    examples = [examples for _, _, examples in suite.examples()]
     model = AutoModelForCausalLM.from_pretrained(hf_models[family]).eval()
     reference = [[generate_answer(model, example) for example in batch] for batch in examples]
 

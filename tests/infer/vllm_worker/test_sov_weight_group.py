@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from megatron_sov.infer.engines.server_process import WORKER_FOLDER
 from megatron_sov.infer.vllm_worker import sov_weight_group
 from megatron_sov.infer.vllm_worker.sov_weight_group import (
     Meeting, WeightGroup, find_local_address, send_files)
+from tests.waiting import wait_until
 
 WORKER = """
 import contextlib, json, sys
@@ -164,10 +165,3 @@ def test_worker_gets_an_error_when_the_trainer_leaves() -> None:
 def test_local_address_is_the_address_seen_by_the_peer() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert find_local_address("localhost", server.getsockname()[1]) == "127.0.0.1"
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline_s = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline_s
-        time.sleep(0.01)

@@ -12,21 +12,15 @@ from megatron_sov.model.config import LinearAttentionConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.model.families.linear_layers import GATED_ATTENTION, KIMI_DELTA, SolarLayers
-from megatron_sov.model.families.weights import Link
 
 MODEL = replace(recipes.get("tiny-solar-open2").model, num_heads=4, num_kv_heads=2, head_dim=8, hidden_size=5,
                 linear_attention=LinearAttentionConfig(2, 2, 3, 3, 3, conv_taps=2))
 
 
-def find_link(name: str) -> Link:
-    """Return the link of the first layer whose Megatron tensor has this name."""
-    return next(link for link in models.get_family("solar_open2").links(MODEL)
-                if link.key.startswith("decoder.") and link.key.endswith(name))
-
-
 @pytest.mark.each("name", [entry.megatron for entry in (*KIMI_DELTA, *GATED_ATTENTION)])
 def test_split_tensors_are_joined_unchanged(name: str) -> None:
-    link = find_link(name)
+    link = next(link for link in models.get_family("solar_open2").links(MODEL)
+                if link.key.startswith("decoder.") and link.key.endswith(name))
     block = torch.arange(float(math.prod(link.block_shape))).reshape(link.block_shape)
     tensors = link.split(block)
     assert {n: tuple(t.shape) for n, t in tensors.items()} == link.hf_shapes()

@@ -199,18 +199,16 @@ def test_a_config_uses_code_named_on_the_command_line(site: Path) -> None:
     assert request_config("--config", "config.json", *named) == first
 
 
-def test_a_user_recipe_is_submitted_by_its_given_name(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_user_recipe_is_submitted_by_its_given_name(site: Path, read_output: Any, get_refusal: Any) -> None:
     (site / "tokens").mkdir()
     command = ["submit", "pretrain", "--cluster", "local", "--dry-run", "./recipe.py:plain",
                "--data", "tokens", "--run", "r"]
-    assert cli.main(command) == 0
-    assert "./recipe.py:plain" in capsys.readouterr().out
+    assert "./recipe.py:plain" in read_output(*command)
     command[5] = "./recipe.py:plian"
-    assert cli.main(command) == 2
-    assert "did you mean 'plain'" in capsys.readouterr().err
+    assert "did you mean 'plain'" in get_refusal(*command)
 
 
-def test_a_hugging_face_folder_executes_no_code(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hugging_face_folder_executes_no_code(site: Path, get_refusal: Any) -> None:
     (site / "hf").mkdir()
     (site / "hf" / "model.safetensors").write_bytes(b"\x02\0\0\0\0\0\0\0{}")
     for model_type in (f"{site}/family.py:MINE", "family.py:MINE", "mine"):
@@ -218,8 +216,7 @@ def test_a_hugging_face_folder_executes_no_code(site: Path, capsys: pytest.Captu
         (site / "hf" / "config.json").write_text(json.dumps(config))
         for command in (["convert", "from-hf", "hf", "out"], ["convert", "inspect", "hf"],
                         ["pretrain", "tiny-qwen3", "--data", str(site), "--run", "run", "--from", "hf"]):
-            assert cli.main(command) == 2
-            assert "model family" in capsys.readouterr().err
+            assert "model family" in get_refusal(*command)
     assert not (site / "ran").exists()
 
 

@@ -74,7 +74,7 @@ def write_shards_manifest(media: dict[str, Any]) -> None:
 @pytest.mark.distributed
 @pytest.mark.parametrize("layout", ["tp", pytest.param("pp", marks=pytest.mark.deep)])
 def test_pictures_are_complete_and_equal_at_other_layouts(
-        layout: str, site: Path, capsys: pytest.CaptureFixture[str], run_command: Any) -> None:
+        layout: str, site: Path, capsys: pytest.CaptureFixture[str], run_checked: Any) -> None:
     write_shards_manifest({"pictures": {}, "sounds": {}})
     assert cli.main([*shlex.split(GENERATE.format(site, "bare")), "--no-features"]) == 0
     replies_without_features = json.loads(capsys.readouterr().out)
@@ -89,9 +89,7 @@ def test_pictures_are_complete_and_equal_at_other_layouts(
     for reply in replies:  # only the last picture can be incomplete, if the reply ended in it
         assert reply["broken_pictures"] <= 1 and "<|" not in reply["text"]
     files = {file.name: file.read_bytes() for file in Path("one").iterdir()}
-    result = run_command(*shlex.split(GENERATE.format(site, layout)), "--nproc", "2",
-                         "--set", f"parallel.{layout}=2")
-    assert result.returncode == 0, result.stderr
+    run_checked(*shlex.split(GENERATE.format(site, layout)), "--nproc", "2", "--set", f"parallel.{layout}=2")
     assert {file.name: file.read_bytes() for file in Path(layout).iterdir()} == files
 
 

@@ -32,24 +32,21 @@ def test_picture_item_has_type_discrete_and_continuous_blocks() -> None:
         f"{discrete}\n<|image_start|><|IMAGE_PAD|><|IMAGE_PAD|><|image_end|>")
 
 
-def test_sound_item_states_its_length() -> None:
+@pytest.mark.each(("item", "text"), [
     # lines 106 to 109 of that template
-    item = MediaItem(AUDIO, 3, "audio/mpeg", "user_query.wav", 2.5, format_audio_tokens([1, 6560]), 1)
-    assert item.format_text() == (
-        '<|mime_start|>{"id": "audio_03", "type": "audio/mpeg", "filename": "user_query.wav"}<|mime_end|>\n'
-        "<|audio_aux_start|>다음 중 audio_duration은 오디오 길이 정보입니다. 참고하여 답변하세요. "
-        '{"audio_duration": "2.50"}<|audio_aux_end|>\n'
-        "<|discrete_audio_start|><|audio0001|><|audio6560|><|discrete_audio_end|>\n"
-        "<|audio_start|><|AUDIO_PAD|><|audio_end|>")
-
-
-def test_video_item_has_no_discrete_block() -> None:
-    # lines 92 to 94 of that template
-    item = MediaItem(VIDEO, 0, "video/mp4", "video.mp4", 4.0, format_audio_tokens([1]), 1)
-    assert item.format_text() == (
-        '<|mime_start|>{"id": "video_00", "type": "video/mp4", "filename": "video.mp4"}<|mime_end|>\n'
-        "<|video_aux_start|>다음 중 video_duration은 비디오 길이 정보입니다. 참고하여 답변하세요. "
-        '{"video_duration": "4.00"}<|video_aux_end|>\n<|video_start|><|VIDEO_PAD|><|video_end|>')
+    (MediaItem(AUDIO, 3, "audio/mpeg", "user_query.wav", 2.5, format_audio_tokens([1, 6560]), 1),
+     '<|mime_start|>{"id": "audio_03", "type": "audio/mpeg", "filename": "user_query.wav"}<|mime_end|>\n'
+     "<|audio_aux_start|>다음 중 audio_duration은 오디오 길이 정보입니다. 참고하여 답변하세요. "
+     '{"audio_duration": "2.50"}<|audio_aux_end|>\n'
+     "<|discrete_audio_start|><|audio0001|><|audio6560|><|discrete_audio_end|>\n"
+     "<|audio_start|><|AUDIO_PAD|><|audio_end|>"),
+    # lines 92 to 94, without a discrete block
+    (MediaItem(VIDEO, 0, "video/mp4", "video.mp4", 4.0, format_audio_tokens([1]), 1),
+     '<|mime_start|>{"id": "video_00", "type": "video/mp4", "filename": "video.mp4"}<|mime_end|>\n'
+     "<|video_aux_start|>다음 중 video_duration은 비디오 길이 정보입니다. 참고하여 답변하세요. "
+     '{"video_duration": "4.00"}<|video_aux_end|>\n<|video_start|><|VIDEO_PAD|><|video_end|>')])
+def test_sound_and_video_items_state_their_length(item: MediaItem, text: str) -> None:
+    assert item.format_text() == text
 
 
 def test_file_name_cannot_spell_marks() -> None:

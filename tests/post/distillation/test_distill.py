@@ -17,7 +17,8 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.train.data.sources import open_sources
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
-from tests.layouts.layout_run import small_config
+from tests.engine.model.test_divergence import compute_divergence, select_events
+from tests.layouts.layout_run import build_small_config
 
 WHOLE = ["distillation.beta=0.3", "distillation.temperature=1.5", "distillation.ce_coeff=0.1"]
 KINDS = {
@@ -35,7 +36,7 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
 
 def build_trainer(kind: str, data: list[str], states: str) -> tuple[Trainer, list[Any]]:
     """Return a trainer with one of `KINDS` as objective, and its data sources."""
-    config = small_config("tiny-k-exaone", [*SETTINGS, *KINDS[kind]], data, "distill")
+    config = build_small_config("tiny-k-exaone", [*SETTINGS, *KINDS[kind]], data, "distill")
     parallel_world = world.join_world(config.parallel)
     config.check(parallel_world.size)
     sources = open_sources(config.data.paths, config.model.vocab_size)
@@ -58,22 +59,6 @@ def stored_teachers(write_teacher_states: Any, packed_data: Any, tmp_path_factor
     return {"data": [str(folder) for folder in data], "states": str(states)}
 
 
-def _match_vocabulary(log_p: torch.Tensor, log_q: torch.Tensor,
-                      settings: Any) -> tuple[torch.Tensor, torch.Tensor]:
-    """Reduce both distributions, [tokens, vocabulary], to the teacher's most probable tokens, if so set."""
-    if not settings.top_k:
-        return log_p, log_q
-    ids = log_q.topk(settings.top_k).indices
-    log_p, log_q = log_p.gather(1, ids), log_q.gather(1, ids)
-    if not settings.keep_remainder:
-        return log_p.log_softmax(-1), log_q.log_softmax(-1)
-
-    def add_remainder(log_probs: torch.Tensor) -> torch.Tensor:
-        return torch.cat([log_probs, torch.log1p(-log_probs.exp().sum(1, keepdim=True))], 1)
-
-    return add_remainder(log_p), add_remainder(log_q)
-
-
 def compute_by_hand(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: torch.Tensor,
                     settings: Any) -> dict[str, torch.Tensor]:
     """Compute the papers' losses and meters of each token.
@@ -89,17 +74,9 @@ def compute_by_hand(logits: torch.Tensor, teacher_logits: torch.Tensor, labels: 
     log_p = (logits / settings.temperature).log_softmax(-1)
     log_q = (teacher_logits / settings.temperature).log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
-    log_p, log_q = _match_vocabulary(log_p, log_q, settings)
-    p, q, beta = log_p.exp(), log_q.exp(), settings.beta
-    forward_kl = (q * (log_q - log_p)).sum(-1)
-    if beta == 0:
-        divergence = forward_kl
-    elif beta == 1:
-        divergence = (p * (log_p - log_q)).sum(-1)
-    else:
-        log_mixture = (beta * q + (1 - beta) * p).log()
-        divergence = (beta * (q * (log_q - log_mixture)).sum(-1)
-                      + (1 - beta) * (p * (log_p - log_mixture)).sum(-1))
+    kind = "top-k with the rest" if settings.keep_remainder else "top-k alone"
+    events = select_events(kind if settings.top_k else "states", log_p, log_q, settings.top_k)
+    forward_kl, divergence = (compute_divergence(*events, beta) for beta in (0, settings.beta))
     cross_entropy = -logits.log_softmax(-1)[torch.arange(len(labels)), labels]
     return {"divergence": divergence, "kl": forward_kl, "entropy": entropy, "cross_entropy": cross_entropy,
             "tokens": torch.ones(len(labels))}

@@ -82,12 +82,11 @@ pytestmark = pytest.mark.usefixtures("one_rank")
 
 
 @pytest.fixture(scope="module")
-def short_run(run_command: Any, token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def short_run(run_checked: Any, token_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step at 64 tokens, which no test changes."""
     run = tmp_path_factory.mktemp("stages") / "short"
-    result = run_command("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
-                         *format_set_options(SHORT | {"train.num_threads": 1}))
-    assert result.returncode == 0, result.stderr
+    run_checked("pretrain", "tiny-solar-open", "--data", str(token_shards), "--run", str(run),
+                *format_set_options(SHORT | {"train.num_threads": 1}))
     return run
 
 

@@ -2,6 +2,7 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -238,10 +239,8 @@ def test_the_command_writes_into_the_last_run(runs: list[Path], tmp_path: Path,
     assert [p.name for p in out.parent.iterdir()] == ["one.html"]
 
 
-def test_mistakes_end_with_one_sentence(runs: list[Path], tmp_path: Path,
-                                        capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(tmp_path / "nowhere")]) == 2
-    assert "does not exist; pass the folder of a training command's --run" in capsys.readouterr().err
-    assert main(["report", str(runs[0]), "--output", str(tmp_path)]) == 2
-    assert "is a folder; name the file" in capsys.readouterr().err
+def test_mistakes_end_with_one_sentence(runs: list[Path], tmp_path: Path, get_refusal: Any) -> None:
+    assert "does not exist; pass the folder of a training command's --run" in get_refusal(
+        "report", str(tmp_path / "nowhere"))
+    assert "is a folder; name the file" in get_refusal("report", str(runs[0]), "--output", str(tmp_path))
     assert list(tmp_path.iterdir()) == []

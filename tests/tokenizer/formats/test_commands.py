@@ -127,8 +127,7 @@ def test_a_hugging_face_folder_is_not_cut_off(trained: Path, tmp_path: Path) -> 
     assert read_manifest(tmp_path / "mine").content["eos_id"] == 21
 
 
-def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
-                                    capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path, get_refusal: Any) -> None:
     ranks = format_ranks(learn_ranks())
     files = {
         "a.tiktoken": ranks, "b.tiktoken": ranks,
@@ -159,8 +158,7 @@ def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path,
         random_ids: "makes encoding random",
     }
     for path, sentence in mistakes.items():
-        assert main(["import", str(path), "--output", str(tmp_path / "out")]) == 2
-        error = capsys.readouterr().err
+        error = get_refusal("import", str(path), "--output", str(tmp_path / "out"))
         assert sentence in error and error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()
 
@@ -198,7 +196,6 @@ def _truncate(file: str) -> Callable[[Path, Path], Path]:
     _truncate("tokenizer.json"),
 ])
 def test_hostile_files_cost_a_sentence(write: Callable[[Path, Path], Path], trained: Path, tmp_path: Path,
-                                       capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["import", str(write(tmp_path, trained)), "--output", str(tmp_path / "out")]) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and error.count("\n") == 1 and "Traceback" not in error
+                                       get_refusal: Any) -> None:
+    error = get_refusal("import", str(write(tmp_path, trained)), "--output", str(tmp_path / "out"))
+    assert error.startswith("error: ") and error.count("\n") == 1

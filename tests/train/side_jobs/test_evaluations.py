@@ -206,15 +206,13 @@ def test_wrong_benchmarks_are_refused_before_the_run(options: list[str], reason:
         check_benchmarks(config)
 
 
-def test_evaluation_jobs_are_valid_submit_commands(tmp_path: Path,
-                                                   capsys: pytest.CaptureFixture[str]) -> None:
+def test_evaluation_jobs_are_valid_submit_commands(tmp_path: Path, read_output: Any) -> None:
     config = build_config(f"data.paths={json.dumps({str(tmp_path): 1.0})}", "evaluate.background.where=slurm",
                           "evaluate.background.cluster=local", 'evaluate.lm.tasks=["quiz"]')
     for task, separator in (("needle", " "), ("lm", "=")):
         argv = build_eval_command(config, EvalJob(10, task), tmp_path / "step-10", tmp_path / "out.json")
         assert argv[1:4] == ["-m", "megatron_sov", "submit"]
-        assert cli.main([*argv[3:], "--dry-run"]) == 0
-        script = capsys.readouterr().out
+        script = read_output(*argv[3:], "--dry-run")
         assert f"megatron_sov eval {task}" in script.replace("\\\n", "")
         assert f"--output{separator}{tmp_path / 'out.json'}" in script
 
@@ -230,7 +228,7 @@ def write_capitals_task(folder: Path) -> Path:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_exports_are_evaluated_like_the_run(packed_data: Any, tmp_path: Path, run_command: Any,
+def test_exports_are_evaluated_like_the_run(packed_data: Any, tmp_path: Path, run_checked: Any,
                                             warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)
     tasks = write_capitals_task(tmp_path / "tasks")
@@ -241,9 +239,8 @@ def test_exports_are_evaluated_like_the_run(packed_data: Any, tmp_path: Path, ru
                "data.heldout_tokens=256", "train.precision=fp32",
                'evaluate.background.tasks=["ppl", "lm"]', 'evaluate.lm.tasks=["capitals"]',
                f'evaluate.lm.options=["--task-dir={tasks}"]']
-    result = run_command("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
-                         str(tmp_path / "run"), *(f"--set={change}" for change in changes))
-    assert result.returncode == 0, result.stderr
+    run_checked("pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run",
+                str(tmp_path / "run"), *(f"--set={change}" for change in changes))
     events = list(read_events(tmp_path / "run" / EVENTS))
     ppl_event, benchmarks = [e for e in events if e["event"] == "evaluation"]
     background_losses = json.loads((tmp_path / "run" / ppl_event["path"]).read_text())

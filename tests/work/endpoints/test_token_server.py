@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 
@@ -14,7 +15,6 @@ from megatron_sov.work.endpoints import transport
 from megatron_sov.work.endpoints.answers import BadAnswer, RequestRefused
 from megatron_sov.work.endpoints.token_server import (
     ServerCalls, TokenAnswer, TokenRequest, VersionSpan, check_answers)
-from megatron_sov.work.endpoints.transport import HttpResponse
 from megatron_sov.work.endpoints.vllm_server import VllmServer, _parse_choices
 from tests.token_servers import VllmDouble, compute_token
 
@@ -185,9 +185,9 @@ def test_idle_connection_is_not_reused(vllm: VllmDouble, monkeypatch: pytest.Mon
         monkeypatch.setattr(transport, "KEEPALIVE_S", keepalive_s)
         client_addresses.clear()
         calls = transport.Transport(f"{vllm.url}/v1/models", "", 20)
-        assert calls.get().status == 200
+        assert calls.get().status_code == 200
         time.sleep(0.1)
-        assert calls.get().status == 200
+        assert calls.get().status_code == 200
         assert len(set(client_addresses)) == num_connections
 
 
@@ -215,4 +215,4 @@ def test_hostile_answers_are_rejected(fields: dict[str, Any]) -> None:
 
 def test_deeply_nested_json_is_rejected() -> None:
     with pytest.raises(BadAnswer, match="http://x/p: answered JSON that is nested too deep"):
-        ServerCalls("http://x", "", 1.0)._parse_response("/p", HttpResponse(200, {}, b"[" * 200_000))
+        ServerCalls("http://x", "", 1.0)._parse_response("/p", httpx.Response(200, content=b"[" * 200_000))

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.work.processes import children
 from megatron_sov.work.processes.background import LOWEST_PRIORITY, background_environment
 from megatron_sov.work.processes.pool import map_in_processes
+from tests.waiting import wait_until
 
 PARENT = """
 import sys, time
@@ -42,19 +42,12 @@ time.sleep(600)
 def test_background_process_has_lowest_priority_and_ends_with_parent(tmp_path: Path,
                                                                      ends: Callable[[int], bool]) -> None:
     parent = subprocess.Popen([sys.executable, "-c", PARENT, CHILD, str(tmp_path / "state")])
-
-    def wait_for(name: str) -> None:
-        deadline_s = time.monotonic() + 600
-        while not (tmp_path / name).exists():
-            assert time.monotonic() < deadline_s and parent.poll() is None, f"there is no {name}"
-            time.sleep(0.02)
-
-    wait_for("state")
+    wait_until((tmp_path / "state").exists, lambda: parent.poll() is not None)
     state = json.loads((tmp_path / "state").read_text())
     assert state["nice"] == LOWEST_PRIORITY and state["term"]
     os.kill(state["pid"], signal.SIGTERM)  # a signal that stops the run does not stop its background work
     (tmp_path / "state.asked").touch()
-    wait_for("state.answered")
+    wait_until((tmp_path / "state.answered").exists, lambda: parent.poll() is not None)
     parent.kill()
     parent.wait()
     assert ends(state["pid"])

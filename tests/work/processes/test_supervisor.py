@@ -5,14 +5,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 import pytest
 
 from megatron_sov.work.processes.supervisor import NOT_STARTED, SupervisedCommand
+from tests.waiting import wait_until
 
 # children as engines have them: one of the command's group, one that left it and lost its parent
 TREE = """
@@ -41,14 +40,6 @@ def read_pids() -> list[int]:
     pids: list[int] = json.loads(Path("told.json").read_text())
     assert all(map(psutil.pid_exists, pids))
     return pids
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Wait until the condition holds, for at most 10 minutes."""
-    deadline_s = time.monotonic() + 600
-    while not condition():
-        assert time.monotonic() < deadline_s, "the awaited event did not happen"
-        time.sleep(0.01)
 
 
 def start_command(program: str) -> SupervisedCommand:

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.work.progress import locks
 from megatron_sov.work.progress.locks import Claim, Claims, list_holders, lock_folder
 from megatron_sov.work.progress.resumable import resumable_artifact
+from tests.waiting import wait_until
 
 
 def test_folder_lock_lasts_until_end_of_block(tmp_path: Path) -> None:
@@ -213,10 +213,7 @@ def test_renewal_thread_writes_heartbeats(tmp_path: Path) -> None:
     claim, observer = take_claim(Claims(tmp_path, 0.04)), Claims(tmp_path, 60)
     with claim.renew_while_open():
         before = (tmp_path / "a/1.json").read_bytes()
-        deadline_s = time.monotonic() + 600
-        while (tmp_path / "a/1.json").read_bytes() == before and time.monotonic() < deadline_s:
-            time.sleep(0.01)
-        assert (tmp_path / "a/1.json").read_bytes() != before
+        wait_until(lambda: (tmp_path / "a/1.json").read_bytes() != before)
         assert observer.take("a") is None
     assert take_claim(observer).renew()
 

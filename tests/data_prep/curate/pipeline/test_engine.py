@@ -24,7 +24,7 @@ from megatron_sov.work.progress.locks import lock_folder
 from megatron_sov.work.submit import array_job
 from megatron_sov.work.submit.arrays import MAX_RESTARTS, WORK_FILE, Jobs
 from tests.data_prep.curate.pipeline.memory_view import read_files
-from tests.work.processes.test_supervisor import wait_until
+from tests.waiting import wait_until
 
 OWN = """import dataclasses, os, pathlib
 from megatron_sov.base.documents import LeftOut

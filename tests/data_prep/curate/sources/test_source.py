@@ -5,10 +5,10 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from data_prep import cli
 from data_prep.curate.sources.formats import FORMATS, LIBRARIES, create_reader, load_reader_class
 from data_prep.curate.sources.reader import format_file_name
 from data_prep.curate.sources.source import NO_FORMAT, BrokenRecord, RawDocument, SourcePiece, SourceSettings
@@ -153,10 +153,9 @@ def pages(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("library", ["resiliparse"])
 def test_a_run_without_its_library_does_not_start(pages: Path, library: str, monkeypatch: pytest.MonkeyPatch,
-                                                  capsys: pytest.CaptureFixture[str]) -> None:
+                                                  get_refusal: Any) -> None:
     monkeypatch.setitem(sys.modules, library, None)
-    assert cli.main(["run", str(pages / "pipeline.yaml"), "--output", str(pages / "out")]) == 2
-    stderr = capsys.readouterr().err
+    stderr = get_refusal("run", str(pages / "pipeline.yaml"), "--output", str(pages / "out"))
     assert f"needs {library}, which is not installed; {format_install_command('data')}" in stderr
     assert not (pages / "out").exists()
 

@@ -130,9 +130,9 @@ class HostTensors(TorchFunctionMode):
         """Return the device that a call requests, or None."""
         if name == "cpu":
             return torch.device("cpu")
-        said = kwargs.get("device")
-        if name in ("to", "type_as") and said is None and len(args) > 1:
+        requested = kwargs.get("device")
+        if name in ("to", "type_as") and requested is None and len(args) > 1:
             if torch.is_tensor(args[1]):
                 return torch.device("cpu") if on_host(args[1]) else GPU
-            said = args[1] if isinstance(args[1], (str, torch.device)) else None
-        return None if said is None else torch.device(said)
+            requested = args[1] if isinstance(args[1], (str, torch.device)) else None
+        return None if requested is None else torch.device(requested)

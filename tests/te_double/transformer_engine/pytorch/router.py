@@ -37,8 +37,8 @@ def _mask_other_groups(scores: torch.Tensor, topk: int, num_groups: int, group_t
     their best `topk // group_topk` scores."""
     grouped = scores.unflatten(-1, (num_groups, -1))
     sums = grouped.topk(topk // group_topk, dim=-1).values.sum(-1)
-    kept = _build_map(sums, sums.topk(group_topk, dim=-1).indices)
-    return grouped.masked_fill(~kept[..., None], -math.inf).flatten(-2)
+    mask = _build_map(sums, sums.topk(group_topk, dim=-1).indices)
+    return grouped.masked_fill(~mask[..., None], -math.inf).flatten(-2)
 
 
 def _build_map(like: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

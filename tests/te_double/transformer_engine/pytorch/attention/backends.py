@@ -17,7 +17,7 @@ import torch
 from ..placement import Chip
 
 FUSED, UNFUSED = "FusedAttention", "UnfusedDotProductAttention"
-CHOSEN: Counter[str] = Counter()
+SELECTIONS: Counter[str] = Counter()
 """Backend -> number of selections, and number of cuDNN queries."""
 MAX_DETERMINISTIC_HOPPER = 1 << 30
 """Limit of documents x heads x longest ** 2 for cuDNN's deterministic backward pass."""
@@ -82,21 +82,21 @@ REFUSALS: tuple[tuple[str, str, Callable[[AttentionCall, Chip], bool]], ...] = (
 """(backend, the library's message, whether it rejects a call). FlashAttention is assumed to be missing."""
 
 
-def refusals(call: AttentionCall, chip: Chip) -> dict[str, str]:
+def find_refusals(call: AttentionCall, chip: Chip) -> dict[str, str]:
     """Return backend -> reason for rejection."""
     return {backend: why for backend, why, holds in reversed(REFUSALS) if holds(call, chip)}
 
 
-def choose(call: AttentionCall, chip: Chip) -> str:
+def choose_backend(call: AttentionCall, chip: Chip) -> str:
     """Return the fastest backend that accepts the call.
 
     Raises:
         ValueError: no backend accepts the call.
     """
-    refused = refusals(call, chip)
-    found = next((backend for backend in (FUSED, UNFUSED) if backend not in refused), None)
-    if found is None:
+    reasons = find_refusals(call, chip)
+    backend = next((backend for backend in (FUSED, UNFUSED) if backend not in reasons), None)
+    if backend is None:
         raise ValueError("No dot product attention backend is available for the provided inputs. Please run "
-                         f"with NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 to find out the reasons. {refused}")
-    CHOSEN[found] += 1
-    return found
+                         f"with NVTE_DEBUG=1 NVTE_DEBUG_LEVEL=2 to find out the reasons. {reasons}")
+    SELECTIONS[backend] += 1
+    return backend

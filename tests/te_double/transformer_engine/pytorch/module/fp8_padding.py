@@ -8,7 +8,7 @@ from ...common.recipe import CustomRecipe, MXFP8BlockScaling, NVFP4BlockScaling,
 from ..quantization import FP8GlobalStateManager
 
 
-def alignment(recipe: Recipe) -> int:
+def get_row_alignment(recipe: Recipe) -> int:
     """Return the number that row counts must be multiples of."""
     if isinstance(recipe, CustomRecipe):
         return recipe.quantization_alignment
@@ -26,7 +26,7 @@ class _Aligned(torch.nn.Module):
         """Return the numbers of rows with padding; the first call fixes the alignment."""
         assert len(m_splits) == self.num_gemms, "Number of splits should match number of GEMMs."
         if self.align_size is None:
-            self.align_size = alignment(FP8GlobalStateManager.get_fp8_recipe())
+            self.align_size = get_row_alignment(FP8GlobalStateManager.get_fp8_recipe())
         return [-(-rows // self.align_size) * self.align_size for rows in m_splits]
 
 

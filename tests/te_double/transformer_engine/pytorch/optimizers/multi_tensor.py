@@ -19,7 +19,7 @@ class MultiTensorApply:
         if any(len(tensors) != len(tensor_lists[0]) for tensors in tensor_lists):
             raise RuntimeError("Expected aligned multi-tensor lists.")
         keep = [tensor.numel() > 0 for tensor in tensor_lists[0]]
-        lists = [[t for t, kept in zip(tensors, keep, strict=True) if kept] for tensors in tensor_lists]
+        lists = [[t for t, is_kept in zip(tensors, keep, strict=True) if is_kept] for tensors in tensor_lists]
         return op(self.chunk_size, noop_flag_buffer, lists, *args) if lists[0] else None
 
 

@@ -16,7 +16,7 @@ def block_amax(numbers: torch.Tensor) -> torch.Tensor:
     return padded.view(-(-m // BLOCK), BLOCK, -(-n // BLOCK), BLOCK).amax(dim=(1, 3))
 
 
-def spread(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+def expand_scales(scales: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """Expand the scales of blocks to a matrix of shape `shape`."""
     return scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[:shape[0], :shape[1]]
 
@@ -35,7 +35,7 @@ class Float8BlockwiseQTensor(Storage, QuantizedTensor):
         """Replace the values by those of a matrix, quantized."""
         scale = compute_scale(block_amax(tensor.detach()), powers=True)
         self._store(_rowwise_scale_inv=scale.reciprocal(),
-                    _rowwise_data=to_bytes(tensor.detach().float() * spread(scale, tensor.shape)))
+                    _rowwise_data=to_bytes(tensor.detach().float() * expand_scales(scale, tensor.shape)))
         self._create_columnwise()
         return self
 
@@ -46,5 +46,5 @@ class Float8BlockwiseQTensor(Storage, QuantizedTensor):
     def _values(self, columnwise: bool = False) -> torch.Tensor:
         if columnwise:
             return (from_bytes(self._columnwise_data)
-                    * spread(self._columnwise_scale_inv, self._columnwise_data.shape)).t()
-        return from_bytes(self._rowwise_data) * spread(self._rowwise_scale_inv, self.shape)
+                    * expand_scales(self._columnwise_scale_inv, self._columnwise_data.shape)).t()
+        return from_bytes(self._rowwise_data) * expand_scales(self._rowwise_scale_inv, self.shape)

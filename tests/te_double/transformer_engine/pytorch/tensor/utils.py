@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..quantized_tensor import QuantizedTensor, compute_scale, to_bytes
-from .float8_blockwise_tensor import Float8BlockwiseQTensor, block_amax, spread
+from .float8_blockwise_tensor import Float8BlockwiseQTensor, block_amax, expand_scales
 from .float8_tensor import Float8Tensor, needs_transpose
 from .mxfp8_tensor import MXFP8Tensor
 
@@ -87,7 +87,7 @@ def _cast_per_block(entries: list[Any], group: Any) -> None:
         scale = compute_scale(flat.view(amax.shape), powers=True)
         weight._rowwise_scale_inv.copy_(scale.reciprocal())
         if master is not None:
-            own_scale = spread(scale, weight.shape).reshape(-1)[start:start + master.numel()]
+            own_scale = expand_scales(scale, weight.shape).reshape(-1)[start:start + master.numel()]
             weight._rowwise_data.view(-1)[start:start + master.numel()] = to_bytes(
                 master.float().view(-1) * own_scale)
 

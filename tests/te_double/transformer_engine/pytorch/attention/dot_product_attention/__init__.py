@@ -21,7 +21,7 @@ _last: list[AttentionCall] = []
 """Cache of the real library: one call and its decision."""
 
 
-def window(attn_mask_type: str, size: tuple[int, int] | None) -> tuple[int, int]:
+def resolve_window(attn_mask_type: str, size: tuple[int, int] | None) -> tuple[int, int]:
     """Return the numbers of visible keys left and right of the query's position; -1: all."""
     if attn_mask_type not in MASKS:
         raise NotImplementedError(f"the double has no mask {attn_mask_type!r}")
@@ -43,7 +43,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
         k: [tokens, groups, channels]; consecutive heads share a group.
         v: [tokens, groups, channels].
         scale: softmax scale.
-        size: see `window`.
+        size: see `resolve_window`.
     """
     group_size = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group_size, 1), v.repeat_interleave(group_size, 1)
@@ -85,7 +85,7 @@ class DotProductAttention(TransformerEngineBaseModule):
             raise NotImplementedError("the double has plain softmax attention, without context parallelism")
         self._set_group(tp_group, tp_size)
         self.qkv_format, self.attn_mask_type = qkv_format, attn_mask_type
-        self.window_size = window(attn_mask_type, window_size)
+        self.window_size = resolve_window(attn_mask_type, window_size)
         channels = kv_channels if isinstance(kv_channels, int) else kv_channels[0]
         self.softmax_scale = channels ** -0.5 if softmax_scale is None else softmax_scale
         self.groups = (num_attention_heads if num_gqa_groups is None else num_gqa_groups) // self.tp_size
@@ -122,10 +122,10 @@ class DotProductAttention(TransformerEngineBaseModule):
         unsupported = (cu_seqlens_q_padded, cu_seqlens_kv_padded, softcap or self.softcap or None,
                        core_attention_bias, alibi_slopes, inference_params, pad_between_seqs, score_mod,
                        qkv_layer, kv_layer, thd_attention_policies)
-        if any(given is not None for given in unsupported) or attention_mask is not None:
+        if any(argument is not None for argument in unsupported) or attention_mask is not None:
             raise NotImplementedError("the double has plain softmax attention, without a mask argument")
         kind, mask = qkv_format or self.qkv_format, attn_mask_type or self.attn_mask_type
-        size = window(mask, window_size or self.window_size)
+        size = resolve_window(mask, window_size or self.window_size)
         self.init_fp8_metadata()
         require_cuda(query_layer=query_layer, key_layer=key_layer, value_layer=value_layer,
                      cu_seqlens_q=cu_seqlens_q, cu_seqlens_kv=cu_seqlens_kv)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ... import placement as machine
-from ..backends import FUSED, UNFUSED, AttentionCall, choose, refusals
+from ..backends import FUSED, UNFUSED, AttentionCall, choose_backend, find_refusals
 
 
 class AttentionLogging:
@@ -76,9 +76,9 @@ def get_attention_backend(attention_params: AttentionParams | AttentionCall | No
         p.is_training)
     log = logging.getLogger("DotProductAttention")
     log.setLevel(AttentionLogging._log_level)
-    refused = refusals(call, machine.CHIP)
-    for backend, why in refused.items():
+    reasons = find_refusals(call, machine.CHIP)
+    for backend, why in reasons.items():
         log.debug("Disabling %s for %s", backend, why)
-    found = choose(call, machine.CHIP)
-    available = [False, FUSED not in refused, UNFUSED not in refused]
-    return False, None, found == FUSED, 1 if found == FUSED else None, found == UNFUSED, available
+    backend = choose_backend(call, machine.CHIP)
+    available = [False, FUSED not in reasons, UNFUSED not in reasons]
+    return False, None, backend == FUSED, 1 if backend == FUSED else None, backend == UNFUSED, available
