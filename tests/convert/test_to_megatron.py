@@ -250,8 +250,9 @@ def test_arguments_suffice_for_megatron_bridge() -> None:
     common, _ = build_common_state(recipes.get("tiny-qwen3"), 3, 3, one_optimizer=False)
     arguments = vars(common["args"])
     assert {"multi_latent_attention", "heterogeneous_layers_config_path", "no_persist_layer_norm",
-            "params_dtype", "overlap_p2p_comm", "num_experts", "rotary_interleaved", "decoder_first_pipeline_num_layers",
-            "decoder_last_pipeline_num_layers", "fp8_param_gather", "swiglu", "bias_swiglu_fusion",
+            "params_dtype", "overlap_p2p_comm", "num_experts", "rotary_interleaved",
+            "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "fp8_param_gather",
+            "swiglu", "bias_swiglu_fusion",
             "bias_gelu_fusion", "squared_relu", "init_method_xavier_uniform", "group_query_attention",
             "config_logger_dir", "cp_comm_type", "is_hybrid_model", "transformer_impl", "mtp_num_layers",
             "qk_l2_norm", "moe_grouped_gemm", "padded_vocab_size", "max_position_embeddings",

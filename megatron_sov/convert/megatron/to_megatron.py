@@ -38,8 +38,8 @@ BRIDGE_ARGUMENTS = {
     "cp_comm_type": ["p2p"], "config_logger_dir": "",
     **dict.fromkeys(("bias_gelu_fusion", "fp16", "fp16_lm_cross_entropy", "fp8_param_gather",
                      "is_hybrid_model", "init_method_xavier_uniform", "multi_latent_attention",
-                     "no_persist_layer_norm", "overlap_p2p_comm", "qk_l2_norm", "rotary_interleaved", "squared_relu",
-                     "use_legacy_models", "use_rope_scaling"), False),
+                     "no_persist_layer_norm", "overlap_p2p_comm", "qk_l2_norm", "rotary_interleaved",
+                     "squared_relu", "use_legacy_models", "use_rope_scaling"), False),
     **dict.fromkeys(("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
                      "heterogeneous_layers_config_path", "num_experts"))}
 """Arguments with Megatron-LM's usual values, which Megatron-Bridge 0.6 reads to build a `GPTModel` from a
