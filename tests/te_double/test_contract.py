@@ -138,5 +138,5 @@ def test_no_deprecated_library_interface_is_used() -> None:
     names = contract.find_megatron_names() - {GPT_MODEL}  # layout-proof also takes users' GPT models
     found = {name: mark for name in sorted(names) if (mark := find_deprecation(sources, name))}
     assert not found, "the library will remove them: use what it names in their place"
-    assert GPT_MODEL not in contract.find_used_names(ROOT / "megatron_sov", "megatron")
+    assert GPT_MODEL not in contract.find_used_names(contract.ROOT / "megatron_sov", "megatron")
     assert find_deprecation(sources, GPT_MODEL).startswith("GPTModel IS DEPRECATED")
