@@ -34,8 +34,9 @@ MODELS = ("gpt2", "llama", "qwen3", "deepseek", "gpt_oss", "hybrid")
 
 
 def parse_layout(text: str) -> Layout:
-    sizes: dict[str, Any] = dict(pair.split("=") for pair in text.split())
-    return Layout(**{name: value == "true" or int(value) for name, value in sizes.items()})
+    pairs = dict(pair.split("=") for pair in text.split())
+    sizes: dict[str, Any] = {name: value == "true" or int(value) for name, value in pairs.items()}
+    return Layout(**sizes)
 
 
 def get_builder(model: str, **arguments: Any) -> Any:
