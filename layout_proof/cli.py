@@ -13,8 +13,7 @@ without a GPU, and compare losses, gradients, gradient norm, optimizer state and
 
 FILE.py:NAME is a function build(config=None, pre_process=True, post_process=True, vp_stage=None) that returns
 a GPTModel or HybridModel, or (model, loss), with its own config or the given one."""
-EPILOG = """exit codes: 0 equal, 3 differs, 2 cannot be simulated (one line says why)
-example: layout-proof model.py:build --tp 2 --pp 2 --ranks 8 --distributed-optimizer"""
+EPILOG = "exit codes: 0 equal, 3 differs, 2 cannot be simulated (one line says why)"
 SIZES = {"tp": "tensor parallel size", "pp": "pipeline stages", "vpp": "model chunks of a stage",
          "cp": "context parallel size", "ep": "expert parallel size",
          "etp": "tensor parallel size of experts (0: --tp)", "ranks": "processes (0: one replica)"}

@@ -1,10 +1,5 @@
-"""Patches of torch that let unmodified megatron-core run on CPUs (`prepare_without_gpu`).
-
-Call `prepare_without_gpu` before any module imports megatron. Each patch is a function whose docstring names
-Megatron-Core's assumption; patches of Megatron-Core itself are in `library_patches`. No part is
-reimplemented: model, schedules, dispatchers, optimizers and process groups are Megatron-Core's, on CPU
-tensors.
-"""
+"""Patches of torch that let unmodified megatron-core run on CPUs: call `prepare_without_gpu` before importing
+megatron. The docstring of a patch names Megatron-Core's assumption."""
 
 import contextlib
 import functools

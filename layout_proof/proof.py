@@ -33,7 +33,6 @@ SHOWN = 8
 @dataclass
 class LayoutVerdict:
     """Result of `prove_layout`."""
-
     outcome: str  # `EQUAL`, `DIFFERS`, `STANDS` (a deadlock) or `FAILS` (an error on a rank)
     layout: Layout
     largest: float = 0.0  # largest relative difference

@@ -65,11 +65,8 @@ class SimulatedRanks:
         self._failure: BaseException | None = None
 
     def run(self, join: Callable[[int, int], Place], body: Callable[[Place], Result]) -> list[Result]:
-        """Run `body` once per rank, with separate `torch.distributed` state, and return the results by rank.
-
-        `join(rank, number of ranks)` creates the layout's groups, without a message, and returns the place
-        that `body` gets. Raises `Deadlock`: ranks wait for each other, or a message has no receiver.
-        """
+        """Run `body` on the place that `join(rank, number of ranks)` returns, and return the results by rank.
+        Raises `Deadlock`: ranks wait for each other, or a message has no receiver."""
         results: list[Any] = [None] * self.size
         previous = _read_rank_state()
         self._states = [_copy_initial_state(previous) for _ in range(self.size)]

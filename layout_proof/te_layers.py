@@ -1,8 +1,4 @@
-"""Plain layers in the place of Transformer Engine's, which need a GPU.
-
-`replace_te_layers` gives specs that name a Transformer Engine layer Megatron-Core's own layer with equal
-parameters, names and shards. Attention under context parallelism gathers whole rows.
-"""
+"""Megatron-Core's own layers in the place of Transformer Engine's, with equal parameters, names and shards."""
 
 import sys
 from collections.abc import Callable

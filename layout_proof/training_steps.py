@@ -37,7 +37,6 @@ Key = tuple[str, str]
 @dataclass(frozen=True)
 class Piece:
     """Elements [start, stop) in a flattened block, on a rank."""
-
     key: Key
     global_shape: tuple[int, ...]
     block: tuple[slice, ...]  # indices in the global tensor
