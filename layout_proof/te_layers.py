@@ -1,4 +1,4 @@
-"""Megatron-Core's own layers in the place of Transformer Engine's, with equal parameters, names and shards."""
+"""Megatron-Core's own layers for Transformer Engine's, with equal parameters, names and shards."""
 
 import sys
 from collections.abc import Callable
