@@ -243,3 +243,18 @@ def test_an_error_in_any_worker_ends_the_export(solar_dir: Path, tmp_path: Path,
     with pytest.raises(UserError, match="no space left"):
         to_megatron(tmp_path / "ours", tmp_path / "out", workers=4)
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
+
+
+def test_arguments_suffice_for_megatron_bridge() -> None:
+    """Recorded from `mlm_compat` of Megatron-Bridge 0.6.2, which builds a `GPTModel` from `args`."""
+    common, _ = build_common_state(recipes.get("tiny-qwen3"), 3, 3, one_optimizer=False)
+    arguments = vars(common["args"])
+    assert {"multi_latent_attention", "heterogeneous_layers_config_path", "no_persist_layer_norm",
+            "params_dtype", "overlap_p2p_comm", "num_experts", "rotary_interleaved",
+            "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "fp8_param_gather",
+            "swiglu", "bias_swiglu_fusion",
+            "bias_gelu_fusion", "squared_relu", "init_method_xavier_uniform", "group_query_attention",
+            "config_logger_dir", "cp_comm_type", "is_hybrid_model", "transformer_impl", "mtp_num_layers",
+            "qk_l2_norm", "moe_grouped_gemm", "padded_vocab_size", "max_position_embeddings",
+            "fp16_lm_cross_entropy", "use_rope_scaling"} <= arguments.keys()
+    assert arguments["padded_vocab_size"] == recipes.get("tiny-qwen3").model.vocab_size

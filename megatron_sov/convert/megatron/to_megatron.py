@@ -33,6 +33,17 @@ EMPTY_STATE = "empty/shard_0_1"
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False,
            "non_homogeneous_layers": True, "chained_optim_avoid_prefix": True}
 """Form of the tensors, which Megatron-LM reads before it declares its own."""
+BRIDGE_ARGUMENTS = {
+    "transformer_impl": "transformer_engine", "moe_grouped_gemm": True, "bias_swiglu_fusion": True,
+    "cp_comm_type": ["p2p"], "config_logger_dir": "",
+    **dict.fromkeys(("bias_gelu_fusion", "fp16", "fp16_lm_cross_entropy", "fp8_param_gather",
+                     "is_hybrid_model", "init_method_xavier_uniform", "multi_latent_attention",
+                     "no_persist_layer_norm", "overlap_p2p_comm", "qk_l2_norm", "rotary_interleaved",
+                     "squared_relu", "use_legacy_models", "use_rope_scaling"), False),
+    **dict.fromkeys(("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
+                     "heterogeneous_layers_config_path", "num_experts"))}
+"""Arguments with Megatron-LM's usual values, which Megatron-Bridge 0.6 reads to build a `GPTModel` from a
+checkpoint without `run_config.yaml` (`mlm_compat`)."""
 WSD_STYLES = {"linear": "linear", "cosine": "cosine", "one_minus_sqrt": "minus_sqrt"}
 
 
@@ -116,7 +127,8 @@ def build_common_state(settings: RunConfig, step: int, num_updates: int | None, 
         one_optimizer: see `to_megatron`.
     """
     optim, samples = settings.optim, settings.train.global_batch_size
-    args = describe_model(settings.model) | {
+    args = BRIDGE_ARGUMENTS | describe_model(settings.model) | {
+        "padded_vocab_size": settings.model.vocab_size,
         "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         "params_dtype": PRECISION[settings.train.precision], "bf16": settings.train.precision == "bf16",
         "seq_length": min(settings.data.phases[-1].seq_len, settings.model.max_position_tokens),
