@@ -171,7 +171,7 @@ def test_a_hub_name_is_refused_with_its_download_command(line: str, tmp_path: Pa
 def test_importing_the_engine_prepares_megatron() -> None:
     """In an unprepared process megatron compiles its functions: 9 s in the first step on a CPU."""
     tree = ast.parse((ROOT / "megatron_sov/engine/__init__.py").read_text(encoding="utf-8"))
-    assert ast.unparse(tree.body[-1]) == "prepare_megatron()"
+    assert "prepare_without_gpu()" in ast.unparse(tree.body[-1])
 
 
 def test_every_run_function_exists() -> None:

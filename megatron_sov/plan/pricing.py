@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.model.config import ExtendStageConfig, PhaseConfig, RunConfig, apply_settings
@@ -18,12 +19,14 @@ from megatron_sov.plan.speed.step import (
     SLOW_HOST, PartsCache, StepTime, estimate_extra_layers, estimate_router_s, estimate_slow_host,
     estimate_step)
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload, build_workload
-from megatron_sov.runs.obs.routing import RecordedRoutes
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters import cluster
 from megatron_sov.work.clusters.chips import CHIPS, Chip, Links
 from megatron_sov.work.clusters.cluster import ClusterProfile
 from megatron_sov.work.clusters.units import SECONDS_PER_HOUR
+
+if TYPE_CHECKING:
+    from megatron_sov.runs.obs.routing import RecordedRoutes  # imports numpy
 
 MAX_NODES = 1_000_000
 """Larger values for --nodes are refused as typing errors."""
@@ -45,7 +48,7 @@ class Machines:
     """Profile name or file, as in --cluster."""
     profile: ClusterProfile
     nodes: int
-    routes: RecordedRoutes | None = None
+    routes: "RecordedRoutes | None" = None
     """Expert loads for prices; None: `Parameters.real_imbalance`."""
 
     @property
@@ -274,7 +277,7 @@ def find_price(profile: ClusterProfile) -> GpuPrice:
     return GpuPrice(price.low, price.typical, price.high, f"a guess: {source}" if price.guess else source)
 
 
-def _list_expert_notes(work: Workload, step: StepTime, routes: RecordedRoutes | None) -> list[str]:
+def _list_expert_notes(work: Workload, step: StepTime, routes: "RecordedRoutes | None") -> list[str]:
     if not work.shape.num_moe_layers:
         return []
     seconds = estimate_router_s(work, load_default_parameters())

@@ -286,7 +286,7 @@ def _refuse_offload(config: RunConfig, count: int, ranks: Sequence[int], memory_
         nearest = round(nearest - 0.01, 2)
         changed = _set_gpu(config, optimizer_offload=nearest)
     advice = "no share fits both host and GPU: use more GPUs, or nodes with more memory"
-    if gpu is None or can_run(changed, count, get_usable_bytes(gpu)):
+    if gpu is None or find_fullest_stage(changed, count)[1].total <= get_usable_bytes(gpu):
         advice = f"the nearest share that fits: --set gpu.optimizer_offload={nearest:g}"
     raise UserError(f"gpu.optimizer_offload = {share:g} pins {needs / GIB:.1f} GiB of host memory for the "
                     f"{len(ranks)} processes of a node, and a run may take {usable / GIB:.1f} GiB of the "

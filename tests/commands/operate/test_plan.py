@@ -17,7 +17,7 @@ from tests.typed_words import format_set_options
 def test_a_plan_for_a_cluster_has_its_layout_and_memory(read_output: Any) -> None:
     lines = read_output("plan", "solar-open-102b", "--cluster", "h100", "--nodes", "64").splitlines()
     assert lines[0] == ("solar-open-102b: 102.7 B parameters (12.1 B active) on 20 T tokens (the recipe's), "
-                        "64 x 8 H100-80GB: 121 days, $4.37 M")
+                        "64 x 8 H100-80GB: 121 days, $4.39 M")
     assert lines[1].startswith("layout: fastest of ") and "; the recipe's own takes " in lines[1]
     assert lines[2] == "512 GPUs: pp 8, ep 8, ZeRO-1"
     assert lines[3].startswith("memory: ") and " GiB per GPU (pipeline stage 1 of 8): weights " in lines[3]

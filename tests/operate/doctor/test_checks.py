@@ -68,7 +68,8 @@ def test_a_foreign_distribution_that_owns_our_name_is_a_warning(monkeypatch: pyt
     owners = {"data_prep": ["megatron-sov", "prep-tools"], "tokenizer": ["megatron-sov"]}
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: owners)
     found = {c.name: c.status for c in doctor.iter_shadow_checks()}
-    assert found == {"megatron_sov": "ok", "tokenizer": "ok", "data_prep": "warning", "slurm": "ok"}
+    assert found == {"megatron_sov": "ok", "tokenizer": "ok", "data_prep": "warning", "slurm": "ok",
+                     "layout_proof": "ok"}
 
 
 def test_torch_without_gpu_works_on_gloo(monkeypatch: pytest.MonkeyPatch) -> None:
