@@ -8,7 +8,6 @@ TOLERANCE = 1e-9
 by 1e-15; a wrong layout, by more than 1e-6."""
 EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 
-
 class CannotPlay(Exception):
     """Names the file, option or field that prevents a simulation, the rule and the fix."""
 
