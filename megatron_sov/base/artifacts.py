@@ -28,7 +28,6 @@ from megatron_sov.base.outputs import check_creatable, resolve_link
 
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 2
-_TEMPORARY_NAME = re.compile(r"\.(.+)\.tmp-.+-\d+")
 PRODUCERS = {"corpus": "`sov-data run` or `sov-data demo-corpus`",
              "tokenizer": "`sov-tokenizer train` or `sov-tokenizer import`",
              "tokens": "`sov-data pack` or `sov-data mix`",
@@ -186,12 +185,6 @@ def delete_folder(path: Path, hidden: Path) -> None:
     # the rename is atomic; the deletion may be interrupted at any file
     os.rename(path, hidden)
     shutil.rmtree(hidden, ignore_errors=True)
-
-
-def get_final_name(name: str) -> str:
-    """Return a temporary file's or folder's final name; return other names unchanged."""
-    match = _TEMPORARY_NAME.fullmatch(name)
-    return match[1] if match else name
 
 
 def _get_temporary_path(path: Path) -> Path:
