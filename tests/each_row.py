@@ -62,7 +62,7 @@ def join_rows(test: Test, tables: Sequence[tuple[str | Sequence[str], Any]]) -> 
         num_skips = sum(isinstance(error, pytest.skip.Exception) for error in failures)
         if num_skips == len(combinations):
             raise failures[0]
-        if failures:  # a single skipped row counts as a failure, since the other rows would hide the skip
+        if failures:  # skips of only some rows are failures: passing rows would hide them
             raise BaseExceptionGroup(f"{len(failures)} of {len(combinations)} rows fail", failures)
 
     fixture_parameters = [parameter for name, parameter in inspect.signature(test).parameters.items()

@@ -18,7 +18,7 @@ NUM_KERNELS, NUM_CALLS, NUM_FUNCTIONS = 25, 15, 60
 """Slowest kernels, driver calls and Python functions that are reported."""
 ALLOCATOR_COUNTS = ("num_device_alloc", "num_device_free", "num_alloc_retries", "num_sync_all_streams",
                     "allocation.all.allocated")
-"""Counters in `torch.cuda.memory_stats`; device allocations call the driver."""
+"""Counters of `torch.cuda.memory_stats`; the first two count the allocator's calls of the driver."""
 
 
 def profile_device(step: Callable[[], object]) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def attribute_events(events: Iterable[Any]) -> dict[str, Any]:
     type differs.
 
     Returns:
-        "kernels" and "driver calls": name -> (milliseconds, count), with the sums under "all".
+        "kernels" and "driver calls": slowest name -> (milliseconds, count); "all": sums over every name.
     """
     kernels, calls = [], []
     for event in events:
@@ -81,7 +81,7 @@ def count_waits() -> Iterator[dict[str, list[float]]]:
 
     with contextlib.ExitStack() as stack:
         for owner in (torch.cuda.Event, torch.cuda.Stream, torch.cuda):
-            if hasattr(owner, "synchronize"):  # stand-ins of a dry run have no wait
+            if hasattr(owner, "synchronize"):  # the stand-ins of a dry run (fake_gpu.py) may lack it
                 stack.enter_context(patch.object(owner, "synchronize", time_calls(owner.synchronize)))
         yield waits
 

@@ -1,4 +1,4 @@
-# What: Mistral 7B, Nemo and other models of type `mistral`: Llama's decoder, with or without a sliding window.
+# What: Mistral 7B, Nemo and other models of type `mistral`: Llama's decoder, possibly with sliding windows.
 # Run:  megatron-sov convert from-hf mistral-7b mistral-ckpt --plugin examples/families/mistral.py:MISTRAL
 # See:  a checkpoint for `sft --from mistral-ckpt`; `convert to-hf` takes the same --plugin.
 
@@ -18,6 +18,7 @@ class OneWindow:
     default: int = 0
     """Window in tokens if config.json has no field, as in transformers; null is no window."""
     names: tuple[str, ...] = ("sliding_window",)
+    """Fields of config.json that this item reads and writes."""
     null_tells: tuple[str, ...] = ("sliding_window",)
 
     def write(self, model):

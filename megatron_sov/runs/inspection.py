@@ -23,11 +23,12 @@ from megatron_sov.work.progress.locks import lock_folder
 MAX_CHARS = 160
 """Maximum characters per displayed value or row."""
 MAX_TIME_S = 1e11
-"""Maximum plausible creation time."""
+"""Maximum plausible creation time, in seconds since 1970; a later time means a damaged manifest."""
 MAX_PROBLEMS = 20
 """Maximum problems in an error message."""
 ROW_FILES = ("*.jsonl", "*.parquet")
 STORE = "rollout store"
+"""Kind of a folder with rollouts, which has no manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,7 +205,7 @@ def _format_facts(path: Path, facts: Mapping[str, Any]) -> Iterator[str]:
     yield from _format_origins(facts.get("made_from", []), 1)
     if work := facts.get("unfinished"):
         changed = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(work["changed_s"]))
-        # an artifact newer than the work may continue it
+        # the artifact is complete; its work was kept, since a later command may continue it
         state = "kept" if facts.get("created_s", 0.0) >= work["changed_s"] else "unfinished"
         yield (f"{path}: {state} work of `{work['made_by']}` in {work['folder']}: {work['num_done']:,} "
                f"pieces, {work['size_bytes']:,} bytes, last changed {changed}; the same command resumes, "

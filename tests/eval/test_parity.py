@@ -16,7 +16,8 @@ from megatron_sov.runs.obs.events import EVENTS, EventLog, read_events
 
 FAMILIES = ("solar_open", "exaone_moe")
 PROMPTS = draw_random_prompts([1, 6, 40, 300, 17], 1024)
-"""The fourth is longer than Solar's original context (256) and than K-EXAONE's window (8)."""
+"""Prompts of these lengths. The one of 300 tokens exceeds Solar's original context (256) and K-EXAONE's
+window (8)."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,10 +58,11 @@ def test_different_vocabularies_are_rejected() -> None:
 
 
 LENGTHS = [1, 5, 40, 100_000]
-"""The last one is longer than the models can take."""
+"""Prompt lengths; the models' context is too short for the last one, which is left out."""
 
 
 def prove(a: Path, b: Path) -> tuple[dict[str, bool], dict[str, object]]:
+    """Return check name -> whether it passed, and the method of the proof."""
     proof = prove_logits(a, b, LENGTHS)
     return {check.name: check.passed for check in proof.checks}, proof.method
 

@@ -60,7 +60,7 @@ def test_totals_are_sums(quotes: list[Quote]) -> None:
     assert total.tokens == sum(q.tokens for q in quotes)
     assert total.days == pytest.approx(sum(q.days for q in quotes))
     assert total.cost_usd == pytest.approx(sum(q.cost_usd for q in quotes))
-    # without a range of prices, the range of the total is its cost
+    # a quote without a price range counts as a range from its cost to its cost
     quote = replace(quotes[0], cost_range_usd=(0.0, 0.0))
     assert sum_quotes([quote]).cost_range_usd == (quote.cost_usd, quote.cost_usd)
 
@@ -158,7 +158,7 @@ def test_only_models_with_experts_meet_imbalance() -> None:
 
 @pytest.mark.parametrize(("ep", "pp"), [(8, 1), (4, 2)])
 def test_recorded_routes_price_each_layer_by_its_busiest_process(tmp_path: Path, ep: int, pp: int) -> None:
-    """By brute force: 200 tokens go to 8 of 128 experts in each of 48 layers, at three evaluations."""
+    """Compare with brute force: at 3 evaluations, 200 tokens choose 8 of 128 experts in each of 48 layers."""
     draw, num_layers = random.Random(0), 48
     log, busiest = EventLog(tmp_path / "events.jsonl"), [0.0] * num_layers
     for step in range(3):
@@ -176,7 +176,7 @@ def test_recorded_routes_price_each_layer_by_its_busiest_process(tmp_path: Path,
     routes = read_routes(tmp_path, recipes.get("qwen3-moe-30b").model)
     pricing = get_pricing(replace(where, routes=routes))
     stage = get_first_stage("qwen3-moe-30b", pricing, f"parallel.ep={ep}", f"parallel.pp={pp}")
-    slowest = busiest[num_layers - num_layers // pp:]
+    slowest = busiest[num_layers - num_layers // pp:]  # the last stage: later layers are less balanced
     work = pricing.build_workload(stage)
     assert work.imbalance == pytest.approx(sum(slowest) / len(slowest)) and work.imbalance > 1.1
     seconds = [estimate_step(replace(work, imbalance=load)).total_s for load in slowest]
@@ -260,7 +260,7 @@ def test_timetable_lists_every_step_at_which_settings_change() -> None:
     config = apply_settings(recipes.get("tiny-solar-open"),
                             ["optim.schedule=wsd", "optim.rewarm=[[70, 9]]", *RAMP])
     rows = {row.step: row for row in layout_report.build_timetable(config)}
-    # warm-up over, ramp over, re-warmed, decay begins; then the four phases' first steps
+    # two steps each: end of warm-up, of ramp, of re-warming, start of decay; then each phase's first step
     assert {20, 21, 40, 41, 79, 80, 160, 161} <= set(rows)
     assert {start + 1 for start in config.phase_starts()} <= set(rows)
     assert rows[40].samples == 8 and rows[41].samples == 16 and rows[1].tokens == 8 * 256

@@ -50,6 +50,7 @@ def _send(channel: socket.socket, message: dict[str, object]) -> None:
 
 
 def _send_items(channel: socket.socket, items: Iterator[SourceItem], job: ReadingJob, skip: int) -> None:
+    """Send the records of all items after the first `skip`, then an end message."""
     for number in itertools.count():
         # Each item gets the full time, and so does the search for its start.
         _start_timer(job.options.time_s)
@@ -60,7 +61,7 @@ def _send_items(channel: socket.socket, items: Iterator[SourceItem], job: Readin
         except Exception as e:
             _send_error(channel, job, e, job.name)
             break
-        # An earlier process read these items, or ended at the last one.
+        # An earlier process sent these items already, or died while reading the last of them.
         if number < skip:
             continue
         _start_timer(job.options.time_s)
@@ -80,7 +81,7 @@ def _send_items(channel: socket.socket, items: Iterator[SourceItem], job: Readin
 
 
 def _start_timer(seconds: float) -> None:
-    """Let the kernel end this process after this much processor time; 0: no limit."""
+    """Restart the timer: the kernel kills this process after `seconds` of processor time; 0: no limit."""
     signal.setitimer(signal.ITIMER_PROF, seconds)
 
 

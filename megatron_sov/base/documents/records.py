@@ -25,7 +25,7 @@ RESERVED = ("bin", "extra", "idx", "kind", "loss", "routes", "type")
 MAX_FLOAT32 = 3.4028234663852886e38
 """Largest finite float32."""
 ROLLOUTS = "rollouts"
-"""Kind for token shards with a model's responses to prompts, as published by `rl`; no record kind."""
+"""Kind of token shards that `rl` publishes (a model's responses to prompts); records never have this kind."""
 DIALOGUE = ("messages", "conversations", "prompt", "chosen", "rejected", "tools", *COMPLETIONS)
 """Fields for messages and tool descriptions."""
 NUM_PROMPT_FIELD = "num_prompt_messages"
@@ -180,7 +180,8 @@ class Document:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Chat template variables (`chat_template_kwargs`)."""
     num_prompt: int = 0
-    """Number of leading messages shared with other chats (held out together) as prompt; 0: not shared."""
+    """Number of leading messages that form a prompt shared with other chats, which are held out together with
+    this one; 0: no shared prompt."""
     awaits_response: bool = False
     """Whether the document is a prompt for generating responses."""
     id: str | None = None
@@ -226,7 +227,7 @@ class Document:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """Result from a data step (step `code` in a pipeline) for a dropped document.
+    """What a data step (step `code` in a pipeline) returns to drop a document.
 
     >>> long_enough = lambda document: document if len(document.text) >= 60 else LeftOut("short")
     """
@@ -272,7 +273,7 @@ def parse_line(line: bytes, where: str, number: int, reading: RecordReading, par
         advice = "an array of records needs a name in .json" if line.lstrip()[:1] == b"[" else (
             "every line must be one JSON object")
         raise BadRecord("json", f"is not valid JSON ({e}); {advice}") from None
-    # UTF-8 itself holds no surrogates; the test for two bytes saves the search in most lines
+    # only a \u escape can yield a surrogate; looking for its two bytes first saves most lines the search
     may_have_surrogates = b"\\u" in line and _SURROGATE_ESCAPE.search(line) is not None
     return parse_json_value(record, where, number, reading, parse, may_have_surrogates=may_have_surrogates)
 
@@ -319,7 +320,7 @@ def parse_record(record: dict[str, Any], where: str, number: int, reading: Recor
                                      default=str)
         fields["awaits_response"] = True
     if kind != "text":
-        # the system prompt comes last: it adds 1 to the number of prompt messages
+        # the system prompt is added last, because it raises `num_prompt` by 1
         fields |= parse_tools_and_kwargs(record.get("tools"), record.get("chat_template_kwargs"))
         fields |= _prepend_system(record, fields)
     if reading.bucket_by:
@@ -503,7 +504,7 @@ def _parse_preference(record: dict[str, Any]) -> dict[str, Messages]:
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
     is_repeated = chosen[:len(prompt)] == prompt == rejected[:len(prompt)]
-    # a text prompt that both sides repeat as messages
+    # last case: `prompt` is a string that both sides repeat as messages
     if not prompt or is_repeated or (shared and isinstance(record["prompt"], str)):
         prompt, chosen, rejected = chosen[:shared], chosen[shared:], rejected[shared:]
     if not prompt:

@@ -1,4 +1,4 @@
-"""`megatron-sov eval lm`."""
+"""Options and checks of `megatron-sov eval lm`; `eval_lm_run` runs it."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -68,6 +68,7 @@ class EnvironmentRequest:
     """A tool environment with settings and `EpisodeLimits`."""
 
     order: PluginRequest
+    """The environment's name or file, and its settings."""
     version: str
     limits: EpisodeLimits
 
@@ -98,7 +99,7 @@ def check_train(options: RlTrainOptions) -> TrainingRequest:
     completed = find_completed_run(options)
     if completed is not None:
         return completed
-    # a job that a chain submits first may wait for the store
+    # in a chain of jobs, this job may start before the job that creates the store
     if not (options.wait or options.dry_run or options.store.exists()):
         raise UserError(f"--store {options.store}: does not exist; `rl train` learns from rounds that `rl "
                         "generate` and `rl reward` write, and `megatron-sov rl run` does all three (--wait "
@@ -111,7 +112,7 @@ def check_cycle(options: RlRunOptions) -> CycleRequest | TrainingRequest:
     completed = find_completed_run(options)
     if completed is not None:
         return completed
-    # checked before anything is written; the first process runs the servers
+    # only the first process starts vLLM servers; check before anything is written
     if options.engine != MEGATRON and is_first_rank():
         check_vllm_program(options.engine_url, options.engine_python)
     rounds = check_rounds(options, is_asked=options.environment is None)
@@ -190,7 +191,7 @@ def choose_rounds(text: str | None, last: int) -> range:
 
 
 def find_other_settings(run: Path, rollout: RolloutConfig) -> list[str]:
-    """Return a sentence for every `rollout` setting with another value in the trainer's run.
+    """Return a sentence for every `rollout` setting whose value differs from the trainer's in folder `run`.
 
     Both jobs count rounds by these settings: with different values one waits for pieces that the other never
     writes. `rounds`, `max_staleness`, `deadline_s` and `lease_s` may differ, since a resumed run may change
@@ -262,7 +263,7 @@ def count_max_tokens(rollout: RolloutConfig, environment: EnvironmentRequest | N
 
 
 def check_tokenizer(start_from: Path, folder: Path) -> None:
-    """Check that the start has a tokenizer."""
+    """Raise `UserError` unless the tokenizer folder of --from (`folder`) has a tokenizer."""
     if not (folder / TOKENIZER_JSON).is_file():
         raise UserError(f"--from {start_from}: has no tokenizer, which responses need; start from a "
                         "checkpoint or Hugging Face folder with a tokenizer")

@@ -65,8 +65,8 @@ class RouterGraphs:
 
     def _capture(self, row_tokens: int, num_micro_batches: int) -> None:
         model, step = self._model, self._model.config.routing_step
-        step.shared = None  # belongs to the last row
-        step.has_graphs = True  # layers show the list of their graphs to Megatron-Core
+        step.shared = None  # left over from the previous row; with it the layers would hide their graphs
+        step.has_graphs = True  # makes `cuda_graphs` of a layer return the list that the capture fills
         if self._helper is not None:
             self._helper.delete_cuda_graphs()
         model.finish_param_gather()
@@ -85,16 +85,17 @@ class RouterGraphs:
             chunk.enable_forward_pre_hook()
         if hooked_chunks:
             self._helper.cuda_graph_set_manual_hooks()
-        # the capture counted tokens
+        # undo what the capture added to token counts and losses
         for router in (m for m in model.modules() if hasattr(m, "local_tokens_per_expert")):
             router.local_tokens_per_expert.zero_()
         step.reset_losses()
 
 
 class _GraphHelper(TECudaGraphHelper):
-    """Megatron-Core's capture; if expert messages are overlapped, of trunk layers only.
+    """Megatron-Core's capture. With overlapped expert messages it captures only trunk layers.
 
-    `OverlappedPasses` runs prediction layers whole, and a replay stops before the dispatch. Megatron-Core
+    The reason: `OverlappedPasses` runs a prediction layer in one piece, but a replay ends before the
+    dispatch. Megatron-Core
     captures layer by layer in the order of the overlapped passes, without layers that have no graph. Graphs
     share memory, so no forward graph may run before a backward graph that was captured first. This holds
     because layers without experts come before all others: they only delay forward passes.
@@ -155,7 +156,7 @@ def build_graphed_layer(layer: Any) -> Any:
 
         @property
         def cuda_graphs(self) -> list[Any]:
-            """Graphs per micro-batch; empty in passes that they do not serve."""
+            """One graph per micro-batch in flight; empty if the current pass must run without graphs."""
             step = self.config.routing_step
             return self._graphs if step.has_graphs and step.is_plain else []
 
@@ -179,10 +180,10 @@ def build_graphed_layer(layer: Any) -> Any:
 
         def _te_cuda_graph_replay(self, *args: Any, padding_mask: torch.Tensor | None = None,
                                   **kwargs: Any) -> Any:
-            # schedule plans pass no mask
+            # overlapped passes (schedule plans) give no mask; take the current row's
             self._padding = self.config.routing_step.padding if padding_mask is None else padding_mask
             outputs = super()._te_cuda_graph_replay(*args, **kwargs)
-            # the graph recomputes the norm, and a schedule plan would do it again
+            # the graph already recomputes the norm: keep a schedule plan from doing it again
             self.pre_mlp_norm_checkpoint = SimpleNamespace(
                 discard_output_and_register_recompute=lambda tensor: None)
             return outputs

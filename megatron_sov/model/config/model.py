@@ -96,7 +96,7 @@ class LinearAttentionConfig:
 
     @property
     def projected(self) -> tuple[int, int, int, int]:
-        """Rows per head in `in_proj`: query, key, value, learning rate."""
+        """Output channels of `in_proj` per head: (query, key, value, learning rate)."""
         return (self.key_head_dim, self.key_head_dim, self.value_head_dim, 1)
 
     @property

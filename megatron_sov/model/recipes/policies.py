@@ -1,6 +1,6 @@
 """Recipes for published reinforcement learning runs, based on the recipe of the model they continue.
 
-Some numbers were not published, and no default pretends otherwise: MGPO's lambda and the clip bounds of
+Some numbers were not published and are not guessed here: MGPO's lambda and the clip bounds of
 VibeThinker-1.5B, and the clip bound of K-EXAONE, must be set for a run.
 """
 
@@ -36,6 +36,7 @@ def _run(recipe: str, base: RunConfig, values: Values) -> RunConfig:
 
 
 def _sources(base: Sources, values: Values) -> Sources:
+    """Return the sources of the config that `_run` builds from `values`."""
     return derive_sources(base, {
         **{key: source for key, (_, source) in values.items()}, "data.phases.*": DEFAULT,
         "data.phases.*.name": ours("rounds are the phases"),
@@ -214,6 +215,7 @@ AGAPO_SOURCES = derive_sources(_sources(K_EXAONE_SOURCES,
 def k_exaone_236b_rl() -> RunConfig:
     """Return AGAPO with a frozen router, for `rl run`; set policy.clip_high."""
     base = k_exaone_236b()
+    # `decay_share` belongs to the base's schedule: back to its default for the constant rate
     return _run("k-exaone-236b-rl", replace(
         base, parallel=replace(base.parallel, pp=4, cp=4),
         optim=replace(base.optim, decay_share=type(base.optim)().decay_share)), AGAPO)

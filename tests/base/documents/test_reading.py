@@ -223,7 +223,7 @@ def test_truncated_compressed_file_is_detected(tmp_path: Path, num_missing_bytes
         f.read()
 
 
-# Small files that stand for very much: reading them takes the memory of the record limit, not of their
+# Small compressed files with huge content: reading them must take memory for the record limit, not for the
 # content.
 
 

@@ -19,7 +19,7 @@ def count_in_steps_and_evaluation(data: str, run: str) -> dict[str, Any]:
     Returns:
         "step loads": per step, expert assignments of each layer;
         "evaluation load": the same of the forward pass, and "result", what it returned;
-        "uncounted": assignments counted while nothing ran, summed;
+        "uncounted": sum of the assignments counted while nothing ran (must be 0);
         "unchanged": whether the rejected step left biases and weights as they were;
         the other keys: settings and counters to compare with.
     """

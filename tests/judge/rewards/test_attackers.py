@@ -32,6 +32,7 @@ def forge_values():
 '''
 """Prefix of each attacking program: functions that write forged verdicts to all descriptors and sockets. The
 solutions that tests expect are 7431 and 7432."""
+# attack -> program that defines `f`, for `FUNCTION_TESTS`
 FUNCTION_ATTACKS = {
     "a class that says it is another": """
 class Int(int):
@@ -152,6 +153,7 @@ def f(x): raise GeneratorExit if x == 1 else AssertionError""",
     "more memory than there is": "def f(x): return bytearray(1 << 40)",
     "an interrupt": "import signal\nsignal.raise_signal(signal.SIGINT)\ndef f(x): return 0",
 }
+# attack -> program, for `PROGRAM_TESTS`
 PROGRAM_ATTACKS = {
     "verdicts in its output": "forge(); print(json.dumps({'test': 0, 'passed': True})); print('7431 7432')",
     "an early exit": "os._exit(0)",
@@ -188,6 +190,7 @@ for path in ("/dev/stdin", "/proc/self/fd/0", "/dev/fd/0"):
     try: print(open(path).read())
     except OSError: pass""",
 }
+# attack -> program that defines `f`, for `FRAMEWORK_TESTS`
 FRAMEWORK_ATTACKS = {
     "modules of its own name": """
 import types
@@ -312,6 +315,7 @@ def test_no_attacker_replaces_a_framework(enclosure: str, name: str) -> None:
 def test_program_exit_is_not_an_expected_error(enclosure: str, test: str, exit_call: str) -> None:
     program = f"import os, sys\ndef f(x):\n    if x:\n        {exit_call}\n    return 0\n"
     assert score(enclosure, program, [test]).reward == 0.0
+    # the same program with an honest error passes exactly the tests that expect one
     raising = program.replace(exit_call, "raise ValueError")
     expects_error = "f(0)" not in test
     assert score(enclosure, raising, [test]).reward == expects_error

@@ -53,6 +53,7 @@ def test_a_flipped_bit_is_reported_on_every_process(write_teacher_states: Any, p
 
 
 def build_files(kept: StateFormat, **more: Any) -> Any:
+    """Return a stand-in for `StateFiles` in the format `kept`, with changed fields."""
     fields = {"folder": Path("states"), "state_format": kept, "vocab_size": 368, "teacher": "one",
               "dtype": torch.bfloat16, "sources": {}}
     return SimpleNamespace(**(fields | more))
@@ -82,6 +83,6 @@ def test_every_source_was_read_by_a_teacher() -> None:
     assert StoredTeacher(folders, DistillationConfig(), sources, 368).teacher == "one"
     with pytest.raises(UserError, match="source 'first' of data/first"):
         StoredTeacher(folders[:1], DistillationConfig(), sources, 368)
-    # a run with two teachers resumes with the same two, each over the same source
+    # the description names each source's teacher, so that a resumed run must use the same teachers
     folders[0].teacher = "another"
     assert StoredTeacher(folders, DistillationConfig(), sources, 368).teacher == "first: one, second: another"

@@ -1,4 +1,4 @@
-"""`sov-tokenizer import`: the same ids as the library for which a tokenizer was made, or no output."""
+"""`sov-tokenizer import`: an imported tokenizer gives the ids of its original library, or is refused."""
 
 import functools
 import json
@@ -164,6 +164,8 @@ def test_mistakes_cost_one_sentence(trained: Path, tmp_path: Path, get_refusal: 
 
 
 def _write_tiktoken(more_ranks: bytes = b"", **rules: Any) -> Callable[[Path, Path], Path]:
+    """Return a function that writes a ranks file and its rules, and returns the file to import."""
+
     def write(root: Path, trained: Path) -> Path:
         (root / "a.tiktoken").write_bytes(format_ranks(learn_ranks()) + more_ranks)
         (root / "a.tiktoken.json").write_text(json.dumps(
@@ -177,6 +179,8 @@ def _edit_trained(file: str, change: Callable[[Any], Any]) -> Callable[[Path, Pa
 
 
 def _truncate(file: str) -> Callable[[Path, Path], Path]:
+    """Return a function that copies the trained folder, with a `file` of JSON nested too deep."""
+
     def write(root: Path, trained: Path) -> Path:
         (shutil.copytree(trained, root / "in") / file).write_text("[" * 200_000)
         return root / "in"

@@ -69,7 +69,7 @@ def test_summary_describes_the_end_of_the_run(tmp_path: Path) -> None:
     headline = [Meter("pairs_right", "pairs right", "share", "higher", heldout="heldout_pairs.pairs_right")]
     lines = format_summary(run, run / "checkpoints/step-6", TrainState(6, 1_500_000), 125.4, CONFIG, headline,
                    sources).splitlines()
-    # Pairs have no comparable loss. The held-out data of `code` have changed, so its first loss is left out.
+    # Preference pairs have no comparable loss. `code` omits its first loss, as its token count changes.
     assert lines[0] == ("complete: step 6, 1.5 M tokens in 2:05 min; held-out pairs right 50 % -> 90 %, "
                         "held-out loss web 3.0000 -> 2.0000, code 1.2500; pairs right 50 % (mean of the last "
                         "2 steps)")
