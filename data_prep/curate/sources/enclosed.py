@@ -61,7 +61,7 @@ def _send_items(channel: socket.socket, items: Iterator[SourceItem], job: Readin
         except Exception as e:
             _send_error(channel, job, e, job.name)
             break
-        # An earlier process sent these items already, or died while reading the last of them.
+        # An earlier process sent these items, or ended at the last item.
         if number < skip:
             continue
         _start_timer(job.options.time_s)
