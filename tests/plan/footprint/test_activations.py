@@ -3,6 +3,7 @@
 
 import json
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from megatron_sov.plan.footprint.activations import (
 from tests.engine.model.test_linear_attention import LocalLinear, pack_row
 
 sys.path.append(str(Path(__file__).parents[3] / "benchmarks"))
-from plan_activations import CASES, predict_saved_bytes
+from plan_activations import CASES, measure_saved_bytes, predict_saved_bytes
 
 TOKENS, HIDDEN, FFN, ROUTED, EXPERTS = 4096, 4096, 1280, 8, 128
 """Sizes of Solar Open 102B. A token goes to `ROUTED` of `EXPERTS` experts."""
@@ -142,15 +143,11 @@ def test_micro_batches_in_flight_equal_the_library_schedule(pp: int, vpp: int, *
             first.count(chunk) for chunk in range(vpp)]
 
 
-def measure_saved_bytes(name: str) -> list[int]:
+def measure_on_rank(name: str) -> list[int]:
     """Train a step of the case `name` on this rank; return [pipeline stage, most bytes saved by autograd]."""
-    import tempfile
-
-    from plan_activations import saved_bytes
-
     (case,) = (case for case in CASES if case.name == name)
     with tempfile.TemporaryDirectory() as folder:
-        return list(saved_bytes(case.config, Path(folder)))
+        return list(measure_saved_bytes(case.config, Path(folder)))
 
 
 @pytest.mark.deep
@@ -158,7 +155,7 @@ def measure_saved_bytes(name: str) -> list[int]:
 def test_a_step_saves_the_predicted_bytes(ranks: Any, job: Any) -> None:
     cases = [case for case in CASES if case.name in (*ONE_RANK_CASES, *PARALLEL_CASES)]
     assert len(cases) == 6
-    result = ranks(*(job(__file__, "measure_saved_bytes", case.nproc, {"name": case.name}) for case in cases))
+    result = ranks(*(job(__file__, "measure_on_rank", case.nproc, {"name": case.name}) for case in cases))
     for case, of_ranks in zip(cases, result, strict=True):
         for stage, num_bytes in of_ranks:
             predicted = predict_saved_bytes(case.config, stage, case.nproc)
