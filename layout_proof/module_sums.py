@@ -7,7 +7,7 @@ part.
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,18 @@ def locate_difference(expected: ModuleSums, observed: Sequence[ModuleSums], step
     sites = {str(site) for process in observed for site in _iter_messages_before(process, step, first)}
     wrong_modules = [f"{kind} of {module}" for kind, module in first_modules.items() if module is not None]
     return wrong_modules, sorted(sites)
+
+
+def locate_first_step(expected: ModuleSums, sums_by_rank: Mapping[int, ModuleSums], num_steps: int,
+                      differing_steps: Collection[int], tolerance: float) -> tuple[int, list[str], list[str]]:
+    """Return the first step that is in `differing_steps` or has a wrong module (0: none), with its modules as
+    `step N: forward of MODULE` and its call sites from `locate_difference`."""
+    observed = [sums_by_rank[rank] for rank in sorted(sums_by_rank)]
+    for step in range(1, num_steps + 1):
+        modules, sites = locate_difference(expected, observed, step, tolerance)
+        if modules or step in differing_steps:
+            return step, [f"step {step}: {module}" for module in modules], sites
+    return 0, [], []
 
 
 def _iter_messages_before(process: ModuleSums, step: int, first: str) -> Iterator[CallSite]:

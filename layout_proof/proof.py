@@ -11,8 +11,8 @@ import torch
 
 from layout_proof import te_layers  # first, before any import of megatron
 from layout_proof.layout import DIFFERS, EQUAL, FAILS, STANDS, TOLERANCE, CannotPlay, Layout
-from layout_proof.module_sums import ModuleSums, locate_difference
-from layout_proof.simulated_messages import CallSite, Deadlock, format_failure
+from layout_proof.module_sums import locate_first_step
+from layout_proof.simulated_messages import Deadlock, format_failure
 from layout_proof.simulated_world import SimulatedRanks
 from layout_proof.small_model import Builder, SmallModel, form_groups, set_layout, shrink_model
 from layout_proof.training_steps import SPREAD, STEPS, Key, Piece, RankTrainer, use_float64
@@ -89,23 +89,17 @@ def _compare(model: SmallModel, layout: Layout, full_masks: bool) -> LayoutVerdi
     except Exception as e:
         raise CannotPlay(f"one rank cannot do this step: {format_failure(e)}; no layout is proved") from e
     ranks = SimulatedRanks(layout.ranks)
-    sums_by_rank: dict[int, ModuleSums] = {}
-
-    def record_site(rank: int, site: CallSite) -> None:
-        if rank in sums_by_rank:
-            sums_by_rank[rank].record_message_site(site)
 
     def run_rank(rank: int) -> None:
         trainer = RankTrainer(model, layout, num_microbatches, full_masks)
         comparison.load_weights(trainer, rank)
-        sums_by_rank[rank] = trainer.sums
+        ranks.sums[rank] = trainer.sums
         for step in range(STEPS):
             comparison.add_step(step, rank, *trainer.run_step(step))
             torch.distributed.barrier()
             if comparison.places:
                 return  # a difference in one step affects everything in the next
 
-    ranks.watch = record_site
     try:
         ranks.run(form_groups(layout), run_rank)
     except Deadlock as e:
@@ -115,12 +109,9 @@ def _compare(model: SmallModel, layout: Layout, full_masks: bool) -> LayoutVerdi
     comparison.add_missing()
     verdict = LayoutVerdict(DIFFERS if comparison.places else EQUAL, layout, comparison.largest,
                             num_tensors=len(comparison.covered), num_messages=sum(ranks.sites.values()))
-    for step in range(1, STEPS + 1) if comparison.places else ():
-        modules, verdict.sites = locate_difference(
-            comparison.sums, [sums_by_rank[rank] for rank in sorted(sums_by_rank)], step, TOLERANCE)
-        verdict.places += [f"step {step}: {module}" for module in modules]
-        if modules or any(place[0] == step - 1 for place in comparison.places):
-            break
+    if comparison.places:
+        _, verdict.places, verdict.sites = locate_first_step(
+            comparison.sums, ranks.sums, STEPS, {step + 1 for step, *_ in comparison.places}, TOLERANCE)
     verdict.places += [text for _, text in sorted(comparison.places.items())]
     return verdict
 

@@ -27,6 +27,7 @@ from megatron.core.tensor_parallel import random
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from torch.distributed import distributed_c10d
 
+from layout_proof.module_sums import ModuleSums
 from layout_proof.simulated_messages import (
     CallPart, CallSite, Deadlock, MessageFault, copy_message_tensor, detach_tensors, find_call_site,
     get_reduction_name, reduce_call_parts)
@@ -50,8 +51,8 @@ class SimulatedRanks:
         """Store the number of ranks, and a function that changes messages; `run` starts the threads."""
         self.size, self.fault = size, fault
         self.sites: dict[CallSite, int] = {}  # call site -> message count over ranks
-        self.watch: Callable[[int, CallSite], None] | None = None
-        """Called with (rank, call site) for each message."""
+        self.sums: dict[int, ModuleSums] = {}
+        """Rank -> sums of its modules, which record the call sites of its messages."""
         self.calls: dict[tuple[str, int], _Call] = {}
         self.mail: dict[tuple[str, int, int, int], deque[tuple[CallSite, list[torch.Tensor]]]] = {}
         self.rank_groups: dict[Any, list[list[int]]] = {}
@@ -287,8 +288,8 @@ class SimulatedGroup(_ProcessGroup):
     def _record_call_site(self, kind: str) -> CallSite:
         site = find_call_site(kind, self._description)
         self._ranks.sites[site] = self._ranks.sites.get(site, 0) + 1
-        if self._ranks.watch is not None:
-            self._ranks.watch(self._rank, site)
+        if self._rank in self._ranks.sums:
+            self._ranks.sums[self._rank].record_message_site(site)
         return site
 
     def allreduce(self, tensors: list[torch.Tensor], opts: Any = None) -> dist.Work:

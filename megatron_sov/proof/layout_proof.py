@@ -12,7 +12,7 @@ import textwrap
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from unittest import mock
 import torch
 
 from layout_proof.layout import DIFFERS, EQUAL, FAILS, STANDS, TOLERANCE
-from layout_proof.module_sums import ModuleSums, locate_difference, observe_modules
-from layout_proof.simulated_messages import CallSite, Deadlock, MessageFault, format_failure
+from layout_proof.module_sums import ModuleSums, locate_first_step, observe_modules
+from layout_proof.simulated_messages import Deadlock, MessageFault, format_failure
 from layout_proof.simulated_world import SimulatedRanks, use_single_thread
 from megatron_sov.base.artifacts import ArtifactWriter
 from megatron_sov.base.errors import UserError
@@ -138,13 +138,6 @@ def run_reference(small: Miniature) -> ReferenceSteps:
 def _compare_layout(small: Miniature, reference: ReferenceSteps, fault: MessageFault | None) -> Verdict:
     ranks = SimulatedRanks(small.num_ranks, fault)
     comparison = _Comparison(reference)
-    sums_by_rank: dict[int, ModuleSums] = {}
-
-    def record_site(rank: int, site: CallSite) -> None:
-        if rank in sums_by_rank:
-            sums_by_rank[rank].record_message_site(site)
-
-    ranks.watch = record_site
     # cached: hundreds of simulated processes read the same index
     with (create_bar("prove", small.num_ranks * (STEPS + 1), "step of a process") as bar,
           mock.patch.object(load, "TensorReader", functools.cache(TensorReader)),
@@ -152,7 +145,7 @@ def _compare_layout(small: Miniature, reference: ReferenceSteps, fault: MessageF
         comparison.done = bar.update
         try:
             ranks.run(form_groups(small.config.parallel), lambda place: _run_rank(
-                small.config, place, comparison, sums_by_rank, Path(folder)))
+                small.config, place, comparison, ranks, Path(folder)))
             if not comparison.differs:
                 comparison.add_written(_read_tensors(Path(folder)))
         except Deadlock as e:
@@ -162,16 +155,16 @@ def _compare_layout(small: Miniature, reference: ReferenceSteps, fault: MessageF
         except Exception as e:
             # a layout that crashes is refuted, too
             return Verdict(FAILS, small.num_ranks, float("inf"), [format_failure(e)])
-    verdict = _build_verdict(small, comparison, [sums_by_rank[rank] for rank in sorted(sums_by_rank)])
+    verdict = _build_verdict(small, comparison, ranks.sums)
     verdict.messages = sum(ranks.sites.values())
     return verdict
 
 
-def _run_rank(config: RunConfig, place: ParallelWorld, comparison: "_Comparison",
-              sums_by_rank: dict[int, ModuleSums], folder: Path) -> None:
+def _run_rank(config: RunConfig, place: ParallelWorld, comparison: "_Comparison", ranks: SimulatedRanks,
+              folder: Path) -> None:
     """Run a rank's steps, write a checkpoint, and read the reference's checkpoint."""
     trainer = _build_trainer(config, place)
-    sums = sums_by_rank[place.rank] = observe_modules(trainer.model.chunks)
+    sums = ranks.sums[place.rank] = observe_modules(trainer.model.chunks)
     try:
         for step in range(STEPS):
             sums.begin_step(step + 1)
@@ -191,22 +184,17 @@ def _run_rank(config: RunConfig, place: ParallelWorld, comparison: "_Comparison"
         raise _StepFailed(str(e)) from e
 
 
-def _build_verdict(small: Miniature, comparison: "_Comparison", sums: Sequence[ModuleSums]) -> Verdict:
+def _build_verdict(small: Miniature, comparison: "_Comparison", sums: Mapping[int, ModuleSums]) -> Verdict:
     """Build the verdict; the first differing step comes first, with modules before tensors."""
     reference, differing = comparison.reference, comparison.list_differences()
     verdict = Verdict(EQUAL, small.num_ranks, comparison.largest, compared=comparison.count_values())
     verdict.losses = {name.removeprefix(_LOSS): value for name, value in reference.numbers[0].items()
                       if name.startswith(_LOSS)}
-    for step in range(1, STEPS + 1):
-        prefix = f"step {step}: "
-        modules, sites = locate_difference(reference.observed, sums, step, TOLERANCE)
-        if modules or any(place.startswith(prefix) for place in differing):
-            verdict.places += [prefix + module for module in modules]
-            verdict.sites = verdict.sites or sites
-        verdict.places += [place for place in differing if place.startswith(prefix)]
-        if verdict.places:
-            break
-    verdict.places += [place for place in differing if place not in verdict.places]
+    differing_steps = {step for step in range(1, STEPS + 1)
+                       if any(place.startswith(f"step {step}: ") for place in differing)}
+    first, modules, verdict.sites = locate_first_step(
+        reference.observed, sums, STEPS, differing_steps, TOLERANCE)
+    verdict.places = modules + sorted(differing, key=lambda place: not place.startswith(f"step {first}: "))
     if verdict.places:
         verdict.outcome = DIFFERS
     return verdict
