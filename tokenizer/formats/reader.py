@@ -187,10 +187,10 @@ def _open_tiktoken(file: Path, rules_file: Path) -> ForeignTokenizer:
 def _convert_by_transformers(typed: Path, folder: Path) -> Fix:
     """Return the command that writes a tokenizer.json into a folder with vocab.json and merges.txt, or with
     sentencepiece's .model."""
-    loading = f"AutoTokenizer as T; T.from_pretrained('{folder}')"
+    loading = f"AutoTokenizer as T; T.from_pretrained({str(folder)!r})"
     if (folder / "merges.txt").is_file():
-        loading = f"GPT2TokenizerFast as T; T('{folder}/vocab.json', '{folder}/merges.txt')"
-    code = f"from transformers import {loading}.save_pretrained('{folder}')"
+        loading = f"GPT2TokenizerFast as T; T({f'{folder}/vocab.json'!r}, {f'{folder}/merges.txt'!r})"
+    code = f"from transformers import {loading}.save_pretrained({str(folder)!r})"
     return Fix(words={str(typed): str(folder)}, before=(shlex.join(["python", "-c", code]),))
 
 

@@ -15,8 +15,8 @@ from annotated_types import Ge, Le
 from blake3 import blake3
 
 from data_prep.curate.dedup.work_files import (
-    Numbering, Records, Register, compute_key_partitions, get_ranks, list_part_files, read_bucket,
-    read_partition, register_documents, write_buckets)
+    Numbering, Records, Register, compute_key_partitions, find_group_begins, get_ranks, list_part_files,
+    read_bucket, read_partition, register_documents, write_buckets)
 from data_prep.curate.pipeline.step import KEPT, Doc, Pass, ShardRef, Step, StepOutcome, View
 
 KEY_BYTES = 16
@@ -120,11 +120,10 @@ def write_surplus(view: View, partition: int, num_partitions: int, output: Path)
     files = [view.work_folder / "keys" / f"{rank:06}" for rank in range(num_ranks)]
     records = read_partition(files, OCCURRENCE, partition, num_partitions)
     records = records[np.lexsort((records["doc"], records["key"]))]
-    is_first = np.ones(len(records), np.bool_)
-    is_first[1:] = records["key"][1:] != records["key"][:-1]
-    firsts = np.maximum.accumulate(np.where(is_first, np.arange(len(records)), 0))
-    surplus = np.empty(int((~is_first).sum()), SURPLUS)
-    surplus["doc"], surplus["keeper"] = records["doc"][~is_first], records["doc"][firsts][~is_first]
+    firsts = find_group_begins(records["key"])
+    is_surplus = firsts < np.arange(len(records))
+    surplus = np.empty(int(is_surplus.sum()), SURPLUS)
+    surplus["doc"], surplus["keeper"] = records["doc"][is_surplus], records["doc"][firsts[is_surplus]]
     # Sorted by document, because the outcomes are read shard by shard.
     surplus = surplus[np.argsort(surplus["doc"], kind="stable")]
     write_buckets(output / f"{partition:05}", surplus, get_ranks(surplus["doc"]), num_ranks)

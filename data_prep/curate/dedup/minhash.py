@@ -25,8 +25,8 @@ from data_prep.curate.dedup.clusters import DROPPED, EDGE, Clusters, DocumentOrd
 from data_prep.curate.dedup.exact import DuplicateFilter, Partitions
 from data_prep.curate.dedup.minhash_loops import count_common, hash_bands, lower_signature
 from data_prep.curate.dedup.work_files import (
-    ROW_MASK, Numbering, Records, Register, compute_key_partitions, get_ranks, get_rows, list_part_files,
-    read_bucket, read_partition, register_documents, write_array, write_buckets)
+    ROW_MASK, Numbering, Records, Register, compute_key_partitions, find_group_begins, get_ranks, get_rows,
+    list_part_files, read_bucket, read_partition, register_documents, write_array, write_buckets)
 from data_prep.curate.pipeline.step import Doc, Pass, Step, StepOutcome, View
 from data_prep.damaged_files import explain_deletion
 from megatron_sov.base.artifacts import create_file
@@ -213,9 +213,7 @@ def pair_documents(bands: Records, order: DocumentOrder) -> NDArray[np.uint64]:
     is_new[1:] = (bands["key"][1:] != bands["key"][:-1]) | (bands["doc"][1:] != bands["doc"][:-1])
     bands = bands[is_new]
     positions = np.arange(len(bands))
-    is_begin = np.ones(len(bands), np.bool_)
-    is_begin[1:] = bands["key"][1:] != bands["key"][:-1]
-    begins = np.maximum.accumulate(np.where(is_begin, positions, 0))
+    begins = find_group_begins(bands["key"])
     pairs = [np.empty((0, 2), np.int64)]
     for first in range(min(MAX_FIRST_DOCUMENTS, int((positions - begins).max(initial=0)))):
         later = positions[positions - begins > first]

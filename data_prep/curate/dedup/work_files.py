@@ -149,6 +149,13 @@ def compute_key_partitions(keys: NDArray[Any], num_partitions: int) -> NDArray[n
     return ((leading >> np.uint64(32)) * np.uint64(num_partitions) >> np.uint64(32)).astype(np.int64)
 
 
+def find_group_begins(keys: NDArray[Any]) -> NDArray[np.int64]:
+    """Return for each of the ascending `keys` [n] the index of the first equal key."""
+    begins = np.arange(len(keys))
+    begins[1:][keys[1:] == keys[:-1]] = 0
+    return np.maximum.accumulate(begins)
+
+
 class Numbering:
     """Ranks for the shards in a view."""
 
