@@ -1,4 +1,4 @@
-"""CPU time and memory limits for untrusted code, e.g. chat templates."""
+"""CPU time and memory limits for untrusted chat templates and pickles."""
 
 import os
 import resource
@@ -11,7 +11,7 @@ from types import FrameType
 PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
-class TemplateTimeout(Exception):
+class CpuTimeExceeded(Exception):
     """The code exceeded its CPU time."""
 
 
@@ -20,7 +20,7 @@ def limit_resources(cpu_s: float, memory_bytes: int) -> Iterator[None]:
     """Limit CPU time and address space growth of the block.
 
     The kernel enforces both through signals, which only reach the main thread: other threads are unlimited.
-    Raises `TemplateTimeout`: more than `cpu_s` seconds of CPU time. Raises `MemoryError`: more memory.
+    Raises `CpuTimeExceeded`: more than `cpu_s` seconds of CPU time. Raises `MemoryError`: more memory.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -48,4 +48,4 @@ def _address_space_bytes() -> int:
 
 
 def _raise_timeout(signum: int, frame: FrameType | None) -> None:
-    raise TemplateTimeout
+    raise CpuTimeExceeded

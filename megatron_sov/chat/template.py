@@ -13,7 +13,7 @@ from jinja2.utils import Namespace
 
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.errors import UserError
-from megatron_sov.chat.limits import TemplateTimeout, limit_resources
+from megatron_sov.chat.limits import CpuTimeExceeded, limit_resources
 from megatron_sov.chat.marks import BEGIN_GENERATION, END_GENERATION
 
 CPU_S, MEMORY_BYTES = 2.0, 1 << 30
@@ -136,7 +136,7 @@ def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None,
 
 
 def _describe_error(error: BaseException) -> str:
-    if isinstance(error, TemplateTimeout):
+    if isinstance(error, CpuTimeExceeded):
         return f"it took more than {CPU_S:g} s"
     if isinstance(error, MemoryError):
         return f"it asked for more than {MEMORY_BYTES >> 20} MiB"

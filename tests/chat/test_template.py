@@ -11,7 +11,7 @@ import pytest
 from megatron_sov.base.documents import BadRecord, Conversation
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.folder import open_tokenizer, read_chat_encoder
-from megatron_sov.chat.limits import TemplateTimeout, limit_resources
+from megatron_sov.chat.limits import CpuTimeExceeded, limit_resources
 from megatron_sov.chat.template import ChatTemplate
 from megatron_sov.chat.tool_calls import BadCall, ToolCall, WrittenTurn, parse_turn
 from tests.chat.byte_tokenizer import build_byte_tokenizer
@@ -59,7 +59,7 @@ def test_unsafe_failing_or_endless_templates_raise_bad_record(template: str, exp
 
 def test_limits_apply_inside_block_only() -> None:
     old_limits = resource.getrlimit(resource.RLIMIT_AS)
-    with pytest.raises(TemplateTimeout), limit_resources(0.05, 1 << 30):
+    with pytest.raises(CpuTimeExceeded), limit_resources(0.05, 1 << 30):
         while True:
             pass
     with pytest.raises(MemoryError), limit_resources(5, 16 << 20):
@@ -76,7 +76,7 @@ def test_swallowed_timeout_is_raised_again() -> None:
             while True:
                 pass
 
-    with pytest.raises(TemplateTimeout), limit_resources(0.05, 1 << 30):
+    with pytest.raises(CpuTimeExceeded), limit_resources(0.05, 1 << 30):
         EndlessDestructor()
         while True:
             pass

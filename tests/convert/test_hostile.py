@@ -125,6 +125,7 @@ INDEX_CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "a path upwards": (change_stored(relative_path="../../etc/passwd"), "outside the checkpoint"),
     "a path from the root": (change_stored(relative_path="/etc/passwd"), "outside the checkpoint"),
     "a path that is no text": (change_stored(relative_path=7), "outside the checkpoint"),
+    "a path of lists without end": (change_stored(relative_path=nest_tuples(60)), "outside the checkpoint"),
     "a place before the file": (change_stored(offset=-1), "not an integer, negative, or too large"),
     "a place beyond all files": (change_stored(offset=1 << 70), "not an integer, negative, or too large"),
     "a place that is no number": (change_stored(length="all"), "not an integer, negative, or too large"),
@@ -215,6 +216,26 @@ def test_large_files_are_refused_before_reading(tmp_path: Path) -> None:
         file.truncate(2 << 30)
     with pytest.raises(UserError, match="it has 2"):
         parse_file(read_index, tmp_path / "x")
+
+
+def test_parsing_has_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with open(tmp_path / "x", "wb") as file:
+        file.truncate(512 << 20)
+    for name in ("BASE_MEMORY_BYTES", "MEMORY_PER_BYTE"):
+        monkeypatch.setattr(f"megatron_sov.convert.megatron.inert_pickle.{name}", 0)
+    with pytest.raises(UserError, match="needs more memory"):
+        parse_file(read_index, tmp_path / "x")
+
+
+@pytest.mark.deep
+def test_repeated_text_is_bounded_by_the_memory_limit(tmp_path: Path) -> None:
+    """A text of a megabyte, referenced a thousand times, would become a gigabyte of JSON."""
+    long = "x" * (1 << 20)
+    file = tmp_path / "common.pt"
+    file.write_bytes(save_to_bytes({"args": made_by_hand.argparse.Namespace(a=[long] * 1000)}))
+    assert file.stat().st_size < 2 << 20
+    with pytest.raises(UserError, match="needs more memory"):
+        parse_file(read_settings, file)
 
 
 def build_schedule(**fields: Any) -> dict[str, Any]:

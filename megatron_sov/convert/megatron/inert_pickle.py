@@ -3,10 +3,11 @@
 A pickle is a program. Python's interpreter here builds plain values only: `GLOBAL` pushes a `Name`, `REDUCE`
 and `NEWOBJ` push an `InertCall` with the name and its arguments. Names that are not allowed, and opcodes that
 writers of plain values do not emit, raise ValueError. No opcode copies a value, so a small pickle cannot fill
-the memory: values take about 50 bytes per byte of the file.
+the memory, and `parse_file` limits the memory and CPU time for a file by its size.
 """
 
 import io
+import json
 import math
 import pickle
 import re
@@ -19,6 +20,7 @@ from typing import Any
 
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import format_size
+from megatron_sov.chat.limits import CpuTimeExceeded, limit_resources
 
 MAX_NAME_CHARS = 80
 """Limit for a name in an error message."""
@@ -327,8 +329,9 @@ def _parse_number(value: Any) -> int:
 def _parse_path(value: Any) -> str:
     parts = PurePosixPath(value).parts if isinstance(value, str) else ()
     if not parts or parts[0] == "/" or ".." in parts or "\0" in value:
-        raise ValueError(f"a tensor is stored in {str(value)[:200]!r}, which is outside the checkpoint "
-                         "folder")
+        # not `str` of other values, which may nest shared lists without end
+        path = repr(value[:200]) if isinstance(value, str) else _describe_type(value)
+        raise ValueError(f"a tensor is stored in {path}, which is outside the checkpoint folder")
     return str(value)
 
 
@@ -455,30 +458,32 @@ class TorchArchive:
 
 REMEDY = "restore the checkpoint from its source"
 MAX_FILE_BYTES = 1 << 30
+BASE_MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 29, 60
+"""Memory limit: a base, plus a factor per file byte, which parses to about 50 bytes."""
+BASE_TIME_S, BYTES_PER_S = 60, 200_000
+"""CPU time limit: a base, and a second per `BYTES_PER_S` bytes; about ten times the normal time."""
 
 
 def parse_file(parse: Callable[[bytes], dict[str, Any]], path: Path, start: int = 0,
                length_bytes: int | None = None) -> dict[str, Any]:
-    """Parse a checkpoint file.
-
-    Args:
-        parse: `read_index` or `read_settings`.
-        path: the file.
-        start: offset of the first byte.
-        length_bytes: number of bytes; None reads to the end.
-
-    Raises:
-        UserError: the content is forbidden or malformed, or the file is too large.
-    """
+    """Parse `length_bytes` (None: all) of a checkpoint file from byte `start` by `read_index` or
+    `read_settings`. Raises `UserError`: the content is forbidden or malformed, or the file is too large or
+    exceeds the limits."""
     try:
         size_bytes = path.stat().st_size if length_bytes is None else length_bytes
         if not path.is_file() or size_bytes > MAX_FILE_BYTES:
             raise ValueError(f"it has {format_size(size_bytes)}, at most {format_size(MAX_FILE_BYTES)} are "
                              "supported")
-        with open(path, "rb") as f:
+        with open(path, "rb") as f, limit_resources(
+                BASE_TIME_S + size_bytes / BYTES_PER_S, BASE_MEMORY_BYTES + MEMORY_PER_BYTE * size_bytes):
             f.seek(start)
-            return parse(f.read(size_bytes))
+            content = parse(f.read(size_bytes))
+            json.dumps(content)  # text that is referenced many times exhausts memory where it is written
+            return content
     except OSError as e:
         raise UserError(f"{path}: cannot be read ({e.strerror}); {REMEDY}") from None
+    except (MemoryError, CpuTimeExceeded):
+        raise UserError(f"{path}: cannot be read: it needs more memory or time than a valid file of its "
+                        f"size; {REMEDY}") from None
     except (ValueError, RecursionError) as e:
         raise UserError(f"{path}: cannot be read: {str(e)[:500]}; {REMEDY}") from None
