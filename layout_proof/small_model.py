@@ -40,6 +40,10 @@ SWITCHED_OFF = (
     "use_mamba_mem_eff_path", "moe_paged_stash", "persist_layer_norm", "memory_efficient_layer_norm")
 """Fields set to False, 0 or None: kernels, low precision, overlap and random masks."""
 
+UNEVEN_STAGES = ("pipeline_model_parallel_layout", "num_layers_in_first_pipeline_stage",
+                 "num_layers_in_last_pipeline_stage", "account_for_embedding_in_pipeline_split",
+                 "account_for_loss_in_pipeline_split")
+
 
 @dataclasses.dataclass(frozen=True)
 class SmallModel:
@@ -218,8 +222,9 @@ def _choose_widths(config: Any, layout: Layout) -> dict[str, Any]:
 
 def _choose_layers(config: Any, layout: Layout, small: dict[str, Any]) -> dict[str, Any]:
     """Choose as few layers per chunk as show each kind of layer (experts, window)."""
-    if getattr(config, "pipeline_model_parallel_layout", None):
-        raise CannotPlay("pipeline_model_parallel_layout: listed stages are not played; leave it out")
+    for name in UNEVEN_STAGES:
+        if getattr(config, name, None):
+            raise CannotPlay(f"{name}: only even stages are played; leave it out")
     chunks = layout.pp * layout.vpp
     if "hybrid_layer_pattern" in small:
         return {"num_layers": len(small["hybrid_layer_pattern"].partition("/")[0].replace("|", ""))}
@@ -235,8 +240,7 @@ def _choose_layers(config: Any, layout: Layout, small: dict[str, Any]) -> dict[s
     else:
         # rare kinds lie between the evenly chosen layers
         chosen[:len(set(kinds))] = dict.fromkeys(kinds)
-    changes: dict[str, Any] = {"num_layers": len(chosen), "num_layers_in_first_pipeline_stage": None,
-                               "num_layers_in_last_pipeline_stage": None}
+    changes: dict[str, Any] = {"num_layers": len(chosen)}
     if config.num_moe_experts:
         changes["moe_layer_freq"] = [int(has_experts) for has_experts, _ in chosen]
     if config.window_size and config.window_attn_skip_freq:

@@ -77,13 +77,18 @@ BAD = {
     "too many stages": ("{model}:build --pp 64", "needs 64 layers, the model has 32"),
     "raises": ("{model}:fails", "fails: ValueError: no data at layout_model.py:"),
     "no model": ("{model}:counts", "builds neither a GPTModel nor a HybridModel"),
+    "uneven stages": ("{model}:uneven --pp 2", "num_layers_in_first_pipeline_stage: only even stages are"),
     "no config": ("{model}:fixed", "must have a parameter `config=None`")}
 
 
 @pytest.mark.each("name", BAD)
 def test_bad_input_is_one_line(model: Path, capsys: Any, name: str) -> None:
     model.write_text(model.read_text() + "\n\ndef fails(config=None):\n    raise ValueError('no data')\n\n\n"
-                     "def counts(config=None):\n    return 1\n\n\ndef fixed():\n    return build()\n")
+                     "def counts(config=None):\n    return 1\n\n\ndef fixed():\n    return build()\n\n\n"
+                     "def uneven(config=None):\n    return build(config or TransformerConfig(\n"
+                     "        num_layers=8, hidden_size=64, num_attention_heads=4,\n"
+                     "        pipeline_model_parallel_size=2, pipeline_dtype=torch.float32,\n"
+                     "        num_layers_in_first_pipeline_stage=3))\n")
     arguments, expected = BAD[name]
 
     assert cli.main(arguments.format(model=model).split()) == 2
