@@ -189,6 +189,8 @@ def test_recorded_routes_price_each_layer_by_its_busiest_process(tmp_path: Path,
     ([], "has no expert load; name the folder of a run of a model with experts"),
     ([{"load": [[0.5, 0.5]], "layers": [2]}], "are not those of 48 layers with 128 experts"),
     ([{"load": [[0.0] * 128] * 48, "layers": [*range(1, 49)]}], "are not those of 48"),
+    ([{"load": [[1.0] * 127 + [-1.0]] * 48, "layers": [*range(1, 49)]}], "are not those of 48"),
+    ([{"load": [[1.0] * 127 + [float("inf")]] * 48, "layers": [*range(1, 49)]}], "are not those of 48"),
     ([{"load": [[1.0] * 127 + ["x"]] * 48, "layers": [*range(1, 49)]}], "are not those of 48"),
     ([{"load": [[1.0] * 128] * 47 + [[1.0]], "layers": [*range(1, 49)]}], "are not those of 48")])
 def test_routes_of_another_model_are_refused(tmp_path: Path, events: list[dict[str, Any]],

@@ -67,8 +67,7 @@ class RecordedRoutes:
 
     def compute_imbalance(self, parallel: ParallelConfig, num_layers: int) -> float:
         """Return the load of the busiest expert-parallel processes, relative to the mean: the mean over the
-        layers of the pipeline stage with the largest mean. In each layer all processes wait for the busiest.
-        """
+        layers of the pipeline stage with the largest mean. In a layer all processes wait for the busiest."""
         if parallel.ep not in self._busiest:
             tokens = self.loads.reshape(*self.loads.shape[:2], parallel.ep, -1).sum(axis=3)
             self._busiest[parallel.ep] = (tokens.max(axis=2) / tokens.mean(axis=2)).mean(axis=0)
@@ -91,8 +90,9 @@ def read_routes(run: Path, model: ModelConfig) -> RecordedRoutes:
         loads = np.array([event["load"] for event in events], np.float64)
     except ValueError:  # records of unequal shapes
         loads = np.zeros(0)
+    sums = loads.sum(axis=-1)
     if loads.shape[1:] != (num_layers, model.num_experts) or len(layers) != num_layers or not (
-            loads.sum(axis=2) > 0).all():
+            (loads >= 0).all() and ((sums > 0) & (sums < np.inf)).all()):
         raise UserError(f"--routes {run}: its expert loads are not those of {num_layers} layers with "
                         f"{model.num_experts} experts; name a run of this model")
     return RecordedRoutes(run, layers, loads)
