@@ -40,15 +40,14 @@ def import_commands(parser: Any) -> list[argparse.ArgumentParser]:
 
 def build_full_parser(program: str) -> Any:
     """Return a program's parser with the arguments of every command."""
-    parser = importlib.import_module(PROGRAMS[program]).build_parser()
-    import_commands(parser)
-    return parser
+    return import_commands(importlib.import_module(PROGRAMS[program]).build_parser())[0]
 
 
 @cache
 def list_parsers() -> Mapping[str, argparse.ArgumentParser]:
     """Import the commands of all programs; return program and command -> parser with its arguments."""
-    parsers = [parser for program in PROGRAMS for parser in import_commands(build_full_parser(program))]
+    parsers = [parser for module in map(importlib.import_module, PROGRAMS.values())
+               for parser in import_commands(module.build_parser())]
     return {parser.prog: parser for parser in parsers if " " in parser.prog and "[" not in parser.prog
             and not any(action.nargs == argparse.REMAINDER or (action.required and action.nargs == "A...")
                         for action in parser._actions)}

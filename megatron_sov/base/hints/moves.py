@@ -163,7 +163,7 @@ def _write_move(parser: argparse.ArgumentParser, rewrite: Rewrite, move: _Move) 
     starts = [n for n, word in enumerate(option_words) if word.startswith("--")]
     for start, end in pairwise([*starts, len(option_words)]):
         name, equals, value = option_words[start].partition("=")
-        values = [value] * bool(equals) + option_words[start + 1:end]
+        values = [*([value] if equals else ()), *option_words[start + 1:end]]
         options = by_kind.get(classify_kind(values[0]), []) if values and os.path.exists(values[0]) else []
         fits = name == next((option for option in options if option in names), name)
         is_path = any(name in options for options in by_kind.values())
@@ -214,8 +214,9 @@ def _redirect_output(parser: argparse.ArgumentParser, rewrite: Rewrite, option: 
     if not file or not means_output(option) or {"--output", "--run", "OUT"} & names:
         return False
     del rewrite.unplaced[option]
-    is_json = file.endswith(".json") and "--json" in names and "--json" not in rewrite.words
-    rewrite.add_words(f"{option}: `{parser.prog}` prints; the shell writes to a file", *["--json"] * is_json)
+    needs_json = file.endswith(".json") and "--json" in names and "--json" not in rewrite.words
+    rewrite.add_words(f"{option}: `{parser.prog}` prints; the shell writes to a file",
+                      *(["--json"] if needs_json else ()))
     rewrite.output = file
     return True
 

@@ -183,7 +183,8 @@ def list_data(kind: str) -> list[str]:
     for path in filter(lambda path: classify_folder(path) == "tokens", sorted(Path().iterdir())):
         with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # a damaged manifest
             content = json.loads((path / "manifest.json").read_text(encoding="utf-8"))["content"]
-            folders += [path.name] * any(source["format"] == kind for source in content["sources"])
+            if any(source["format"] == kind for source in content["sources"]):
+                folders.append(path.name)
     return folders + list_records(kind)
 
 

@@ -85,12 +85,12 @@ def _refuse_layout(options: ServeOptions) -> None:
     if is_hf_folder(options.target) and (refused_words or num_ranks(options.nproc) > 1):
         target = choose_free_path(f"{options.target.name}-checkpoint")
         conversion = shlex.join(["megatron-sov", "convert", "from-hf", str(options.target), target])
-        required = [] if "parallel.sp=true" in options.settings else ["--set", "parallel.sp=true"]
         is_split = any(setting.startswith("parallel.tp=") for setting in options.settings)
+        needs_sp = is_split and "parallel.sp=true" not in options.settings
         raise UserError(f"{', '.join(refused_words) or 'several processes'}: {options.target} is a Hugging "
                         "Face folder, which transformers runs in one process; a checkpoint runs in several",
                         Fix(words={str(options.target): target}, before=(conversion,),
-                            options=tuple(required * is_split)))
+                            options=("--set", "parallel.sp=true") if needs_sp else ()))
 
 
 SERVE = DeclaredCommand(ServeOptions, check_serve, "megatron_sov.commands.models.serve_run:serve_target")

@@ -458,10 +458,8 @@ class TorchArchive:
 
 REMEDY = "restore the checkpoint from its source"
 MAX_FILE_BYTES = 1 << 30
-BASE_MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 29, 60
-"""Memory limit: a base, plus a factor per file byte, which parses to about 50 bytes."""
-BASE_TIME_S, BYTES_PER_S = 60, 200_000
-"""CPU time limit: a base, and a second per `BYTES_PER_S` bytes; about ten times the normal time."""
+BASE_MEMORY_BYTES, MEMORY_PER_BYTE = 1 << 29, 60  # memory limit; a file byte parses to about 50 bytes
+BASE_TIME_S, BYTES_PER_S = 60, 200_000  # CPU time limit; about ten times the normal time
 
 
 def parse_file(parse: Callable[[bytes], dict[str, Any]], path: Path, start: int = 0,
