@@ -94,7 +94,6 @@ MAX_SOURCE_LINES = 127_680
 """Of megatron_sov, data_prep, tokenizer and layout_proof; this number only falls."""
 MIN_LINES_OF_ONE_USER = 150
 ALONE = {
-    "megatron_sov/chat/limits.py": "limits of untrusted code; rendering templates is another subject",
     "megatron_sov/plan/budget.py": "tokens within a budget; the plan of one recipe is another subject",
     "megatron_sov/work/endpoints/http_client.py": "imports openai, which its user must not import at the top",
     "megatron_sov/base/pages/markdown.py": "text of strangers in Markdown; exports are another subject",

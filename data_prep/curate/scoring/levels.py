@@ -71,7 +71,8 @@ class Level(Step):
         return (Pass("keys", self._write_keys), Pass("cuts", self._write_cuts, 1))
 
     def load_inputs(self, view: View) -> None:
-        groups = _read_json(view.work_folder / CUTS_FILE)["groups"]
+        file = view.work_folder / CUTS_FILE
+        groups = read_sealed_json(file, explain_deletion(file))["groups"]
         self._cuts: dict[str, list[int]] = {name: group["cuts"] for name, group in groups.items()}
 
     def judge_document(self, document: Doc) -> StepOutcome:
@@ -126,7 +127,7 @@ class Level(Step):
 
     def _write_cuts(self, view: View, task: int) -> None:
         """Write the lowest key of each level for each group."""
-        shards = [(file.with_suffix(".npy"), _read_json(file))
+        shards = [(file.with_suffix(".npy"), read_sealed_json(file, explain_deletion(file)))
                   for file in sorted((view.work_folder / "keys").glob("*.json"))]
         counts: Counter[str] = Counter()
         for _, shard in shards:
@@ -146,10 +147,6 @@ class Level(Step):
         num_without = sum(shard["num_without"] for _, shard in shards)
         write_sealed_json(view.work_folder / CUTS_FILE,
                           {"groups": groups, "num_without_score": num_without})
-
-
-def _read_json(file: Path) -> Any:
-    return read_sealed_json(file, explain_deletion(file))
 
 
 def _to_sortable(score: float) -> int:

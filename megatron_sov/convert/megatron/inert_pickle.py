@@ -329,8 +329,7 @@ def _parse_number(value: Any) -> int:
 def _parse_path(value: Any) -> str:
     parts = PurePosixPath(value).parts if isinstance(value, str) else ()
     if not parts or parts[0] == "/" or ".." in parts or "\0" in value:
-        # not `str` of other values, which may nest shared lists without end
-        path = repr(value[:200]) if isinstance(value, str) else _describe_type(value)
+        path = repr(value[:200]) if isinstance(value, str) else _describe_type(value)  # lists may be endless
         raise ValueError(f"a tensor is stored in {path}, which is outside the checkpoint folder")
     return str(value)
 
