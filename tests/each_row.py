@@ -82,7 +82,7 @@ def _get_arguments(names: Sequence[str], row: Any) -> dict[str, Any]:
 
 
 def _run_row(test: Test, number: int, fixtures: dict[str, Any], arguments: dict[str, Any]) -> None:
-    """Run the test for one row, with its own versions of the fixtures that a test changes."""
+    """Run the test for one row, with its own `tmp_path` and `monkeypatch`, and an empty `capsys`."""
     row_fixtures = dict(fixtures)
     if "tmp_path" in fixtures:
         row_fixtures["tmp_path"] = fixtures["tmp_path"] / str(number)

@@ -1,4 +1,4 @@
-"""Attribute the time of a training step: kernels on the device, calls of the driver, waits, Python functions
+"""Show what a training step spends its time on: GPU kernels, driver calls, waits, Python functions
 and the allocator."""
 
 import contextlib

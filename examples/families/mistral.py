@@ -16,10 +16,11 @@ class OneWindow:
     """Sliding window of all layers, or no window: `sliding_window`."""
 
     default: int = 0
-    """Window in tokens if config.json has no field, as in transformers; null is no window."""
+    """Window in tokens if config.json lacks `sliding_window`, as in transformers; null means no window."""
     names: tuple[str, ...] = ("sliding_window",)
     """Fields of config.json that this item reads and writes."""
     null_tells: tuple[str, ...] = ("sliding_window",)
+    """Fields in which null has a meaning of its own; elsewhere null is a missing field."""
 
     def write(self, model):
         """Return the window, or null; raise `UserError` if layers differ."""

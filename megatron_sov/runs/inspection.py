@@ -115,7 +115,7 @@ def _verify_artifact(path: Path, facts: Mapping[str, Any], kind: ArtifactKind | 
 
 
 def _describe_artifact(path: Path) -> dict[str, Any]:
-    """Return the manifest fields, or {} without manifest."""
+    """Return the facts in the manifest, with sizes and origins; {} without a manifest."""
     if not (path / MANIFEST).is_file():
         return {}
     manifest = read_manifest(path)

@@ -46,7 +46,7 @@ def start(warm_python: str) -> Any:
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 600) -> None:
-    """Poll until `condition()` is true; fail if the process ends before or after `timeout_s`."""
+    """Poll until `condition()` is true; fail if the process ends first, or after `timeout_s`."""
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert process.poll() is None, process.communicate()

@@ -52,7 +52,7 @@ def _send(channel: socket.socket, message: dict[str, object]) -> None:
 def _send_items(channel: socket.socket, items: Iterator[SourceItem], job: ReadingJob, skip: int) -> None:
     """Send the records of all items after the first `skip`, then an end message."""
     for number in itertools.count():
-        # Each item gets the full time, and so does the search for its start.
+        # The time limit starts again for finding an item, for the item itself, and after each of its records.
         _start_timer(job.options.time_s)
         try:
             item = next(items)
@@ -96,7 +96,7 @@ def _send_record(channel: socket.socket, record: RawDocument | BrokenRecord, job
 
 def _send_error(channel: socket.socket, job: ReadingJob, error: Exception, place: str) -> None:
     if isinstance(error, MemoryError):
-        # The remaining memory may be too small, so another process continues.
+        # This process may have too little memory left to go on; the parent continues with a new one.
         _send(channel, {"error": "memory", "reason": f"takes more memory to read than memory_bytes = "
                                                      f"{job.options.memory_bytes:,}; leave it out"})
         os._exit(0)

@@ -1,4 +1,4 @@
-"""Parse a record (text, chat, preference or prompt) to a `Document` with numbers, bucket and tags."""
+"""Parse a record (text, chat, preference or prompt) to a `Document` with numeric columns, bucket and tags."""
 
 import codecs
 import contextlib
@@ -155,7 +155,7 @@ class RecordReading:
 
 
 RecordParser = Callable[[dict[str, Any], str, int, RecordReading], Any]
-"""Converts a record: (record, location, line or row, reading)."""
+"""Function (record, location, line or row, reading) -> parsed record, such as `parse_record`."""
 
 
 @dataclass(frozen=True)
@@ -281,7 +281,7 @@ def parse_line(line: bytes, where: str, number: int, reading: RecordReading, par
 def parse_json_value(record: Any, where: str, number: int, reading: RecordReading, parse: RecordParser, *,
                      may_have_surrogates: bool = True) -> Any:
     """Parse a decoded JSON value. Raises `BadRecord`: the value is not an object of the expected kind, or is
-    a prompt, which takes all fields along, with a lone surrogate."""
+    a prompt with a lone surrogate in any field (prompts keep all fields)."""
     if not isinstance(record, dict):
         raise BadRecord("json", f"is a JSON {type(record).__name__}, must be an object")
     if may_have_surrogates and reading.kind == "prompt":

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from megatron_sov.post.rl.teachers import ScoringTeacher
 
 MAX_LISTED_PROMPTS = 3
-"""Limit on held-out prompts in a warning."""
+"""How many prompts shared by --validation and --prompts a message lists."""
 ROLLOUT_SETTINGS = {"max_prompt_tokens": "max_prompt_tokens", "max_response_tokens": "max_new_tokens"}
 """Field in `EpisodeLimits` -> setting in `rollout` with the same meaning."""
 

@@ -40,7 +40,7 @@ class RouterGraphs:
         """
         self._model, self._wrapped, self._optimizer = model, wrapped, optimizer
         self._helper: Any = None
-        self._captured: tuple[int, ...] = ()
+        self._captured: tuple[int, ...] = ()  # (row tokens, sequence tokens, micro-batches in flight)
 
     def prepare(self, row_tokens: int, seq_len: int, num_micro_batches: int, *, whole: bool) -> None:
         """Capture graphs for these sizes unless they exist. A capture zeroes the gradients.
@@ -70,11 +70,11 @@ class RouterGraphs:
         if self._helper is not None:
             self._helper.delete_cuda_graphs()
         model.finish_param_gather()
-        # the capture requires layers without hooks; it calls the hooks itself before each replay
+        # layers must have no hooks during the capture; Megatron-Core then calls them before each replay
         hooked_chunks = [chunk for chunk in self._wrapped if chunk.use_forward_hook]
         for chunk in hooked_chunks:
             chunk.disable_forward_pre_hook(param_sync=False)
-        # the backward pass reads the scale in place, and before the first pass it does not exist
+        # captured backward kernels read the scale from this tensor, which otherwise only a first pass creates
         MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1, device=get_local_device()))
         # Megatron-Core reads the number of micro-batches from its own calculator
         reconfigure_num_microbatches_calculator(0, None, num_micro_batches, 1, 1)

@@ -278,7 +278,7 @@ class TrainConfig:
     log_every_steps: AtLeastOne = 1
     """Steps between `step` events in events.jsonl."""
     max_restarts: NotNegativeInt = 3
-    """How often the local launcher restarts the processes from the last checkpoint without progress to a new
+    """Restarts from the last checkpoint before the local launcher gives up; counted from 0 after each new
     checkpoint. Under torchrun or Slurm, those restart the processes."""
     num_threads: Annotated[NotNegativeInt, Le(4096)] = 0
     """CPU threads per process. 0: OMP_NUM_THREADS if set, else CPU cores divided by local processes."""

@@ -48,7 +48,7 @@ def _sources(base: Sources, values: Values) -> Sources:
 
 
 def _steady(lr: float) -> Values:
-    """Return a constant learning rate."""
+    """Return the settings of a constant learning rate, without warm-up and weight decay."""
     why = ours("not published: a steady rate")
     return {"optim.schedule": ("constant", why), "optim.min_lr": (lr, why), "optim.warmup_steps": (0, why),
             "optim.weight_decay": (0.0, why)}
@@ -155,7 +155,7 @@ def vibethinker_1_5b_code() -> RunConfig:
 
 
 def _large(source: ValueSource) -> Values:
-    """Return the unpublished values of the two large models' runs."""
+    """Return the values shared by the runs of Solar Open 102B and K-EXAONE 236B, most of them unpublished."""
     choice = ours("not published")
     return {"objective.name": ("policy", source), "policy.kl": ("none", source),
             "rollout.max_prompt_tokens": (4096, choice), "rollout.max_new_tokens": (28672, choice),

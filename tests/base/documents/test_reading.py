@@ -252,7 +252,7 @@ def write_zeros(file: Path) -> None:
 
 
 def write_one_string_in_many_rows(file: Path) -> None:
-    # all rows share one string, so that it is not this process that needs 2 GB
+    # all rows share one string, so that this process needs no memory for 200 of them
     rows = pyarrow.chunked_array([pyarrow.array(["x" * 4_000_000])] * 200)
     parquet.write_table(pyarrow.table({"text": rows}), file, compression="zstd", store_schema=False)
 

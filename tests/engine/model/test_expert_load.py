@@ -18,7 +18,8 @@ def count_in_steps_and_evaluation(data: str, run: str) -> dict[str, Any]:
 
     Returns:
         "step loads": per step, expert assignments of each layer;
-        "evaluation load": the same of the forward pass, and "result", what it returned;
+        "evaluation load": the same for the forward pass;
+        "result": what the forward pass returned;
         "uncounted": sum of the assignments counted while nothing ran (must be 0);
         "unchanged": whether the rejected step left biases and weights as they were;
         the other keys: settings and counters to compare with.
@@ -63,7 +64,7 @@ def test_tokens_are_counted_once_and_a_refused_step_moves_no_bias(ranks: Any, jo
     assert result["step loads"][0] == [result["learned tokens"] * result["top k"]] * 2, (
         "every token, in both layers")
     assert result["bias"] == pytest.approx(result["bias update"])
-    assert result["unchanged"] and result["skipped steps"] == [1]
+    assert result["unchanged"] and result["skipped steps"] == [1]  # the second step; the ledger counts from 0
     assert result["evaluation load"] == [2 * 5 * result["top k"]] * 2, (
         "both processes ran five tokens; padding is left out")
     assert result["result"] == [1] and result["uncounted"] == 0

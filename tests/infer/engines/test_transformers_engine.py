@@ -1,4 +1,4 @@
-"""transformers as an engine: generation defaults of the folder do not change the request."""
+"""transformers as an engine: requests, log-probabilities, weight updates, and folders that it refuses."""
 
 import dataclasses
 import io

@@ -38,7 +38,7 @@ def test_a_flipped_bit_is_reported_on_every_process(write_teacher_states: Any, p
     monkeypatch.setattr(distill.collectives, "gather_numbers", gather_from_ranks)
 
     def verify() -> None:
-        """Act as two processes in turn."""
+        """Verify as rank 0, then as rank 1, which sees the numbers of both."""
         numbers_by_rank.clear()
         for rank in range(2):
             teacher.verify(ParallelWorld(rank, 2, rank, 2, True, True))
@@ -53,7 +53,7 @@ def test_a_flipped_bit_is_reported_on_every_process(write_teacher_states: Any, p
 
 
 def build_files(kept: StateFormat, **more: Any) -> Any:
-    """Return a stand-in for `StateFiles` in the format `kept`, with changed fields."""
+    """Return a stand-in for `StateFiles` in the format `kept`; `more` replaces its other fields."""
     fields = {"folder": Path("states"), "state_format": kept, "vocab_size": 368, "teacher": "one",
               "dtype": torch.bfloat16, "sources": {}}
     return SimpleNamespace(**(fields | more))

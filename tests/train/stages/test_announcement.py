@@ -22,6 +22,7 @@ from megatron_sov.train.data.sources import Source
 from megatron_sov.train.stages.announcement import count_planned_tokens, format_banner, format_summary
 
 CONFIG = apply_settings(recipes.get("tiny-solar-open"), ["train.steps=4"])
+# First step, phase, tokens per sample, samples per step, shares of the sources.
 ENTRIES = (LedgerEntry(0, "one", 100, 2, {"web": 1.0}),
            LedgerEntry(4, "two", 200, 2, {"web": 0.25, "code": 0.75}))
 
@@ -93,6 +94,7 @@ def test_the_commands_that_go_on_can_be_pasted(tmp_path: Path) -> None:
 
 
 def build_source(name: str, format: str, group: int = 1) -> Source:
+    """Return a source of 100 training tokens; `group`: 2 for preference pairs."""
     return Source(name, None, format, {}, {"train": 100}, 1.0, group=group)
 
 
