@@ -108,7 +108,10 @@ def run_in_fork(work: Callable[[], Any]) -> int:
 
     Under torchrun or Slurm this process runs it itself.
     """
-    return _run_rank(lambda: work) if has_launcher() else _run_round(work, 1, new_processes=False).code
+    def run() -> None:
+        work()  # its result is no exit code
+
+    return _run_rank(lambda: run) if has_launcher() else _run_round(run, 1, new_processes=False).code
 
 
 def _count_threads(count: int) -> int:

@@ -186,6 +186,13 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
     assert "error: rank 1 was ended by SIGKILL" in text
 
 
+def test_the_result_of_forked_work_is_no_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import that returns its warnings is complete. Under a launcher the work runs in this process."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert launcher.run_in_fork(lambda: ["a warning"]) == 0
+
+
 @pytest.mark.each(("num_threads", "count", "threads"), [
     (None, 2, 4), (None, 16, 1), ("", 2, 4), ("0", 2, 4), ("many", 2, 4), ("9" * 5000, 2, 4),
     ("3", 2, 3), (" 5 ,2", 2, 5)])
