@@ -119,8 +119,7 @@ def _write_samples(output: Path, run: SynthRunRecord, judged: JudgedSamples, tal
                 tally.num_kept += 1
                 tally.licences[item.item["licence"]] += 1
                 tally.sources[item.item["source"]] += 1
-                accepted.write(format_json_line(
-                    {"id": sample_id, **sample.record, PROVENANCE: provenance}))
+                accepted.write(format_json_line({"id": sample_id, **sample.record, PROVENANCE: provenance}))
         # content before names: after a power cut, no named file may lack its end
         for file in (accepted, rejected):
             file.flush()

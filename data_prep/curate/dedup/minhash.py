@@ -90,8 +90,7 @@ class MinhashDedup(Step):
 
     def load_inputs(self, view: View) -> None:
         file = view.work_folder / "dropped"
-        self._duplicates = DuplicateFilter(
-            view, REASON, lambda rank: read_bucket(file, DROPPED, rank))
+        self._duplicates = DuplicateFilter(view, REASON, lambda rank: read_bucket(file, DROPPED, rank))
 
     def judge_document(self, document: Doc) -> StepOutcome:
         return self._duplicates.judge_document(document)

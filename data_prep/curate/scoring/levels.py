@@ -145,8 +145,7 @@ class Level(Step):
         groups = {name: {"judged_as": pools[name], "num_documents": counts[name], "cuts": cuts[pools[name]]}
                   for name in sorted(counts)}
         num_without = sum(shard["num_without"] for _, shard in shards)
-        write_sealed_json(view.work_folder / CUTS_FILE,
-                          {"groups": groups, "num_without_score": num_without})
+        write_sealed_json(view.work_folder / CUTS_FILE, {"groups": groups, "num_without_score": num_without})
 
 
 def _to_sortable(score: float) -> int:

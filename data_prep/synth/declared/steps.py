@@ -80,8 +80,7 @@ class Step:
             except BadTemplate as e:
                 problems.append((part, str(e)))
                 continue
-            problems += [(part, problem)
-                         for problem in find_unknown_names(collect_field_names(value), known)]
+            problems += [(part, problem) for problem in find_unknown_names(collect_field_names(value), known)]
             is_expression = isinstance(value, CompiledValue) and value.is_expression
             if part in EXPRESSION_PARTS and isinstance(raw, str) and not is_expression:
                 problems.append((part, "must be one {{ expression }}, or a value that is no text"))

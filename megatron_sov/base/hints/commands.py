@@ -354,8 +354,7 @@ def _names_model(typed: Sequence[str], config: Iterable[str]) -> bool:
 
 def _find_stage(config: Mapping[str, list[str]]) -> str:
     """Return the training stage in a foreign configuration file, e.g. "dpo"; "": none."""
-    stages = [values[0].lower() for key, values in config.items()
-              if key.lower() in _STAGE_KEYS and values]
+    stages = [values[0].lower() for key, values in config.items() if key.lower() in _STAGE_KEYS and values]
     return _STAGE_COMMANDS.get(stages[0], stages[0]) if stages else ""
 
 

@@ -210,5 +210,4 @@ class Terminal:
         if not turns:
             raise UserError("/think: the chat has no turns yet; type a message first")
         thoughts = [message.get("reasoning_content") for message in turns[-1].messages]
-        self.note("\n".join(filter(None, thoughts))
-                  or f"{self._session.model.name} has written no thoughts")
+        self.note("\n".join(filter(None, thoughts)) or f"{self._session.model.name} has written no thoughts")

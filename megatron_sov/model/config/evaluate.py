@@ -115,8 +115,7 @@ class GateConfig:
     """Condition that ends an `extend` stage: needle retrieval at the new length, without a worse loss at the
     old length."""
 
-    ACTS_WHEN: ClassVar[ActsWhen] = {
-        "min_accuracy loss_tolerance_nats": is_set(".every_steps")}
+    ACTS_WHEN: ClassVar[ActsWhen] = {"min_accuracy loss_tolerance_nats": is_set(".every_steps")}
 
     every_steps: NotNegativeInt = 0
     """Optimizer steps between checks. 0: no gate; the stage ends after its `steps`."""

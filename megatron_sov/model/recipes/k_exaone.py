@@ -147,8 +147,7 @@ def k_exaone2_750b_extend() -> RunConfig:
     run = k_exaone2_750b()
     optim = OptimConfig(name="muon", lr=1e-5, min_lr=1e-6, schedule="cosine", warmup_steps=100,
                         weight_decay=0.1)
-    return extend_run(run, "k-exaone2-750b-extend", STAGES, optim,
-                      replace(run.parallel, tp=8, cp=8, ep=64))
+    return extend_run(run, "k-exaone2-750b-extend", STAGES, optim, replace(run.parallel, tp=8, cp=8, ep=64))
 
 
 SOURCES_2: Sources = derive_sources(SOURCES, read_sources("k-exaone2-750b"))

@@ -138,8 +138,7 @@ class ClusterProfile:
     """Environment modules to load."""
     setup: tuple[str, ...] = ()
     """Shell lines to run first, verbatim."""
-    environment: dict[PublicVariable, str] = dataclasses.field(
-        default_factory=dict)
+    environment: dict[PublicVariable, str] = dataclasses.field(default_factory=dict)
     """Environment variables for the ranks, e.g. NCCL settings. Never secrets."""
     container: ContainerConfig = ContainerConfig()
     """Container for a job's Python."""
