@@ -142,6 +142,14 @@ def describe_model(model: ModelConfig) -> dict[str, Any]:
     return args
 
 
+def describe_provider(model: ModelConfig) -> dict[str, Any]:
+    """Return the `model` section of Megatron-Bridge's run_config.yaml; for errors see `describe_model`."""
+    stated = normalize_arguments(describe_model(model))
+    stated["seq_length"] = stated.pop("max_position_embeddings")
+    del stated["group_query_attention"]
+    return stated | _TABLES["provider"] | (_TABLES["provider_of_experts"] if model.num_experts else {})
+
+
 def _check_inverse(model: ModelConfig, args: Stated) -> None:
     """Raise `UserError` if Megatron-LM arguments do not say everything about a model."""
     missing_fields = [name for name, plain in COMMON_VALUES.items()
