@@ -128,7 +128,7 @@ def describe_model(model: ModelConfig) -> dict[str, Any]:
     if model.num_experts:
         args |= _describe_experts(model)
     if model.yarn is not None:
-        args |= {"position_embedding_type": "yarn", **{
+        args |= {"position_embedding_type": "yarn", "yarn_correction_range_round_to_int": True, **{
             f"yarn_{megatron_name}": getattr(model.yarn, field) for field,
             megatron_name in YARN_NAMES.items()}}
     if model.llama3_rope is not None:
@@ -147,6 +147,9 @@ def describe_provider(model: ModelConfig) -> dict[str, Any]:
     stated = normalize_arguments(describe_model(model))
     stated["seq_length"] = stated.pop("max_position_embeddings")
     del stated["group_query_attention"]
+    if model.num_experts and model.router_score == "sigmoid":  # transformers' classes for such models need both numbers
+        stated |= {"moe_router_num_groups": model.num_expert_groups,
+                   "moe_router_group_topk": model.num_groups_per_token}
     return stated | _TABLES["provider"] | (_TABLES["provider_of_experts"] if model.num_experts else {})
 
 
