@@ -10,10 +10,15 @@ up to the peak, in the process with the larger increase; `account` is the predic
 """
 
 import argparse
+import json
+import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from measurement import describe_machine
@@ -74,40 +79,48 @@ def build_config(tokens: int) -> RunConfig:
         f'data.phases=[{{"name": "long", "seq_len": {tokens}}}]'])
 
 
-def train_one_step(config: RunConfig, folder: Path) -> None:
-    """Train a step on every rank; write bytes before, bytes grown, seconds and loss to `folder/RANK.npy`."""
+def build_trainer(config: RunConfig, place: world.ParallelWorld, folder: Path) -> Any:
+    """Return the trainer of a run on two random documents per sequence of a step."""
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
-    place = world.join_world(config.parallel)
     tokens = config.data.phases[0].seq_len
-    before, begin_s = read_resident_bytes("VmRSS"), time.perf_counter()
-    source = Source("long", None, "text", {}, {"train": 2 * tokens}, 1.0,
+    source = Source("long", None, "text", {}, {"train": 2 * tokens * config.train.global_batch_size}, 1.0,
                     train_documents=RandomDocuments(tokens, config.model.vocab_size))
-    trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
+    return Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
+
+
+def train_one_step(config: RunConfig, folder: Path) -> tuple[int, int, float, float]:
+    """Train a step on this rank; return bytes before, bytes grown, seconds and loss."""
+    from megatron_sov.train.loop import train_step
+
+    place = world.join_world(config.parallel)
+    before, begin_s = read_resident_bytes("VmRSS"), time.perf_counter()
+    trainer = build_trainer(config, place, folder)
     result = train_step(trainer)
-    assert result is not None and result.num_tokens == tokens
+    assert result is not None and result.num_tokens == config.data.phases[0].seq_len
     grown, seconds = read_resident_bytes("VmHWM") - before, time.perf_counter() - begin_s
-    np.save(folder / f"{place.rank}.npy", np.array([before, grown, seconds, result.loss]))
     trainer.close()
     world.leave_world()
+    return before, grown, seconds, result.loss
 
 
-def measure_step(config: RunConfig) -> tuple[float, float, float, float]:
-    """Return bytes before, bytes grown, seconds and loss of the process whose memory grew most.
+def measure_ranks(measure: Callable[[Path], Any], nproc: int) -> list[Any]:
+    """Call `measure` with a temporary folder on `nproc` ranks of one thread; return each rank's result.
 
     Raises:
-        SystemExit: the step failed.
+        SystemExit: a rank failed.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if code := launcher.launch_ranks(lambda: train_one_step(config, folder), NPROC, num_threads=1):
+
+        def run_rank() -> None:
+            (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(measure(folder)))
+
+        if code := launcher.launch_ranks(run_rank, nproc, num_threads=1):
             raise SystemExit(code)
-        rows = [np.load(folder / f"{rank}.npy") for rank in range(NPROC)]
-    before, grown, seconds, loss = max(rows, key=lambda row: row[1]).tolist()
-    return before, grown, seconds, loss
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(nproc)]
 
 
 def main() -> None:
@@ -123,7 +136,8 @@ def main() -> None:
     for tokens in args.lengths:
         config = build_config(tokens)
         planned = build_account(config, NPROC, 0, tokens)
-        before, grown, seconds, loss = measure_step(config)
+        rows = measure_ranks(partial(train_one_step, config), NPROC)
+        before, grown, seconds, loss = max(rows, key=lambda row: row[1])
         print(f"{tokens:>8,}{before / MIB:>8.0f}{grown / MIB:>8.0f}{planned.allocated / MIB:>9.0f}"
               f"{grown / planned.allocated:>7.2f}{seconds:>9.0f}{loss:>7.3f}   "
               + ", ".join(f"{v / MIB:.0f}" for v in vars(planned).values()), flush=True)

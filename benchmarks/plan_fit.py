@@ -71,7 +71,7 @@ def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, 
     table = deepcopy(vars(start))
     low = np.array([_transform(priors[path].low, priors[path]) for path in paths])
     high = np.array([_transform(priors[path].high, priors[path]) for path in paths])
-    initial = np.array([_transform(_get(table, path), priors[path]) for path in paths])
+    initial = np.array([_transform(get_parameter(table, path), priors[path]) for path in paths])
     initial = np.clip(initial, low + 1e-9, high - 1e-9)
     expected = np.array([_transform(priors[path].value, priors[path]) for path in paths])
     spread = np.array([_compute_spread(priors[path]) for path in paths])
@@ -141,7 +141,8 @@ def _compute_spread(prior: Prior) -> float:
     return prior.spread * max(prior.value, 0.1 * prior.high)
 
 
-def _get(table: dict[str, Any], path: str) -> float:
+def get_parameter(table: dict[str, Any], path: str) -> float:
+    """Return a parameter by its dotted path."""
     for name in path.split("."):
         table = table[name]
     return float(table)  # type: ignore[arg-type]
