@@ -24,10 +24,12 @@ import numpy as np
 from measurement import describe_machine
 
 from megatron_sov import recipes
+from megatron_sov.base.documents.shard_files import write_index
 from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.memory import MemoryAccount, build_account
 from megatron_sov.train.data.sources import Source
+from megatron_sov.train.data.token_shards import ShardChain
 
 NPROC, MIB = 2, 1 << 20
 SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "model.num_heads=1",
@@ -36,33 +38,13 @@ SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "m
             "train.eval_every_steps=0", "data.prefetch_steps=0")
 
 
-class RandomDocuments:
-    """Two equally long documents of random tokens (implements `train.data.token_shards.Documents`)."""
-
-    is_plain, columns = True, ()
-
-    def __init__(self, tokens: int, vocab_size: int) -> None:
-        self.lengths = np.array([tokens, tokens])
-        self._vocab_size = vocab_size
-
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token ids, int64."""
-        return np.random.default_rng(document).integers(1, self._vocab_size,
-                                                        int(self.lengths[0]))[start:start + count]
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return ones."""
-        return np.ones(count, np.float32)
-
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return zeros: text."""
-        return np.zeros(count, np.uint8)
-
-    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        raise KeyError(name)
-
-    def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        raise KeyError("routes")
+def write_random_source(folder: Path, num_documents: int, num_tokens: int, vocab_size: int) -> Source:
+    """Write a token shard of documents with `num_tokens` random tokens each, and return it as a source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_index(folder / "train", "int32", np.full(num_documents, num_tokens, np.int32))
+    ids = np.random.default_rng(0).integers(1, vocab_size, num_documents * num_tokens, dtype=np.int32)
+    ids.tofile(folder / "train.bin")
+    return Source("random", None, "text", {}, {"train": ids.size}, 1.0, ShardChain([folder / "train"]))
 
 
 def read_resident_bytes(field: str) -> int:
@@ -86,8 +68,8 @@ def build_trainer(config: RunConfig, place: world.ParallelWorld, folder: Path) -
     from megatron_sov.train.trainer import Trainer
 
     tokens = config.data.phases[0].seq_len
-    source = Source("long", None, "text", {}, {"train": 2 * tokens * config.train.global_batch_size}, 1.0,
-                    train_documents=RandomDocuments(tokens, config.model.vocab_size))
+    source = write_random_source(folder / f"data-{place.rank}", 2 * config.train.global_batch_size, tokens,
+                                 config.model.vocab_size)
     return Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
 
 

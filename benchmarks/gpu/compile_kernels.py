@@ -195,17 +195,9 @@ def main() -> None:
     if folder := kernels.triton_folder():
         sys.path.insert(0, str(folder))
     os.environ.setdefault("TRITON_CACHE_DIR", str(kernels.ROOT / "build/triton-cache"))
-    import torch
-
-    for name in ("empty", "zeros"):
-        setattr(torch, name, on_meta(getattr(torch, name)))
+    kernels.create_tensors_on("meta")
     for line in format_table(int(sys.argv[1])):
         print(line, flush=True)
-
-
-def on_meta(make: Any) -> Any:
-    """Return a function that creates meta tensors, whatever device its caller asks for."""
-    return lambda *args, device=None, **kwargs: make(*args, device="meta", **kwargs)
 
 
 if __name__ == "__main__":

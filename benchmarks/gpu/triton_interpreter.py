@@ -15,7 +15,7 @@ import platform
 import sys
 import time
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from itertools import pairwise
@@ -72,20 +72,20 @@ def prepare() -> None:
     os.environ["TRITON_INTERPRET"] = "1"
     if folder := triton_folder():
         sys.path.insert(0, str(folder))
-    import torch
     from triton.runtime import autotuner
 
-    for name in ("empty", "zeros"):
-        setattr(torch, name, _on_cpu(getattr(torch, name)))
+    create_tensors_on("cpu")
     # the first configuration is chosen without timing
     autotuner.Autotuner._bench = lambda self, *args, **kwargs: [0.0]
 
 
-def _on_cpu(make: Callable[..., Any]) -> Callable[..., Any]:
-    def made(*args: Any, device: Any = None, **kwargs: Any) -> Any:
-        return make(*args, **kwargs)
+def create_tensors_on(kind: str) -> None:
+    """Let `torch.empty` and `torch.zeros` ignore the device that their callers ask for."""
+    import torch
 
-    return made
+    for make in (torch.empty, torch.zeros):
+        setattr(torch, make.__name__, lambda *args, make=make, device=None, **kwargs: make(
+            *args, device=kind, **kwargs))
 
 
 def stub_transformer_engine() -> None:
