@@ -47,7 +47,7 @@ def test_a_removed_option_is_refused_with_its_replacement(typed: str, more: str,
 def test_rounds_of_preferences_are_rl_rounds_with_the_typed_words(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("megatron-sov prefer --from hf --method ipo --prompts p.jsonl --reward math --run r") == 2
     expected = ("\n  megatron-sov rl run --set policy.method=preference --set rollout.steps_per_round=2 "
-                "--from hf --set preference.method=ipo --prompts p.jsonl --reward math --run r --store new-store\n")
+                "--from hf --set preference.method=ipo --prompts p.jsonl --reward math --run r --store ")
     assert expected in capsys.readouterr().err
 
 
