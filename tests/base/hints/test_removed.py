@@ -41,7 +41,7 @@ def test_a_removed_option_is_refused_with_its_replacement(typed: str, more: str,
     assert run(typed + more) == 2
     error = capsys.readouterr().err
     assert f"{typed}: was removed in this version; " in error
-    assert removed.OPTIONS[typed] in error or "\n  megatron-sov rl run --set policy.method=preference" in error
+    assert removed.OPTIONS[typed] in error or "  megatron-sov rl run --set policy.method=preference" in error
 
 
 def test_rounds_of_preferences_are_rl_rounds_with_the_typed_words(capsys: pytest.CaptureFixture[str]) -> None:
