@@ -249,12 +249,14 @@ class Rewrite:
         names = index_words("settings").get(word, ())
         is_switch = any("=" in name for name in names)
         same_name = f"--{word.replace('_', '-')}"
+        elsewhere = [parser._option_string_actions[same_name] for parser in list_parsers().values()
+                     if same_name in parser._option_string_actions]
         is_known = bool(ours or names or find_note(option)) or any(
             word in row["words"].split() for row in load_table()["in_command"]) or any(
-                parser._option_string_actions[same_name].nargs != 0 for parser in list_parsers().values()
-                if same_name in parser._option_string_actions)
+                action.nargs != 0 for action in elsewhere)
+        takes_last = is_known and (num == 1 or not any(action.nargs is None for action in elsewhere))
         is_path = os.path.exists(words[-1]) and words[-1].lower() not in ("lora", "qlora", *SWITCHES)
-        is_other = self.is_recipe(words[-1]) or (is_path and (is_switch or not is_known))
+        is_other = self.is_recipe(words[-1]) or (is_path and (is_switch or not takes_last))
         return num - 1 if has_room and not ours and is_other else num
 
     def _translate(self, word: str, values: list[str]) -> str:

@@ -8,7 +8,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, warn
@@ -234,7 +234,7 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
                 values := _read_foreign(rewrite, file := value or "".join(typed[i:i + 1]))):
             _add_foreign_config(rewrite, word, file, values)
             i += not equals
-        elif word in options or not _is_unknown(word, rewrite):
+        elif word in options:
             following = [] if word in switches else list(typed[i:i + 1])
             num_used = _read_own_option(rewrite, text, [value] if equals else following, typed[i:])
             i += 0 if equals else num_used
@@ -279,10 +279,11 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], following: 
     if option == "--data" and (blend := parse_blend(following)):
         rewrite.add_words("--data is given once for each, with its weight behind a colon", *blend)
         return _count_values(following)
-    full_name = option
-    if option.startswith("--") and option not in rewrite.options:  # argparse accepts abbreviations
-        full_name = next((name for name in rewrite.options if name.startswith(option)), option)
-    rewrite.words.append(full_name + text[len(option):])
+    numbers = list(takewhile(re.compile(r"[\d.]+").fullmatch, following))
+    if option == "--weights" and len(numbers) > 1:
+        rewrite.words += [option, ",".join(numbers)]
+        return len(numbers)
+    rewrite.words.append(text)
     return 0
 
 
@@ -437,17 +438,6 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
         rewrite.add_words(f"{word} is {options[0]} here")
     if unplaced != free_words:
         rewrite.words = [*unplaced, *option_words]
-
-
-def _is_unknown(word: str, rewrite: Rewrite) -> bool:
-    """Return whether a word is a foreign option; an unambiguous prefix of our option is not."""
-    name = normalize_word(word)
-    if not word.startswith("--"):
-        return True
-    completions = [option for option in rewrite.options if option.startswith(word)]
-    if len(completions) != 1 or (rewrite.find is not None and name in index_words("settings")):
-        return True
-    return rewrite.find_option(name) not in ("", *completions)
 
 
 def _rename_option(word: str, program: str, options: Sequence[str]) -> str:
