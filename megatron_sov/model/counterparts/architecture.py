@@ -157,6 +157,8 @@ def _check_inverse(model: ModelConfig, args: Stated) -> None:
     """Raise `UserError` if Megatron-LM arguments do not say everything about a model."""
     missing_fields = [name for name, plain in COMMON_VALUES.items()
                       if getattr(model, name) != plain and name not in (*EXPERT_GROUPS, "mtp_experts")]
+    if model.num_experts and model.num_mtp_layers and not model.mtp_experts:
+        missing_fields.append("dense prediction layers (num_mtp_layers)")
     if not missing_fields:
         # without dense layers their width is not read
         idle = {} if model.num_dense_layers or not model.num_experts else {
@@ -167,8 +169,9 @@ def _check_inverse(model: ModelConfig, args: Stated) -> None:
                                    for candidate in (model, inferred))
         missing_fields = [name for name in config if config[name] != inferred_config.get(name)]
     if missing_fields:
-        raise UserError(f"Megatron-Core's GPTModel cannot be this model of family {model.family}: it has no "
-                        f"setting for {', '.join(missing_fields)}; use `megatron-sov convert to-hf`")
+        raise UserError(f"a model of family {model.family} cannot be written for Megatron-Core's GPTModel: it "
+                        f"has {', '.join(missing_fields)}, which `convert to-megatron` does not describe; use "
+                        "`megatron-sov convert to-hf`")
 
 
 def _describe_experts(model: ModelConfig) -> dict[str, Any]:
