@@ -2,10 +2,10 @@
 
     python benchmarks/megatron_bridge.py PACKAGES > benchmarks/results/megatron_bridge.txt
 
-PACKAGES: a folder with megatron-bridge 0.6.2, transformers 5.12.1, tokenizers 0.22.2, huggingface-hub 1.33.0,
-nvidia-modelopt 0.47.0, pulp, omegaconf, hydra-core and antlr4-python3-runtime 4.9.3, by
-`pip install --no-deps --ignore-requires-python --target PACKAGES ...`. Transformer Engine is the tests' double, and
-three packages that no conversion uses are stubs.
+PACKAGES: a folder with megatron-bridge 0.6.2, transformers 5.12.1, tokenizers 0.22.2, nvidia-modelopt 0.47.0,
+huggingface-hub 1.33.0, pulp, omegaconf, hydra-core and antlr4-python3-runtime 4.9.3, by
+`pip install --no-deps --ignore-requires-python --target PACKAGES ...`. Transformer Engine is the tests'
+double, and three packages that no conversion uses are stubs.
 """
 
 import contextlib
@@ -27,12 +27,12 @@ STUBBED = ("mlflow", "comet_ml", "megatron.energon")
 CONFIGS = ("Qwen/Qwen2-0.5B", "Qwen/Qwen3-4B", "Qwen/Qwen3-235B-A22B", "TinyLlama/TinyLlama-1.1B-Chat-v1.0",
            "LGAI-EXAONE/K-EXAONE-236B-A23B, four layers of TensorRT-LLM's test")
 SOLAR_OPEN: dict[str, Any] = {
-    "model_type": "solar_open", "architectures": ["SolarOpenForCausalLM"], "vocab_size": 96, "hidden_size": 32,
-    "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "n_routed_experts": 4,
-    "num_experts_per_tok": 2, "n_shared_experts": 2, "moe_intermediate_size": 16, "max_position_embeddings": 131072,
-    "n_group": 1, "topk_group": 1, "norm_topk_prob": True, "routed_scaling_factor": 1.5, "rms_norm_eps": 1e-5,
-    "attention_bias": False, "hidden_act": "silu", "tie_word_embeddings": False, "initializer_range": 0.15,
-    "pad_token_id": None}
+    "model_type": "solar_open", "architectures": ["SolarOpenForCausalLM"], "vocab_size": 96,
+    "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 8, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 2,
+    "moe_intermediate_size": 16, "max_position_embeddings": 131072, "n_group": 1, "topk_group": 1,
+    "norm_topk_prob": True, "routed_scaling_factor": 1.5, "rms_norm_eps": 1e-5, "attention_bias": False,
+    "hidden_act": "silu", "tie_word_embeddings": False, "initializer_range": 0.15, "pad_token_id": None}
 ROPES: dict[str, dict[str, Any]] = {
     "Solar Open": {"rope_type": "default", "rope_theta": 1e6},
     "Solar Open with YaRN": {"rope_type": "yarn", "rope_theta": 1e6, "factor": 2.0,
@@ -49,7 +49,8 @@ class Stubs(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def create_module(self, spec: Any) -> types.ModuleType:
         module: Any = types.ModuleType(spec.name)
-        module.__getattr__ = lambda name: type(name, (), {"__class_getitem__": classmethod(lambda cls, item: cls)})
+        subscript = {"__class_getitem__": classmethod(lambda cls, item: cls)}
+        module.__getattr__ = lambda name: type(name, (), subscript)
         return module
 
     def exec_module(self, module: types.ModuleType) -> None:
@@ -66,10 +67,10 @@ def import_bridge(packages: Path) -> None:
     import transformer_engine.pytorch  # noqa: F401  before the engine, which else hides it
 
     import megatron_sov.engine  # noqa: F401  prepares megatron-core without GPU
-    fusions = types.ModuleType("megatron.bridge.utils.fusions")
+    fusions: Any = types.ModuleType("megatron.bridge.utils.fusions")
     source = packages / "megatron/bridge/utils/fusions.py"
     exec(compile(source.read_text(), str(source), "exec"), vars(fusions))
-    fusions.can_enable_gradient_accumulation_fusion = lambda: False  # type: ignore[attr-defined]
+    fusions.can_enable_gradient_accumulation_fusion = lambda: False
     sys.modules[fusions.__name__] = fusions
     import solar_open  # noqa: F401  registers the bridge of examples/bridge
 
@@ -150,10 +151,11 @@ def main() -> None:
     for name, config in cases.items():
         # Bridge prints its progress
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-            outcome = compare_with_bridge(config | {"dtype": "float32", "torch_dtype": "float32"}, Path(folder))
+            outcome = compare_with_bridge(config | {"dtype": "float32", "torch_dtype": "float32"},
+                                          Path(folder))
         print(f"{name} | {outcome}", flush=True)
-    print("\nlogits: largest difference from transformers in float32, as a share of the largest logit; tensors: "
-          "exported by\nMegatron-Bridge and by `convert to-hf`, compared bit by bit; its import: "
+    print("\nlogits: largest difference from transformers in float32, as a share of the largest logit; "
+          "tensors: exported by\nMegatron-Bridge and by `convert to-hf`, compared bit by bit; its import: "
           "AutoBridge.from_hf_pretrained, and for Solar Open\nexamples/bridge/solar_open.py.")
 
 

@@ -254,8 +254,8 @@ def test_an_error_in_any_worker_ends_the_export(solar_dir: Path, tmp_path: Path,
 
 
 PROVIDER_FIELDS = {"position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling", "seq_length",
-                   "rope_scaling_factor", "seq_len_interpolation_factor", "share_embeddings_and_output_weights",
-                   "vocab_size", "transformer_layer_spec", "hf_model_id",
+                   "rope_scaling_factor", "seq_len_interpolation_factor", "transformer_layer_spec",
+                   "share_embeddings_and_output_weights", "vocab_size", "hf_model_id",
                    *(f"yarn_{name}" for name in ("rotary_scaling_factor", "original_max_position_embeddings",
                                                  "beta_fast", "beta_slow", "correction_range_round_to_int"))}
 """Fields of Megatron-Bridge 0.6.2's GPTModelProvider that TransformerConfig of megatron-core lacks."""

@@ -45,10 +45,11 @@ def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool =
     """Write a checkpoint for Megatron-LM's `--load` (artifact kind `megatron_checkpoint`), which appears when
     complete; return its source, and why its learning rate is written as constant ("": it is not).
 
-    `framework`: `bridge` adds the files that Megatron-Bridge reads. `one_optimizer`: the loading run has one optimizer for experts and other weights, as Megatron-Core has
-    without expert parallelism if tensor parallelism splits both alike. `workers`: files written at a time,
-    each with one block in memory. Raises `UserError`: Megatron-Core cannot build the model or its optimizer,
-    the checkpoint is damaged, or the disk is full.
+    `framework`: `bridge` adds the files that Megatron-Bridge reads. `one_optimizer`: the loading run has one
+    optimizer for experts and other weights, as Megatron-Core has without expert parallelism if tensor
+    parallelism splits both alike. `workers`: files written at a time, each with one block in memory. Raises
+    `UserError`: Megatron-Core cannot build the model or its optimizer, the checkpoint is damaged, or the disk
+    is full.
     """
     source = open_trained_model(checkpoint, weights_only=weights_only)
     common, problem = build_common_state(source.settings, source.step, source.num_updates,

@@ -147,7 +147,8 @@ def describe_provider(model: ModelConfig) -> dict[str, Any]:
     stated = normalize_arguments(describe_model(model))
     stated["seq_length"] = stated.pop("max_position_embeddings")
     del stated["group_query_attention"]
-    if model.num_experts and model.router_score == "sigmoid":  # transformers' classes for such models need both numbers
+    # transformers' classes with this score have expert groups
+    if model.num_experts and model.router_score == "sigmoid":
         stated |= {"moe_router_num_groups": model.num_expert_groups,
                    "moe_router_group_topk": model.num_groups_per_token}
     return stated | _TABLES["provider"] | (_TABLES["provider_of_experts"] if model.num_experts else {})
@@ -169,9 +170,9 @@ def _check_inverse(model: ModelConfig, args: Stated) -> None:
                                    for candidate in (model, inferred))
         missing_fields = [name for name in config if config[name] != inferred_config.get(name)]
     if missing_fields:
-        raise UserError(f"a model of family {model.family} cannot be written for Megatron-Core's GPTModel: it "
-                        f"has {', '.join(missing_fields)}, which `convert to-megatron` does not describe; use "
-                        "`megatron-sov convert to-hf`")
+        raise UserError(f"a model of family {model.family} cannot be written for Megatron-Core's GPTModel: "
+                        f"it has {', '.join(missing_fields)}, which `convert to-megatron` does not describe; "
+                        "use `megatron-sov convert to-hf`")
 
 
 def _describe_experts(model: ModelConfig) -> dict[str, Any]:
