@@ -259,7 +259,7 @@ def test_remaining_time_is_predicted_from_earlier_work(monkeypatch: pytest.Monke
         work.begin(kind, f"{kind} {number}")
         description, now_s = work.describe(), now_s + seconds
     assert description == "step 5 (about 5 min 0 s)"
-    work.begin("step", "step 5")  # the median of the steps before it: 100, 300, 240 and 40 s
+    work.begin("step", "step 5")  # the same work goes on: 300 s expected (upper quartile), 40 s over
     assert work.describe() == "step 5 (about 4 min 20 s)"
     now_s += 1000
     assert work.describe() == "step 5 (about 1.0 s)"
