@@ -49,8 +49,7 @@ _IGNORED = ("inference_mode", "lora_dropout", "task_type", "init_lora_weights", 
             "runtime_config", "qalora_group_size", "fan_in_fan_out", "exclude_modules")
 """Fields in adapter_config.json that are handled, or that do not affect a trained adapter."""
 _UNCHANGED_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-"""`init_lora_weights` values that leave the base unchanged; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA modify the
-base."""
+"""`init_lora_weights` values that leave the base unchanged; others, such as PiSSA, modify it."""
 
 
 def format_peft_name(module: AdaptedModule, tensor: str) -> str:

@@ -245,8 +245,7 @@ class Weights:
         self._thread_state = threading.local()
 
     def locate(self, link: Link, state: str = "") -> list[BlockPlace]:
-        """Return the stored blocks that make up a link's block of a weight, or of its optimizer tensor
-        `state`."""
+        """Return the stored blocks of a link's block of a weight, or of its optimizer tensor `state`."""
         return [(link.key, link.offset, link.extent)]
 
     def list_names(self) -> list[str]:

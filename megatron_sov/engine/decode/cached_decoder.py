@@ -192,8 +192,7 @@ def _multiply(linear: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def get_replica_rank() -> tuple[int, int]:
-    """Return (rank, size) in the data-parallel group with context parallelism, whose processes read different
-    sequences."""
+    """Return (rank, size) among the processes that read different sequences: data and context parallel."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return group.rank(), group.size()
 

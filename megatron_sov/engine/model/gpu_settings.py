@@ -333,7 +333,6 @@ def _memory_rules(gpu: GpuConfig, te: bool) -> list[Rule]:
 
 
 def _dispatcher_rules(dispatcher: str) -> list[Rule]:
-    """Return the rules for `parallel.expert_dispatcher`."""
     if dispatcher not in DEEP_EP_NAMES:
         return []
     problem = find_deep_ep_problem(dispatcher)
@@ -344,7 +343,6 @@ def _dispatcher_rules(dispatcher: str) -> list[Rule]:
 
 
 def _linear_attention_rules(config: RunConfig, context: KernelContext) -> list[Rule]:
-    """Return the rules for `gpu.linear_attention` = fla."""
     if config.gpu.linear_attention != "fla":
         return []
     linear, is_deterministic = context.model.linear_attention, config.train.deterministic

@@ -162,8 +162,7 @@ class Optimizer:
                     torch._foreach_mul_(gradients, self._clip_grad / (grad_norm + 1e-6))
 
     def sync_master_weights(self) -> None:
-        """Update the float32 masters after weights were loaded; masters of FP8 weights were loaded
-        themselves."""
+        """Update the float32 masters from loaded weights; masters of FP8 weights were loaded directly."""
         if not self.model.fp8_placeholders:
             self.megatron_optimizer.reload_model_params()
             return
