@@ -2,11 +2,11 @@
 
 Usage: python benchmarks/plan_activations.py > benchmarks/results/plan_activations.txt
 
-Tiny models in float32 are trained for one step, in as many processes as their layout has.  Every tensor that
-autograd saves is counted by its storage, once, until autograd frees it; weights are left out.  `measured` is
-the peak, averaged over the ranks of the stage where `plan` is furthest off; `predicted` is `plan`'s figure of
-that stage (`plan/footprint/activations.py`).  Routing comes from an untrained router, so a rank's experts can
-get more or fewer tokens than the even share that is counted.
+Tiny models in float32 are trained for one step, with a process per rank of their layout.  The storage of
+every tensor that autograd saves is counted once, until autograd frees it; weights are left out.  `measured`
+is the peak, averaged over the ranks of a pipeline stage; `predicted` is `plan`'s figure for that stage
+(`plan/footprint/activations.py`).  Of several stages, the one with the largest error is printed.  Routers are
+untrained, so a rank's experts can get more or fewer tokens than the even share that `plan` assumes.
 """
 
 from __future__ import annotations
@@ -47,13 +47,14 @@ class Case:
 
     @property
     def config(self) -> RunConfig:
-        """All settings."""
+        """The recipe changed by COMMON, the sequence length and `settings`."""
         phases = json.dumps([{"name": "main", "seq_len": self.seq_len}])
         return apply_settings(recipes.get(self.recipe), [
             *COMMON, f"data.phases={phases}", *self.settings])
 
 
 def _modules(*names: str) -> tuple[str, str]:
+    """Return the settings that recompute only these modules."""
     return "train.recompute=selective", f"gpu.recompute_modules={json.dumps(names)}"
 
 
@@ -114,21 +115,23 @@ class Kept:
 
 @dataclass
 class Counter:
-    """Bytes of storages that autograd has saved."""
+    """Counts the bytes of storages that autograd saves, each storage once."""
 
     weights: set[int]
     """Addresses of storages that are not counted."""
     most: int = 0
-    """Bytes at most."""
+    """Peak bytes."""
     _now: int = 0
     _uses: dict[int, int] = field(default_factory=dict)
+    """Address of a storage -> saved tensors in it."""
     _sizes: dict[int, int] = field(default_factory=dict)
+    """Address of a storage -> bytes."""
 
     def save(self, tensor: torch.Tensor) -> Any:
         """Count a tensor, and return what autograd keeps in its place."""
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
-        if address in self.weights or not address:
+        if address in self.weights or not address:  # an empty storage has address 0
             return tensor
         if address not in self._uses:
             self._uses[address], self._sizes[address] = 0, storage.nbytes()
@@ -143,7 +146,7 @@ class Counter:
         return kept.tensor if isinstance(kept, Kept) else kept  # type: ignore[no-any-return]
 
     def drop(self, address: int) -> None:
-        """Count one use less."""
+        """Forget one saved tensor in the storage at `address`."""
         self._uses[address] -= 1
         if not self._uses[address]:
             self._now -= self._sizes[address]
@@ -151,7 +154,7 @@ class Counter:
 
 
 def measure_saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
-    """Train a step; return this process's pipeline stage, and the bytes that autograd saved at most."""
+    """Train a step; return this process's pipeline stage, and the peak bytes that autograd saved."""
     from megatron.core import parallel_state
 
     from megatron_sov.runs.folder import RunFolder
@@ -215,14 +218,15 @@ def main() -> None:
     for case in CASES:
         if args.only and args.only not in case.name:
             continue
-        of_stage: dict[int, list[int]] = {}
+        bytes_by_stage: dict[int, list[int]] = {}
         for stage, num_bytes in measure_case(case):
-            of_stage.setdefault(stage, []).append(num_bytes)
-        rows = [(round(statistics.mean(found)), predict_saved_bytes(case.config, stage, case.nproc))
-                for stage, found in of_stage.items()]
-        found, predicted = max(rows, key=lambda row: abs(row[1] / row[0] - 1))
-        errors.append(predicted / found - 1)
-        print(f"{case.name:<40}{case.nproc:>6}{found:>14,}{predicted:>14,}{errors[-1]:>+8.1%}", flush=True)
+            bytes_by_stage.setdefault(stage, []).append(num_bytes)
+        rows = [(round(statistics.mean(counts)), predict_saved_bytes(case.config, stage, case.nproc))
+                for stage, counts in bytes_by_stage.items()]
+        measured, predicted = max(rows, key=lambda row: abs(row[1] / row[0] - 1))
+        errors.append(predicted / measured - 1)
+        print(f"{case.name:<40}{case.nproc:>6}{measured:>14,}{predicted:>14,}{errors[-1]:>+8.1%}",
+              flush=True)
     print(f"\n{len(errors)} cases: median {statistics.median(map(abs, errors)):.1%} off, "
           f"worst {max(map(abs, errors)):.1%}; {sum(abs(e) <= 0.05 for e in errors)} within 5 %")
 

@@ -180,7 +180,7 @@ def _open_encoder(tokenizer: Path, settings: PackSettings, corpora: "MediaCorpor
 
 
 def _plan_source(path: Path, can_cut: bool) -> Iterator[Unit]:
-    """Yield a source's units; `can_cut`: cut a single text into documents, to hold some of them out."""
+    """Yield a source's units; `can_cut`: cut its only text into documents, so that some are held out."""
     if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():  # inside a code folder, tables are text
         raise UserError(f"{path}: is a table; save it as Parquet or JSON lines, e.g. pandas.read_csv(FILE)"
                         ".to_json(OUT, orient='records', lines=True), and pass --text-field COLUMN; a copy "

@@ -202,8 +202,7 @@ class CheckpointSaver:
             self._on_saved(save.summarize())
 
     def _abort_save(self, save: "_PendingSave") -> None:
-        """Delete the temporary folder and raise the first error on every process; no rank may still be
-        writing."""
+        """Delete the temporary folder and raise the first error on every process; no rank may be writing."""
         if dist.get_rank() == 0:
             shutil.rmtree(save.folder, ignore_errors=True)
         self._pending = None

@@ -22,7 +22,7 @@ from megatron_sov.engine.fused_routing import (
 from megatron_sov.engine.model.attention import SharedPrompts
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import get_local_device
-from megatron_sov.engine.route_replay import RecordedRoutes, RouteTable
+from megatron_sov.engine.route_replay import LayerRoutes, RouteTable
 
 EPSILON = 1e-20
 """Added to the sum of weights before division, as in transformers."""
@@ -83,7 +83,7 @@ class BalancedRouter(TopKRouter):
             self._count_tokens(_expand_documents(routing_map, shared), valid)
         return probs, routing_map
 
-    def _find_recorded(self, mask: torch.Tensor | None) -> RecordedRoutes | None:
+    def _find_recorded(self, mask: torch.Tensor | None) -> LayerRoutes | None:
         """Return the recorded routes in this layer for a mask [tokens, ...], or None without indices."""
         table = self.config.routing_step.table
         if table is None or mask is None or mask.shape[1] == 1:
@@ -92,7 +92,7 @@ class BalancedRouter(TopKRouter):
         return table.decode_routes(mask, layer)
 
     def _choose_experts(self, logits: torch.Tensor,
-                        recorded: RecordedRoutes | None) -> tuple[torch.Tensor, torch.Tensor]:
+                        recorded: LayerRoutes | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weights and choice of the top K experts by score plus bias (arXiv 2412.19437, eq. 12-16), or
         of the recorded experts; weights use the scores without bias.
 
@@ -134,7 +134,7 @@ class BalancedRouter(TopKRouter):
             self.local_tokens_per_expert += chosen.sum(dim=0)
 
     def _attach_balancing_loss(self, probs: torch.Tensor, logits: torch.Tensor, valid: torch.Tensor | None,
-                               recorded: RecordedRoutes | None) -> torch.Tensor:
+                               recorded: LayerRoutes | None) -> torch.Tensor:
         coeff = self.get_aux_loss_coeff("seq_aux_loss")
         step: RoutingStep = self.config.routing_step
         if coeff == 0:
@@ -162,7 +162,7 @@ class BalancedRouter(TopKRouter):
 
     def _compute_balancing_terms(self, logits: torch.Tensor, valid: torch.Tensor,
                                  index: torch.Tensor | None, num_local: int,
-                                 recorded: RecordedRoutes | None) -> tuple[torch.Tensor, torch.Tensor]:
+                                 recorded: LayerRoutes | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores [tokens, experts] that sum to 1, and counts [sequences, experts] of local tokens with
         the expert in their top K.
 

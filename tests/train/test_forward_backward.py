@@ -29,7 +29,7 @@ BuildRun = Callable[..., Any]
 
 @pytest.fixture
 def build_run(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[BuildRun]:
-    """Return `build_run(*settings, faults, data)`, which builds a small trainer and collects its first
+    """Return `build_run(*settings, faults, data)`: builds a small trainer; returns its parts and its first
     batch."""
     trainers = []
 
@@ -49,7 +49,7 @@ def build_run(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[BuildRun
 
 
 def flatten_sums(sums: Any) -> torch.Tensor:
-    """Return the sums of all terms and sources of a step, as one vector."""
+    """Return a step's sums over terms and over sources, joined into a vector."""
     return torch.cat([torch.tensor(list(sums.terms.values()), dtype=torch.float64), sums.by_source.flatten()])
 
 
@@ -66,10 +66,11 @@ def test_gradients_and_sums_do_not_depend_on_micro_batches(build_run: BuildRun) 
         sums = run.forward_backward.compute_gradients(run.batch, run.objective, 1)
         results.append((flatten_sums(sums), copy_gradients(run.model)))
         assert run.forward_backward.is_finite
+    first_sums, first_gradient = results[0]
     for sums, gradient in results[1:]:
-        torch.testing.assert_close(sums, results[0][0], rtol=1e-6, atol=0)
-        torch.testing.assert_close(gradient, results[0][1], rtol=1e-3, atol=1e-6)
-    assert results[0][1].abs().max() > 1e-3
+        torch.testing.assert_close(sums, first_sums, rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient, first_gradient, rtol=1e-3, atol=1e-6)
+    assert first_gradient.abs().max() > 1e-3
 
 
 def test_sums_are_terms_then_loss_and_targets_of_each_source(build_run: BuildRun) -> None:
@@ -91,6 +92,7 @@ def test_meters_do_not_depend_on_micro_batches(build_run: BuildRun) -> None:
 
         def loss(hidden: Any, head: Any, batch: Any, original_loss: Any = original_loss) -> Any:
             odd = (batch.labels % 2 * batch.weights).sum()
+            # meters are (sum, count); the mean is reported, and nothing for a count of 0
             return dataclasses.replace(original_loss(hidden, head, batch), meters={
                 "odd": (odd, batch.weights.sum()), "never": (0.0, 0), "rows": (3.0, 2)})
 
@@ -140,7 +142,7 @@ def test_routes_of_data_are_replayed_and_their_share_is_reported(build_run: Buil
         results[name] = sums.terms["lm"], sums.meters
     routes = np.concatenate([m.inputs.routes for m in run.batch.micro_batches])
     padding = np.concatenate([m.inputs.padding.numpy() for m in run.batch.micro_batches])
-    share = float((routes[~padding] != 255).mean())
+    share = float((routes[~padding] != 255).mean())  # 255 marks a token without recorded routes
     assert 0.6 < share < 0.9
     assert results["live"][1] == {} and results["recorded"][1] == {"replayed_routes": pytest.approx(share)}
     assert results["unknown"] == (results["live"][0], {"replayed_routes": 0.0})

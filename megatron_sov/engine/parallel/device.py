@@ -50,7 +50,7 @@ def release_gpu_memory() -> None:
 
 def toggle_nsys_recording(*, on: bool) -> None:
     """Start or stop recording in nsys, with Megatron-Core's NVTX ranges. Records nothing without nsys."""
-    # `prepare_megatron` needs this module before megatron may be imported
+    # the package imports this module before it prepares the process for megatron
     from megatron.core.utils import configure_nvtx_profiling
 
     configure_nvtx_profiling(on)
