@@ -271,8 +271,7 @@ class UpdateRounding:
 
 
 def open_checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
-    """Open a checkpoint; an adapter is merged into the base. Raises `UserError`: tensors do not match the
-    model, or the base is missing."""
+    """Open a checkpoint; adapters are merged. Raises `UserError`: other tensors, or the base is missing."""
     base = read_adapter_base(path)
     return CheckpointWeights(path) if base is None else AdaptedWeights(path, base)
 

@@ -502,7 +502,6 @@ def check_export(folder: Path) -> None:
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
 
 
-
 def check_whole_model(weights: Iterable[tuple[str, _T]], shapes: Mapping[str, tuple[int, ...]],
                       ignored: Sequence[str] = ()) -> Iterator[tuple[str, _T]]:
     """Yield tensors in arrival order, and check that the tensors form a whole model with `shapes`; names that

@@ -338,8 +338,7 @@ class PairLearningWithReference(PairLearning):
 
 
 class GroupLearning(DataObjective):
-    """GrouPER: objective ``sum(loss / responses_in_group) / groups`` over responses, with multi-token
-    prediction on responses."""
+    """GrouPER: ``sum(loss / responses_in_group) / groups`` over responses, with multi-token prediction."""
 
     formats = ("chat",)
     columns: Mapping[str, NeededColumn] = dict.fromkeys((ADVANTAGE, GROUP_SHARE), NeededColumn(

@@ -105,8 +105,7 @@ class CachedDecoder:
                             self._combine_routes(record, row_tokens) if self._with_routes else None)
 
     def best_tokens(self, output: DecodeOutput, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the most probable next token [indices] int64 and its log-probability at row indices, on the
-        last stage."""
+        """Return most probable next tokens [indices] int64 and log-probabilities, on the last stage."""
         tokens, logprobs = self._build_head().best_tokens(self._gather_states(output, indices))
         return tokens.cpu(), logprobs.cpu()
 

@@ -346,8 +346,7 @@ class AdapterFactors(torch.nn.Module):
         return self.A, copy_to_group(self.B, self.group())
 
     def blocks(self) -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """Yield the fields of a `local_shards.LocalShard` for each factor: name, data, global shape, offset,
-        replica."""
+        """Yield a `LocalShard`'s fields per factor: name, data, global shape, offset, replica."""
         target, group_rank = self.target, self.group().rank()
         halves = (target.halves,) if target.halves > 1 else ()
         views = {A: (self.A, -1, is_row_parallel(target)),
@@ -423,8 +422,7 @@ def _apply_fused_norm(module: Any, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _build_grouped_hook(adapters: list[LinearAdapter]) -> Callable[..., Any]:
-    """Return the forward hook for a grouped linear layer; its input holds the tokens of all local experts in
-    order."""
+    """Return the hook of a grouped linear layer; its input has the tokens of all local experts in order."""
     def add_adapter_outputs(_: Any, inputs: tuple[Any, ...], outputs: tuple[Any, Any]) -> tuple[Any, Any]:
         tokens, counts = inputs[:2]
         output, skipped_bias = outputs

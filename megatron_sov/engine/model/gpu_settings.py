@@ -273,8 +273,7 @@ def _find_nondeterminism() -> str:
 
 
 def check_gpu_settings(config: RunConfig, te: bool) -> None:
-    """Raise `SettingsError` with a sentence per setting that this process cannot use; `te`: the model uses
-    Transformer Engine modules."""
+    """Raise `SettingsError` with a sentence per unusable setting; `te`: Transformer Engine is used."""
     context = KernelContext(te, config.model, config.parallel)
     problems = find_broken_rules(
         config.gpu, "gpu", *_fusion_rules(config.gpu, context), *_attention_rules(config, context),

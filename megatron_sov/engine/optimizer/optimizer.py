@@ -28,8 +28,7 @@ third of the time."""
 
 
 class Optimizer:
-    """Data-parallel gradient reduction, and AdamW or Muon, for one model. Gradients are plain sums over
-    processes."""
+    """Sums of gradients over data-parallel processes, and AdamW or Muon, for one model."""
 
     def __init__(self, model: LanguageModel, config: OptimConfig,
                  parallel: ParallelConfig = NOT_SHARDED, gpu: GpuConfig = DEFAULT_GPU) -> None:
