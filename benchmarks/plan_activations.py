@@ -13,22 +13,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from long_sequence import RandomDocuments
+from long_sequence import build_trainer, measure_ranks
+from measurement import describe_machine
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel import launcher, world
+from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.activations import estimate_stored
-from megatron_sov.train.data.sources import Source
 
 COMMON = ("train.precision=fp32", "train.steps=1", "train.eval_every_steps=0", "data.prefetch_steps=0",
           "train.micro_batch_size=1", "train.global_batch_size=1")
@@ -157,16 +155,9 @@ def measure_saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     """Train a step; return this process's pipeline stage, and the peak bytes that autograd saved."""
     from megatron.core import parallel_state
 
-    from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.loop import train_step
-    from megatron_sov.train.objectives.data_objective import LanguageModelling
-    from megatron_sov.train.trainer import Trainer
 
-    place = world.join_world(config.parallel)
-    tokens = config.data.phases[0].seq_len
-    source = Source("long", None, "text", {}, {"train": 2 * tokens * config.train.global_batch_size}, 1.0,
-                    train_documents=RandomDocuments(tokens, config.model.vocab_size))
-    trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
+    trainer = build_trainer(config, world.join_world(config.parallel), folder)
     counter = Counter({weight.untyped_storage().data_ptr() for weight in trainer.model.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(counter.save, counter.give):
         train_step(trainer)
@@ -174,28 +165,6 @@ def measure_saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     trainer.close()
     world.leave_world()
     return found
-
-
-def measure_case(case: Case) -> list[tuple[int, int]]:
-    """Return (pipeline stage, bytes) of every rank of a case.
-
-    Raises:
-        SystemExit: the step failed.
-    """
-    config = case.config
-    config.check(case.nproc)
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-
-        def rank() -> int:
-            result = measure_saved_bytes(config, folder)
-            (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
-            return 0
-
-        if code := launcher.launch_ranks(rank, case.nproc, num_threads=1):
-            raise SystemExit(code)
-        return [tuple(json.loads((folder / f"{r}.json").read_text())) for r in range(case.nproc)]
 
 
 def predict_saved_bytes(config: RunConfig, stage: int, nproc: int) -> int:
@@ -211,15 +180,15 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose names hold this")
     args = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-          f"torch {torch.__version__}; float32, {SEQ_LEN} tokens unless noted\n")
+    print(f"{describe_machine()}, torch {torch.__version__}; float32, {SEQ_LEN} tokens unless noted\n")
     print(f"{'case':<40}{'ranks':>6}{'measured':>14}{'predicted':>14}{'error':>8}")
     errors = []
     for case in CASES:
         if args.only and args.only not in case.name:
             continue
         bytes_by_stage: dict[int, list[int]] = {}
-        for stage, num_bytes in measure_case(case):
+        case.config.check(case.nproc)
+        for stage, num_bytes in measure_ranks(partial(measure_saved_bytes, case.config), case.nproc):
             bytes_by_stage.setdefault(stage, []).append(num_bytes)
         rows = [(round(statistics.mean(counts)), predict_saved_bytes(case.config, stage, case.nproc))
                 for stage, counts in bytes_by_stage.items()]

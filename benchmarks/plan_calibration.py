@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from plan_fit import PRIORS, Sample, error, fit
+from plan_fit import PRIORS, Sample, error, fit, get_parameter
 
 from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.plan.speed.parameters import Parameters, load_default_parameters
@@ -155,16 +155,6 @@ def cross_validate(rows: list[Row], fitted: Parameters, rounds: int) -> dict[int
     return errors
 
 
-def get_parameter(p: Parameters, path: str) -> float:
-    """Return a parameter by its dotted path."""
-    table: object = vars(p)
-    for name in path.split("."):
-        assert isinstance(table, dict)
-        table = table[name]
-    assert isinstance(table, float)
-    return table
-
-
 def main() -> int:
     """Fit the parameters, cross-validate them, and print the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -196,7 +186,7 @@ def main() -> int:
     print("\n".join(list_worst_rows(rows, errors)))
     print(f"\nParameters: {len(PRIORS)} fitted")
     for path, prior in PRIORS.items():
-        print(f"  {path:34s} expected {prior.value:10.4g}   fitted {get_parameter(p, path):10.4g}")
+        print(f"  {path:34s} expected {prior.value:10.4g}   fitted {get_parameter(vars(p), path):10.4g}")
     if args.write and not args.no_refit:
         write_parameters(p, len(rows), inside, errors)
     return 0

@@ -146,7 +146,6 @@ class HasInputs(Protocol):
     @property
     def inputs(self) -> ModelInputs:
         """`ModelInputs` for the chunks."""
-        ...
 
 
 def _compute_loss(loss: Loss, batch: HasInputs,

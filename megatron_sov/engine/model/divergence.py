@@ -65,7 +65,6 @@ class Teacher(Protocol):
             divergence: kind and temperature.
             token_rows: number of local columns that belong to token ids; padding columns follow.
         """
-        ...
 
 
 @dataclass(frozen=True)

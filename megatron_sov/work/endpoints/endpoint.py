@@ -58,11 +58,9 @@ class RateGate(Protocol):
 
     def enter(self, most: Usage) -> None:
         """Admit a request with maximum billing `most`; may wait or raise."""
-        ...
 
     def leave(self, most: Usage, billed: Usage) -> None:
         """Record the actual billing of an admitted request."""
-        ...
 
 
 class OpenGate:

@@ -136,11 +136,9 @@ class RowRequests(Protocol):
 
     def begin(self, attempt: SampleAttempt) -> list[PendingRow]:
         """Request an attempt's rows, in order."""
-        ...
 
     def abort(self, names: Sequence[str]) -> None:
         """End rows early, with the tokens generated so far."""
-        ...
 
     def close(self) -> None:
         ...
