@@ -47,7 +47,6 @@ class TokenRules(Protocol):
 
     def allowed(self, written: Tokens) -> np.ndarray:
         """Return the allowed next tokens, [vocab_size] bool; at least a token is allowed."""
-        ...
 
 
 @dataclass(frozen=True)

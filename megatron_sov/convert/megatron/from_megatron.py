@@ -111,8 +111,7 @@ MAX_READ_BYTES = 1 << 20
 
 
 def find_tensor(path: Path, start: int, length_bytes: int) -> tuple[torch.dtype, tuple[int, ...], int]:
-    """Return dtype, shape and first byte of the tensor of a `torch.save` archive inside a file; raises
-    OSError or ValueError."""
+    """Return dtype, shape and first byte of a `torch.save` archive's tensor; raises OSError or ValueError."""
     if not path.is_file():
         raise ValueError("the file is missing")
     with open(path, "rb") as file:

@@ -282,7 +282,7 @@ def _read_engine_shares(args: Any) -> EngineShares | None:
 
 
 def _build_artifact(stage: str, arguments: list[str]) -> StageWork:
-    parser = Parser(prog=f"submit {stage}", add_help=False, allow_abbrev=False)
+    parser = Parser(prog=f"submit {stage}", add_help=False)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--tokenizer", type=Path)
     parser.add_argument("--input", nargs="+", action="extend", default=[])

@@ -297,7 +297,6 @@ class Lengths(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, documents: Any, /) -> Any:
         """Return the token count for a document, or counts for an array."""
-        ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -350,34 +349,26 @@ class Documents(Protocol):
     @property
     def lengths(self) -> Lengths:
         """Tokens per document."""
-        ...
 
     @property
     def is_plain(self) -> bool:
         """Whether every token has loss weight 1 and type 0, so that `build_row` reads neither."""
-        ...
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return token ids, [count] int64."""
-        ...
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
         """Return loss weights for tokens as targets, [count] float32."""
-        ...
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
         """Return token types, [count] uint8."""
-        ...
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Column names, in addition to loss weights and types."""
-        ...
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
         """Return numbers from a column for tokens as targets, [count] float32."""
-        ...
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
         """Return expert routes, [count, layers, top_k], for sources with `Source.routes`."""
-        ...

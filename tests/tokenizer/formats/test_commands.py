@@ -198,7 +198,7 @@ def _truncate(file: str) -> Callable[[Path, Path], Path]:
     _edit_trained("tokenizer.json", lambda raw: raw["model"]["vocab"].update(abc="x")),
     _edit_trained("tokenizer.json", lambda raw: raw["model"]["vocab"].update(abc=300)),
     _edit_trained("tokenizer.json", lambda raw: raw.update(
-        pre_tokenizer={"type": "Split", "pattern": {"Regex": r"(\w+\s?)*=x"}, "behavior": "Isolated",
+        pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+$|(.*)*x"}, "behavior": "Isolated",
                        "invert": False})),
     _edit_trained("tokenizer_config.json", lambda config: config.update(eos_token=["a"])),
     _edit_trained("tokenizer_config.json", lambda config: config.update(
