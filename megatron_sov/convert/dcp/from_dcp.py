@@ -190,7 +190,8 @@ class DcpWeights(Weights):
             floor = peak * end if isinstance(end, (int, float)) else None
         if floor is None or not isinstance(rates, list) or rates != [peak] * len(rates):
             return {}
-        if type(steps) is not int or not max(1, warmup) <= steps <= MAX_SIZE:  # our warm-up is at most half of the run
+        # our warm-up is at most half of the run
+        if type(steps) is not int or not max(1, warmup) <= steps <= MAX_SIZE:
             return {}
         values = {"optim.min_lr": floor, "optim.warmup_steps": warmup, "train.steps": steps + warmup}
         return {"optim.schedule": kind} | read_numbers(self.path, values, {name: name for name in values})

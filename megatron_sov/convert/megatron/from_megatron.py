@@ -24,7 +24,8 @@ from megatron_sov.convert.dtypes import KEEP, check_dtype_name, choose_dtype
 from megatron_sov.convert.hf_import import (
     ImportSource, StateBlock, TrainingState, list_states, write_imported)
 from megatron_sov.convert.megatron.inert_pickle import (
-    COMMON_STATE, MAX_SIZE, STATE_KEY, TORCH_STATE_KEY, TorchArchive, parse_file, read_index, read_settings, read_value)
+    COMMON_STATE, MAX_SIZE, STATE_KEY, TORCH_STATE_KEY, TorchArchive, parse_file, read_index, read_settings,
+    read_value)
 from megatron_sov.convert.sources import BlockPlace, Weights, check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
@@ -282,7 +283,8 @@ def add_entry(folder: Path, entries: dict[str, Any], key: str, entry: Any) -> No
         raise UserError(f"{folder}: has two tensors for {key}; save one model with one optimizer")
 
 
-def _select_entries(folder: Path, index: dict[str, Any], *, with_optimizer: bool) -> tuple[dict[str, Any], int]:
+def _select_entries(folder: Path, index: dict[str, Any], *, with_optimizer: bool
+                    ) -> tuple[dict[str, Any], int]:
     """Return the tensors of an index under Megatron's keys, with AdamW's state under keys such as
     `exp_avg/KEY`, and the number of optimizer tensors that are left out."""
     tensors: dict[str, Any] = index["tensors"]
