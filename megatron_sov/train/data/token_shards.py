@@ -19,7 +19,8 @@ from megatron_sov.base.documents.shard_files import (
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
-from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, get_encoder_inputs, load_modality
+from megatron_sov.model.modality import (
+    NO_BANKS, Banks, EncoderInputs, get_banks, get_encoder_inputs, load_modality)
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
@@ -184,6 +185,10 @@ class TokenShard:
 
 class DocumentView:
     """Documents that are stored in other `Documents`; subclasses implement `locate`."""
+
+    def __init__(self, documents: "Documents", is_plain: bool) -> None:
+        self._documents, self.is_plain = documents, is_plain
+        self.columns, self.banks = documents.columns, get_banks(documents)
 
     def locate(self, document: int) -> "tuple[Documents, int, int]":
         """Return the `Documents` that store a document, and the document's index and first token there."""
