@@ -73,13 +73,11 @@ class TokenShard:
                 self._features = self._map_features()
                 self._bank_reader = load_modality().open_banks(prefix, banks)
             self.is_plain = self._loss is None and self._type is None and self._written is None
-        except OSError as e:
-            if e.errno == errno.EMFILE:
+        except (OSError, IndexError, KeyError, ValueError) as e:
+            if isinstance(e, OSError) and e.errno == errno.EMFILE:
                 raise UserError(f"{prefix}: this process may not open more than "
                                 f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files; raise `ulimit -n`, "
                                 "or pack into larger shards (--shard-tokens)") from None
-            raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
-        except (IndexError, KeyError, ValueError) as e:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
