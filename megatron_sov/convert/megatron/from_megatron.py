@@ -492,7 +492,7 @@ def read_numbers(folder: Path, block: Mapping[str, Any], names: Mapping[str, str
 def read_objects(folder: Path, objects: Mapping[str, Sequence[Any]], keys: re.Pattern[str]) -> dict[str, Any]:
     """Return name (first group of `keys`) -> JSON value of the stored objects whose key matches; None for
     values that need further classes, or are too large."""
-    values = {}
+    values: dict[str, Any] = {}
     for key, (file, start, length_bytes) in objects.items():
         if match := keys.fullmatch(key):
             refuse_outside_link(folder, folder / file)
