@@ -277,7 +277,6 @@ def _report_unread_fields(units: list[tuple[PackSource, Unit]], reading: RecordR
 
 
 def _report_unread_message_fields(encoded: Iterable[EncodedSource]) -> None:
-    """Print unread message fields with message counts per source."""
     for source in encoded:
         counts: Counter[str] = Counter()
         for _, record in source.units:
@@ -360,7 +359,6 @@ def _check_buckets(encoded: list[EncodedSource], field_name: str) -> None:
 
 def _build_source_record(job: _PackJob, source: EncodedSource, bucket: str, splits: dict[str, Any],
                          tags: dict[str, list[str]]) -> dict[str, Any]:
-    """Return a source's manifest record."""
     # unit keys hash input and settings, so a hash over keys identifies the source
     keys = "".join(record.key for _, record in source.units)
     record: dict[str, Any] = {

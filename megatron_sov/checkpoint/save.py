@@ -255,8 +255,7 @@ class _PendingSave:
 
 
 def _wait_for_ranks(folder: Path, end_s: float) -> bool:
-    """Wait until every rank has written its `SnapshotRecord`; False if files stop growing or the time runs
-    out."""
+    """Wait for every rank's `SnapshotRecord`; False: files stop growing, or the time runs out."""
     size, grew_s = -1, time.monotonic()
     while not all(SnapshotRecord.file(folder, rank).is_file() for rank in range(dist.get_world_size())):
         now_s = time.monotonic()

@@ -59,8 +59,7 @@ def find_only_folder(kind: str) -> str:
 
 
 def list_models(kinds: Collection[str] = ("hf", "run", "checkpoint")) -> list[str]:
-    """Return the folders of `kinds`, as `classify_folder` names them, in the current folder and its folder
-    runs."""
+    """Return the folders of `kinds` (`classify_folder`) in the current folder and its folder runs."""
     return [str(path) for path in sorted([*Path().iterdir(), *Path("runs").glob("*")])
             if classify_folder(path) in kinds]
 
@@ -74,7 +73,7 @@ def suggest_models(kinds: Collection[str]) -> str:
 
 def list_run_tokenizers(run: Path) -> list[Path]:
     """List the tokenizer folders in a run's checkpoints, oldest step first."""
-    folders = [path for path in run.glob("checkpoints/step-*/tokenizer") if path.parent.name[5:].isdigit()]
+    folders = [path for path in run.glob("checkpoints/step-*/tokenizer") if path.parent.name[5:].isdecimal()]
     return sorted(folders, key=lambda path: int(path.parent.name[5:]))
 
 

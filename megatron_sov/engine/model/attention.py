@@ -454,8 +454,7 @@ def attend_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 
 def attend_document_list(documents: Sequence[tuple[torch.Tensor, ...]], scale: float,
                          window_tokens: int) -> list[torch.Tensor]:
-    """Apply `attend_document` to each document's (query, key, value), with one call per length for whole
-    documents."""
+    """Apply `attend_document` to each (query, key, value); whole documents of a length share a call."""
     outputs: dict[int, torch.Tensor] = {}
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, (query, key, value) in enumerate(documents):

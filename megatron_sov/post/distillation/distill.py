@@ -159,8 +159,7 @@ class StoredTeacher:
 
     def __init__(self, folders: Sequence[StateFiles], settings: DistillationConfig, sources: Sequence[Source],
                  vocab_size: int) -> None:
-        """Assign `folders` to `sources`. Raises `UserError`: `check_outputs` fails, or a source has no
-        outputs."""
+        """Assign `folders` to `sources`. Raises `UserError`: see `check_outputs`; a source has no folder."""
         for files in folders:
             check_outputs(files, settings, vocab_size)
         self._by_source = {index: files for files in folders for index in files.sources}

@@ -314,8 +314,7 @@ class PieceQueue:
     _policy: Policy | None = None
     _checked_s: float = 0.0
 
-    def next_attempts(self, num_rows: int = 0, *, is_busy: bool = False
-                      ) -> tuple[SampleAttempt, ...] | None:
+    def next_attempts(self, num_rows: int = 0, *, is_busy: bool = False) -> tuple[SampleAttempt, ...] | None:
         """Return attempts to generate; () if there are none at the moment, None at the end.
 
         Args:

@@ -82,8 +82,10 @@ class GenerationSettings:
     """Prompts that no round uses."""
     rollout: RolloutConfig
     run: Path
+    """Run folder."""
     source: RolloutSource
     provenance: Mapping[str, Any]
+    """Manifest fields for every part."""
     max_gen_batches: int = 1
     """`policy.max_gen_batches`: above 1, rounds may need further prompts."""
     wait_s: float | None = None
