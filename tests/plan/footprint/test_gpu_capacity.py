@@ -31,7 +31,7 @@ SIZES = (512, 1024)
 def test_an_oversized_run_is_refused_with_the_nearest_fitting_layout() -> None:
     """33.7 GiB of weights and 67.4 GiB of gradients on each of 480 processes exceed an H100."""
     solar = apply_settings(recipes.get("solar-open-102b"), ["train.fp8=none"])
-    with pytest.raises(UserError, match=r"^solar-open-102b on 480 processes: the layout ep 8, with ZeRO-1 "
+    with pytest.raises(UserError, match=r"^solar-open-102b on 480 processes: ep 8, ZeRO-1 "
                        r"needs 111\.3 GiB on each process \(weights 33\.7, gradients 67\.4, "
                        r".*75\.0 GiB of a H100-80GB with 79\.0 GiB; the nearest layout that "
                        r"fits: --set parallel\.pp=2$"):
