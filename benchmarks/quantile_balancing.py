@@ -75,7 +75,9 @@ def main() -> None:
                 print(f"{update:<10}{seed:>4}{loss:>10.4f}{first:>22.4f}{later:>8.4f}", flush=True)
     differences = [quantile[0] - sign[0] for sign, quantile in zip(*results.values(), strict=True)]
     print(f"\nheld-out loss, quantile minus sign, by seed: {', '.join(f'{d:+.4f}' for d in differences)}\n"
-          f"mean: {format_over_seeds(differences, '+.4f')} nats (95 % interval)")
+          f"mean: {format_over_seeds(differences, '+.4f')} nats (95 % interval)\n"
+          + ", ".join(f"{update}: {fmean(row[2] for row in rows):.4f}" for update, rows in results.items())
+          + ": busiest expert's load over the mean load, minus 1, after the first steps")
 
 
 if __name__ == "__main__":
