@@ -12,7 +12,6 @@ Megatron-Core as it is (`live`), and checks that the verdict names the right pla
 import contextlib
 import functools
 import re
-import resource
 import sys
 import time
 import warnings
@@ -23,10 +22,11 @@ from unittest import mock
 import yaml
 
 from layout_proof.layout import CannotPlay, Layout
-from layout_proof.proof import EQUAL, prove_layout
+from layout_proof.proof import EQUAL, LayoutVerdict, prove_layout
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stock_models
+from measurement import read_peak_bytes
 from planted_faults import Fault, mutated
 
 CASES = yaml.safe_load((Path(__file__).parent / "data/stock_layouts.yaml").read_text(encoding="utf-8"))
@@ -44,31 +44,28 @@ def get_builder(model: str, **arguments: Any) -> Any:
     return functools.partial(builder, **arguments) if arguments else builder
 
 
+def prove_and_print(model: str, text: str) -> LayoutVerdict:
+    """Prove a layout, and print the verdict with the processor time and the peak memory so far."""
+    began_s = time.process_time()
+    verdict = prove_layout(get_builder(model), parse_layout(text))
+    print(f"{model} {text}: {verdict.outcome}, {verdict.largest:.1e} apart at most, "
+          f"{verdict.num_messages:,} messages, {(time.process_time() - began_s) / 60:.1f} processor minutes, "
+          f"{read_peak_bytes() / 2**30:.1f} GiB", flush=True)
+    return verdict
+
+
 def prove_sound(models: list[str]) -> bool:
     """Prove the sound layouts; return whether all are equal to one rank."""
     num_equal = num_layouts = 0
     for model in models or MODELS:
         for text in [*CASES["sound"], CASES["last"][model]]:
-            began_s = time.process_time()
-            verdict = prove_layout(get_builder(model), parse_layout(text))
+            verdict = prove_and_print(model, text)
             num_layouts += 1
             num_equal += verdict.outcome == EQUAL
-            print(f"{model} {text}: {verdict.outcome}, {verdict.largest:.1e} apart at most, "
-                  f"{verdict.num_messages:,} messages, {time.process_time() - began_s:.0f} s", flush=True)
             for place in [*verdict.places, *verdict.sites][:5]:
                 print(f"  {place}", flush=True)
     print(f"{num_equal} of {num_layouts} sound layouts are equal to one rank")
     return num_equal == num_layouts
-
-
-def prove_large(model: str, text: str) -> bool:
-    verdict = prove_layout(get_builder(model), parse_layout(text))
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    minutes = (usage.ru_utime + usage.ru_stime) / 60
-    print(f"{model} {text}: {verdict.outcome}, {verdict.largest:.1e} apart at most, "
-          f"{verdict.num_messages:,} messages, {minutes:.1f} processor minutes, "
-          f"{usage.ru_maxrss / 2**20:.1f} GiB")
-    return verdict.outcome == EQUAL
 
 
 def find_defects(words: list[str]) -> bool:
@@ -99,7 +96,7 @@ def main(argv: list[str]) -> int:
     warnings.simplefilter("ignore")
     command, *words = argv
     if command == "large":
-        return 0 if prove_large(words[0], " ".join(words[1:])) else 1
+        return 0 if prove_and_print(words[0], " ".join(words[1:])).outcome == EQUAL else 1
     return 0 if {"sound": prove_sound, "defects": find_defects}[command](words) else 1
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.base.documents.messages import EMPTY_VALUES, BadRecord, convert_sharegpt
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.hints.table import load_table
 
 KINDS = ("text", "chat", "preference", "prompt")
@@ -61,8 +61,7 @@ def split_response(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_media(record: Mapping[str, Any], is_prompt: bool) -> None:
-    """Refuse media next to a text: packing would drop the media silently. Raises `BadRecord`: the record has
-    a non-empty field of `MEDIA`."""
+    """Raise `BadRecord` for media next to a text, which packing would drop: a non-empty field of `MEDIA`."""
     # a prompt's string may be a file name that the reward reads
     media_types = (list, dict, bytes) if is_prompt else (list, dict, bytes, str)
     for name in MEDIA:
@@ -177,6 +176,8 @@ def _from_transcript_pair(record: dict[str, Any], kind: str | None) -> dict[str,
 
 @dataclass(frozen=True)
 class RecordLayout:
+    """A set of fields in which programs write records, and its conversion."""
+
     name: str
     """Layout name, and programs that write the layout."""
     fields: tuple[str, ...]
@@ -248,8 +249,10 @@ def parse_renames(arguments: Iterable[str], targets: Collection[str] = TARGETS) 
             if not equals or not target or not all(sources):
                 raise UserError(f"{where}: {part!r} must be TARGET=FIELD, e.g. prompt=instruction")
             if targets and target not in targets:
+                swapped = re.sub(r"([^=,]+)=([^=,]+)", r"\2=\1", argument)
                 raise UserError(f"{where}: {target!r} is not a field of records; choose from "
-                                f"{', '.join(targets)}")
+                                f"{', '.join(targets)}",
+                                Fix(words={argument: swapped}) if fields in targets else None)
             if target in renames:
                 raise UserError(f"{where}: {target!r} is named twice; join fields with '+', e.g. "
                                 f"{target}={'+'.join((*renames[target], *sources))}")
