@@ -125,7 +125,7 @@ def test_a_failed_search_names_the_nearest_layout() -> None:
     sweep.record_too_large(change_layout(tp=2), 3 * GIB)
     sweep.record_too_large(change_layout(tp=4), GIB)
     assert describe_too_large(sweep) == [
-        "2 do not fit: the nearest lacks 1.0 GiB (tp 4, micro-batch 1, recomputes nothing)"]
+        "2 do not fit: the nearest lacks 1.0 GiB (tp 4, ZeRO-1, micro-batch 1, recomputes nothing)"]
 
 
 def test_rare_rules_are_counted_together() -> None:

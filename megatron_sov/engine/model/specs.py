@@ -41,6 +41,8 @@ from megatron_sov.model.config.gpu import DEFAULT_GPU
 
 gelu_tanh = partial(gelu, approximate="tanh")
 """GELU by its tanh approximation (arXiv 1606.08415, section 2)."""
+OWN_FIELDS = ("norm_topk_prob", "router_bias_update", "logits_multiplier", "mtp_depths", "zero_centered_norms")
+"""Fields of `ModelConfig` that our modules read from the library's config."""
 
 
 # Layer parts that Megatron-Core lacks. `BlockOutput` takes the place of the bias-dropout-add, where a layer
@@ -222,8 +224,7 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, train
     config.exchanges_heads = exchanges_heads(kernel_context, gpu.attention)
     config.delta_kernels = uses_delta_kernels(kernel_context, gpu, train.deterministic)
     config.routing_step = RoutingStep()
-    for name in ("norm_topk_prob", "router_bias_update", "logits_multiplier", "mtp_depths",
-                 "zero_centered_norms"):
+    for name in OWN_FIELDS:
         setattr(config, name, getattr(model, name))
     return config
 
