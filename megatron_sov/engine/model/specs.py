@@ -41,7 +41,8 @@ from megatron_sov.model.config.gpu import DEFAULT_GPU
 
 gelu_tanh = partial(gelu, approximate="tanh")
 """GELU by its tanh approximation (arXiv 1606.08415, section 2)."""
-OWN_FIELDS = ("norm_topk_prob", "router_bias_update", "logits_multiplier", "mtp_depths", "zero_centered_norms")
+OWN_FIELDS = ("norm_topk_prob", "router_bias_update", "logits_multiplier", "mtp_depths",
+              "zero_centered_norms")
 """Fields of `ModelConfig` that our modules read from the library's config."""
 
 
