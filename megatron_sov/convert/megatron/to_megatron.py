@@ -45,9 +45,9 @@ def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool =
     """Write a checkpoint for Megatron-LM's `--load` (artifact kind `megatron_checkpoint`), which appears when
     complete; return its source, and why its learning rate is written as constant ("": it is not).
 
-    `framework`: `bridge` adds the files that Megatron-Bridge reads. `one_optimizer`: the loading run has one
-    optimizer for experts and other weights, as Megatron-Core has without expert parallelism if tensor
-    parallelism splits both alike. `workers`: files written at a time, each with one block in memory. Raises
+    `framework`: `bridge` adds the files that Megatron-Bridge reads. `one_optimizer`: write one optimizer
+    for experts and other weights, as Megatron-Core builds without expert parallelism if tensor parallelism
+    splits both alike. `workers`: files written at a time, each with one block in memory. Raises
     `UserError`: Megatron-Core cannot build the model or its optimizer, the checkpoint is damaged, or the disk
     is full.
     """
@@ -73,8 +73,8 @@ def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool =
 
 
 def _write_bridge_files(source: TrainedModel, dtype: torch.dtype, folder: Path, published: Path) -> None:
-    """Write tokenizer, settings and `TrainState` for Megatron-Bridge 0.6 into the folder of an iteration,
-    whose path after the export is `published`. `dtype`: of the weights."""
+    """Write tokenizer, settings and `TrainState` for Megatron-Bridge 0.6 into the folder of an iteration.
+    `dtype`: of the weights; `published`: path of the folder after the export."""
     write_hf_files(source, folder / "tokenizer", dtype)
     tokenizer, package = str(published / "tokenizer"), "megatron.bridge.training"
     run_config = {
