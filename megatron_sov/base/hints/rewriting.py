@@ -321,7 +321,7 @@ class Rewrite:
             return
         default = find_our_value("", word)
         translated = translated or ([default] if default else [])
-        if name == "--nodes" and values and values[0].isdigit() and int(values[0]) % GPUS_PER_NODE:
+        if name == "--nodes" and values and values[0].isdecimal() and int(values[0]) % GPUS_PER_NODE:
             self.messages.append(f"{values[0]} GPUs are no whole nodes of {GPUS_PER_NODE}: "
                                  f"--nodes {translated[0]} is {int(translated[0]) * GPUS_PER_NODE}")
         if name == "--data" and (blend := parse_blend(values)):

@@ -475,7 +475,7 @@ def _add_companions(rewrite: Rewrite) -> None:
     if "--nproc" not in rewrite.options or rewrite.command.startswith(("submit", "plan")):
         return
     sizes = [values.get(f"parallel.{axis}", "1") for axis in ("tp", "pp", "cp", "ep", "etp")]
-    if "--nproc" in rewrite.words or not all(size.isdigit() for size in sizes):
+    if "--nproc" in rewrite.words or not all(size.isdecimal() for size in sizes):
         return
     tp, pp, cp, ep, etp = map(int, sizes)
     num_local = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's processes on this machine
