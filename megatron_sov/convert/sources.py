@@ -33,6 +33,7 @@ from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_FOLDER, OPTIMIZER, find_checkpoint, read_checkpoint_settings)
 
 HASHED_AT_A_TIME = 4
+MAX_FIELD_DEPTH = 100
 PART = "model"
 """Checkpoint part with the weights."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -318,6 +319,7 @@ class HfWeights(Weights):
                                       f"{self.encoder_tensors[0]}, ...) are not converted")
                 self._stored = {name: self._stored[stored_name] for name, stored_name in text_names.items()}
             known_config = {name: value for name, value in self.config.items() if name != FIELD}
+            _check_fields(known_config)
             if ignored_fields := family.find_ignored_fields(known_config):
                 field_names = [name for item in family.config for name in item.names]
                 # `suggest_spelling` returns "" or "; HINT".
@@ -394,6 +396,21 @@ class HfWeights(Weights):
 
     def read(self, name: str) -> torch.Tensor:
         return self._stored[name].read()
+
+
+def _check_fields(config: Mapping[str, Any]) -> None:
+    """Refuse field names of config.json that cannot be printed, and fields nested too deeply to be copied."""
+    for name, value in config.items():
+        if not name.isprintable():
+            raise UserError(f"{CONFIG}: field {name!r} has characters that cannot be printed; rename it")
+        items, depth = [value], 0
+        while items:
+            depth += 1
+            items = [inner for item in items if isinstance(item, (dict, list))
+                     for inner in (item.values() if isinstance(item, dict) else item)]
+        if depth > MAX_FIELD_DEPTH:
+            raise UserError(f"{CONFIG}: field {name} is nested {depth} levels deep, and the limit is "
+                            f"{MAX_FIELD_DEPTH}; remove it")
 
 
 def has_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:
