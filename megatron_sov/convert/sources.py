@@ -196,7 +196,7 @@ class LowBitWeight:
         return torch.bfloat16
 
     def read(self) -> torch.Tensor:
-        """Read the weight in bfloat16; raises `UserError` if a file is damaged."""
+        """Read the weight in bfloat16. Raises `UserError`: a damaged file."""
         numbers, scales = (self.shards[part].read(part, dtype=dtype) for part, dtype in zip(
             self.parts, (torch.float8_e4m3fn, torch.float32), strict=True))
         if scales.dim() == 1:
@@ -328,7 +328,7 @@ class HfWeights(Weights):
                 self.notes.append(f"{CONFIG}: fields without effect on the computation, which to-hf writes "
                                   f"unchanged: {fields}")
             self.carried = family.find_carried_fields(known_config)
-            """config.json fields that are copied to exports."""
+            """config.json fields that exports copy."""
             self.model = family.from_hf_config(known_config, self._stored)
             if self.model.tied_embeddings and not self._tie_head():
                 untied_config = known_config | {"tie_word_embeddings": False}
