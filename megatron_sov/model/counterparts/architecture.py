@@ -352,6 +352,8 @@ def _expand_frequency(frequency: Any, num_layers: int) -> tuple[list[bool], bool
     if isinstance(frequency, str):
         frequency = int(frequency) if frequency.isdecimal() else _parse_list(frequency)
     if isinstance(frequency, int):
+        if frequency < 1:
+            raise ValueError(f"a frequency of layers is {frequency}, and must be at least 1")
         return [(layer + 1) % frequency == 0 for layer in range(num_layers)], True
     return [bool(flag) for flag in frequency], False
 
