@@ -73,7 +73,6 @@ def compute_terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     logp = torch.log_softmax(hidden[..., 0, :] @ weight.detach().T, dim=-1)
     losses = [-logp[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0]
               for depth in (0, 1)]
-    world.leave_world()
     return {"loss": loss.item(), "gradient": weight.grad.tolist(), "targets": dict(batch.targets),
             "tokens": batch.num_tokens,
             "terms": {name: value.item() / batch.targets[name] for name, value in sums.terms.items()},
