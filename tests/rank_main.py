@@ -99,11 +99,10 @@ def run_jobs(jobs_file: Path) -> int:
         function = _function(job["file"], job["function"])  # here: in each rank it would be imported again
 
         def rank(number: int = number, job: dict[str, Any] = job,
-                 function: Callable[..., Any] = function) -> int:
+                 function: Callable[..., Any] = function) -> None:
             result = function(**job["arguments"])
             world.leave_world()
             (jobs_file.parent / f"{number}-{os.environ['RANK']}.json").write_text(json.dumps(result))
-            return 0
 
         code = launcher.launch_ranks(rank, job["nproc"], num_threads=1)
         if code:

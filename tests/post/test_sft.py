@@ -119,9 +119,7 @@ def test_data_that_leaves_a_term_without_targets(chats: list[str], texts: list[s
         check_chats(build_config(f"objective.text_coeff={coeff}"), sources)
 
 
-def test_data_without_chats_proposes_the_chats_in_the_folder(tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_data_without_chats_proposes_the_chats_in_the_folder(cwd: Path) -> None:
     Path("chats.jsonl").write_text('{"messages": []}\n')
     Path("texts.jsonl").write_text('{"text": "a"}\n')
     sources: Any = [SimpleNamespace(name="web", is_chat=False)]
