@@ -1,7 +1,8 @@
 """Sums and comparisons of digits in three languages, and an exact-match reward: `tasks.py:Chats`,
 `:TaskQuestions`, `:Exact`.
 
-A small model learns them in minutes, far above chance. Half of the wordings of each language are held out.
+A small model learns these tasks in minutes, far above chance. Half of the wordings of each language are
+held out of training.
 """
 
 import random
@@ -35,7 +36,7 @@ class TaskQuestion:
 
 
 def draw_question(rng: random.Random, languages: str, part: str) -> TaskQuestion:
-    """Return a random question in one of the languages (between commas) with a wording of a part, see
+    """Return a random question in one of the comma-separated `languages`; `part` limits the wordings, see
     `select_wordings`."""
     kinds = WORDINGS[rng.choice(languages.split(","))]
     kind = rng.choice([*kinds])
@@ -52,9 +53,9 @@ class Chats(RandomRows):
     languages: str = "en"
     """Languages of `WORDINGS`, between commas."""
     right_share: float = 1.0
-    """Share of right answers; a question has one wrong answer."""
+    """Share of conversations with the right answer; the others have the question's wrong answer."""
     wordings: str = "all"
-    """all, learned or held_out."""
+    """Wordings to draw from: all, learned or held_out (`select_wordings`)."""
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         rng, chats = random.Random(self.seed), []
@@ -76,6 +77,7 @@ class TaskQuestions(RandomRows):
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         rng, prompts = random.Random(self.seed), {}
+        # equal questions count once, so more are drawn than needed
         for _ in range(20 * self.count):
             question = draw_question(rng, self.languages, self.wordings)
             if self.kind in ("", question.kind):

@@ -9,7 +9,7 @@ from annotated_types import Ge, Le
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, NotNegative, NotNegativeInt
 
 Threads = Annotated[AtLeastOne, Le(4096)]
-"""Each is a thread in the command's process."""
+"""Number of concurrent requests; each has a thread in the command's process."""
 Timeout = Annotated[NotNegative, Ge(0.1)]
 """Seconds for one attempt."""
 MaxTokensField = Literal["max_tokens", "max_completion_tokens", "none"]
@@ -18,7 +18,7 @@ MaxTokensField = Literal["max_tokens", "max_completion_tokens", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class SynthModelOptions:
-    """Writing and judging models."""
+    """The model that writes samples, and the model that judges them."""
 
     engine: Annotated[str, Flag(value="URL|DIR")] = ""
     """Writing model: an OpenAI-compatible address up to /v1, or a checkpoint or Hugging Face folder."""

@@ -18,7 +18,7 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.folder import TOKENIZER_JSON, read_chat_fields
 
 CANONICAL = "tokenizer-v1"
-"""Prefix for digests over canonical tokenizers."""
+"""Prefix of the digests that `tokenizer_digest` returns."""
 IMPLIED_FIELDS: dict[str, dict[str, Any]] = {
     "ByteLevel": {"use_regex": True}, "Metaspace": {"prepend_scheme": "always", "split": True},
     "Punctuation": {"behavior": "Isolated"}}
@@ -27,6 +27,7 @@ FALSE_IS_NOT_NULL = ("strip_accents",)
 """Fields in which null differs from false: for null, `tokenizers` decides by the `lowercase` field."""
 INEFFECTIVE_FIELDS = {"ByteLevel": {"trim_offsets"}, "Metaspace": {"str_rep", "add_prefix_space"}}
 """Step type -> fields without effect on ids: offsets only, or copies of other fields."""
+# in a decoder, ByteLevel has no effective field at all
 INEFFECTIVE_DECODER_FIELDS = INEFFECTIVE_FIELDS | {"ByteLevel": {"trim_offsets", "add_prefix_space",
                                                                  "use_regex"}}
 
@@ -40,7 +41,7 @@ class TokenizerFile:
     added: dict[int, dict[str, Any]]
     """Id -> text ("content") and set flags of added tokens."""
     parts: list[dict[str, Any]]
-    """Pre-tokenizer and decoder steps as in the file, sequences flattened."""
+    """Pre-tokenizer and decoder steps as in the file; a sequence is followed by its steps."""
     splitting: dict[str, Any]
     """Canonical fields of model, normalizer and pre-tokenizer."""
     decoder: Any
@@ -56,12 +57,12 @@ def read_tokenizer(tokenizer: Path) -> TokenizerFile:
         if isinstance(vocabulary, list):  # unigram: a piece's id is its index
             names = dict(enumerate(piece for piece, _ in vocabulary))
         else:
-            names = {token: name for name, token in vocabulary.items()}
+            names = {id_: text for text, id_ in vocabulary.items()}
         added = {token["id"]: _canonicalize(token) for token in raw.get("added_tokens") or []}
         texts = [*names.items(), *((id_, token["content"]) for id_, token in added.items())]
-        if not all(type(token) is int and isinstance(text, str) for token, text in texts):
+        if not all(type(id_) is int and isinstance(text, str) for id_, text in texts):
             raise ValueError("ids must be integers and tokens must be strings")
-        return TokenizerFile({token: name for token, name in names.items() if token not in added}, added,
+        return TokenizerFile({id_: text for id_, text in names.items() if id_ not in added}, added,
                              [*_flatten_steps(raw.get("pre_tokenizer")), *_flatten_steps(raw.get("decoder"))],
                              _canonical_fields(raw),
                              _canonicalize(raw.get("decoder"), INEFFECTIVE_DECODER_FIELDS))
@@ -92,7 +93,8 @@ def _canonical_fields(raw: dict[str, Any]) -> dict[str, Any]:
 
 
 def _canonicalize(value: Any, idle: dict[str, set[str]] = INEFFECTIVE_FIELDS) -> Any:
-    """Normalize a part of a `tokenizer.json`: drop fields without effect, add implied defaults."""
+    """Normalize a part of a `tokenizer.json`: add implied defaults, and drop empty and `idle` fields (step
+    type -> fields without effect)."""
     if isinstance(value, list):
         return [_canonicalize(part, idle) for part in value]
     if not isinstance(value, dict):
@@ -113,6 +115,7 @@ def tokenizer_digest(tokenizer: Path) -> str:
 
 
 def hash_tokenizer_file(tokenizer: Path) -> str:
+    """Return the SHA-256 of a folder's `tokenizer.json`. Raises `UserError`: the file does not exist."""
     if not (tokenizer / TOKENIZER_JSON).is_file():
         raise UserError(f"{tokenizer / TOKENIZER_JSON}: cannot be read as a tokenizer: it is not there")
     return hash_file(tokenizer / TOKENIZER_JSON, SHA256)
@@ -132,9 +135,11 @@ def find_difference(folder: Path, other: Path) -> str | None:
     for file in (folder / TOKENIZER_JSON, other / TOKENIZER_JSON):
         if not file.is_file():
             return f"{file} is not there"
+    # equal files have equal identities, and need not be parsed
     if any(digest(folder) == digest(other) for digest in (hash_tokenizer_file, tokenizer_digest)):
         return None
     first, second = read_tokenizer(folder), read_tokenizer(other)
+    # ids that have another token in the other file, or none
     differing = list(dict(first.ordinary.items() ^ second.ordinary.items()))
     further_fields = [{"added_tokens": file.added, "decoder": file.decoder} for file in (first, second)]
     return _describe_id_difference(folder, other, differing, first, second) or _describe_field_difference(
@@ -146,7 +151,8 @@ def check_same_tokens(data: Path | None, weights: Path) -> None:
     differently.
 
     Compares ordinary tokens; added tokens may be renamed (reserved ids in chat templates), and either side
-    may have more. Both paths are tokenizer folders; without `tokenizer.json` nothing is compared.
+    may have more. Both paths are tokenizer folders; nothing is compared if `data` is None or `weights` has no
+    `tokenizer.json`.
     """
     if data is None or not (weights / TOKENIZER_JSON).is_file():
         return

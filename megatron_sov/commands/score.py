@@ -1,4 +1,4 @@
-"""`megatron-sov score --reward NAME --input ROWS.jsonl --output OUT.jsonl`."""
+"""`megatron-sov score`: scores the rows of a JSONL file with a reward, in several judge processes."""
 
 import hashlib
 import json
@@ -80,6 +80,7 @@ def hash_questions(rows: Path) -> str:
     for _, row in read_rows(rows):
         question = {name: row[name] for name in ("prompt", "messages") if name in row}
         if not question:
+            # rows of other shapes: all fields except the response
             question = {**row, "response": None}
         digest.update(json.dumps(question, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()

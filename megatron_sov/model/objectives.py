@@ -28,6 +28,7 @@ STATE_METHODS = {"state": (), "restore": ("state",)}
 
 
 def _check_plugin(loaded: LoadedPlugin) -> None:
+    """Raise `UserError` if a plug-in's methods, `formats`, `columns` or signature are wrong."""
     check_methods(loaded.value, loaded.reference, "an objective", METHODS)
     if hasattr(loaded.value, "state") or hasattr(loaded.value, "restore"):
         check_methods(loaded.value, loaded.reference, "an objective with a memory", STATE_METHODS)
@@ -57,8 +58,8 @@ def check_objective(config: RunConfig) -> None:
     name, options = config.objective.name, config.objective.options
     if name in BUILT_IN:
         return
-    made = OBJECTIVE_PLUGINS.get(name, config.code)
-    parse_arguments(made, options, f"objective {name}", prefix="objective.options", num_ours=1)
+    objective_class = OBJECTIVE_PLUGINS.get(name, config.code)
+    parse_arguments(objective_class, options, f"objective {name}", prefix="objective.options", num_ours=1)
 
 
 def check_command(config: RunConfig, command_objective: str) -> None:
@@ -78,11 +79,11 @@ def check_command(config: RunConfig, command_objective: str) -> None:
                             f"leave the setting out, or use `megatron-sov {BUILT_IN[name]}`")
         return
     formats = PluginFactory(name, OBJECTIVE_PLUGINS.get(name), config).formats
-    brought = COMMAND_FORMATS[command_objective]
-    if not set(formats) & set(brought):
+    accepted = COMMAND_FORMATS[command_objective]
+    if not set(formats) & set(accepted):
         commands = [BUILT_IN[other] for other, found in COMMAND_FORMATS.items() if set(formats) & set(found)]
         raise UserError(f"objective.name = {name}: learns from {', '.join(formats)}, and this command brings "
-                        f"{', '.join(brought)}; use `megatron-sov {'` or `megatron-sov '.join(commands)}`")
+                        f"{', '.join(accepted)}; use `megatron-sov {'` or `megatron-sov '.join(commands)}`")
 
 
 def get_factory(config: RunConfig, built_in: Factory) -> Factory:

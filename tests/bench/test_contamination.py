@@ -23,7 +23,7 @@ SCORES = [1.0, 1.0, 0.0, 0.0]
 
 @pytest.fixture
 def scored(tmp_path: Path, written_scores: Callable[..., Path]) -> ScoredResults:
-    """Return four questions; the first two are answered."""
+    """Results of four questions; the first two were answered correctly."""
     result = read_scored_results(written_scores(tmp_path / "out.json", SCORES))
     items = {str(i): dataclasses.replace(result.items["quiz"][str(i)], question=text)
              for i, text in enumerate(QUESTIONS)}
@@ -42,6 +42,7 @@ def test_items_that_decontamination_removes_are_found(scored: ScoredResults, tmp
     assert {hit.item for hit in result.hits} == expected == {"0"}
     assert result.hits[0].where.endswith("train.jsonl:2") and result.hits[0].field == "question"
     assert result.num_documents == 4
+    # one of four items found, one too short; accuracy of all items, and of the other three
     assert result.tasks == {"quiz": TaskContamination(4, 1, 1, "acc", 0.5, pytest.approx(1 / 3))}
 
 
@@ -55,6 +56,7 @@ def test_packed_documents_are_decoded(scored: ScoredResults, packed_data: Any) -
     documents = source.open_split("train")
     longest = max(range(len(documents.lengths)), key=lambda i: int(documents.lengths[i]))
     words = tokenizer.decode(documents.tokens(longest, 0, int(documents.lengths[longest])).tolist()).split()
+    # 14 words from the middle of the longest document
     asked = " ".join(words[len(words) // 2 - 7:len(words) // 2 + 7])
     items = {"quiz": {"0": dataclasses.replace(scored.items["quiz"]["0"], question=asked)}}
     one = dataclasses.replace(scored, items=items)
@@ -69,6 +71,7 @@ def test_the_command_prints_figures_and_writes_positions(tmp_path: Path, written
     train.write_text("What is question number 2 of this little quiz about? Nobody knows.")
     argv = ["eval", "contamination", str(out), "--data", str(train), "--workers", "1"]
     table = read_output(*argv).splitlines()
+    # task, metric, value, value without the items found, items, found, too short
     assert table[1].split() == ["quiz", "acc", "0.5000", "0.6667", "4", "1", "0"]
     written = json.loads((tmp_path / "out.hits.json").read_text())
     assert written["hits"][0]["item"] == "2" and written["tasks"]["quiz"]["items_hit"] == 1

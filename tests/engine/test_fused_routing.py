@@ -28,12 +28,12 @@ def build_kernel_doubles(calls: list[str]) -> dict[str, Any]:
              scaling_factor: float, score_function: str, expert_bias: torch.Tensor | None) -> Any:
         calls.append("choice")
         assert expert_bias is None or score_function == "sigmoid"
-        early = use_pre_softmax or score_function == "sigmoid"
-        scores = compute_scores(logits, score_function) if early else logits
+        scores_first = use_pre_softmax or score_function == "sigmoid"  # before the choice of experts
+        scores = compute_scores(logits, score_function) if scores_first else logits
         bias = torch.zeros(1) if expert_bias is None else expert_bias
         biased, index = (scores + bias).topk(topk, -1)
         weights = biased - bias.expand(scores.shape[-1])[index]
-        if not early:
+        if not scores_first:
             weights = weights.softmax(-1)
         elif score_function == "sigmoid" and topk > 1:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
@@ -75,10 +75,12 @@ def compare_fused_routing(score: str, norm: bool, top_k: int, biased: bool) -> d
     padding = (torch.arange(TOKENS) % 7 == 6)[:, None]  # tokens 6, 13 and 20
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     calls: list[str] = []
+    # never undone: the function runs in processes of its own
     for name, double in build_kernel_doubles(calls).items():
         setattr(transformer_engine, name, double)
     results = []
     for model.config.moe_router_fusion in (False, True):
+        # without fusion no double has been called
         assert bool(calls) <= model.config.moe_router_fusion
         local, step.aux_loss = logits.clone().requires_grad_(), {}
         weights, chosen = router.routing(local[:, None], padding)

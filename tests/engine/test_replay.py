@@ -37,12 +37,13 @@ def draw_random_routes(num_tokens: int, layers: int, seed: int) -> np.ndarray:
 
 
 def decode_tables() -> list[list[Any]]:
-    """Encode the positions of four tokens in a padding mask, and decode their routes from a table of 10
+    """Encode the table positions of four tokens in a padding mask, and decode their routes from a table of 10
     tokens, for both dtypes of routes. Returns [is_recorded, experts of the first two tokens] for each
     layer."""
     lookups = []
     for shape in (RouteShape(2, 2, 40), RouteShape(2, 2, 400)):
         routes = shape.build_unrecorded(10)
+        # tokens 3 and 9 are recorded: experts [layers, top_k]
         routes[3], routes[9] = [[5, 1], [39, 38]], [[0, shape.num_experts - 1], [2, 7]]
         table = RouteTable(routes, first_layer=4)
         mask = table.encode_mask(torch.tensor([False, False, False, True]), torch.tensor([9, 3, 0, 9]))
@@ -73,9 +74,10 @@ def route_recorded() -> dict[str, Any]:
     step.seq_len, step.num_sequences = SEQ_LEN, 1
     logits = torch.randn(SEQ_LEN, EXPERTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     routes, padding = draw_random_routes(SEQ_LEN, 1, 1), torch.arange(SEQ_LEN) == 7
-    routes[2] = 255  # not recorded
+    routes[2] = 255  # `RouteShape.mark`: not recorded
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     with replay_routes(model.config, [None, routes]) as firsts:
+        # table index of each row's first token
         assert firsts == [None, 0]
         mask = step.table.encode_mask(padding, torch.arange(SEQ_LEN)).T
         weights, chosen = router.routing(logits[:, None], mask)
@@ -127,7 +129,8 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
     optimizer, load = Optimizer(model, config.optim, gpu=config.gpu), ExpertLoad(model)
     model.config.finalize_model_grads_func = load.finalize_gradients
     step = model.config.routing_step
-    step.seq_len, step.num_sequences = 16, 2 * ROWS
+    step.seq_len, step.num_sequences = 16, 2 * ROWS  # a row holds two documents of 16 tokens
+    # biases that differ per layer, so that the choice differs from the order of the scores
     for module in model.modules():
         if getattr(module, "expert_bias", None) is not None:
             module.expert_bias.copy_(torch.linspace(-0.2, 0.2, EXPERTS).roll(module.layer_number))
@@ -141,7 +144,7 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
         rows.append(Row(inputs, torch.randint(96, (ROW_TOKENS,), generator=generator), (~padding).double()))
 
     def compute_routed(routes: Any) -> tuple[float, torch.Tensor]:
-        """Return the loss and all gradients, flat, of a step; rows with routes None use the router's own."""
+        """Return a step's loss and flattened gradients. Routes None: the routers choose for the row."""
         routed_rows = [dataclasses.replace(row, inputs=dataclasses.replace(row.inputs, routes=row_routes))
                        for row, row_routes in zip(rows, routes, strict=True)]
         step.aux_loss = {}
@@ -159,6 +162,7 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
         np.save(recorded, np.stack(by_layer, 2).astype(np.uint8))
         step.record = None
     replayed_loss, replayed_gradients = compute_routed(list(np.load(recorded)))
+    # the first row keeps the routers' choice
     random_routes = (draw_random_routes(ROW_TOKENS, num_layers, i) for i in range(1, ROWS))
     random_loss, random_gradients = compute_routed([None, *random_routes])
     world.leave_world()
@@ -170,6 +174,7 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
 
 FULL_RECOMPUTE = ["train.recompute=true"]
 EXPERT_RECOMPUTE = ["train.recompute=selective", 'gpu.recompute_modules=["moe"]']
+# name -> number of ranks, layout, further settings
 LAYOUTS: dict[str, tuple[int, dict[str, Any], list[str]]] = {
     "one rank, recomputed": (1, {}, FULL_RECOMPUTE),
     "TP2+SP, experts recomputed": (2, {"tp": 2, "sp": True}, EXPERT_RECOMPUTE),

@@ -20,7 +20,7 @@ from megatron_sov.train.data.sources import open_sources
 def test_loss_per_byte_of_known_losses(token_shards: Path) -> None:
     """With ln 2 nats per target byte, each source has exactly 1 bit per byte."""
     data = open_heldout({str(token_shards): 1.0}, 90, 2000)
-    sizes = data.bytes_of_token(1024)
+    sizes = data.bytes_of_token(1024)  # UTF-8 bytes per token id
     assert sizes is not None
     results = evaluate_rows(data,
                             lambda row: np.where(row.weights > 0, sizes[row.labels] * math.log(2), math.nan))
@@ -84,7 +84,7 @@ def test_checkpoint_and_export_have_equal_loss(family: str, one_rank: None, impo
 def test_loss_equals_documents_and_strided_windows(seq_len: int, one_rank: None, imported: dict[str, Path],
                                                    hf_models: dict[str, Path], token_shards: Path,
                                                    capsys) -> None:
-    """Against transformers, one document or window at a time, in plain Python."""
+    """The reference: transformers' model on one document or window at a time, in a plain loop."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -97,8 +97,9 @@ def test_loss_equals_documents_and_strided_windows(seq_len: int, one_rank: None,
             # the document's first tokens within the budget, and the label of the last one
             ids = torch.from_numpy(shard.tokens(document, 0, min(int(length), budget + 1)).astype(np.int64))
             budget -= min(int(length), budget)
-            predicted = 1
+            predicted = 1  # tokens without a label, or with a loss already
             while predicted < len(ids):
+                # later windows spend half of their length on context
                 num_new = seq_len if predicted == 1 else seq_len // 2
                 end = min(predicted + num_new, len(ids))
                 window = ids[max(0, end - 1 - seq_len):end]
@@ -127,6 +128,7 @@ def test_heldout_losses_are_recorded_as_events(one_rank: None, imported: dict[st
     run_options = ["--data", str(token_shards), "--run", str(tmp_path)]
     ours = read_printed_result(capsys, "ppl", str(imported["solar_open"]), *run_options, *LIMITS)
     theirs = read_printed_result(capsys, "ppl", str(hf_models["solar_open"]), *run_options, *LIMITS)
+    # the checkpoint has a step of its own, the export gets the run's last step
     checkpoint, export = [e for e in read_events(tmp_path / EVENTS) if e["event"] != "step"]
     assert (checkpoint["event"], checkpoint["step"], checkpoint["heldout"]) == ("eval", 0, ours)
     assert (export["event"], export["step"], export["heldout"]) == ("eval", 41, theirs)

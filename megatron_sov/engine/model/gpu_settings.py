@@ -25,28 +25,28 @@ from megatron_sov.model.config.gpu import fp8_format
 QUANTIZATION_FIELDS = ("fp8", "fp4", "moe_router_padding_for_quantization")
 """Fields by which Megatron-Core's forward passes decide whether to quantize."""
 OVERLAP_FIELDS = ("overlap_moe_expert_parallel_comm", "delay_wgrad_compute")
-"""Fields set after the config's validation, which would refuse float32 and MTP layers with them."""
+"""Fields to set after the config's validation, which refuses them with float32 and with MTP layers."""
 DISPATCH_OVERLAP_FIELD = "overlap_dispatch_backward_with_experts_wgrad"
 """Field for `parallel.expert_overlap` = weight_gradients."""
 TE_RECOMPUTE_MODULES = {"layernorm": "core_attn, mlp or moe", "moe_act": "moe"}
-"""Modules whose recomputation needs Transformer Engine -> modules to name without it."""
+"""Module whose recomputation needs Transformer Engine -> modules that can be recomputed without it."""
 HOPPER, BLACKWELL = 9, 10
 """Major compute capabilities."""
 MIN_CUDNN_DETERMINISTIC = 91801
 """First cuDNN version (as torch counts) with deterministic packed attention on Blackwell. On Hopper,
-Transformer Engine disables the deterministic kernel from documents x heads x longest document squared =
+Transformer Engine disables the deterministic kernel if documents x heads x longest document squared >=
 2**30, and the number of documents per row is unbounded."""
 MIN_CUDNN_HEAD_256 = 92500
 """First cuDNN version that trains packed rows with head size 256 on Blackwell."""
 NEEDS_TE = "needs Transformer Engine on a GPU, and a bf16 model"
 ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-"""Both names of torch's allocator variable."""
+"""Environment variables with options of torch's allocator: the old name and the new name."""
 EXPANDABLE = "expandable_segments:True"
 """Option in `ALLOCATOR` that conflicts with NCCL's registration."""
 MAX_FLA_KEY_DIM = 256
 """Maximum key head size in flash-linear-attention's kernels."""
 Rule = tuple[bool, str, str, str]
-"""(whether the setting is valid, setting, fault otherwise, fix), for `find_broken_rules`: the setting, its
+"""(whether the rule holds, setting, fault if it does not, fix), for `find_broken_rules`: the setting, its
 value, the fault and the fix form the sentence of the error."""
 
 
@@ -63,7 +63,7 @@ def fp8_settings(train: TrainConfig) -> dict[str, Any]:
 def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
     """Set the trunk layers that stay in bf16, on a validated `TransformerConfig`.
 
-    The validation limits both ends to num_layers // pp layers, which unequal stages do not need:
+    The validation would limit each end to num_layers // pp layers, and with unequal stages more is valid:
     `is_first_last_bf16_layer` looks up layers by their number in the whole model."""
     start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
     config.first_last_layers_bf16 = start + end > 0
@@ -112,7 +112,7 @@ class KernelContext:
 
 @dataclass(frozen=True)
 class Fusion:
-    """A fused kernel, enabled if possible unless the `GpuConfig` field is off."""
+    """A fused kernel: "on" enables it where it is possible, "auto" only where it is also correct."""
 
     setting: str
     """`GpuConfig` field."""
@@ -131,7 +131,7 @@ class Fusion:
 
 
 FUSIONS = (
-    # models with YaRN may use it: the kernel only rotates, and the softmax scale has YaRN's factor. Latent
+    # YaRN is no obstacle: the kernel only rotates, and YaRN's factor is in the softmax scale. Latent
     # attention has a kernel of its own, which would need a table of cosines and sines
     Fusion("rope_fusion", "apply_rope_fusion",
            lambda context: context.parallel.cp == 1 and context.model.latent_attention is None),
@@ -147,7 +147,7 @@ FUSIONS = (
 def transformer_settings(gpu: GpuConfig, train: TrainConfig, context: KernelContext) -> dict[str, Any]:
     """Return the `TransformerConfig` fields for kernels, recomputation, offloading and CUDA graphs.
 
-    Settings that this process cannot use are off: `check_gpu_settings` has rejected training with them, so
+    Settings that this process cannot use are off. `check_gpu_settings` refuses to train with them, so here
     the model is only inspected (by `plan`)."""
     settings: dict[str, Any] = {fusion.field: fusion.value(gpu, context) for fusion in FUSIONS}
     settings["attention_backend"] = AttnBackend[gpu.attention if context.te else "auto"]
@@ -197,14 +197,15 @@ def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
     """Return the `OptimizerConfig` fields for `gpu.moment_dtype`."""
     if gpu.moment_dtype == "fp32":
         return {}
-    # The recipe is not for FP8: with any but None and "delayed", the optimizer keeps float32 masters and
+    # `fp8_recipe` enables no FP8 here: with any value but None and "delayed", the optimizer keeps float32
+    # masters and
     # gradients (`use_precision_aware_optimizer_no_fp8_or_ds_fp8`). With bf16 weights nothing else reads it.
     return {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
             "exp_avg_sq_dtype": torch.bfloat16, "store_param_remainders": False, "fp8_recipe": "tensorwise"}
 
 
 def resolve_auto_settings(config: RunConfig, te: bool) -> dict[str, Any]:
-    """Return the effective value per setting that may be `auto`: on or off, or the attention."""
+    """Return the effective value of each setting that may be `auto`: a bool, or the attention's name."""
     context = KernelContext(te, config.model, config.parallel)
     uses_local = (uses_document_attention(context, config.gpu.attention, config.train.deterministic)
                   and not exchanges_heads(context, config.gpu.attention))
@@ -220,7 +221,7 @@ def uses_document_attention(context: KernelContext, attention: str, deterministi
     Under `auto` it is used if Transformer Engine has no suitable kernel: on Hopper the fused kernel is
     deterministic only for short rows, and some cuDNN versions lack a kernel for packed rows."""
     model = context.model
-    # with context parallelism under every attention: `exchanges_heads` selects the method
+    # context parallelism always uses our own attention; `exchanges_heads` selects its method
     if not context.te or context.parallel.cp > 1 or attention == "local":
         return True
     if attention != "auto":
@@ -238,8 +239,8 @@ def uses_delta_kernels(context: KernelContext, gpu: GpuConfig, deterministic: bo
 
 
 def exchanges_heads(context: KernelContext, attention: str) -> bool:
-    """Return whether context parallelism exchanges heads by all-to-all: if the attention is a kernel of
-    Transformer Engine by name. Under "auto" and "local" it gathers keys and values."""
+    """Return whether context parallelism exchanges heads by all-to-all, because `attention` names a kernel of
+    Transformer Engine. Under "auto" and "local" it gathers keys and values."""
     return context.te and context.parallel.cp > 1 and attention not in ("auto", "local")
 
 
@@ -374,7 +375,7 @@ def _overlap_rules(config: RunConfig, te: bool) -> list[Rule]:
 
 
 def _attention_rules(config: RunConfig, context: KernelContext) -> list[Rule]:
-    """Return the broken rules for `gpu.attention`; unlike the other lists, without the rules that hold."""
+    """Return the rules that `gpu.attention` breaks; the other functions also return rules that hold."""
     rules: list[tuple[str, str]] = []  # (fault, fix)
     attention = config.gpu.attention
     if attention not in ("auto", "local") and not context.te:

@@ -39,7 +39,7 @@ _GROUP_PURPOSES = {
     **dict.fromkeys((
         "EXPERT_MODEL_PARALLEL_GROUP", "EXPERT_TENSOR_PARALLEL_GROUP",
         "EXPERT_TENSOR_AND_MODEL_PARALLEL_GROUP"), "experts")}
-"""Library group description -> purpose; each remaining group has a separate purpose.
+"""Megatron-Core's `group_desc` -> purpose; a group that is not listed has a purpose of its own.
 
 Groups with the same members and purpose share a communicator. A communicator executes messages in order, so
 expert messages must not queue after gradient reductions, nor pipeline messages after either."""
@@ -81,7 +81,7 @@ def join_world(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
         store = _create_rendezvous(rank, size, timeout)
         if on_gpu():
             select_gpu(store, rank, size, needs_bytes, timeout)
-        # not bound to the device: otherwise every group would be split off by all processes, one after
+        # without `device_id`: with it, all processes would have to split off every group, one after
         # another
         dist.init_process_group("nccl" if on_gpu() else "gloo", rank=rank, world_size=size, timeout=timeout,
                                 store=store)
@@ -89,7 +89,8 @@ def join_world(parallel: ParallelConfig, needs_bytes: int = 0) -> ParallelWorld:
 
 
 def form_groups(parallel: ParallelConfig) -> Callable[[int, int], ParallelWorld]:
-    """Return a function of (rank, number of ranks) that creates the layout's groups and the random states."""
+    """Return a function of (rank, number of ranks) that creates the layout's groups and the random states,
+    and patches Megatron-Core's defects."""
     def join(rank: int, size: int) -> ParallelWorld:
         suppress_library_warnings()
         create_groups(parallel)
@@ -125,7 +126,7 @@ def create_groups(parallel: ParallelConfig) -> None:
                       pg_options: Any = None, **options: Any) -> Any:
         if backend is not None or pg_options is not None:
             return create(ranks, group_desc=group_desc, backend=backend, pg_options=pg_options, **options)
-        # groups of one send nothing and need no purpose
+        # groups of one process send nothing, so they are shared for all purposes
         purpose = _GROUP_PURPOSES.get(group_desc, group_desc) if len(ranks) > 1 else ""
         key = purpose, tuple(sorted(ranks))
         if key not in groups:
@@ -147,13 +148,13 @@ def _create_rendezvous(rank: int, size: int, timeout: datetime.timedelta) -> dis
     environment = os.environ
     if STORE_PORT in environment:
         host, port, name = LOCALHOST, environment[STORE_PORT], ""
-    # torchrun keeps one store across restarts
+    # torchrun keeps one store across restarts, so the restart's number is in the prefix
     elif environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         host, port, name = (environment["MASTER_ADDR"], environment["MASTER_PORT"],
                             environment["TORCHELASTIC_RESTART_COUNT"])
     else:
         store, *_ = next(dist.rendezvous("env://", rank, size, timeout=timeout))
-        # rank 0's store outlives its groups while referenced, and a process may join again
+        # numbered, because rank 0's store may outlive its groups, and a process may join again
         return dist.PrefixStore(f"env/{next(_joins)}", store)
     return dist.PrefixStore(f"{name}/{next(_joins)}", dist.TCPStore(host, int(port), is_master=False))
 

@@ -61,7 +61,7 @@ class RoundLoader:
             view: the run.
             number: number of the round, from 1.
             is_first: whether the next step is the first of the round.
-            figures: seconds of generating and judging, for the event.
+            figures: seconds that generating and judging took, repeated in the event.
 
         Raises:
             UserError: a file is damaged, or `LogprobColumns.compute` fails.
@@ -110,12 +110,14 @@ class RoundLoader:
         self._has_warned = bool(problem)
 
     def _record_samples(self, view: FeedView, store: Path, number: int, published: Path) -> None:
+        """Record sample responses of the round, with the reward version of its manifest."""
         version = str(read_manifest(published).content["reward_version"])
         self.samples.record(view, RolloutStore.open(store), number, version)
 
     def _find_idle_steps(self, view: FeedView, number: int, opened: PublishedRound) -> frozenset[int]:
-        """Find the steps in a round, from 0, without gradient: no text, and either no documents, or only
+        """Find a round's steps (from 0) that have no gradient: no text, and either no documents, or only
         advantages of 0 and no other term with a gradient (`has_auxiliary_gradients`)."""
+        # the round's first step in the run, counted from 1
         policy, first = view.config.policy, (number - 1) * self.rollout.steps_per_round + 1
         learns_anyway = has_auxiliary_gradients(view.config)
         idle = []
@@ -128,6 +130,7 @@ class RoundLoader:
 
     def _skip_idle_steps(self, view: FeedView, number: int, opened: PublishedRound) -> None:
         """Skip the idle steps that are still ahead, each with a warning."""
+        # counted from 0, as `view.step`; messages and events count from 1
         first = (number - 1) * self.rollout.steps_per_round
         for step in sorted(first + i for i in opened.idle):
             if step < view.step:

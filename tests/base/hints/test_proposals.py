@@ -15,6 +15,7 @@ from tests.base.hints.test_words import write_files
 
 
 def propose(typed: str, check: Callable[[list[str]], None], fault: UserError) -> str:
+    """Return the message about a typed line with a first fault; `check` finds faults of corrected lines."""
     return str(propose_line("sov-data", typed.split(), fault, check))
 
 
@@ -45,7 +46,7 @@ def test_a_recommended_value_is_in_the_line(message: str, write: str) -> None:
 
 
 def test_later_faults_are_found_with_a_placeholder_value() -> None:
-    """A reward without a replacement, and a method with an equivalent."""
+    """The first fault has only a stand-in, with which the check finds the second fault, which has a fix."""
     def check(line: list[str]) -> None:
         if "math" not in line:
             raise UserError("reward 'mine': does not exist", Fix(stand_ins={"mine": "math"}))

@@ -25,7 +25,7 @@ def test_a_plan_for_a_cluster_has_its_layout_and_memory(read_output: Any) -> Non
     assert lines[3].startswith("memory: ") and " GiB per GPU (pipeline stage 1 of 8): weights " in lines[3]
     assert lines[4].startswith("experts: GPU memory suffices for ")
     assert lines[6] == "What it takes:" and lines[7].split()[:2] == ["stage", "context"]
-    assert lines[12].split()[:2] == ["total", "20"]  # T tokens
+    assert lines[12].split()[:2] == ["total", "20"]  # the sum of the stages is 20 T tokens
     assert any(line.split()[:2] == ["step", "tokens"] for line in lines)  # header of the schedule
     plan = json.loads(read_output("plan", "tiny-solar-open", "--cluster", "local", "--json"))
     assert (plan["processes"], plan["gpu"], plan["steps"], plan["layout"]["ep"]) == (2, None, 200, 1)
@@ -90,6 +90,7 @@ def test_unnamed_gpus_get_a_layout_but_no_price(read_output: Any) -> None:
 
 def test_search_without_a_fit_names_the_shortfall_and_the_nodes_needed(monkeypatch: pytest.MonkeyPatch,
                                                                        get_refusal: Any) -> None:
+    # a small search: no layout fits in any case
     monkeypatch.setattr(space, "MICRO_BATCH_SIZES", (1,))
     monkeypatch.setattr(space, "VPP", (1,))
     options = ["plan", "qwen3-moe-30b", "--cluster", "h100", "--sweep", "--set", "parallel.ep=1",
@@ -118,6 +119,7 @@ def count_adapter_params(rank: int) -> int:
 
 @pytest.fixture
 def own_model(tmp_path: Path) -> Path:
+    """A Hugging Face folder with the config.json of an 8B Llama, without weights."""
     folder = tmp_path / "my-8b"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(
@@ -126,6 +128,7 @@ def own_model(tmp_path: Path) -> Path:
 
 
 def plan_own_model(own_model: Path, read_output: Any, *words: str) -> Any:
+    """Return the JSON plan for SFT of `own_model` on a node of eight H100 under ZeRO-1."""
     return json.loads(read_output("plan", "sft", "--from", str(own_model), "--cluster", "h100", "--json",
                                   "--set", "train.tokens=100000000", "--set", "parallel.zero1=true", *words))
 

@@ -35,7 +35,7 @@ def test_sampled_tokens_are_trained_and_tool_results_are_not(fuzzed: dict[str, A
         assert [problem for episode in episodes for problem in find_token_problems(episode, policy)] == []
         rows += [build_row(episode, encoder) for episode in episodes]
     summary = summarize_rows(rows)
-    assert summary["num_episodes"] == 80
+    assert summary["num_episodes"] == 80  # 40 in each of two worlds
     # the fuzzed turns have reached all ends and all faults that a model can cause
     assert {"answered", "turns", "tokens", "unended"} <= set(summary["ends"])
     assert {"json", "unclosed", "form", "many", "unknown_tool", "arguments", "refused"} <= set(
@@ -58,7 +58,7 @@ class _Killed(BaseException):
 
 
 def kill_after(num_rounds: int) -> Callable[[ToolPolicy], ToolPolicy]:
-    """Return a wrapper of policies that raises `_Killed` instead of sampling after `num_rounds` calls."""
+    """Return a function that wraps a policy: after `num_rounds` calls, `sample` raises `_Killed`."""
     class KillingPolicy:
         def __init__(self, policy: ToolPolicy) -> None:
             self._policy, self._num_left = policy, num_rounds
@@ -73,6 +73,7 @@ def kill_after(num_rounds: int) -> Callable[[ToolPolicy], ToolPolicy]:
 
 
 @pytest.mark.tier1_cases(1)
+# torn: bytes at the journal's end, as a kill during a write leaves them
 @pytest.mark.parametrize("num_rounds, torn", [
     (1, b"[0, 1"), (7, b"\0" * 40 + b"\n"), (15, b'[3, 9, 1]\n{"ep')])
 def test_killed_episodes_resume_to_the_same_end(fuzzed: dict[str, Any], tmp_path: Path,
@@ -100,6 +101,7 @@ def play_scripted_episode(tmp_path: Path, turns: list[str], limits: EpisodeLimit
     class ScriptedPolicy:
         def sample(self, prompts: Sequence[Sequence[int]], max_new_tokens: int,
                    streams: Sequence[int]) -> list[GeneratedTurn]:
+            # a stream is the episode's first stream plus the number of the turn
             return [GeneratedTurn(encoder.encode(turns[stream % STREAMS_PER_EPISODE])) for stream in streams]
 
     with open_journal(tmp_path / "one", "play", {}) as journal:

@@ -21,11 +21,12 @@ from megatron_sov.model.config.post_training import METHODS
 from tests.te_double.library_shapes import CONTRACT
 
 Small = Callable[..., RunConfig]
+"""Fixture `small`: builds a small run's config."""
 
 
 def draw_fields(cls: type, *names: str, **strategies: Any) -> st.SearchStrategy[Any]:
     """Draw an instance: fields in `names` by their types and bounds, others by their strategies."""
-    return st.builds(cls, **dict.fromkeys(names, ...), **strategies)
+    return st.builds(cls, **dict.fromkeys(names, ...), **strategies)  # ...: infer from the type
 
 
 blend = st.dictionaries(st.text(max_size=8), st.floats(0, 9), max_size=3)
@@ -94,6 +95,7 @@ def test_a_renamed_setting_is_refused_with_its_new_name(old: str, now: str, smal
 def test_a_run_of_an_earlier_version_opens_with_its_values(small: Small) -> None:
     raw = small().to_dict()
     evaluation, guards = raw["evaluate"], raw["guards"]
+    # write the settings under their earlier names
     evaluation["beside"] = evaluation.pop("background") | {"judges": ["ppl"], "max_waiting": 3}
     del evaluation["beside"]["tasks"], guards["on_sdc"]
     guards["on_corruption"] = "record"
@@ -193,7 +195,8 @@ def test_min_lr_follows_the_peak_at_the_recipes_ratio(recipe: str, changes: dict
 
 
 def test_an_unchanged_peak_leaves_min_lr_bit_equal() -> None:
-    recipe = recipes.get("k-exaone-236b")  # 3e-5 / 3e-4 * 3e-4 is another number than 3e-5
+    # deriving min_lr again would change it: 3e-5 / 3e-4 * 3e-4 != 3e-5 in floating point
+    recipe = recipes.get("k-exaone-236b")
     assert apply_settings(recipe, [f"optim.lr={recipe.optim.lr}"]).optim == recipe.optim
 
 

@@ -23,6 +23,7 @@ def build_config(recipe: str, **fields: Any) -> dict[str, Any]:
 
 
 def read(config: dict[str, Any]) -> ModelConfig:
+    """Read the content of a config.json as its family does."""
     return models.get_family(config["model_type"]).from_hf_config(config)
 
 
@@ -64,11 +65,11 @@ def test_dense_layers_of_qwen3_moe_are_those_of_transformers(fields: dict[str, A
 
 
 def test_prediction_layer_of_k_exaone_is_global_by_default() -> None:
-    silent = build_config("tiny-k-exaone", mtp_layer_types=None, mtp_sliding_windows=None,
+    without_mtp_fields = build_config("tiny-k-exaone", mtp_layer_types=None, mtp_sliding_windows=None,
                           mtp_loss_scaling_factor=None)
-    model = read(silent)
+    model = read(without_mtp_fields)
     assert (model.num_mtp_layers, model.mtp_layer_type(), model.mtp_loss_coeff) == (1, "full_attention", 0.05)
-    sliding = read(silent | {"mtp_layer_types": ["sliding_attention"],
+    sliding = read(without_mtp_fields | {"mtp_layer_types": ["sliding_attention"],
                              "mtp_sliding_windows": [model.sliding_window_tokens],
                              "mtp_loss_scaling_factor": 0.1})
     assert (sliding.mtp_layer_type(), sliding.mtp_loss_coeff) == ("sliding_attention", 0.1)
@@ -78,10 +79,10 @@ def test_prediction_layer_of_k_exaone_is_global_by_default() -> None:
 def test_windows_and_limits_of_k_exaone_2_follow_its_lists() -> None:
     config = build_config("tiny-k-exaone2")
     model = read(config)
-    assert "sliding_window" not in config  # which no program could interpret
+    assert "sliding_window" not in config  # a single number cannot express these windows
     assert (model.windows(), model.mtp_window()) == ([0, 64, 32, 32, 32, 0], 32)
     assert (model.limits(), model.mtp_depths, model.num_predictions) == ([0, 0, 0, 0, 7.0, 7.0], 4, 4)
-    # as classes write it that know one window and a count of dense layers
+    # also written by model classes that know only one window and a number of dense layers: the lists win
     assert read(config | {"sliding_window": 4096, "first_k_dense_replace": 1}) == model
     odd = read(config | {"sliding_windows": [0, 9, 3, 5, 7, 0], "mtp_sliding_windows": [11],
                          "swiglu_limits": [0.5, 0, 3, 0, 0, 2], "mtp_num_speculative_steps": 2})

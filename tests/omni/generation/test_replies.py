@@ -36,17 +36,18 @@ BLOCKS = {AUDIO: VocabularyBlock(AUDIO, IDS[codebook_token(AUDIO, 0)], 5),
 PICTURE_ROW = rf"(<\|vision\d+\|>){{{GRID}}}<\|vision_eol\|>"
 PICTURE = (r"<\|discrete_image_start\|><\|vision_ratio_\d+:\d+\|>"
            rf"({PICTURE_ROW}){{{GRID}}}<\|vision_eof\|><\|discrete_image_end\|>")
-"""Pattern of a complete picture; `SPEECH` is that of one to three tokens of speech."""
+"""Pattern of a complete picture."""
 SPEECH = r"<\|discrete_audio_start\|>(<\|audio\d+\|>){1,3}<\|discrete_audio_end\|>"
+"""Pattern of one to three tokens of speech."""
 
 
 @pytest.fixture(scope="module")
 def shared_folder(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPathFactory,
                   packed_data: Any) -> Path:
-    """A folder with a model that has encoders and often starts media, codecs, a picture and a sound."""
-    folder, random = tmp_path_factory.mktemp("site"), np.random.default_rng(0)
-    Image.fromarray(random.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder / "seven.png")
-    soundfile.write(folder / "word.wav", random.uniform(-0.5, 0.5, 4000), 16_000)
+    """A folder with codecs, a picture, a sound, and a model with encoders whose replies often start media."""
+    folder, generator = tmp_path_factory.mktemp("site"), np.random.default_rng(0)
+    Image.fromarray(generator.integers(256, size=(16, 16, 3), dtype=np.uint8)).save(folder / "seven.png")
+    soundfile.write(folder / "word.wav", generator.uniform(-0.5, 0.5, 4000), 16_000)
     save_codecs(folder / "pictures", folder / "sounds")
     with pytest.MonkeyPatch.context() as environment:
         for name, value in as_one_rank.items():
@@ -58,7 +59,7 @@ def shared_folder(as_one_rank: dict[str, str], tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def site(shared_folder: Path, one_rank: None, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The shared site as working directory. Its training data have no media."""
+    """`shared_folder` as working directory; its training data have no media."""
     monkeypatch.chdir(shared_folder)
     write_shards_manifest({})
     return shared_folder
@@ -95,7 +96,7 @@ def test_pictures_are_complete_and_equal_at_other_layouts(
 
 @pytest.mark.deep
 def test_eval_media_scores_generated_pictures(site: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The judge always recognizes "seven"; texts are compared directly."""
+    """The image judge always sees "seven", so every picture is right; the reply to the sound is wrong."""
     Path("judges.py").write_text("def seen(files, labels):\n    return ['seven' for _ in files]\n")
     drawing = {"content": [{"type": "text", "text": "Draw seven."}], "answer": "seven",
                "labels": ["six", "seven"]}

@@ -36,6 +36,7 @@ MIN_FREE_DISK_BYTES = 5 * 10**9
 MIN_FREE_MEMORY_BYTES = 4 * 10**9
 REQUIRED_PACKAGES = ("numpy", "megatron-core", "transformers", "tokenizers", "safetensors", "pydantic",
                      "jinja2", "tqdm", "psutil", "tiktoken", "pyarrow", "blake3", "numba")
+# distribution -> our extra that installs it
 OPTIONAL_PACKAGES = {"tensorboard": "trackers", "wandb": "trackers", "math-verify": "rl",
                      "httpx": "judge", "aiohttp": "serve", "ray": "ray"}
 CONTRACT_LIBRARIES = {"megatron.core": "megatron-core", "torch": "torch",
@@ -43,6 +44,7 @@ CONTRACT_LIBRARIES = {"megatron.core": "megatron-core", "torch": "torch",
 """Package in `operate/contract.json` -> distribution."""
 TE_COMMAND = format_install_command("gpu",
                                     "--no-build-isolation") + " (needs a CUDA toolchain, see docs/install.md)"
+# sandbox method -> sentence about what it isolates
 ENCLOSED_BY = {"namespaces": "programs have processes, files and a network of their own",
                "landlock": "Landlock and a system-call filter confine programs to their folder and block the "
                            "network; namespaces, which isolate better, are not allowed"}
@@ -81,7 +83,7 @@ def run_checks() -> list[MachineCheck]:
     """Run the checks in display order: required parts, then accelerators, cluster and machine."""
     checks = [*iter_python_checks(), *iter_package_checks(), *iter_shadow_checks(), *iter_torch_checks(),
               *iter_transformer_engine_checks(), *iter_contract_checks()]
-    # the engine checks import torch, whose absence is reported above, and megatron-core
+    # the engine checks import torch and megatron-core; a missing torch is already reported above
     if _import_torch() is not None:
         try:
             iter_engine_checks = import_reference(ENGINE_CHECKS)
@@ -208,7 +210,7 @@ def iter_transformer_engine_checks() -> Iterator[MachineCheck]:
 
 
 def iter_contract_checks() -> Iterator[MachineCheck]:
-    """Compare the signatures in contract.json with the sources of every installed library."""
+    """Compare the signatures in contract.json with the sources of the installed `CONTRACT_LIBRARIES`."""
     checked = []
     for package, distribution in CONTRACT_LIBRARIES.items():
         version = installed_version(distribution)
@@ -217,14 +219,14 @@ def iter_contract_checks() -> Iterator[MachineCheck]:
         remedy = (TE_COMMAND if package == "transformer_engine"
                   else f"pip install the {distribution} of constraints.txt")
         try:
-            read_version, difference = find_first_difference(package)
+            supported_version, difference = find_first_difference(package)
         except (OSError, SyntaxError, ValueError, RecursionError) as e:
             yield MachineCheck("signatures", "warning", f"the sources of {distribution} cannot be read "
                                f"({format_error(e)}) and compared with the supported version", remedy)
             continue
         if difference:
             yield MachineCheck("signatures", "warning", f"{distribution} {version} differs from "
-                               f"{read_version}, which this project supports: {difference}", remedy)
+                               f"{supported_version}, which this project supports: {difference}", remedy)
             continue
         checked.append(distribution)
     if checked:

@@ -11,7 +11,7 @@ from megatron_sov.model.recipes.stage_defaults import Stage
 from megatron_sov.work.clusters import cluster
 
 STAGES: dict[str, Stage] = {"sft": "sft", "prefer": "preference", "distill": "distill"}
-"""Stage that may be typed in place of RECIPE with --from -> name of the objective."""
+"""Word that replaces RECIPE with --from -> stage that it plans."""
 CLUSTER = ("Show memory, speed, days and cost on this cluster, with the recommended layout unless parallel.* "
            f"is set ({', '.join(cluster.list_profiles())}, or your own YAML file).")
 
@@ -72,12 +72,14 @@ class LayoutProof(PlanRequest):
 def check_plan(options: PlanOptions) -> PlanRequest:
     """Return the kind of plan that the options request. Raises `UserError`: options contradict each other."""
     if options.cluster is None and (options.nodes is not None or options.sweep or options.routes):
+        # name one option that needs a cluster: --nodes, else --sweep, else --routes
         option, fix = "--sweep" if options.sweep else f"--routes {options.routes}", ""
         if options.nodes is not None:
             option, fix = f"--nodes {options.nodes}", ", or pass --nproc"
         raise UserError(f"{option}: needs a cluster; add --cluster{fix}", Fix(options=("--cluster", "h100")))
     if options.cluster is not None and options.nproc is not None:
         profile = cluster.load_profile(options.cluster, needs_account=False)
+        # the fewest nodes that run all processes, rounded up
         nodes = max(options.nodes or 1, -(-options.nproc // profile.tasks_per_node))
         raise UserError(f"--nproc {options.nproc}: the processes are those of --nodes {nodes} of --cluster "
                         f"{options.cluster}; leave --nproc out",
@@ -101,6 +103,7 @@ PLAN = DeclaredCommand(PlanOptions, check_plan, {
 
 
 def _check_model(options: PlanOptions) -> None:
+    """Raise `UserError`: a stage without a model, two models, or a stage of unknown length."""
     if options.start_from is None:
         if options.recipe in STAGES:
             raise UserError(f"{options.recipe}: is a stage, which needs a model: add --from FOLDER, or name "
@@ -119,6 +122,7 @@ def _check_model(options: PlanOptions) -> None:
 
 
 def _check_budget(options: PlanOptions) -> None:
+    """Raise `UserError` if --days or --budget lacks a cluster, or contradicts --sweep or --prove."""
     option = "--days" if options.days is not None else "--budget"
     if options.cluster is None:
         raise UserError(f"{option}: needs a cluster; add --cluster", Fix(options=("--cluster", "h100")))

@@ -32,7 +32,7 @@ NEWER, FRESH, SAME, STUCK = range(4)
 """Attempt ranks, best first: continued by a newer policy; a fresh piece; continued by the same policy;
 continued although the previous attempt added no token."""
 FurtherPieces = Callable[[int], tuple[int, bool]]
-"""Round -> (number of pieces with further prompts, whether that number is final)."""
+"""Round -> (number of pieces beyond the planned ones, whether that number is final)."""
 
 
 class PendingPieces:
@@ -49,7 +49,7 @@ class PendingPieces:
             prompts: all prompts in the file.
             rollout: sizes of rounds and pieces.
             rounds: rounds to generate, from 1.
-            find_policy: round -> policy that generates the round; None if the policy is not trained yet, also
+            find_policy: round -> policy that generates the round; None if it is not trained yet, then also
                 for later rounds.
             sampling_digest: round -> digest of the sampling settings, part of the key of rows.
             further: see `FurtherPieces`; None: no round needs further prompts.
@@ -62,10 +62,10 @@ class PendingPieces:
         self._claimed_pieces: dict[str, str] = {}  # attempt name -> piece name
         self._num_calls = 0
         self._num_listed: dict[int, int] = {}  # round -> pieces added to `_open` so far
-        self._states: dict[str, _PieceState] = {}
+        self._states: dict[str, _PieceState] = {}  # piece name -> state
         self._refused_names: list[str] = []  # attempts that other jobs had claimed, in the last call
-        self._is_idle = False
-        self._open_claims: dict[str, contextlib.ExitStack] = {}
+        self._is_idle = False  # whether the last claim only continues responses of the same policy
+        self._open_claims: dict[str, contextlib.ExitStack] = {}  # attempt name -> renewed claim
         self.plan = StorePlan(rollout.rounds, -(-rollout.prompts_per_round // rollout.piece_prompts),
                                 further is not None)
         """Rounds and pieces that all jobs generate together."""
@@ -124,7 +124,7 @@ class PendingPieces:
         return attempts
 
     def _is_lookup_due(self) -> bool:
-        """Return whether to look up all open pieces, because other jobs publish too. Few pieces are looked up
+        """Count a call; return whether it looks up all open pieces: other jobs publish too. Few are looked up
         in every call; many pieces seldom, so that a call averages `LOOKUPS_PER_CLAIM` lookups."""
         self._num_calls += 1
         return self._num_calls * LOOKUPS_PER_CLAIM >= sum(map(len, self._open.values()))
@@ -148,7 +148,7 @@ class PendingPieces:
             # A batch has one policy and, without `num_rows`, one rank, which decides whether to yield.
             if batch is not None and (policy != batch[1] or (rank != batch[0] and not num_rows)):
                 break
-            # The same policy continues cut-off responses only without better work.
+            # Continue responses of the same policy only if there is no better work.
             if num_rows and rank in (SAME, STUCK) and (attempts or self._open_claims):
                 break
             attempt = self._claim_piece(piece, policy)
@@ -179,7 +179,7 @@ class PendingPieces:
         return newest is not None and newest.step > policy.step
 
     def _rank_piece(self, piece: PromptPiece, policy: Policy) -> int | None:
-        """Return the rank of a piece's next attempt; None: the piece waits."""
+        """Return the rank of a piece's next attempt; None: this job generates it, or it waits."""
         state = self._states[piece.part()]
         if piece.part(state.next_attempt) in self._open_claims:
             return None
@@ -247,7 +247,7 @@ class PendingPieces:
             if all(row.finish_reason != UNFINISHED for row in rows):
                 del self._states[piece.part()]
                 return False
-            # Continued rows include earlier attempts' tokens: an equal number means that none was added.
+            # Rows include the tokens that earlier attempts generated: an equal number means none was added.
             num_tokens = sum(len(row.versions) for row in rows)
             state.is_stuck = state.next_attempt > 0 and num_tokens == state.open_tokens
             state.open_tokens = sum(len(row.versions) for row in rows if row.finish_reason == UNFINISHED)
@@ -312,7 +312,9 @@ class PieceQueue:
     """Counts of this job; `waits_for`: why the job ended before all pieces were complete."""
     clock_s: Callable[[], float] = time.monotonic
     _policy: Policy | None = None
+    """Policy of the last claimed attempts."""
     _checked_s: float = 0.0
+    """Time of the last claim or check for a newer policy, by `clock_s`."""
 
     def next_attempts(self, num_rows: int = 0, *, is_busy: bool = False) -> tuple[SampleAttempt, ...] | None:
         """Return attempts to generate; () if there are none at the moment, None at the end.
@@ -344,6 +346,7 @@ class PieceQueue:
         return self.pending.should_yield(self._policy)
 
     def publish(self, attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
+        """Publish the rows of each attempt, and release the claims."""
         for attempt, attempt_rows in zip(attempts, rows, strict=True):
             self._publish_piece(attempt, attempt_rows)
         self.pending.release(attempts)
@@ -374,6 +377,7 @@ class SampleAttempt:
     """0: from the prompts; above 0, the attempt continues the unfinished rows from attempt `number - 1`."""
     policy: Policy
     unfinished: tuple[Rollout, ...] = ()
+    """Rows to continue; () in attempt 0."""
 
     @property
     def name(self) -> str:
@@ -381,6 +385,7 @@ class SampleAttempt:
 
 
 def never_yield() -> bool:
+    """Default for `should_yield`: attempts run to their end."""
     return False
 
 

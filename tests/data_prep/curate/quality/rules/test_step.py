@@ -15,6 +15,7 @@ FOLDER = Path(__file__).with_name("declaration")
 ENGLISH, KOREAN, THAI = ((FOLDER / f"{code}.txt").read_text(encoding="utf-8").strip()
                          for code in ("en", "ko", "th"))
 SENTENCES = ENGLISH.replace(",\n", ".\n")
+"""`ENGLISH` with a full stop at the end of every line, which c4 requires."""
 
 
 def judge_text(text: str, language: str | None = "en", form: str | None = "prose", **settings) -> StepOutcome:
@@ -65,6 +66,7 @@ def test_a_setting_decides_about_code_and_languages_without_rules() -> None:
 
 
 def test_thresholds_change_for_all_languages_and_for_one() -> None:
+    # {}: n-grams have no limit
     short = {"thresholds": {"min_words": 5, "max_top_ngram_char_share": {},
                             "max_duplicate_ngram_char_share": {}}}
     assert judge_text("그 마을의 시장에서 사람들이 물건을 판다.", "ko", **short).reason == ""
