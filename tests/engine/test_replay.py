@@ -20,6 +20,7 @@ from tests.engine.decode.test_forward_only import Row, compute_gradients
 from tests.tiny import tiny_model
 
 EXPERTS, TOP_K, SEQ_LEN = 8, 2, 8
+NOT_RECORDED = 255
 SETTINGS = [f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}",
             "model.seq_aux_loss_coeff=0.01", "model.init_std=0.3", "train.precision=fp64"]
 ROWS, ROW_TOKENS = 4, 32
@@ -71,7 +72,7 @@ def route_recorded() -> dict[str, Any]:
     step.seq_len, step.num_sequences = SEQ_LEN, 1
     logits = torch.randn(SEQ_LEN, EXPERTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     routes, padding = draw_random_routes(SEQ_LEN, 1, 1), torch.arange(SEQ_LEN) == 7
-    routes[2] = 255
+    routes[2] = NOT_RECORDED
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     with replay_routes(model.config, [None, routes]) as firsts:
         assert firsts == [None, 0]
@@ -81,20 +82,21 @@ def route_recorded() -> dict[str, Any]:
             torch.zeros_like(chosen).scatter(1, logits.topk(TOP_K).indices, True)), (
                 "a mask without encoded positions selects no recorded routes")
     assert step.table is None
-    expected = torch.where(torch.from_numpy(routes[:, 0, :1] == 255) | padding[:, None],
-                           logits.topk(TOP_K).indices, torch.from_numpy(routes[:, 0]).long())
+    own_choice = logits.topk(TOP_K).indices
+    expected = torch.where(torch.from_numpy(routes[:, 0, :1] == NOT_RECORDED) | padding[:, None],
+                           own_choice, torch.from_numpy(routes[:, 0]).long())
     scores = logits.softmax(-1)
     expected_scores = scores.gather(1, expected)
-    counts = torch.zeros(EXPERTS, dtype=torch.float64).index_add_(
-        0, expected[:7].flatten(), torch.ones(14, dtype=torch.float64))
-    # The router counted both calls of `routing`; the second call used the router's own choice.
-    expected_live_counts = torch.bincount(logits[:7].topk(TOP_K).indices.flatten(), minlength=EXPERTS)
+    # The router counted the 7 tokens before the padding in both calls of `routing`.
+    replayed_counts = torch.bincount(expected[:7].flatten(), minlength=EXPERTS)
+    own_counts = torch.bincount(own_choice[:7].flatten(), minlength=EXPERTS)
+    expected_loss = sum(float(compute_balancing_loss(scores, counts))
+                        for counts in (replayed_counts, own_counts))
     return {"weights": [weights.gather(1, expected).tolist(),
                         (expected_scores / expected_scores.sum(-1, keepdim=True)).tolist()],
             "chosen": [chosen.nonzero()[:, 1].tolist(), expected.sort(dim=1).values.flatten().tolist()],
-            "counts": [router.local_tokens_per_expert.tolist(), (counts + expected_live_counts).tolist()],
-            "loss": [float(step.aux_loss[1]), float(compute_balancing_loss(scores, counts)
-                                                    + compute_balancing_loss(scores, expected_live_counts))]}
+            "counts": [router.local_tokens_per_expert.tolist(), (replayed_counts + own_counts).tolist()],
+            "loss": [float(step.aux_loss[1]), expected_loss]}
 
 
 def compute_balancing_loss(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -125,7 +127,7 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
     optimizer, load = Optimizer(model, config.optim, gpu=config.gpu), ExpertLoad(model)
     model.config.finalize_model_grads_func = load.finalize_gradients
     step = model.config.routing_step
-    step.seq_len, step.num_sequences = 16, 2 * ROWS
+    step.seq_len, step.num_sequences = ROW_TOKENS // 2, 2 * ROWS  # two sequences in each row
     for module in model.modules():
         if getattr(module, "expert_bias", None) is not None:
             module.expert_bias.copy_(torch.linspace(-0.2, 0.2, EXPERTS).roll(module.layer_number))
@@ -133,9 +135,9 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
     rows = []
     for number in range(ROWS):
         padding = torch.arange(ROW_TOKENS) >= (FIRST_PADDING if number == ROWS - 1 else ROW_TOKENS)
-        inputs = ModelInputs(torch.randint(96, (ROW_TOKENS,), generator=generator),
-                             torch.arange(16).repeat(2), torch.tensor([0, 16, 32], dtype=torch.int32), 16,
-                             padding)
+        inputs = ModelInputs(
+            torch.randint(96, (ROW_TOKENS,), generator=generator), positions=torch.arange(16).repeat(2),
+            cu_seqlens=torch.tensor([0, 16, 32], dtype=torch.int32), max_document_tokens=16, padding=padding)
         rows.append(Row(inputs, torch.randint(96, (ROW_TOKENS,), generator=generator), (~padding).double()))
 
     def compute_routed(routes: Any) -> tuple[float, torch.Tensor]:

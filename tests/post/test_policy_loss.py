@@ -13,7 +13,7 @@ from megatron_sov.post import policy
 from megatron_sov.post.policy import PolicyLoss
 from megatron_sov.post.sft import ResponseSpans
 
-LENGTHS, LONGEST, SEED = (5, 1, 3, 4, 2), 6, 0
+LENGTHS, LONGEST, SEED = (5, 1, 3, 4, 2), 6, 0  # tokens of each response, and of the longest one allowed
 CASES: list[dict[str, Any]] = [
     {"method": "grpo", "kl_coeff": 0.3}, {"method": "grpo", "kl_coeff": 0.3, "kl_weighted": False},
     {"method": "dr_grpo"}, {"method": "dapo"},
@@ -47,16 +47,15 @@ def draw_row() -> tuple[dict[str, Any], Any, Any]:
         index += [len(LENGTHS)] * generator.randint(1, 3) + [response] * length
     is_learned = torch.tensor(index) < len(LENGTHS)
 
-    def draw_values(spread: float, center: Any = None) -> Any:
-        base = torch.tensor([-3 * generator.random() - 1.5
-                             for _ in index]).double() if center is None else center
-        return base + spread * torch.tensor([generator.uniform(-1, 1) for _ in index]).double()
+    def draw_near(center: Any, spread: float) -> Any:
+        return center + spread * torch.tensor([generator.uniform(-1, 1) for _ in index]).double()
 
-    behaviour = draw_values(0.0)
-    columns = {"behaviour_logprobs": behaviour, "old_logprobs": draw_values(0.3, behaviour),
-               "reference_logprobs": draw_values(0.5, behaviour),
-               "advantage": torch.tensor([(-1.5, 0.7, 1.1, -0.4, 0.9, 9.0)[i] for i in index]).double()}
-    logprobs = torch.where(is_learned, draw_values(1.2, behaviour), -torch.inf)
+    behaviour = draw_near(torch.tensor([-3 * generator.random() - 1.5 for _ in index]).double(), 0.0)
+    advantages = (-1.5, 0.7, 1.1, -0.4, 0.9, 9.0)  # of each response, and of masked labels
+    columns = {"behaviour_logprobs": behaviour, "old_logprobs": draw_near(behaviour, 0.3),
+               "reference_logprobs": draw_near(behaviour, 0.5),
+               "advantage": torch.tensor([advantages[i] for i in index]).double()}
+    logprobs = torch.where(is_learned, draw_near(behaviour, 1.2), -torch.inf)
     lengths = torch.tensor([float(n) for n in LENGTHS]).double()
     return columns, logprobs, ResponseSpans(torch.tensor(index), lengths)
 
@@ -73,7 +72,7 @@ def compute_loss(policy: PolicyConfig, columns: Any, logprobs: Any, responses: A
 
 
 def compute_by_hand(policy: PolicyConfig, columns: Any, logprobs: Any,
-                responses: Any) -> tuple[float, list[float]]:
+                    responses: Any) -> tuple[float, list[float]]:
     """Compute loss and gradient of `compute_loss` by loops in plain Python, with derivatives by hand."""
     parts = policy.parts
     logprob, old, reference = (
@@ -109,8 +108,8 @@ def compute_by_hand(policy: PolicyConfig, columns: Any, logprobs: Any,
                     gradient[u] -= 0.0 if is_clipped else weight * a * ratio * share
             log_ratio = logprob[t] - reference[t]
             if parts.kl == "k3":
-                estimate, kl_weight = math.exp(
-                    -log_ratio) + log_ratio - 1, ratio if parts.kl_weighted else 1.0
+                estimate = math.exp(-log_ratio) + log_ratio - 1
+                kl_weight = ratio if parts.kl_weighted else 1.0
                 loss += parts.kl_coeff * normalizer * kl_weight * estimate
                 gradient[t] += parts.kl_coeff * normalizer * kl_weight * (1 - math.exp(-log_ratio))
                 for u, share in ratio_terms if parts.kl_weighted else ():
@@ -175,20 +174,21 @@ def test_on_responses_of_the_policy_itself_every_method_is_reinforce(clip: Any, 
 def test_engine_rounding_is_not_clipped_and_both_signs_have_gradients(method: Any) -> None:
     """At the mismatch that arXiv 2510.11370 measured for Qwen3-8B: KL of 6.4e-4 a token, Gaussian."""
     torch.manual_seed(0)
-    num, length, kl = 32, 4096, 6.4e-4
-    gap = torch.randn(num * length).double() * math.sqrt(2 * kl) - kl  # trainer - engine
-    advantage = torch.tensor([1.0, -1.0]).double().repeat(num // 2).repeat_interleave(length)
+    num_responses, length, kl = 32, 4096, 6.4e-4
+    # Trainer - engine. A Gaussian log-ratio with variance 2 kl and mean -kl has the KL divergence kl.
+    gap = torch.randn(num_responses * length).double() * math.sqrt(2 * kl) - kl
+    advantage = torch.tensor([1.0, -1.0]).double().repeat(num_responses // 2).repeat_interleave(length)
     logprobs = torch.full_like(gap, -1.0).requires_grad_()
     columns = {"advantage": advantage, "behaviour_logprobs": logprobs.detach() - gap,
                "old_logprobs": torch.full_like(gap, math.nan),
                "reference_logprobs": torch.full_like(gap, -1.0)}
-    responses = ResponseSpans(torch.arange(num).repeat_interleave(length),
-                          torch.full((num,), float(length)).double())
+    responses = ResponseSpans(torch.arange(num_responses).repeat_interleave(length),
+                              torch.full((num_responses,), float(length)).double())
     policy = PolicyConfig(method, clip_high=0.2 if method == "cispo" else None)
     terms, meters = PolicyLoss(policy, length).compute_terms(logprobs, columns, responses)
     (gradient,) = torch.autograd.grad(terms["policy"], logprobs)
-    has_gradient = (gradient.view(num, length).abs().sum(1) > 0).view(-1, 2).double().mean(0)
-    assert has_gradient.tolist() == [1, 1] and float(meters["clip_share"][0]) == 0
+    has_gradient = gradient.view(num_responses, length).abs().sum(1) > 0
+    assert has_gradient.all() and float(meters["clip_share"][0]) == 0
     up, down = gradient.view(-1, 2, length).sum((0, 2)).tolist()
     assert up == pytest.approx(-down, rel=1e-3)
     assert float(meters["engine_kl"][0] / meters["engine_kl"][1]) == pytest.approx(kl, rel=0.02)
@@ -231,36 +231,37 @@ def test_teacher_signal_is_the_difference_of_logprobs() -> None:
         assert meters["reverse_kl"] == pytest.approx(float(-gaps.mean()), rel=1e-12)
 
 
-def compute_trl_loss(asked: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> Any:
+def compute_trl_loss(settings: dict[str, Any], columns: Any, logprobs: Any, index: Any) -> Any:
     """Compute the loss of TRL 1.16's `GRPOTrainer` with vLLM, over padded responses.
 
-    `asked` has our settings: "correction" stands for TRL's `vllm_importance_sampling_mode`.
+    `settings` are ours: "correction" stands for TRL's `vllm_importance_sampling_mode`.
     """
-    rows, width = sorted(set(index.tolist())), int(index.bincount().max())
-    mask = torch.zeros(len(rows), width).double()
-    padded = {name: torch.zeros(len(rows), width).double() for name in (*columns, "x")}
-    for row, response in enumerate(rows):
+    columns = columns | {"logprobs": logprobs}
+    present, width = sorted(set(index.tolist())), int(index.bincount().max())
+    mask = torch.zeros(len(present), width).double()
+    padded = {name: torch.zeros(len(present), width).double() for name in columns}
+    for row, response in enumerate(present):
         positions = (index == response).nonzero()[:, 0]
         mask[row, :len(positions)] = 1
-        for name, values in (*columns.items(), ("x", logprobs)):
+        for name, values in columns.items():
             padded[name][row, :len(positions)] = values[positions]
-    x, old = padded["x"], padded["old_logprobs"]
+    new, old = padded["logprobs"], padded["old_logprobs"]
     log_importance = (old - padded["behaviour_logprobs"]) * mask
-    level, kind = asked["correction"].split("_")
+    level, kind = settings["correction"].split("_")
     importance = (log_importance.sum(1, keepdim=True) if level == "sequence" else log_importance).exp()
-    low, high = asked["correction_low"], asked["correction_high"]
+    low, high = settings["correction_low"], settings["correction_high"]
     importance = (importance.clamp(low, high) if kind == "truncate"
                   else importance.masked_fill((importance < low) | (importance > high), 0.0))
-    log_ratios = x - old
-    if asked["method"] == "gspo":
+    log_ratios = new - old
+    if settings["method"] == "gspo":
         log_ratios = ((log_ratios * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None]
     ratio, advantages = log_ratios.exp(), padded["advantage"]
-    clip = asked["clip_low"]
+    clip = settings["clip_low"]
     loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages) * importance
-    if asked["method"] == "grpo":
-        log_ratio = padded["reference_logprobs"] - x
+    if settings["method"] == "grpo":
+        log_ratio = padded["reference_logprobs"] - new
         kl = log_ratio.exp() - log_ratio - 1
-        loss = loss + asked["kl_coeff"] * kl * ratio  # by `ratio` as with TRL's use_bias_correction_kl
+        loss = loss + settings["kl_coeff"] * kl * ratio  # by `ratio` as with TRL's use_bias_correction_kl
     return ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
@@ -270,12 +271,14 @@ def compute_trl_loss(asked: dict[str, Any], columns: Any, logprobs: Any, index: 
 def test_two_steps_of_a_round_equal_trl(method: Any, correction: Any, masked: str) -> None:
     """A linear model learns a round of two batches.
 
-    In the first, old log-probabilities are the current ones.
+    In the first, old log-probabilities are the current ones. `masked`: responses for which trainer and
+    engine are made to differ by e^2 a token, out of the correction's bounds.
     """
-    asked: dict[str, Any] = {"method": method, "clip_low": 0.1, "clip_high": 0.1, "correction": correction,
-                             "correction_low": 0.8, "correction_high": 1.25}
-    asked |= {"kl_coeff": 0.3} if method == "grpo" else {}
-    policy_loss = PolicyLoss(PolicyConfig(**asked), LONGEST)
+    settings: dict[str, Any] = {"method": method, "clip_low": 0.1, "clip_high": 0.1, "correction": correction,
+                                "correction_low": 0.8, "correction_high": 1.25}
+    if method == "grpo":
+        settings["kl_coeff"] = 0.3
+    policy_loss = PolicyLoss(PolicyConfig(**settings), LONGEST)
     columns, _, responses = draw_row()
     torch.manual_seed(0)
     features, initial_weights = torch.randn(len(responses.index), 3).double(), torch.randn(3).double()
@@ -289,21 +292,19 @@ def test_two_steps_of_a_round_equal_trl(method: Any, correction: Any, masked: st
     for step, batch in enumerate(([0, 2], [1, 2, 3, 4])):
         is_in_batch = torch.isin(responses.index, torch.tensor(batch))
         index = torch.where(is_in_batch, responses.index, len(LENGTHS))
-        batch_responses = ResponseSpans(index,
-                                        torch.tensor([n * (i in batch) for i,
-                                                      n in enumerate(LENGTHS)]).double())
-        step_columns = columns if step else columns | {"old_logprobs": torch.full_like(initial_logprobs,
-                                                                                       math.nan)}
+        lengths = torch.tensor([n * (i in batch) for i, n in enumerate(LENGTHS)]).double()
+        batch_responses = ResponseSpans(index, lengths)
+        step_columns = columns
+        if step == 0:  # the loss must not read this column
+            step_columns = columns | {"old_logprobs": torch.full_like(initial_logprobs, math.nan)}
         terms, meters = policy_loss.compute_terms(-torch.nn.functional.softplus(features @ weights),
-                                                  step_columns,
-                                                  batch_responses)
+                                                  step_columns, batch_responses)
         counts = policy_loss.count_denominators(batch_responses)
         loss = sum(policy_loss.coefficients[t] * terms[t] / counts[t] for t in policy_loss.coefficients)
         trl_logprobs = -torch.nn.functional.softplus(features @ trl_weights)
         trl_columns = columns if step else columns | {"old_logprobs": trl_logprobs.detach()}
-        expected = compute_trl_loss(asked, {k: v[is_in_batch] for k, v in trl_columns.items()},
-                                    trl_logprobs[is_in_batch],
-                                    index[is_in_batch])
+        expected = compute_trl_loss(settings, {k: v[is_in_batch] for k, v in trl_columns.items()},
+                                    trl_logprobs[is_in_batch], index[is_in_batch])
         assert loss.item() == pytest.approx(expected.item(), abs=1e-14)
         if correction.endswith("mask") and masked == "the whole batch":
             assert float(meters["masked_share"][0] / meters["masked_share"][1]) == 1
@@ -325,15 +326,15 @@ def test_masked_labels_are_measured() -> None:
     cases: Any = (({"correction": "token_mask"}, ((gaps.exp() < 0.9) | (gaps.exp() > 1.1)).double().mean()),
                   ({"correction": "token_truncate", "geo_reject_high": 1.02}, rejected / sum(LENGTHS)),
                   ({"correction": "token_truncate"}, None))
-    for asked, expected_share in cases:
-        policy: Any = PolicyConfig("dapo", correction_low=0.9, correction_high=1.1, **asked)
+    for settings, expected_share in cases:
+        policy: Any = PolicyConfig("dapo", correction_low=0.9, correction_high=1.1, **settings)
         _, _, meters = compute_loss(policy, columns, logprobs, responses)
         assert meters["engine_gap"] == pytest.approx(float(gaps.mean()), abs=1e-12)
         assert meters["engine_kl"] == pytest.approx(float((gaps.exp() - gaps - 1).mean()), abs=1e-12)
-        assert meters.get("masked_share") == (None
-                                              if expected_share is None
-                                              else pytest.approx(float(expected_share)))
-        assert expected_share is None or 0 < expected_share < 1
+        if expected_share is None:
+            assert "masked_share" not in meters
+        else:
+            assert meters["masked_share"] == pytest.approx(float(expected_share)) and 0 < expected_share < 1
 
 
 def test_divergences_have_the_documented_gradients() -> None:
@@ -363,10 +364,10 @@ def test_divergences_have_the_documented_gradients() -> None:
     for a, b in itertools.product(range(3), repeat=2):
         logprobs, reference = torch.stack([p[a], p2[a, b]]), torch.stack([q[a], q2[a, b]])
         responses = ResponseSpans(torch.tensor([0, 0]), torch.tensor([2.0]).double())
-        estimated = estimated + logprobs.detach().sum().exp() * policy.sequence_kl(logprobs, reference,
-                                                                                   responses).sum()
-    assert have_equal_gradients(estimated, exact) and estimated.item() == pytest.approx(exact.item(),
-                                                                                        abs=1e-12)
+        probability = logprobs.detach().sum().exp()
+        estimated = estimated + probability * policy.sequence_kl(logprobs, reference, responses).sum()
+    assert have_equal_gradients(estimated, exact)
+    assert estimated.item() == pytest.approx(exact.item(), abs=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["token", "sequence"])

@@ -73,7 +73,8 @@ def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
     # A response is right if its sample number + 1 divides its prompt's index + 1: no group has equal rewards.
-    assert content["groups"] == {"learns": 6} and content["steps"] == [[0, 12], [12, 12]]
+    assert content["groups"] == {"learns": 6}
+    assert content["steps"] == [[0, 12], [12, 12]]  # first response and number: 3 groups x 4 samples a step
     rows = {row.key[:2]: row for piece in (0, 1) for row in store.read_rollouts(format_part_name(1, piece))}
     expected = [rows[prompt.id, sample] for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)
                 for sample in range(4)]
@@ -193,7 +194,7 @@ def test_publishing_does_not_wait_for_invalid_continuations(publisher: Publisher
     assert publisher.publish(1) == "", "no job would write the invalid response again"
     content = read_manifest(publisher.rounds / "0001").content
     assert content["unjudged"] == {"kept_out": 1}
-    assert content["steps"] == [[0, 11], [11, 12]]
+    assert content["steps"] == [[0, 11], [11, 12]]  # 3 groups x 4 responses a step, one invalid
 
 
 def test_publishing_warns_about_responses_of_other_runs(publisher: Publisher, write_round: Any,
@@ -221,6 +222,7 @@ def test_excluded_groups_are_counted_by_reason_and_a_step_may_be_empty(publisher
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
     assert content["groups"] == {"all_right": 1, "all_wrong": 1, "too_few": 1, "learns": 3}
+    # None of the groups 0 to 2 learns; of those of step 2, one response has no reward.
     assert content["unjudged"] == {"failed": 4} and content["steps"] == [[0, 0], [0, 11]]
     rounds = RoundDocuments(publisher.rounds, 368)
     assert [len(step) for step in rounds.read(1, 32, 2).steps] == [0, 11]
@@ -248,15 +250,18 @@ def test_groups_that_learn_have_advantages(policy_settings: dict[str, Any], grou
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
     assert content["groups"] == groups
-    assert content["means"]["pass_rate"] == pytest.approx(8 / 24)
+    assert content["means"]["pass_rate"] == pytest.approx(8 / 24)  # (4 + 1 + 3 rewards of 1) / (6 groups x 4)
     # Groups without advantages stay in the step: the loss is a mean over all its responses.
     assert sum(count for _, count in content["steps"]) == 4 * (6 - groups.get("all_wrong", 0))
 
 
+ALL_PIECES = 99  # more than any round here has
+
+
 def write_pieces(publisher: Publisher, rewards: Any, first: int, end: int, number: int = 1) -> None:
-    """Write and score some pieces of a round; `rewards` maps a group index to its rewards."""
+    """Write and score the pieces `first` to `end` of a round; `rewards` maps a group index to its rewards."""
     store = RolloutStore.open(publisher.store)
-    pieces = plan_round_pieces(publisher.prompts, ROLLOUT, number, 99)
+    pieces = plan_round_pieces(publisher.prompts, ROLLOUT, number, ALL_PIECES)
     group_of_prompt = {prompt.id: i for i, prompt in enumerate(p for piece in pieces for p in piece.prompts)}
     for piece in pieces[first:end]:
         rows = [Rollout(
@@ -305,7 +310,7 @@ def list_learned_groups(publisher: Publisher, number: int = 1) -> list[list[int]
 def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling_publisher: Publisher,
                                                                        tmp_path: Path) -> None:
     def score_even(group: int) -> list[int]:
-        """Give only groups with an even index different rewards."""
+        """Give groups with an even index different rewards, groups 1, 5, 9 and 13 only 1, others only 0."""
         return [1, 0, 0, 0] if group % 2 == 0 else [group % 4 == 1] * 4
 
     assert filling_publisher.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
@@ -317,9 +322,10 @@ def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling_p
     write_pieces(filling_publisher, score_even, 2, 4)
     assert filling_publisher.publish(1) == ""
     content = read_manifest(filling_publisher.rounds / "0001").content
+    # Of the 6 planned groups and 8 further ones, 7 have an even index.
     assert content["groups"] == {"all_right": 4, "all_wrong": 3, "surplus": 1, "learns": 6}
-    assert list_learned_groups(filling_publisher) == [[0, 2, 4],
-                                                      [6, 8, 10]] and content["means"]["responses"] == 56
+    assert list_learned_groups(filling_publisher) == [[0, 2, 4], [6, 8, 10]]
+    assert content["means"]["responses"] == 14 * 4
     # Another run on the same store, which requests no further prompts, trains only on the planned groups.
     without_replacement = dataclasses.replace(filling_publisher, rounds=tmp_path / "alone",
                                               config=build_config())
@@ -331,20 +337,20 @@ def test_a_round_without_further_prompts_trains_on_learning_groups(
     def score_rare(group: int) -> list[int]:
         return [group == 3, 0, 0, 0]
 
-    write_pieces(filling_publisher, score_rare, 0, 99)
-    for num_groups in (6, 14, 22):
+    write_pieces(filling_publisher, score_rare, 0, ALL_PIECES)
+    for num_groups in (6, 6 + 8, 6 + 8 + 8):
         assert filling_publisher.publish(1) == (f"1 of {num_groups} groups of round 1 learn, and the round "
                                                 "needs 6: 8 further prompts are requested")
     assert filling_publisher.publish(1) == ""
     assert ("1 of 30 groups of round 1 learn, and the round needs 6; policy.max_gen_batches = 4: the run "
             "trains on these groups") in capsys.readouterr().err
     assert list_learned_groups(filling_publisher) == [[], [3]]
-    with_few_prompts = dataclasses.replace(filling_publisher, prompts=filling_publisher.prompts[:9],
-                                           rounds=tmp_path / "few",
-                                           store=tmp_path / "other")
-    RolloutStore.create(with_few_prompts.store, RolloutStore.open(filling_publisher.store).tokenizer_digest,
-                        368)
-    write_pieces(with_few_prompts, score_rare, 0, 99)
+    with_few_prompts = dataclasses.replace(
+        filling_publisher, prompts=filling_publisher.prompts[:9], rounds=tmp_path / "few",
+        store=tmp_path / "other")
+    tokenizer = RolloutStore.open(filling_publisher.store).tokenizer_digest
+    RolloutStore.create(with_few_prompts.store, tokenizer, 368)
+    write_pieces(with_few_prompts, score_rare, 0, ALL_PIECES)
     assert "3 further prompts" in with_few_prompts.publish(1) and with_few_prompts.publish(1) == ""
     assert "1 of 9 groups of round 1 learn, and the round needs 6; no prompts are left" in (
         capsys.readouterr().err)
@@ -367,7 +373,7 @@ def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher,
     ("failed", "no server answers", r"reward \(24 failed"),
     ("refused", "has no 'answer'", r"another --run and --store$")])
 def test_a_round_without_any_reward_is_an_error(status: str, reason: str, message: str,
-                                                       publisher: Publisher, write_round: Any) -> None:
+                                                publisher: Publisher, write_round: Any) -> None:
     write_judged_parts(publisher, write_round,
                        lambda group, row: RewardRow(row.key, 0, VERSION, None, status, {}, reason))
     with pytest.raises(UserError, match=message):
@@ -412,18 +418,20 @@ def test_resume_rejects_other_sampling_settings(publisher: Publisher, write_roun
 def test_published_routes_match_replayed_tokens(publisher: Publisher, write_round: Any,
                                                 tmp_path: Path) -> None:
     model = dataclasses.replace(publisher.config.model, num_experts=8, num_experts_per_token=2)
-    replay_publisher = dataclasses.replace(publisher, rounds=tmp_path / "replayed",
-                                           config=dataclasses.replace(
-                                               publisher.config, model=model,
-                                               policy=PolicyConfig(method="dapo", router_replay=True)))
+    config = dataclasses.replace(publisher.config, model=model,
+                                 policy=PolicyConfig(method="dapo", router_replay=True))
+    replay_publisher = dataclasses.replace(publisher, rounds=tmp_path / "replayed", config=config)
     store = write_parts(publisher, write_round)
     with pytest.raises(UserError, match="round 1: sample 0"):
         replay_publisher.publish(1)
     routed_store = RolloutStore.create(tmp_path / "routed", store.tokenizer_digest, 368)
     layers = model.num_moe_layers()
     for name in (format_part_name(1, 0), format_part_name(1, 1)):
-        rows = [dataclasses.replace(row, routes=np.tile(np.arange(2, dtype=np.uint8) + row.key.sample, (
-            len(row.prompt_tokens) + len(row.tokens) - 1, layers, 1))) for row in store.read_rollouts(name)]
+        rows = []
+        for row in store.read_rollouts(name):
+            experts = np.arange(2, dtype=np.uint8) + row.key.sample
+            num_routed = len(row.prompt_tokens) + len(row.tokens) - 1  # a server never routes the last token
+            rows.append(dataclasses.replace(row, routes=np.tile(experts, (num_routed, layers, 1))))
         routed_store.add_rollouts(name, rows, {})
         routed_store.add_rewards(VERSION, name, store.read_rewards(VERSION, name))
     assert dataclasses.replace(replay_publisher, store=routed_store.path).publish(1) == ""
@@ -433,7 +441,7 @@ def test_published_routes_match_replayed_tokens(publisher: Publisher, write_roun
     document = (1 << 32) + 2  # sample 2 of the first prompt
     length = rounds.lengths[document]
     assert rounds.routes(document, 0, length - 1).tolist() == [[[2, 3]] * layers] * (length - 1)
-    assert (rounds.routes(document, length - 1, 1) == 255).all()
+    assert (rounds.routes(document, length - 1, 1) == 255).all()  # 255: not recorded
 
 
 def test_publishing_rejects_foreign_stores(publisher: Publisher, write_round: Any, tmp_path: Path) -> None:

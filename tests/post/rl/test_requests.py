@@ -57,7 +57,7 @@ def make_settings(folder: Path, urls: tuple[str, ...] = (),
 class NumberTokenizer(NumberEncoder):
     """Tokenizer of prompts that are the decimal number of their only token; no answer ends early."""
 
-    end_ids = (VOCAB - 1 + 100,)
+    end_ids = (VOCAB + 99,)  # no server writes this token
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         return [[int(text)] for text in prompts]
@@ -110,11 +110,11 @@ def jobs(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 def check_round(rows: list[Rollout]) -> None:
     """Assert that each response occurs once, and that each token reports the policy version that wrote it."""
-    assert len({(row.key.prompt, row.key.sample) for row in rows}) == len(rows) == 6
+    assert len({(row.key.prompt, row.key.sample) for row in rows}) == len(rows) == 6  # 3 prompts x 2 samples
     for row in rows:
         ids = row.prompt_tokens.tolist()
         assert row.tokens.tolist() == [compute_token(ids, i, int(v)) for i, v in enumerate(row.versions)]
-        assert row.finish_reason == LENGTH and len(row.tokens) == 6
+        assert row.finish_reason == LENGTH and len(row.tokens) == ROLLOUT.max_new_tokens
 
 
 def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
@@ -156,6 +156,7 @@ def test_samples_of_a_prompt_are_joined_in_a_request(overrides: dict[str, Any], 
     (True, 0.0, 6), (True, 60.0, 2), (False, 0.0, 2)])
 def test_servers_receive_all_available_work_ahead(is_live: bool, deadline_s: float, num_rows: int,
                                                   jobs: Callable[..., Job]) -> None:
+    """With nothing to keep or await, the servers get all 6 responses of the round, else one prompt's 2."""
     job = jobs([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1, deadline_s=deadline_s))
     requests = RolloutRequestQueue(requests=job.requests, pieces=job.queue, room=1,
                                    load_policy=None if is_live else job.take)
