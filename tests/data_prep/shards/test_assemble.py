@@ -108,7 +108,7 @@ BYTES_PER_TOKEN = 3
 def write_documents(folder: Path, lengths: list[int], shard_tokens: int, group: int,
                     batch: int) -> ShardedWriter:
     """Write documents in batches of groups; each token, and the extra line, is its document's number."""
-    with ShardedWriter(folder, "s/train", "uint16", False, True, group, shard_tokens) as writer:
+    with ShardedWriter(folder, "s/train", "uint16", {}, True, group, shard_tokens) as writer:
         for first in range(0, len(lengths), batch * group):
             part = np.array(lengths[first : first + batch * group], np.int32)
             numbers = range(first, first + len(part))
