@@ -194,7 +194,7 @@ def test_difficulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "work/pairs").mkdir()
     (tmp_path / "work/pairs.jsonl").rename(tmp_path / "work/pairs/kept.jsonl")
     (tmp_path / "problems.jsonl").write_text(json.dumps({"prompt": "What is 12 plus 30?"}) + "\n" +
-                                           json.dumps({"prompt": "What is 120 times 30?"}) + "\n")
+                                             json.dumps({"prompt": "What is 120 times 30?"}) + "\n")
     for words in list_words(DIFFICULTY):
         assert words[0] == "sov-data"
         if words[1] == "synth":

@@ -106,7 +106,7 @@ def compute_first_batch(recipe: str, settings: list[str], paths: list[str], obje
     # before the step, which updates router biases
     state = {"step": 0, "tokens": 0}
     save_checkpoint(Path(out) / "weights", trainer.model, None, state, config.to_dict(),
-              tokenizer_folder(trainer.sources))
+                    tokenizer_folder(trainer.sources))
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
     sums = trainer.forward_backward.compute_gradients(batch, trainer.objective, 1)
     losses = {t: total / batch.targets[t] for t, total in sums.terms.items()}
@@ -114,7 +114,7 @@ def compute_first_batch(recipe: str, settings: list[str], paths: list[str], obje
         for parameter in trainer.model.parameters():
             parameter.copy_(parameter.main_grad)
     save_checkpoint(Path(out) / "gradients", trainer.model, None, state, config.to_dict(),
-              tokenizer_folder(trainer.sources))
+                    tokenizer_folder(trainer.sources))
     world.leave_world()
     return {"losses": losses, "loss": sum(trainer.objective.coefficients[t] * v for t, v in losses.items()),
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "padding": m.inputs.padding.tolist(),
@@ -124,7 +124,7 @@ def compute_first_batch(recipe: str, settings: list[str], paths: list[str], obje
 
 
 def train_and_continue(recipe: str, settings: list[str], paths: list[str], reference: str, *,
-             is_reference: bool, num_steps: int = 2) -> dict[str, Any]:
+                       is_reference: bool, num_steps: int = 2) -> dict[str, Any]:
     """Train from scratch, then repeat the second half from the reference's checkpoint; return the steps and
     the largest differences to the reference's checkpoints.
 

@@ -71,8 +71,8 @@ def evaluate_heldout_pairs(trainer: Any, batch: Any) -> dict[str, float]:
     return figures
 
 
-def compute_trl_meters(method: str, pairs: list[tuple[float, float, float, float, int, int]]) -> dict[str,
-                                                                                                      float]:
+def compute_trl_meters(method: str,
+                       pairs: list[tuple[float, float, float, float, int, int]]) -> dict[str, float]:
     """Return rewards/accuracies and rewards/margins of TRL's DPOTrainer (SimPO and ORPO: of CPOTrainer and
     ORPOTrainer without their beta), except that a tie counts half.
 

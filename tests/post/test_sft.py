@@ -193,7 +193,7 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
                    for indices, m in zip(split, batch.micro_batches, strict=True))
         assert loss.item() == pytest.approx(expected.item(), rel=1e-12)  # type: ignore[union-attr]
         for gradient, expected_gradient in zip(torch.autograd.grad(loss, logits), gradients,
-                                strict=True):  # type: ignore[arg-type]
+                                               strict=True):  # type: ignore[arg-type]
             torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-15)
 
 

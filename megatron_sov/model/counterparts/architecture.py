@@ -108,9 +108,9 @@ def infer_architecture(stated: Stated, family: str = "",
                         "--family")
     reasons = {name: _find_mismatches(name, fields) for name in names}
     nearest = min(reasons, key=lambda name: len(reasons[name]))
-    raise UserError(format_problems(f"the model's settings: fit no family; the nearest is '{nearest}'",
-                                  reasons[nearest], "pass --family, and --set model.NAME=VALUE to correct a "
-                                                    "setting"))
+    raise UserError(format_problems(
+        f"the model's settings: fit no family; the nearest is '{nearest}'", reasons[nearest],
+        "pass --family, and --set model.NAME=VALUE to correct a setting"))
 
 
 def describe_model(model: ModelConfig) -> dict[str, Any]:
@@ -129,8 +129,8 @@ def describe_model(model: ModelConfig) -> dict[str, Any]:
         args |= _describe_experts(model)
     if model.yarn is not None:
         args |= {"position_embedding_type": "yarn", **{
-            f"yarn_{megatron_name}": getattr(model.yarn, field) for field,
-            megatron_name in YARN_NAMES.items()}}
+            f"yarn_{megatron_name}": getattr(model.yarn, field)
+            for field, megatron_name in YARN_NAMES.items()}}
     if model.llama3_rope is not None:
         args |= {"use_rope_scaling": True, "rope_scaling_factor": model.llama3_rope.factor}
     if model.sliding_window_tokens:
@@ -296,8 +296,8 @@ def _infer_positions(stated: Stated) -> dict[str, Any]:
     if stated.get("position_embedding_type") == "yarn":
         if any(stated.get(f"yarn_{name}") not in (None, 1.0, 0.0) for name in ("mscale", "mscale_all_dim")):
             raise ValueError("yarn_mscale, yarn_mscale_all_dim: other values than 1 are not read")
-        fields["yarn"] = {field: stated[f"yarn_{megatron_name}"] for field,
-                          megatron_name in YARN_NAMES.items()
+        fields["yarn"] = {field: stated[f"yarn_{megatron_name}"]
+                          for field, megatron_name in YARN_NAMES.items()
                           if stated.get(f"yarn_{megatron_name}") is not None}
     if stated.get("rope_scaling"):
         # Other parameters are constants in Megatron-Core's RotaryEmbedding.

@@ -37,7 +37,7 @@ def write_run(path: Path, *events: tuple[float, str, dict[str, Any]], settings: 
 
 
 def step_events(first: int, last: int, first_ago_s: float,
-          every_s: float = 2.0) -> list[tuple[float, str, dict[str, Any]]]:
+                every_s: float = 2.0) -> list[tuple[float, str, dict[str, Any]]]:
     fields = {"loss": 3.0, "tokens_per_s": 500.0, "step_time_s": every_s, "phase": "main"}
     return [(first_ago_s - every_s * (step - first), "step", {"step": step, "tokens": 1000 * step, **fields})
             for step in range(first, last + 1)]

@@ -174,8 +174,8 @@ def compare_first_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
                                     float(gradients_by_run["adapter"][module.key(A)].abs().max()))
         compared_names.append(module.name)
     world.leave_world()
-    initial_deviations = [float(a.std()) * (3 * a.shape[-1]) ** 0.5 for key,
-                          a in adapter_weights.items() if "embed" not in key]
+    initial_deviations = [float(a.std()) * (3 * a.shape[-1]) ** 0.5
+                          for key, a in adapter_weights.items() if "embed" not in key]
     return {"largest_error": largest_error, "losses": losses, "names": compared_names,
             "of A": largest_gradient_of_a,
             "deviation": sum(initial_deviations) / len(initial_deviations)}
@@ -257,8 +257,8 @@ def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, A
                       for layout in layouts))
     (one_rank,), *split_results = results
     assert not one_rank["changed"]
-    largest_weight = max(float(np.abs(np.array(v)).max()) for k,
-                         v in one_rank["adapter"].items() if k.endswith("lora_B"))
+    largest_weight = max(float(np.abs(np.array(value)).max()) for key, value in one_rank["adapter"].items()
+                         if key.endswith("lora_B"))
     assert largest_weight > 0.01, "three steps of AdamW"
     for layout, (result, *_) in zip(layouts, split_results, strict=True):
         assert not result["changed"], layout

@@ -57,8 +57,8 @@ def compute_split_results(layout: dict[str, Any], chunk_tokens: int, cap: float 
     local = context.compute_row_index(divergences.TOKENS, False, device)
     positions = context.compute_row_index(divergences.TOKENS, sp, device)
     top = compute_teacher_logprobs(tensors, cap)[local].topk(divergences.K)
-    teachers = {"states": TeacherStates(tensors["teacher states"][local], shard_head(
-                    tensors["teacher weight"], tensors["teacher states"]), cap),
+    teacher_head = shard_head(tensors["teacher weight"], tensors["teacher states"])
+    teachers = {"states": TeacherStates(tensors["teacher states"][local], teacher_head, cap),
                 "top-k with the rest": TeacherTopK(top.indices, top.values),
                 "top-k alone": TeacherTopK(top.indices, top.values, keep_remainder=False)}
     weights = {name: tensors[name] for name in ("first", "second")}
@@ -93,8 +93,8 @@ def compute_teacher_logprobs(tensors: dict[str, torch.Tensor], cap: float | None
     return (logits / TEMPERATURE).log_softmax(-1)
 
 
-def compute_expected(figure: str, tensors: dict[str, torch.Tensor], cap: float | None) -> dict[str,
-                                                                                               torch.Tensor]:
+def compute_expected(figure: str, tensors: dict[str, torch.Tensor],
+                     cap: float | None) -> dict[str, torch.Tensor]:
     """Compute one of `FIGURES` and its gradients by autograd over the logits of the whole vocabulary."""
     states, weight = (tensors[name].clone().requires_grad_() for name in ("states", "weight"))
     logits, labels = cap_logits(states @ weight.T, cap), tensors["labels"]

@@ -315,7 +315,7 @@ def test_interpreter_without_vllm_is_reported(tmp_path: Path, monkeypatch: pytes
         python.chmod(0o755)
     monkeypatch.setenv(ENGINE_PYTHON, str(python))
     with pytest.raises(UserError, match=message), open_fleet(tmp_path, VOCAB, 8, EngineServers(),
-                                                          ServerLocations(tmp_path)):
+                                                             ServerLocations(tmp_path)):
         pass
     # an interpreter with the module passes, and servers of other users need no interpreter
     monkeypatch.setattr(server_process, "VLLM", "json")

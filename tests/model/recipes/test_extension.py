@@ -59,7 +59,7 @@ def test_stages_as_phases_take_all_their_steps() -> None:
 @pytest.mark.each(("limit_tokens", "seq_len", "per_rank", "expected"), [
     (2048, 512, 16, 4), (2048, 512, 6, 3), (2048, 1024, 7, 1), (256, 512, 8, 1), (2048, 256, 4, 4)])
 def test_micro_batches_keep_their_tokens_and_divide_the_batch(limit_tokens: int, seq_len: int, per_rank: int,
-                                                             expected: int) -> None:
+                                                              expected: int) -> None:
     assert find_micro_batch_size(limit_tokens, seq_len, per_rank) == expected
 
 

@@ -102,7 +102,7 @@ def publish(settings: list[str], rounds: str, store: str, prompts: str, tokenize
 
 
 def publish_rounds(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int,
-            rewards: Sequence[float] = (), **more: bool) -> None:
+                   rewards: Sequence[float] = (), **more: bool) -> None:
     """Write and publish two rounds. With `rewards`, responses to a round's n-th prompt have the n-th reward,
     except for one response per prompt in round 2."""
     file = folder / "prompts.jsonl"
@@ -130,7 +130,7 @@ def publish_rounds(folder: Path, packed_data: Any, write_round: Any, policy: Pol
 
 
 def train_at_layouts(ranks: Any, job: Any, folder: Path, layouts: dict[str, Layout], settings: list[str]
-           ) -> list[dict[str, Any]]:
+                     ) -> list[dict[str, Any]]:
     """Train the rounds at each layout, check that all take equal steps, and return the steps."""
     jobs = []
     for i, (nproc, layout) in enumerate(layouts.values()):

@@ -130,7 +130,7 @@ def test_digests_of_validation_conditions() -> None:
     rollout = RolloutConfig().for_validation(3)
 
     def compute_digests(given_prompts: PromptList = prompts, reward: str = "v", right_from: float = 1.0,
-               **changes: Any) -> dict[str, str]:
+                        **changes: Any) -> dict[str, str]:
         return digest_conditions(prompts=given_prompts, reward_version=reward,
                                  rollout=replace(rollout, **changes), chosen_by={"plain": True},
                                  right_from=right_from)

@@ -63,7 +63,7 @@ def test_a_fault_occurs_once_on_its_process_and_is_logged_once(tmp_path: Path) -
 def test_a_slow_process_is_slow_for_a_while(tmp_path: Path) -> None:
     slow = FaultInjector(parse_faults(["slow-rank@step=3,seconds=0.2,steps=2",
                                        "slow-rank@step=4,seconds=0.1,steps=9"], 1),
-                  tmp_path, 0)
+                         tmp_path, 0)
     assert [slow.delay_s(step) for step in (2, 3, 4, 5)] == pytest.approx([0, 0.2, 0.3, 0.1])
 
 

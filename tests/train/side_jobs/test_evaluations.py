@@ -181,7 +181,7 @@ def test_jobs_report_their_figures_when_they_end(run: RunWithExports,
     resumed.poll(now=True)
     assert run.list_outcomes() == [(10, "ppl", None), (20, "ppl",
                            "its job gave no result within evaluate.background.timeout_s = 100; see its log"),
-                          (30, "ppl", None)]
+                                   (30, "ppl", None)]
 
 
 def test_benchmarks_take_the_options_of_eval_lm(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ while number != signal.SIGINT and not asked:
 
 def test_run_command_returns_exit_code_and_forwards_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                                          capfd
-                                                      ) -> None:
+                                                         ) -> None:
     (tmp_path / "child.py").write_text(CHILD_COMMAND)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
