@@ -245,8 +245,8 @@ def _write_pieces(file: Path, shards: Mapping[int, Sequence[SourcePiece]],
         write_atomically(file, content)
 
 
-def read_shard_pieces(output: Path, layer: Layer, shard: int) -> tuple[
-        list[SourcePiece], dict[str, FileMark]]:
+def read_shard_pieces(output: Path, layer: Layer,
+                      shard: int) -> tuple[list[SourcePiece], dict[str, FileMark]]:
     """Return a shard's pieces, and file name -> mark from the time of `make_plan`."""
     # Only the shard's line is parsed: a source may have very many shards.
     prefix = f"[{shard}, ".encode()

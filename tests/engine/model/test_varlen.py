@@ -102,8 +102,8 @@ def test_bounds_are_sent_once_for_a_row_and_window(monkeypatch: pytest.MonkeyPat
     packed = attention.PackedDocuments(bounds=torch.tensor([0, 20, 64]),
                                        spans=[[(0, 16, 20), (20, 20, 24)], [(20, 40, 48)]])
     full_bounds, sliding_bounds = packed.get_piece_bounds(0), packed.get_piece_bounds(5)
-    assert packed.get_piece_bounds(0) is full_bounds and packed.get_piece_bounds(5) is sliding_bounds and len(
-        sent_values) == 2
+    assert packed.get_piece_bounds(0) is full_bounds and packed.get_piece_bounds(5) is sliding_bounds
+    assert len(sent_values) == 2
     assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in full_bounds] == [
         ([0, 4, 8], [0, 20, 24], 4, 20), ([0, 8], [0, 28], 8, 28)]
     assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in sliding_bounds] == [

@@ -42,8 +42,8 @@ def test_a_stage_may_name_the_context_that_is_stretched() -> None:
     assert far.yarn is not None
     assert (far.yarn.factor, far.yarn.original_max_position_tokens) == (2.0, 65536)
     assert far.max_position_tokens == 131072
-    assert extend_model(solar, 32768, 65536,
-                        yarn_original_tokens=65536) == solar, "reached without stretching"
+    extended = extend_model(solar, 32768, 65536, yarn_original_tokens=65536)
+    assert extended == solar, "reached without stretching"
     with pytest.raises(UserError, match="yarn_original_tokens = 256:"):
         extend_model(get("tiny-k-exaone").model, 256, 1024, yarn_original_tokens=256)
 

@@ -117,8 +117,8 @@ def test_changed_validation_settings_are_refused_before_training(store: RolloutS
     log.close()
     trainer_double.step = 1
     resumed, written_rounds = build_validation(store)
-    assert resumed.validate(trainer_double, 2, POLICY,
-                            lambda: False) is None and written_rounds == [], "not due"
+    assert resumed.validate(trainer_double, 2, POLICY, lambda: False) is None
+    assert written_rounds == [], "not due"
     changed, _ = build_validation(store, measured_by={**MEASURED, "prompts": "q", "reward": "t"})
     with pytest.raises(UserError, match="step 0 were validated"):
         changed.validate(trainer_double, 2, POLICY, lambda: False)
