@@ -515,8 +515,8 @@ def check_whole_model(weights: Iterable[tuple[str, _T]], shapes: Mapping[str, tu
             raise UserError(f"{IMPORTED_WEIGHTS}: {name} is given twice; give each tensor once")
         received_shapes[name] = tuple(tensor.shape)
         if shapes.get(name) != received_shapes[name]:
-            check_shapes(IMPORTED_WEIGHTS, {name: received_shapes[name]},
-                         {n: s for n, s in shapes.items() if n == name},
+            expected = {name: shapes[name]} if name in shapes else {}
+            check_shapes(IMPORTED_WEIGHTS, {name: received_shapes[name]}, expected,
                          "take a model of the same family and sizes")
         yield name, tensor
     check_shapes(IMPORTED_WEIGHTS, received_shapes, dict(shapes), "give every tensor of the model")

@@ -180,8 +180,9 @@ def _score_packed_rows(documents: Documents, chosen: range, seq_len: int, rows_p
     starts = _compute_starts(documents, chosen)
     lengths = np.diff(starts)
     # Documents with a single token have no label.
-    rows = pack_best_fit([PackedSegment(d, 0, min(n, seq_len))
-                          for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
+    rows = pack_best_fit([PackedSegment(document, 0, min(length, seq_len))
+                          for document, length in zip(chosen, lengths.tolist(), strict=True) if length > 1],
+                         seq_len)
     for begin in range(0, len(rows), rows_per_call):
         batch = rows[begin:begin + rows_per_call]
         for row, scores in zip(batch, score_rows(batch), strict=False):
