@@ -245,11 +245,12 @@ def format_table(content: Mapping[str, Any]) -> str:
     cells = {(row["checkpoint"], row["domain"]): next(cell for cell in row["pass_at_k"] if cell["k"] == k)
              for row in content["table"]}
     best = {(choice["checkpoint"], choice["domain"]) for choice in content["choice"]}
-    titles = {checkpoint["name"]: checkpoint["name"] + (" (merged)" if checkpoint["is_merged"] else "")
-              for checkpoint in content["checkpoints"]}
-    width = max(map(len, [*titles.values(), f"pass@{k}"]))
+    names = [checkpoint["name"] for checkpoint in content["checkpoints"]]
+    titles = [checkpoint["name"] + (" (merged)" if checkpoint["is_merged"] else "")
+              for checkpoint in content["checkpoints"]]
+    width = max(map(len, [*titles, f"pass@{k}"]))
     lines = [f"{f'pass@{k}':<{width}}  " + "  ".join(f"{domain:>16}" for domain in domains)]
-    for name, title in titles.items():
+    for name, title in zip(names, titles, strict=True):
         texts = [_format_cell(cells[name, domain], (name, domain) in best) for domain in domains]
         lines.append(f"{title:<{width}}  " + "  ".join(f"{text:>16}" for text in texts))
     for choice in content["choice"]:
