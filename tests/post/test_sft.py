@@ -27,6 +27,7 @@ VOCAB, ROW = 13, 24
 CHATS = ("PPRRRPPRRRRRRPR", "PRPRR", "PPP", "RRR", "PPPRRRRRRRRRRRR", "PRRPPRPRRR")
 """Label types of conversations: prompt and response; one conversation has nothing to learn."""
 ROWS = ((0, 1), (2, 3), (4,), (5, 1))
+"""Conversations in each row: six with responses, of 3 + 2 + 1 + 1 + 3 + 2 turns."""
 
 
 def build_row(kind: int, seed: int) -> PackedRow:
@@ -49,10 +50,7 @@ def build_config(*settings: str) -> RunConfig:
 
 def compute_terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     """Inside a rank: compute the loss terms of one response and some copies of a text, and their expected
-    means.
-
-    The head has a vocabulary of 32 tokens.
-    """
+    means."""
     config = build_config()
     world.join_world(config.parallel)
     row = join_rows([build_row(RESPONSE, 1)] + [build_row(TEXT, 3 if swap_texts else 2)] * num_texts)
@@ -60,45 +58,45 @@ def compute_terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     objective = SupervisedFineTuning(context)
     batch = objective.prepare(GlobalBatch((build_micro_batch(row),), LENGTH, 1 + num_texts, "main"))
     generator = torch.Generator().manual_seed(0)
-    response, text = (torch.randn(2, LENGTH, 1, 8, generator=generator),
-                      torch.randn(2, LENGTH, 1, 8, generator=generator))
+    # [depths, tokens, 1, hidden]
+    response, text = (torch.randn(2, LENGTH, 1, 8, generator=generator) for _ in range(2))
     hidden = torch.cat([response] + [text] * num_texts, dim=1)
-    weight = torch.randn(32, 8, generator=generator).requires_grad_()
+    weight = torch.randn(32, 8, generator=generator).requires_grad_()  # a vocabulary of 32 tokens
     head = Head(weight, head_config(), 7, len(weight))
     sums = objective.loss([hidden[0], hidden[1]], head, batch.micro_batches[0])
     loss = compute_total_loss(sums, objective.coefficients, batch.targets)
     loss.backward()
-    logp = torch.log_softmax(hidden[..., 0, :] @ weight.detach().T, dim=-1)
-    losses = [-logp[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0]
+    logprobs = torch.log_softmax(hidden[..., 0, :] @ weight.detach().T, dim=-1)
+    losses = [-logprobs[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0]
               for depth in (0, 1)]
     world.leave_world()
     return {"loss": loss.item(), "gradient": weight.grad.tolist(), "targets": dict(batch.targets),
             "tokens": batch.num_tokens,
-            "compute_terms": {name: value.item() / batch.targets[name] for name, value in sums.terms.items()},
+            "terms": {name: value.item() / batch.targets[name] for name, value in sums.terms.items()},
+            # The response has labels 4 to 8; MTP predicts them one position earlier.
             "expected": {"response": losses[0][4:9].mean().item(),
                          "text": losses[0][LENGTH:LENGTH + 9].mean().item(),
                          "mtp": losses[1][3:8].mean().item()}}
 
 
 def test_terms_are_means_over_their_own_tokens(ranks: Any, job: Any) -> None:
-    (one_text,), (two_texts,), (other_text,) = ranks(*(job(__file__, "compute_terms", 1,
-                                                           {"num_texts": n, "swap_texts": s})
-                                                       for n, s in ((1, False), (2, False), (1, True))))
-    assert (one_text["targets"] == {"response": 5, "text": 9, "mtp": 5}
-            and two_texts["targets"] == {"response": 5, "text": 18, "mtp": 5})
-    assert (one_text["tokens"], two_texts["tokens"]) == (20, 30)
+    jobs = [job(__file__, "compute_terms", 1, {"num_texts": num_texts, "swap_texts": swap_texts})
+            for num_texts, swap_texts in ((1, False), (2, False), (1, True))]
+    (one_text,), (two_texts,), (other_text,) = ranks(*jobs)
+    assert one_text["targets"] == {"response": 5, "text": 9, "mtp": 5}
+    assert two_texts["targets"] == {"response": 5, "text": 2 * 9, "mtp": 5}
+    assert (one_text["tokens"], two_texts["tokens"]) == (2 * 10, 3 * 10)
     for result in (one_text, two_texts):
-        assert result["compute_terms"] == pytest.approx(result["expected"], rel=1e-5)
+        terms = result["terms"]
+        assert terms == pytest.approx(result["expected"], rel=1e-5)
         assert result["loss"] == pytest.approx(
-            result["compute_terms"]["response"] + 0.3 * result["compute_terms"]["text"]
-            + 0.05 * result["compute_terms"]["mtp"],
-            rel=1e-6)
+            terms["response"] + 0.3 * terms["text"] + 0.05 * terms["mtp"], rel=1e-6)
     # With twice the text, the text term is a mean over more tokens, and has the same weight.
     assert two_texts["loss"] == pytest.approx(one_text["loss"], rel=1e-6)
     np.testing.assert_allclose(two_texts["gradient"], one_text["gradient"], rtol=1e-5, atol=1e-7)
     # Other text changes only the text term: the other terms have no loss on prompts and text.
-    assert {n for n in one_text["compute_terms"]
-            if other_text["compute_terms"][n] != one_text["compute_terms"][n]} == {"text"}
+    changed = {name for name, value in one_text["terms"].items() if other_text["terms"][name] != value}
+    assert changed == {"text"}
 
 
 def test_without_text_data_there_is_no_text_term() -> None:
@@ -136,11 +134,10 @@ def build_chat_row(chats: tuple[int, ...], random: np.random.Generator) -> Packe
     types = np.array([{"P": 1, "R": 2, ".": 0}[k] for k in kinds.ljust(ROW, ".")], np.uint8)
     ends = np.cumsum([len(CHATS[i]) + 1 for i in chats])
     filled = int(ends[-1])
-    return PackedRow(tokens=random.integers(0, VOCAB, ROW), labels=random.integers(0, VOCAB, ROW),
-                     weights=(types == 2).astype(np.float32) * random.choice([0.5, 1.0],
-                                                                             ROW).astype(np.float32),
-                     positions=np.arange(ROW), types=types, sources=np.zeros(ROW, np.int64),
-                     padding=np.arange(ROW) >= filled,
+    tokens, labels = random.integers(0, VOCAB, ROW), random.integers(0, VOCAB, ROW)
+    weights = (types == RESPONSE).astype(np.float32) * random.choice([0.5, 1.0], ROW).astype(np.float32)
+    return PackedRow(tokens=tokens, labels=labels, weights=weights, positions=np.arange(ROW), types=types,
+                     sources=np.zeros(ROW, np.int64), padding=np.arange(ROW) >= filled,
                      bounds=np.array([0, *ends, *([ROW] if filled < ROW else [])], np.int32))
 
 
@@ -182,18 +179,16 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
     objective = SupervisedFineTuning(context)
     for size in (1, 2, 4):
         split = [range(i, i + size) for i in range(0, len(rows), size)]
-        batch = objective.prepare(GlobalBatch(
-            tuple(build_micro_batch(join_rows([rows[i] for i in indices])) for indices in split), ROW,
-            len(rows),
-            "main"))
+        micro_batches = tuple(build_micro_batch(join_rows([rows[i] for i in indices])) for indices in split)
+        batch = objective.prepare(GlobalBatch(micro_batches, ROW, len(rows), "main"))
         assert batch.targets["response"] == pytest.approx(units, rel=1e-12)
         head: Any = Logits()
-        loss = sum(compute_total_loss(objective.loss([torch.cat([logits[i] for i in indices])], head, m),
-                                      objective.coefficients, batch.targets)
-                   for indices, m in zip(split, batch.micro_batches, strict=True))
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)  # type: ignore[union-attr]
-        for gradient, expected_gradient in zip(torch.autograd.grad(loss, logits), gradients,
-                                               strict=True):  # type: ignore[arg-type]
+        loss: Any = 0.0
+        for indices, micro_batch in zip(split, batch.micro_batches, strict=True):
+            sums = objective.loss([torch.cat([logits[i] for i in indices])], head, micro_batch)
+            loss = loss + compute_total_loss(sums, objective.coefficients, batch.targets)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+        for gradient, expected_gradient in zip(torch.autograd.grad(loss, logits), gradients, strict=True):
             torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-15)
 
 
@@ -203,4 +198,4 @@ def test_device_weights_equal_the_counted_weights() -> None:
     host = build_micro_batch(build_chat_row((0, 1), np.random.default_rng(1)))
     sent = SupervisedFineTuning(context)._weigh_responses(dataclasses.replace(host, on_host=host))
     assert sent.on_host is not None and torch.equal(sent.weights, sent.on_host.weights)
-    assert float(sent.host.weights.sum()) == pytest.approx(5)
+    assert float(sent.host.weights.sum()) == pytest.approx(3 + 2)  # turns

@@ -22,7 +22,11 @@ from megatron_sov.train.data.sources import Source
 from megatron_sov.train.data.views import apply_data_phases
 
 LENGTHS = {1: [9, 3, 16, 4, 4, 4], 2: [5, 16, 16, 2]}
+"""Round -> tokens of its documents."""
 STEPS = {1: (range(4), range(4, 6)), 2: (range(1), range(1, 4))}
+"""Round -> documents of each step."""
+NUM_SAMPLES = [2, 1, 1, 3]
+"""Samples of 16 tokens for the documents of the four steps: 9 + 3 + 4 and 16; 4 + 4; 5; 16, 16 and 2."""
 
 
 def build_config(**policy: Any) -> RunConfig:
@@ -62,7 +66,7 @@ def test_a_step_has_exactly_its_whole_documents(numbered: Any) -> None:
         expected = [(first_document(number) + d, 0, LENGTHS[number][d]) for d in STEPS[number][step]]
         assert sorted(tuple(s) for s in segments) == expected
         assert all(sum(s.count for s in sample.segments) <= 16 for sample in samples)
-    assert [len(samples) for _, samples in batches] == [2, 1, 1, 3]
+    assert [len(samples) for _, samples in batches] == NUM_SAMPLES
     assert order.state.cursors["rollouts"].tokens == sum(map(sum, LENGTHS.values()))
 
 
@@ -76,12 +80,11 @@ def test_rows_are_padded_to_equal_counts_per_process(numbered: Any, dp_size: int
         batches_of_rank.append([stream.next() for _ in range(4)])
         stream.close()
     for step, batches in enumerate(zip(*batches_of_rank, strict=True)):
-        num_samples = [2, 1, 1, 3][step]
-        assert {len(b.rows) for b in batches} == {math.ceil(num_samples / dp_size)}
-        assert {b.num_samples for b in batches} == {num_samples}
-        tokens = sum(int((~row.padding).sum()) for b in batches for row in b.rows)
+        assert {len(batch.rows) for batch in batches} == {math.ceil(NUM_SAMPLES[step] / dp_size)}
+        assert {batch.num_samples for batch in batches} == {NUM_SAMPLES[step]}
+        num_tokens = sum(int((~row.padding).sum()) for batch in batches for row in batch.rows)
         number = step // 2 + 1
-        assert tokens == sum(LENGTHS[number][d] for d in STEPS[number][step % 2])
+        assert num_tokens == sum(LENGTHS[number][document] for document in STEPS[number][step % 2])
     # published columns are read by document, the trainer's own columns by label index in the round
     row = batches_of_rank[0][1].rows[0]  # documents 4 and 5 of round 1
     at = {origin.segment.document - first_document(1): origin.first for origin in row.origins}
@@ -118,8 +121,10 @@ def test_text_steps_are_drawn_and_resume(numbered: Any, make_source: Any) -> Non
     for samples, drawn in zip(batches, has_text, strict=True):
         assert sum(s.source != 2 for s in samples) == (3 if drawn else 0)
         assert [s.source == 2 for s in samples] == sorted((s.source == 2 for s in samples), reverse=True)
-    assert uninterrupted.ledger.get_entry(0).weights == {"rollouts": 1.0, "a": 1.5 / 4 / 3,
-                                                         "b": 1.5 / 4 * 2 / 3}
+    # Text is 0.5 of the steps x 3 samples, compared with 4 samples of a batch; a and b share it as 1 to 2.
+    text = 0.5 * 3 / 4
+    assert uninterrupted.ledger.get_entry(0).weights == {
+        "rollouts": 1.0, "a": text / 3, "b": text * 2 / 3}
     order = create_order()
     resumed = [order.next_batch()[1] for _ in range(2)]
     order = create_order(OrderState.from_dict(order.state.to_dict()))
