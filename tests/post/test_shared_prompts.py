@@ -31,8 +31,10 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
             "train.micro_batch_size=4"]
 STEPS, GROUP, COMPUTED_SHARE = 2, 20, "kept"
 SPANS = [(0, 0, 9), (9, 14, 20), (20, 25, 27), (27, 27, 31), (31, 36, 42)]
-"""Documents of a row of 42 tokens; the second, third and last have the prompt of the first."""
+"""(start, first stored token, end) of documents in a row of 42 tokens; the second, third and last have the
+prompt of the first, 5 tokens."""
 CASES = [(window, block) for window in (0, 3, 7, 64) for block in (1024, 2)]
+"""Sliding window of the layer (0: none), and queries per block."""
 
 
 class Groups(Rollouts):
@@ -119,8 +121,9 @@ def compare_attention() -> list[float]:
         expected = layer(*(t[sharing_source] for t in separate), None,
                          packed_seq_params=attention.pack_documents(bounds, 11, 42))
         expected[positions].backward(upstream)
-        differences.append(max(float((a - b).abs().max()) for a, b in [
-            (out, expected[positions]), *((a.grad, b.grad) for a, b in zip(inputs, separate, strict=True))]))
+        compared = [(out, expected[positions]),
+                    *((ours.grad, theirs.grad) for ours, theirs in zip(inputs, separate, strict=True))]
+        differences.append(max(float((ours - theirs).abs().max()) for ours, theirs in compared))
     world.leave_world()
     return differences
 
@@ -131,8 +134,8 @@ def run_comparisons(run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
 
 def test_shared_prompts_do_not_change_gradients(ranks: Any, job: Any, tmp_path: Path) -> None:
-    ((shared_steps, separate_steps, attention_differences),), = ranks(job(__file__, "run_comparisons", 1,
-                                                                          {"run": str(tmp_path)}))
+    ((results,),) = ranks(job(__file__, "run_comparisons", 1, {"run": str(tmp_path)}))
+    shared_steps, separate_steps, attention_differences = results
     assert [step.pop(COMPUTED_SHARE) for step in separate_steps] == [1.0] * STEPS
     assert max(step.pop(COMPUTED_SHARE) for step in shared_steps) < 0.9
     for shared_step, separate_step in zip(shared_steps, separate_steps, strict=True):
@@ -173,8 +176,8 @@ def test_sharing_removes_only_prompt_tokens() -> None:
     "parallel.ep=2 parallel.expert_dispatcher=allgather"])
 def test_prompts_are_not_shared_if_results_would_change(settings: str) -> None:
     base = recipes.get("tiny-solar-open")
-    assert not find_sharing_problem(base) and not find_sharing_problem(apply_settings(base,
-                                                                                      ["parallel.ep=2"]))
+    assert not find_sharing_problem(base)
+    assert not find_sharing_problem(apply_settings(base, ["parallel.ep=2"]))
     (reason,) = find_sharing_problem(apply_settings(base, settings.split()))
     assert settings.split()[-1].split("=")[0].split(".")[-1] in reason
 
