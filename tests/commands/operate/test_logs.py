@@ -61,8 +61,8 @@ def test_all_files_in_order_of_the_starts(run: Path, capsys: pytest.CaptureFixtu
         "[job 17 start 2 rank 0] an unfinished line", "[step-3 rank 2 hangs] waits in loop.py",
         "[exports step-4] error: disk"]
     assert start.endswith("step 0: the run starts from step 0, with 2 rank(s)")
-    assert (warning.startswith("[events] 20")
-            and warning.endswith(" UTC step 1: warning: source korean is worn out"))
+    assert warning.startswith("[events] 20")
+    assert warning.endswith(" UTC step 1: warning: source korean is worn out")
     assert skip.endswith(" UTC step 3: step rejected: the loss is nan; not finite on rank 1")
     assert failure.endswith(" UTC step 3: ended by an error: the disk is full")
 
@@ -139,5 +139,5 @@ def test_a_run_that_may_resume_is_followed_until_the_reader_leaves(state: str, r
 def test_binary_log_bytes_are_printed_harmlessly(tmp_path: Path) -> None:
     (file := tmp_path / "rank-0.log").write_bytes(b"\x1b[31m\xff" + b"x" * (LONGEST_LINE_BYTES + 10))
     lines = list(LogTail(LogFile(file, "x", 0)).lines(whole=True))
-    assert ("".join(line.text for line in lines).startswith("·[31m\ufffdx")
-            and not any("\x1b" in line.text for line in lines))
+    assert "".join(line.text for line in lines).startswith("·[31m\ufffdx")
+    assert not any("\x1b" in line.text for line in lines)

@@ -341,8 +341,8 @@ def test_quarantine_lists_bad_records_and_keeps_good_ones(tokenizers: dict[str, 
                      ("b.txt", None, "utf8"), ("c.jsonl.gz", None, "truncated"),
                      ("d.jsonl.zst", None, "truncated"), ("e.parquet", None, "parquet"),
                      ("f.parquet", None, "fields"), ("g.parquet", 2, "fields")]
-    assert (all(len(r["content"]) <= 300 and r["reason"] for r in rows)
-            and rows[0]["content"].startswith('{"id": 1'))
+    assert all(len(r["content"]) <= 300 and r["reason"] for r in rows)
+    assert rows[0]["content"].startswith('{"id": 1')
     [source] = read_manifest(tmp_path / "out").content["sources"]
     assert sum(source["num_bad"].values()) == len(rows) and source["num_read"] == len(rows) + 4
     assert f"all: {len(rows) + 4} records read: 4 written, {len(rows)} set aside (" in stdout

@@ -118,8 +118,8 @@ def test_an_abort_ends_all_answers_of_a_request(fleets: Callable[..., Fleet]) ->
     fleet.abort(["written", "waiting"])
     running_answers, waiting_answers = (future.result(10) for future in futures)
     assert [answer.reason for answer in (*running_answers, *waiting_answers)] == ["abort"] * 4
-    assert all(answer.tokens for answer in running_answers) and not any(answer.tokens
-                                                                        for answer in waiting_answers)
+    assert all(answer.tokens for answer in running_answers)
+    assert not any(answer.tokens for answer in waiting_answers)
 
 
 def wait_for_servers(fleet: Fleet, keeper: DoubleKeeper, starts: int = 1) -> None:

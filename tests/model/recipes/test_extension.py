@@ -20,8 +20,8 @@ def test_rotations_are_stretched_only_where_every_layer_is_global() -> None:
     assert replace(longer, yarn=None, max_position_tokens=solar.max_position_tokens) == solar
     assert extend_model(k_exaone, 256, 1024) == k_exaone
     still = get("tiny-solar-open2").model
-    assert extend_model(still, 256, 1024) == still and extend_model(still, 256,
-                                                                    8192).max_position_tokens == 8192
+    assert extend_model(still, 256, 1024) == still
+    assert extend_model(still, 256, 8192).max_position_tokens == 8192
     with pytest.raises(UserError, match="model rotates"):
         extend_model(still, 256, 1024, yarn_factor=2)
     assert extend_model(solar, 256, 256) == solar

@@ -86,8 +86,8 @@ def test_judges_follow_one_another_and_training_never_waits(run: RunWithExports)
     assert run.list_outcomes() == [], "the evaluation waits for a file, and `poll` has not waited for it"
     (run.path / EVALUATIONS / "goes-on").touch()
     background.wait()
-    assert (run.list_outcomes() == [(10, "ppl", None), (10, "needle", None)]
-            and all(e["took_s"] > 0 for e in run.events))
+    assert run.list_outcomes() == [(10, "ppl", None), (10, "needle", None)]
+    assert all(e["took_s"] > 0 for e in run.events)
     assert run.list_files() == ["goes-on", "step-10.needle.json", "step-10.ppl.json"]
 
 
@@ -154,8 +154,8 @@ def test_resumed_runs_evaluate_repeated_steps_again(run: RunWithExports) -> None
     run.programs = {10: FAILS}
     resumed.offer(10)
     resumed.wait()
-    assert run.list_outcomes()[1:] == [(10, "ppl",
-                                        "no memory")] and "step-10.ppl.json" not in run.list_files()
+    assert run.list_outcomes()[1:] == [(10, "ppl", "no memory")]
+    assert "step-10.ppl.json" not in run.list_files()
 
 
 def test_jobs_report_their_figures_when_they_end(run: RunWithExports,
@@ -179,9 +179,8 @@ def test_jobs_report_their_figures_when_they_end(run: RunWithExports,
     later_s = time.time() + 200
     monkeypatch.setattr(evaluations.time, "time", lambda: later_s)
     resumed.poll(now=True)
-    assert run.list_outcomes() == [(10, "ppl", None), (20, "ppl",
-                           "its job gave no result within evaluate.background.timeout_s = 100; see its log"),
-                                   (30, "ppl", None)]
+    reason = "its job gave no result within evaluate.background.timeout_s = 100; see its log"
+    assert run.list_outcomes() == [(10, "ppl", None), (20, "ppl", reason), (30, "ppl", None)]
 
 
 def test_benchmarks_take_the_options_of_eval_lm(tmp_path: Path) -> None:
@@ -232,8 +231,7 @@ def test_exports_are_evaluated_like_the_run(packed_data: Any, tmp_path: Path, ru
                                             warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)
     tasks = write_capitals_task(tmp_path / "tasks")
-    changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
-               "model.num_experts=4",
+    changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1", "model.num_experts=4",
                "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2",
                "train.checkpoint_every_steps=2", "train.export_every_checkpoints=1",
                "data.heldout_tokens=256", "train.precision=fp32",
