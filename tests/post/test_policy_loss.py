@@ -13,7 +13,8 @@ from megatron_sov.post import policy
 from megatron_sov.post.policy import PolicyLoss
 from megatron_sov.post.sft import ResponseSpans
 
-LENGTHS, LONGEST, SEED = (5, 1, 3, 4, 2), 6, 0  # tokens of each response, and of the longest one allowed
+LENGTHS, LONGEST, SEED = (5, 1, 3, 4, 2), 6, 0
+"""Lengths of the responses in a row, the longest allowed length, and the seed of all draws."""
 CASES: list[dict[str, Any]] = [
     {"method": "grpo", "kl_coeff": 0.3}, {"method": "grpo", "kl_coeff": 0.3, "kl_weighted": False},
     {"method": "dr_grpo"}, {"method": "dapo"},
@@ -47,7 +48,9 @@ def draw_row() -> tuple[dict[str, Any], Any, Any]:
         index += [len(LENGTHS)] * generator.randint(1, 3) + [response] * length
     is_learned = torch.tensor(index) < len(LENGTHS)
 
-    def draw_near(center: Any, spread: float) -> Any:
+    def draw_values(spread: float, center: Any = None) -> Any:
+        if center is None:
+            center = torch.tensor([-3 * generator.random() - 1.5 for _ in index]).double()
         return center + spread * torch.tensor([generator.uniform(-1, 1) for _ in index]).double()
 
     behaviour = draw_near(torch.tensor([-3 * generator.random() - 1.5 for _ in index]).double(), 0.0)
@@ -172,7 +175,8 @@ def test_on_responses_of_the_policy_itself_every_method_is_reinforce(clip: Any, 
 
 @pytest.mark.each("method", ["gspo", "grpo", "dapo", "cispo"])
 def test_engine_rounding_is_not_clipped_and_both_signs_have_gradients(method: Any) -> None:
-    """At the mismatch that arXiv 2510.11370 measured for Qwen3-8B: KL of 6.4e-4 a token, Gaussian."""
+    """Log-probabilities of trainer and engine differ as arXiv 2510.11370 measured for Qwen3-8B: a Gaussian
+    gap with a KL divergence of 6.4e-4 per token."""
     torch.manual_seed(0)
     num_responses, length, kl = 32, 4096, 6.4e-4
     # Trainer - engine. A Gaussian log-ratio with variance 2 kl and mean -kl has the KL divergence kl.
@@ -182,8 +186,8 @@ def test_engine_rounding_is_not_clipped_and_both_signs_have_gradients(method: An
     columns = {"advantage": advantage, "behaviour_logprobs": logprobs.detach() - gap,
                "old_logprobs": torch.full_like(gap, math.nan),
                "reference_logprobs": torch.full_like(gap, -1.0)}
-    responses = ResponseSpans(torch.arange(num_responses).repeat_interleave(length),
-                              torch.full((num_responses,), float(length)).double())
+    responses = ResponseSpans(torch.arange(num).repeat_interleave(length),
+                              torch.full((num,), float(length)).double())
     policy = PolicyConfig(method, clip_high=0.2 if method == "cispo" else None)
     terms, meters = PolicyLoss(policy, length).compute_terms(logprobs, columns, responses)
     (gradient,) = torch.autograd.grad(terms["policy"], logprobs)
@@ -250,18 +254,20 @@ def compute_trl_loss(settings: dict[str, Any], columns: Any, logprobs: Any, inde
     level, kind = settings["correction"].split("_")
     importance = (log_importance.sum(1, keepdim=True) if level == "sequence" else log_importance).exp()
     low, high = settings["correction_low"], settings["correction_high"]
-    importance = (importance.clamp(low, high) if kind == "truncate"
-                  else importance.masked_fill((importance < low) | (importance > high), 0.0))
-    log_ratios = new - old
+    if kind == "truncate":
+        importance = importance.clamp(low, high)
+    else:
+        importance = importance.masked_fill((importance < low) | (importance > high), 0.0)
+    log_ratios = x - old
     if settings["method"] == "gspo":
         log_ratios = ((log_ratios * mask).sum(1) / mask.sum(1).clamp(min=1))[:, None]
     ratio, advantages = log_ratios.exp(), padded["advantage"]
     clip = settings["clip_low"]
     loss = -torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages) * importance
     if settings["method"] == "grpo":
-        log_ratio = padded["reference_logprobs"] - new
+        log_ratio = padded["reference_logprobs"] - x
         kl = log_ratio.exp() - log_ratio - 1
-        loss = loss + settings["kl_coeff"] * kl * ratio  # by `ratio` as with TRL's use_bias_correction_kl
+        loss = loss + settings["kl_coeff"] * kl * ratio  # `ratio` as with TRL's use_bias_correction_kl
     return ((loss * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
@@ -269,15 +275,11 @@ def compute_trl_loss(settings: dict[str, Any], columns: Any, logprobs: Any, inde
 @pytest.mark.each("correction", ["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"])
 @pytest.mark.each("method", ["grpo", "gspo"])
 def test_two_steps_of_a_round_equal_trl(method: Any, correction: Any, masked: str) -> None:
-    """A linear model learns a round of two batches.
-
-    In the first, old log-probabilities are the current ones. `masked`: responses for which trainer and
-    engine are made to differ by e^2 a token, out of the correction's bounds.
-    """
+    """A linear model with our loss and one with TRL's learn a round of two batches: responses 0 and 2, then
+    1 to 4. At the first step of a round, the old log-probabilities are the current ones."""
     settings: dict[str, Any] = {"method": method, "clip_low": 0.1, "clip_high": 0.1, "correction": correction,
                                 "correction_low": 0.8, "correction_high": 1.25}
-    if method == "grpo":
-        settings["kl_coeff"] = 0.3
+    settings |= {"kl_coeff": 0.3} if method == "grpo" else {}
     policy_loss = PolicyLoss(PolicyConfig(**settings), LONGEST)
     columns, _, responses = draw_row()
     torch.manual_seed(0)
@@ -294,9 +296,8 @@ def test_two_steps_of_a_round_equal_trl(method: Any, correction: Any, masked: st
         index = torch.where(is_in_batch, responses.index, len(LENGTHS))
         lengths = torch.tensor([n * (i in batch) for i, n in enumerate(LENGTHS)]).double()
         batch_responses = ResponseSpans(index, lengths)
-        step_columns = columns
-        if step == 0:  # the loss must not read this column
-            step_columns = columns | {"old_logprobs": torch.full_like(initial_logprobs, math.nan)}
+        unset = {"old_logprobs": torch.full_like(initial_logprobs, math.nan)}
+        step_columns = columns if step else columns | unset
         terms, meters = policy_loss.compute_terms(-torch.nn.functional.softplus(features @ weights),
                                                   step_columns, batch_responses)
         counts = policy_loss.count_denominators(batch_responses)
@@ -342,6 +343,7 @@ def test_divergences_have_the_documented_gradients() -> None:
     torch.manual_seed(0)
     first, second, ref_first, ref_second = (torch.randn(s).double() for s in ((3,), (3, 3), (3,), (3, 3)))
     inputs = (first.requires_grad_(), second.requires_grad_())
+    # log-probabilities of the first token by policy (p) and reference (q), and of the second given the first
     p, q = first.log_softmax(-1), ref_first.log_softmax(-1)
     p2, q2 = second.log_softmax(-1), ref_second.log_softmax(-1)
 
@@ -361,11 +363,11 @@ def test_divergences_have_the_documented_gradients() -> None:
                                 (p.exp() * (p - q)).sum())
     exact = (p.exp() * (p - q)).sum() + (p.exp()[:, None] * p2.exp() * (p2 - q2)).sum()
     estimated: Any = 0.0
+    responses = ResponseSpans(torch.tensor([0, 0]), torch.tensor([2.0]).double())
     for a, b in itertools.product(range(3), repeat=2):
         logprobs, reference = torch.stack([p[a], p2[a, b]]), torch.stack([q[a], q2[a, b]])
-        responses = ResponseSpans(torch.tensor([0, 0]), torch.tensor([2.0]).double())
-        probability = logprobs.detach().sum().exp()
-        estimated = estimated + probability * policy.sequence_kl(logprobs, reference, responses).sum()
+        divergence = policy.sequence_kl(logprobs, reference, responses).sum()
+        estimated = estimated + logprobs.detach().sum().exp() * divergence
     assert have_equal_gradients(estimated, exact)
     assert estimated.item() == pytest.approx(exact.item(), abs=1e-12)
 
@@ -373,10 +375,10 @@ def test_divergences_have_the_documented_gradients() -> None:
 @pytest.mark.parametrize("kind", ["token", "sequence"])
 def test_infinite_log_ratios_keep_gradients_finite(kind: Any) -> None:
     responses = ResponseSpans(torch.zeros(2, dtype=torch.long), torch.tensor([2.0]).double())
-    far = torch.tensor([-1.0, -2.0]).double()
+    likely = torch.tensor([-1.0, -2.0]).double()
     for sign in (1, -1):  # the engine, then the policy, gives the tokens a probability of about e^-2000
-        logprobs = (far - (2000 if sign < 0 else 0)).requires_grad_()
-        other = far - (2000 if sign > 0 else 0)
+        logprobs = (likely - (2000 if sign < 0 else 0)).requires_grad_()
+        other = likely - (2000 if sign > 0 else 0)
         ratios = policy.compute_importance_ratios(logprobs, other, responses, kind)
         policy_config = PolicyConfig(method="grpo", correction="sequence_truncate", correction_high=2.0)
         weights = policy.compute_engine_correction(logprobs.detach(), other, responses, policy_config)
@@ -385,4 +387,4 @@ def test_infinite_log_ratios_keep_gradients_finite(kind: Any) -> None:
         loss = torch.min(ratios * -1.0, ratios.clamp(0.8, 1.2) * -1.0) * weights
         (loss + policy.k3(logprobs, other)).sum().backward()
         assert torch.isfinite(loss).all() and torch.isfinite(logprobs.grad).all()
-        assert ratios.tolist() == pytest.approx([math.exp(sign * 20)] * 2)
+        assert ratios.tolist() == pytest.approx([math.exp(sign * 20)] * 2)  # clamped to e^20 or e^-20

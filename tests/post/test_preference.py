@@ -71,8 +71,10 @@ def evaluate_heldout_pairs(trainer: Any, batch: Any) -> dict[str, float]:
     return figures
 
 
-class PairLogprobs(NamedTuple):
-    """Summed log-probabilities of a pair's responses by the policy and by the reference."""
+def compute_trl_meters(
+        method: str, pairs: list[tuple[float, float, float, float, int, int]]) -> dict[str, float]:
+    """Return rewards/accuracies and rewards/margins of TRL's DPOTrainer (SimPO and ORPO: of CPOTrainer and
+    ORPOTrainer without their beta), except that a tie counts half.
 
     chosen: float
     rejected: float
@@ -145,7 +147,7 @@ def compare_losses(data: str, run: str, methods: list[str]) -> list[dict[str, An
     results = []
     for method in methods:
         trainer = build_trainer([f"preference.method={method}", "preference.chosen_coeff=0.0",
-                                 f"preference.beta={BETA}", "optim.lr=0.002"], data, Path(run))
+                                 "preference.beta=0.3", "optim.lr=0.002"], data, Path(run))
         objective = trainer.objective
         tensors = [*trainer.model.parameters(), *trainer.model.buffers()]  # routers' biases move as well
         initial = [tensor.detach().clone() for tensor in tensors]
@@ -160,16 +162,28 @@ def compare_losses(data: str, run: str, methods: list[str]) -> list[dict[str, An
             for tensor, value in zip(tensors, initial, strict=True):
                 tensor.copy_(value)
         reference = [s for m in batch.micro_batches for s in sum_logprobs(trainer.policy, m)]
-        pairs = []
-        for i in range(0, len(current), 2):  # a chosen response, and the rejected one after it
-            (chosen, chosen_tokens), (rejected, rejected_tokens) = current[i:i + 2]
-            (chosen_reference, _), (rejected_reference, _) = reference[i:i + 2]
-            pairs.append(PairLogprobs(chosen, rejected, chosen_reference, rejected_reference, chosen_tokens,
-                                      rejected_tokens))
-        losses = [compute_pair_loss(method, pair) for pair in pairs]
-        results.append({"method": method, "loss": loss, "expected_loss": float(np.mean(losses)),
-                        "pairs": len(pairs), "spread": float(np.std(losses)), "meters": sums_of_batch.meters,
-                        "measured": heldout, "trl": compute_trl_meters(method, pairs)})
+        losses = []
+        for i in range(0, len(current), 2):
+            # log-probability and length of the chosen and the rejected response; rc, rr: by the reference
+            (c, nc), (r, nr), (rc, _), (rr, _) = current[i], current[i + 1], reference[i], reference[i + 1]
+            losses.append({
+                "dpo": lambda c=c, r=r, rc=rc, rr=rr: math.log1p(math.exp(-0.3 * ((c - rc) - (r - rr)))),
+                "ipo": lambda c=c, r=r, rc=rc, rr=rr, nc=nc, nr=nr:
+                ((c - rc) / nc - (r - rr) / nr - 1 / 0.6) ** 2,
+                "dpo-norm": lambda c=c, r=r, rc=rc, rr=rr, nc=nc, nr=nr:
+                math.log1p(math.exp(-0.3 * ((c - rc) / nc - (r - rr) / nr))),
+                "simper": lambda c=c, r=r, nc=nc, nr=nr: math.exp(r / nr) - math.exp(c / nc),
+                "simpo": lambda c=c, r=r, nc=nc, nr=nr: math.log1p(math.exp(-0.3 * (c / nc - r / nr) + 0.5)),
+                "orpo": lambda c=c, r=r, nc=nc, nr=nr:
+                math.log1p(compute_odds(r / nr) / compute_odds(c / nc)),
+                }[method]())
+        results.append({"method": method, "loss": loss, "compare_losses": float(np.mean(losses)),
+                        "pairs": len(losses), "spread": float(np.std(losses)),
+                        "meters": sums_of_batch.meters, "measured": heldout,
+                        "trl": compute_trl_meters(method, [
+                            (current[i][0], current[i + 1][0], reference[i][0], reference[i + 1][0],
+                             current[i][1], current[i + 1][1])
+                            for i in range(0, len(current), 2)])})
         trainer.close()
         world.leave_world()
     return results
@@ -211,15 +225,15 @@ def test_dpo_is_the_papers(beta: float, smoothing: float) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_simpo_asks_for_a_lead(smoothing: float) -> None:
+def test_simpo_requires_a_margin(smoothing: float) -> None:
     chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
-    # With rewards beta * mean log p, the chosen response must lead by gamma = 1.5.
+    # With rewards beta * mean log p, the chosen response must lead by gamma = 1.5 (here: by 2 and -1.5).
     probabilities = [1 / (1 + math.exp(-(2.5 * lead - 1.5))) for lead in (2.0, -1.5)]
     assert simpo(chosen, rejected, 2.5, 1.5, smoothing).tolist() == pytest.approx(
         [-(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p) for p in probabilities], abs=1e-12)
 
 
-def test_orpo_weighs_odds_and_stays_finite_where_a_response_is_certain() -> None:
+def test_orpo_compares_odds_and_stays_finite_if_a_response_is_certain() -> None:
     chosen, rejected = torch.tensor([-0.1, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
     odds_ratios = [compute_odds(chosen_mean) / compute_odds(rejected_mean)
                    for chosen_mean, rejected_mean in zip(chosen.tolist(), rejected.tolist(), strict=True)]
@@ -231,7 +245,7 @@ def test_orpo_weighs_odds_and_stays_finite_where_a_response_is_certain() -> None
     assert losses.isfinite().all() and gradient.isfinite().all()
 
 
-def test_simper_and_grouper_weigh_inverse_perplexities() -> None:
+def test_simper_and_grouper_compare_inverse_perplexities() -> None:
     chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
     expected = [math.exp(-3) - math.exp(-1), math.exp(-0.5) - math.exp(-2)]
     assert simper(chosen, rejected).tolist() == pytest.approx(expected, abs=1e-12)

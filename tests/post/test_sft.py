@@ -24,10 +24,11 @@ from tests.head_config import Logits, head_config
 
 TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12
 VOCAB, ROW = 13, 24
+"""Vocabulary and tokens of a row of `build_chat_row`."""
 CHATS = ("PPRRRPPRRRRRRPR", "PRPRR", "PPP", "RRR", "PPPRRRRRRRRRRRR", "PRRPPRPRRR")
-"""Label types of conversations: prompt and response; one conversation has nothing to learn."""
+"""Conversations by the types of their labels, prompt (P) or response (R). "PPP" has nothing to learn."""
 ROWS = ((0, 1), (2, 3), (4,), (5, 1))
-"""Conversations in each row: six with responses, of 3 + 2 + 1 + 1 + 3 + 2 turns."""
+"""Rows by the indices of their conversations."""
 
 
 def build_row(kind: int, seed: int) -> PackedRow:
@@ -73,19 +74,18 @@ def compute_terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     return {"loss": loss.item(), "gradient": weight.grad.tolist(), "targets": dict(batch.targets),
             "tokens": batch.num_tokens,
             "terms": {name: value.item() / batch.targets[name] for name, value in sums.terms.items()},
-            # The response has labels 4 to 8; MTP predicts them one position earlier.
             "expected": {"response": losses[0][4:9].mean().item(),
                          "text": losses[0][LENGTH:LENGTH + 9].mean().item(),
-                         "mtp": losses[1][3:8].mean().item()}}
+                         "mtp": losses[1][3:8].mean().item()}}  # the same labels, from one position before
 
 
 def test_terms_are_means_over_their_own_tokens(ranks: Any, job: Any) -> None:
-    jobs = [job(__file__, "compute_terms", 1, {"num_texts": num_texts, "swap_texts": swap_texts})
-            for num_texts, swap_texts in ((1, False), (2, False), (1, True))]
-    (one_text,), (two_texts,), (other_text,) = ranks(*jobs)
+    (one_text,), (two_texts,), (other_text,) = ranks(*(
+        job(__file__, "compute_terms", 1, {"num_texts": num_texts, "swap_texts": swap_texts})
+        for num_texts, swap_texts in ((1, False), (2, False), (1, True))))
     assert one_text["targets"] == {"response": 5, "text": 9, "mtp": 5}
-    assert two_texts["targets"] == {"response": 5, "text": 2 * 9, "mtp": 5}
-    assert (one_text["tokens"], two_texts["tokens"]) == (2 * 10, 3 * 10)
+    assert two_texts["targets"] == {"response": 5, "text": 18, "mtp": 5}
+    assert (one_text["tokens"], two_texts["tokens"]) == (20, 30)
     for result in (one_text, two_texts):
         terms = result["terms"]
         assert terms == pytest.approx(result["expected"], rel=1e-5)
@@ -136,8 +136,9 @@ def build_chat_row(chats: tuple[int, ...], random: np.random.Generator) -> Packe
     filled = int(ends[-1])
     tokens, labels = random.integers(0, VOCAB, ROW), random.integers(0, VOCAB, ROW)
     weights = (types == RESPONSE).astype(np.float32) * random.choice([0.5, 1.0], ROW).astype(np.float32)
-    return PackedRow(tokens=tokens, labels=labels, weights=weights, positions=np.arange(ROW), types=types,
-                     sources=np.zeros(ROW, np.int64), padding=np.arange(ROW) >= filled,
+    return PackedRow(tokens=tokens, labels=labels, weights=weights,
+                     positions=np.arange(ROW), types=types, sources=np.zeros(ROW, np.int64),
+                     padding=np.arange(ROW) >= filled,
                      bounds=np.array([0, *ends, *([ROW] if filled < ROW else [])], np.int32))
 
 
@@ -179,8 +180,9 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
     objective = SupervisedFineTuning(context)
     for size in (1, 2, 4):
         split = [range(i, i + size) for i in range(0, len(rows), size)]
-        micro_batches = tuple(build_micro_batch(join_rows([rows[i] for i in indices])) for indices in split)
-        batch = objective.prepare(GlobalBatch(micro_batches, ROW, len(rows), "main"))
+        batch = objective.prepare(GlobalBatch(
+            tuple(build_micro_batch(join_rows([rows[i] for i in indices])) for indices in split), ROW,
+            len(rows), "main"))
         assert batch.targets["response"] == pytest.approx(units, rel=1e-12)
         head: Any = Logits()
         loss: Any = 0.0
@@ -193,7 +195,7 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
 
 
 def test_device_weights_equal_the_counted_weights() -> None:
-    """A batch on a GPU has its rows on the host, too, from which targets are counted."""
+    """A batch on a GPU also has its rows in host memory, from which targets are counted."""
     context: Any = SimpleNamespace(config=build_unit_config("turn"), batches=SimpleNamespace(num_sources=1))
     host = build_micro_batch(build_chat_row((0, 1), np.random.default_rng(1)))
     sent = SupervisedFineTuning(context)._weigh_responses(dataclasses.replace(host, on_host=host))

@@ -18,7 +18,11 @@ NEVER = 10 ** 9
 
 
 class RecordingTrainer:
-    """Stands for a trainer and its parts; `actions` has the loop's calls, as "action step"."""
+    """Stands for a trainer and its parts; `actions` has the loop's calls, as "action step".
+
+    `watched` is the step that the watchdog times, or None. `skipped` are steps whose `train_step` learns
+    nothing. The run is asked to stop from step `stop_after` on.
+    """
 
     has_heldout = False
     work = CurrentWork()
@@ -258,8 +262,8 @@ def test_remaining_time_is_predicted_from_earlier_work(monkeypatch: pytest.Monke
                                               ("step", 240.0), ("step", 40.0)), 1):
         work.begin(kind, f"{kind} {number}")
         description, now_s = work.describe(), now_s + seconds
-    assert description == "step 5 (about 5 min 0 s)"  # the upper quartile of 100, 240 and 300 s
-    work.begin("step", "step 5")  # which goes on, after 40 of 300 s
+    assert description == "step 5 (about 5 min 0 s)"
+    work.begin("step", "step 5")  # the same work goes on: 300 s expected (upper quartile), 40 s over
     assert work.describe() == "step 5 (about 4 min 20 s)"
     now_s += 1000
     assert work.describe() == "step 5 (about 1.0 s)"

@@ -176,11 +176,7 @@ class _GatherReplicated(torch.autograd.Function):
         return select_local(grads[0])
 
 
-class _GatherKeys(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        return _all_gather(values)
-
+class _GatherKeys(_GatherReplicated):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         # every process computed a partial gradient from the local queries

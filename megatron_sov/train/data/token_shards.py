@@ -19,7 +19,8 @@ from megatron_sov.base.documents.shard_files import (
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
-from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, get_encoder_inputs, load_modality
+from megatron_sov.model.modality import (
+    NO_BANKS, Banks, EncoderInputs, get_banks, get_encoder_inputs, load_modality)
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
@@ -72,13 +73,11 @@ class TokenShard:
                 self._features = self._map_features()
                 self._bank_reader = load_modality().open_banks(prefix, banks)
             self.is_plain = self._loss is None and self._type is None and self._written is None
-        except OSError as e:
-            if e.errno == errno.EMFILE:
+        except (OSError, IndexError, KeyError, ValueError) as e:
+            if isinstance(e, OSError) and e.errno == errno.EMFILE:
                 raise UserError(f"{prefix}: this process may not open more than "
                                 f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files; raise `ulimit -n`, "
                                 "or pack into larger shards (--shard-tokens)") from None
-            raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
-        except (IndexError, KeyError, ValueError) as e:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
@@ -184,6 +183,10 @@ class TokenShard:
 
 class DocumentView:
     """Documents that are stored in other `Documents`; subclasses implement `locate`."""
+
+    def __init__(self, documents: "Documents", is_plain: bool) -> None:
+        self._documents, self.is_plain = documents, is_plain
+        self.columns, self.banks = documents.columns, get_banks(documents)
 
     def locate(self, document: int) -> "tuple[Documents, int, int]":
         """Return the `Documents` that store a document, and the document's index and first token there."""

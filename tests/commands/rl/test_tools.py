@@ -54,7 +54,7 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     (["calculator"], "nowhere")])
 def test_mistakes_are_one_sentence(words: list[str], message: str, get_refusal: Any) -> None:
     Path("tasks.jsonl").write_text('{"question": "?", "answer": "1"}\n[1]\n')
-    # refused before a world begins
+    # refused before a model is loaded
     assert message in get_refusal("tools", "run", words[0], "nowhere", "--output", "out", *words[1:])
 
 
@@ -81,7 +81,6 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
     assert "calculator: 2 episodes (" in out and "max_response_tokens 12" in out
     assert "already exists" in get_refusal(*words)
 
-    # an interrupted command is not resumed after the tokenizer's settings changed
     # an interrupted run is not continued with a changed tokenizer folder
     settings = {name: value for name, value in manifest.settings.items()
                 if name not in ("environment_name", "settings")}

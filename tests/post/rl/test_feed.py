@@ -25,13 +25,11 @@ from megatron_sov.train.data.rounds import PublishedRound, RoundDocuments
 
 ENTRY = LedgerEntry(0, "round-0001", 16, 4, {"rollouts": 1.0})
 STEPS_OF_ROUND = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), range(1, 3))}
-"""Round -> documents of each step: the second step of round 1 and the first of round 2 have none."""
-INITIAL = 100
-"""The initial weights stand for this many steps more than the trained ones in log-probabilities."""
+"""Round -> documents of each of its two steps; a step may have no document."""
 
 
 class FakeDocuments:
-    """Documents of 4 tokens with a fake model whose log-probabilities encode its step."""
+    """Documents of 4 tokens, the last two of which are learned."""
 
     columns = ("behaviour_logprobs", "advantage")
 
@@ -44,7 +42,8 @@ class FakeDocuments:
 
 @pytest.fixture
 def trainer_double(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Double of a trainer before its first step, in one process; log-probabilities are minus its step."""
+    """Double of a trainer before its first step, in one process. All its log-probabilities are -step, or
+    -(step + 100) with the weights of another checkpoint."""
     monkeypatch.setattr(run, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(run, "sum_dict", lambda values, over: values)
     for module in (logprob_columns, round_loader):
@@ -81,6 +80,16 @@ def trainer_double(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def build_cycle(folder: Path, monkeypatch: pytest.MonkeyPatch, find_missing: Any, names: tuple[str, ...] = (),
                 wait_s: float = 0.0, reference: str = "") -> Any:
+    """Build the cycle of a run that trains on the rounds `STEPS_OF_ROUND`.
+
+    Args:
+        folder: of the rounds.
+        monkeypatch: replaces reading of rounds.
+        find_missing: round -> what it still lacks; "": it is published.
+        names: columns of log-probabilities.
+        wait_s: seconds to wait for a round.
+        reference: sha256 of the reference checkpoint.
+    """
     rounds = RoundDocuments(folder, 10, names)
 
     def read(number: int, seq_len: int, num_steps: int) -> PublishedRound:
@@ -168,7 +177,7 @@ DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
     (PolicyConfig("ink_grpo", knowledge_share=1.0), {}, [1, 2, 3]),
     (PolicyConfig("ink_grpo", knowledge_share=1e-9), {}, [2]),
     (PolicyConfig("grpo"), {"recipe": MOE}, [1, 2]),
-    (PolicyConfig("grpo"), {"recipe": MOE, "seq_aux_loss_coeff": 0.0}, [1, 2]),  # its router's bias moves
+    (PolicyConfig("grpo"), {"recipe": MOE, "seq_aux_loss_coeff": 0.0}, [1, 2]),  # updates the router's bias
     (PolicyConfig("grpo"), {"recipe": MOE, "seq_aux_loss_coeff": 0.0, "router_bias_update_rate": 0.0}, [2]),
     (PolicyConfig("grpo"), {"num_mtp_layers": 1}, [1, 2]),
     (PolicyConfig("grpo"), {"num_mtp_layers": 1, "mtp_loss_coeff": 0.0}, [2]),
@@ -209,7 +218,10 @@ def test_a_round_with_few_learning_groups_warns_with_a_remedy(num_learning: int,
     groups = {"learns": num_learning, "no_advantage": num_groups - num_learning}
     means = {} if pass_rate is None else {"pass_rate": pass_rate}
     result = find_round_problem({"groups": groups, "means": means}, is_first=is_first)
-    assert re.search(pattern, result) if pattern else result == ""
+    if pattern:
+        assert re.search(pattern, result)
+    else:
+        assert result == ""
 
 
 def test_the_initial_pass_rate_is_printed_once(trainer_double: Any, tmp_path: Path,
@@ -291,7 +303,7 @@ def test_a_resumed_run_keeps_its_reference(trainer_double: Any, tmp_path: Path,
 
 def test_a_resumed_run_keeps_its_teachers(trainer_double: Any, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_teachers(trainer: Any, teachers: Any, published: PublishedRound, file: Path,
+    def write_teachers(trainer_double: Any, teachers: Any, published: PublishedRound, file: Path,
                        identity: str) -> None:
         """Write minus the number of teachers for the 2 documents of 4 tokens of round 1."""
         write_sealed(file, np.full(2 * 4, -float(len(teachers)), np.float32).tobytes(), identity)

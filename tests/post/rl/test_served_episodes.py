@@ -181,8 +181,8 @@ class Job:
 
     def play_in_step(self, model: GreedyModel) -> list[Rollout]:
         """Return the rows of an engine that generates one turn of all episodes at a time."""
-        attempt = SampleAttempt(PromptPiece(1, 0, self.prompts), 0, Policy(Path(), 0, "0" * 64))
-        [rows] = self.source.play_attempts(model, [attempt])
+        piece = PromptPiece(1, 0, self.prompts)
+        [rows] = self.source.play_attempts(model, [SampleAttempt(piece, 0, Policy(Path(), 0, "0" * 64))])
         return rows
 
 
@@ -255,7 +255,7 @@ def test_the_next_policy_continues_a_turn_after_a_deadline(job: Callable[..., Jo
 @pytest.mark.deep
 def test_a_run_whose_deadline_is_too_short_for_a_token_ends(job: Callable[..., Job],
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next policy, which could continue the turns, needs the round that waits for these turns."""
+    """Only the next policy could continue the turns, but it is trained on the round that waits for them."""
     monkeypatch.setattr(requests, "LOOKUP_S", 0.02)  # deadlines are measured by the clock below
     clock = itertools.count(0, 20)
     generating_job = job("files", TASKS, [ModelServer(GreedyModel(draw_turn), stall_at=0)],
@@ -298,7 +298,8 @@ class Waiting(World):
 
 
 def test_an_episode_waits_for_no_tool_of_another(job: Callable[..., Job], tmp_path: Path) -> None:
-    """Turn by turn they would deadlock: the first episode's tool waits for the second turn of the other."""
+    """If all episodes advanced one turn at a time, they would deadlock: the first episode's tool waits for
+    the second turn of the other."""
     (tmp_path / "world.py").write_text(WAITING_WORLD)
     turns = {"first": ["wait"], "second": ["look", "go"]}
 
