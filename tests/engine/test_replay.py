@@ -20,7 +20,6 @@ from tests.engine.decode.test_forward_only import Row, compute_gradients
 from tests.tiny import tiny_model
 
 EXPERTS, TOP_K, SEQ_LEN = 8, 2, 8
-NOT_RECORDED = 255
 SETTINGS = [f"model.num_experts={EXPERTS}", f"model.num_experts_per_token={TOP_K}",
             "model.seq_aux_loss_coeff=0.01", "model.init_std=0.3", "train.precision=fp64"]
 ROWS, ROW_TOKENS = 4, 32
@@ -84,9 +83,8 @@ def route_recorded() -> dict[str, Any]:
             torch.zeros_like(chosen).scatter(1, logits.topk(TOP_K).indices, True)), (
                 "a mask without encoded positions selects no recorded routes")
     assert step.table is None
-    own_choice = logits.topk(TOP_K).indices
-    expected = torch.where(torch.from_numpy(routes[:, 0, :1] == NOT_RECORDED) | padding[:, None],
-                           own_choice, torch.from_numpy(routes[:, 0]).long())
+    expected = torch.where(torch.from_numpy(routes[:, 0, :1] == 255) | padding[:, None],
+                           logits.topk(TOP_K).indices, torch.from_numpy(routes[:, 0]).long())
     scores = logits.softmax(-1)
     expected_scores = scores.gather(1, expected)
     counts = torch.zeros(EXPERTS, dtype=torch.float64).index_add_(
@@ -96,8 +94,9 @@ def route_recorded() -> dict[str, Any]:
     return {"weights": [weights.gather(1, expected).tolist(),
                         (expected_scores / expected_scores.sum(-1, keepdim=True)).tolist()],
             "chosen": [chosen.nonzero()[:, 1].tolist(), expected.sort(dim=1).values.flatten().tolist()],
-            "counts": [router.local_tokens_per_expert.tolist(), (replayed_counts + own_counts).tolist()],
-            "loss": [float(step.aux_loss[1]), expected_loss]}
+            "counts": [router.local_tokens_per_expert.tolist(), (counts + expected_live_counts).tolist()],
+            "loss": [float(step.aux_loss[1]), float(compute_balancing_loss(scores, counts)
+                                                    + compute_balancing_loss(scores, expected_live_counts))]}
 
 
 def compute_balancing_loss(scores: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
@@ -128,7 +127,7 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
     optimizer, load = Optimizer(model, config.optim, gpu=config.gpu), ExpertLoad(model)
     model.config.finalize_model_grads_func = load.finalize_gradients
     step = model.config.routing_step
-    step.seq_len, step.num_sequences = ROW_TOKENS // 2, 2 * ROWS  # two sequences in each row
+    step.seq_len, step.num_sequences = 16, 2 * ROWS
     for module in model.modules():
         if getattr(module, "expert_bias", None) is not None:
             module.expert_bias.copy_(torch.linspace(-0.2, 0.2, EXPERTS).roll(module.layer_number))
@@ -136,9 +135,9 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
     rows = []
     for number in range(ROWS):
         padding = torch.arange(ROW_TOKENS) >= (FIRST_PADDING if number == ROWS - 1 else ROW_TOKENS)
-        inputs = ModelInputs(
-            torch.randint(96, (ROW_TOKENS,), generator=generator), positions=torch.arange(16).repeat(2),
-            cu_seqlens=torch.tensor([0, 16, 32], dtype=torch.int32), max_document_tokens=16, padding=padding)
+        inputs = ModelInputs(torch.randint(96, (ROW_TOKENS,), generator=generator),
+                             torch.arange(16).repeat(2), torch.tensor([0, 16, 32], dtype=torch.int32), 16,
+                             padding)
         rows.append(Row(inputs, torch.randint(96, (ROW_TOKENS,), generator=generator), (~padding).double()))
 
     def compute_routed(routes: Any) -> tuple[float, torch.Tensor]:

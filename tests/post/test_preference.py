@@ -71,10 +71,8 @@ def evaluate_heldout_pairs(trainer: Any, batch: Any) -> dict[str, float]:
     return figures
 
 
-def compute_trl_meters(
-        method: str, pairs: list[tuple[float, float, float, float, int, int]]) -> dict[str, float]:
-    """Return rewards/accuracies and rewards/margins of TRL's DPOTrainer (SimPO and ORPO: of CPOTrainer and
-    ORPOTrainer without their beta), except that a tie counts half.
+class PairLogprobs(NamedTuple):
+    """Summed log-probabilities of a pair's responses by the policy and by the reference."""
 
     chosen: float
     rejected: float
@@ -147,7 +145,7 @@ def compare_losses(data: str, run: str, methods: list[str]) -> list[dict[str, An
     results = []
     for method in methods:
         trainer = build_trainer([f"preference.method={method}", "preference.chosen_coeff=0.0",
-                                 "preference.beta=0.3", "optim.lr=0.002"], data, Path(run))
+                                 f"preference.beta={BETA}", "optim.lr=0.002"], data, Path(run))
         objective = trainer.objective
         tensors = [*trainer.model.parameters(), *trainer.model.buffers()]  # routers' biases move as well
         initial = [tensor.detach().clone() for tensor in tensors]
@@ -162,28 +160,16 @@ def compare_losses(data: str, run: str, methods: list[str]) -> list[dict[str, An
             for tensor, value in zip(tensors, initial, strict=True):
                 tensor.copy_(value)
         reference = [s for m in batch.micro_batches for s in sum_logprobs(trainer.policy, m)]
-        losses = []
-        for i in range(0, len(current), 2):
-            # log-probability and length of the chosen and the rejected response; rc, rr: by the reference
-            (c, nc), (r, nr), (rc, _), (rr, _) = current[i], current[i + 1], reference[i], reference[i + 1]
-            losses.append({
-                "dpo": lambda c=c, r=r, rc=rc, rr=rr: math.log1p(math.exp(-0.3 * ((c - rc) - (r - rr)))),
-                "ipo": lambda c=c, r=r, rc=rc, rr=rr, nc=nc, nr=nr:
-                ((c - rc) / nc - (r - rr) / nr - 1 / 0.6) ** 2,
-                "dpo-norm": lambda c=c, r=r, rc=rc, rr=rr, nc=nc, nr=nr:
-                math.log1p(math.exp(-0.3 * ((c - rc) / nc - (r - rr) / nr))),
-                "simper": lambda c=c, r=r, nc=nc, nr=nr: math.exp(r / nr) - math.exp(c / nc),
-                "simpo": lambda c=c, r=r, nc=nc, nr=nr: math.log1p(math.exp(-0.3 * (c / nc - r / nr) + 0.5)),
-                "orpo": lambda c=c, r=r, nc=nc, nr=nr:
-                math.log1p(compute_odds(r / nr) / compute_odds(c / nc)),
-                }[method]())
-        results.append({"method": method, "loss": loss, "compare_losses": float(np.mean(losses)),
-                        "pairs": len(losses), "spread": float(np.std(losses)),
-                        "meters": sums_of_batch.meters, "measured": heldout,
-                        "trl": compute_trl_meters(method, [
-                            (current[i][0], current[i + 1][0], reference[i][0], reference[i + 1][0],
-                             current[i][1], current[i + 1][1])
-                            for i in range(0, len(current), 2)])})
+        pairs = []
+        for i in range(0, len(current), 2):  # a chosen response, and the rejected one after it
+            (chosen, chosen_tokens), (rejected, rejected_tokens) = current[i:i + 2]
+            (chosen_reference, _), (rejected_reference, _) = reference[i:i + 2]
+            pairs.append(PairLogprobs(chosen, rejected, chosen_reference, rejected_reference, chosen_tokens,
+                                      rejected_tokens))
+        losses = [compute_pair_loss(method, pair) for pair in pairs]
+        results.append({"method": method, "loss": loss, "expected_loss": float(np.mean(losses)),
+                        "pairs": len(pairs), "spread": float(np.std(losses)), "meters": sums_of_batch.meters,
+                        "measured": heldout, "trl": compute_trl_meters(method, pairs)})
         trainer.close()
         world.leave_world()
     return results

@@ -12,7 +12,6 @@ import pytest
 from megatron_sov.train.loop import start_run, train
 from megatron_sov.train.trainer import CurrentWork
 
-
 NEVER = 10 ** 9
 """A step that no run here reaches."""
 

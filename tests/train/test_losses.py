@@ -28,7 +28,7 @@ from tests.head_config import Logits
 BOUNDS, VOCAB = [0, 7, 8, 20, 24], 11
 
 
-def build_mtp_objective(depths: int) -> DataObjective:
+def build_objective(depths: int) -> DataObjective:
     config = apply_settings(recipes.get("tiny-k-exaone"), ["model.mtp_loss_coeff=0.3"])
     # `replace` skips the validation, which allows this recipe one depth.
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, num_mtp_layers=depths))
@@ -40,9 +40,8 @@ def build_mtp_objective(depths: int) -> DataObjective:
 @pytest.mark.parametrize("depths", [1, 2])
 def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: int) -> None:
     random = np.random.default_rng(4)
-    num_tokens = BOUNDS[-1]
-    tokens = random.integers(0, VOCAB, num_tokens)
-    weights = random.choice([0, 0.5, 1], num_tokens).astype(np.float32)
+    n = BOUNDS[-1]
+    tokens, weights = random.integers(0, VOCAB, n), random.choice([0, 0.5, 1], n).astype(np.float32)
     labels = np.roll(tokens, -1)
     ends = np.array(BOUNDS[1:]) - 1
     labels[ends], weights[ends] = 0, 0
@@ -60,8 +59,7 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
             weight, target = weights[position + depth], tokens[position + 1 + depth]
             num_targets += weight
             expected -= weight * float(logits[depth][position].log_softmax(-1)[target])
-    assert num_targets > 3, "the random weights leave too few targets for a test"
-    objective = build_mtp_objective(depths)
+    objective = build_objective(depths)
     assert objective._mtp_coefficient == {MTP: 0.3}
     assert objective._count_mtp_targets([batch, batch]) == {MTP: pytest.approx(2 * num_targets)}
     assert num_targets > 3
@@ -70,17 +68,16 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
 
 
 def test_without_prediction_layers_there_is_no_mtp_term() -> None:
-    objective = build_mtp_objective(0)
+    result = build_objective(0)
     batch: Any = SimpleNamespace(weights=torch.ones(1))
-    assert objective._mtp_coefficient == {} and objective._count_mtp_targets([]) == {}
-    assert objective._compute_mtp_sum([], None, batch) == {}  # type: ignore[arg-type]
+    assert result._mtp_coefficient == {} and result._count_mtp_targets([]) == {}
+    assert result._compute_mtp_sum([], None, batch) == {}  # type: ignore[arg-type]
 
 
 # Losses by label type (text, audio, image), against sums over single labels.
 
 
 AUDIO, IMAGE = IdBlock(4, 3), IdBlock(7, 2)
-"""Token ids of audio, 4 to 6, and of images, 7 and 8; 0 to 3 are text."""
 
 
 def build_config(**objective: Any) -> Any:
@@ -117,7 +114,7 @@ def test_weights_enter_sums_and_the_count_over_the_whole_batch(kind: Any,
         logprobs = scores.log_softmax(-1)
         for i in range(24):
             label, weight = int(batch.labels[i]), float(batch.weights[i])
-            name, factor = "text_loss", 1.0
+            name, factor = ("text_loss", 1.0)
             if 4 <= label < 7:
                 name, factor = "audio_loss", 0.25
             elif 7 <= label < 9:
@@ -126,11 +123,11 @@ def test_weights_enter_sums_and_the_count_over_the_whole_batch(kind: Any,
             if weight:
                 by_type[name][0] += loss
                 by_type[name][1] += 1
-            if term == "lm" or int(batch.types[i]) == 2:  # 2: the label belongs to a response
+            if term == "lm" or int(batch.types[i]) == 2:
                 total += weight * factor * loss
                 count += weight * factor
-    sums = [objective.loss([scores], Logits(), micro_batch)
-            for scores, micro_batch in zip(logits, prepared.micro_batches, strict=True)]
+    sums = [objective.loss([scores], Logits(), m)
+            for scores, m in zip(logits, prepared.micro_batches, strict=True)]
     assert prepared.targets[term] == pytest.approx(count)
     assert sum(float(s.terms[term]) for s in sums) == pytest.approx(total, rel=1e-5)
     for name, (expected_sum, expected_count) in by_type.items():
@@ -169,7 +166,6 @@ def test_a_term_without_targets_is_zero_and_stays_in_the_graph() -> None:
 def test_losses_by_source_are_weighted_sums_and_weights() -> None:
     losses, weights = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.tensor([1.0, 0.5, 0.0, 2.0])
     result = per_source(losses, weights, torch.tensor([0, 2, 2, 0]), 3)
-    # Source 0 has the first and the last loss, 1 x 1 + 4 x 2 with weights 1 + 2; no loss is of source 1.
     assert result.tolist() == [[9.0, 3.0], [0.0, 0.0], [1.0, 0.5]] and result.dtype == torch.float64
 
 

@@ -159,13 +159,13 @@ def compare_first_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
             gradient = gradients.setdefault(block.key,
                                             torch.zeros(block.global_shape, dtype=local_gradient.dtype))
             slices = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
-            gradient[slices] = flat_gradient.reshape(block.shape)
+            gradient[slices] = local_gradient
             if block.key.endswith(A):
                 adapter_weights.setdefault(block.key, torch.zeros_like(gradient))[slices] = block.data
         gradients_by_run[name] = gradients
     largest_error, compared_names, largest_gradient_of_a = 0.0, [], 0.0
     for module in find_adapted_modules(config.model, config.lora):
-        gradient, scale = gradients_by_run["full"][module.link.key], 7 / 3  # lora.alpha / lora.rank
+        gradient, scale = gradients_by_run["full"][module.link.key], ALPHA / RANK
         if module.num_experts:
             weight = gradient
         else:

@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import math
 import re
-from itertools import chain
 from typing import Any
 from unittest import mock
 

@@ -57,10 +57,10 @@ def trainer_double(monkeypatch: pytest.MonkeyPatch) -> Any:
         numbers[:4 * num_skipped] = np.nan
         write_sealed(file, numbers.tobytes(), identity)
 
-    def run_with_weights(start: Path, trainer: Any, compute: Any) -> None:
-        trainer.step += INITIAL
+    def run_with_weights(start: Path, trainer_double: Any, compute: Any) -> None:
+        trainer_double.step += 100
         compute()
-        trainer.step -= INITIAL
+        trainer_double.step -= 100
 
     monkeypatch.setattr(logprob_columns, "write_logprobs", write_logprobs)
     monkeypatch.setattr(logprob_columns, "run_with_weights", run_with_weights)
@@ -122,16 +122,16 @@ def test_waiting_for_a_round_saves_a_checkpoint_first(trainer_double: Any, tmp_p
 
     trainer_double.step = 2
     without_waiting = build_cycle(tmp_path, monkeypatch, lambda number: "one piece")
-    reason = without_waiting.prepare_data(trainer_double, lambda: False)
-    assert reason == "round 2 is not there yet: one piece"
+    assert without_waiting.prepare_data(trainer_double,
+                                        lambda: False) == "round 2 is not there yet: one piece"
     assert "warning: round 2 is not there yet: one piece" in capsys.readouterr().err
     timed_out = build_cycle(tmp_path, monkeypatch, lambda number: "one part is not judged", wait_s=0.02)
     assert timed_out.prepare_data(trainer_double, lambda: False) == (
         "round 2 is not there yet: one part is not judged; the run waited 0.02 s: check that "
         "`rl generate` and `rl reward` are running, and give the same command with --resume")
     stopped = build_cycle(tmp_path, monkeypatch, lambda number: "one piece", wait_s=60)
-    reason = stopped.prepare_data(trainer_double, lambda: True)
-    assert reason == "asked to stop while waiting for round 2: one piece"
+    assert stopped.prepare_data(trainer_double,
+                                lambda: True) == "asked to stop while waiting for round 2: one piece"
 
 
 def test_requested_further_prompts_are_generated(trainer_double: Any, tmp_path: Path,
@@ -139,12 +139,12 @@ def test_requested_further_prompts_are_generated(trainer_double: Any, tmp_path: 
     missing = iter(["2 pieces", "3 further prompts", "1 further prompt", ""])
     generated_rounds: list[int] = []
 
-    def write_round(trainer: Any, number: int, policy: Policy, is_stopping: Any) -> dict[str, float]:
-        assert policy == cycle.policies.at(trainer.step)
+    def write_round(trainer_double: Any, number: int, policy: Policy, is_stopping: Any) -> dict[str, float]:
+        assert policy == cycle.policies.at(trainer_double.step)
         generated_rounds.append(number)
         return {"write_s": 2.0}
 
-    def judge_round(trainer: Any, number: int, is_stopping: Any) -> dict[str, float]:
+    def judge_round(trainer_double: Any, number: int, is_stopping: Any) -> dict[str, float]:
         return {"judge_s": 0.5}
 
     cycle = build_cycle(tmp_path, monkeypatch, lambda number: next(missing))
@@ -153,14 +153,13 @@ def test_requested_further_prompts_are_generated(trainer_double: Any, tmp_path: 
     assert cycle.prepare_data(trainer_double, lambda: False) is None and generated_rounds == [1, 1, 1]
     ((_, round_event),) = [event for event in trainer_double.events_written if event[0] == "round"]
     assert "saved" not in dict(trainer_double.events_written), "a checkpoint was awaited"
-    assert (round_event["write_s"], round_event["judge_s"]) == (3 * 2.0, 3 * 0.5)
-    assert round_event["waited_s"] < 60
+    assert (round_event["write_s"], round_event["judge_s"]) == (6.0, 1.5) and round_event["waited_s"] < 60
     trainer_double.step = 2
     cycle.publisher.publish = lambda number: "2 pieces"  # a stopped job has written nothing
-    reason = cycle.prepare_data(trainer_double, lambda: True)
-    assert reason == "asked to stop while waiting for round 2: 2 pieces"
+    assert cycle.prepare_data(trainer_double,
+                              lambda: True) == "asked to stop while waiting for round 2: 2 pieces"
     cycle.close()
-    assert generated_rounds == [1, 1, 1, 2, 0]  # 0: closed
+    assert generated_rounds == [1, 1, 1, 2, 0]
 
 
 DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
@@ -253,19 +252,18 @@ def test_old_logprobs_belong_to_the_start_of_the_round(trainer_double: Any, tmp_
         return cycle.loader.documents
 
     document = (3 << 32) + 1
-    for step in (4, 5):  # step 5 is inside the round and reads the files of step 4
+    for step, expected in ((4, -4.0), (5, -4.0)):  # step 5 is inside the round and reads the file
         rounds = open_rounds(step)
-        assert rounds.column("old_logprobs", document, 1, 3).tolist() == [-4.0] * 3
-        assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-4.0 - INITIAL] * 3
+        assert rounds.column("old_logprobs", document, 1, 3).tolist() == [expected] * 3
+        assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-104.0] * 3
     old_file, reference_file = (tmp_path / f"0003.{name}_logprobs.f32" for name in ("old", "reference"))
     content = reference_file.read_bytes()
     reference_file.write_bytes(bytes([content[0] ^ 1, *content[1:]]))
     rounds = open_rounds(5)  # recomputed with the initial weights, loaded temporarily
-    assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-5.0 - INITIAL] * 3
+    assert rounds.column("reference_logprobs", document, 1, 3).tolist() == [-105.0] * 3
     errors = capsys.readouterr().err
     assert "0003.reference_logprobs.f32: is damaged or belongs elsewhere (it" in errors
-    num_bytes = 3 * 4 * 4  # documents x tokens x bytes of a float32
-    write_sealed(old_file, bytes(num_bytes), "0003 old_logprobs of an earlier run")
+    write_sealed(old_file, bytes(48), "0003 old_logprobs of an earlier run")
     with pytest.raises(UserError, match=r"0003.old_logprobs.f32: is damaged"):
         open_rounds(5)
     old_file.write_bytes(bytes([1, *old_file.read_bytes()[1:]]))
@@ -284,7 +282,7 @@ def test_labels_of_the_first_step_have_no_old_logprobs(trainer_double: Any, tmp_
     # The first step of round 2 has no gradient: its second step needs no stored log-probabilities either.
     assert not any((tmp_path / f"000{n}.old_logprobs.f32").exists() for n in (1, 2))
     column = cycle.loader.documents.column
-    first, second = (column("old_logprobs", (3 << 32) + document, 1, 2).tolist() for document in (0, 1))
+    first, second = (column("old_logprobs", (3 << 32) + d, 1, 2).tolist() for d in (0, 1))
     assert np.isnan(first).all() and second == [-4.0, -4.0]
 
 
@@ -305,8 +303,7 @@ def test_a_resumed_run_keeps_its_teachers(trainer_double: Any, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
     def write_teachers(trainer_double: Any, teachers: Any, published: PublishedRound, file: Path,
                        identity: str) -> None:
-        """Write minus the number of teachers for the 2 documents of 4 tokens of round 1."""
-        write_sealed(file, np.full(2 * 4, -float(len(teachers)), np.float32).tobytes(), identity)
+        write_sealed(file, np.full(8, -float(len(teachers)), np.float32).tobytes(), identity)
 
     monkeypatch.setattr(logprob_columns, "write_teachers", write_teachers)
     monkeypatch.setattr(round_loader, "compute_reverse_kl",
