@@ -362,7 +362,7 @@ def test_a_set_layout_is_kept_and_an_open_one_recommended() -> None:
     where = load_machines("h100", 64)
     open_ = plan_on_cluster(request("k-exaone-236b"), where)
     fixed = plan_on_cluster(request("k-exaone-236b", "parallel.pp=16"), where)
-    assert (open_.config.parallel.pp, open_.config.parallel.ep) == (4, 32)
+    assert (open_.config.parallel.pp, open_.config.parallel.ep) == (8, 8)
     assert fixed.config.parallel.pp == 16
     assert fixed.config.parallel.ep == recipes.get("k-exaone-236b").parallel.ep
 
