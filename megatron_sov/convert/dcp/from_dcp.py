@@ -71,7 +71,8 @@ def _find_step(folder: Path) -> Path:
              if path.name[5:].isdecimal() and (path / METADATA).is_file()]
     if not steps:
         raise UserError(f"{folder}: has no {METADATA}, and no folder step-N with one; pass a complete "
-                        "torch.distributed checkpoint")
+                        "torch.distributed checkpoint, or one of Megatron-LM to `megatron-sov convert "
+                        "from-megatron`")
     return max(steps, key=checkpoint_step)
 
 
@@ -98,7 +99,7 @@ class DcpWeights(Weights):
             elif key.startswith(prefix) and not key.startswith(TRAINING_PREFIXES):
                 weights[key.removeprefix(prefix)] = entry
         self.num_skipped: int = index["num_skipped"] + (0 if with_optimizer else len(states))
-        """Optimizer tensors that are left out."""
+        """Omitted optimizer tensors."""
         self._objects: dict[str, Any] = index["objects"]
         entries = weights | states if with_optimizer else weights
         self._stored = {key: tuple(shape) for key, (_, shape, _) in entries.items()}
