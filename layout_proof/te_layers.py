@@ -11,6 +11,7 @@ from layout_proof import cpu_shims
 
 cpu_shims.prepare_without_gpu()
 from megatron.core.extensions import transformer_engine_spec_provider  # noqa: E402
+from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.tensor_parallel import (  # noqa: E402
     ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region)
@@ -93,6 +94,8 @@ def replace_te_layers() -> None:
     provider: Any = transformer_engine_spec_provider.TESpecProvider
     provider.layer_norm = lambda self, *args, **options: WrappedTorchNorm
     vars(gpt_layer_specs)["TESpecProvider"] = provider
+    # configs check that the kernel exists; `shrink_model` switches it off
+    rope_utils.fused_apply_rotary_pos_emb = rope_utils._apply_rotary_pos_emb_bshd
     for module in [module for name, module in sys.modules.items() if name.startswith("megatron.core")]:
         for name, layer in LAYERS.items():
             if name in vars(module):
