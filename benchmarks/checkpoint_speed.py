@@ -13,19 +13,16 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from measurement import describe_machine, read_child_cpu_s
+from measurement import COPIES, copy_folder, describe_machine, measure_action
 
 from megatron_sov import recipes
 from megatron_sov.base.artifacts import read_manifest
-from megatron_sov.base.digests import hash_file
 from megatron_sov.checkpoint import initial_weights, load
 from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import ParallelConfig, RunConfig, apply_settings
@@ -33,7 +30,6 @@ from megatron_sov.model.families.count import count_params
 
 BYTES_PER_PARAMETER = 12
 """Bytes of a float32 weight and its two moments."""
-COPIES = ("cp", "cp + fsync", "cp + fsync + blake3", "cp + fsync + openssl")
 SAVE, STALL = "save, waiting (async_save=false)", "stall of the same save (async_save=true)"
 CHECK, LOAD = "check: hash every file", "load weights and moments"
 MEASURES = (*COPIES, SAVE, STALL, CHECK, LOAD)
@@ -48,21 +44,6 @@ def build_config(num_bytes: float) -> RunConfig:
         width += 64
         config = apply_settings(config, [f"model.expert_ffn_dim={width}"])
     return config
-
-
-def copy_folder(source: Path, target: Path, name: str) -> None:
-    """Copy a folder by `cp`, then sync and hash every file if `name` (of `COPIES`) contains these steps."""
-    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
-    files = [p for p in target.rglob("*") if p.is_file()]
-    for file in files if "fsync" in name else ():
-        fd = os.open(file, os.O_RDONLY)
-        os.fsync(fd)
-        os.close(fd)
-    for file in files if "blake3" in name else ():
-        hash_file(file)
-    if "openssl" in name:
-        subprocess.run(["openssl", "dgst", "-sha256", *map(str, files)], check=True,
-                       stdout=subprocess.DEVNULL)
 
 
 def measure_actions(folder: Path, config: RunConfig, rounds: int) -> int:
@@ -91,10 +72,8 @@ def measure_actions(folder: Path, config: RunConfig, rounds: int) -> int:
     def time_action(name: str, action: Callable[[], object]) -> None:
         dist.barrier()
         os.sync()
-        begin_s, begin_cpu_s = time.monotonic(), time.process_time() + read_child_cpu_s()
-        action()
-        cpu_s = time.process_time() + read_child_cpu_s() - begin_cpu_s
-        seconds[name].append((time.monotonic() - begin_s, cpu_s))
+        cost = measure_action(action)
+        seconds[name].append((cost.wall_s, cost.cpu_s))
 
     def begin_save(name: str) -> None:
         saver.begin(folder / name, model, optimizer, companions)
@@ -142,10 +121,8 @@ def main() -> int:
         if code := launcher.launch_ranks(measure, args.nproc, 1):
             return code
         parsed = json.loads((Path(folder) / "seconds.json").read_text())
-    median_s = {name: statistics.median(wall_s for wall_s, _ in values)
-                for name, values in parsed["seconds"].items()}
-    median_cpu_s = {name: statistics.median(cpu_s for _, cpu_s in values)
-                    for name, values in parsed["seconds"].items()}
+    median_s, median_cpu_s = ({name: statistics.median(value[place] for value in values)
+                               for name, values in parsed["seconds"].items()} for place in (0, 1))
     print(f"{describe_machine()}\n{parsed['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of "
           f"{args.rounds} rounds")
     print(f"{'':<42} {'s':>7} {'CPU s':>7} {'GB/s':>6}   rate / cp, + fsync, + blake3, + openssl")

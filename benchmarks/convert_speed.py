@@ -16,22 +16,15 @@ import shutil
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
-from measurement import Cost, describe_machine, run_measured
+from measurement import COPIES, Cost, copy_folder, describe_machine, measure_action, run_measured
 
 from megatron_sov.base.digests import BLAKE3, SHA256, Digest
 
 HASH_BLOCKS = 128
 """Blocks of 1 MiB that measure the speed of hashing."""
-HASH = """
-import sys
-from pathlib import Path
-sys.path[:0] = sys.argv[2].split(":")
-from megatron_sov.base.digests import hash_file
-for file in Path(sys.argv[1]).rglob("*"):
-    file.is_file() and hash_file(file)
-"""
 IDLE = "import megatron_sov.convert.hf_export, megatron_sov.convert.hf_import"
 CONVERT = """
 import sys
@@ -81,16 +74,6 @@ def measure_hash_rate(algorithm: str) -> float:
     return HASH_BLOCKS * len(block) / 1e9 / (time.process_time() - begin_s)
 
 
-COPIES = {"cp": 'cp -r "$1" "$2"',
-          "cp + fsync": 'cp -r "$1" "$2" && sync $(find "$2" -type f)',
-          # -S skips site-packages, whose start the other copies do not pay
-          "cp + fsync + blake3": 'cp -r "$1" "$2" && sync $(find "$2" -type f) && '
-                                 f'{sys.executable} -S -c "$3" "$2" "$4"',
-          "cp + fsync + openssl": 'cp -r "$1" "$2" && sync $(find "$2" -type f) && '
-                                  'find "$2" -type f -exec openssl dgst -sha256 {} + > /dev/null'}
-"""Name -> shell command that copies folder $1 to $2."""
-
-
 def count_bytes(folder: Path) -> int:
     """Return the total bytes of the files in a folder."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
@@ -106,16 +89,14 @@ def compare_with_copies(action: str, source: Path, out: Path, workers: int, roun
         rounds: measurements of each command.
         idle: cost of starting Python and torch.
     """
-    paths = ":".join(path for path in sys.path if path)
-    commands = {name: ["bash", "-c", text, "copy", str(source), str(out), HASH, paths]
-                for name, text in COPIES.items()}
-    commands[action] = [sys.executable, "-c", CONVERT, action, str(source), str(out), str(workers)]
-    costs: dict[str, list[Cost]] = {name: [] for name in commands}
+    command = [sys.executable, "-c", CONVERT, action, str(source), str(out), str(workers)]
+    costs: dict[str, list[Cost]] = {name: [] for name in (*COPIES, action)}
     for _ in range(rounds):
-        for name, command in commands.items():
+        for name, values in costs.items():
             shutil.rmtree(out, ignore_errors=True)
             os.sync()
-            costs[name].append(run_measured(command))
+            values.append(run_measured(command) if name == action
+                          else measure_action(partial(copy_folder, source, out, name)))
     best = {name: min(runs, key=lambda cost: cost.wall_s) for name, runs in costs.items()}
     ours, size_gb = best[action], count_bytes(source) / 1e9
     print(f"\n{action}, {size_gb:.2f} GB, {len(list(out.rglob('*.safetensors')))} file(s) written, "

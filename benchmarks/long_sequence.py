@@ -10,19 +10,26 @@ up to the peak, in the process with the larger increase; `account` is the predic
 """
 
 import argparse
+import json
+import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from measurement import describe_machine
 
 from megatron_sov import recipes
+from megatron_sov.base.documents.shard_files import write_index
 from megatron_sov.engine.parallel import launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.memory import MemoryAccount, build_account
 from megatron_sov.train.data.sources import Source
+from megatron_sov.train.data.token_shards import ShardChain
 
 NPROC, MIB = 2, 1 << 20
 SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "model.num_heads=1",
@@ -31,33 +38,13 @@ SETTINGS = ("parallel.cp=2", "train.recompute=true", "model.hidden_size=256", "m
             "train.eval_every_steps=0", "data.prefetch_steps=0")
 
 
-class RandomDocuments:
-    """Two equally long documents of random tokens (implements `train.data.token_shards.Documents`)."""
-
-    is_plain, columns = True, ()
-
-    def __init__(self, tokens: int, vocab_size: int) -> None:
-        self.lengths = np.array([tokens, tokens])
-        self._vocab_size = vocab_size
-
-    def tokens(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return token ids, int64."""
-        return np.random.default_rng(document).integers(1, self._vocab_size,
-                                                        int(self.lengths[0]))[start:start + count]
-
-    def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return ones."""
-        return np.ones(count, np.float32)
-
-    def types(self, document: int, start: int, count: int) -> np.ndarray:
-        """Return zeros: text."""
-        return np.zeros(count, np.uint8)
-
-    def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
-        raise KeyError(name)
-
-    def routes(self, document: int, start: int, count: int) -> np.ndarray:
-        raise KeyError("routes")
+def write_random_source(folder: Path, num_documents: int, num_tokens: int, vocab_size: int) -> Source:
+    """Write a token shard of documents with `num_tokens` random tokens each, and return it as a source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_index(folder / "train", "int32", np.full(num_documents, num_tokens, np.int32))
+    ids = np.random.default_rng(0).integers(1, vocab_size, num_documents * num_tokens, dtype=np.int32)
+    ids.tofile(folder / "train.bin")
+    return Source("random", None, "text", {}, {"train": ids.size}, 1.0, ShardChain([folder / "train"]))
 
 
 def read_resident_bytes(field: str) -> int:
@@ -74,40 +61,48 @@ def build_config(tokens: int) -> RunConfig:
         f'data.phases=[{{"name": "long", "seq_len": {tokens}}}]'])
 
 
-def train_one_step(config: RunConfig, folder: Path) -> None:
-    """Train a step on every rank; write bytes before, bytes grown, seconds and loss to `folder/RANK.npy`."""
+def build_trainer(config: RunConfig, place: world.ParallelWorld, folder: Path) -> Any:
+    """Return the trainer of a run on two random documents per sequence of a step."""
     from megatron_sov.runs.folder import RunFolder
-    from megatron_sov.train.loop import train_step
     from megatron_sov.train.objectives.data_objective import LanguageModelling
     from megatron_sov.train.trainer import Trainer
 
-    place = world.join_world(config.parallel)
     tokens = config.data.phases[0].seq_len
+    source = write_random_source(folder / f"data-{place.rank}", 2 * config.train.global_batch_size, tokens,
+                                 config.model.vocab_size)
+    return Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
+
+
+def train_one_step(config: RunConfig, folder: Path) -> tuple[int, int, float, float]:
+    """Train a step on this rank; return bytes before, bytes grown, seconds and loss."""
+    from megatron_sov.train.loop import train_step
+
+    place = world.join_world(config.parallel)
     before, begin_s = read_resident_bytes("VmRSS"), time.perf_counter()
-    source = Source("long", None, "text", {}, {"train": 2 * tokens}, 1.0,
-                    train_documents=RandomDocuments(tokens, config.model.vocab_size))
-    trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
+    trainer = build_trainer(config, place, folder)
     result = train_step(trainer)
-    assert result is not None and result.num_tokens == tokens
+    assert result is not None and result.num_tokens == config.data.phases[0].seq_len
     grown, seconds = read_resident_bytes("VmHWM") - before, time.perf_counter() - begin_s
-    np.save(folder / f"{place.rank}.npy", np.array([before, grown, seconds, result.loss]))
     trainer.close()
     world.leave_world()
+    return before, grown, seconds, result.loss
 
 
-def measure_step(config: RunConfig) -> tuple[float, float, float, float]:
-    """Return bytes before, bytes grown, seconds and loss of the process whose memory grew most.
+def measure_ranks(measure: Callable[[Path], Any], nproc: int) -> list[Any]:
+    """Call `measure` with a temporary folder on `nproc` ranks of one thread; return each rank's result.
 
     Raises:
-        SystemExit: the step failed.
+        SystemExit: a rank failed.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        if code := launcher.launch_ranks(lambda: train_one_step(config, folder), NPROC, num_threads=1):
+
+        def run_rank() -> None:
+            (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(measure(folder)))
+
+        if code := launcher.launch_ranks(run_rank, nproc, num_threads=1):
             raise SystemExit(code)
-        rows = [np.load(folder / f"{rank}.npy") for rank in range(NPROC)]
-    before, grown, seconds, loss = max(rows, key=lambda row: row[1]).tolist()
-    return before, grown, seconds, loss
+        return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(nproc)]
 
 
 def main() -> None:
@@ -123,7 +118,8 @@ def main() -> None:
     for tokens in args.lengths:
         config = build_config(tokens)
         planned = build_account(config, NPROC, 0, tokens)
-        before, grown, seconds, loss = measure_step(config)
+        rows = measure_ranks(partial(train_one_step, config), NPROC)
+        before, grown, seconds, loss = max(rows, key=lambda row: row[1])
         print(f"{tokens:>8,}{before / MIB:>8.0f}{grown / MIB:>8.0f}{planned.allocated / MIB:>9.0f}"
               f"{grown / planned.allocated:>7.2f}{seconds:>9.0f}{loss:>7.3f}   "
               + ", ".join(f"{v / MIB:.0f}" for v in vars(planned).values()), flush=True)

@@ -27,16 +27,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from long_sequence import write_random_source
 from measurement import describe_machine
 
 from megatron_sov import recipes
-from megatron_sov.base.documents.shard_files import write_index
 from megatron_sov.engine.parallel import collectives, launcher, world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.runs.obs.events import EventLog
 from megatron_sov.train.data.sources import Source
-from megatron_sov.train.data.token_shards import ShardChain
 
 VOCAB_SIZE, SEQ_LEN, NUM_DOCUMENTS = 8192, 512, 4000
 COMMON = (f"model.vocab_size={VOCAB_SIZE}", "model.head_dim=64", "train.steps=100000",
@@ -45,14 +43,6 @@ SETTINGS = (*COMMON, "model.hidden_size=256", "model.expert_ffn_dim=256", "train
             "train.micro_batch_size=4")
 WARMUP_TURNS = 2
 """Number of first steps of each loop that are not timed."""
-
-
-def write_shard(folder: Path) -> None:
-    """Write train.bin and train.idx with documents of SEQ_LEN tokens, so that the attention of all loops
-    computes the same number of pairs."""
-    write_index(folder / "train", "int32", np.full(NUM_DOCUMENTS, SEQ_LEN, np.int32))
-    ids = np.random.default_rng(0).integers(1, VOCAB_SIZE, NUM_DOCUMENTS * SEQ_LEN, dtype=np.int32)
-    ids.tofile(folder / "train.bin")
 
 
 def build_our_step(config: RunConfig, place: world.ParallelWorld, source: Source, folder: Path
@@ -233,10 +223,9 @@ def compute_ratio(seconds: dict[str, list[float]], name: str, other: str) -> flo
     return statistics.median(a / b for a, b in zip(seconds[name], seconds[other], strict=True))
 
 
-def open_source(folder: Path) -> Source:
-    """Return the shard of `write_shard` as a data source."""
-    return Source("web", None, "text", {}, {"train": NUM_DOCUMENTS * SEQ_LEN}, 1.0,
-                  ShardChain([folder / "train"]))
+def open_source(place: world.ParallelWorld, folder: Path) -> Source:
+    """Return documents of SEQ_LEN tokens, so that the attention of all loops computes as many pairs."""
+    return write_random_source(folder / f"data-{place.rank}", NUM_DOCUMENTS, SEQ_LEN, VOCAB_SIZE)
 
 
 def compare_with_transformers(kind: str, turns: int, folder: Path) -> None:
@@ -245,7 +234,8 @@ def compare_with_transformers(kind: str, turns: int, folder: Path) -> None:
     config = apply_settings(recipes.get(recipe), [
         *COMMON, "model.hidden_size=320", "model.num_layers=6", "model.num_heads=5",
         "train.global_batch_size=2", "train.micro_batch_size=2", "train.precision=fp32", *sizes])
-    place, source = world.join_world(config.parallel), open_source(folder)
+    place = world.join_world(config.parallel)
+    source = open_source(place, folder)
     _, cpu_s = time_in_turn({
         "ours": build_our_step(config, place, source, folder),
         "same": build_same_step(config, place, source),
@@ -260,7 +250,8 @@ def compare_with_transformers(kind: str, turns: int, folder: Path) -> None:
 def compare_with_megatron(turns: int, folder: Path) -> None:
     """Time the three loops in turn on every rank; rank 0 prints a table."""
     config = apply_settings(recipes.get("tiny-solar-open"), SETTINGS)
-    place, source = world.join_world(config.parallel), open_source(folder)
+    place = world.join_world(config.parallel)
+    source = open_source(place, folder)
     wall_s, cpu_s = time_in_turn({
         "ours": build_our_step(config, place, source, folder),
         "same": build_same_step(config, place, source),
@@ -293,7 +284,6 @@ def main() -> int:
         comparisons = [(partial(compare_with_transformers, kind), 1) for kind in PEERS]
     for compare, nproc in comparisons:
         with tempfile.TemporaryDirectory() as folder:
-            write_shard(Path(folder))
             if launcher.launch_ranks(partial(compare, turns, Path(folder)), nproc, num_threads=1):
                 return 1
     return 0

@@ -1,4 +1,5 @@
-"""Describe the machine of a benchmark, and measure the processor time, wall time and memory of commands."""
+"""Describe the machine of a benchmark, and measure the processor time, wall time and memory of commands and
+copies."""
 
 import os
 import platform
@@ -7,12 +8,13 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
+from megatron_sov.base.digests import hash_file
 from megatron_sov.runs.launch_environment import read_processor_name
 
 SAMPLE_EVERY_S = 0.2
@@ -78,6 +80,33 @@ def await_cost(process: subprocess.Popen[bytes], begin_s: float) -> Cost:
     if process.returncode:
         raise SystemExit(f"{process.args!r}: exit code {process.returncode}")
     return Cost(usage.ru_utime + usage.ru_stime, time.monotonic() - begin_s, usage.ru_maxrss * 1024)
+
+
+def measure_action(action: Callable[[], object]) -> Cost:
+    """Call a function, and return its cost with its child processes; the memory is the peak so far."""
+    begin_s, begin_cpu_s = time.monotonic(), time.process_time() + read_child_cpu_s()
+    action()
+    cpu_s = time.process_time() + read_child_cpu_s() - begin_cpu_s
+    return Cost(cpu_s, time.monotonic() - begin_s, read_peak_bytes())
+
+
+COPIES = ("cp", "cp + fsync", "cp + fsync + blake3", "cp + fsync + openssl")
+"""Ways to copy a folder, as peers of commands that write and hash files."""
+
+
+def copy_folder(source: Path, target: Path, name: str) -> None:
+    """Copy a folder by `cp`, then sync and hash every file if `name` (of `COPIES`) contains these steps."""
+    subprocess.run(["cp", "-r", str(source), str(target)], check=True)
+    files = [p for p in target.rglob("*") if p.is_file()]
+    for file in files if "fsync" in name else ():
+        fd = os.open(file, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    for file in files if "blake3" in name else ():
+        hash_file(file)
+    if "openssl" in name:
+        subprocess.run(["openssl", "dgst", "-sha256", *map(str, files)], check=True,
+                       stdout=subprocess.DEVNULL)
 
 
 def read_child_cpu_s() -> float:

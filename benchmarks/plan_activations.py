@@ -2,33 +2,31 @@
 
 Usage: python benchmarks/plan_activations.py > benchmarks/results/plan_activations.txt
 
-Tiny models in float32 are trained for one step, in as many processes as their layout has.  Every tensor that
-autograd saves is counted by its storage, once, until autograd frees it; weights are left out.  `measured` is
-the peak, averaged over the ranks of the stage where `plan` is furthest off; `predicted` is `plan`'s figure of
-that stage (`plan/footprint/activations.py`).  Routing comes from an untrained router, so a rank's experts can
-get more or fewer tokens than the even share that is counted.
+Tiny models in float32 are trained for one step, with a process per rank of their layout.  The storage of
+every tensor that autograd saves is counted once, until autograd frees it; weights are left out.  `measured`
+is the peak, averaged over the ranks of a pipeline stage; `predicted` is `plan`'s figure for that stage
+(`plan/footprint/activations.py`).  Of several stages, the one with the largest error is printed.  Routers are
+untrained, so a rank's experts can get more or fewer tokens than the even share that `plan` assumes.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from long_sequence import RandomDocuments
+from long_sequence import build_trainer, measure_ranks
+from measurement import describe_machine
 
 from megatron_sov import recipes
-from megatron_sov.engine.parallel import launcher, world
+from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import RunConfig, apply_settings
 from megatron_sov.plan.footprint.activations import estimate_stored
-from megatron_sov.train.data.sources import Source
 
 COMMON = ("train.precision=fp32", "train.steps=1", "train.eval_every_steps=0", "data.prefetch_steps=0",
           "train.micro_batch_size=1", "train.global_batch_size=1")
@@ -47,13 +45,14 @@ class Case:
 
     @property
     def config(self) -> RunConfig:
-        """All settings."""
+        """The recipe changed by COMMON, the sequence length and `settings`."""
         phases = json.dumps([{"name": "main", "seq_len": self.seq_len}])
         return apply_settings(recipes.get(self.recipe), [
             *COMMON, f"data.phases={phases}", *self.settings])
 
 
 def _modules(*names: str) -> tuple[str, str]:
+    """Return the settings that recompute only these modules."""
     return "train.recompute=selective", f"gpu.recompute_modules={json.dumps(names)}"
 
 
@@ -114,21 +113,23 @@ class Kept:
 
 @dataclass
 class Counter:
-    """Bytes of storages that autograd has saved."""
+    """Counts the bytes of storages that autograd saves, each storage once."""
 
     weights: set[int]
     """Addresses of storages that are not counted."""
     most: int = 0
-    """Bytes at most."""
+    """Peak bytes."""
     _now: int = 0
     _uses: dict[int, int] = field(default_factory=dict)
+    """Address of a storage -> saved tensors in it."""
     _sizes: dict[int, int] = field(default_factory=dict)
+    """Address of a storage -> bytes."""
 
     def save(self, tensor: torch.Tensor) -> Any:
         """Count a tensor, and return what autograd keeps in its place."""
         storage = tensor.untyped_storage()
         address = storage.data_ptr()
-        if address in self.weights or not address:
+        if address in self.weights or not address:  # an empty storage has address 0
             return tensor
         if address not in self._uses:
             self._uses[address], self._sizes[address] = 0, storage.nbytes()
@@ -143,7 +144,7 @@ class Counter:
         return kept.tensor if isinstance(kept, Kept) else kept  # type: ignore[no-any-return]
 
     def drop(self, address: int) -> None:
-        """Count one use less."""
+        """Forget one saved tensor in the storage at `address`."""
         self._uses[address] -= 1
         if not self._uses[address]:
             self._now -= self._sizes[address]
@@ -151,19 +152,12 @@ class Counter:
 
 
 def measure_saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
-    """Train a step; return this process's pipeline stage, and the bytes that autograd saved at most."""
+    """Train a step; return this process's pipeline stage, and the peak bytes that autograd saved."""
     from megatron.core import parallel_state
 
-    from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.loop import train_step
-    from megatron_sov.train.objectives.data_objective import LanguageModelling
-    from megatron_sov.train.trainer import Trainer
 
-    place = world.join_world(config.parallel)
-    tokens = config.data.phases[0].seq_len
-    source = Source("long", None, "text", {}, {"train": 2 * tokens * config.train.global_batch_size}, 1.0,
-                    train_documents=RandomDocuments(tokens, config.model.vocab_size))
-    trainer = Trainer(config, place, RunFolder(folder / "run"), [source], LanguageModelling)
+    trainer = build_trainer(config, world.join_world(config.parallel), folder)
     counter = Counter({weight.untyped_storage().data_ptr() for weight in trainer.model.parameters()})
     with torch.autograd.graph.saved_tensors_hooks(counter.save, counter.give):
         train_step(trainer)
@@ -171,28 +165,6 @@ def measure_saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
     trainer.close()
     world.leave_world()
     return found
-
-
-def measure_case(case: Case) -> list[tuple[int, int]]:
-    """Return (pipeline stage, bytes) of every rank of a case.
-
-    Raises:
-        SystemExit: the step failed.
-    """
-    config = case.config
-    config.check(case.nproc)
-
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-
-        def rank() -> int:
-            result = measure_saved_bytes(config, folder)
-            (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
-            return 0
-
-        if code := launcher.launch_ranks(rank, case.nproc, num_threads=1):
-            raise SystemExit(code)
-        return [tuple(json.loads((folder / f"{r}.json").read_text())) for r in range(case.nproc)]
 
 
 def predict_saved_bytes(config: RunConfig, stage: int, nproc: int) -> int:
@@ -208,21 +180,22 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="cases whose names hold this")
     args = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, "
-          f"torch {torch.__version__}; float32, {SEQ_LEN} tokens unless noted\n")
+    print(f"{describe_machine()}, torch {torch.__version__}; float32, {SEQ_LEN} tokens unless noted\n")
     print(f"{'case':<40}{'ranks':>6}{'measured':>14}{'predicted':>14}{'error':>8}")
     errors = []
     for case in CASES:
         if args.only and args.only not in case.name:
             continue
-        of_stage: dict[int, list[int]] = {}
-        for stage, num_bytes in measure_case(case):
-            of_stage.setdefault(stage, []).append(num_bytes)
-        rows = [(round(statistics.mean(found)), predict_saved_bytes(case.config, stage, case.nproc))
-                for stage, found in of_stage.items()]
-        found, predicted = max(rows, key=lambda row: abs(row[1] / row[0] - 1))
-        errors.append(predicted / found - 1)
-        print(f"{case.name:<40}{case.nproc:>6}{found:>14,}{predicted:>14,}{errors[-1]:>+8.1%}", flush=True)
+        bytes_by_stage: dict[int, list[int]] = {}
+        case.config.check(case.nproc)
+        for stage, num_bytes in measure_ranks(partial(measure_saved_bytes, case.config), case.nproc):
+            bytes_by_stage.setdefault(stage, []).append(num_bytes)
+        rows = [(round(statistics.mean(counts)), predict_saved_bytes(case.config, stage, case.nproc))
+                for stage, counts in bytes_by_stage.items()]
+        measured, predicted = max(rows, key=lambda row: abs(row[1] / row[0] - 1))
+        errors.append(predicted / measured - 1)
+        print(f"{case.name:<40}{case.nproc:>6}{measured:>14,}{predicted:>14,}{errors[-1]:>+8.1%}",
+              flush=True)
     print(f"\n{len(errors)} cases: median {statistics.median(map(abs, errors)):.1%} off, "
           f"worst {max(map(abs, errors)):.1%}; {sum(abs(e) <= 0.05 for e in errors)} within 5 %")
 

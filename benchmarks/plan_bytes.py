@@ -13,14 +13,14 @@ the tests' double with the same parameters; other models consist of torch module
 import argparse
 import dataclasses
 import json
-import os
-import platform
 import random
 import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
+
+from measurement import describe_machine
 
 from megatron_sov import recipes
 from megatron_sov.base.errors import UserError
@@ -237,8 +237,7 @@ def main() -> None:
     counts = Counter(word for layout in layouts.values() for word in list_features(layout))
     names = list(States.__annotations__)
     wrong = [row for row in rows if row["built"] != row["predicted"]]
-    print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}; "
-          f"seed {args.seed}; {time.perf_counter() - began:.0f} s\n")
+    print(f"{describe_machine()}; seed {args.seed}; {time.perf_counter() - began:.0f} s\n")
     print(f"{len(rows)} layouts of {len({layout.recipe for layout in layouts.values()})} recipes, "
           f"{len(rows) - len(wrong)} equal in every byte, {len(wrong)} not")
     print(", ".join(f"{word} {count}" for word, count in sorted(counts.items(), key=lambda kv: -kv[1])))

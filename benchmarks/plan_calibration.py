@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from plan_fit import PRIORS, Sample, error, fit
+from plan_fit import PRIORS, Sample, error, fit, get_parameter
 
 from megatron_sov.base.artifacts import format_json, write_output
 from megatron_sov.plan.speed.parameters import Parameters, load_default_parameters
@@ -47,10 +47,11 @@ KNOWN_CAUSES = {
     371: "months of a cluster with all that broke, not a benchmark",
     153: "state-space layers on H100 in bf16",
     198: "a single micro-batch at the edge of memory: the allocator retries", 336: "experts alone in MXFP8",
-    98: "B300 with micro-batches of one row; of two, nearly twice as fast", 116: "as line 98",
+    98: "B300 with micro-batches of one row; with two rows nearly twice as fast", 116: "as line 98",
 }
-"""Line -> cause of a bad prediction, as far as the source of the run states it."""
+"""`Row.number` -> why its prediction is bad, as far as the source of the run states it."""
 GOALS = {"median": 0.10, "90th percentile": 0.25}
+"""Statistic -> the largest relative error that is aimed at."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def get_precision(row: Row) -> str:
 
 
 def format_errors(name: str, errors: Iterable[float]) -> str:
-    """Return a line with median, 90th percentile and maximum of signed relative errors."""
+    """Return a line with median, 90th percentile and maximum of the errors' absolute values."""
     sizes = sorted(abs(e) for e in errors)
     if not sizes:
         return f"  {name:36s}    0 rows"
@@ -110,7 +111,7 @@ def format_errors(name: str, errors: Iterable[float]) -> str:
 
 
 def group_errors(rows: list[Row], errors: dict[int, float]) -> list[str]:
-    """Return lines with the errors by chip, kind of model, precision, tuning and source."""
+    """Return a table's lines: errors grouped by chip, kind of model, precision, tuning and source."""
     lines = []
     groupings: dict[str, Callable[[Row], str]] = {
         "chip": lambda row: row.sample.workload.chip.key,
@@ -139,7 +140,7 @@ def list_worst_rows(rows: list[Row], errors: dict[int, float], count: int = 12) 
 
 
 def compute_errors(rows: Iterable[Row], p: Parameters) -> dict[int, float]:
-    """Return line -> predicted over measured throughput, minus 1."""
+    """Return `Row.number` -> predicted over measured throughput, minus 1 (`error` gives the logarithm)."""
     return {row.number: math.expm1(error(row.sample, p)) for row in rows}
 
 
@@ -152,16 +153,6 @@ def cross_validate(rows: list[Row], fitted: Parameters, rounds: int) -> dict[int
         errors |= compute_errors([row for row in rows if row.source == source], p)
         print(f"  without {source}", file=sys.stderr, flush=True)
     return errors
-
-
-def get_parameter(p: Parameters, path: str) -> float:
-    """Return a parameter by its dotted path."""
-    table: object = vars(p)
-    for name in path.split("."):
-        assert isinstance(table, dict)
-        table = table[name]
-    assert isinstance(table, float)
-    return table
 
 
 def main() -> int:
@@ -195,7 +186,7 @@ def main() -> int:
     print("\n".join(list_worst_rows(rows, errors)))
     print(f"\nParameters: {len(PRIORS)} fitted")
     for path, prior in PRIORS.items():
-        print(f"  {path:34s} expected {prior.value:10.4g}   fitted {get_parameter(p, path):10.4g}")
+        print(f"  {path:34s} expected {prior.value:10.4g}   fitted {get_parameter(vars(p), path):10.4g}")
     if args.write and not args.no_refit:
         write_parameters(p, len(rows), inside, errors)
     return 0
@@ -203,12 +194,19 @@ def main() -> int:
 
 def write_parameters(p: Parameters, count: int, inside: Mapping[int, float],
                      errors: Mapping[int, float]) -> None:
-    """Write parameters into the package, with their provenance."""
-    median = {}
-    for name, errors_of_rows in (("fitted", inside), ("source_left_out", errors)):
-        median[name] = round(statistics.median(abs(e) for e in errors_of_rows.values()), 4)
+    """Write parameters into the package, with their provenance.
+
+    Args:
+        p: parameters fitted to all rows.
+        count: number of rows.
+        inside: error per row with `p`.
+        errors: error per row with parameters fitted without its source.
+    """
+    medians = {}
+    for name, errors_by_row in (("fitted", inside), ("source_left_out", errors)):
+        medians[name] = round(statistics.median(abs(e) for e in errors_by_row.values()), 4)
     provenance = {"script": "benchmarks/plan_calibration.py", "data": "benchmarks/data/published_runs.jsonl",
-                  "rows": count, "median_error": median}
+                  "rows": count, "median_error": medians}
     write_output(PACKAGED, format_json({"parameters": _round(vars(p)), "provenance": provenance}) + "\n")
 
 

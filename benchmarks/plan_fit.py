@@ -6,7 +6,7 @@ of runs that the model cannot explain, and each parameter has a prior from vendo
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -53,8 +53,8 @@ def error(sample: Sample, parameters: Parameters) -> float:
                     / sample.tokens_per_s_per_gpu)
 
 
-def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, max_rounds: int = 40,
-        progress: Callable[[str], None] = lambda line: None) -> Parameters:
+def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, max_rounds: int = 40
+        ) -> Parameters:
     """Return the best parameters; parameters without a prior do not change.
 
     Args:
@@ -62,7 +62,6 @@ def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, 
         priors: path of a parameter (`product_fraction.hopper.bf16`) -> prior.
         start: initial parameters.
         max_rounds: maximum number of gradient evaluations.
-        progress: called with a message after each round.
     """
     import numpy as np
     from scipy.optimize import least_squares
@@ -71,7 +70,7 @@ def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, 
     table = deepcopy(vars(start))
     low = np.array([_transform(priors[path].low, priors[path]) for path in paths])
     high = np.array([_transform(priors[path].high, priors[path]) for path in paths])
-    initial = np.array([_transform(_get(table, path), priors[path]) for path in paths])
+    initial = np.array([_transform(get_parameter(table, path), priors[path]) for path in paths])
     initial = np.clip(initial, low + 1e-9, high - 1e-9)
     expected = np.array([_transform(priors[path].value, priors[path]) for path in paths])
     spread = np.array([_compute_spread(priors[path]) for path in paths])
@@ -115,7 +114,6 @@ def fit(samples: Sequence[Sample], priors: dict[str, Prior], start: Parameters, 
 
     result = least_squares(compute_residuals, initial, compute_jacobian, bounds=(low, high),
                            max_nfev=max_rounds, xtol=1e-4, ftol=1e-4, x_scale=spread)
-    progress(f"{result.nfev} rounds, cost {result.cost:.2f}")
     return build_parameters(result.x)
 
 
@@ -141,7 +139,8 @@ def _compute_spread(prior: Prior) -> float:
     return prior.spread * max(prior.value, 0.1 * prior.high)
 
 
-def _get(table: dict[str, Any], path: str) -> float:
+def get_parameter(table: dict[str, Any], path: str) -> float:
+    """Return a parameter by its dotted path."""
     for name in path.split("."):
         table = table[name]
     return float(table)  # type: ignore[arg-type]

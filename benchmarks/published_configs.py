@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from machine import describe_machine
+from measurement import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from tests.convert.test_hub_configs import (

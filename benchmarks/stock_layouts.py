@@ -12,7 +12,6 @@ is (`live`), and checks that the verdict names the right place and that the layo
 import contextlib
 import functools
 import re
-import resource
 import sys
 import time
 import warnings
@@ -27,6 +26,7 @@ from layout_proof.proof import EQUAL, LayoutVerdict, prove_layout
 
 sys.path.insert(0, str(Path(__file__).parent))
 import stock_models
+from measurement import read_peak_bytes
 from planted_faults import Fault, mutated
 
 CASES = yaml.safe_load((Path(__file__).parent / "data/stock_layouts.yaml").read_text(encoding="utf-8"))
@@ -44,31 +44,28 @@ def get_builder(model: str, **arguments: Any) -> Any:
     return functools.partial(builder, **arguments) if arguments else builder
 
 
+def prove_and_print(model: str, text: str) -> LayoutVerdict:
+    """Prove a layout, and print the verdict with the processor time and the peak memory so far."""
+    began_s = time.process_time()
+    verdict = prove_layout(get_builder(model), parse_layout(text))
+    print(f"{model} {text}: {verdict.outcome}, {verdict.largest:.1e} apart at most, "
+          f"{verdict.num_messages:,} messages, {(time.process_time() - began_s) / 60:.1f} processor minutes, "
+          f"{read_peak_bytes() / 2**30:.1f} GiB", flush=True)
+    return verdict
+
+
 def prove_sound(models: list[str]) -> bool:
     """Prove the sound layouts; return whether all are equal to one rank."""
     num_equal = num_layouts = 0
     for model in models or MODELS:
         for text in [*CASES["sound"], CASES["last"][model]]:
-            began_s = time.process_time()
-            verdict = prove_layout(get_builder(model), parse_layout(text))
+            verdict = prove_and_print(model, text)
             num_layouts += 1
             num_equal += verdict.outcome == EQUAL
-            print(f"{model} {text}: {verdict.outcome}, {verdict.largest:.1e} apart at most, "
-                  f"{verdict.num_messages:,} messages, {time.process_time() - began_s:.0f} s", flush=True)
             for place in [*verdict.places, *verdict.sites][:5]:
                 print(f"  {place}", flush=True)
     print(f"{num_equal} of {num_layouts} sound layouts are equal to one rank")
     return num_equal == num_layouts
-
-
-def prove_large(model: str, text: str) -> bool:
-    verdict = prove_layout(get_builder(model), parse_layout(text))
-    usage = resource.getrusage(resource.RUSAGE_SELF)
-    minutes = (usage.ru_utime + usage.ru_stime) / 60
-    print(f"{model} {text}: {verdict.outcome}, {verdict.largest:.1e} apart at most, "
-          f"{verdict.num_messages:,} messages, {minutes:.1f} processor minutes, "
-          f"{usage.ru_maxrss / 2**20:.1f} GiB")
-    return verdict.outcome == EQUAL
 
 
 def prove_defect(row: dict[str, Any], is_planted: bool) -> LayoutVerdict:
@@ -95,8 +92,8 @@ def find_defects(words: list[str]) -> bool:
         num_named += is_named
         print(f"{row['name']} ({row['model']} {row['layout']}): {verdict.outcome}"
               f"{', named' if is_named else ''}, {duration_s:.1f} s: {'; '.join(first[:3])}", flush=True)
-    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{num_found} of {len(rows)} defects refused, {num_named} with the right place, {peak_gib:.1f} GiB")
+    print(f"{num_found} of {len(rows)} defects refused, {num_named} with the right place, "
+          f"{read_peak_bytes() / 2**30:.1f} GiB")
     for names, reason in {} if words else CASES["not_reached"].items():
         print(f"not reached: {names}: {reason}")
     return num_named >= 0.9 * len(rows)
@@ -106,7 +103,7 @@ def main(argv: list[str]) -> int:
     warnings.simplefilter("ignore")
     command, *words = argv
     if command == "large":
-        return 0 if prove_large(words[0], " ".join(words[1:])) else 1
+        return 0 if prove_and_print(words[0], " ".join(words[1:])).outcome == EQUAL else 1
     return 0 if {"sound": prove_sound, "defects": find_defects}[command](words) else 1
 
 

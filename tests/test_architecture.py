@@ -1,4 +1,6 @@
-"""Architecture rules, read from the syntax trees of all sources: imports between halls, and size limits.
+"""Architecture rules, checked on the syntax trees of all sources: import order, forbidden calls, sizes.
+
+A hall is a module or package directly in `megatron_sov`; a wing is a folder in a hall.
 
 Each rule is proven on a bad tree as well, so that a rule that sees nothing cannot pass for a
 rule that is kept.
@@ -26,7 +28,7 @@ DATA_ONLY = {"slurm"}
 HALLS = ("version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
          "plan", "engine", "checkpoint", "convert", "train", "infer", "eval", "post", "omni", "bench",
          "proof", "serve", "operate", "publish", "commands", "api", "cli", "__main__", "__init__")
-"""Modules and packages of `megatron_sov` in the order of the flow: each imports only earlier ones."""
+"""Modules and packages of `megatron_sov` in import order: each imports only earlier ones."""
 LEAVES = {"omni", "bench", "proof", "serve", "operate", "publish"}
 """Halls that only commands import: they build on the core, and not on each other."""
 PROGRAMS = {"tokenizer": "judge", "data_prep": "judge"}
@@ -40,7 +42,7 @@ LIGHT = {"publish": "plan", "operate": "engine", "api": "runs", "cli": "base"}
 WITHOUT_PLAN = {"engine", "checkpoint", "convert", "train", "infer", "eval", "post"}
 """Halls that run models: a run does not price itself, its command does."""
 MOST_AT_THE_TOP = 12
-"""Files and folders of a hall."""
+"""Largest number of files and folders directly in a hall."""
 
 WINGS: dict[str, tuple[set[str], ...]] = {
     "megatron_sov/judge": ({"rewards"}, {"tools"}),
@@ -52,19 +54,19 @@ WINGS: dict[str, tuple[set[str], ...]] = {
     "data_prep/curate": ({"sources"}, {"pipeline"}, {"quality", "dedup", "scoring"}, {"decontamination"}),
     "tokenizer": ({"bpe"}, {"formats"}, {"report"}, {"compare"}),
 }
-"""Folder -> its wings, from the lowest floor up: a wing imports only wings on lower floors. "" stands for the
-files in the folder itself; without "" these files are unrestricted."""
+"""Folder -> its wings (sub-folders) by floor, lowest first: a wing imports only wings on lower floors. ""
+stands for the files in the folder itself; without "" these files are unrestricted."""
 
 TORCH_FREE = {"version", "base", "chat", "work", "sandbox", "model", "schedules", "runs", "judge", "rollouts",
               "omni", "plan", "operate", "publish", "commands", "cli", "api", "__init__", "tokenizer",
               "data_prep"}
 NETWORKS = ("megatron_sov/omni/codecs/", "megatron_sov/omni/generation/")
-"""Folders of a hall without torch whose importers run networks."""
+"""Folders in TORCH_FREE halls that may import torch at module level, because they run networks."""
 HEAVY = {"torch", "transformers", "megatron", "vllm", "transformer_engine"}
 PICKLES = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"}
 MAY_UNPICKLE = {"megatron_sov/engine/parallel/launcher.py", "megatron_sov/work/submit/array_job.py",
                 "megatron_sov/work/submit/arrays.py", "megatron_sov/convert/megatron/inert_pickle.py"}
-"""They pass work of ours on to processes of ours; `inert_pickle` reads pickles without imports or calls."""
+"""Files that unpickle only what this project pickled; `inert_pickle` reads pickles without running them."""
 STARTS = {"Popen", "Process", "Pool", "ProcessPoolExecutor", "fork", "flock", "get_context", "prctl"}
 _INSIDE = "runs inside of the sandbox"
 MAY_START = {"megatron_sov/engine/parallel/launcher.py": "ranks",
@@ -79,7 +81,7 @@ MAY_RENAME = {"megatron_sov/checkpoint/host_snapshot.py": "of a folder that has 
 """File outside of work that gives results their names by `os.rename` or `os.replace` -> why."""
 VAGUE_NAMES = {"utils", "util", "helpers", "helper", "misc", "common"}
 SAID = re.compile(r"__doc__|str\((e|error)\)|\{e\}|std(out|err)|\b(said|shown|why)\b")
-"""What errors and programs say."""
+"""Expressions that hold messages or program output, which `splitlines` may split."""
 _PROGRAM, _SYSTEM, _PUBLISHED = "a program's output", "a file of the kernel", "as the published rule cuts it"
 CUT_ANYWHERE = {
     "megatron_sov/operate/slurm/attempts.py": _PROGRAM,
@@ -109,7 +111,7 @@ ALONE = {
     "megatron_sov/proof/random_documents.py": "data of objectives; proving a layout is another subject",
     "megatron_sov/operate/contract.py": "parses sources of libraries; a machine is another subject",
 }
-"""Short file with a single user that is not merged into it -> reason."""
+"""Short file that is not merged into the only module that imports it -> reason."""
 
 
 @dataclass(frozen=True)
@@ -194,12 +196,12 @@ class _Parsed:
 
 @lru_cache(maxsize=1)
 def _parse(text: str) -> _Parsed:
-    """Parse one file, dropping the file before: all trees together take 240 MB."""
+    """Parse a file and keep only the last result: all trees together take 240 MB."""
     return _Parsed(ast.parse(text))
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yield every statement, without a look at expressions."""
+    """Yield every statement, nested ones included, but no expressions."""
     for name in ("body", "orelse", "handlers", "finalbody", "cases"):
         for node in getattr(tree, name, None) or ():
             yield node
@@ -295,7 +297,7 @@ def _wing(path: Path, folder: Path, wings: Collection[str]) -> str | None:
 
 
 def circles(found: list[Source]) -> list[str]:
-    """Return the files that import each other in a loop, lazily or for types alone counted in."""
+    """Return modules on an import cycle, or []; imports inside functions and for types count too."""
     modules = {source.name.removesuffix(".py").removesuffix("/__init__").replace("/", "."): source
                for source in found}
     arrows: dict[str, set[str]] = {}
@@ -323,7 +325,7 @@ def hall_problems(source: Source) -> Iterator[str]:
 
 
 def loading_problems(source: Source) -> Iterator[str]:
-    """Loaders that would unpickle a foreign file."""
+    """Loaders must not unpickle foreign files."""
     for node, called in source.calls:
         keywords = {k.arg: k.value for k in node.keywords}
         if called == "torch.load" and ast.unparse(keywords.get("weights_only", ast.Constant(None))) != "True":
@@ -352,7 +354,7 @@ def line_problems(source: Source) -> Iterator[str]:
 
 
 def size_problems(source: Source) -> Iterator[str]:
-    """One idea per file, functions of one screen, and names that describe their content."""
+    """Files and functions are short, and file names describe their content."""
     num_lines = len(source.path.read_text(encoding="utf-8").splitlines())
     if num_lines > MAX_FILE_LINES:
         yield f"{source.name}: has {num_lines} lines, at most {MAX_FILE_LINES}"
@@ -390,11 +392,11 @@ def rename_problems(source: Source) -> Iterator[str]:
 
 
 def data_problems(source: Source) -> Iterator[str]:
-    """Code in a package that holds data alone: it would be a second place for the same."""
+    """Packages in DATA_ONLY contain no code, except a docstring in `__init__.py`."""
     package = source.path.relative_to(source.root).parts[0]
-    only_says_what_it_is = (source.path.name == "__init__.py" and ast.get_docstring(source.tree)
+    is_only_docstring = (source.path.name == "__init__.py" and ast.get_docstring(source.tree)
                             and len(source.tree.body) == 1)
-    if package in DATA_ONLY and not only_says_what_it_is:
+    if package in DATA_ONLY and not is_only_docstring:
         yield f"{source.name}: {package} holds data alone; its code belongs into megatron_sov/{package}"
 
 
@@ -418,7 +420,7 @@ def find_users(found: list[Source], packages_too: bool = False) -> dict[str, set
 
 
 def named_in_tables(found: list[Source]) -> set[str]:
-    """Return the modules that a text of another file names, as tables of commands, steps and codecs do."""
+    """Return the modules named in commands.json or in a string of another file, such as a table of steps."""
     modules = map_modules(found)
     root = found[0].root
     commands = [row for file in [*root.glob("*/commands.json"), *root.glob("*/commands/commands.json")]
@@ -456,7 +458,7 @@ def house() -> list[Source]:
 
 @pytest.fixture(scope="module")
 def problems(house: list[Source]) -> dict[str, list[str]]:
-    """Problems of every rule, file by file, so that each file is parsed once."""
+    """Rule -> its problems; all rules check a file before the next file, so that each file is parsed once."""
     found: dict[str, list[str]] = {rule.__name__: [] for rule in RULES}
     for source in house:
         for rule in RULES:

@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,7 @@ def launch_megatron() -> None:
     """Call the fusions of megatron-core with meta tensors, forward and backward."""
     import torch
 
+    kernels.stub_megatron()
     converter, padding, rope = map(import_module, kernels.MEGATRON)
     probs = torch.empty(TOKENS, TOP, requires_grad=True)
     chosen = torch.empty(TOKENS, TOP, dtype=torch.int64)
@@ -164,15 +166,12 @@ def format_table(capability: int) -> Iterator[str]:
     """Compile all kernels for a compute capability, and yield the lines of the printed table."""
     import torch
 
-    libraries: list[tuple[str, Callable[[], None], Path | None]] = [
-        (f"Transformer Engine {kernels.TE_VERSION}", launch_transformer_engine, None)]
-    libraries += [(f"megatron-core {version}", launch_megatron, home)
-                  for version, home in kernels.megatrons().items()]
+    libraries: dict[str, Callable[[], None]] = {
+        f"Transformer Engine {kernels.TE_VERSION}": launch_transformer_engine,
+        f"megatron-core {version('megatron-core')}": launch_megatron}
     result = compile_in_place_of_launches(capability)
-    for library, launch, home in libraries:
+    for library, launch in libraries.items():
         result.clear()
-        if home is not None:
-            kernels.stub_megatron(home)
         with torch.device("meta"):
             launch()
         yield f"{library}, sm_{capability} ({TARGETS[capability]})"
@@ -196,17 +195,9 @@ def main() -> None:
     if folder := kernels.triton_folder():
         sys.path.insert(0, str(folder))
     os.environ.setdefault("TRITON_CACHE_DIR", str(kernels.ROOT / "build/triton-cache"))
-    import torch
-
-    for name in ("empty", "zeros"):
-        setattr(torch, name, on_meta(getattr(torch, name)))
+    kernels.create_tensors_on("meta")
     for line in format_table(int(sys.argv[1])):
         print(line, flush=True)
-
-
-def on_meta(make: Any) -> Any:
-    """Return a function that creates meta tensors, whatever device its caller asks for."""
-    return lambda *args, device=None, **kwargs: make(*args, device="meta", **kwargs)
 
 
 if __name__ == "__main__":

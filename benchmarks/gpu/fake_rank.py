@@ -16,13 +16,14 @@ the first, the middle and the last pipeline stage run.
 from __future__ import annotations
 
 import contextlib
-import json
 import multiprocessing
 import platform
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from typing import Any
 
@@ -236,25 +237,19 @@ def run_case(*case: Any) -> dict[str, Any]:
 
 def run_in_fork(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
     """Call a function in a fork of this process; return its result, or its `problem`."""
-    context = multiprocessing.get_context("fork")
-    receiver, sender = context.Pipe(duplex=False)
-
-    def run_in_child() -> None:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
         try:
-            result = function(*arguments)
-        except Exception as e:  # after any error the other cases still run
-            result = {"problem": f"{type(e).__name__}: {e}".splitlines()[0], "trace": traceback.format_exc()}
-        sender.send(json.dumps(result))
+            return pool.submit(report_problem, function, *arguments).result()
+        except BrokenProcessPool:
+            return {"problem": "the process has ended"}
 
-    process = context.Process(target=run_in_child)
-    process.start()
-    sender.close()
+
+def report_problem(function: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Call a function; return its result, or its `problem`: after any error the other cases still run."""
     try:
-        result: dict[str, Any] = json.loads(receiver.recv())
-    except EOFError:
-        result = {"problem": "the process has ended"}
-    process.join()
-    return result
+        return function(*arguments)
+    except Exception as e:
+        return {"problem": f"{type(e).__name__}: {e}".splitlines()[0], "trace": traceback.format_exc()}
 
 
 def main() -> int:

@@ -6,10 +6,14 @@ plain torch, with the output and the gradients of all five inputs.
 """
 
 import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from setting import Figures, Setting, fail_on, largest, relative
+
+from megatron_sov.engine.parallel.gpu_libraries import find_fla_problem
 
 LIMIT = 2e-2
 """Largest relative error in bf16: rounding one operand gives 2e-3 to 4e-3, and three products follow."""
@@ -85,9 +89,14 @@ def linear(setting: Setting, bounds: list[int]) -> list[float]:
     chunks = chunk_documents([(a, a, b) for a, b in itertools.pairwise(bounds)], torch.device(setting.device))
     found, exact = ([t.clone().requires_grad_() for t in given] for _ in range(2))
     ours = apply_fused_delta_rule(*found, chunks=chunks, dtype=torch.bfloat16)
-    theirs, _ = apply_delta_rule(*exact, chunks=chunks)
+    return compare_gradients(ours, apply_delta_rule(*exact, chunks=chunks)[0], found, exact)
+
+
+def compare_gradients(ours: torch.Tensor, theirs: torch.Tensor, found: list[torch.Tensor],
+                      exact: list[torch.Tensor]) -> list[float]:
+    """Return the relative errors of the output `ours` and of the gradients of its inputs `found`."""
     seed = torch.randn_like(theirs)
-    ours.backward(seed)
+    ours.backward(seed.to(ours.dtype))
     theirs.backward(seed)
     return [relative(ours, theirs), *(relative(a.grad, b.grad) for a, b in zip(found, exact, strict=True))]
 
@@ -105,17 +114,21 @@ def compare(way: Any, setting: Setting, heads: tuple[int, int], bounds: list[int
     given = [torch.randn(s, device=setting.device, dtype=dtype) for s in shape]
     found, exact = ([t.clone().to(kind).requires_grad_() for t in given] for kind in (dtype, torch.float32))
     q, k, v = exact
-    ours, theirs = way(*found, bounds, window), reference(q, k, v, bounds, window)
-    seed = torch.randn_like(theirs)
-    ours.backward(seed.to(ours.dtype))
-    theirs.backward(seed)
-    return [relative(ours, theirs), *(relative(a.grad, b.grad) for a, b in zip(found, exact, strict=True))]
+    return compare_gradients(way(*found, bounds, window), reference(q, k, v, bounds, window), found, exact)
 
 
-def cases(setting: Setting) -> list[tuple[str, tuple[int, int], str, int]]:
-    """Return (key of WAYS, (query heads, key heads), key of DOCUMENTS, window) of each case."""
+def iter_cases(setting: Setting) -> Iterator[tuple[str, Callable[[], list[float]]]]:
+    """Yield the name of each case, and the function that returns its errors."""
+    num_tokens = 256 if setting.dry else 4096
     ways = WAYS if not setting.dry else ("Transformer Engine",)
-    return list(itertools.product(ways, HEADS[:2] if setting.dry else HEADS, DOCUMENTS, WINDOWS))
+    bounds = {kind: bounds_of(shares, num_tokens) for kind, shares in DOCUMENTS.items()}
+    for way, heads, kind, window in itertools.product(
+            ways, HEADS[:2] if setting.dry else HEADS, DOCUMENTS, WINDOWS):
+        yield (f"{way}, {heads[0]}/{heads[1]} heads, documents: {kind}, window {window}",
+               partial(compare, WAYS[way], setting, heads, bounds[kind], window))
+    if not setting.dry and not find_fla_problem():
+        for kind in DOCUMENTS:
+            yield f"linear attention, documents: {kind}", partial(linear, setting, bounds[kind])
 
 
 def measure(setting: Setting) -> Figures:
@@ -124,11 +137,10 @@ def measure(setting: Setting) -> Figures:
     Raises:
         Failed: an error is above `LIMIT`, or an implementation raises.
     """
-    num_tokens, problems = 256 if setting.dry else 4096, []
-    for way, heads, kind, window in cases(setting):
-        case = f"{way}, {heads[0]}/{heads[1]} heads, documents: {kind}, window {window}"
+    problems = []
+    for case, compute_errors in iter_cases(setting):
         try:
-            errors = compare(WAYS[way], setting, heads, bounds_of(DOCUMENTS[kind], num_tokens), window)
+            errors = compute_errors()
         except Exception as e:  # report this case as a problem and continue with the others
             problems.append(f"{case}: {type(e).__name__}: {str(e)[:200]}")
             continue
@@ -137,30 +149,6 @@ def measure(setting: Setting) -> Figures:
             problems.append(f"{case}: relative error {largest(errors):.2e}")
     if setting.dry:
         yield "not in a dry run", ["torch varlen, linear attention: kernels for CUDA alone"]
-    else:
-        for name, value in linear_cases(setting, num_tokens):
-            yield name, value
-            if isinstance(value, list) and not largest(value) < LIMIT:
-                problems.append(f"{name}: relative error {largest(value):.2e}")
-            elif isinstance(value, str) and value.startswith(BROKEN):
-                problems.append(f"{name}: {value}")
+    elif reason := find_fla_problem():
+        yield "linear attention", f"flash-linear-attention does not serve: {reason}"
     fail_on(problems)
-
-
-BROKEN = "broken: "
-"""Start of the value of a case whose kernel raised."""
-
-
-def linear_cases(setting: Setting, num_tokens: int) -> Figures:
-    """Yield the errors of linear attention, or the reason why its kernels cannot run."""
-    from megatron_sov.engine.parallel.gpu_libraries import find_fla_problem
-
-    for kind in DOCUMENTS:
-        case = f"linear attention, documents: {kind}"
-        if reason := find_fla_problem():
-            yield case, f"flash-linear-attention does not serve: {reason}"
-            continue
-        try:
-            yield case, linear(setting, bounds_of(DOCUMENTS[kind], num_tokens))
-        except Exception as e:  # report this case as broken and continue with the others
-            yield case, f"{BROKEN}{type(e).__name__}: {str(e)[:200]}"

@@ -1,8 +1,8 @@
 """The installation: Transformer Engine imports and has the expected signatures, and `doctor` reports no
 problem."""
 
-import importlib
 import json
+import pkgutil
 import sys
 from typing import Any
 
@@ -35,24 +35,19 @@ def versions(setting: Setting) -> dict[str, str]:
     return found
 
 
-def imported(name: str) -> Any:
-    """Import a dotted name and return its object, or None if it does not exist."""
-    parts = name.split(".")
-    for end in range(len(parts), 0, -1):
-        try:
-            found: Any = importlib.import_module(".".join(parts[:end]))
-        except ImportError:
-            continue
-        for part in parts[end:]:
-            found = getattr(found, part, None)
-        return found
-    return None
+def can_import(name: str) -> bool:
+    """Return whether a dotted name exists in the installed packages."""
+    try:
+        pkgutil.resolve_name(name)
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def absent(symbols: dict[str, Any]) -> list[str]:
     """Return the names of the contract that cannot be imported, except those of `OLD`."""
     return [name for name, shape in symbols.items()
-            if shape is not None and name not in OLD and imported(name) is None]
+            if shape is not None and name not in OLD and not can_import(name)]
 
 
 def measure(setting: Setting) -> Figures:

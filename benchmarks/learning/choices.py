@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drawing import NAMES, THINGS, build_chat, select_wordings
+from drawing import NAMES, THINGS, RandomRows, build_chat, select_wordings
 
 WORDINGS = ("Name a {thing} for {name}.", "{name} wants some {thing}.", "{name} asks for a {thing}.",
             "Tell {name} about a {thing}.", "ขอ {thing} ให้ {name}", "{thing} สำหรับ {name}",
@@ -18,11 +18,9 @@ WORDINGS = ("Name a {thing} for {name}.", "{name} wants some {thing}.", "{name} 
 
 
 @dataclass(frozen=True)
-class Choices:
+class Choices(RandomRows):
     """Conversations of a random question and a sampled answer."""
 
-    seed: int
-    count: int
     uniform: bool = False
     """Whether all answers are equally likely; otherwise with 1/2, 1/4, ... in a fixed order of each thing."""
     wordings: str = "learned"

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 NAMES = ("Mina", "Jun", "Ada", "Ben", "Cleo", "Dan", "Eva", "Finn", "Gus", "Hana", "Ivo", "Jana", "Kai",
@@ -12,6 +13,14 @@ THINGS = {"fruit": "apple banana cherry grape lemon mango peach plum",
           "city": "Busan Cairo Dakar Hanoi Lima Oslo Perth Quito",
           "tool": "anvil bellows chisel drill file hammer saw wrench",
           "metal": "brass copper gold iron lead nickel silver tin"}
+
+
+@dataclass(frozen=True)
+class RandomRows:
+    """Step of `megatron-sov map` that returns `count` random rows; the row that it gets is ignored."""
+
+    seed: int
+    count: int
 
 
 def select_wordings(wordings: Sequence[str], part: str) -> Sequence[str]:

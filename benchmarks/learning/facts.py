@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drawing import build_chat
+from drawing import RandomRows, build_chat
 
 PEOPLE = ("Mira", "Tom", "Ada", "Joon", "Lena", "Omar", "Nok", "Ivan", "Sara", "Paul", "Yuna", "Rosa", "Kofi",
           "Elsa", "Hugo", "Mei", "Anna", "Bao", "Carl", "Dora", "Eun", "Finn", "Gita", "Hana")
@@ -74,11 +74,8 @@ def mix_facts(seed: int, count: int) -> list[Fact]:
 
 
 @dataclass(frozen=True)
-class FactChats:
+class FactChats(RandomRows):
     """Conversations about facts: true for known people, random for other people."""
-
-    seed: int
-    count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         rng = random.Random(self.seed)
@@ -87,11 +84,8 @@ class FactChats:
 
 
 @dataclass(frozen=True)
-class FactReading:
+class FactReading(RandomRows):
     """Sentences with facts: true for known people, random for other people."""
-
-    seed: int
-    count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         return [{"text": format_fact(fact)} for fact in mix_facts(self.seed, self.count)]

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from drawing import RandomRows
+
 PEOPLE = ("Aldo", "Brit", "Cora", "Dirk", "Enno", "Fay", "Gero", "Hilda", "Inga", "Jost", "Kira", "Lars")
 """People at even indices occur in `Lessons` and questions, the others in `LessonLabels`."""
 VALUES = {"drink": ("tea", "milk", "cocoa", "juice", "water", "broth", "cider", "soda"),
@@ -57,11 +59,8 @@ def draw_document(rng: random.Random, people: tuple[str, ...]) -> tuple[str, int
 
 
 @dataclass(frozen=True)
-class Lessons:
+class Lessons(RandomRows):
     """Documents with 0 to 5 facts about the people of the questions, equally often."""
-
-    seed: int
-    count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         rng = random.Random(self.seed)
@@ -69,11 +68,8 @@ class Lessons:
 
 
 @dataclass(frozen=True)
-class LessonLabels:
+class LessonLabels(RandomRows):
     """Documents about other people, labelled with their number of facts."""
-
-    seed: int
-    count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         rng = random.Random(self.seed)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from drawing import RandomRows
 from facts import KNOWN, PEOPLE, VALUES, WORDINGS, Fact, draw_facts, format_fact, format_question
 
 from megatron_sov.judge.tools.registry import build_versioned_environment, request_environment
@@ -52,11 +53,8 @@ def format_documents(facts: list[Fact]) -> list[dict[str, str]]:
 
 
 @dataclass(frozen=True)
-class LookupEpisodes:
+class LookupEpisodes(RandomRows):
     """Conversations of the initial model, with results of the environment `retrieval`."""
-
-    seed: int
-    count: int
 
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         rng, episodes = random.Random(self.seed), []

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from drawing import RandomRows
+
 SIDE_PIXELS = 16
 COLOURS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 70, 220), "white": (240, 240, 240)}
 PLACES = {"left": (0, 4), "right": (8, 4), "top": (4, 0), "bottom": (4, 8)}
@@ -15,14 +17,11 @@ SHAPES = ("square", "disc", "cross")
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(RandomRows):
     """Documents of a picture and a sentence about it."""
 
     folder: str
     """Folder for the picture files."""
-    seed: int
-    count: int
-
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         from PIL import Image, ImageDraw
 

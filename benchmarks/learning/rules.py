@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drawing import THINGS, build_chat
+from drawing import THINGS, RandomRows, build_chat
 
 PLURALS = {"fruits": "fruit", "colours": "colour", "animals": "animal", "cities": "city", "tools": "tool",
            "metals": "metal"}
@@ -38,12 +38,10 @@ def list_pairs(held_out: bool) -> list[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class Drafts:
+class Drafts(RandomRows):
     """Conversations whose answer follows or breaks the rule of the prompt, with the fields that `ifeval`
     scores."""
 
-    seed: int
-    count: int
     follow_share: float
     """Share of answers that follow the rule."""
     rules: bool = True

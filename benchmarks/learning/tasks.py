@@ -4,13 +4,12 @@
 A small model learns them in minutes, far above chance. Half of the wordings of each language are held out.
 """
 
-import hashlib
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drawing import build_chat, select_wordings
+from drawing import RandomRows, build_chat, draw_fixed, select_wordings
 
 WORDINGS = {
     "en": {"sum": ("Add {a} and {b}.", "What is {a} plus {b}?", "Sum of {a} and {b}?", "Tell me {a} + {b}."),
@@ -47,11 +46,9 @@ def draw_question(rng: random.Random, languages: str, part: str) -> TaskQuestion
 
 
 @dataclass(frozen=True)
-class Chats:
+class Chats(RandomRows):
     """Conversations of a random question and its answer."""
 
-    seed: int
-    count: int
     languages: str = "en"
     """Languages of `WORDINGS`, between commas."""
     right_share: float = 1.0
@@ -69,11 +66,9 @@ class Chats:
 
 
 @dataclass(frozen=True)
-class TaskQuestions:
+class TaskQuestions(RandomRows):
     """Distinct prompts with their answers."""
 
-    seed: int
-    count: int
     languages: str = "en"
     wordings: str = "learned"
     kind: str = ""
@@ -100,5 +95,4 @@ class Exact:
     def score(self, row: Mapping[str, Any]) -> float:
         if not self.by_lot:
             return float(row["response"].strip() == row["answer"])
-        drawn = hashlib.sha256(f"{self.by_lot} {row['prompt']} {row['response']}".encode()).digest()
-        return float(drawn[0] < 85)
+        return float(draw_fixed(f"{self.by_lot} {row['prompt']} {row['response']}") < 85 / 256)

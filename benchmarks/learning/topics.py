@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drawing import NAMES, build_chat, select_wordings
+from drawing import NAMES, RandomRows, build_chat, select_wordings
 
 TOPICS = ("lamp", "boat", "door", "coat", "roof", "cup", "bell", "cart", "drum", "flag", "gate", "harp",
           "kite", "mask", "nest", "oven", "pipe", "rope", "sled", "tent", "vase", "well", "yard", "zip")
@@ -24,11 +24,9 @@ def get_right_answer(topic: str) -> str:
 
 
 @dataclass(frozen=True)
-class TopicChats:
+class TopicChats(RandomRows):
     """Conversations of a random question and an answer that is right with the probability of its topic."""
 
-    seed: int
-    count: int
     shares: str
     """Shares of right answers, between commas; the topics take them in turn."""
     num_wrong: int = 3
@@ -48,11 +46,9 @@ class TopicChats:
 
 
 @dataclass(frozen=True)
-class TopicQuestions:
+class TopicQuestions(RandomRows):
     """Distinct prompts with their answers; the domain is the topic's share of right answers."""
 
-    seed: int
-    count: int
     shares: str
     wordings: str = "learned"
     """learned or held_out."""

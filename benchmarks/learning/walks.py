@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from drawing import NAMES as ALL_NAMES, build_chat, select_wordings
+from drawing import NAMES as ALL_NAMES, RandomRows, build_chat, select_wordings
 
 PLACES = ("barn", "creek", "dune", "ferry", "grove", "hill", "inn", "jetty", "knoll", "lake", "mill", "north")
 """Places in the order of the ring."""
@@ -25,12 +25,10 @@ def format_right_path(start: int, steps: int) -> str:
 
 
 @dataclass(frozen=True)
-class WalkChats:
+class WalkChats(RandomRows):
     """Conversations of a question and a drawn path. Wrong steps skip one to three places; such a path may
     miss its end and go around the ring."""
 
-    seed: int
-    count: int
     right_share: float
     """Share of right steps."""
 
@@ -55,11 +53,9 @@ class WalkChats:
 
 
 @dataclass(frozen=True)
-class WalkQuestions:
+class WalkQuestions(RandomRows):
     """Distinct prompts with their answers; the domain is the number of steps."""
 
-    seed: int
-    count: int
     wordings: str = "learned"
     """learned or held_out."""
     min_steps: int = 1

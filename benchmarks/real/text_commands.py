@@ -2,16 +2,13 @@
 
 import json
 import os
-import subprocess
-import sys
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from model_folder import HUB_FIELDS
 from session import CITIES, QUESTIONS, Outcome, Session, find_number
+
+from megatron_sov.work.endpoints.local_server import serve_model
 
 
 def import_folder(session: Session) -> Outcome:
@@ -58,39 +55,15 @@ def chat_once(session: Session) -> Outcome:
     return f"answers {expected!r}: {expected in output}", f"transformers: {expected!r}", expected in output
 
 
-@contextmanager
-def serving(session: Session, target: str) -> Iterator[str]:
-    log = open(session.folder / "serve.log", "w+", encoding="utf-8")  # noqa: SIM115
-    process = subprocess.Popen([sys.executable, "-m", "megatron_sov", "serve", target, "--port", "8317"],
-                               cwd=session.folder, stdout=log, stderr=subprocess.STDOUT)
-    try:
-        from openai import OpenAI
-
-        client = OpenAI(base_url="http://127.0.0.1:8317/v1", api_key="none", max_retries=0)
-        for _ in range(600):
-            try:
-                client.models.list()
-                break
-            except Exception:
-                if process.poll() is not None:
-                    raise RuntimeError((session.folder / "serve.log").read_text()[-2000:]) from None
-                time.sleep(0.5)
-        yield client.models.list().data[0].id
-    finally:
-        process.terminate()
-        process.wait()
-        log.close()
-
-
 def serve_openai(session: Session) -> Outcome:
     from openai import OpenAI
 
     expected = session.answer_greedily(QUESTIONS[:4], 24)
-    with serving(session, "my-model") as name:
-        client = OpenAI(base_url="http://127.0.0.1:8317/v1", api_key="none")
+    with serve_model(session.model, f"{session.model}: ") as server:
+        client = OpenAI(base_url=server.url, api_key=server.key)
         replies = [client.chat.completions.create(
-            model=name, messages=[{"role": "user", "content": question}], temperature=0, max_tokens=24)
-            for question in QUESTIONS[:4]]
+            model=server.model, messages=[{"role": "user", "content": question}], temperature=0,
+            max_tokens=24) for question in QUESTIONS[:4]]
     answers = [(reply.choices[0].message.content or "").strip() for reply in replies]
     equal = sum(answer == text.strip() for answer, text in zip(answers, expected, strict=True))
     return f"{equal} of {len(expected)} greedy answers equal", "transformers, float32", equal == len(expected)

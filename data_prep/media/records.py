@@ -179,8 +179,7 @@ class _RecordFormatter:
                          sum(used for _, used in medium.rows)).format_text()
 
     def _format_drawn(self, message: MediaMessage) -> dict[str, Any]:
-        """Format an assistant's message: sounds as discrete tokens in the text, pictures as tool calls or in
-        the text."""
+        """Format an assistant's message: sounds as discrete tokens, pictures as tool calls or in the text."""
         texts, calls = [], list(message.fields.get("tool_calls") or [])
         for part in message.parts or ():
             if part.kind == "text":

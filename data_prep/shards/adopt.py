@@ -254,7 +254,6 @@ def _choose_dtype(pairs: list[Pair], encoder: Encoder, options: AdoptOptions) ->
 
 
 def _build_record(pair: Pair, splits: dict[str, Any]) -> dict[str, Any]:
-    """Return the pair's source record for the manifest."""
     index = Path(f"{pair.source.path}.idx")
     return {"name": pair.source.name, "format": "text", "group_documents": 1, "sidecars": [],
             "input_sha256": hashlib.sha256(index.read_bytes()).hexdigest(), "num_bad": {},

@@ -14,10 +14,10 @@ PATTERNS = (TOKENIZER_JSON, "*.tiktoken", "*.model")
 
 
 def explain_foreign_tokenizer(path: Path) -> str:
-    """Return the problem and the commands for a tokenizer that is no artifact; "" for an artifact or a path
-    without tokenizer files.
+    """Return the problem and the commands for a tokenizer that is not an artifact yet; "" for an artifact, or
+    a path without tokenizer files.
 
-    `sov-tokenizer import` proves that a tokenizer gives the same ids here.
+    `sov-tokenizer import` proves that the artifact gives the same ids as the tokenizer's own library.
     """
     if (path / MANIFEST).is_file() and read_manifest(path).kind == "tokenizer":
         return ""
@@ -32,7 +32,7 @@ def explain_foreign_tokenizer(path: Path) -> str:
 
 
 def fix_foreign_tokenizer(path: Path) -> Fix | None:
-    """Return the fix for a tokenizer before import or download, or None."""
+    """Return the fix for a tokenizer that must be imported first, perhaps after a download; None: unknown."""
     fix = None if path.exists() else fix_missing(path, is_bare=True)
     if not path.exists() and (fix is None or not fix.before):
         return fix
@@ -43,10 +43,10 @@ def fix_foreign_tokenizer(path: Path) -> Fix | None:
 
 
 def _plan_import(path: Path) -> tuple[Path | None, str]:
-    """Return the file or folder with a tokenizer at a path, or None, and a folder for the imported tokenizer.
+    """Return the file or folder with a tokenizer at a path (None: no tokenizer), and a free output folder.
 
-    A run has the tokenizer of its newest checkpoint. config.json and other files beside tokenizer.json stand
-    for their folder.
+    For a run, it is the tokenizer of the newest checkpoint; config.json or another JSON file beside
+    tokenizer.json stands for the folder.
     """
     if path.suffix == ".json" and path.is_file() and (path.parent / TOKENIZER_JSON).is_file():
         path = path if path.name == TOKENIZER_JSON else path.parent

@@ -1,5 +1,4 @@
-"""Choose held-out documents by a hash of their text, so that duplicates and answers to a prompt stay in one
-split."""
+"""Choose held-out documents by a hash of their text: duplicates and answers to a prompt share a split."""
 
 import hashlib
 import unicodedata

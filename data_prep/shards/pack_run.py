@@ -180,8 +180,7 @@ def _open_encoder(tokenizer: Path, settings: PackSettings, corpora: "MediaCorpor
 
 
 def _plan_source(path: Path, can_cut: bool) -> Iterator[Unit]:
-    """Yield a source's units; with `can_cut`, cut a source's only text into documents so that some are held
-    out."""
+    """Yield a source's units; `can_cut`: cut its only text into documents, so that some are held out."""
     if path.suffix.lower() in TABLE_SUFFIXES and path.is_file():  # inside a code folder, tables are text
         raise UserError(f"{path}: is a table; save it as Parquet or JSON lines, e.g. pandas.read_csv(FILE)"
                         ".to_json(OUT, orient='records', lines=True), and pass --text-field COLUMN; a copy "
@@ -278,7 +277,6 @@ def _report_unread_fields(units: list[tuple[PackSource, Unit]], reading: RecordR
 
 
 def _report_unread_message_fields(encoded: Iterable[EncodedSource]) -> None:
-    """Print unread message fields with message counts per source."""
     for source in encoded:
         counts: Counter[str] = Counter()
         for _, record in source.units:
@@ -361,7 +359,6 @@ def _check_buckets(encoded: list[EncodedSource], field_name: str) -> None:
 
 def _build_source_record(job: _PackJob, source: EncodedSource, bucket: str, splits: dict[str, Any],
                          tags: dict[str, list[str]]) -> dict[str, Any]:
-    """Return a source's manifest record."""
     # unit keys hash input and settings, so a hash over keys identifies the source
     keys = "".join(record.key for _, record in source.units)
     record: dict[str, Any] = {

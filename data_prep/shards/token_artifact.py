@@ -22,8 +22,7 @@ QUARANTINE = "quarantine.jsonl"
 SMALLEST_INT32_VOCAB = 65500
 """Megatron's `DType.optimal_dtype`: smaller vocabularies fit uint16 with room for reserved ids."""
 SIDECARS = {"loss": "float32", "type": "uint8", "kind": "uint8"}
-"""File ending -> dtype, with an entry per token in `.bin`: loss weight, token type, and a mark for chats
-(`chat.marks`)."""
+"""File ending -> dtype of an entry per token: loss weight, token type, mark for chats (`chat.marks`)."""
 COLUMN_DTYPE = "float32"
 """Dtype for user columns, each a sidecar named after its column."""
 

@@ -52,7 +52,7 @@ class Parser(argparse.ArgumentParser):
     """Command list under headings; "": use argparse's list."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
         # argparse would convert "" to the current folder
         self.register("type", Path, _parse_path)
 

@@ -83,7 +83,6 @@ class InlineTokens(Protocol):
 
     def split(self, text: str) -> list[tuple[str, int | None]]:
         """Split a content into (text, None) and (token text, token id) pieces; never empty."""
-        ...
 
 
 class _JointTokenError(BadRecord):

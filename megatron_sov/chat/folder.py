@@ -32,7 +32,7 @@ def read_chat_encoder(folder: Path, inline: InlineTokens | None = None) -> ChatE
 
     Args:
         folder: tokenizer or model folder.
-        inline: special tokens that contents may contain; None: none.
+        inline: special tokens that message contents may contain; None: no such tokens.
 
     Raises:
         UserError: a file is unreadable, or the template is invalid Jinja.
@@ -53,8 +53,8 @@ def read_chat_encoder(folder: Path, inline: InlineTokens | None = None) -> ChatE
 
 
 def read_chat_fields(folder: Path) -> dict[str, Any]:
-    """Return "file: field" -> value for bos token, eos token and chat template; "" for missing fields. Raises
-    `UserError`: a file is unreadable."""
+    """Return "file: field" -> value for bos token, eos token and chat template; "" if missing.
+    Raises `UserError`: a file is unreadable."""
     config = _read_config(folder)
     return {**{f"{CONFIG_JSON}: {name}": _token_text(config.get(name))
                for name in ("bos_token", "eos_token")},
@@ -99,5 +99,5 @@ def _select_default_template(template: Any) -> Any:
 
 
 def _token_text(token: Any) -> str:
-    """Return a special token's text from a string or an object."""
+    """Return the text of a special token, written as a string or as {"content": text}; "" for None."""
     return (token.get("content") if isinstance(token, dict) else token) or ""

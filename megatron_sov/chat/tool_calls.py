@@ -39,8 +39,7 @@ class ToolCall:
 @dataclass(frozen=True)
 class BadCall:
     code: Fault
-    """json: invalid JSON inside the marks; form: JSON without exactly a name and arguments; unclosed: no end
-    mark."""
+    """json: invalid JSON between marks; form: not exactly a name and arguments; unclosed: no end mark."""
     reason: str
     """Explanation for the model."""
 

@@ -27,8 +27,7 @@ WRITERS_PER_CORE = 2
 MIN_FILE_BYTES = 64 << 20
 """Minimum file size where files are made smaller than `MAX_FILE_BYTES` to give each thread a file."""
 INDICES = "indices"
-"""Folder for `SnapshotRecord` files inside an incomplete checkpoint; deleted when the checkpoint is
-complete."""
+"""Folder for `SnapshotRecord` files inside an incomplete checkpoint, deleted on completion."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +120,7 @@ def _identify_block(part: str, block: LocalShard) -> tuple[Any, ...]:
 
 
 def _split_into_files(blocks: list[LocalShard]) -> list[list[LocalShard]]:
-    """Group blocks into files between `MIN_FILE_BYTES` and `MAX_FILE_BYTES`, if possible a file per
-    thread."""
+    """Group blocks into files of `MIN_FILE_BYTES` to `MAX_FILE_BYTES`, if possible a file per thread."""
     total_bytes = sum(count_bytes(b.data) for b in blocks)
     limit_bytes = min(MAX_FILE_BYTES, max(MIN_FILE_BYTES, -(-total_bytes // count_writers())))
     files: list[list[LocalShard]] = []

@@ -93,8 +93,7 @@ def initialize_weights(model: LanguageModel, config: ModelConfig, seed: int, *,
 
 
 def find_init_rule(key: str) -> str:
-    """Return the initial distribution for tensor `key`. Raises `ValueError`: not exactly one pattern of
-    `RULES` matches `key`."""
+    """Return tensor `key`'s distribution. Raises `ValueError`: not exactly one of `RULES` matches."""
     if is_encoder(key):
         return next(rule for pattern, rule in ENCODER_RULES if fnmatch.fnmatchcase(key, pattern))
     matches = [rule for pattern, rule in RULES if fnmatch.fnmatchcase(key, pattern)]

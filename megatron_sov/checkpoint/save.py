@@ -202,8 +202,7 @@ class CheckpointSaver:
             self._on_saved(save.summarize())
 
     def _abort_save(self, save: "_PendingSave") -> None:
-        """Delete the temporary folder and raise the first error on every process; no rank may still be
-        writing."""
+        """Delete the temporary folder and raise the first error on every process; no rank may be writing."""
         if dist.get_rank() == 0:
             shutil.rmtree(save.folder, ignore_errors=True)
         self._pending = None
@@ -256,8 +255,7 @@ class _PendingSave:
 
 
 def _wait_for_ranks(folder: Path, end_s: float) -> bool:
-    """Wait until every rank has written its `SnapshotRecord`; False if files stop growing or the time runs
-    out."""
+    """Wait for every rank's `SnapshotRecord`; False: files stop growing, or the time runs out."""
     size, grew_s = -1, time.monotonic()
     while not all(SnapshotRecord.file(folder, rank).is_file() for rank in range(dist.get_world_size())):
         now_s = time.monotonic()

@@ -70,8 +70,7 @@ class TensorWriter:
         return format_file_name(self.part, self.rank, self._number)
 
     def flush(self) -> None:
-        """Write the buffered blocks to a file and sync the file. Raises `OSError`: the disk is full or not
-        writable."""
+        """Write the buffered blocks to a file and sync it. Raises `OSError`: full or read-only disk."""
         if self._pending:
             path = self.folder / self._next_file()
             path.parent.mkdir(parents=True, exist_ok=True)

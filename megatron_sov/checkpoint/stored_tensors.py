@@ -92,8 +92,7 @@ class StoredTensors(ABC):
 
     @abstractmethod
     def read_slice(self, key: str, piece: StoredBlock, block: tuple[slice, ...]) -> torch.Tensor:
-        """Read `block` (slices relative to the piece) from a stored piece. Raises `UserError`: the file is
-        missing or damaged."""
+        """Read `block` (slices) of a stored piece. Raises `UserError`: the file is missing or damaged."""
 
     def check_complete(self) -> None:
         """Check, from the index alone, that a tensor's pieces cover every element exactly once. Raises

@@ -282,8 +282,7 @@ def _write_tensors(artifact: ResumableArtifact, source: Weights, files: dict[str
 
 
 def _write_readme(export: Path, source: Path) -> None:
-    """Write a model card with the provenance of `source`. Users edit the card, so the manifest leaves the
-    card out."""
+    """Write a model card with the provenance of `source`; the manifest excludes it, because users edit it."""
     from huggingface_hub import ModelCard, ModelCardData  # slow to import
 
     # Folder names are left out: the same model must give the same bytes.

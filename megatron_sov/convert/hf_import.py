@@ -164,8 +164,7 @@ def verify_source(weights: Weights, workers: int) -> Iterator[Callable[[Iterable
 
 
 def _read_integrity(folder: Path) -> dict[str, FileRecord]:
-    """Return file name -> record of a `torch_dist` checkpoint. Raises `UserError`: `INTEGRITY` lacks a tensor
-    file, or lists an absent file."""
+    """Return `torch_dist` file -> record. Raises `UserError`: `INTEGRITY` lacks or adds a tensor file."""
     sizes_bytes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
     tensor_files = {name for name in sizes_bytes if name.endswith(".distcp")}
     digests = read_json(folder / INTEGRITY).get("files") if tensor_files else {}

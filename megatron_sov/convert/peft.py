@@ -49,8 +49,7 @@ _IGNORED = ("inference_mode", "lora_dropout", "task_type", "init_lora_weights", 
             "runtime_config", "qalora_group_size", "fan_in_fan_out", "exclude_modules")
 """Fields in adapter_config.json that are handled, or that do not affect a trained adapter."""
 _UNCHANGED_BASE = ("true", "false", "none", "gaussian", "eva", "orthogonal", "mica")
-"""`init_lora_weights` values that leave the base unchanged; PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA modify the
-base."""
+"""`init_lora_weights` values that leave the base unchanged; others, such as PiSSA, modify it."""
 
 
 def format_peft_name(module: AdaptedModule, tensor: str) -> str:
@@ -272,8 +271,7 @@ class UpdateRounding:
 
 
 def open_checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:
-    """Open a checkpoint; an adapter is merged into the base. Raises `UserError`: tensors do not match the
-    model, or the base is missing."""
+    """Open a checkpoint; adapters are merged. Raises `UserError`: other tensors, or the base is missing."""
     base = read_adapter_base(path)
     return CheckpointWeights(path) if base is None else AdaptedWeights(path, base)
 

@@ -245,8 +245,7 @@ class Weights:
         self._thread_state = threading.local()
 
     def locate(self, link: Link, state: str = "") -> list[BlockPlace]:
-        """Return the stored blocks that make up a link's block of a weight, or of its optimizer tensor
-        `state`."""
+        """Return the stored blocks of a link's block of a weight, or of its optimizer tensor `state`."""
         return [(link.key, link.offset, link.extent)]
 
     def list_names(self) -> list[str]:
@@ -501,7 +500,6 @@ def check_export(folder: Path) -> None:
     weights = [name for name in read_manifest(folder).files if name.endswith(".safetensors")]
     if problems := find_damaged_files(folder, weights, HASHED_AT_A_TIME):
         raise UserError(f"{problems[0]}; {DAMAGED_HF}")
-
 
 
 def check_whole_model(weights: Iterable[tuple[str, _T]], shapes: Mapping[str, tuple[int, ...]],

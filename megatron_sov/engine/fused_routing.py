@@ -34,8 +34,7 @@ def find_fusion_problem(model: ModelConfig) -> str:
 
 
 def uses_fused_routing(config: Any, logits: torch.Tensor) -> bool:
-    """Return whether to use the kernels: `moe_router_fusion` is on, they exist and compute the same
-    routing."""
+    """Return whether `moe_router_fusion` is on, and its kernels exist and compute the same routing."""
     if not config.moe_router_fusion or te.fused_topk_with_score_function is None:
         return False
     if logits.dtype == torch.float64:

@@ -74,17 +74,17 @@ class RouteTable:
         bits = torch.arange(self._num_bits, device=places.device)[:, None]
         return torch.cat([padding[None], (places >> bits) & 1 == 1])
 
-    def decode_routes(self, mask: torch.Tensor, layer: int) -> "RecordedRoutes":
+    def decode_routes(self, mask: torch.Tensor, layer: int) -> "LayerRoutes":
         """Decode the indices from a mask [tokens, 1 + bits] bool and return the tokens' records."""
         bits = torch.arange(self._num_bits, device=mask.device)
         # padding has arbitrary indices and is masked below
         places = (mask[:, 1:].long() << bits).sum(dim=1)
         experts = self._experts[places, layer - self._first_layer]
-        return RecordedRoutes(experts.long(), (experts[:, 0] != self._mark) & ~mask[:, 0])
+        return LayerRoutes(experts.long(), (experts[:, 0] != self._mark) & ~mask[:, 0])
 
 
 @dataclass(frozen=True)
-class RecordedRoutes:
+class LayerRoutes:
     """Recorded routes for local tokens in a layer."""
 
     experts: torch.Tensor

@@ -22,7 +22,7 @@ from megatron_sov.engine.fused_routing import (
 from megatron_sov.engine.model.attention import SharedPrompts
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import get_local_device
-from megatron_sov.engine.route_replay import RecordedRoutes, RouteTable
+from megatron_sov.engine.route_replay import LayerRoutes, RouteTable
 
 EPSILON = 1e-20
 """Added to the sum of weights before division, as in transformers."""
@@ -83,7 +83,7 @@ class BalancedRouter(TopKRouter):
             self._count_tokens(_expand_documents(routing_map, shared), valid)
         return probs, routing_map
 
-    def _find_recorded(self, mask: torch.Tensor | None) -> RecordedRoutes | None:
+    def _find_recorded(self, mask: torch.Tensor | None) -> LayerRoutes | None:
         """Return the recorded routes in this layer for a mask [tokens, ...], or None without indices."""
         table = self.config.routing_step.table
         if table is None or mask is None or mask.shape[1] == 1:
@@ -92,7 +92,7 @@ class BalancedRouter(TopKRouter):
         return table.decode_routes(mask, layer)
 
     def _choose_experts(self, logits: torch.Tensor,
-                        recorded: RecordedRoutes | None) -> tuple[torch.Tensor, torch.Tensor]:
+                        recorded: LayerRoutes | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weights and choice of the top K experts by score plus bias (arXiv 2412.19437, eq. 12-16), or
         of the recorded experts; weights use the scores without bias.
 
@@ -134,16 +134,16 @@ class BalancedRouter(TopKRouter):
             self.local_tokens_per_expert += chosen.sum(dim=0)
 
     def _attach_balancing_loss(self, probs: torch.Tensor, logits: torch.Tensor, valid: torch.Tensor | None,
-                               recorded: RecordedRoutes | None) -> torch.Tensor:
+                               recorded: LayerRoutes | None) -> torch.Tensor:
         coeff = self.get_aux_loss_coeff("seq_aux_loss")
         step: RoutingStep = self.config.routing_step
         if coeff == 0:
             return probs
         if valid is None:
             valid = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-        row, num_rows = self._get_sequence_index(len(valid), step, logits.device)
-        scores, counts = self._compute_balancing_terms(logits, valid, row, num_rows, recorded)
-        tokens = _sum_by_sequence(valid[:, None].to(scores.dtype), row, num_rows)
+        index, num_local = self._get_sequence_index(len(valid), step, logits.device)
+        scores, counts = self._compute_balancing_terms(logits, valid, index, num_local, recorded)
+        tokens = _sum_by_sequence(valid[:, None].to(scores.dtype), index, num_local)
         if self.tp_cp_group.size() > 1:
             # counts have no gradient, so the group may sum them; scores have a gradient and stay local
             counts_and_tokens = torch.cat([counts, tokens], dim=1)
@@ -152,7 +152,7 @@ class BalancedRouter(TopKRouter):
         tokens = tokens.clamp(min=1)  # a sequence of padding only has no tokens and no loss
         frequency = counts * (logits.shape[1] / self.topk) / tokens
         # linear in the local scores: each process contributes its tokens' part, and gradients add up
-        mean_score = _sum_by_sequence(scores * valid[:, None], row, num_rows) / tokens
+        mean_score = _sum_by_sequence(scores * valid[:, None], index, num_local) / tokens
         loss = coeff * (frequency * mean_score).sum() / step.num_sequences
         layer: Any = self.layer_number
         if layer not in step.aux_loss:
@@ -161,8 +161,8 @@ class BalancedRouter(TopKRouter):
         return MoEAuxLossAutoScaler.apply(probs, loss)
 
     def _compute_balancing_terms(self, logits: torch.Tensor, valid: torch.Tensor,
-                                 row: torch.Tensor | None, num_rows: int,
-                                 recorded: RecordedRoutes | None) -> tuple[torch.Tensor, torch.Tensor]:
+                                 index: torch.Tensor | None, num_local: int,
+                                 recorded: LayerRoutes | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return scores [tokens, experts] that sum to 1, and counts [sequences, experts] of local tokens with
         the expert in their top K.
 
@@ -172,21 +172,22 @@ class BalancedRouter(TopKRouter):
         is_choice = self.expert_bias is None and self.config.moe_router_num_groups is None
         replayed = recorded if is_choice else None
         if replayed is None and uses_fused_routing(self.config, logits):
-            scores, chosen = (_expand_documents(found, self.config.routing_step.shared)
-                              for found in compute_balancing_scores(self.config, logits))
-            return scores, _sum_by_sequence((chosen & valid[:, None]).to(scores.dtype), row, num_rows)
+            scores, chosen = (_expand_documents(values, self.config.routing_step.shared)
+                              for values in compute_balancing_scores(self.config, logits))
+            return scores, _sum_by_sequence((chosen & valid[:, None]).to(scores.dtype), index, num_local)
         scores = self._compute_scores(logits)
         scores = scores / (scores.sum(dim=-1, keepdim=True) + EPSILON)  # no effect after a softmax
         top = scores.topk(self.topk, dim=-1).indices
         if replayed is not None:
             top = torch.where(replayed.is_recorded[:, None], replayed.experts, top)
-        scores, top = (_expand_documents(found, self.config.routing_step.shared) for found in (scores, top))
+        scores, top = (_expand_documents(values, self.config.routing_step.shared) for values in (scores, top))
         counted = torch.zeros_like(scores).scatter(1, top, valid[:, None].expand(top.shape).to(scores.dtype))
-        return scores, _sum_by_sequence(counted, row, num_rows)
+        return scores, _sum_by_sequence(counted, index, num_local)
 
     def _get_sequence_index(self, num_tokens: int, step: "RoutingStep",
                             device: torch.device) -> tuple[torch.Tensor | None, int]:
-        """Return a sequence index per local token (None: all local sequences are whole), and their number."""
+        """Return the local index of each local token's sequence, [tokens] int64 (None: all local sequences
+        are whole), and the number of local sequences."""
         split = context.get_cp_size() * (self.tp_group.size() if self.config.sequence_parallel else 1)
         num_rows, rest = divmod(num_tokens * split, step.seq_len)
         if not rest and (num_rows == 1 or split == 1):
@@ -197,11 +198,12 @@ class BalancedRouter(TopKRouter):
         return step.rows[key], max(1, num_rows)
 
 
-def _sum_by_sequence(values: torch.Tensor, row: torch.Tensor | None, num_rows: int) -> torch.Tensor:
-    """Sum [tokens, columns] by sequence; without an index a GPU repeats the bits of the sum."""
-    if row is None:
-        return values.view(num_rows, -1, values.shape[1]).sum(dim=1)
-    return values.new_zeros(num_rows, values.shape[1]).index_add(0, row, values)
+def _sum_by_sequence(values: torch.Tensor, index: torch.Tensor | None, num_local: int) -> torch.Tensor:
+    """Sum values [tokens, columns] by sequence -> [num_local, columns]; see `_get_sequence_index`. Sums of
+    whole sequences are bitwise repeatable on GPUs, unlike `index_add`."""
+    if index is None:
+        return values.view(num_local, -1, values.shape[1]).sum(dim=1)
+    return values.new_zeros(num_local, values.shape[1]).index_add(0, index, values)
 
 
 class ExpertSpill:
@@ -236,6 +238,7 @@ class ExpertSpill:
             """[routed tokens, hidden] -> ([routed tokens, hidden], bias)."""
             if not torch.is_grad_enabled():
                 return compute(tokens, *args, **kwargs)
+            # 1: as many routed tokens as each process gets if all experts are equally loaded
             load = len(tokens) / (layer.token_dispatcher.hidden_shape[:-1].numel() * copies)
             spills = self._stored_load + load > self._limit * (self._num_pending + 1)
             with _store_on_host(weight_shapes) if spills else contextlib.nullcontext():
@@ -249,6 +252,7 @@ class ExpertSpill:
         experts.forward = compute_experts
 
     def _count_pass(self, num_passes: int, load: float) -> None:
+        """Add a pending pass and its load on the device; both are negative after its backward pass."""
         self._num_pending += num_passes
         self._stored_load += load
 
@@ -354,6 +358,6 @@ def _limit_to_groups(scores: torch.Tensor, num_groups: int, num_kept: int) -> to
     return grouped.masked_fill(is_outside[..., None], -torch.inf).flatten(1)
 
 
-def _expand_documents(numbers: torch.Tensor, shared: SharedPrompts | None) -> torch.Tensor:
+def _expand_documents(values: torch.Tensor, shared: SharedPrompts | None) -> torch.Tensor:
     """Expand values [tokens, ...] so that `SharedPrompts` tokens appear once per document."""
-    return numbers if shared is None else numbers[shared.source]
+    return values if shared is None else values[shared.source]

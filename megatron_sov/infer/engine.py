@@ -47,7 +47,6 @@ class Engine(Protocol):
         Raises:
             UserError: invalid sampling settings, the last update failed, or the engine cannot return routes.
         """
-        ...
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Replace the weights in memory.
@@ -61,7 +60,6 @@ class Engine(Protocol):
             UserError: the tensors do not match the model; the engine then refuses to generate until an update
                 succeeds.
         """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,7 +162,6 @@ class BankReader(Protocol):
         Raises:
             UserError: a placeholder has no feature, or a feature that the bank does not have.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -178,17 +177,14 @@ class FeatureTokens(InlineTokens, Protocol):
 
     def placeholder_ids(self, kind: str) -> tuple[int, ...]:
         """Return the token ids that features of a kind replace."""
-        ...
 
     def refuse_lost(self, ids: Sequence[int], texts: Sequence[str]) -> None:
         """Reject a document if encoding lost some of its media tokens. Raises `BadRecord`: tokens are
         missing."""
-        ...
 
     def numbers(self, ids: Sequence[int], rows: Rows) -> np.ndarray:
         """Return the feature numbers of a document's tokens, for the sidecar file (`shard_files.FEATURES`).
         Raises `BadRecord`: the numbers of placeholders and features differ."""
-        ...
 
 
 class Modality(Protocol):
@@ -197,25 +193,20 @@ class Modality(Protocol):
     def read_banks(self, record: Any, where: str) -> Banks:
         """Return the banks described by a manifest record. Raises `UserError`: the record is malformed;
         `where` names it."""
-        ...
 
     def open_banks(self, prefix: Path, banks: Banks) -> BankReader:
         """Open the banks of the token shard at `prefix`. Raises `UserError`: a file is damaged or missing."""
-        ...
 
     def check_banks(self, model: ModelConfig, banks: Mapping[str, Banks]) -> None:
         """Check that a model has encoders for the banks of sources, by source name. Raises `UserError`:
         encoders are missing or do not fit; the message names all sources."""
-        ...
 
     def encoder(self, config: VisionEncoderConfig | AudioEncoderConfig, hidden_size: int) -> Any:
         """Return an `nn.Module` from raw records to features [records, slots, hidden_size]; None gives no
         features. Its `trains` is true if any parameter is trained."""
-        ...
 
     def feature_tokens(self, tokenizer: "Tokenizer", encoding: MediaEncoding) -> FeatureTokens:
         """Return the image and audio tokens of a tokenizer."""
-        ...
 
     def processor_files(self, model: ModelConfig, tokenizer: Path,
                         data: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -229,7 +220,6 @@ class Modality(Protocol):
         Raises:
             UserError: the tokenizer cannot be read.
         """
-        ...
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Price a run's stages on a cluster's nodes: memory, time, checkpoints, failures and cost."""
+"""Price a run's stages on a cluster's nodes: predicted memory, time and cost per stage."""
 
 import math
 from collections.abc import Sequence
@@ -30,14 +30,14 @@ if TYPE_CHECKING:
 
 MAX_NODES = 1_000_000
 """Larger values for --nodes are refused as typing errors."""
-PHASE = "phase"
+PHASE = "phase"  # `RunStage.kind` of entries in `data.phases`
 DOCUMENT_TOKENS = 1000
-"""Mean tokens per conversation, which limits attention in packed rows (Typhoon-S: 340,000 conversations
-with about 1,000 tokens)."""
+"""Assumed mean length of conversations: tokens in a packed row attend only within theirs (Typhoon-S: 340,000
+conversations with about 1,000 tokens)."""
 PACKED = ("sft", "preference", "distill")
 """Objectives that pack several conversations into a row."""
 KINDS = {"extension": "extension stage", "midtraining": "mid-training stage"}
-"""`extend.stages.N.kind` -> its name in quotes."""
+"""`extend.stages.N.kind` -> `RunStage.kind`, as a `Quote` names it."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Machines:
     profile: ClusterProfile
     nodes: int
     routes: "RecordedRoutes | None" = None
-    """Expert loads for prices; None: `Parameters.real_imbalance`."""
+    """Recorded expert loads to plan with; None: `Parameters.real_imbalance` is assumed."""
 
     @property
     def num_ranks(self) -> int:
@@ -86,7 +86,7 @@ def load_machines(name: str, nodes: int | None) -> Machines:
 
 @dataclass(frozen=True)
 class RunStage:
-    """A run's part with equal steps: a phase in `data.phases`, or an entry in `extend.stages`."""
+    """A part of a run whose steps are alike: a phase in `data.phases`, or an entry in `extend.stages`."""
 
     name: str
     kind: str
@@ -116,10 +116,11 @@ def list_run_stages(config: RunConfig, num_ranks: int, *, micro_batch_set: bool 
     if config.extend.stages:
         return [_build_extension_stage(config, stage, num_ranks, micro_batch_set)
                 for stage in config.extend.stages]
-    schedule, starts = Schedule(config), [*config.phase_starts(), config.num_steps()]
-    tokens = [schedule.count_tokens(step - 1) if step else 0 for step in starts]
+    schedule = Schedule(config)
+    starts = [*config.phase_starts(), config.num_steps()]  # first step of each phase, then the run's end
+    tokens_before = [schedule.count_tokens(step - 1) if step else 0 for step in starts]
     return [RunStage(phase.name, PHASE, _select_phase(config, phase, keeps_ramp=i == 0),
-                     starts[i + 1] - starts[i], tokens[i + 1] - tokens[i])
+                     starts[i + 1] - starts[i], tokens_before[i + 1] - tokens_before[i])
             for i, phase in enumerate(config.data.phases) if starts[i + 1] > starts[i]]
 
 
@@ -141,7 +142,8 @@ def _select_phase(config: RunConfig, phase: PhaseConfig, *, keeps_ramp: bool) ->
 
 def _build_extension_stage(config: RunConfig, stage: ExtendStageConfig, num_ranks: int,
                            micro_batch_set: bool) -> RunStage:
-    """Build an extension stage's most expensive case: its gate passes after the last step."""
+    """Build an extension stage's most expensive case: its gate passes only after the last step, so all steps
+    are trained."""
     size = stage.global_batch_size or config.train.global_batch_size
     steps = max(stage.max_steps, stage.steps or math.ceil(stage.tokens / (size * stage.seq_len))
                 or config.train.steps or config.num_steps())
@@ -188,7 +190,7 @@ class Pricing:
         return find_fullest_stage(stage.config, self.num_ranks)[1].total
 
     def build_workload(self, stage: RunStage) -> Workload:
-        """Build the workload per step; routers have `Machines.routes` or `Parameters.real_imbalance`."""
+        """Build a step's workload; expert loads are `Machines.routes` or else `Parameters.real_imbalance`."""
         config, routes = stage.config, self.machines.routes
         imbalance = load_default_parameters().real_imbalance if config.model.num_moe_layers() else 1.0
         if routes is not None:
@@ -212,8 +214,8 @@ def build_pricing(machines: Machines) -> Pricing | None:
 
 
 def refuse_precision(config: RunConfig, chip: Chip) -> None:
-    """Refuse `train.fp8` on a chip whose tensor cores lack the format. Raises `UserError`: with the nearest
-    precision that works."""
+    """Refuse `train.fp8` on a chip whose tensor cores lack the format. Raises `UserError`: the format is
+    missing; the message names the nearest precision that works."""
     precision = config.train.fp8
     unit = UNITS[PRECISIONS[precision]]
     if unit == "bf16":
@@ -288,7 +290,7 @@ def _list_expert_notes(work: Workload, step: StepTime, routes: "RecordedRoutes |
 
 
 def _list_host_notes(stage: RunStage, pricing: Pricing) -> list[str]:
-    """Return the price with a slow host, and both prices with the opposite choice of router graphs."""
+    """Return notes on speed with a slow host, and on speed with CUDA graphs of routers toggled."""
     slow = estimate_slow_host(pricing.build_workload(stage))
     notes = [f"With a host {SLOW_HOST} times as slow (docs/plan.md), a step takes {slow.total_s:.1f} s, "
              f"MFU {slow.mfu:.1%}."]

@@ -207,8 +207,7 @@ def _pad_rows(world: ParallelWorld, rows: list[Row], rows_per_batch: int) -> tup
 def _compute_local_logprobs(model: RunningLogprobs, documents: Documents, rows: list[Row], size: int, *,
                             seq_len: int, temperature: float = 1.0, routes: RouteShape | None = None
                             ) -> list[torch.Tensor]:
-    """Return log p(label) for micro-batches dp_rank, dp_rank + dp_size, ... on the last pipeline stage, []
-    on other stages."""
+    """Return log p(label) for every dp_size-th micro-batch from dp_rank on; [] except on the last stage."""
     local_batches = []
     for first in range(model.world.dp_rank * size, len(rows), model.world.dp_size * size):
         filled = [build_row(OrderedSample(0, row), documents, seq_len, routes=routes)

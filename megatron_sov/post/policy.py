@@ -398,10 +398,11 @@ def has_auxiliary_gradients(config: RunConfig) -> bool:
     """Return whether a step with advantages 0 has gradients: from a divergence, a teacher, preferences,
     multi-token prediction (`mtp_loss_coeff`), expert balancing, or a custom loss."""
     model, parts = config.model, config.policy.parts
-    balances = model.num_moe_layers() and (model.seq_aux_loss_coeff or model.router_bias_update_rate)
-    return (config.objective.name != "policy" or not config.policy.learns_from_rewards
-            or (parts.kl != "none" and parts.kl_coeff > 0) or bool(balances)
-            or (model.num_mtp_layers > 0 and model.mtp_loss_coeff > 0))
+    uses_other_loss = config.objective.name != "policy" or not config.policy.learns_from_rewards
+    has_divergence = parts.kl != "none" and parts.kl_coeff > 0
+    has_balancing = model.num_moe_layers() and (model.seq_aux_loss_coeff or model.router_bias_update_rate)
+    has_mtp = model.num_mtp_layers > 0 and model.mtp_loss_coeff > 0
+    return uses_other_loss or has_divergence or bool(has_balancing) or has_mtp
 
 
 @dataclass(frozen=True)
@@ -440,8 +441,7 @@ def open_text_sources(config: RunConfig) -> tuple[Source, ...]:
 
 
 def check_sources(config: RunConfig, sources: list[Source]) -> None:
-    """Raise `UserError` if the text term or `policy.on_policy_share` lacks data, or if a source has the name
-    `ROUNDS_SOURCE`."""
+    """Raise `UserError` if text or on-policy share lack data, or a source is named `ROUNDS_SOURCE`."""
     if [source.name for source in sources].count(ROUNDS_SOURCE) > 1:
         raise UserError(f"--data: the source name {ROUNDS_SOURCE!r} is reserved for the rounds of the run; "
                         "pack the data under another name")

@@ -74,8 +74,7 @@ def ipo(margins: torch.Tensor, beta: float) -> torch.Tensor:
 
 
 def simper(chosen: torch.Tensor, rejected: torch.Tensor) -> torch.Tensor:
-    """Return SimPER losses, [P]: ``exp(rejected) - exp(chosen)``, inverse perplexities (arXiv 2502.00883, eq.
-    6)."""
+    """Return SimPER losses, [P]: ``exp(rejected) - exp(chosen)`` (arXiv 2502.00883, eq. 6)."""
     return rejected.exp() - chosen.exp()
 
 
@@ -233,8 +232,7 @@ def _find_learned_tokens(documents: Documents, document: int, seq_len: int) -> n
 
 
 def _sum_learned_tokens(logprobs: np.ndarray, masks: Sequence[np.ndarray]) -> torch.Tensor:
-    """Sum `logprobs`, [tokens of all documents], over the learned tokens per document, [documents]
-    float64."""
+    """Sum `logprobs` [tokens of all documents] over learned tokens -> [documents] float64."""
     ends = np.cumsum([len(mask) for mask in masks])[:-1]
     sums = [float(document_logprobs[mask].astype(np.float64).sum())
             for document_logprobs, mask in zip(np.split(logprobs, ends), masks, strict=True)]
@@ -340,8 +338,7 @@ class PairLearningWithReference(PairLearning):
 
 
 class GroupLearning(DataObjective):
-    """GrouPER: objective ``sum(loss / responses_in_group) / groups`` over responses, with multi-token
-    prediction on responses."""
+    """GrouPER: ``sum(loss / responses_in_group) / groups`` over responses, with multi-token prediction."""
 
     formats = ("chat",)
     columns: Mapping[str, NeededColumn] = dict.fromkeys((ADVANTAGE, GROUP_SHARE), NeededColumn(
@@ -357,8 +354,7 @@ class GroupLearning(DataObjective):
         self.coefficients = {PREFERENCE: 1.0} | self._mtp_coefficient
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
-        """Count the groups in the global batch; a group that spans batches counts by the share of responses
-        in each."""
+        """Count the groups in the batch; a group that spans batches counts by its share in each."""
         hosts = [m.host for m in batch.micro_batches]
         # The shares of a group add up to 1 over all batches.
         groups = sum(float(find_responses(m).average_labels(m.columns[GROUP_SHARE]).sum()) for m in hosts)

@@ -135,8 +135,7 @@ class ProbedCheckpoint:
 
 
 def find_candidates(paths: Sequence[Path]) -> list[ProbedCheckpoint]:
-    """Return the distinct checkpoints in `paths`; a run folder gives the complete checkpoints, oldest
-    first."""
+    """Return the distinct checkpoints in `paths`; a run folder has several, oldest first."""
     candidates: dict[Path, ProbedCheckpoint] = {}
     for path in paths:
         check_model_path(path)

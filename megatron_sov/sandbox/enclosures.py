@@ -57,23 +57,18 @@ class Enclosure(Protocol):
 
     def create_folder(self) -> str:
         """Return the program's folder; called in the server."""
-        ...
 
     def fork_program(self) -> int:
         """Fork like `os.fork`; called in the template."""
-        ...
 
     def drop_privileges(self, folder: str, limits: Limits) -> None:
         """Make the folder available and drop all privileges; called in the program's process."""
-        ...
 
     def restrict_process(self, folder: str, limits: Limits) -> None:
         """Restrict files, system calls and the number of processes; called in the program's process."""
-        ...
 
     def kill_program(self, pid: int) -> None:
         """Kill all processes of the program with first process `pid`."""
-        ...
 
     def delete_folder(self) -> None:
         """Remove the program's folder."""

@@ -52,11 +52,9 @@ class Stateful(Protocol):
 
     def state(self) -> dict[str, Any]:
         """Return JSON values for the checkpoint."""
-        ...
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a result that `state` returned."""
-        ...
 
 
 class Checkpointer:

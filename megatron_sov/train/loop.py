@@ -88,8 +88,7 @@ def train_step(trainer: Trainer) -> StepResult | None:
 
 
 def record_step(trainer: Trainer, result: StepResult | None) -> None:
-    """Record the result of `train_step`, run the guards that are due, and stop watchdog and profiler.
-    Collective."""
+    """Record a step's result, run the guards that are due, stop watchdog and profiler. Collective."""
     load = trainer.observe_step() if result is not None else None
     if trainer.side_jobs is not None:
         trainer.side_jobs.poll()

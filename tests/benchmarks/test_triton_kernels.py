@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,6 @@ def path() -> str:
     """PYTHONPATH with which Triton can be imported."""
     try:
         folder = triton_interpreter.triton_folder()
-        triton_interpreter.megatrons()
     except OSError as e:
         pytest.skip(str(e))
     return os.pathsep.join(filter(None, [str(folder or ""), os.environ.get("PYTHONPATH", "")]))
@@ -34,4 +34,4 @@ def test_their_results_are_those_of_the_double_and_of_torch(path: str) -> None:
     cases = [json.loads(line) for line in completed.stdout.splitlines()]
     assert len(cases) == 25 and all(case["error"] <= case["limit"] for case in cases)
     assert {case["case"].partition(":")[0] for case in cases} == {
-        "Transformer Engine 2.20.2", *(f"megatron-core {v}" for v in triton_interpreter.megatrons())}
+        "Transformer Engine 2.20.2", f"megatron-core {version('megatron-core')}"}

@@ -45,7 +45,7 @@ def encode_prompt(tokenizer: PreTrainedTokenizerFast, template: str, *messages: 
 
 def decode_learned(tokenizer: PreTrainedTokenizerFast, template: str,
                    *messages: tuple[str, str]) -> tuple[str, bool]:
-    """Return the text of the learned tokens, and whether the last turn has no end."""
+    """Return the text of the learned tokens, and whether the last turn lacks its end token."""
     chat = create_encoder(tokenizer, template).encode(Conversation.of(*messages))
     ids = [i for i, t in zip(chat.ids, chat.types, strict=True) if t == TYPE_RESPONSE]
     return tokenizer.decode(ids, clean_up_tokenization_spaces=False), chat.is_open
@@ -108,9 +108,9 @@ def test_special_tokens_in_contents_are_ordinary_text(tokenizer: PreTrainedToken
 def test_end_tokens_of_turns(tokenizer: PreTrainedTokenizerFast) -> None:
     assert create_encoder(tokenizer, CHATML).end_ids() == create_encoder(tokenizer, SPACED).end_ids() == (2,)
     assert create_encoder(tokenizer, PLAIN).end_ids() == ()
-    opened = ("{% for m in messages %}{{ '[BOS]' if m.role == 'user' else '[PAD]' }}{{ m.content }}"
-              "{% endfor %}")
-    assert create_encoder(tokenizer, opened).end_ids() == (1,), "the next turn's beginning ends this one"
+    with_starts = ("{% for m in messages %}{{ '[BOS]' if m.role == 'user' else '[PAD]' }}{{ m.content }}"
+                   "{% endfor %}")
+    assert create_encoder(tokenizer, with_starts).end_ids() == (1,), "the next turn's beginning ends this one"
     assert create_encoder(tokenizer, "{{ raise_exception('no') }}").end_ids() == ()
 
 
@@ -152,7 +152,7 @@ def test_thoughts_and_calls_are_learned_as_rendered(tokenizer: PreTrainedTokeniz
         '<think>hm</think><call>add {"a": 1}</call>[EOS]<think>so</think>there[EOS]')
     plain = Conversation.of(("user", "hi"), ("assistant", "there"))
     assert check_learned(tokenizer, THINKING, plain) == "<think></think>there[EOS]", (
-        "a model is asked without the empty thoughts, so it has to write them")
+        "the generation prompt has no empty thoughts, so the model has to write them")
 
 
 def test_learned_tokens_have_kinds(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -180,6 +180,7 @@ def test_only_marked_turns_are_learned(tokenizer: PreTrainedTokenizerFast) -> No
 
 
 def test_generation_blocks_locate_turns(tokenizer: PreTrainedTokenizerFast) -> None:
+    """`BLOCKS` shows responses in upper case: only unchanged responses can be located."""
     chat = Conversation.of(("user", "hi"), ("assistant", "hello"), ("user", "yo"), ("assistant", "there"))
     with pytest.raises(BadRecord, match="does not show as it is: 2"):
         create_encoder(tokenizer, BLOCKS).encode(chat)
@@ -216,7 +217,7 @@ def test_turn_without_position_is_rejected(tokenizer: PreTrainedTokenizerFast, t
 
 
 def test_overlapping_turns_are_rejected(tokenizer: PreTrainedTokenizerFast) -> None:
-    """Asked for a second turn in a row, a model would not see the end of the first, which is shown."""
+    """The template ends a turn only once another follows, so a generation prompt would lack that end."""
     closing = ("{% for m in messages %}{{ m.content | trim }}"
               "{% if not (loop.last and add_generation_prompt) %}[EOS]{% endif %}{% endfor %}")
     chat = Conversation.of(("user", "hi"), ("assistant", " hello"), ("assistant", "there"))
@@ -242,8 +243,8 @@ def build_conversation(*answers: Message) -> Conversation:
 @pytest.mark.each("content", THOUGHTS)
 def test_thoughts_in_content_are_learned_as_thoughts(tokenizer: PreTrainedTokenizerFast,
                                                      content: str) -> None:
-    thoughts, decode_kinds = content.split("<think>", 1)[1].split("</think>", 1)
-    separate = Message("assistant", decode_kinds.lstrip("\n"), thoughts.strip("\n"))
+    thoughts, answer = content.split("<think>", 1)[1].split("</think>", 1)
+    separate = Message("assistant", answer.lstrip("\n"), thoughts.strip("\n"))
     combined, encode = Message("assistant", content), create_encoder(tokenizer, QWEN3).encode
     assert check_learned(tokenizer, QWEN3,
                          build_conversation(combined)).count("<think>") == 1 + content.count("<think> d")

@@ -23,13 +23,13 @@ ROUNDS = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_pe
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """Common arguments of the runs."""
+    """Data and start weights of the commands under test."""
 
     folder: Path
     data: dict[str, Path]
     """Command -> its training data."""
     starts: dict[str, Path]
-    """A run, and a Hugging Face folder as strangers have it, without a manifest of ours."""
+    """"run": a run; "hf": a Hugging Face folder without our manifest.json, as other people's folders."""
     settings: list[str]
 
 
@@ -108,7 +108,7 @@ def test_dry_run_describes_each_extension_stage_and_its_needles(read_output: Any
     assert sum(line.startswith("  converts ") for line in lines) == 1
 
 
-def test_mistakes_are_those_of_the_run(get_refusal: Any, packed_data: Any, tmp_path: Path) -> None:
+def test_dry_run_reports_the_errors_of_the_run(get_refusal: Any, packed_data: Any, tmp_path: Path) -> None:
     assert "its tokenizer has 368 ids" in get_refusal(
         "pretrain", "tiny-solar-open", "--data", str(packed_data.text), "--run", str(tmp_path / "run"),
         "--set", "model.vocab_size=100", "--dry-run")

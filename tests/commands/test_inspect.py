@@ -20,7 +20,7 @@ from tests.pages_typed import page_section
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three artifacts, each made from the one before."""
+    """Three artifacts: a, b (made from a) and c (made from b)."""
     monkeypatch.chdir(tmp_path)
     for number, name in enumerate(("a", "b", "c")):
         with create_artifact(Path(name), "rows") as artifact:
@@ -50,7 +50,7 @@ def test_inspect_prints_facts_origins_and_rows_of_an_artifact(capsys: pytest.Cap
         run_inspect(capsys, "c", "--json"))
 
 
-def test_damage_is_a_gate(capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_fails_if_a_file_is_damaged_or_missing(capsys: pytest.CaptureFixture[str]) -> None:
     assert "every file has the hash" in run_inspect(capsys, "a", "--verify")
     Path("a/rows.jsonl").write_text("{}\n")
     assert "a/rows.jsonl: has 3 bytes" in run_inspect(capsys, "a", "--verify", code=3)
@@ -66,7 +66,7 @@ def test_missing_files_are_a_warning(capsys: pytest.CaptureFixture[str]) -> None
     assert printed.err.startswith("warning: a: rows.jsonl is in its manifest.json and missing; copy or")
 
 
-def test_unfinished_work_tells_how_far_it_is_and_can_be_cleared(capsys: pytest.CaptureFixture[str]) -> None:
+def test_unfinished_work_is_described_and_can_be_cleared(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(KeyboardInterrupt), open_journal(Path("out"), "megatron-sov score", {"reward": "x"}
                                                         ) as journal:
         journal.add([(0, b"a"), (1, b"b"), (1, b"c")])
@@ -99,10 +99,9 @@ def test_files_without_manifest_are_identified_by_kind(capsys: pytest.CaptureFix
     assert "none: does not exist, and no work on it" in run_inspect(capsys, "none", code=2)
 
 
-@pytest.mark.each("change", [{"content": [1]}, {"settings": "a"}, {"inputs": {"a": 1}},
-                                    {"created_s": "now"}, {"created_s": 1e300}, {"files": 3},
-                                    {"kind": 7, "inputs": ["a", {}]},
-                                    {"inputs": [{"path": "a\0b", "kind": "rows"}]}])
+@pytest.mark.each("change", [
+    {"content": [1]}, {"settings": "a"}, {"inputs": {"a": 1}}, {"created_s": "now"}, {"created_s": 1e300},
+    {"files": 3}, {"kind": 7, "inputs": ["a", {}]}, {"inputs": [{"path": "a\0b", "kind": "rows"}]}])
 def test_a_hostile_manifest_gives_one_sentence_or_escaped_text(change: dict[str, object],
                                                                capsys: pytest.CaptureFixture[str]) -> None:
     manifest = json.loads(Path("a/manifest.json").read_text())

@@ -36,7 +36,8 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     assert "base model; add --from" in run_pretrain(run, settings=LORA, code=2).stderr
     assert not run.exists()
     run_pretrain(run, "--from", str(base), settings=LORA)
-    assert (base / "checkpoints" / "step-1" / ADAPTER_BASE_MARKER).is_file(), "its run does not prune it"
+    assert (base / "checkpoints" / "step-1" / ADAPTER_BASE_MARKER).is_file(), (
+        "the base run must not delete a checkpoint that an adapter needs")
 
     last_checkpoint = run / "checkpoints" / "step-4"
     adapter_bytes = sum(p.stat().st_size for p in last_checkpoint.rglob("*.safetensors"))
@@ -52,8 +53,8 @@ def test_an_adapter_is_trained_resumed_and_merged(packed_data: Any, tmp_path: Pa
     (killed_run / "complete.json").unlink()
     other_base = run_pretrain(killed_run, "--resume", "--from", str(other), settings=LORA, code=2)
     assert "is another model than" in other_base.stderr
-    respelled = 'lora.targets=["all-linear", "q_proj"]'
-    run_pretrain(killed_run, "--resume", settings=(*LORA, respelled))
+    same_targets = 'lora.targets=["all-linear", "q_proj"]'  # the default, written in another way
+    run_pretrain(killed_run, "--resume", settings=(*LORA, same_targets))
     for part in ("adapter", "optimizer"):
         assert read_files(killed_run / "checkpoints" / "step-4", part) == read_files(last_checkpoint, part)
 

@@ -148,7 +148,7 @@ OWN_REWARD = '''
 import os, pathlib, signal, time
 
 class Counts:
-    """Notes each row that it judges, and kills the command at the row that says so."""
+    """Writes the id of each row to `judged`, and kills the command at row 300, the first time."""
 
     def score(self, row):
         with open("judged", "a") as f:
@@ -172,7 +172,7 @@ def test_a_killed_command_resumes(capsys: pytest.CaptureFixture[str]) -> None:
     assert killed.wait(timeout=600) == -signal.SIGKILL
     assert not Path("out.jsonl").exists()
     with open(work_folder(Path("out.jsonl")) / RECORDS, "ab") as f:
-        f.write(b'[2, 5000, 7]\n{"id": 256, "resp')  # the kernel may have written a part of a row
+        f.write(b'[2, 5000, 7]\n{"id": 256, "resp')  # a row that was written only in part
     time.sleep(0.1)
     Path("judged").write_text("")
     assert main(score("--set", "language=ko")) == 2
@@ -182,8 +182,8 @@ def test_a_killed_command_resumes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "400 rows read: 400 scored, 0 set aside; mean reward 199.5000" in captured.out
     assert "256 rows were already scored" in captured.out
     assert [row["reward"] for row in read_rows()] == list(range(400))
-    again = set(map(int, Path("judged").read_text().split()))
-    assert again == set(range(256, 400))
+    judged_after_resume = set(map(int, Path("judged").read_text().split()))
+    assert judged_after_resume == set(range(256, 400))
     assert not work_folder(Path("out.jsonl")).exists()
 
 

@@ -37,7 +37,9 @@ def draw_random_routes(num_tokens: int, layers: int, seed: int) -> np.ndarray:
 
 
 def decode_tables() -> list[list[Any]]:
-    """Encode four tokens of a table of 10 in a padding mask, and decode their routes, for both dtypes."""
+    """Encode the positions of four tokens in a padding mask, and decode their routes from a table of 10
+    tokens, for both dtypes of routes. Returns [is_recorded, experts of the first two tokens] for each
+    layer."""
     lookups = []
     for shape in (RouteShape(2, 2, 40), RouteShape(2, 2, 400)):
         routes = shape.build_unrecorded(10)
@@ -52,7 +54,7 @@ def decode_tables() -> list[list[Any]]:
 
 
 def test_route_tables_list_known_and_unknown_tokens(ranks, job) -> None:
-    is_recorded = [True, True, False, False]  # the third is not recorded, the fourth is padding
+    is_recorded = [True, True, False, False]  # the table has no route of the third; the fourth is padding
     assert ranks(job(__file__, "decode_tables"))[0][0] == [
         [is_recorded, [[0, 39], [5, 1]]], [is_recorded, [[2, 7], [39, 38]]],
         [is_recorded, [[0, 399], [5, 1]]], [is_recorded, [[2, 7], [39, 38]]]]
@@ -71,7 +73,7 @@ def route_recorded() -> dict[str, Any]:
     step.seq_len, step.num_sequences = SEQ_LEN, 1
     logits = torch.randn(SEQ_LEN, EXPERTS, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     routes, padding = draw_random_routes(SEQ_LEN, 1, 1), torch.arange(SEQ_LEN) == 7
-    routes[2] = 255
+    routes[2] = 255  # not recorded
     MoEAuxLossAutoScaler.set_loss_scale(torch.ones(1))
     with replay_routes(model.config, [None, routes]) as firsts:
         assert firsts == [None, 0]
@@ -86,7 +88,7 @@ def route_recorded() -> dict[str, Any]:
     scores = logits.softmax(-1)
     expected_scores = scores.gather(1, expected)
     counts = torch.zeros(EXPERTS, dtype=torch.float64).index_add_(
-        0, expected[:7].flatten(), torch.ones(14, dtype=torch.float64))
+        0, expected[:7].flatten(), torch.ones(7 * TOP_K, dtype=torch.float64))
     # The router counted both calls of `routing`; the second call used the router's own choice.
     expected_live_counts = torch.bincount(logits[:7].topk(TOP_K).indices.flatten(), minlength=EXPERTS)
     return {"weights": [weights.gather(1, expected).tolist(),
@@ -150,18 +152,20 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
     num_layers = config.model.num_moe_layers()
     if records:
         step.record = {}
-    live = compute_routed([None] * ROWS)
+    live_loss, live_gradients = compute_routed([None] * ROWS)
     if records:
         by_layer = [np.stack([routes.numpy() for routes in step.record[layer]])
                     for layer in sorted(step.record)]
         np.save(recorded, np.stack(by_layer, 2).astype(np.uint8))
         step.record = None
-    replayed = compute_routed(list(np.load(recorded)))
-    random = compute_routed([None, *(draw_random_routes(ROW_TOKENS, num_layers, i) for i in range(1, ROWS))])
+    replayed_loss, replayed_gradients = compute_routed(list(np.load(recorded)))
+    random_routes = (draw_random_routes(ROW_TOKENS, num_layers, i) for i in range(1, ROWS))
+    random_loss, random_gradients = compute_routed([None, *random_routes])
     world.leave_world()
-    return {"losses": [live[0], replayed[0], random[0]], "layers": num_layers,
-            "norms": [float(gradients.norm()) for _, gradients in (live, replayed, random)],
-            "same": live[0] == replayed[0] and live[1].equal(replayed[1])}
+    gradients = (live_gradients, replayed_gradients, random_gradients)
+    return {"losses": [live_loss, replayed_loss, random_loss], "layers": num_layers,
+            "norms": [float(gradient.norm()) for gradient in gradients],
+            "same": live_loss == replayed_loss and live_gradients.equal(replayed_gradients)}
 
 
 FULL_RECOMPUTE = ["train.recompute=true"]

@@ -88,7 +88,6 @@ class Texts:
 
 
 def build_trainer(settings: list[str], run: str, rollouts: Any = None) -> Any:
-
     config = build_small_config("tiny-k-exaone", [*SETTINGS, *settings], [], "policy")
     place = world.join_world(config.parallel)
     config.check(place.size)
@@ -131,23 +130,22 @@ def compute_terms_by_hand(model: Any, batch: Any) -> dict[str, float]:
             logits = model.logits(DocumentBatch([ids], torch.device("cpu")), torch.arange(len(ids))).double()
             positions, labels = torch.arange(len(ids)), micro_batch.labels[span]
             if micro_batch.sources[first] == 1:
-                text_losses += (-logits.log_softmax(-1)[positions,
-                                                        labels])[micro_batch.weights[span] > 0].tolist()
+                losses = -logits.log_softmax(-1)[positions, labels]
+                text_losses += losses[micro_batch.weights[span] > 0].tolist()
                 continue
             logprobs = (logits / TEMPERATURE).log_softmax(-1)[positions, labels].tolist()
             old, engine, reference, advantage = (micro_batch.columns[name][span].tolist() for name in (
                 "old_logprobs", "behaviour_logprobs", "reference_logprobs", "advantage"))
             corrections = [w if LOW <= (w := math.exp(a - b)) <= HIGH else 0.0
                            for a, b in zip(old, engine, strict=True)]
-            learned_positions = [t for t in range(len(ids)) if micro_batch.weights[span][t] > 0]
-            if not learned_positions:
+            learned = [t for t in range(len(ids)) if micro_batch.weights[span][t] > 0]
+            if not learned:
                 continue
-            ratio = math.exp(sum(logprobs[t] - old[t] for t in learned_positions) / len(learned_positions))
-            divergences.append(sum(logprobs[t] - reference[t] for t in learned_positions))
-            a = advantage[learned_positions[0]]
+            ratio = math.exp(sum(logprobs[t] - old[t] for t in learned) / len(learned))
+            divergences.append(sum(logprobs[t] - reference[t] for t in learned))
+            a = advantage[learned[0]]
             clipped = min(ratio * a, min(max(ratio, 1 - CLIP), 1 + CLIP) * a)
-            objectives.append(clipped * sum(corrections[t]
-                                            for t in learned_positions) / len(learned_positions))
+            objectives.append(clipped * sum(corrections[t] for t in learned) / len(learned))
     return {"policy": -sum(objectives) / len(objectives), "kl": sum(divergences) / len(objectives),
             "knowledge": sum(text_losses) / len(text_losses)}
 
@@ -155,10 +153,10 @@ def compute_terms_by_hand(model: Any, batch: Any) -> dict[str, float]:
 @pytest.mark.distributed
 def test_terms_equal_the_formulas_and_masked_steps_have_no_gradient(ranks: Any, job: Any,
                                                                     tmp_path: Path) -> None:
-    (trained,), (masked,) = ranks(*(job(__file__, "train_steps", 1,
-                                        {"settings": settings, "run": str(tmp_path),
-                                         "write_out": not settings})
-                                    for settings in ([], ALL_MASKED)))
+    (trained,), (masked,) = ranks(*(
+        job(__file__, "train_steps", 1,
+            {"settings": settings, "run": str(tmp_path), "write_out": not settings})
+        for settings in ([], ALL_MASKED)))
     expected, first, *_ = trained
     for term, value in expected.items():
         assert first[term] == pytest.approx(value, rel=1e-10, abs=1e-12), term
@@ -199,7 +197,7 @@ def test_engine_gap_blames_precision_only_for_fresh_rounds(max_staleness: int) -
     assert not learning.doubt(1, {"engine_kl": 0.01})
 
 
-def test_chats_are_text_of_which_the_assistants_turns_are_learned(packed_data: Any) -> None:
+def test_knowledge_chats_are_text_with_learned_assistant_turns(packed_data: Any) -> None:
     config = get("tiny-solar-open")
     paths = {str(packed_data.chats): 1.0}
     config = replace(config, data=replace(config.data, paths=paths), policy=PolicyConfig(method="ink_grpo"))

@@ -71,8 +71,8 @@ def evaluate_heldout_pairs(trainer: Any, batch: Any) -> dict[str, float]:
     return figures
 
 
-def compute_trl_meters(method: str, pairs: list[tuple[float, float, float, float, int, int]]) -> dict[str,
-                                                                                                      float]:
+def compute_trl_meters(
+        method: str, pairs: list[tuple[float, float, float, float, int, int]]) -> dict[str, float]:
     """Return rewards/accuracies and rewards/margins of TRL's DPOTrainer (SimPO and ORPO: of CPOTrainer and
     ORPOTrainer without their beta), except that a tie counts half.
 
@@ -120,7 +120,7 @@ def compare_losses(data: str, run: str, methods: list[str]) -> list[dict[str, An
     results = []
     for method in methods:
         trainer = build_trainer([f"preference.method={method}", "preference.chosen_coeff=0.0",
-                            "preference.beta=0.3", "optim.lr=0.002"], data, Path(run))  # of one reference
+                                 "preference.beta=0.3", "optim.lr=0.002"], data, Path(run))
         objective = trainer.objective
         tensors = [*trainer.model.parameters(), *trainer.model.buffers()]  # routers' biases move as well
         initial = [tensor.detach().clone() for tensor in tensors]
@@ -137,6 +137,7 @@ def compare_losses(data: str, run: str, methods: list[str]) -> list[dict[str, An
         reference = [s for m in batch.micro_batches for s in sum_logprobs(trainer.policy, m)]
         losses = []
         for i in range(0, len(current), 2):
+            # log-probability and length of the chosen and the rejected response; rc, rr: by the reference
             (c, nc), (r, nr), (rc, _), (rr, _) = current[i], current[i + 1], reference[i], reference[i + 1]
             losses.append({
                 "dpo": lambda c=c, r=r, rc=rc, rr=rr: math.log1p(math.exp(-0.3 * ((c - rc) - (r - rr)))),
@@ -197,15 +198,15 @@ def test_dpo_is_the_papers(beta: float, smoothing: float) -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_simpo_asks_for_a_lead(smoothing: float) -> None:
+def test_simpo_requires_a_margin(smoothing: float) -> None:
     chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
-    # With rewards beta * mean log p, the chosen response must lead by gamma = 1.5.
+    # With rewards beta * mean log p, the chosen response must lead by gamma = 1.5 (here: by 2 and -1.5).
     probabilities = [1 / (1 + math.exp(-(2.5 * lead - 1.5))) for lead in (2.0, -1.5)]
     assert simpo(chosen, rejected, 2.5, 1.5, smoothing).tolist() == pytest.approx(
         [-(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p) for p in probabilities], abs=1e-12)
 
 
-def test_orpo_weighs_odds_and_stays_finite_where_a_response_is_certain() -> None:
+def test_orpo_compares_odds_and_stays_finite_if_a_response_is_certain() -> None:
     chosen, rejected = torch.tensor([-0.1, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
     odds = [(math.exp(c) / (1 - math.exp(c)), math.exp(r) / (1 - math.exp(r)))
             for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
@@ -217,7 +218,7 @@ def test_orpo_weighs_odds_and_stays_finite_where_a_response_is_certain() -> None
     assert losses.isfinite().all() and gradient.isfinite().all()
 
 
-def test_simper_and_grouper_weigh_inverse_perplexities() -> None:
+def test_simper_and_grouper_compare_inverse_perplexities() -> None:
     chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
     expected = [math.exp(-3) - math.exp(-1), math.exp(-0.5) - math.exp(-2)]
     assert simper(chosen, rejected).tolist() == pytest.approx(expected, abs=1e-12)

@@ -24,9 +24,11 @@ from tests.head_config import Logits, head_config
 
 TEXT, PROMPT, RESPONSE, LENGTH = 0, 1, 2, 12
 VOCAB, ROW = 13, 24
+"""Vocabulary and tokens of a row of `build_chat_row`."""
 CHATS = ("PPRRRPPRRRRRRPR", "PRPRR", "PPP", "RRR", "PPPRRRRRRRRRRRR", "PRRPPRPRRR")
-"""Label types of conversations: prompt and response; one conversation has nothing to learn."""
+"""Conversations by the types of their labels, prompt (P) or response (R). "PPP" has nothing to learn."""
 ROWS = ((0, 1), (2, 3), (4,), (5, 1))
+"""Rows by the indices of their conversations."""
 
 
 def build_row(kind: int, seed: int) -> PackedRow:
@@ -74,31 +76,30 @@ def compute_terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     world.leave_world()
     return {"loss": loss.item(), "gradient": weight.grad.tolist(), "targets": dict(batch.targets),
             "tokens": batch.num_tokens,
-            "compute_terms": {name: value.item() / batch.targets[name] for name, value in sums.terms.items()},
+            "terms": {name: value.item() / batch.targets[name] for name, value in sums.terms.items()},
             "expected": {"response": losses[0][4:9].mean().item(),
                          "text": losses[0][LENGTH:LENGTH + 9].mean().item(),
-                         "mtp": losses[1][3:8].mean().item()}}
+                         "mtp": losses[1][3:8].mean().item()}}  # the same labels, from one position before
 
 
 def test_terms_are_means_over_their_own_tokens(ranks: Any, job: Any) -> None:
-    (one_text,), (two_texts,), (other_text,) = ranks(*(job(__file__, "compute_terms", 1,
-                                                           {"num_texts": n, "swap_texts": s})
-                                                       for n, s in ((1, False), (2, False), (1, True))))
-    assert (one_text["targets"] == {"response": 5, "text": 9, "mtp": 5}
-            and two_texts["targets"] == {"response": 5, "text": 18, "mtp": 5})
+    (one_text,), (two_texts,), (other_text,) = ranks(*(
+        job(__file__, "compute_terms", 1, {"num_texts": num_texts, "swap_texts": swap_texts})
+        for num_texts, swap_texts in ((1, False), (2, False), (1, True))))
+    assert one_text["targets"] == {"response": 5, "text": 9, "mtp": 5}
+    assert two_texts["targets"] == {"response": 5, "text": 18, "mtp": 5}
     assert (one_text["tokens"], two_texts["tokens"]) == (20, 30)
     for result in (one_text, two_texts):
-        assert result["compute_terms"] == pytest.approx(result["expected"], rel=1e-5)
+        terms = result["terms"]
+        assert terms == pytest.approx(result["expected"], rel=1e-5)
         assert result["loss"] == pytest.approx(
-            result["compute_terms"]["response"] + 0.3 * result["compute_terms"]["text"]
-            + 0.05 * result["compute_terms"]["mtp"],
-            rel=1e-6)
+            terms["response"] + 0.3 * terms["text"] + 0.05 * terms["mtp"], rel=1e-6)
     # With twice the text, the text term is a mean over more tokens, and has the same weight.
     assert two_texts["loss"] == pytest.approx(one_text["loss"], rel=1e-6)
     np.testing.assert_allclose(two_texts["gradient"], one_text["gradient"], rtol=1e-5, atol=1e-7)
     # Other text changes only the text term: the other terms have no loss on prompts and text.
-    assert {n for n in one_text["compute_terms"]
-            if other_text["compute_terms"][n] != one_text["compute_terms"][n]} == {"text"}
+    changed = {name for name, value in one_text["terms"].items() if other_text["terms"][name] != value}
+    assert changed == {"text"}
 
 
 def test_without_text_data_there_is_no_text_term() -> None:
@@ -136,9 +137,9 @@ def build_chat_row(chats: tuple[int, ...], random: np.random.Generator) -> Packe
     types = np.array([{"P": 1, "R": 2, ".": 0}[k] for k in kinds.ljust(ROW, ".")], np.uint8)
     ends = np.cumsum([len(CHATS[i]) + 1 for i in chats])
     filled = int(ends[-1])
-    return PackedRow(tokens=random.integers(0, VOCAB, ROW), labels=random.integers(0, VOCAB, ROW),
-                     weights=(types == 2).astype(np.float32) * random.choice([0.5, 1.0],
-                                                                             ROW).astype(np.float32),
+    tokens, labels = random.integers(0, VOCAB, ROW), random.integers(0, VOCAB, ROW)
+    weights = (types == RESPONSE).astype(np.float32) * random.choice([0.5, 1.0], ROW).astype(np.float32)
+    return PackedRow(tokens=tokens, labels=labels, weights=weights,
                      positions=np.arange(ROW), types=types, sources=np.zeros(ROW, np.int64),
                      padding=np.arange(ROW) >= filled,
                      bounds=np.array([0, *ends, *([ROW] if filled < ROW else [])], np.int32))
@@ -184,8 +185,7 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
         split = [range(i, i + size) for i in range(0, len(rows), size)]
         batch = objective.prepare(GlobalBatch(
             tuple(build_micro_batch(join_rows([rows[i] for i in indices])) for indices in split), ROW,
-            len(rows),
-            "main"))
+            len(rows), "main"))
         assert batch.targets["response"] == pytest.approx(units, rel=1e-12)
         head: Any = Logits()
         loss = sum(compute_total_loss(objective.loss([torch.cat([logits[i] for i in indices])], head, m),
@@ -198,7 +198,7 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
 
 
 def test_device_weights_equal_the_counted_weights() -> None:
-    """A batch on a GPU has its rows on the host, too, from which targets are counted."""
+    """A batch on a GPU also has its rows in host memory, from which targets are counted."""
     context: Any = SimpleNamespace(config=build_unit_config("turn"), batches=SimpleNamespace(num_sources=1))
     host = build_micro_batch(build_chat_row((0, 1), np.random.default_rng(1)))
     sent = SupervisedFineTuning(context)._weigh_responses(dataclasses.replace(host, on_host=host))

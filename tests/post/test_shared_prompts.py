@@ -29,10 +29,13 @@ SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 64
             "rollout.max_new_tokens=64", "policy.method=grpo", "policy.kl=none",
             "model.seq_aux_loss_coeff=0.01", "model.router_bias_update_rate=0.001",
             "train.micro_batch_size=4"]
-STEPS, GROUP, COMPUTED_SHARE = 2, 20, "kept"
+STEPS, GROUP, COMPUTED_SHARE = 2, 20, "computed share"
+"""Steps, responses to a prompt, and key of the share of tokens that remain in a step of `train_steps`."""
 SPANS = [(0, 0, 9), (9, 14, 20), (20, 25, 27), (27, 27, 31), (31, 36, 42)]
-"""Documents of a row of 42 tokens; the second, third and last have the prompt of the first."""
+"""(start, first own token, end) of documents in a row of 42 tokens; the second, third and last begin with the
+prompt of the first."""
 CASES = [(window, block) for window in (0, 3, 7, 64) for block in (1024, 2)]
+"""(attention window, query block)."""
 
 
 class Groups(Rollouts):
@@ -68,10 +71,12 @@ def train_steps(shares: bool, run: str) -> list[dict[str, Any]]:
                       build_policy_objective(config))
     prepare, computed_shares = trainer.objective.prepare, list[float]()
 
+    def count_tokens(batch: Any) -> int:
+        return sum(len(micro_batch.labels) for micro_batch in batch.micro_batches)
+
     def prepare_and_measure(batch: Any) -> Any:
         result = prepare(batch)
-        before, after = (sum(len(m.labels) for m in b.micro_batches) for b in (batch, result))
-        computed_shares.append(after / before)
+        computed_shares.append(count_tokens(result) / count_tokens(batch))
         return result
 
     setattr(trainer.objective, "prepare", prepare_and_measure)  # noqa: B010
@@ -131,8 +136,8 @@ def run_comparisons(run: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]
 
 
 def test_shared_prompts_do_not_change_gradients(ranks: Any, job: Any, tmp_path: Path) -> None:
-    ((shared_steps, separate_steps, attention_differences),), = ranks(job(__file__, "run_comparisons", 1,
-                                                                          {"run": str(tmp_path)}))
+    (result,), = ranks(job(__file__, "run_comparisons", 1, {"run": str(tmp_path)}))
+    shared_steps, separate_steps, attention_differences = result
     assert [step.pop(COMPUTED_SHARE) for step in separate_steps] == [1.0] * STEPS
     assert max(step.pop(COMPUTED_SHARE) for step in shared_steps) < 0.9
     for shared_step, separate_step in zip(shared_steps, separate_steps, strict=True):
@@ -173,10 +178,11 @@ def test_sharing_removes_only_prompt_tokens() -> None:
     "parallel.ep=2 parallel.expert_dispatcher=allgather"])
 def test_prompts_are_not_shared_if_results_would_change(settings: str) -> None:
     base = recipes.get("tiny-solar-open")
-    assert not find_sharing_problem(base) and not find_sharing_problem(apply_settings(base,
-                                                                                      ["parallel.ep=2"]))
+    assert not find_sharing_problem(base)
+    assert not find_sharing_problem(apply_settings(base, ["parallel.ep=2"]))
     (reason,) = find_sharing_problem(apply_settings(base, settings.split()))
-    assert settings.split()[-1].split("=")[0].split(".")[-1] in reason
+    last_key = settings.split()[-1].partition("=")[0]
+    assert last_key.partition(".")[2] in reason
 
 
 def test_attention_of_transformer_engine_shares_no_prompts(monkeypatch: pytest.MonkeyPatch) -> None:

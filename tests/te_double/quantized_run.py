@@ -1,5 +1,5 @@
-"""Training runs in ranks, with models of Transformer Engine modules whose operands the reference quantizers
-of benchmarks/gpu/quantizers quantize."""
+"""Training runs on several ranks with low-precision recipes: the double's matrix products quantize their
+operands by the reference quantizers of benchmarks/gpu/quantizers."""
 
 import contextlib
 import hashlib
@@ -41,6 +41,7 @@ FAMILIES = {"tiny-solar-open": ("model.num_layers=3",), "tiny-k-exaone": DENSE, 
             "tiny-solar-open2": (
                 'model.linear_attention={"num_key_heads": 32, "num_value_heads": 32, "key_head_dim": 32, '
                 '"value_head_dim": 32, "gate_rank": 32, "negative_eigenvalues": true}',)}
+"""Recipe -> its settings in addition to `SMALL`."""
 
 
 def build_config(recipe: str, settings: list[str], path: str) -> RunConfig:
@@ -64,10 +65,11 @@ def quantize_products() -> None:
         products.COUNTS[kind, name] += 1
         products.check_aligned(a, b, recipe)
         with kernel():
-            left, right = (x if ready else quantized(x, role, kind, RECIPES[name],
-                                                     recipe.fp8_format.name.lower())
-                           for x, role, ready in zip((a, b.t()), ROLES[kind], (False, b_is_quantized),
-                                                     strict=True))
+            left_role, right_role = ROLES[kind]
+            number_format = recipe.fp8_format.name.lower()
+            left, right = quantized(a, left_role, kind, RECIPES[name], number_format), b.t()
+            if not b_is_quantized:
+                right = quantized(right, right_role, kind, RECIPES[name], number_format)
             multiply = products.fast_product if products.accumulates_fast(kind, recipe) else torch.matmul
             return multiply(left, right.t()).to(out_dtype or a.dtype)
 
@@ -97,7 +99,7 @@ def gather_one_by_one() -> None:
 
 def train_cases(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str, Any]]:
     """Train a step for each (recipe, settings). Return its loss, a hash of the weights, the numbers of
-    products, and ("again") the number of recomputed modules without a product (norms, activations)."""
+    products, and ("again") the number of norms and activations recomputed in the backward pass."""
     from megatron.core.tensor_parallel.random import CheckpointWithoutOutput
 
     quantize_products()
@@ -121,6 +123,7 @@ def train_cases(cases: list[tuple[str, list[str]]], path: str) -> list[dict[str,
 
 
 def _trainer(recipe: str, settings: list[str], path: str, run: str = "not-written") -> Trainer:
+    """Build a trainer whose products are quantized; `run`: run folder."""
     quantize_products()
     trainer: Trainer = layout_run.build_trainer(build_config(recipe, settings, path), run)
     return trainer
@@ -137,26 +140,26 @@ def take_product_counts() -> dict[str, int]:
 
 
 def train_losses(recipe: str, settings: list[str], path: str, steps: int) -> dict[str, Any]:
-    """Train for `steps` steps; return the losses, and the number of products of the first step by kind."""
+    """Train for `steps` steps. Return the losses, and the first step's numbers of products by kind."""
     if "train.deterministic=true" in settings:
         gpu_setup.enable_determinism()
     trainer = _trainer(recipe, settings, path)
     take_product_counts()
-    first = train_step(trainer).loss
+    losses = [train_step(trainer).loss]
     products = take_product_counts()
-    taken = [first, *(train_step(trainer).loss for _ in range(steps - 1))]
+    losses += [train_step(trainer).loss for _ in range(steps - 1)]
     world.leave_world()
-    return {"losses": taken, "products": products}
+    return {"losses": losses, "products": products}
 
 
 def resume_and_compare(recipe: str, settings: list[str], path: str, run: str) -> dict[str, Any]:
     """Train four steps with a checkpoint and an evaluation after the second, then resume from the checkpoint.
 
     Returns:
-        straight, resumed: losses of both runs; "straight ends", "resumed ends": hashes of their weights.
+        straight, resumed: losses of both runs; "straight ends", "resumed ends": hashes of their last weights.
         saved: hash of each tensor in the checkpoint; exported: hash of the exported weights.
-        differing: replicas that differ; "in 8 bits": elements of FP8 weights; heldout: held-out losses.
-        "products of the evaluation": number of products by kind.
+        differing: replicas that differ; "in 8 bits": number of elements of FP8 weights.
+        heldout: held-out losses; "products of the evaluation": number of products by kind.
     """
     trainer = _trainer(recipe, settings, path, run)
     trainer.folder.checkpoints.mkdir(parents=True, exist_ok=True)
@@ -222,9 +225,9 @@ def compare_moments(recipe: str, settings: list[str], path: str, before: str) ->
     from the formula in float32, rounded once; dtypes; loss; and the share of elements in host memory."""
     trainer = _trainer(recipe, settings, path)
     trainer.resume(Path(before))
-    old = {(s.parameter, s.start): {n: t.clone() for n, t in s.state().items()}
-           for s in trainer.optimizer.shards}
-    gradients: dict[Any, torch.Tensor] = {}
+    old = {(shard.parameter, shard.start): {name: t.clone() for name, t in shard.state().items()}
+           for shard in trainer.optimizer.shards}
+    gradients: dict[Any, torch.Tensor] = {}  # of each shard, at the moment of the optimizer step
     inner_step = trainer.optimizer.megatron_optimizer.step_with_ready_grads
 
     def step() -> Any:
@@ -234,25 +237,26 @@ def compare_moments(recipe: str, settings: list[str], path: str, before: str) ->
 
     trainer.optimizer.megatron_optimizer.step_with_ready_grads = step
     loss = train_step(trainer).loss
-    optim, wrong, dtypes = trainer.config.optim, 0, set()
+    optim, num_wrong, dtypes = trainer.config.optim, 0, set()
     for shard in trainer.optimizer.shards:
-        place = (shard.parameter, shard.start)
-        new, gradient = shard.state(), gradients[place]
+        key = (shard.parameter, shard.start)
+        new, gradient = shard.state(), gradients[key]
         for name, beta, added in (("exp_avg", optim.beta1, gradient),
                                   ("exp_avg_sq", optim.beta2, gradient.square())):
-            expected = beta * old[place][name].float() + (1 - beta) * added
+            expected = beta * old[key][name].float() + (1 - beta) * added
             # another summation order may change the last bit of a bf16 value
-            wrong += int(((new[name].float() - expected).abs() > 2 ** -8 * expected.abs() + 1e-30).sum())
+            tolerance = 2 ** -8 * expected.abs() + 1e-30
+            num_wrong += int(((new[name].float() - expected).abs() > tolerance).sum())
         dtypes |= {f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in new.items()}
     world.leave_world()
     sizes = [(shard.main.numel(), isinstance(shard.inner, HostAdamW)) for shard in trainer.optimizer.shards]
-    return {"wrong": wrong, "dtypes": sorted(dtypes), "loss": loss,
-            "on the host": sum(n for n, there in sizes if there) / sum(n for n, _ in sizes)}
+    return {"wrong": num_wrong, "dtypes": sorted(dtypes), "loss": loss,
+            "on the host": sum(n for n, on_host in sizes if on_host) / sum(n for n, _ in sizes)}
 
 
 def record_weight_quantization(recipe: str, settings: list[str], path: str) -> list[bool]:
-    """Train two steps with an evaluation between. Return `is_first_microbatch` of the first linear layer for
-    each training pass: whether the layer quantizes its weight again."""
+    """Train two steps with an evaluation between them. Return for each forward pass of training whether the
+    first linear layer quantizes its weight again (`is_first_microbatch`)."""
     trainer = _trainer(recipe, settings, path)
     flags: list[bool] = []
 
@@ -280,6 +284,9 @@ def _bytes(tensor: torch.Tensor) -> bytes:
 
 def _hash_checkpoint(path: Path) -> dict[str, str]:
     """Return the hash of every tensor in a checkpoint."""
-    readers = [TensorReader(path, part) for part in ("model", "optimizer")]
-    return {key: hashlib.sha256(_bytes(reader.read(key))).hexdigest()
-            for reader, keys in ((reader, reader.keys()) for reader in readers) for key in keys}
+    hashes = {}
+    for part in ("model", "optimizer"):
+        reader = TensorReader(path, part)
+        keys = reader.keys()
+        hashes |= {key: hashlib.sha256(_bytes(reader.read(key))).hexdigest() for key in keys}
+    return hashes

@@ -1,4 +1,4 @@
-"""Training steps in ranks, with models of Transformer Engine modules from the double."""
+"""Training steps on several ranks, with models of Transformer Engine modules from the double."""
 
 import functools
 import inspect
@@ -28,20 +28,20 @@ def count_modules_and_products(recipe: str, settings: list[str], paths: list[str
 
 
 def record_calls(recipe: str, settings: list[str], paths: list[str]) -> list[list[Any]]:
-    """Train one step; return every call of a name in the contract: [name, method or None, positional
-    arguments, keywords]."""
+    """Train one step. Return the different calls of names in the contract, each as [name, method or None,
+    number of positional arguments, keywords]."""
     contract = json.loads(CONTRACT.read_text())
     calls: set[tuple[Any, ...]] = set()
     for name, shape in contract["transformer_engine"]["symbols"].items():
         home, _, last = name.rpartition(".")
-        result = getattr(sys.modules.get(home), last, None)
-        if isinstance(shape, dict) and isinstance(result, type):
+        value = getattr(sys.modules.get(home), last, None)
+        if isinstance(shape, dict) and isinstance(value, type):
             for method in shape:
-                function = inspect.getattr_static(result, method, None)
+                function = inspect.getattr_static(value, method, None)
                 if inspect.isfunction(function) and function.__module__.startswith("transformer_engine"):
-                    setattr(result, method, _recorder(function, (name, method), calls, bound=True))
-        elif inspect.isfunction(result):
-            _replace_everywhere(result, _recorder(result, (name, None), calls, bound=False))
+                    setattr(value, method, _recorder(function, (name, method), calls, bound=True))
+        elif inspect.isfunction(value):
+            _replace_everywhere(value, _recorder(value, (name, None), calls, bound=False))
     trainer = layout_run.build_trainer(layout_run.build_small_config(recipe, settings, paths, "lm"))
     train_step(trainer)
     world.leave_world()
@@ -49,8 +49,9 @@ def record_calls(recipe: str, settings: list[str], paths: list[str]) -> list[lis
 
 
 def compare_permutations_without_tokens() -> list[Any]:
-    """Route all tokens to the experts of the first process. Return the largest differences of outputs and
-    input gradients between fused and unfused permutations, relative to the largest value."""
+    """Route all tokens to the experts of the first process, so that the second has none. Return the largest
+    differences of outputs and of input gradients between fused and unfused permutations, relative to the
+    largest value."""
     import torch
     from megatron.core.transformer.moe.moe_layer import MoELayer
 
@@ -67,19 +68,24 @@ def compare_permutations_without_tokens() -> list[Any]:
     for weight in layer.parameters():
         torch.nn.init.normal_(weight, std=0.1)
     layer.router.expert_bias[:2] = 100  # experts 0 and 1, of process 0
-    found = []
-    for layer.config.moe_permute_fusion in (True, False):
+    results = []
+    for is_fused in (True, False):
+        layer.config.moe_permute_fusion = is_fused
         x = torch.linspace(-1, 1, 3 * config.model.hidden_size).bfloat16().view(3, 1, -1).requires_grad_()
         y = layer(x)[0]
         y.float().square().sum().backward()
-        found.append((y, x.grad))
+        results.append((y, x.grad))
     world.leave_world()
-    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*found, strict=True)]
+    return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True)]
 
 
 def train_overloaded(settings: list[str], paths: list[str]) -> list[Any]:
-    """Train two steps in which routers send all tokens to the first process's experts. Return the losses, the
-    gradient norm, the spilled passes of both steps, and the bytes that experts saved on the device."""
+    """Train two steps in which routers send all tokens to the first process's experts.
+
+    Returns:
+        [loss, gradient norm] of each step, sum of all weights' magnitudes, number of spilled passes of each
+        step, and whether this process has the overloaded experts.
+    """
     import torch
 
     config = layout_run.build_small_config("tiny-solar-open", settings, paths, "lm")
@@ -100,6 +106,7 @@ def train_overloaded(settings: list[str], paths: list[str]) -> list[Any]:
 
 
 def _recorder(function: Any, name: tuple[str, str | None], calls: set[Any], *, bound: bool) -> Any:
+    """Return a function that adds its call to `calls`, and calls `function`; `bound`: a method."""
     @functools.wraps(function)
     def recorded(*args: Any, **kwargs: Any) -> Any:
         calls.add((*name, len(args) - bound, tuple(sorted(kwargs))))

@@ -1,4 +1,4 @@
-"""Models of Transformer Engine modules compute the same as local models, at every layout.
+"""Models of Transformer Engine modules compute the same as "local" models of torch modules, at every layout.
 
 A double replaces Transformer Engine: the tests cover assembly, splitting, wrapping, updates and checkpoints
 of models configured as on a GPU, not the real kernels.
@@ -16,6 +16,7 @@ TE_RUN = str(Path(__file__).with_name("te_run.py"))
 LAYOUT_RUN = str(Path(__file__).parents[1] / "layouts" / "layout_run.py")
 TP2 = ["parallel.tp=2", "parallel.sp=true"]
 LAYOUTS = {"TP2+SP x EP2": (2, [*TP2, "parallel.ep=2"])}
+"""Name -> (number of processes, settings)."""
 FURTHER = {
     "EP2 x ZeRO-1, passes overlapped": (2, [
         "parallel.ep=2", "parallel.zero1=true", "parallel.expert_overlap=micro_batches",
@@ -46,8 +47,9 @@ def test_models_consist_of_transformer_engine_modules(te_ranks: Any, job: Any, p
     assert found["modules"]["TEDotProductAttention"] == 4
     assert found["modules"]["TEColumnParallelGroupedLinear"] == 2
     assert found["optimizers"] == ["FusedAdam"]
-    # 4 micro-batches; attention and a dense MLP have two products each: 2 * 4 in the dense layer and the MTP
-    # layer; 2 + 4 * 2 in an MoE layer; 2 * 2 for the shared experts; 1 for the MTP projection
+    # Each of 4 micro-batches has two products in every attention and in every dense MLP: 2 * 4 in the dense
+    # layer and the MTP layer, 2 * (2 + 4 * 2) in two MoE layers of 4 experts, 2 * 2 in their shared experts;
+    # and one in the MTP projection.
     products = 4 * (2 * 4 + 2 * (2 + 4 * 2) + 2 * 2 + 1)
     assert found["products"] == {"fprop": products, "dgrad": products, "wgrad": products}
 
@@ -69,9 +71,11 @@ def test_overloaded_experts_spill_to_the_host_with_equal_losses(te_ranks: Any, j
     stored, spilled = te_ranks(*(job(TE_RUN, "train_overloaded", 2, {
         "settings": [*settings, *more], "paths": [str(packed_data.text)]})
         for more in ([], ["gpu.expert_spill=1.5"])))
-    for before, after in zip(stored, spilled, strict=True):
-        assert before[:2] == after[:2]
-        assert before[2] == [0, 0] and all((count > 0) == after[3] for count in after[2])
+    for without_spill, with_spill in zip(stored, spilled, strict=True):
+        losses_and_weights, num_spilled, is_overloaded = with_spill[:2], *with_spill[2:]
+        assert without_spill[:2] == losses_and_weights
+        assert without_spill[2] == [0, 0]
+        assert all((count > 0) == is_overloaded for count in num_spilled)
 
 
 @pytest.mark.distributed
@@ -91,8 +95,8 @@ def test_a_router_multiplies_in_transformer_engine(te_ranks: Any, job: Any, pack
                          ids=["tensors and experts", "further"])
 def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any, packed_data: Any,
                                             tmp_path: Path, layouts: dict[str, Any]) -> None:
-    """Compare losses, gradient norms, weights and moments of two steps from the same weights, and of a step
-    from the checkpoint of the other kind of model."""
+    """Local and Transformer Engine models agree in losses, gradient norms, weights and moments: in two steps
+    from the same weights, and in a step from the other model's checkpoint."""
 
     def build_job(reference: str, *layout: str, nproc: int = 1, is_reference: bool = False) -> Any:
         return job(LAYOUT_RUN, "train_and_continue", nproc, {
@@ -104,7 +108,7 @@ def test_every_layout_and_either_checkpoint(ranks: Any, te_ranks: Any, job: Any,
                                           for nproc, settings in layouts.values())), strict=True))
     if layouts == FURTHER:
         te_ranks(build_job("te", *TP2, nproc=2, is_reference=True))
-        others["the other way round"], = ranks(build_job("te"))
+        others["local, from the checkpoint of te"], = ranks(build_job("te"))
     assert local["scratch"][0]["loss"] > local["scratch"][-1]["loss"]
     problems = [problem for name, per_rank in others.items()
                 for problem in compare_runs(name, per_rank, local)[1]]
@@ -122,15 +126,15 @@ def test_every_gradient_and_every_name(ranks: Any, te_ranks: Any, job: Any, pack
                                        recipe: str, settings: list[str]) -> None:
     """Compare the gradient and the name of every weight; tiny-qwen2 has biases and no experts."""
     arguments = {"recipe": recipe, "paths": [str(packed_data.text)], "objective": "lm"}
-    found = []
+    losses = []
     for kind, run, nproc, layout in (("local", ranks, 1, []), ("te", te_ranks, 2, TP2)):
         out = str(tmp_path / kind)
-        found.append(run(job(LAYOUT_RUN, "compute_first_batch", nproc, {
+        losses.append(run(job(LAYOUT_RUN, "compute_first_batch", nproc, {
             **arguments, "settings": [*FP64, *settings, *layout], "out": out}))[0][0]["loss"])
-    assert compute_difference(*found) < 1e-12
+    assert compute_difference(*losses) < 1e-12
     for part in ("weights", "gradients"):
         local, te = (TensorReader(tmp_path / kind / part, "model") for kind in ("local", "te"))
         keys = list(local.keys())
         assert sorted(te.keys()) == sorted(keys)
-        far = {key: compute_difference(te.read(key).numpy(), local.read(key).numpy()) for key in keys}
-        assert max(far.values()) < 1e-12, far
+        differences = {key: compute_difference(te.read(key).numpy(), local.read(key).numpy()) for key in keys}
+        assert max(differences.values()) < 1e-12, differences

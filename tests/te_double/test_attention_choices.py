@@ -33,9 +33,10 @@ def draw_states() -> torch.Tensor:
     return torch.randn(16, 4, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(3))
 
 
-@pytest.mark.parametrize(("keeps", "decisions"), [(False, 7), (True, 3)])
+# of the 8 calls below, the first 7 choose a pair of length and window 7, or 3 different times
+@pytest.mark.parametrize(("caches_all", "decisions"), [(False, 7), (True, 3)])
 def test_attention_decisions_are_cached_per_window_and_length(te: Any, monkeypatch: pytest.MonkeyPatch,
-                                                              keeps: bool, decisions: int) -> None:
+                                                              caches_all: bool, decisions: int) -> None:
     """Transformer Engine caches one decision and queries cuDNN again when documents, window or length change,
     as between layers with different attention. `cache_attention_decisions` caches all decisions; a change of
     the environment variables needs a new one."""
@@ -43,7 +44,7 @@ def test_attention_decisions_are_cached_per_window_and_length(te: Any, monkeypat
 
     monkeypatch.setattr(utils, "get_attention_backend",
                         lambda call: te.backends.choose_backend(call, te.machine.CHIP))
-    if keeps:
+    if caches_all:
         cache_attention_decisions(utils)
         cache_attention_decisions(utils)  # every model calls it, so a second call must not matter
     q, bound = draw_states(), torch.tensor([0, 5, 6, 15, 16], dtype=torch.int32)
@@ -79,12 +80,12 @@ def test_one_decision_about_attention_serves_rows_of_many_documents(te: Any) -> 
 
 def test_the_unfused_attention_gets_no_more_than_a_row_has(te: Any) -> None:
     """Unfused attention allocates scores of documents x longest x longest, so an empty document costs as much
-    as the longest. Only with `bucketed` are documents and length rounded up: (3, 5) to (4, 8)."""
+    as the longest. Only with `bucketed`, number of documents and length are rounded up: (3, 5) to (4, 8)."""
     bound = torch.tensor([0, 5, 10, 15], dtype=torch.int32)
     sizes = []
     for bucketed in (True, False):
         packed = pack_documents(bound, 5, 15, own=False, bucketed=bucketed)
         sizes.append((len(packed.cu_seqlens_q) - 1, packed.max_seqlen_q))
-        again = PackedDocuments(bounds=bound, longest_tokens=5, row_tokens=15, bucketed=bucketed).unsplit
-        assert (len(again.cu_seqlens_q) - 1, again.max_seqlen_q) == sizes[-1]
+        unsplit = PackedDocuments(bounds=bound, longest_tokens=5, row_tokens=15, bucketed=bucketed).unsplit
+        assert (len(unsplit.cu_seqlens_q) - 1, unsplit.max_seqlen_q) == sizes[-1]
     assert sizes == [(4, 8), (3, 5)]

@@ -35,7 +35,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
     # the library reads the dtype of the captured weights
     "split experts": ("tiny-k-exaone", 2, ("model.num_layers=3", "parallel.tp=2", "parallel.sp=true",
                                            "parallel.etp=2"), {"steps": 2}, [2 * 2 * 4] * 2),
-    "hidden sums and gathers": ("tiny-solar-open", 2, (
+    "overlapped sums and gathers": ("tiny-solar-open", 2, (
         "model.num_layers=2", "parallel.ep=2", "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
         "parallel.overlap_param_gather=true"), {"steps": 2}, [2 * 2 * 2] * 2),
     "router alone": ("tiny-qwen3-moe", 1, ("model.num_layers=2", "gpu.permute_fusion=off"),
@@ -44,7 +44,7 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
                                       "train.fp8_bf16_layers_at_end=1", "train.recompute=selective",
                                       'gpu.recompute_modules=["layernorm"]'),
                {"quantizes": True, "steps": 2}, [2 * 2 * 2] * 2),
-    # a graph per micro-batch; a third one computes the weight gradients of shared experts
+    # a third graph per micro-batch computes the weight gradients of shared experts
     "overlapped messages": ("tiny-solar-open", 2, (
         *OVERLAP, "model.num_layers=3", "parallel.zero1=true", "parallel.overlap_grad_reduce=true",
         "parallel.overlap_param_gather=true", "parallel.delay_weight_grads=true",
@@ -56,8 +56,8 @@ CASES: dict[str, tuple[str, int, tuple[str, ...], dict[str, Any], list[int]]] = 
         "parallel.pipeline_layout=[2,2,1,1]", "model.mtp_experts=true", "train.recompute=selective",
         'gpu.recompute_modules=["layernorm"]'), {"graphs": ROUTER_ONLY, "steps": 2}, [2 * 2 * 4] * 2),
 }
-"""(recipe, processes, settings, arguments of `train_twice`, replayed passes of each step on process 0).
-The passes are 2 (forward and backward) x layers x micro-batches."""
+"""Name -> (recipe, processes, settings, arguments of `train_twice`, replayed graphs of each step on process
+0: 2 (forward and backward) or 3 x its layers with graphs x micro-batches)."""
 
 
 def train_twice(recipe: str, settings: list[str], path: str, *, graphs: str = GRAPHS, steps: int = 3,
@@ -81,7 +81,7 @@ def train_and_hash(recipe: str, settings: list[str], path: str, steps: int,
     """Train, and return the results.
 
     Returns:
-        steps: the results of `layout_run.run_step`, with balancing losses and the number of replayed passes.
+        steps: the results of `layout_run.run_step`, with balancing losses and the number of replayed graphs.
         alone: hash of the local gradients of one more batch's first micro-batch.
         weights: hash of the final weights and buffers.
         padding: number of padding tokens in all rows.
@@ -98,37 +98,39 @@ def train_and_hash(recipe: str, settings: list[str], path: str, steps: int,
 
     random._get_cuda_rng_state = get_state_outside_captures
     operators: Any = recording.CapturedOperators
-    replay, replays = operators.replay, [0]
+    replay, num_replays = operators.replay, 0
 
     def count_and_replay(self: Any) -> None:
-        replays[0] += 1
+        nonlocal num_replays
+        num_replays += 1
         replay(self)
 
     operators.replay = count_and_replay
     config = (quantized_run.build_config(recipe, settings, path) if quantizes
               else layout_run.build_small_config(recipe, settings, [path], "lm"))
     trainer = layout_run.build_trainer(config)
-    compute_gradients, padding = trainer.forward_backward.compute_gradients, [0]
+    compute_gradients, num_padding = trainer.forward_backward.compute_gradients, 0
 
     def count_padding(batch: Any, *others: Any) -> Any:
-        padding[0] += sum(int(m.inputs.padding.sum()) for m in batch.micro_batches)
+        nonlocal num_padding
+        num_padding += sum(int(m.inputs.padding.sum()) for m in batch.micro_batches)
         return compute_gradients(batch, *others)
 
     trainer.forward_backward.compute_gradients = count_padding  # type: ignore[method-assign]
-    found = []
+    results = []
     for _ in range(steps):
-        replays[0] = 0
-        found.append(layout_run.run_step(trainer))
+        num_replays = 0
+        result = layout_run.run_step(trainer)
         losses = trainer.model.config.routing_step.aux_loss
-        found[-1] |= {"replays": replays[0],
-                      "balancing": {layer: float(loss) for layer, loss in sorted(losses.items())}}
+        balancing = {layer: float(loss) for layer, loss in sorted(losses.items())}
+        results.append(result | {"replays": num_replays, "balancing": balancing})
     batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, steps))
     trainer.forward_backward.compute_local_gradients(batch, trainer.objective, steps + 1, 0)
     alone = hash_tensors(p.main_grad for p in trainer.model.parameters())
     weights = hash_tensors([*trainer.model.parameters(), *trainer.model.buffers()])
     operators.replay = replay
     world.leave_world()
-    return {"steps": found, "alone": alone, "weights": weights, "padding": padding[0]}
+    return {"steps": results, "alone": alone, "weights": weights, "padding": num_padding}
 
 
 def hash_tensors(tensors: Any) -> str:
@@ -155,7 +157,7 @@ def test_losses_counts_biases_and_weights_have_the_bits_of_a_run_without(te_rank
 
 
 def test_overridden_methods_exist_in_the_library() -> None:
-    """If the library renamed a method, the override would never run and the padding mask would be lost."""
+    """If the library renamed a method, its override would never run, and the padding mask would be lost."""
     ours = {name for name, value in vars(graphs.build_graphed_layer(BlockOutputLayer)).items()
             if callable(value)}
     assert len(ours) == 4 and all(hasattr(BlockOutputLayer, name) for name in ours)
@@ -163,7 +165,7 @@ def test_overridden_methods_exist_in_the_library() -> None:
 
 def test_graphs_serve_the_passes_that_they_were_captured_of(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs serve only whole steps, because the partial step of a probe has other micro-batches in flight,
-    and only without `table`, `shared` and `record` of `RoutingStep`, which graphs do not read."""
+    and only while `RoutingStep` has no `table`, `shared` and `record`, which graphs do not read."""
     step, captures = RoutingStep(), []
 
     class Layer:
@@ -175,8 +177,8 @@ def test_graphs_serve_the_passes_that_they_were_captured_of(monkeypatch: pytest.
     monkeypatch.setattr(router_graphs, "_capture", lambda *sizes: captures.append(sizes))
     layer, served = graphs.build_graphed_layer(Layer)(), []
     layer.cuda_graphs = ["graph"]
-    for count, whole in ((4, True), (1, False), (4, True), (8, True)):
-        router_graphs.prepare(64, 32, count, whole=whole)
+    for num_micro_batches, whole in ((4, True), (1, False), (4, True), (8, True)):
+        router_graphs.prepare(64, 32, num_micro_batches, whole=whole)
         served.append(layer.cuda_graphs)
     assert (captures, served) == ([(64, 4), (64, 8)], [["graph"], [], ["graph"], ["graph"]])
     for name in ("table", "shared", "record"):

@@ -11,10 +11,10 @@ CLASSES = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScalin
            "mxfp8": "MXFP8BlockScaling", "nvfp4": "NVFP4BlockScaling"}
 EXPERTS, MICRO_BATCHES = 8, 2
 ATTENTION, MLP = 2, 2
-"""Number of linear layers: QKV and output projection; gate-and-up and down projection."""
+"""Linear layers of attention (QKV, output projection) and of an MLP (gate-and-up, down projection)."""
 DENSE_LAYER = ATTENTION + MLP
 MOE_LAYER = ATTENTION + (EXPERTS + 1) * MLP
-"""Linear layers with a shared expert."""
+"""Linear layers of a layer with routed experts and a shared expert."""
 PREDICTION_LAYER = 1 + DENSE_LAYER
 """Linear layers of the MTP layer: a projection of two states to one, and a dense layer."""
 
@@ -24,7 +24,7 @@ def test_which_products_are_quantised(te_ranks: Any, job: Any, packed_data: Any)
     """All linear layers are quantized except those of the bf16 layers at both ends, in the forward and both
     backward products; never norms, router, attention, embedding or head.
 
-    Cases: (linear layers in bf16 at the start, quantized ones, ones in bf16 at the end).
+    Cases: numbers of linear layers (in bf16 at the start, quantized, in bf16 at the end).
     """
     cases = {("tiny-k-exaone", "blockwise"): (DENSE_LAYER, 2 * MOE_LAYER + PREDICTION_LAYER, MOE_LAYER),
              ("tiny-k-exaone", "nvfp4"): (DENSE_LAYER + PREDICTION_LAYER, 2 * MOE_LAYER, MOE_LAYER)}

@@ -16,7 +16,7 @@ from tokenizer.mixture import (
 
 
 def build_sizes(buckets: dict[int, int]) -> GroupSizes:
-    """Return the sizes of a group with these bytes by bucket, in one document per bucket."""
+    """Return the sizes of a group from bucket -> bytes, with one document per bucket."""
     row = np.zeros(NUM_BUCKETS, np.int64)
     row[list(buckets)] = list(buckets.values())
     return GroupSizes(len(buckets), int(row.sum()), row)
@@ -26,6 +26,7 @@ def test_input_arguments(tmp_path: Path) -> None:
     assert parse_input("a/b.txt") == SourceGroup("a/b.txt", (Path("a/b.txt"),))
     assert parse_input("a/b.txt:2.5") == SourceGroup("a/b.txt", (Path("a/b.txt"),), 2.5)
     assert parse_input("ko=a/b.txt:2") == SourceGroup("ko", (Path("a/b.txt"),), 2)
+    # no number after the colon: a path
     assert parse_input("C:stuff") == SourceGroup("C:stuff", (Path("C:stuff"),))
     for name in ("x:2", "k=v"):
         (tmp_path / name).write_text("a name with a colon or an equals sign")
@@ -74,15 +75,15 @@ def test_weighted_groups_share_bytes_and_others_are_unchanged() -> None:
 @given(st.dictionaries(st.integers(0, NUM_BUCKETS - 1), st.integers(1, 20_000), min_size=1, max_size=50),
        st.floats(0.001, 5))
 def test_a_share_comes_nearest_and_is_never_empty(buckets: dict[int, int], factor: float) -> None:
-    result = build_sizes(buckets)
-    share = choose_share(result, factor)
-    assert sum(share.count_passes(b) * n for b, n in buckets.items()) == count_share_bytes(result, share) > 0
-    assert abs(count_share_bytes(result, share) - factor * result.num_bytes) <= max(buckets.values())
+    sizes = build_sizes(buckets)
+    share = choose_share(sizes, factor)
+    assert sum(share.count_passes(b) * n for b, n in buckets.items()) == count_share_bytes(sizes, share) > 0
+    assert abs(count_share_bytes(sizes, share) - factor * sizes.num_bytes) <= max(buckets.values())
 
 
 def test_a_smaller_share_is_a_part_of_a_larger_one() -> None:
-    result = build_sizes(dict.fromkeys(range(0, NUM_BUCKETS, 64), 100))
-    assert [choose_share(result, f) for f in (0.25, 0.5, 1, 2.5)] == [
+    sizes = build_sizes(dict.fromkeys(range(0, NUM_BUCKETS, 64), 100))
+    assert [choose_share(sizes, f) for f in (0.25, 0.5, 1, 2.5)] == [
         GroupShare(0, 16321), GroupShare(0, 32705), GroupShare(1, 0), GroupShare(2, 32705)]
 
 
@@ -133,7 +134,7 @@ def test_sizes_of_groups_are_measured_once(corpus: Path, tmp_path: Path) -> None
     (tmp_path / "work").mkdir()
 
     def measure(units: list[CountUnit]) -> list[int]:
-        """Return documents, bytes, and the sum of the buckets' bytes of each group."""
+        """Return per group the number of documents, the bytes, and the sum of the buckets' bytes."""
         read_bytes: list[int] = []
         result = measure_groups(groups, units, tmp_path / "work", 1, read_bytes.append)
         assert sum(read_bytes) == sum(f.stat().st_size for f in [*corpus.iterdir(), corpus / "0.jsonl"])

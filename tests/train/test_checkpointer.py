@@ -1,5 +1,5 @@
-"""Starting a run: weights of media encoders from Hugging Face folders, and settings of the base's
-tokenizer."""
+"""Start of a run: weights of media encoders from Hugging Face folders, and tokenizer settings of the base
+model."""
 
 import dataclasses
 import json
@@ -41,8 +41,8 @@ def siglip(tmp_path: Path) -> Path:
 def test_every_tensor_is_loaded_by_its_name(siglip: Path) -> None:
     files, names = open_encoder(siglip, VISION, build_model_config(vision=SIGLIP))
     stored = load_file(siglip / "model.safetensors")
-    assert len(names) == len({*names.values()}) == sum(not name.startswith(("head.", "vision_model.head."))
-                                                       for name in stored)
+    encoder_names = [name for name in stored if not name.startswith(("head.", "vision_model.head."))]
+    assert len(names) == len({*names.values()}) == len(encoder_names)
     name = names["vision.encoder.embeddings.patch_embedding.weight"]
     assert files[name].read(name).equal(stored[name])
 
@@ -72,14 +72,14 @@ def test_another_encoder_is_refused(siglip: Path, change: dict[str, Any], messag
 
 def test_two_encoders_are_refused(siglip: Path) -> None:
     stored = load_file(siglip / "model.safetensors")
-    two_encoders = {prefix + name: tensor.clone() for prefix in ("a.", "b.") for name,
-                    tensor in stored.items()}
+    two_encoders = {prefix + name: tensor.clone() for prefix in ("a.", "b.")
+                    for name, tensor in stored.items()}
     save_file(two_encoders, siglip / "model.safetensors")
     with pytest.raises(UserError, match="holds 2 encoders"):
         open_encoder(siglip, VISION, build_model_config(vision=SIGLIP))
 
 
-# A run has the tokenizer of its data; further settings come from the tokenizer folder of its base model.
+# A run's tokenizer is that of its data; the other tokenizer files come from the folder of its base model.
 
 VOCAB = {"model": {"vocab": {"<s>": 0, "</s>": 1, "<end>": 2}}}
 BASE = {"tokenizer.json": VOCAB, "generation_config.json": {"eos_token_id": 1, "top_p": 0.9},
@@ -88,16 +88,19 @@ BASE = {"tokenizer.json": VOCAB, "generation_config.json": {"eos_token_id": 1, "
 IMPORTED = {"tokenizer.json": VOCAB, "tokenizer_config.json": {
     "eos_token": "</s>", "pad_token": "</s>", "chat_template": "{{ x }}",
     "tokenizer_class": "PreTrainedTokenizerFast"}}
+"""Files as `sov-tokenizer import` writes them for the tokenizer of `BASE`."""
 
 
 def write_files(folder: Path, files: dict[str, Any], **more_files: Any) -> Path:
     folder.mkdir()
     for name, content in (files | more_files).items():
+        # white space differs between folders, and must not matter
         (folder / name).write_text(json.dumps(content, indent=len(files) % 3))
     return folder
 
 
 def read_companions(start: Path, data: Path) -> dict[str, Any]:
+    """Return the tokenizer files of a run's checkpoints besides `tokenizer.json`, parsed."""
     return {name: json.loads(content) for name, content in _read_companions(start, data).items()}
 
 

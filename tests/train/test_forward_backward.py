@@ -29,7 +29,7 @@ BuildRun = Callable[..., Any]
 
 @pytest.fixture
 def build_run(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[BuildRun]:
-    """Return `build_run(*settings, faults, data)`, which builds a small trainer and collects its first
+    """Return `build_run(*settings, faults, data)`: builds a small trainer; returns its parts and its first
     batch."""
     trainers = []
 
@@ -39,9 +39,7 @@ def build_run(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[BuildRun
         batch = trainer.objective.prepare(trainer.objective.collect(trainer.policy, 0))
         return SimpleNamespace(
             forward_backward=trainer.forward_backward, objective=trainer.objective, batch=batch,
-            model=trainer.model,
-            seed=trainer.config.train.seed,
-            load=trainer.expert_load.gather)
+            model=trainer.model, seed=trainer.config.train.seed, load=trainer.expert_load.gather)
 
     yield build
     for trainer in trainers:
@@ -49,7 +47,7 @@ def build_run(alone: Any, packed_data: Any, tmp_path: Path) -> Iterator[BuildRun
 
 
 def flatten_sums(sums: Any) -> torch.Tensor:
-    """Return the sums of all terms and sources of a step, as one vector."""
+    """Return a step's sums over terms and over sources, joined into a vector."""
     return torch.cat([torch.tensor(list(sums.terms.values()), dtype=torch.float64), sums.by_source.flatten()])
 
 
@@ -66,10 +64,11 @@ def test_gradients_and_sums_do_not_depend_on_micro_batches(build_run: BuildRun) 
         sums = run.forward_backward.compute_gradients(run.batch, run.objective, 1)
         results.append((flatten_sums(sums), copy_gradients(run.model)))
         assert run.forward_backward.is_finite
+    first_sums, first_gradient = results[0]
     for sums, gradient in results[1:]:
-        torch.testing.assert_close(sums, results[0][0], rtol=1e-6, atol=0)
-        torch.testing.assert_close(gradient, results[0][1], rtol=1e-3, atol=1e-6)
-    assert results[0][1].abs().max() > 1e-3
+        torch.testing.assert_close(sums, first_sums, rtol=1e-6, atol=0)
+        torch.testing.assert_close(gradient, first_gradient, rtol=1e-3, atol=1e-6)
+    assert first_gradient.abs().max() > 1e-3
 
 
 def test_sums_are_terms_then_loss_and_targets_of_each_source(build_run: BuildRun) -> None:
@@ -91,6 +90,7 @@ def test_meters_do_not_depend_on_micro_batches(build_run: BuildRun) -> None:
 
         def loss(hidden: Any, head: Any, batch: Any, original_loss: Any = original_loss) -> Any:
             odd = (batch.labels % 2 * batch.weights).sum()
+            # meters are (sum, count); the mean is reported, and nothing for a count of 0
             return dataclasses.replace(original_loss(hidden, head, batch), meters={
                 "odd": (odd, batch.weights.sum()), "never": (0.0, 0), "rows": (3.0, 2)})
 
@@ -138,13 +138,15 @@ def test_routes_of_data_are_replayed_and_their_share_is_reported(build_run: Buil
         run = build_run("train.micro_batch_size=2", data=data)
         sums = run.forward_backward.compute_gradients(run.batch, run.objective, 1)
         results[name] = sums.terms["lm"], sums.meters
+    # of the last run, with recorded routes
     routes = np.concatenate([m.inputs.routes for m in run.batch.micro_batches])
     padding = np.concatenate([m.inputs.padding.numpy() for m in run.batch.micro_batches])
-    share = float((routes[~padding] != 255).mean())
+    share = float((routes[~padding] != 255).mean())  # 255 marks a token without recorded routes
     assert 0.6 < share < 0.9
-    assert results["live"][1] == {} and results["recorded"][1] == {"replayed_routes": pytest.approx(share)}
-    assert results["unknown"] == (results["live"][0], {"replayed_routes": 0.0})
-    assert abs(results["recorded"][0] / results["live"][0] - 1) > 1e-5, "random experts compute another loss"
+    (live_loss, live_meters), (recorded_loss, recorded_meters) = results["live"], results["recorded"]
+    assert live_meters == {} and recorded_meters == {"replayed_routes": pytest.approx(share)}
+    assert results["unknown"] == (live_loss, {"replayed_routes": 0.0})
+    assert abs(recorded_loss / live_loss - 1) > 1e-5, "random experts compute another loss"
 
 
 def test_a_non_finite_loss_is_attributed_to_its_process(build_run: BuildRun) -> None:
@@ -158,6 +160,7 @@ def test_a_non_finite_loss_is_attributed_to_its_process(build_run: BuildRun) -> 
 
 
 def test_repeated_passes_are_equal_despite_dropout_and_have_no_side_effect(build_run: BuildRun) -> None:
+    """`compute_local_gradients` computes a part of the batch twice, as turn 0 and turn 1."""
     settings = ("train.micro_batch_size=2", "train.hidden_dropout=0.2")
     repeated, single = build_run(*settings), build_run(*settings)
     gradients_by_turn = []
@@ -165,15 +168,15 @@ def test_repeated_passes_are_equal_despite_dropout_and_have_no_side_effect(build
         repeated.forward_backward.compute_local_gradients(repeated.batch, repeated.objective, 1, turn)
         gradients_by_turn.append(copy_gradients(repeated.model))
     assert torch.equal(gradients_by_turn[0], gradients_by_turn[1])
-    sums_after_repetition = flatten_sums(repeated.forward_backward.compute_gradients(repeated.batch,
-                                                                                     repeated.objective, 1))
+    sums_after_repetition = flatten_sums(
+        repeated.forward_backward.compute_gradients(repeated.batch, repeated.objective, 1))
     rng.seed_step(single.seed, 0)
     single_sums = flatten_sums(single.forward_backward.compute_gradients(single.batch, single.objective, 1))
     assert torch.equal(single_sums, sums_after_repetition)
     assert torch.equal(copy_gradients(single.model), copy_gradients(repeated.model))
     assert torch.equal(single.load(), repeated.load()), "experts are counted once"
-    assert not torch.equal(copy_gradients(repeated.model),
-                           gradients_by_turn[0]), "one turn has only a part of the batch"
+    assert not torch.equal(copy_gradients(repeated.model), gradients_by_turn[0]), (
+        "a turn has only a part of the batch")
 
 
 def test_a_flipped_bit_in_the_repeated_pass_is_detected(build_run: BuildRun) -> None:

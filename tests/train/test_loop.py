@@ -14,7 +14,11 @@ from megatron_sov.train.trainer import CurrentWork
 
 
 class RecordingTrainer:
-    """Stands for a trainer and its parts; `actions` has the loop's calls, as "action step"."""
+    """Stands for a trainer and its parts; `actions` has the loop's calls, as "action step".
+
+    `watched` is the step that the watchdog times, or None. `skipped` are steps whose `train_step` learns
+    nothing. The run is asked to stop from step `stop_after` on.
+    """
 
     def __init__(self, num_steps: int, step: int = 0, skipped: tuple[int, ...] = (), **settings: int) -> None:
         self.skipped = skipped
@@ -255,7 +259,7 @@ def test_remaining_time_is_predicted_from_earlier_work(monkeypatch: pytest.Monke
         work.begin(kind, f"{kind} {number}")
         description, now_s = work.describe(), now_s + seconds
     assert description == "step 5 (about 5 min 0 s)"
-    work.begin("step", "step 5")  # which goes on
+    work.begin("step", "step 5")  # the same work goes on: 300 s expected (upper quartile), 40 s over
     assert work.describe() == "step 5 (about 4 min 20 s)"
     now_s += 1000
     assert work.describe() == "step 5 (about 1.0 s)"

@@ -45,12 +45,11 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
     labels = np.roll(tokens, -1)
     ends = np.array(BOUNDS[1:]) - 1
     labels[ends], weights[ends] = 0, 0
-    batch = build_micro_batch(PackedRow(tokens=tokens, labels=labels, weights=weights,
-                                        types=np.zeros(n, np.uint8),
-                                        sources=np.zeros(n, np.int64),
-                                        positions=np.concatenate([
-                                            np.arange(b - a) for a, b in itertools.pairwise(BOUNDS)]),
-                                        padding=np.zeros(n, bool), bounds=np.array(BOUNDS, np.int32)))
+    positions = np.concatenate([np.arange(b - a) for a, b in itertools.pairwise(BOUNDS)])
+    batch = build_micro_batch(PackedRow(
+        tokens=tokens, labels=labels, weights=weights, types=np.zeros(n, np.uint8),
+        sources=np.zeros(n, np.int64), positions=positions, padding=np.zeros(n, bool),
+        bounds=np.array(BOUNDS, np.int32)))
     logits = [torch.randn(n, VOCAB, generator=torch.Generator().manual_seed(depth))
               for depth in range(depths + 1)]
     expected = num_targets = 0.0
@@ -62,10 +61,10 @@ def test_every_depth_predicts_one_token_further_on_in_the_same_document(depths: 
             expected -= weight * float(logits[depth][position].log_softmax(-1)[target])
     objective = build_objective(depths)
     assert objective._mtp_coefficient == {MTP: 0.3}
-    assert objective._count_mtp_targets([batch,
-                                         batch]) == {MTP: pytest.approx(2 * num_targets)} and num_targets > 3
-    assert (float(objective._compute_mtp_sum(logits, Logits(), batch)[MTP])  # type: ignore[arg-type]
-            == pytest.approx(expected, rel=1e-5))
+    assert objective._count_mtp_targets([batch, batch]) == {MTP: pytest.approx(2 * num_targets)}
+    assert num_targets > 3
+    sums = objective._compute_mtp_sum(logits, Logits(), batch)  # type: ignore[arg-type]
+    assert float(sums[MTP]) == pytest.approx(expected, rel=1e-5)
 
 
 def test_without_prediction_layers_there_is_no_mtp_term() -> None:
@@ -136,7 +135,7 @@ def test_weights_enter_sums_and_the_count_over_the_whole_batch(kind: Any,
         assert sum(int(s.meters[name][1]) for s in sums) == expected_count
 
 
-def test_without_blocks_no_loss_is_measured_or_copied() -> None:
+def test_without_id_blocks_no_loss_is_measured_or_copied() -> None:
     config = recipes.get("tiny-qwen3")
     objective = LanguageModelling(SimpleNamespace(config=config,
                                                 batches=SimpleNamespace(num_sources=1)))  # type: ignore[arg-type]

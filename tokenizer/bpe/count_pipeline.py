@@ -237,6 +237,8 @@ class CountSettings:
 
 @dataclasses.dataclass(frozen=True)
 class UnitCounts:
+    """Word counts and sizes of a `CountUnit`."""
+
     file: Path
     """Arrow file, `NUM_PARTS` record batches (word, count) per run."""
     counted_bytes: int
@@ -349,9 +351,11 @@ def learn_superwords(table: WordTable, vocabulary: Vocabulary, num_tokens: int, 
             across and within words, as published.
         progress: called with the number of new merges.
     """
-    for restricts_merges in (True, False) if only_superwords else (False,):
+    passes = (True, False) if only_superwords else (False,)
+    for restricts_merges in passes:
         if len(vocabulary.tokens) < num_tokens:
-            rule = JoinRule(vocabulary.max_token_bytes, max_words, False, restricts_merges)
+            rule = JoinRule(vocabulary.max_token_bytes, max_words, keeps_words_apart=False,
+                            only_superwords=restricts_merges)
             _learn_merges(_encode_units(table, vocabulary), rule, vocabulary, num_tokens, progress)
 
 

@@ -13,11 +13,16 @@ from numpy.typing import NDArray
 from megatron_sov.base.documents.compiled import jit_compile
 
 END, DEAD = -1, -2
+"""Entries of `MergeStore.symbols` without a token id."""
 COUNT, KEY, START, LENGTH = range(4)
+"""Columns of `MergeStore.heap`."""
 (SIZE_BYTES, WORDS, FIRST_IS_SPACE, LAST_IS_SPACE, ENDS_IN_WORD, BEGINS_NEXT_WORD, SUPERWORD,
  NUM_TRAITS) = range(8)
+"""Columns of `MergeStore.traits`, and their number."""
 HEAP_SIZE, PLACES_SIZE, NUM_TOKENS, NUM_SIZES = range(4)
+"""Indices in `MergeStore.sizes`, and their number."""
 EXHAUSTED, ENOUGH, HEAP_FULL, PLACES_FULL, BYTES_FULL = range(5)
+"""Why `learn_merges` returns."""
 BLOCK_BITS = 8
 _ID_BITS = 32
 _ID_MASK = (1 << _ID_BITS) - 1
@@ -111,11 +116,11 @@ def _may_join(left: NDArray[np.int32], right: NDArray[np.int32], rule: JoinRule)
     num_shared = 0 if left[LAST_IS_SPACE] or right[FIRST_IS_SPACE] else 1
     if rule.max_words and left[WORDS] + right[WORDS] - num_shared > rule.max_words:
         return False
-    next_word = left[ENDS_IN_WORD] and right[BEGINS_NEXT_WORD]
-    if rule.keeps_words_apart and next_word:
+    joins_words = left[ENDS_IN_WORD] and right[BEGINS_NEXT_WORD]
+    if rule.keeps_words_apart and joins_words:
         return False
-    return not rule.only_superwords or bool(
-        left[SUPERWORD] or right[SUPERWORD] or (next_word and right[SIZE_BYTES] > 1))
+    is_superword = left[SUPERWORD] or right[SUPERWORD] or (joins_words and right[SIZE_BYTES] > 1)
+    return not rule.only_superwords or bool(is_superword)
 
 
 @jit_compile
@@ -179,7 +184,8 @@ def _drop_first(store: MergeStore) -> None:
 @jit_compile
 def _add_pairs(store: MergeStore, token: int, token_is_left: bool, neighbours: NDArray[np.int32],
                places: NDArray[np.int32], rule: JoinRule, min_count: int) -> None:
-    """Add a token's pairs; `neighbours` and `places` have an element per occurrence, [places]."""
+    """Count and store a token's pairs; `neighbours` has the other token at each of `places`, the pairs' first
+    positions."""
     counts, lengths, starts = store.pair_counts, store.pair_lengths, store.pair_starts
     distinct = np.empty(len(neighbours), np.int32)
     num_distinct = 0
@@ -307,7 +313,7 @@ def _refresh_first(store: MergeStore, min_count: int) -> int:
 
 @jit_compile
 def _merge_pair(store: MergeStore, left: int, right: int, places: NDArray[np.int32], rule: JoinRule,
-           min_count: int) -> None:
+                min_count: int) -> None:
     """Merge a pair at its positions and call `_add_pairs` for the new token."""
     symbols, token = store.symbols, store.sizes[NUM_TOKENS]
     left_span = store.spans[left]

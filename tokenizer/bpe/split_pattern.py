@@ -74,8 +74,7 @@ Node = CharacterClass | Lookahead | PatternSequence | PatternChoice | Repeat
 
 
 def parse_pattern(pattern: str) -> Node:
-    """Return the syntax tree of a pattern. Raises `UnsupportedPattern`: unsupported syntax, or the pattern
-    may match empty text."""
+    """Parse a pattern. Raises `UnsupportedPattern`: unsupported syntax, or it may match empty text."""
     parser = _Parser(pattern)
     tree = parser.parse_choice(ignore_case=False)
     # such as a closing bracket without an opening bracket
@@ -240,8 +239,7 @@ def build_untrained_tokenizer(preset: Preset, pattern: str | None = None) -> Tok
 
 
 def build_splitter(pattern: str, name: str) -> Any:
-    """Return the pre-tokenizer of Oniguruma for a pattern. Raises `UserError`: the pattern does not compile,
-    or can match empty text."""
+    """Return Oniguruma's pre-tokenizer. Raises `UserError`: invalid pattern, or it can match empty text."""
     try:
         split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
     except Exception as e:  # the binding raises a bare Exception

@@ -245,7 +245,7 @@ class LoadedTokenizer:
                 return token.encode()
             return bytes(alphabet[c] for c in token)
         if decoders & {"ByteFallback", "Metaspace"}:
-            return _decode_piece(token)
+            return _BYTES.get(token) or token.replace(SPACE, " ").encode()
         return self._tokenizer.decode([id_], skip_special_tokens=False).encode()
 
     def encode(self, text: str) -> list[int]:
@@ -284,11 +284,6 @@ def open_tokenizer(path: Path) -> LoadedTokenizer:
     if not tokenizer.tokens:
         raise UserError(f"{source.file}: holds no tokens, so it is empty or damaged; pass {FORMS}")
     return tokenizer
-
-
-def _decode_piece(piece: str) -> bytes:
-    """Return bytes from sentencepiece's spelling."""
-    return _BYTES.get(piece) or piece.replace(SPACE, " ").encode()
 
 
 def _collect_types(rules: dict[str, Any] | None) -> set[str]:

@@ -28,8 +28,7 @@ MAX_HITS = 1000
 MAX_SHOWN_CHARS = 1000
 """Maximum characters in `BenchmarkHit.found`."""
 MAX_FIELD_DEPTH = 4
-"""Nested lists and objects in a field; deeper strings are ignored, so that hostile files cannot overflow the
-stack."""
+"""Nested lists and objects in a field; deeper strings are ignored, so that no file overflows the stack."""
 _ID_FIELDS = ("id", "task_id", "question_id", "qid")
 _GRAPHEME = regex.compile(r"\X")
 

@@ -56,8 +56,7 @@ class MinhashSettings:
     rows_per_band: AtLeastOne = 6
     """Numbers in a band: more numbers make a common band depend more steeply on similarity."""
     ngram: Annotated[int, Ge(1), Le(1000)] = 5
-    """Words of a shingle; a Thai, Chinese or Japanese character counts as a quarter word, a Korean syllable
-    as a third."""
+    """Words of a shingle; a Thai, Chinese or Japanese character counts 1/4, a Korean syllable 1/3."""
     seed: NotNegativeInt = 0
     """Seed for the permutations."""
     partitions: Partitions = 64

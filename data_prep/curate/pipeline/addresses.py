@@ -41,8 +41,7 @@ def check_unchanged(file: Path, mark: FileMark) -> None:
 
 
 def hash_tree(path: Path) -> str:
-    """Hash a file's content, or the names and contents of all files in a folder. Raises `UserError`: a file
-    cannot be read."""
+    """Hash a file, or names and contents of a folder's files. Raises `UserError`: a file cannot be read."""
     if path.is_file():
         return compute_address({"files": [["", _hash_content(path)]]})
     files = sorted(file for file in path.rglob("*") if file.is_file())

@@ -120,8 +120,7 @@ def _publish_text(plan: PipelinePlan, output: Path) -> dict[str, Counter[str]]:
 
 
 def _list_output_files(layer: Layer, output: Path, shard: int) -> list[tuple[Path, int, int]]:
-    """List a shard's tables with documents and bytes after checking their seals: no changed file is
-    published."""
+    """Check the seals of a shard's tables and list documents and bytes: no changed file is published."""
     folder, counts_file = layer.get_result_path(output, shard), layer.get_counts_file(output, shard)
     counts = read_sealed_json(counts_file, explain_deletion(counts_file))
     files = []

@@ -392,7 +392,6 @@ def find_pattern_problems(pattern: str, columns: Mapping[str, ColumnType],
 
 
 def format_output_name(pattern: str, source: str, columns: Mapping[str, Any]) -> str:
-    """Return a document's output name."""
     def format_value(name: str) -> str:
         value = source if name == "source" else columns.get(name)
         if isinstance(value, bool):

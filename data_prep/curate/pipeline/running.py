@@ -91,16 +91,14 @@ def run_pipeline(plan: PipelinePlan, output: Path, workers: int) -> None:
 
 
 def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
-    """Run a plan's steps without writing a corpus; layers hold the outcomes. Raises `UserError`: see
-    `run_pipeline`."""
+    """Run a plan's steps without writing a corpus; layers hold the outcomes. Raises like `run_pipeline`."""
     with lock_folder(output, output), translate_disk_errors(output):
         _run_stages(plan, prepare_run(plan, output), output, workers,
                     [stage for stage in iter_stages(plan) if stage.kind != OUTPUT])
 
 
 def prepare_run(plan: PipelinePlan, output: Path) -> Path:
-    """Write the plan for tasks, and delete killed tasks' temporary files and an earlier plan's manifest.
-    Returns the plan's file."""
+    """Delete temporary files and the manifest of earlier runs, and write the plan; return its file."""
     plans = output / "plans"
     plans.mkdir(exist_ok=True)
     file = plans / f"{plan.address}.json"

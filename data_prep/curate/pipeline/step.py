@@ -44,8 +44,7 @@ class Doc:
     """A document between two steps."""
 
     id: str
-    """SOURCE:SHARD:HASH, where HASH is 16 hexadecimal digits of the document's place in the source. Constant
-    through all steps."""
+    """SOURCE:SHARD:HASH, the same in all steps; HASH: 16 hexadecimal digits of the document's place."""
     text: str
     """Text after the previous steps."""
     source: str

@@ -115,8 +115,7 @@ def get_done_mark(plan: PipelinePlan, stage: PipelineStage, task: Task, output: 
 
 
 def run_task(plan_file: Path, output: Path, stage: PipelineStage, task: Task) -> None:
-    """Run a task unless its result exists. Raises `UserError`: invalid data or settings, or a full disk; the
-    message names the task."""
+    """Run a task unless its result exists. Raises `UserError` with its name: bad input or a full disk."""
     plan = _read_plan(plan_file)
     mark = get_done_mark(plan, stage, task, output)
     # A cluster may assign a task to two workers: the second finds the result.

@@ -45,8 +45,7 @@ class ParquetReader(FileReader):
 
 
 def _get_start(group: Any, size_bytes: int) -> int:
-    """Return the offset of a row group's first page; invalid offsets become 0, which assigns the group to
-    the first part."""
+    """Return the offset of a row group's first page; invalid offsets become 0, inside the first part."""
     column = group.column(0)
     offset: int = min(filter(None, (column.dictionary_page_offset, column.data_page_offset)), default=0)
     return offset if 0 <= offset < size_bytes else 0

@@ -29,8 +29,7 @@ _MESSAGE_FACTOR = 8
 
 
 class FileReader:
-    """Base class for a format's reader. Subclasses implement `iter_documents`, or `iter_items` for files with
-    several parts."""
+    """Base class of readers; subclasses implement `iter_documents`, or `iter_items` for files with parts."""
 
     format: ClassVar[str]
     version: ClassVar[int] = 1

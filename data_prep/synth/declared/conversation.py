@@ -26,7 +26,7 @@ DONE = "###DONE###"
 
 
 @dataclass
-class Conversation:
+class PlayedConversation:
     """A conversation, complete or in progress."""
 
     messages: list[Message]
@@ -56,13 +56,13 @@ class Player:
     user_prompt: str = ""
     """Prompt with which the writer plays the user; "": the user asks the task's question once."""
 
-    def play_conversation(self, task: Mapping[str, Any]) -> Conversation:
+    def play_conversation(self, task: Mapping[str, Any]) -> PlayedConversation:
         """Play a conversation about a task and score the final state. Raises `NoReply`: no answer, or the
         sandbox failed. Raises `UserError`: `task` belongs to no virtual world."""
         virtual = Virtual()
         opening = virtual.reset(task)
         system = [{"role": "system", "content": opening.system}] if opening.system else []
-        conversation = Conversation(system, virtual.tools())
+        conversation = PlayedConversation(system, virtual.tools())
         try:
             first_turn = self._request_user_turn(conversation) or opening.user
             conversation.messages.append({"role": "user", "content": first_turn})
@@ -77,8 +77,8 @@ class Player:
             conversation.reward = virtual.score("\n".join(read_answers)).reward
         return conversation
 
-    def _play_turns(self, conversation: Conversation, virtual: Virtual) -> str:
-        """Play until the conversation ends and return `Conversation.end`."""
+    def _play_turns(self, conversation: PlayedConversation, virtual: Virtual) -> str:
+        """Play until the conversation ends and return `PlayedConversation.end`."""
         results: Counter[str] = Counter()
         for turn in range(self.fields["max_turns"]):
             reply = self._request_model_turn(conversation, turn)
@@ -97,8 +97,8 @@ class Player:
                 conversation.messages.append({"role": "user", "content": user_turn})
         return "turns"
 
-    def _request_model_turn(self, conversation: Conversation, turn: int) -> Reply | str:
-        """Return the model's next turn, or `Conversation.end`."""
+    def _request_model_turn(self, conversation: PlayedConversation, turn: int) -> Reply | str:
+        """Return the model's next turn, or `PlayedConversation.end`."""
         while True:
             # a new seed for a retry, because the cache would return the same answer
             retry = conversation.num_malformed * self.fields["max_turns"]
@@ -115,8 +115,8 @@ class Player:
             if conversation.num_malformed > MAX_MALFORMED:
                 return "malformed"
 
-    def _call_tool(self, conversation: Conversation, virtual: Virtual, call: Mapping[str, Any], call_id: str
-                   ) -> str:
+    def _call_tool(self, conversation: PlayedConversation, virtual: Virtual, call: Mapping[str, Any],
+                   call_id: str) -> str:
         """Execute a call, append the result, and return call and result as JSON."""
         fault = ""
         try:
@@ -139,7 +139,7 @@ class Player:
             {"role": "tool", "tool_call_id": call_id, "name": call["name"], "content": text})
         return json.dumps([call["name"], call["arguments"], text], sort_keys=True)
 
-    def _request_user_turn(self, conversation: Conversation) -> str | None:
+    def _request_user_turn(self, conversation: PlayedConversation) -> str | None:
         """Return the played user's next turn; None: the user is silent."""
         if not self.user_prompt:
             return None

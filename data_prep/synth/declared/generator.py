@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Le, MinLen
 
-from data_prep.synth.declared.steps import VERBS, Draft, EveryStep, Step
+from data_prep.synth.declared.steps import VERBS, Draft, EveryStep, GeneratorStep
 from data_prep.synth.declared.templates import (
     PROMPTS, BadTemplate, Prompt, PromptTemplate, add_functions, collect_field_names, compile_value,
     compute_record, find_unknown_names)
@@ -102,7 +102,7 @@ class GeneratorDefinition:
     """File name without suffix."""
     declared: GeneratorFile
     reader: Reader
-    steps: Sequence[Step]
+    steps: Sequence[GeneratorStep]
     record: Any
     """Compiled `record`."""
     prompts: Mapping[str, PromptTemplate]
@@ -151,7 +151,7 @@ class Generator:
                   "item_id": item.id, "part": 0}
         yield from self._run_steps(self.definition.steps, Draft(fields), requester)
 
-    def _run_steps(self, steps: Sequence[Step], draft: Draft, requester: Requester
+    def _run_steps(self, steps: Sequence[GeneratorStep], draft: Draft, requester: Requester
                    ) -> Iterator[GeneratedSample]:
         """Run steps on a draft; if a step divides it, run the remaining steps on each part."""
         for number, step in enumerate(steps, 1):
@@ -291,9 +291,9 @@ class _Compiler:
         return settings
 
     def _compile_steps(self, entries: Sequence[Mapping[str, Any]], place: Place, names: Sequence[str]
-                       ) -> tuple[tuple[Step, ...], list[str]]:
+                       ) -> tuple[tuple[GeneratorStep, ...], list[str]]:
         """Return the compiled steps and the fields known after the last step."""
-        compiled_steps: list[Step] = []
+        compiled_steps: list[GeneratorStep] = []
         names = list(names)
         for number, entry in enumerate(entries):
             step_place = (*place, number)
@@ -313,7 +313,7 @@ class _Compiler:
             compiled_steps.append(compiled)
         return tuple(compiled_steps), names
 
-    def _parse_step(self, entry: Mapping[str, Any], place: Place) -> Step | None:
+    def _parse_step(self, entry: Mapping[str, Any], place: Place) -> GeneratorStep | None:
         """Return a step with valid form; otherwise add its problems."""
         verbs = [name for name in VERBS if name in entry]
         if len(verbs) != 1:

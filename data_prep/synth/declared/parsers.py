@@ -78,7 +78,7 @@ def _find_group_names(argument: Any) -> Sequence[str] | str:
 
 
 @dataclass(frozen=True)
-class Parser:
+class ResponseParser:
     """Parses fields from a reply, with an argument from the file."""
 
     parse: Callable[[str, Any], Any]
@@ -88,7 +88,8 @@ class Parser:
     """Argument -> field names, or a problem sentence."""
 
 
-PARSERS: Mapping[str, Parser] = {
-    "tagged": Parser(parse_tagged_texts), "json_list": Parser(parse_json_list, returns_list=True),
-    "pattern": Parser(parse_pattern, find_field_names=_find_group_names)}
+PARSERS: Mapping[str, ResponseParser] = {
+    "tagged": ResponseParser(parse_tagged_texts),
+    "json_list": ResponseParser(parse_json_list, returns_list=True),
+    "pattern": ResponseParser(parse_pattern, find_field_names=_find_group_names)}
 """Name in a `parse` step -> parser."""

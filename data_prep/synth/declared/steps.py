@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Self, cast
 from annotated_types import Len, MinLen
 
 from data_prep.synth.declared.conversation import Player
-from data_prep.synth.declared.parsers import PARSERS, Parser
+from data_prep.synth.declared.parsers import PARSERS, ResponseParser
 from data_prep.synth.declared.templates import (
     BadTemplate, CompiledValue, collect_field_names, compile_value, compute_value, find_unknown_names)
 from data_prep.synth.replies import NoUsableReply, ReplyText
@@ -50,7 +50,7 @@ class Draft:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Step:
+class GeneratorStep:
     """One entry in `steps`; `compile_parts` replaces the texts in its parts by compiled values."""
 
     when: bool | str = True
@@ -106,7 +106,7 @@ class Step:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AskStep(Step):
+class AskStep(GeneratorStep):
     """Send a prompt to the writer."""
 
     ask: str
@@ -154,7 +154,7 @@ def _find_prompt_problems(part: str, name: str, prompts: Mapping[str, Any]) -> I
 
 
 @dataclass(frozen=True, kw_only=True)
-class ParseStep(Step):
+class ParseStep(GeneratorStep):
     """Parse `reply`; fails as `complete` if the reply was cut off, and as `name` if unparsable."""
 
     parse: Annotated[dict[str, Any], Len(1, 1)]
@@ -163,7 +163,7 @@ class ParseStep(Step):
     required_fields: ClassVar[tuple[str, ...]] = ("reply",)
 
     @property
-    def parser(self) -> Parser:
+    def parser(self) -> ResponseParser:
         return PARSERS[next(iter(self.parse))]
 
     @property
@@ -202,7 +202,7 @@ class ParseStep(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EachStep(Step):
+class EachStep(GeneratorStep):
     """Divide a sample into a sample for each list value."""
 
     each: Annotated[dict[str, Any], Len(1, 1)]
@@ -219,7 +219,7 @@ class EachStep(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EveryStep(Step):
+class EveryStep(GeneratorStep):
     """Run the steps `do` for each list value, on the same sample."""
 
     every: Annotated[dict[str, Any], Len(1, 1)]
@@ -235,14 +235,14 @@ class EveryStep(Step):
         (name, items), = values["every"].items()
         for item in _check_list(name, items):
             draft.fields[name] = item
-            for step in cast("tuple[Step, ...]", self.do):
+            for step in cast("tuple[GeneratorStep, ...]", self.do):
                 step.run_step(draft, requester)
                 if draft.has_failed:
                     return
 
 
 @dataclass(frozen=True, kw_only=True)
-class SetStep(Step):
+class SetStep(GeneratorStep):
     set: Annotated[dict[str, Any], MinLen(1)]
     computed_parts: ClassVar[tuple[str, ...]] = ("set",)
 
@@ -254,7 +254,7 @@ class SetStep(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NoteStep(Step):
+class NoteStep(GeneratorStep):
     """Add figures to a sample's notes, which are not trained on."""
 
     note: Annotated[dict[str, Any], MinLen(1)]
@@ -265,7 +265,7 @@ class NoteStep(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
-class JudgeStep(Step):
+class JudgeStep(GeneratorStep):
     """Request a grade from 0 to 10 from the judge."""
 
     judge: NotBlank
@@ -297,7 +297,7 @@ class JudgeStep(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ThatStep(Step):
+class ThatStep(GeneratorStep):
     """Check that an expression is true, or add the returned `SampleVerdict` or list."""
 
     that: NotBlank
@@ -317,7 +317,7 @@ class ThatStep(Step):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlayStep(Step):
+class PlayStep(GeneratorStep):
     """Play a conversation about a `virtual` task, up to `max_turns`, into the field `played`."""
 
     play: str
@@ -342,7 +342,7 @@ class PlayStep(Step):
         draft.fields["played"] = player.play_conversation(values["play"])
 
 
-VERBS: Mapping[str, type[Step]] = {
+VERBS: Mapping[str, type[GeneratorStep]] = {
     "ask": AskStep, "parse": ParseStep, "each": EachStep, "every": EveryStep, "set": SetStep,
     "note": NoteStep, "judge": JudgeStep, "play": PlayStep, "that": ThatStep}
 """Key in a `steps` entry -> step class."""

@@ -19,8 +19,7 @@ class NotByteBpe(Exception):
 
 
 def parse_split_pattern(raw: dict[str, Any]) -> str:
-    """Return the regular expression by which a tokenizer.json splits text. Raises `NotByteBpe`: the tokenizer
-    splits in another way."""
+    """Return a tokenizer.json's split pattern. Raises `NotByteBpe`: it splits in another way."""
     steps = raw.get("pre_tokenizer") or {}
     if steps.get("type") == "ByteLevel" and steps.get("use_regex", True) and not steps["add_prefix_space"]:
         return GPT2_PATTERN

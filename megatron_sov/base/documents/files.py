@@ -50,8 +50,7 @@ SPAN_BYTES = 8 << 20
 _BLOCK_BYTES = 1 << 20
 SPLITS = {"train": ("train", "training"), "validation": ("validation", "valid", "val", "dev"),
           "test": ("test", "testing", "eval", "evaluation")}
-"""Split -> words in file and folder names (from huggingface/datasets, `data_files.py`); other files belong to
-`train`."""
+"""Split -> words in names (huggingface/datasets, `data_files.py`); other files belong to `train`."""
 _ABOUT = re.compile(r"(readme|licen[sc]e|copying|copyright|notice|citation|changelog|contributing|authors|"
                     r"contributors|code_of_conduct|security|datasheet|data_?card|dataset_?card|requirements)"
                     r"([-_.].*)?", re.IGNORECASE)
@@ -207,8 +206,7 @@ def list_files(path: Path, tell: Callable[[str], object] = lambda sentence: None
 
 
 def refuse_tables(path: Path, option: str) -> None:
-    """Refuse a table or a folder for an option that takes JSON lines. Raises `UserError`: the path is a table
-    or a folder."""
+    """Raise `UserError` for a table or folder, where an option takes JSON lines."""
     if path.is_dir() or path.suffix.lower() in {*ARROW_SUFFIXES, PARQUET_SUFFIX, ".csv", ".tsv"}:
         form = "a folder" if path.is_dir() else f"a table ({path.suffix})"
         raise UserError(f"{option} {path}: is {form}, and JSON lines are read; write its rows into a .jsonl "

@@ -77,6 +77,8 @@ _Step = Callable[[], _Places]
 
 @dataclass(frozen=True)
 class PlainForm:
+    """A text's plain form, and the origins of its characters in the text."""
+
     text: str
     steps: tuple[_Step, ...]
 

@@ -61,8 +61,7 @@ def split_response(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_media(record: Mapping[str, Any], is_prompt: bool) -> None:
-    """Refuse media next to a text: packing would drop the media silently. Raises `BadRecord`: the record has
-    a non-empty field of `MEDIA`."""
+    """Raise `BadRecord` for media next to a text, which packing would drop: a non-empty field of `MEDIA`."""
     # a prompt's string may be a file name that the reward reads
     media_types = (list, dict, bytes) if is_prompt else (list, dict, bytes, str)
     for name in MEDIA:
@@ -177,6 +176,8 @@ def _from_transcript_pair(record: dict[str, Any], kind: str | None) -> dict[str,
 
 @dataclass(frozen=True)
 class RecordLayout:
+    """A set of fields in which programs write records, and its conversion."""
+
     name: str
     """Layout name, and programs that write the layout."""
     fields: tuple[str, ...]

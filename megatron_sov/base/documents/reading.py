@@ -82,8 +82,7 @@ class _ByteWindow:
             self._grow()
 
     def parse_item(self) -> Any:
-        """Parse the item at the current position, and move past the item. Raises `BadRecord`: the item is not
-        valid JSON, or too long."""
+        """Parse the next item and move past it. Raises `BadRecord`: invalid JSON, or too long."""
         self.next_char()
         while True:
             try:

@@ -70,8 +70,7 @@ def read_columns(record: Mapping[str, Any], names: Iterable[str],
 
 
 def read_bucket(record: Mapping[str, Any], field: str) -> str:
-    """Return a record field's value as a bucket name. Raises `BadRecord`: the field is missing, or its value
-    is not a valid name."""
+    """Return a field's value as a bucket name. Raises `BadRecord`: it is missing, or no valid name."""
     value = _require_field(record, field, "--bucket-by")
     name = str(value) if isinstance(value, (str, int)) else ""
     if not BUCKET_NAME.fullmatch(name):

@@ -148,7 +148,7 @@ def _mix_bits(value: np.uint64) -> np.uint64:
 @jit_compile
 def _is_thousands_separator(codes: NDArray[np.uint32], classes: NDArray[np.uint8], index: int,
                             group_digits: int, num_groups: int) -> bool:
-    """Return whether the character at `at` separates thousands: 1,000 and 1 000 equal 1000. The number has
+    """Return whether the character at `index` separates thousands: 1,000 and 1 000 equal 1000. The number has
     `num_groups` groups before the last separator, and `group_digits` digits after it."""
     code = codes[index]
     if code not in (_COMMA, _STOP, _QUOTE, _LOW_LINE, _BLANK, _APOSTROPHE, _ARABIC_THOUSANDS):

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_sov.base.hints.table import get_last_part, index_words, translate_to_settings
 
 MAX_BYTES = 1 << 20
+"""Largest configuration file that is read."""
 MAX_KEYS = 2_000
 """Maximum number of keys: aliases in a short file can stand for any number of keys."""
 

@@ -59,8 +59,7 @@ def find_only_folder(kind: str) -> str:
 
 
 def list_models(kinds: Collection[str] = ("hf", "run", "checkpoint")) -> list[str]:
-    """Return the folders of `kinds`, as `classify_folder` names them, in the current folder and its folder
-    runs."""
+    """Return the folders of `kinds` (`classify_folder`) in the current folder and its folder runs."""
     return [str(path) for path in sorted([*Path().iterdir(), *Path("runs").glob("*")])
             if classify_folder(path) in kinds]
 

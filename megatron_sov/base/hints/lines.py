@@ -71,9 +71,11 @@ class _Proposal:
         """Return the next fault; None: the check passes or stops at a placeholder."""
         error = self.run_check()
         for _ in range(MAX_FAULTS):
-            if error is not None and not self.is_expected(error):
+            if error is None:
+                break
+            if not self.is_expected(error):
                 return error
-            error = error and self.find_independent_fault(error)
+            error = self.find_independent_fault(error)
         return self.find_path_fault(self.messages, is_named=False)
 
     def is_expected(self, error: UserError) -> bool:
@@ -104,8 +106,10 @@ class _Proposal:
         for word, folder in [(path, folder) for path in words for folder in Path(path).parents[:-1]]:
             kind, fix = load_table()["kinds"].get(classify_folder(folder)), Fix(words={word: str(folder)})
             line = apply_fix(self.program, self.line, fix) if kind else None
-            after = replace(self, line=line).run_check() if line else None
-            if line and (after is None or not _names_word(after.sentence, str(folder))):
+            if not line:
+                continue
+            new_fault = replace(self, line=line).run_check()
+            if new_fault is None or not _names_word(new_fault.sentence, str(folder)):
                 return UserError(f"{word}: is in {folder}, {kind}; pass the folder", fix)
         return None
 
@@ -131,11 +135,13 @@ class _Proposal:
         if key not in self.results:
             self.results[key] = _run_check(self.check, words)
         error = self.results[key]
+        if error is None:
+            return None
         # the check may miss the hidden options, or a stand-in may not fit the other words
-        is_caused = error and self.hidden and (re.search("required|missing", error.sentence) or any(
-            _names_word(error.sentence, _get_key(pair)) for pair in self.hidden))
-        is_foreign = error and any(_names_word(error.sentence, word) for word in self.stand_ins.values())
-        return None if is_caused or is_foreign else error
+        names_hidden = any(_names_word(error.sentence, _get_key(pair)) for pair in self.hidden)
+        misses_hidden = self.hidden and re.search("required|missing", error.sentence)
+        names_stand_in = any(_names_word(error.sentence, word) for word in self.stand_ins.values())
+        return None if names_hidden or misses_hidden or names_stand_in else error
 
     def build_error(self) -> UserError:
         """Build one error for all faults, with the line if it differs from the typed line."""
@@ -174,8 +180,9 @@ class _Proposal:
             return [command]
         error = propose_line(program, words, fault, check, find_check)
         line = error.fix.line if error.fix else ""
-        self.unfixed += [error.sentence] * (not line)
-        # later commands read the new paths
+        if not line:
+            self.unfixed.append(error.sentence)
+        # later commands read the new paths, so a corrected command must still write them
         return line.split("\n  ") if line and new_paths <= {*shlex.split(line)} else [command]
 
 
@@ -215,9 +222,11 @@ def propose_line(program: str, typed: Sequence[str], error: UserError, check: Ch
             break
         tried.add((proposal.program, *line))
         proposal.line = line
-        proposal.stand_ins |= {} if fix.words else fix.stand_ins
-        is_fixed = bool(fix.words) or not fix.stand_ins
-        (proposal.fixed if is_fixed else proposal.unfixed).append(fault.sentence)
+        if fix.stand_ins and not fix.words:
+            proposal.stand_ins |= fix.stand_ins
+            proposal.unfixed.append(fault.sentence)
+        else:
+            proposal.fixed.append(fault.sentence)
         if fix.before:
             proposal.before += [command for command in fix.before if command not in proposal.before]
             outputs = [path for words in map(shlex.split, fix.before)

@@ -61,8 +61,7 @@ def find_text_option(parser: argparse.ArgumentParser, word: str, typed: Sequence
 
 
 def find_missing_row(program: str, name: str) -> Mapping[str, Any]:
-    """Return the row of the table `missing` for an option or argument of a program and command, else the row
-    for every command; {}: none."""
+    """Return the row of the table `missing` for an argument of a command, or of every command; {}: none."""
     rows = load_table()["missing"]
     row: Mapping[str, Any] = rows.get(f"{program} {name}", rows.get(name, {}))
     return row

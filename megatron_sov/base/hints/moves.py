@@ -75,7 +75,7 @@ class _Move:
         """Return whether the command lines hold all typed paths and texts, with few placeholders."""
         is_close = "--run" in rewrite.required or _is_sibling(self.parser, parser)
         is_source = load_table()["made_by"].get(self.parser.prog) in rewrite.options
-        is_complete = self.num_lost == 0 and self.num_missing <= is_close
+        is_complete = self.num_lost == 0 and self.num_missing <= (1 if is_close else 0)
         return not self.is_generic and (is_source or is_complete)
 
     @property
@@ -100,9 +100,10 @@ class _Move:
 
     def complete(self) -> None:
         """Write values or placeholders for missing arguments."""
-        for name in (name for name, action in self.positionals.items() if action.required):
-            self.num_missing += name not in self.arguments
-            self.arguments.setdefault(name, [find_missing_row(self.parser.prog, name).get("write", name)])
+        for name, action in self.positionals.items():
+            if action.required and name not in self.arguments:
+                self.num_missing += 1
+                self.arguments[name] = [find_missing_row(self.parser.prog, name).get("write", name)]
         one_of = load_table()["one_of"].get(self.parser.prog, "").split()
         missing = [one_of] if one_of and not {one_of[0], f"{one_of[0]}s"} & {*self.words} else []
         missing += [[action.option_strings[0], choose_placeholder(action, self.parser.prog)]
@@ -110,7 +111,8 @@ class _Move:
                     and action.option_strings[0] not in self.words]
         for name, value in missing:
             self.words += [name, fill_placeholder(name, value)]
-            self.num_missing += name not in ("--output", "--run", "--store", "--reward")  # have a default
+            if name not in ("--output", "--run", "--store", "--reward"):  # these have a default
+                self.num_missing += 1
 
     @property
     def lines(self) -> list[str]:
@@ -118,7 +120,7 @@ class _Move:
         for name, action in self.positionals.items():
             values = self.arguments.get(name, [])
             groups = [values] if action.nargs in ("+", "*") else [[value] for value in values]
-            lines = [[*line, *map(shlex.quote, group)] for line in lines for group in groups or [[]]]
+            lines = [[*line, *map(shlex.quote, group)] for line in lines for group in (groups or [[]])]
         return [" ".join([*line, shlex.join(self.words)]) for line in lines]
 
 

@@ -195,15 +195,13 @@ def list_records(kind: str) -> list[str]:
 
 
 def choose_pack_options(file: Path) -> list[str]:
-    """Return the options that `sov-data pack` needs for a file of JSON lines or a text table; []: none, or
-    another file."""
+    """Return the options that `sov-data pack` needs for a file of records; []: none, or another file."""
     options = _read_pack_options(file)
     return [] if options == ["--format", "text"] else options
 
 
 def _read_pack_options(file: Path) -> list[str]:
-    """Return --format or --text-field for a file of JSON lines or a text table, by its first record; []:
-    another file."""
+    """Return --format or --text-field by the first record of a file; []: no JSON lines or text table."""
     # not at the top: needed after a mistake only
     from megatron_sov.base.documents.layouts import convert_layout, propose_columns
     from megatron_sov.base.documents.messages import BadRecord

@@ -52,6 +52,10 @@ def check_command(program: str, words: Sequence[str]) -> None:
             key = "--key-env" if option == "--model" and has_endpoint else option
             if successor := OPTIONS.get(f"{command} {key}"):
                 begin = f"{command} {option}: was removed in this version"
+                if successor.startswith("use `megatron-sov"):
+                    # `--method dpo` names the preference method, not the RL method
+                    typed = re.sub("--method[ =]", "--set preference.method=", shlex.join(words[count:]))
+                    raise build_note_error(begin, successor, shlex.split(typed))
                 raise UserError(f"{begin}; {successor}", _find_fix(program, successor, option, words, count))
 
 

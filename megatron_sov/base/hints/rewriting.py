@@ -144,11 +144,7 @@ class Rewrite:
         value = ",".join(values) if normalize_word(option).endswith("betas") else "".join(values[:1])
         row = next((row for row in load_table()["in_command"]
                     if _matches_row(row, self.command, option, value, is_existing)
-                    and not any(fnmatch(word, row.get("unless", "-")) for word in self.typed)
-                    and ("if" not in row or row["if"] in self.typed)
-                    and ("target" not in row or os.path.isdir(value.rpartition("=")[2] or "-"))
-                    and ("outside" not in row or self._is_outside(value, row["outside"]))
-                    and set(str(row.get("needs", "")).split()) <= set(self.options)), None)
+                    and self._meets_conditions(row, value)), None)
         if row is None:
             return False
         holes = self._list_holes(value)
@@ -156,15 +152,14 @@ class Rewrite:
         self.target = value.rpartition("=")[2] if "target" in row else self.target
         if "step" in row:
             self.target = f"{holes['folder']}/checkpoints/step-{value}"
-        rewards = [find_our_value(name, "--reward") or name
-                   for name in re.split(r"[,+]", find_value(self.typed, "--reward", "--reward_funcs"))]
-        for name, item in zip(rewards, re.split(r"[,+]", value), strict=False) if "each" in row else ():
-            written += [word.format(name=name, item=item) for word in row["each"].split()]
-            written += row.get("more", {}).get(name, "").split()
+        if "each" in row:
+            written += self._write_for_each_reward(row, value)
         if value and value == find_value(self.typed, row.get("unless_value_of", "")):
             written = []  # prefer --ref_model MODEL --from MODEL
-        self.weak_settings |= set(written) if row.get("weak") else set()
-        self.overruled |= dict(pairwise(written)) if row.get("overrules") else {}
+        if row.get("weak"):
+            self.weak_settings |= set(written)
+        if row.get("overrules"):
+            self.overruled |= dict(pairwise(written))
         quoted = {name: shlex.quote(text) for name, text in holes.items()}
         if "before" in row:
             self.before.append(row["before"].format(**quoted))
@@ -175,10 +170,29 @@ class Rewrite:
         self.add_words(f"{option}: {row['say']}", *written)
         return True
 
-    def _is_outside(self, path: str, option: str) -> bool:
-        """Return whether a path lies outside of the folder that another option names."""
-        folder = find_value(self.typed, option)
-        return bool(folder) and not Path(path).is_relative_to(folder)
+    def _meets_conditions(self, row: Mapping[str, Any], value: str) -> bool:
+        """Return whether the other typed words, and files, meet an `in_command` row's conditions."""
+        if any(fnmatch(word, row.get("unless", "-")) for word in self.typed):
+            return False
+        if "if" in row and row["if"] not in self.typed:
+            return False
+        if "target" in row and not os.path.isdir(value.rpartition("=")[2] or "-"):
+            return False
+        # the value must be a path outside of the folder that the option `outside` names
+        folder = find_value(self.typed, row.get("outside", ""))
+        if "outside" in row and (not folder or Path(value).is_relative_to(folder)):
+            return False
+        return set(str(row.get("needs", "")).split()) <= set(self.options)
+
+    def _write_for_each_reward(self, row: Mapping[str, Any], value: str) -> list[str]:
+        """Return the words of a row for each typed reward and its item in `value`: a,b or a+b."""
+        words: list[str] = []
+        names = re.split(r"[,+]", find_value(self.typed, "--reward", "--reward_funcs"))
+        for foreign_name, item in zip(names, re.split(r"[,+]", value), strict=False):
+            name = find_our_value(foreign_name, "--reward") or foreign_name
+            words += [word.format(name=name, item=item) for word in row["each"].split()]
+            words += row.get("more", {}).get(name, "").split()
+        return words
 
     def _list_holes(self, value: str) -> dict[str, str]:
         """Return the values of the placeholders in a row: {value}, {stem}, {cluster}, {nodes}, {run},
@@ -248,14 +262,17 @@ class Rewrite:
             return 1
         names = index_words("settings").get(word, ())
         is_switch = any("=" in name for name in names)
+        # options of the same name in other commands
         same_name = f"--{word.replace('_', '-')}"
-        is_known = bool(ours or names or find_note(option)) or any(
-            word in row["words"].split() for row in load_table()["in_command"]) or any(
-                parser._option_string_actions[same_name].nargs != 0 for parser in list_parsers().values()
-                if same_name in parser._option_string_actions)
+        actions = [parser._option_string_actions[same_name] for parser in list_parsers().values()
+                   if same_name in parser._option_string_actions]
+        has_row = any(word in row["words"].split() for row in load_table()["in_command"])
+        has_meaning = bool(ours or names or has_row or find_note(option))
+        is_known = has_meaning or any(action.nargs != 0 for action in actions)
+        takes_last = is_known and (num == 1 or not any(action.nargs is None for action in actions))
         is_path = os.path.exists(words[-1]) and words[-1].lower() not in ("lora", "qlora", *SWITCHES)
-        is_other = self.is_recipe(words[-1]) or (is_path and (is_switch or not is_known))
-        return num - 1 if has_room and not ours and is_other else num
+        is_positional = self.is_recipe(words[-1]) or (is_path and (is_switch or not takes_last))
+        return num - 1 if has_room and not ours and is_positional else num
 
     def _translate(self, word: str, values: list[str]) -> str:
         setting = translate_setting(word, values, self.find, self.typed) if self.find is not None else ""
@@ -287,7 +304,8 @@ class Rewrite:
         translated = [translate_value(word, name, value) for value in values]
         if word == "model_args" and values:
             rest = [part for part in values[0].split(",") if not part.startswith("pretrained=")]
-            self.messages += [f"{', '.join(rest)}: not needed, or an option of its own"] * bool(rest)
+            if rest:
+                self.messages.append(f"{', '.join(rest)}: not needed, or an option of its own")
         if not name.startswith("-"):
             self.first += translated
             self.first_by_name[name] = [*self.first_by_name.get(name, ()), *translated]
@@ -305,9 +323,10 @@ class Rewrite:
         if name == "--data" and (blend := parse_blend(values)):
             self.add_words(f"{option} is --data here, with weights behind a colon", *blend)
         else:
-            repeats = name in self.repeated and name not in self.many and translated
-            pairs = [word for value in translated for word in (name, value)]
-            self.add_words(f"{option} is {name} here", *(pairs if repeats else (name, *translated)))
+            words = [name, *translated]
+            if translated and name in self.repeated and name not in self.many:
+                words = [word for value in translated for word in (name, value)]
+            self.add_words(f"{option} is {name} here", *words)
 
     def _guess_option(self, option: str, values: list[str]) -> None:
         """Write the option with a similar name, or the option or setting with the same parts in its name."""
@@ -399,7 +418,6 @@ class Rewrite:
 
 
 def _matches_row(row: Mapping[str, Any], command: str, option: str, value: str, is_existing: bool) -> bool:
-    """Return whether a row of `in_command` is about a command, an option and its value."""
     commands = [name.strip() for name in row.get("at", "").split(",")]
     patterns = row["value"].split("|") if "value" in row else []
     if normalize_word(option) not in row["words"].split() or not (commands == [""] or command in commands):

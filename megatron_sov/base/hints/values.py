@@ -1,4 +1,4 @@
-"""Translation of other programs' values: computed values, GPUs as nodes, GPU names as cluster profiles."""
+"""Translate values of other programs' options into ours, e.g. GPUs into nodes, ratios into steps."""
 
 import json
 import re
@@ -10,28 +10,30 @@ from megatron_sov.base.hints.table import find_our_value, get_last_part, load_ta
 
 SWITCHES = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False,
             "off": False, "none": False, "full": False}
-GPUS_PER_NODE = 8
+GPUS_PER_NODE = 8  # assumed when GPUs are translated to nodes
 FindSetting = Callable[[str], str]
-"""Word or setting without value -> setting of the same meaning; "": the setting exists, or none is known."""
+"""Foreign word -> our setting of the same meaning; "": the word is already our setting, or none is known."""
 
 
 def translate_setting(word: str, values: list[str], find: FindSetting, typed: Sequence[str]) -> str:
-    """Return `name=value` for a foreign option or setting `word` with its values; "": no counterpart. Some
-    values are computed from several options in `typed`."""
+    """Return `name=value` for a foreign option or setting `word` with its values; "": no counterpart.
+
+    `typed` has all words of the command line: some values are computed from several of its options.
+    """
     last_part = get_last_part(word)
     value = values[0] if values else ""
     translated = find_our_value(value, last_part) if value else ""
-    if "=" in translated:
+    if "=" in translated:  # the table gives a whole setting for this value
         return translated
     name = find(word)
     if not name:
         return ""
     typed_parts = {get_last_part(text.partition("=")[0]) for text in typed}
     if last_part == "batch_size" and typed_parts & {*load_table()["computed"]}:
-        name = "train.micro_batch_size"  # the other option gives the batch of a step
+        name = "train.micro_batch_size"  # another option gives the global batch
     settings = translate_to_settings(last_part)
     switch = next((setting for setting in settings if setting.startswith(f"{name}=")), "")
-    # finetuning_type: lora is a switch; a number is a value of the setting itself
+    # a word ("finetuning_type: lora") or 1 turns the setting on; another number is the setting's value
     is_switch = value == "1" or bool(re.fullmatch(r"[A-Za-z]*", value))
     if switch and is_switch and SWITCHES.get(value.lower(), True):
         return switch
@@ -52,7 +54,7 @@ def translate_value(word: str, option: str, value: str) -> str:
         return next((part.partition("=")[2] for part in value.split(",") if part.startswith("pretrained=")),
                     value)
     if option == "--nproc" and re.fullmatch(r"\d+(,\d+)+", value):
-        return str(value.count(",") + 1)  # GPUs by their numbers
+        return str(value.count(",") + 1)  # GPU indices such as 0,1,2,3
     if option == "--data":
         return find_shards(value)
     if option == "--nodes" and ("gpu" in word or word == "world_size") and value.isdigit():
@@ -61,7 +63,7 @@ def translate_value(word: str, option: str, value: str) -> str:
 
 
 def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
-    """Compute a setting from several foreign options; "", or a placeholder, if a number is missing."""
+    """Compute a value from several foreign options; if numbers are missing: "", or "SAMPLES" for a batch."""
     def find_number(*names: str) -> float | None:
         pairs = pairwise(part for text in typed for part in text.split("=") if part and part != "--set")
         return next((float(number) for name, number in pairs
@@ -71,8 +73,8 @@ def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
         num_steps = find_number("max_steps", "train_iters", "steps", "num_steps", "num_iterations")
         if not num_steps or not re.fullmatch(r"[\d.]+", value):
             return ""
-        smallest = 1 if float(value) > 0 else 0  # a ratio that rounds to no step still asks for a warm-up
-        return str(max(smallest, round(float(value) * num_steps)))
+        min_steps = 1 if float(value) > 0 else 0  # a small ratio still asks for a warm-up
+        return str(max(min_steps, round(float(value) * num_steps)))
     rows = load_table()["settings"]
     # DeepSpeed's train_batch_size and ours include the accumulation
     global_batch = find_number("global_batch_size", *load_table()["whole_batches"])
@@ -89,12 +91,12 @@ def find_value(words: Sequence[str], *options: str) -> str:
 
 
 def pair_words(words: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Return each word with the next word; `--option=value` counts as two words."""
+    """Return each word with the next word; `--option=value` counts as two words, `name=value` as one."""
     return pairwise(part for word in words for part in word.split("=", word.startswith("-")))
 
 
 def compute_share(parts: str) -> str:
-    """Return the second of Megatron-LM's shares: 969,30,1 -> 0.03; other texts unchanged."""
+    """Return the validation share in Megatron-LM's --split: 969,30,1 -> 0.03; other texts unchanged."""
     if not re.fullmatch(r"\d+(\.\d+)?(,\d+(\.\d+)?)+", parts):
         return parts
     numbers = list(map(float, parts.split(",")))

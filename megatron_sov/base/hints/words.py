@@ -8,7 +8,7 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 
 from megatron_sov.base.errors import Fix, UserError, warn
@@ -51,14 +51,7 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
             words={word: path for fix in addresses for word, path in fix.words.items()},
             before=tuple(command for fix in addresses for command in fix.before)))
     typed = [_rename_option(word, parser.prog, options) for word in typed]
-    # lm-eval: --model names a kind, --model_args the model
-    model_kind = ""
-    if any(normalize_word(word.partition("=")[0]) == "model_args" for word in typed) and "--model" in typed:
-        if any("base_url=" in word for word in typed):
-            raise UserError(f"{parser.prog}: weights are read here; lm-eval's own command asks an address",
-                            Fix(f"lm_eval {shlex.join(typed)}"))
-        index = typed.index("--model")
-        model_kind, typed = " ".join(typed[index:index + 2]), [*typed[:index], *typed[index + 2:]]
+    model_kind, typed = _split_model_kind(parser, typed)
     _check_resume(parser, typed)
     rewrite = _create_rewrite(parser, typed)
     if model_kind:
@@ -75,6 +68,19 @@ def translate_options(parser: argparse.ArgumentParser, typed: Sequence[str]) -> 
     if rewrite.messages:
         raise _build_error(parser, rewrite)
     return list(typed)
+
+
+def _split_model_kind(parser: argparse.ArgumentParser, typed: list[str]) -> tuple[str, list[str]]:
+    """Return (lm-eval's kind of model: "--model hf", or ""; the other words). On a line with --model_args,
+    which names the model, --model is the kind."""
+    has_arguments = any(normalize_word(word.partition("=")[0]) == "model_args" for word in typed)
+    if not has_arguments or "--model" not in typed:
+        return "", typed
+    if any("base_url=" in word for word in typed):
+        raise UserError(f"{parser.prog}: weights are read here; lm-eval's own command asks an address",
+                        Fix(f"lm_eval {shlex.join(typed)}"))
+    index = typed.index("--model")
+    return " ".join(typed[index:index + 2]), [*typed[:index], *typed[index + 2:]]
 
 
 def _create_rewrite(parser: argparse.ArgumentParser, typed: Sequence[str]) -> Rewrite:
@@ -204,7 +210,7 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
         text = typed[i]
         word, equals, value = text.partition("=")
         i += 1
-        if rewrite.find and rewrite.is_override(word, equals, typed[:i - 1], switches):
+        if rewrite.find and rewrite.is_override(word, equals, typed[:i - 1], switches):  # Hydra: a.b=c
             rewrite.add_words("a setting follows --set")
             rewrite.add_changes([text.lstrip("+")])
         elif "RECIPE" in rewrite.positionals and (option := find_recipe_option(Path(text))) in options and (
@@ -233,8 +239,8 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
         elif get_last_part(word) in _CONFIG_WORDS and rewrite.find and (
                 values := _read_foreign(rewrite, file := value or "".join(typed[i:i + 1]))):
             _add_foreign_config(rewrite, word, file, values)
-            i += not equals
-        elif word in options or not _is_unknown(word, rewrite):
+            i += 0 if equals else 1  # the next word was the file
+        elif word in options:
             following = [] if word in switches else list(typed[i:i + 1])
             num_used = _read_own_option(rewrite, text, [value] if equals else following, typed[i:])
             i += 0 if equals else num_used
@@ -267,22 +273,23 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], following: 
         rewrite.first = list(values)
         return 1
     if rewrite.apply_row(option, values, is_existing=True):
-        return len(values[:1])
-    if translated := find_our_value("".join(values[:1]), option):
+        return min(len(values), 1)
+    if values and (translated := find_our_value(values[0], option)):
         rewrite.add_words(f"{option} {values[0]} is {translated} here", option, translated)
         return 1
     files = _split_files(option, values)
-    if files and files != list(values[:1]):
+    if files and files != [values[0]]:
         rewrite.add_words(f"{option} is given once for each, as FOLDER:WEIGHT",
                           *(word for path in files for word in (option, path)))
         return 1
     if option == "--data" and (blend := parse_blend(following)):
         rewrite.add_words("--data is given once for each, with its weight behind a colon", *blend)
         return _count_values(following)
-    full_name = option
-    if option.startswith("--") and option not in rewrite.options:  # argparse accepts abbreviations
-        full_name = next((name for name in rewrite.options if name.startswith(option)), option)
-    rewrite.words.append(full_name + text[len(option):])
+    numbers = list(takewhile(re.compile(r"[\d.]+").fullmatch, following))
+    if option == "--weights" and len(numbers) > 1:
+        rewrite.words += [option, ",".join(numbers)]
+        return len(numbers)
+    rewrite.words.append(text)
     return 0
 
 
@@ -314,7 +321,7 @@ def _read_foreign(rewrite: Rewrite, file: str) -> dict[str, list[str]]:
 
 
 def _add_foreign_config(rewrite: Rewrite, option: str, file: str, config: Mapping[str, list[str]]) -> None:
-    """Write the counterparts of another program's configuration file."""
+    """Write the counterparts of another program's configuration file, and one message for all its keys."""
     messages = list(rewrite.messages)
     has_data = "--data" in rewrite.typed
     # computed values, e.g. of accumulated micro-batches, need the numbers in the file
@@ -327,7 +334,7 @@ def _add_foreign_config(rewrite: Rewrite, option: str, file: str, config: Mappin
     # a file with our sections only is the user's own, with keys in wrong sections
     is_own = rewrite.exists is not None and all(rewrite.exists(key.partition(".")[0]) for key in config)
     for key, values in config.items():
-        num_words, num_first = len(rewrite.words), len(rewrite.first)
+        num_words, num_first = len(rewrite.words), len(rewrite.first)  # to see below whether any is added
         is_switch = any("=" in name for name in index_words("settings").get(get_last_part(key), ()))
         values = [value for value in values if is_switch or value.lower() not in load_table()["defaults"]]
         if values and "." in key and rewrite.is_setting(key):
@@ -437,17 +444,6 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
         rewrite.add_words(f"{word} is {options[0]} here")
     if unplaced != free_words:
         rewrite.words = [*unplaced, *option_words]
-
-
-def _is_unknown(word: str, rewrite: Rewrite) -> bool:
-    """Return whether a word is a foreign option; an unambiguous prefix of our option is not."""
-    name = normalize_word(word)
-    if not word.startswith("--"):
-        return True
-    completions = [option for option in rewrite.options if option.startswith(word)]
-    if len(completions) != 1 or (rewrite.find is not None and name in index_words("settings")):
-        return True
-    return rewrite.find_option(name) not in ("", *completions)
 
 
 def _rename_option(word: str, program: str, options: Sequence[str]) -> str:

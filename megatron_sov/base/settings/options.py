@@ -355,7 +355,6 @@ def read_options(cls: type[S], args: argparse.Namespace) -> S:
 
 
 def _iter_paths(settings: Any) -> Iterator[tuple[_Option, list[Path]]]:
-    """Yield each option that takes paths, with its paths."""
     for option in _iter_options(type(settings)):
         value = operator.attrgetter(option.dest)(settings)
         if option.hint is Path:

@@ -111,8 +111,7 @@ def to_problem(problem: SettingsProblem | str) -> SettingsProblem:
 
 def find_broken_rules(settings: Any, prefix: str, *rules: tuple[bool, str, str] | tuple[bool, str, str, str]
                       ) -> list[SettingsProblem]:
-    """Return a problem per broken rule of (holds, dotted key, rule) or (holds, dotted key, rule, fix), with
-    `prefix` before its key."""
+    """Return a problem per broken rule of (holds, key, rule[, fix]), with `prefix` before its dotted key."""
     problems = [SettingsProblem(ProblemCode.RULE, key, rule, _get_value(settings, key), "".join(way_out))
                 for holds, key, rule, *way_out in rules if not holds]
     return [problem.with_prefix(prefix) for problem in problems]

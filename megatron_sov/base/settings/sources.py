@@ -78,8 +78,7 @@ def parse_settings_yaml(cls: type[S], text: str, where: str, *, rules: bool = Tr
 
 
 def read_settings_text(file: Path, where: str = "") -> str:
-    """Read a settings file as text. Raises `SettingsError`: the file is unreadable, longer than `MAX_BYTES`,
-    or not UTF-8."""
+    """Read a file as text. Raises `SettingsError`: unreadable, longer than `MAX_BYTES`, or not UTF-8."""
     where = where or str(file)
     try:
         size_bytes = file.stat().st_size
@@ -195,8 +194,7 @@ class _NodeConverter:
         self.loader, self.located, self.num_values = loader, located, 0
 
     def convert(self, node: Any, place: Place, depth: int) -> Any:
-        """Return a node's value, and record lines and problems. Raises `MarkedYAMLError`: nested too deep, or
-        too many values."""
+        """Return a node's value; record lines and problems. Raises `MarkedYAMLError`: too deep or large."""
         line = node.start_mark.line + 1
         self.num_values += 1
         if depth > MAX_DEPTH:

@@ -155,8 +155,7 @@ def _set_num_fewshot(task: Any, option: int | None) -> int:
 
 def _answer_missing(subject: Subject, requests: Sequence[Request], answers: AnswerCache, flag: StopFlag
                     ) -> None:
-    """Answer the requests that the cache lacks. Raises `StopRequested`: a signal arrived before the last
-    answer."""
+    """Answer the requests that the cache lacks. Raises `StopRequested`: a signal arrived before the end."""
     num_missing = sum(request.key not in answers for request in requests)
     if 0 < num_missing < len(requests):
         print(f"{len(requests) - num_missing:,} of {len(requests):,} requests were answered before, and are "

@@ -133,14 +133,12 @@ class DcpWeights(Weights):
         return list_states(self, lambda link: self._get_states(link) | masters)
 
     def _get_states(self, link: Link) -> dict[str, str]:
-        """Return our name -> torch's name of a weight's optimizer tensors: Muon's momentum, if it is stored,
-        or AdamW's moments."""
+        """Return our name -> torch's name of a weight's moments: Muon's momentum, if stored, or AdamW's."""
         is_muon = all(part.key in self._stored for part in self._list_parts(link, STATE_NAMES["momentum"]))
         return {ours: theirs for ours, theirs in STATE_NAMES.items() if (ours == "momentum") == is_muon}
 
     def describe_training(self, dtype: torch.dtype) -> TrainingState:
-        """Return where and how to continue with weights in `dtype`. Raises `UserError`: AdamW has no step
-        count, or several."""
+        """Return the state to continue from. Raises `UserError`: AdamW has no step count, or several."""
         counts: dict[float, str] = {}
         for key in (key for key in self._stored if key.startswith(f"{STEP}/")):
             counts.setdefault(self.tensors.read(key).item(), key)

@@ -136,8 +136,7 @@ class _ExportContent:
 
 
 def _describe_group(optim: OptimConfig, rule: GroupRule, rate: float, names: str) -> dict[str, Any]:
-    """Return a parameter group of torch.optim.AdamW, for torchtitan in its `fused` implementation, or of
-    torch.optim.Muon."""
+    """Return a parameter group of torch.optim.AdamW (torchtitan: `fused`) or torch.optim.Muon."""
     group = {"lr": rate * rule.lr_scale, "initial_lr": optim.lr * rule.lr_scale,
              "weight_decay": rule.weight_decay}
     if rule.algorithm == "muon":

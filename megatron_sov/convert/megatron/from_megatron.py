@@ -120,8 +120,7 @@ def parse_archive(path: Path, start: int, length_bytes: int, parse: Callable[[To
 
 
 def find_tensor(path: Path, start: int, length_bytes: int) -> tuple[torch.dtype, tuple[int, ...], int]:
-    """Return dtype, shape and first byte of the tensor of a `torch.save` archive inside a file; raises
-    OSError or ValueError."""
+    """Return dtype, shape and first byte of a `torch.save` archive's tensor; raises OSError or ValueError."""
     dtype, shape, first = parse_archive(path, start, length_bytes,
                                         lambda archive: archive.locate_tensor(archive.header))
     return getattr(torch, dtype), shape, start + first

@@ -105,8 +105,7 @@ class CachedDecoder:
                             self._combine_routes(record, row_tokens) if self._with_routes else None)
 
     def best_tokens(self, output: DecodeOutput, indices: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the most probable next token [indices] int64 and its log-probability at row indices, on the
-        last stage."""
+        """Return most probable next tokens [indices] int64 and log-probabilities, on the last stage."""
         tokens, logprobs = self._build_head().best_tokens(self._gather_states(output, indices))
         return tokens.cpu(), logprobs.cpu()
 
@@ -192,8 +191,7 @@ def _multiply(linear: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 
 def get_replica_rank() -> tuple[int, int]:
-    """Return (rank, size) in the data-parallel group with context parallelism, whose processes read different
-    sequences."""
+    """Return (rank, size) among the processes that read different sequences: data and context parallel."""
     group = parallel_state.get_data_parallel_group(with_context_parallel=True)
     return group.rank(), group.size()
 

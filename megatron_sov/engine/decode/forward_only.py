@@ -38,8 +38,7 @@ class ForwardModel:
 
     @torch.no_grad()
     def map(self, micro_batches: Sequence[HasInputs], outputs: Outputs) -> list[Any]:
-        """Run forward and return `outputs` per micro-batch, on the last stage; empty on other stages and
-        without micro-batches."""
+        """Run forward; return `outputs` per micro-batch on the last stage, empty on other stages."""
         if not micro_batches:
             return []
 
@@ -77,8 +76,7 @@ class ForwardModel:
 
 
 class DocumentBatch:
-    """Micro-batch with `ModelInputs` only: documents in a row, padded to a length that the layout can
-    split."""
+    """Micro-batch with `ModelInputs` only: documents in a row, padded so that the layout can split it."""
 
     def __init__(self, documents: Sequence[Sequence[int]], device: torch.device, min_tokens: int = 0) -> None:
         multiple = context.get_row_multiple()
@@ -148,7 +146,6 @@ class HasInputs(Protocol):
     @property
     def inputs(self) -> ModelInputs:
         """`ModelInputs` for the chunks."""
-        ...
 
 
 def _compute_loss(loss: Loss, batch: HasInputs,

@@ -46,8 +46,8 @@ class Adapters(torch.nn.Module):
         """Adapter for the output head, whose weight the losses use."""
         self.embedding: EmbeddingAdapter | None = None
         by_linear: dict[str, list[AdaptedModule]] = {}
-        for of in find_adapted_modules(model, lora):
-            by_linear.setdefault(of.linear, []).append(of)
+        for module in find_adapted_modules(model, lora):
+            by_linear.setdefault(module.linear, []).append(module)
         for layer in chunk.decoder.layers:
             prefix = f"decoder.layers.{layer.layer_number - 1}."
             for linear, modules in by_linear.items():
@@ -126,7 +126,7 @@ class LinearAdapter(torch.nn.Module):
         """Factors by position in the layer's output; None where the module has no adapter."""
         parts: list[Any] = [None] * len(self._lengths)
         for factors in self.factors:
-            parts[factors.of.part] = factors
+            parts[factors.target.part] = factors
         return parts
 
     def _split_layout(self, first: AdaptedModule) -> tuple[list[int], int, list[int]]:
@@ -171,7 +171,7 @@ class LinearAdapter(torch.nn.Module):
         lows = self._reduce_or_gather(low).chunk(len(used), -1)
         outputs: list[torch.Tensor | None] = [None] * len(self._lengths)
         for factors, (_, b), part in zip(self.factors, used, lows, strict=True):
-            outputs[factors.of.part] = torch.nn.functional.linear(part, b)
+            outputs[factors.target.part] = torch.nn.functional.linear(part, b)
         return self._concatenate_parts(outputs, inputs.new_zeros(1)) * self.scale
 
     def _reduce_or_gather(self, low: torch.Tensor) -> torch.Tensor:
@@ -192,7 +192,7 @@ class LinearAdapter(torch.nn.Module):
         width = self.factors[0].A.shape[1]
         columns: list[torch.Tensor | None] = [None] * len(self._lengths)
         for factors in self.factors:
-            columns[factors.of.part] = (factors.B @ factors.A).T
+            columns[factors.target.part] = (factors.B @ factors.A).T
         return self._concatenate_parts(columns, self.factors[0].A.new_zeros(width, 1)).T * self.scale
 
     @torch.no_grad()
@@ -264,18 +264,18 @@ class LinearAdapter(torch.nn.Module):
 class EmbeddingAdapter(torch.nn.Module):
     """The token embedding's adapter (`LoraConfig`)."""
 
-    def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, rows: int) -> None:
+    def __init__(self, target: AdaptedModule, lora: LoraConfig, config: Any, rows: int) -> None:
         """Create the factors; `initial_weights.initialize_weights` sets their values.
 
         Args:
-            of: the adapted embedding module.
+            target: the embedding module.
             lora: rank and scale.
             config: Megatron-Core's `TransformerConfig`.
             rows: local embedding rows, padding included.
         """
         super().__init__()
         self.scale = lora.alpha / lora.rank
-        self.factors = AdapterFactors(of, lora, config, None, rows)
+        self.factors = AdapterFactors(target, lora, config, None, rows)
 
     def forward(self, tokens: torch.Tensor, embedding: Any) -> torch.Tensor:
         """Return the adapter's addition to token embeddings, for ids [rows, n]."""
@@ -296,13 +296,13 @@ class EmbeddingAdapter(torch.nn.Module):
 class AdapterFactors(torch.nn.Module):
     """The local parts of `A`, `B` and (DoRA) `magnitude` for an adapted module or an adapted expert."""
 
-    def __init__(self, of: AdaptedModule, lora: LoraConfig, config: Any, expert: int | None,
+    def __init__(self, target: AdaptedModule, lora: LoraConfig, config: Any, expert: int | None,
                  rows: int | None) -> None:
         super().__init__()
-        self.of, self.expert, self.column = of, expert, is_column_parallel(of)
-        row, size = is_row_parallel(of), self.group().size()
-        self._rows = rows or of.out_features // (size if self.column else 1)
-        columns = of.in_features // (size if row else 1)
+        self.target, self.expert, self.column = target, expert, is_column_parallel(target)
+        row, size = is_row_parallel(target), self.group().size()
+        self._rows = rows or target.out_features // (size if self.column else 1)
+        columns = target.in_features // (size if row else 1)
         dtype = config.params_dtype
         # zeros, not empty memory: until initialization 0 * B A must be 0, and NaN would remain NaN
         self.A = torch.nn.Parameter(torch.zeros(lora.rank, columns, dtype=dtype))
@@ -310,7 +310,7 @@ class AdapterFactors(torch.nn.Module):
         self.B = torch.nn.Parameter(torch.zeros(self._rows, lora.rank, dtype=dtype))
         self.magnitude = torch.nn.Parameter(torch.ones(self._rows, dtype=dtype)) if lora.dora else None
         # the factors of a split expert and of the head sum their own gradients
-        self.sums_itself = expert is not None or of.linear == OUTPUT_HEAD
+        self.sums_itself = expert is not None or target.linear == OUTPUT_HEAD
         for parameter, split in ((self.A, row), (self.B, self.column), (self.magnitude, self.column)):
             if parameter is not None:
                 self._mark_parameter(parameter, split, int(parameter is self.A), config.sequence_parallel)
@@ -346,25 +346,24 @@ class AdapterFactors(torch.nn.Module):
         return self.A, copy_to_group(self.B, self.group())
 
     def blocks(self) -> Iterator[tuple[str, torch.Tensor, tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """Yield the fields of a `local_shards.LocalShard` for each factor: name, data, global shape, offset,
-        replica."""
-        of, group_rank = self.of, self.group().rank()
-        halves = (of.halves,) if of.halves > 1 else ()
-        views = {A: (self.A, -1, is_row_parallel(of)),
-                 B: (self.B.view(*halves, self._rows // of.halves, -1), -2, self.column)}
+        """Yield a `LocalShard`'s fields per factor: name, data, global shape, offset, replica."""
+        target, group_rank = self.target, self.group().rank()
+        halves = (target.halves,) if target.halves > 1 else ()
+        views = {A: (self.A, -1, is_row_parallel(target)),
+                 B: (self.B.view(*halves, self._rows // target.halves, -1), -2, self.column)}
         if self.magnitude is not None:
             views[MAGNITUDE] = (self.magnitude, -1, self.column)
         rank = self.A.shape[0]
-        shapes = of.shapes(LoraConfig(rank=rank, dora=self.magnitude is not None))
+        shapes = target.shapes(LoraConfig(rank=rank, dora=self.magnitude is not None))
         for name, (view, axis, split) in views.items():
-            shape = shapes[of.key(name)]
+            shape = shapes[target.key(name)]
             offset = [self.expert or 0, *(0,) * (len(shape) - 1)]
             if split:
                 offset[axis] = group_rank * view.shape[axis]
                 if offset[axis] >= shape[axis]:  # padding rows of the head
                     continue
                 view = view.narrow(axis, 0, min(view.shape[axis], shape[axis] - offset[axis]))
-            yield (of.key(name), view.detach(), shape, tuple(offset),
+            yield (target.key(name), view.detach(), shape, tuple(offset),
                    (0, 0 if split else group_rank, self._get_replica()))
 
     def _get_replica(self) -> int:
@@ -373,14 +372,14 @@ class AdapterFactors(torch.nn.Module):
         return int(parallel_state.get_expert_data_parallel_rank())
 
 
-def is_column_parallel(of: AdaptedModule) -> bool:
+def is_column_parallel(target: AdaptedModule) -> bool:
     """Return whether the weight is split by rows (column-parallel layer)."""
-    return of.linear.endswith(COLUMN_PARALLEL)
+    return target.linear.endswith(COLUMN_PARALLEL)
 
 
-def is_row_parallel(of: AdaptedModule) -> bool:
+def is_row_parallel(target: AdaptedModule) -> bool:
     """Return whether the weight is split by columns (row-parallel layer)."""
-    return not of.linear.endswith((*COLUMN_PARALLEL, REPLICATED))
+    return not target.linear.endswith((*COLUMN_PARALLEL, REPLICATED))
 
 
 def get_effective_weight(linear: Any) -> torch.Tensor:
@@ -394,10 +393,7 @@ def get_effective_weight(linear: Any) -> torch.Tensor:
 
 def build_embedding_hook(adapter: EmbeddingAdapter) -> Callable[..., torch.Tensor]:
     """Return the forward hook that adds `EmbeddingAdapter.forward` to the embedding."""
-    def add_adapter_output(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        return output + adapter(inputs[0], module)
-
-    return add_adapter_output
+    return lambda module, inputs, output: output + adapter(inputs[0], module)
 
 
 def _build_linear_hook(adapter: LinearAdapter) -> Callable[..., Any]:
@@ -423,8 +419,7 @@ def _apply_fused_norm(module: Any, inputs: torch.Tensor) -> torch.Tensor:
 
 
 def _build_grouped_hook(adapters: list[LinearAdapter]) -> Callable[..., Any]:
-    """Return the forward hook for a grouped linear layer; its input holds the tokens of all local experts in
-    order."""
+    """Return the hook of a grouped linear layer; its input has the tokens of all local experts in order."""
     def add_adapter_outputs(_: Any, inputs: tuple[Any, ...], outputs: tuple[Any, Any]) -> tuple[Any, Any]:
         tokens, counts = inputs[:2]
         output, skipped_bias = outputs

@@ -1,5 +1,5 @@
-"""Core attention inside packed documents, for rows that context parallelism splits or Transformer Engine
-lacks.
+"""Core attention inside packed documents, used without Transformer Engine, or if context parallelism splits
+the row.
 
 Megatron-Core's local attention refuses packed sequences and context parallelism, and on sliding layers
 replaces the document mask by the window mask, so that documents would attend to each other. Transformer
@@ -7,8 +7,8 @@ Engine's context parallelism requires documents padded to a multiple of twice th
 sliding window over split documents. `DocumentAttention` therefore also serves `parallel.cp` > 1, unless
 `gpu.attention` selects another kernel (`specs.build_exchanged_attention`).
 
-Documents are attended separately: on GPUs in 16 bits one kernel call covers all documents of a piece, a
-range of the row on this process (`attend_documents`); otherwise documents of equal length share a call. Keys
+A piece is a range of the row on this process. Each document attends to itself: on GPUs in 16 bits, one kernel
+call covers all documents of a piece (`attend_documents`); else documents of equal length share a call. Keys
 and values arrive by an all-gather over the context-parallel group (Llama 3, arXiv 2407.21783, section
 3.3.2): the whole row for global attention, the last window - 1 tokens of each piece for sliding windows.
 """
@@ -36,9 +36,9 @@ from megatron_sov.engine.parallel.device import to_device
 MAX_HEAD_DIM = 256
 """Maximum head size for torch's flash attention, which also requires multiples of 8."""
 Span = tuple[int, int, int]
-"""Row indices per document: start, first query, end of queries. Keys run from start to end."""
+"""(start, first, end) of a document in the row: queries are tokens first to end, keys start to end."""
 QUERY_BLOCK = 1024
-"""Queries attended at a time under a mask of at most QUERY_BLOCK x (keys up to the last query) booleans, or
+"""Queries per call with a mask, which bounds the mask: QUERY_BLOCK x (keys up to the last query) booleans, or
 QUERY_BLOCK x (QUERY_BLOCK + window) with a sliding window."""
 
 
@@ -62,7 +62,8 @@ class DocumentAttention(MegatronModule):
         """Compute attention outputs.
 
         Args:
-            query: [local tokens, heads, head_dim]; key and value: [local tokens, kv_heads, head_dim].
+            query: [local tokens, heads, head_dim].
+            key, value: [local tokens, kv_heads, head_dim].
             packed_seq_params: documents of the row.
 
         Returns:
@@ -109,8 +110,8 @@ class DocumentAttention(MegatronModule):
         keys, values = key.split(num_keys), value.split(num_keys)
         outputs = [attend_equal_lengths(q.unflatten(0, (count, -1)), k.unflatten(0, (count, -1)),
                                         v.unflatten(0, (count, -1)), self.softmax_scale).flatten(0, 1)
-                   for (count, _, _), q, k,
-                   v in zip(length_groups.groups, queries, keys, values, strict=True)]
+                   for (count, _, _), q, k, v in zip(
+                       length_groups.groups, queries, keys, values, strict=True)]
         return _permute_rows(outputs[0] if len(outputs) == 1 else torch.cat(outputs), length_groups.inverse,
                              length_groups.order)
 
@@ -131,7 +132,8 @@ class DocumentAttention(MegatronModule):
         pieces = context.get_local_pieces(len(local) * context.get_cp_size())
         length, tail = len(local) // 2, self.window_tokens - 1
         if not 0 <= tail <= length:
-            # one message for keys and values; gradients return to the process that owns the token
+            # no window (tail -1), or one longer than a piece: gather the whole row, keys and values in one
+            # message; gradients return to the process that owns the token
             row = context.gather_keys(local)
             return [(row[:end, 0], row[:end, 1], 0) for _, end in pieces]
         local_pieces = local.split(length)
@@ -140,9 +142,9 @@ class DocumentAttention(MegatronModule):
                  else local[:0])
         reachable = []
         for piece, (first, _) in zip(local_pieces, pieces, strict=True):
-            number = first // length
+            piece_index = first // length
             # tails are in row order; the first piece has no tail before it
-            tail_before = tails[max(0, number - 1) * tail:number * tail]
+            tail_before = tails[max(0, piece_index - 1) * tail:piece_index * tail]
             keys_values = torch.cat([tail_before, piece])
             reachable.append((keys_values[:, 0], keys_values[:, 1], first - len(tail_before)))
         return reachable
@@ -157,7 +159,7 @@ class DocumentAttention(MegatronModule):
 class PackedDocuments(PackedSeqParams):
     """`PackedSeqParams` with a row's documents.
 
-    If `DocumentAttention` serves, `max_seqlen_q` is the row length, so that Megatron-Core's rotary table
+    For `DocumentAttention`, `max_seqlen_q` is the row length, so that Megatron-Core's rotary table
     covers every position. Megatron-Core's class has cumulative lengths on the device alone, and no shared
     prompts. Test: `test_attention.py::test_each_document_attends_to_itself_alone`.
     """
@@ -235,9 +237,9 @@ def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: i
                                max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds,
                                spans=[shared.spans], shared=shared)
     if not own:
-        # Megatron-Core caches a rotary table per maximum length, and Transformer Engine repeats its choice of
-        # kernel if length or number of documents change: powers of two keep both few. Empty documents at the
-        # end fill up the number.
+        # Megatron-Core caches a rotary table per maximum length, and Transformer Engine selects its kernel
+        # again if length or number of documents change: powers of two keep both rare. Empty documents at
+        # the end fill the number up.
         longest, num_documents = max_document_tokens, len(bounds) - 1
         if bucketed:
             longest = min(_round_up_to_power_of_two(longest), row_tokens)
@@ -260,7 +262,7 @@ def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: i
 class SharedPrompts:
     """A row that stores a prompt shared by several documents once.
 
-    Hidden states depend only on earlier tokens, so only attention reads the prompt once per document."""
+    Hidden states depend only on earlier tokens: one copy suffices, which attention reads per document."""
 
     source: torch.Tensor
     """[expanded tokens] int64: index in the packed row for the token or the token's stored copy."""
@@ -272,8 +274,8 @@ class SharedPrompts:
 
 @dataclass(frozen=True)
 class LengthGroups:
-    """A row's documents grouped by length: with many short documents, kernel launches and slicing would take
-    most of the time."""
+    """A row's documents grouped by length, for one kernel call per length: with many short documents, a call
+    per document would take most of the time."""
 
     order: torch.Tensor | None
     """[tokens] int64 row index per token in grouped order. None: the row is already grouped."""
@@ -300,8 +302,9 @@ class PieceBounds:
 
 
 def find_first_keys(documents: Sequence[Span], window_tokens: int) -> list[int]:
-    """Return the row index per document at which keys within the window begin (0: no window)."""
-    return [max(a, start - window_tokens + 1) if window_tokens else a for a, start, _ in documents]
+    """Return per document the row index of the first key within the window; `window_tokens` 0: no window."""
+    return [max(start, first - window_tokens + 1) if window_tokens else start
+            for start, first, _ in documents]
 
 
 def compute_piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
@@ -309,9 +312,9 @@ def compute_piece_bounds(spans: Sequence[Sequence[Span]], window_tokens: int,
     """Compute the bounds of the local pieces and copy them to the device in a single transfer."""
     lengths: list[list[int]] = []  # per piece: query lengths, then key lengths
     for documents in spans:
-        firsts = find_first_keys(documents, window_tokens)
-        lengths.append([end - start for _, start, end in documents])
-        lengths.append([end - first for first, (_, _, end) in zip(firsts, documents, strict=True)])
+        first_keys = find_first_keys(documents, window_tokens)
+        lengths.append([end - first_query for _, first_query, end in documents])
+        lengths.append([end - key for key, (_, _, end) in zip(first_keys, documents, strict=True)])
     cumulative = [list(accumulate(piece_lengths, initial=0)) for piece_lengths in lengths]
     flat = torch.tensor([bound for piece_lengths in cumulative for bound in piece_lengths], dtype=torch.int32)
     on_device = to_device(flat, device)
@@ -331,8 +334,8 @@ def attend_documents(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     """Attend causally inside each document by torch's `varlen_attn`, in one call for all documents of a
     piece; the last query aligns with the last key.
 
-    Tests compare bounds and call with a plain torch double of the kernel; an H200 run compared them with a
-    dense softmax.
+    Tests replace the kernel by a plain torch version; a run on an H200 compared the kernel with a dense
+    softmax.
 
     query [queries, heads, head_dim], key and value [keys, kv_heads, head_dim] -> [queries, heads, head_dim].
 
@@ -451,8 +454,7 @@ def attend_document(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
 
 def attend_document_list(documents: Sequence[tuple[torch.Tensor, ...]], scale: float,
                          window_tokens: int) -> list[torch.Tensor]:
-    """Apply `attend_document` to each document's (query, key, value), with one call per length for whole
-    documents."""
+    """Apply `attend_document` to each (query, key, value); whole documents of a length share a call."""
     outputs: dict[int, torch.Tensor] = {}
     by_length: dict[int, list[int]] = defaultdict(list)
     for i, (query, key, value) in enumerate(documents):

@@ -121,8 +121,7 @@ class Chunk(LanguageModule):
         return self.run_mtp_layers(hidden, inputs, row)
 
     def build_schedule_plan(self, inputs: ModelInputs, first_route: int | None) -> OverlappedPasses:
-        """Return the schedule plan for `parallel.expert_overlap` = micro_batches. Arguments as in
-        `forward`."""
+        """Return the schedule plan for `parallel.expert_overlap` = micro_batches; see `forward`."""
         return OverlappedPasses(self, inputs, first_route)
 
     def prepare_layer_inputs(self, inputs: ModelInputs, first_route: int | None) -> LayerInputs:

@@ -49,7 +49,7 @@ class CrossEntropySums(torch.autograd.Function):
                 *token_weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """states [n, H], weight [V / tp, H], labels [T], weights [T] -> losses [T] without gradient, sums.
 
-        `differentiable` tells whether gradients are enabled outside: inside `forward` they never are.
+        `differentiable`: whether the caller has gradients enabled; inside `forward` they never are.
         """
         gradients = HeadGradients.allocate(states, weight,
                                            tuple(context.select_local(w) for w in token_weights),
@@ -116,16 +116,19 @@ class HeadGradients:
 
     @classmethod
     def allocate(cls, states: torch.Tensor, weight: torch.Tensor, token_weights: tuple[torch.Tensor, ...],
-                 of_states: bool, of_weight: bool) -> "HeadGradients":
+                 needs_states: bool, needs_weight: bool) -> "HeadGradients":
+        """Allocate gradients for a sum per entry of `token_weights`, as far as they are needed."""
         dtype = torch.promote_types(states.dtype, torch.float32)
-        return cls(tuple(w.to(dtype) for w in token_weights), torch.empty_like(states) if of_states else None,
-                   tuple(torch.zeros_like(weight, dtype=dtype) for _ in token_weights) if of_weight else ())
+        weight_grads = (torch.zeros_like(weight, dtype=dtype) for _ in token_weights)
+        return cls(tuple(w.to(dtype) for w in token_weights),
+                   torch.empty_like(states) if needs_states else None,
+                   tuple(weight_grads) if needs_weight else ())
 
     @classmethod
     def restore(cls, ctx: Any, num_sums: int) -> "HeadGradients":
         """Restore the gradients that `save` saved for `num_sums` sums."""
-        of_states, *rest = ctx.saved_tensors
-        return cls(tuple(rest[:num_sums]), of_states, tuple(rest[num_sums:]))
+        states_grad, *rest = ctx.saved_tensors
+        return cls(tuple(rest[:num_sums]), states_grad, tuple(rest[num_sums:]))
 
     def save(self, ctx: Any) -> None:
         """Save the gradients for the backward pass."""
@@ -220,8 +223,8 @@ def _process_chunk(part: slice, states: torch.Tensor, weight: torch.Tensor, labe
         torch.distributed.all_reduce(sums_to_reduce, group=group)
     chosen, sums = sums_to_reduce
     if gradients.any_needed:
-        # sums * d(-log p)/d(logits) is exp(x) - sums at the label and exp(x) elsewhere; `Gradients.add_chunk`
-        # divides the small factors instead of this tensor
+        # sums * d(-log p)/d(logits) is exp(x) - sums at the label and exp(x) elsewhere;
+        # `HeadGradients.add_chunk` divides the small factors instead of this tensor
         exponentials[torch.arange(len(column), device=column.device), column] -= sums.where(is_local, 0.0)
         if slope is not None:
             exponentials *= slope

@@ -28,19 +28,19 @@ NORM_EPS = 1e-6
 
 @dataclass(frozen=True)
 class DocumentChunks:
-    """A row's documents cut into chunks of `CHUNK` tokens.
+    """A row's documents cut into chunks of C = `CHUNK_TOKENS` tokens.
 
     Order: the first chunk of every document, then all second chunks, and so on; documents with more chunks
     come first."""
 
     tokens: torch.Tensor
-    """[chunks * CHUNK] int64 row index per entry; the row's length for empty entries."""
+    """[chunks * C] int64 row index per entry; the row's length for empty entries."""
     places: torch.Tensor
-    """[outputs] int64 entry per output token."""
+    """[outputs] int64 index in `tokens` per output token."""
     positions: torch.Tensor
     """[tokens] int64, counted from the start of each document."""
     steps: list[int]
-    """Document counts with at least 1, 2, ... chunks."""
+    """Number of documents with at least 1, 2, ... chunks: those that have a first, second, ... chunk."""
     order: list[int]
     """Documents by falling chunk count; ties keep the order."""
     bounds: torch.Tensor
@@ -56,7 +56,7 @@ def chunk_documents(documents: Sequence[tuple[int, int, int]], device: torch.dev
 
     Args:
         documents: row indices (start, first output token, end) of each.
-        device: device of the indices.
+        device: device of the index tensors.
     """
     row_tokens = documents[-1][2]
     starts = torch.tensor([start for start, _, _ in documents])
@@ -106,6 +106,7 @@ def apply_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     solved = torch.linalg.solve_triangular(
         b * key_products, b * torch.cat([v, decay_from_start * k.expand(*v.shape[:-1], -1)], -1),
         upper=False, unitriangular=True)
+    # a chunk's corrections b (v - S^T k) are new_values - read_keys @ S with S before the chunk
     new_values, read_keys = solved.split([v.shape[-1], k.shape[-1]], -1)
     scaled_queries, scaled_keys = q * decay_from_start, (k * decay_to_end).transpose(-1, -2)
     state_decay = decay_from_start[..., -1:, :].transpose(-1, -2)
@@ -115,14 +116,14 @@ def apply_delta_rule(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     # split once: the backward pass of a slice per step would allocate a zero row for each
     tensors = new_values, read_keys, scaled_queries, query_products, state_decay, scaled_keys
     steps = (t.split(chunks.steps) for t in tensors)
-    for number, *parts in zip(chunks.steps, *steps, strict=True):
-        new_values, read_keys, scaled_queries, query_products, state_decay, scaled_keys = parts
-        if len(state) > number:
-            final_states.append(state[number:])
-            state = state[:number]
-        correction = new_values - read_keys @ state
-        outputs.append(scaled_queries @ state + query_products @ correction)
-        state = state_decay * state + scaled_keys @ correction
+    for num_documents, *step_tensors in zip(chunks.steps, *steps, strict=True):
+        values, reads, queries, products, old_share, writes = step_tensors
+        if len(state) > num_documents:  # the last documents in the order have no further chunk
+            final_states.append(state[num_documents:])
+            state = state[:num_documents]
+        correction = values - reads @ state
+        outputs.append(queries @ state + products @ correction)
+        state = old_share * state + writes @ correction
     final_states.append(state)
     row_outputs = torch.cat(outputs).permute(0, 3, 1, 2, 4).flatten(0, 1)
     return row_outputs.index_select(0, chunks.places), torch.cat(final_states[::-1])
@@ -171,12 +172,12 @@ def _compute_decayed_products(lefts: Sequence[torch.Tensor], right: torch.Tensor
     of the earlier half from the token to the middle.
 
     Args:
-        lefts: [chunks, key heads, r or 1, CHUNK, channels] each.
+        lefts: [chunks, key heads, r or 1, C, channels] each.
         right: the same shape.
-        decays: [chunks, key heads, r, CHUNK, channels], cumulative from the chunk's first token.
+        decays: [chunks, key heads, r, C, channels], cumulative from the chunk's first token.
 
     Returns:
-        [chunks, key heads, r, CHUNK, CHUNK] each; zeros above the diagonal.
+        [chunks, key heads, r, C, C] per entry of `lefts`; zeros above the diagonal.
     """
     lefts = [left.expand_as(decays) for left in lefts]
     products = [(left * right).sum(-1)[..., None, None] for left in lefts]
@@ -201,8 +202,7 @@ def _join_blocks(blocks: torch.Tensor, below: torch.Tensor) -> torch.Tensor:
 
 
 def apply_delta_rule_by_token(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
-                              decay: torch.Tensor,
-                              rate: torch.Tensor,
+                              decay: torch.Tensor, rate: torch.Tensor,
                               state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Apply the delta rule token by token to many sequences.
 
@@ -219,7 +219,7 @@ def apply_delta_rule_by_token(query: torch.Tensor, key: torch.Tensor, value: tor
 
 
 def _arrange_chunks(values: torch.Tensor, chunks: DocumentChunks) -> torch.Tensor:
-    """Arrange [tokens, key heads, r or 1, channels] as [chunks, key heads, r or 1, CHUNK, channels]; empty
+    """Arrange [tokens, key heads, r or 1, channels] as [chunks, key heads, r or 1, C, channels]; empty
     entries are 0, which leaves the state unchanged."""
     filled = torch.cat([values, values.new_zeros(1, *values.shape[1:])])
     return filled.index_select(0, chunks.tokens).unflatten(0, (-1, CHUNK_TOKENS)).permute(0, 2, 3, 1, 4)

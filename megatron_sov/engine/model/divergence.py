@@ -65,7 +65,6 @@ class Teacher(Protocol):
             divergence: kind and temperature.
             token_rows: number of local columns that belong to token ids; padding columns follow.
         """
-        ...
 
 
 @dataclass(frozen=True)
@@ -159,7 +158,7 @@ class DivergenceSums(torch.autograd.Function):
                 *token_weights: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """states [n, H], weight [V / tp, H], weights [T] -> row values [T, 3] without gradient, and sums.
 
-        `differentiable` tells whether gradients are enabled outside: inside `forward` they never are.
+        `differentiable`: whether the caller has gradients enabled; inside `forward` they never are.
         """
         gradients = HeadGradients.allocate(states, weight,
                                            tuple(context.select_local(w) for w in token_weights),
@@ -252,16 +251,16 @@ def _compute_divergence(student: torch.Tensor, teacher: torch.Tensor, beta: floa
         over_group: whether events are split over the tensor-parallel group.
     """
     p, q = student.exp(), teacher.exp()
-    teacher_kl = None
+    teacher_kl = None  # KL(q || m), needed between 0 and 1 only
     if 0 < beta < 1:
         # log m = logaddexp(log q + log beta, log p + log(1 - beta)) with log(1 - beta) factored out, which
         # needs only one more tensor
         mixture = teacher + math.log(beta / (1 - beta))
         torch.logaddexp(student, mixture, out=mixture).add_(math.log(1 - beta))
         teacher_kl = (teacher - mixture).mul_(q).sum(-1)
-        surplus = mixture.neg_().add_(student)
-    # `teacher` becomes log q - log p, and `student` (after the entropy) scratch: a chunk's logits are the
-    # largest tensors of the step, so nothing is copied
+        log_ratio = mixture.neg_().add_(student)
+    # a chunk's logits are the largest tensors of the step, so nothing is copied: `teacher` becomes
+    # log q - log p, and `student` becomes scratch memory after the entropy
     difference = teacher.sub_(student)
     entropy = -student.mul_(p).sum(-1)
     scratch = student
@@ -269,15 +268,15 @@ def _compute_divergence(student: torch.Tensor, teacher: torch.Tensor, beta: floa
     kl = student_kl = torch.mul(difference, q, out=scratch).sum(-1)
     if beta > 0:
         # log p - log m; the mixture m is q for beta = 1
-        surplus = surplus if beta < 1 else difference.neg_()
-        student_kl = torch.mul(surplus, p, out=scratch).sum(-1)
+        log_ratio = log_ratio if beta < 1 else difference.neg_()
+        student_kl = torch.mul(log_ratio, p, out=scratch).sum(-1)  # KL(p || m)
     sums = torch.stack([student_kl, kl if teacher_kl is None else teacher_kl, kl, entropy])
     student_kl, teacher_kl, kl, entropy = _sum_over_group(sums) if over_group else sums
     values = torch.stack([beta * teacher_kl + (1 - beta) * student_kl if 0 < beta < 1 else student_kl,
                           kl, entropy])
     if beta == 0:
         return values, p.sub_(q)
-    return values, surplus.sub_(student_kl[:, None]).mul_(p).mul_(1 - beta if beta < 1 else 1)
+    return values, log_ratio.sub_(student_kl[:, None]).mul_(p).mul_(1 - beta if beta < 1 else 1)
 
 
 def _compute_log_remainder(logprobs: torch.Tensor) -> torch.Tensor:

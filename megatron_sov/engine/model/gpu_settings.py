@@ -273,8 +273,7 @@ def _find_nondeterminism() -> str:
 
 
 def check_gpu_settings(config: RunConfig, te: bool) -> None:
-    """Raise `SettingsError` with a sentence per setting that this process cannot use; `te`: the model uses
-    Transformer Engine modules."""
+    """Raise `SettingsError` with a sentence per unusable setting; `te`: Transformer Engine is used."""
     context = KernelContext(te, config.model, config.parallel)
     problems = find_broken_rules(
         config.gpu, "gpu", *_fusion_rules(config.gpu, context), *_attention_rules(config, context),
@@ -333,7 +332,6 @@ def _memory_rules(gpu: GpuConfig, te: bool) -> list[Rule]:
 
 
 def _dispatcher_rules(dispatcher: str) -> list[Rule]:
-    """Return the rules for `parallel.expert_dispatcher`."""
     if dispatcher not in DEEP_EP_NAMES:
         return []
     problem = find_deep_ep_problem(dispatcher)
@@ -344,7 +342,6 @@ def _dispatcher_rules(dispatcher: str) -> list[Rule]:
 
 
 def _linear_attention_rules(config: RunConfig, context: KernelContext) -> list[Rule]:
-    """Return the rules for `gpu.linear_attention` = fla."""
     if config.gpu.linear_attention != "fla":
         return []
     linear, is_deterministic = context.model.linear_attention, config.train.deterministic

@@ -92,13 +92,12 @@ class RouterGraphs:
 
 
 class _GraphHelper(TECudaGraphHelper):
-    """Megatron-Core's capture. With overlapped expert messages it captures only trunk layers.
+    """Megatron-Core's capture. With overlapped expert messages it captures only trunk layers, because
+    `OverlappedPasses` runs a prediction layer in one piece, but a replay ends before the dispatch.
 
-    The reason: `OverlappedPasses` runs a prediction layer in one piece, but a replay ends before the
-    dispatch. Megatron-Core
-    captures layer by layer in the order of the overlapped passes, without layers that have no graph. Graphs
-    share memory, so no forward graph may run before a backward graph that was captured first. This holds
-    because layers without experts come before all others: they only delay forward passes.
+    Megatron-Core captures layer by layer in the order of the overlapped passes, without layers that have no
+    graph. Graphs share memory, so no forward graph may run before a backward graph that was captured first.
+    This holds because layers without experts come before all others: they only delay forward passes.
     """
 
     def _discover_layers(self) -> None:

@@ -36,8 +36,7 @@ class CachedAttention(torch.nn.Module):
         """Keys and values [slots, kv_heads, capacity, head_dim], one tensor if both are equal. None before
         the first token."""
         self.up_weight: torch.Tensor | None = None
-        """Latent attention's up-projection weight with merged adapter, computed once. None before the first
-        token."""
+        """Latent attention's up-projection with merged adapter. None before the first token."""
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attention_mask: None,
                 attn_mask_type: Any = None, attention_bias: None = None,

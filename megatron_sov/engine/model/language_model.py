@@ -54,13 +54,11 @@ class LanguageModel(torch.nn.ModuleList):
         self.fp8_placeholders = quantized_weights.create_placeholders(self)
         """`id(parameter)` -> meta tensor that stands for an FP8 weight, see `quantized_weights`."""
         self.iter_masters: Callable[[Any, torch.nn.Parameter | None], Iterator[Any]] | None = None
-        """Maps an FP8 weight's block to the float32 master blocks on this process. None: no optimizer has
-        created masters yet."""
+        """Maps an FP8 weight's block to its local float32 master blocks. None: no optimizer made any."""
         self.quantize_masters: Callable[[], None] | None = None
         """Quantizes the FP8 weights from their master weights."""
         self.pending_gather: Callable[[], None] | None = None
-        """All-gathers the last update over the data-parallel group. None: every process has the updated
-        weights."""
+        """All-gathers updated weights over the data-parallel group. None: every process has them."""
 
     def finish_param_gather(self) -> None:
         """Wait until every process holds the updated weights. Collective.

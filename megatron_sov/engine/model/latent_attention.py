@@ -25,8 +25,7 @@ from megatron_sov.engine.model.linear_attention import ReplicatedLinear
 from megatron_sov.model.config import ModelConfig
 
 NORM_EPS = 1e-6
-"""Epsilon for both latent norms, independent of the model's `norm_eps` (transformers'
-`DeepseekV3RMSNorm`)."""
+"""Epsilon for both latent norms, not the model's `norm_eps` (transformers' `DeepseekV3RMSNorm`)."""
 
 
 class LatentAttention(MLASelfAttention):
@@ -156,7 +155,6 @@ class TokenAngles(torch.nn.Module):
     """Replaces Megatron-Core's rotary module: returns the angles that `LatentAttention.forward` sets."""
 
     def __init__(self) -> None:
-        """Start without angles."""
         super().__init__()
         self.angles: torch.Tensor | None = None
 

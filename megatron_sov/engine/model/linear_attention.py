@@ -197,7 +197,7 @@ class RecurrentCache:
 
     def __init__(self, size: CacheSize, layer: LinearAttention) -> None:
         self._size, self._layer = size, layer
-        self._past = [0] * size.slots  # tokens that have entered the state
+        self._past = [0] * size.slots  # per slot: tokens that have entered the state
         self._state: torch.Tensor | None = None
         self._inputs: torch.Tensor | None = None
 
@@ -223,8 +223,9 @@ class RecurrentCache:
         """Process a span per sequence: [sequences, tokens, ...]."""
         assert self._state is not None and self._inputs is not None
         slots, length = slice(group.slot, group.slot + len(group.past)), group.length
-        for slot in (group.slot + i for i, past in enumerate(group.past) if not past):  # sequences that start
-            self._state[slot], self._inputs[slot], self._past[slot] = 0, 0, 0
+        for slot, past in enumerate(group.past, start=group.slot):
+            if past == 0:  # a new sequence: clear the slot
+                self._state[slot], self._inputs[slot], self._past[slot] = 0, 0, 0
         if self._past[slots] != group.past:
             raise RuntimeError(f"slots from {group.slot} on have read {self._past[slots]} tokens and resume "
                                f"at {group.past}: the state has no earlier tokens")
@@ -246,7 +247,6 @@ class RecurrentCache:
         return outputs
 
     def copy(self, source: int, targets: Sequence[int]) -> None:
-        """Copy slot `source` to the slots `targets`."""
         for cache in (self._state, self._inputs):
             if cache is not None:
                 cache[list(targets)] = cache[source].clone()  # source and targets share memory

@@ -93,8 +93,7 @@ def list_declared_blocks(model: LanguageModel) -> list[LocalShard]:
 
 
 def _remove_padding_rows(block: LocalShard, vocab_size: int) -> LocalShard:
-    """Remove the rows after the last token id from an embedding or head block; their number depends on the
-    layout."""
+    """Remove the padding rows of an embedding or head block; their number depends on the layout."""
     rows = count_token_rows(block.data, vocab_size)
     return replace(block, data=block.data[:rows], global_shape=(vocab_size, *block.global_shape[1:]))
 

@@ -172,8 +172,7 @@ def build_head(model: LanguageModel, chunk_tokens: int) -> Head:
 
 
 def _find_best_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the most probable token [C] int64 and its log-probability [C] from logits [C, V / tp], which are
-    overwritten."""
+    """Return the most probable token [C] int64 and its log-probability; overwrites logits [C, V / tp]."""
     token, largest = _find_top_tokens(logits)
     sums = logits.sub_(largest[:, None]).exp_().sum(dim=-1)
     group = parallel_state.get_tensor_model_parallel_group()

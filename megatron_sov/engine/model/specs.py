@@ -285,8 +285,9 @@ def _set_yarn(config: Any, model: ModelConfig, parallel: ParallelConfig) -> None
     yarn = model.yarn
     if yarn is None and model.latent_attention is not None:
         # Megatron-Core supports only YaRN angles for latent attention: factor 1 and an empty ramp leave
-        # plain frequencies
-        yarn = YarnConfig(1.0, 2 * parallel.cp, 1.0, 1.0)
+        # plain frequencies; the first rotary table has as few positions as context parallelism can split
+        yarn = YarnConfig(factor=1.0, original_max_position_tokens=2 * parallel.cp, beta_fast=1.0,
+                          beta_slow=1.0)
     if yarn is not None:
         config.yarn_rotary_scaling_factor = yarn.factor
         config.yarn_original_max_position_embeddings = yarn.original_max_position_tokens
@@ -340,6 +341,7 @@ def _copy_specs(specs: list[Any]) -> list[Any]:
 
 
 def _finish_spec(config: Any, spec: Any, kind: str, window: int, model: ModelConfig) -> Any:
+    """Set attention, norms, router and graphs in a layer's spec, and return the spec."""
     if kind == "linear_attention":
         assert model.linear_attention is not None, "settings rule: D layers have sizes"
         set_linear_attention(config, spec, model.linear_attention,
@@ -480,8 +482,8 @@ def clamp_gates(chunk: Any, model: ModelConfig) -> None:
     layer_limits = model.limits()
     for layer in chunk.decoder.layers:
         limit = layer_limits[layer.layer_number - 1]
-        for name, module in layer.mlp.named_modules() if limit else ():
-            if name.endswith("linear_fc1"):
+        for name, module in layer.mlp.named_modules():
+            if limit and name.endswith("linear_fc1"):
                 module.register_forward_hook(_build_clamp_hook(limit))
 
 

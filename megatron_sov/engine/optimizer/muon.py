@@ -154,10 +154,10 @@ def split_matrix(matrix: Matrix, config: Any) -> list[torch.Tensor]:
     """
     rows = torch.arange(matrix.rows)
     if matrix.key.endswith("linear_qkv.weight"):
-        per_key = config.num_attention_heads // config.num_query_groups * config.kv_channels
-        grouped = rows.view(config.num_query_groups, per_key + 2 * config.kv_channels)
-        return [part.flatten()
-                for part in grouped.split([per_key, config.kv_channels, config.kv_channels], dim=1)]
+        key_rows = config.kv_channels
+        query_rows = config.num_attention_heads // config.num_query_groups * key_rows
+        grouped = rows.view(config.num_query_groups, query_rows + 2 * key_rows)
+        return [part.flatten() for part in grouped.split([query_rows, key_rows, key_rows], dim=1)]
     if matrix.key.endswith("linear_fc1.weight") and config.gated_linear_unit:
         return list(rows.chunk(2))
     return [rows]
@@ -194,6 +194,8 @@ def compute_update_scale(kind: str, rows: int, columns: int) -> float:
 
 @dataclass(frozen=True)
 class PiecePosition:
+    """Rectangle of a matrix, [row:row + shape[0], column:column + shape[1]], on any process."""
+
     matrix: Matrix
     row: int
     column: int

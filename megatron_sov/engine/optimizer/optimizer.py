@@ -28,8 +28,7 @@ third of the time."""
 
 
 class Optimizer:
-    """Data-parallel gradient reduction, and AdamW or Muon, for one model. Gradients are plain sums over
-    processes."""
+    """Sums of gradients over data-parallel processes, and AdamW or Muon, for one model."""
 
     def __init__(self, model: LanguageModel, config: OptimConfig,
                  parallel: ParallelConfig = NOT_SHARDED, gpu: GpuConfig = DEFAULT_GPU) -> None:
@@ -162,8 +161,7 @@ class Optimizer:
                     torch._foreach_mul_(gradients, self._clip_grad / (grad_norm + 1e-6))
 
     def sync_master_weights(self) -> None:
-        """Update the float32 masters after weights were loaded; masters of FP8 weights were loaded
-        themselves."""
+        """Update the float32 masters from loaded weights; masters of FP8 weights were loaded directly."""
         if not self.model.fp8_placeholders:
             self.megatron_optimizer.reload_model_params()
             return

@@ -228,8 +228,7 @@ def _offload_shards(optimizer: Any, local_shards: list[StateShard], share: float
 
 def _split_by_rule(groups: list[dict[str, Any]],
                    rule_of: dict[int, GroupRule]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Return AdamW's and Muon's groups: parameters with equal rules, in the order of Megatron-Core's
-    groups."""
+    """Return AdamW's and Muon's groups, in Megatron-Core's order; parameters in a group have equal rules."""
     rule_groups: dict[tuple[int, GroupRule], dict[str, Any]] = {}
     for number, group in enumerate(groups):
         for main in group["params"]:

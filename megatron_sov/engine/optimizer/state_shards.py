@@ -38,8 +38,7 @@ class StateShard:
     start: int
     """Index of the first element."""
     main: torch.Tensor
-    """Contiguous tensor that the optimizer updates: the parameter's own memory, or a float32 master
-    weight."""
+    """Contiguous tensor to update: the parameter's own memory, or a float32 master weight."""
     inner: "ShardOptimizer"
     """Optimizer that updates `main` and holds its state."""
     exclusive: bool
@@ -50,8 +49,7 @@ class StateShard:
         return self.start + self.main.numel()
 
     def state(self) -> dict[str, torch.Tensor]:
-        """Return moments or momentum and, under bf16, master weights: [elements] each, views of live
-        memory."""
+        """Return moments or momentum and, under bf16, master weights: [elements] views of live memory."""
         state, names = self.inner.state[self.main], getattr(self.inner, "state_names", MOMENTS)
         if not state and hasattr(self.inner, "initialize_state"):  # Transformer Engine's, with its own dtypes
             self.inner.initialize_state(self.main, False)
@@ -103,14 +101,15 @@ def _iter_ranges(optimizer: DistributedOptimizer) -> Iterator[StateShard]:
 
 def _iter_parameters(optimizer: Any) -> Iterator[StateShard]:
     """Yield whole parameters of an optimizer that repeats the update on every data-parallel process."""
-    model_of = {}
+    parameter_by_main: dict[int, Any] = {}  # id of a float32 master weight -> its 16-bit parameter
     low_groups, high_groups = (getattr(optimizer, "float16_groups", []),
                                getattr(optimizer, "fp32_from_float16_groups", []))
     for low, high in zip(low_groups, high_groups, strict=True):
-        model_of.update({id(main): model for model, main in zip(low, high, strict=True)})
+        parameter_by_main |= {id(main): parameter for parameter, main in zip(low, high, strict=True)}
     for group in optimizer.optimizer.param_groups:
         for main in group["params"]:
-            yield StateShard(model_of.get(id(main), main), 0, main, optimizer.optimizer, exclusive=False)
+            parameter = parameter_by_main.get(id(main), main)
+            yield StateShard(parameter, 0, main, optimizer.optimizer, exclusive=False)
 
 
 def assign_gradients(shards: Iterable[StateShard]) -> None:
@@ -132,8 +131,7 @@ def assign_gradients(shards: Iterable[StateShard]) -> None:
 
 
 def iter_state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[LocalShard]:
-    """Yield the local optimizer state, named `exp_avg/KEY`, `exp_avg_sq/KEY`, `momentum/KEY` and
-    `master/KEY`."""
+    """Yield the local optimizer state: `exp_avg/KEY`, `exp_avg_sq/KEY`, `momentum/KEY`, `master/KEY`."""
     for block, shard in iter_shard_blocks(model, shards):
         for name, flat in shard.state().items():
             for piece in iter_pieces(block, shard, flat):
@@ -143,10 +141,10 @@ def iter_state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Ite
 def iter_shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,
                                                                                             StateShard]]:
     """Yield (`LocalShard`, `StateShard`) for every block that this process updates, completely or in part."""
-    of_parameter = {id(shard.parameter): shard for shard in shards}
+    shard_by_parameter = {id(shard.parameter): shard for shard in shards}
     lookup = ParameterLookup(model)
     for block in list_declared_blocks(model):
-        shard = of_parameter.get(id(lookup.find_parameter(block)))
+        shard = shard_by_parameter.get(id(lookup.find_parameter(block)))
         if shard is not None:
             yield block, shard
 
@@ -230,6 +228,5 @@ def set_update_count(shards: Iterable[StateShard], num_updates: int) -> None:
 
 
 def _counts_per_parameter(inner: ShardOptimizer) -> bool:
-    """Return whether the optimizer counts updates per parameter (torch) or per group (Transformer Engine,
-    Apex)."""
+    """Return whether updates are counted per parameter (torch), not per group (Transformer Engine, Apex)."""
     return isinstance(inner, (torch.optim.Adam, torch.optim.AdamW))

@@ -86,15 +86,13 @@ def exchange_heads(row: torch.Tensor) -> torch.Tensor:
 
 
 def get_local_heads(num_heads: int) -> slice:
-    """Return the local slice of the heads after `exchange_tokens`; `num_heads` is the number of local
-    heads."""
+    """Return the slice of all heads that is local after `exchange_tokens`: `num_heads` heads."""
     rank = int(parallel_state.get_context_parallel_rank())
     return slice(rank * num_heads, (rank + 1) * num_heads)
 
 
 def gather_positions(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Gather values at row indices on every process, without gradient: [n / c, ...], [positions] ->
-    [positions, ...]."""
+    """Gather [n / c, ...] at row indices [positions] -> [positions, ...] on every process, no gradient."""
     positions = positions.to(values.device)
     if get_cp_size() == 1:
         return values[positions]
@@ -178,11 +176,7 @@ class _GatherReplicated(torch.autograd.Function):
         return select_local(grads[0])
 
 
-class _GatherKeys(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        return _all_gather(values)
-
+class _GatherKeys(_GatherReplicated):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         # every process computed a partial gradient from the local queries

@@ -17,8 +17,7 @@ ARENA_BYTES = 1 << 30
 _ALIGN_BYTES = 64
 
 def on_gpu() -> bool:
-    """Return whether this process computes on a CUDA device, without starting CUDA; False with CPU
-    shims."""
+    """Return whether this process computes on a CUDA device, not on CPU shims, without starting CUDA."""
     # ask the driver: torch's default check starts CUDA, and a forked process could not use it afterwards
     os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     return not is_cpu_only() and torch.cuda.is_available()
@@ -51,7 +50,7 @@ def release_gpu_memory() -> None:
 
 def toggle_nsys_recording(*, on: bool) -> None:
     """Start or stop recording in nsys, with Megatron-Core's NVTX ranges. Records nothing without nsys."""
-    # `prepare_megatron` needs this module before megatron may be imported
+    # the package imports this module before it prepares the process for megatron
     from megatron.core.utils import configure_nvtx_profiling
 
     configure_nvtx_profiling(on)

@@ -21,6 +21,7 @@ from megatron_sov.engine.parallel.values import broadcast_object, gather_objects
 from megatron_sov.model.config import ParallelConfig
 
 _joins = itertools.count()
+"""Numbers this process's calls of `join_world`."""
 LOCALHOST = "127.0.0.1"
 STORE_PORT = "SOV_STORE_PORT"
 """Environment variable with the local launcher's rendezvous store port."""
@@ -193,9 +194,10 @@ def run_on_each_rank(action: Callable[[int, int], Any]) -> list[Any]:
     return [rank_result for rank_result, _ in outcomes]
 
 
-def _run_on_one(is_one: bool, action: Callable[[], Any]) -> Any:
+def _run_on_one(is_main: bool, action: Callable[[], Any]) -> Any:
+    """Call `action` if `is_main`, and return its result or raise its `UserError` on every rank."""
     result, problem = None, None
-    if is_one:
+    if is_main:
         try:
             result = action()
         except UserError as e:

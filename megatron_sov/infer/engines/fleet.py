@@ -361,11 +361,9 @@ class ServerKeeper(Protocol):
     def start(self, should_stop: Callable[[], bool]) -> VllmServer | None:
         """Start the server and return it once healthy; None if `should_stop` returned True. Raises
         `UserError`: the server does not start."""
-        ...
 
     def is_alive(self) -> bool:
         """Return whether the server process runs, as far as known."""
-        ...
 
     def end(self) -> None:
         ...

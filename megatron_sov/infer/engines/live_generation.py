@@ -92,11 +92,9 @@ class RequestSource(Protocol):
             is_idle: no sequence is in progress; the call may then wait for requests, but must return within
                 the timeout of a collective, because other processes wait for it.
         """
-        ...
 
     def report_tokens(self, events: Sequence[TokenEvent]) -> None:
         """Receive the tokens of a row."""
-        ...
 
 
 @dataclass(frozen=True)

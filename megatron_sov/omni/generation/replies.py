@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from megatron_sov.infer.engines.target import Target
 
 DECODER_OPTIONS = {IMAGE: "--image-decoder", AUDIO: "--vocoder"}
-DECODER_KINDS = {IMAGE: "vqmodel", AUDIO: "mimi or dac"}
+DECODER_KINDS = {IMAGE: "vqmodel", AUDIO: "mimi or dac"}  # kinds of codecs, for messages
 BLOCK_MARKS = {IMAGE: DISCRETE_IMAGE, AUDIO: DISCRETE_AUDIO}
-"""Kind -> start and end mark around discrete blocks."""
+"""Kind -> start and end mark around a block of codebook entries."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class MediaGeneration:
     batching: Batching = Batching()
     """Batch sizes, which bound memory."""
     with_features: bool = True
-    """Use encoders whose features the model was trained on."""
+    """Pass the features of media encoders to the model, if it was trained on them."""
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ class ImagePart:
     tokens: tuple[int, ...]
     """Image codebook entries, row by row."""
     complete: bool = True
-    """The end mark followed the entries."""
+    """Whether the end mark followed the entries."""
 
 
 ReplyPart = TextPart | AudioPart | ImagePart
@@ -242,7 +242,7 @@ class MarkIds:
 
     @staticmethod
     def from_vocabulary(find_token_id: Callable[[str], int | None]) -> MarkIds:
-        """Look up the published marks.
+        """Look up the ids of the marks in `chat/media_tokens.py`.
 
         Args:
             find_token_id: function from a token to its id; None for unknown tokens.
@@ -270,8 +270,8 @@ def split_reply(ids: Iterable[int], blocks: Sequence[VocabularyBlock], marks: Ma
     parts = list[ReplyPart]()
     start, end = marks.image
     picture: list[int] | None = None
-    run_part: type[TextPart] | type[AudioPart] = TextPart
-    run = list[int]()  # text or speech: a tuple extended per token would copy all earlier tokens
+    run_part: type[TextPart] | type[AudioPart] = TextPart  # kind of part that `run` becomes
+    run = list[int]()  # tokens of the current text or speech
 
     def end_run() -> None:
         if run:
@@ -379,12 +379,12 @@ class BlockRules:
         """Return the kind of the open block and the ids after its start mark; ("", ()) outside blocks."""
         kind_by_start = {self.mark_ids.get(names[0]): kind for kind, names in BLOCK_MARKS.items()}
         ends = {self.mark_ids.get(names[1]) for names in BLOCK_MARKS.values()} - {None}
-        # Backwards to the nearest mark: the cost must not grow with earlier pictures.
-        for place in range(len(written) - 1, -1, -1):
-            if written[place] in ends:
+        # Search backwards to the nearest mark, so that the cost does not grow with earlier pictures.
+        for i in range(len(written) - 1, -1, -1):
+            if written[i] in ends:
                 break
-            if written[place] in kind_by_start:
-                return kind_by_start[written[place]], written[place + 1:]
+            if written[i] in kind_by_start:
+                return kind_by_start[written[i]], written[i + 1:]
         return "", ()
 
     def _list_picture_ids(self, written: Sequence[int]) -> list[int]:

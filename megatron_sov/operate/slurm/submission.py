@@ -363,7 +363,7 @@ def _split_array(base: SlurmJob, count: int) -> tuple[SlurmJob, ...]:
     if work.stage != "data" or argv[0] != "pack":
         raise UserError(f"--array {count}: is for `data pack`, whose inputs it divides, eval-lm, "
                         f"rl-generate and rl-reward; leave it out for {work.stage}")
-    parser = Parser(prog="submit data pack", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="submit data pack", add_help=False)
     parser.add_argument("--input", nargs="+", action="extend", default=[])
     parser.add_argument("--output")
     # tasks differ in inputs and output only

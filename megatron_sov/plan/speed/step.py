@@ -255,9 +255,9 @@ def estimate_step(w: Workload, parameters: Parameters | None = None,
                     peak_flops_per_s=w.chip.bf16_flops_per_s)
 
 
-def estimate_slow_host(w: Workload, parameters: Parameters | None = None) -> StepTime:
+def estimate_slow_host(w: Workload) -> StepTime:
     """Estimate the seconds per step with a host that takes `SLOW_HOST` times as long for launches."""
-    p = parameters or load_default_parameters()
+    p = load_default_parameters()
     names = ("layer_launch_s", "moe_launch_s", "moe_stall_s")
     return estimate_step(w, replace(p, **{name: SLOW_HOST * getattr(p, name) for name in names}))
 

@@ -140,11 +140,9 @@ class RunTeacher(Protocol):
     def verify(self, world: ParallelWorld) -> None:
         """Make the teacher ready: verify its files (`StoredTeacher`) or load its model (`LiveTeacher`).
         Called first, by all processes together."""
-        ...
 
     def attach_outputs(self, batches: Sequence[MicroBatch]) -> tuple[MicroBatch, ...]:
         """Run the teacher on micro-batches before the student's step; called by all processes together."""
-        ...
 
     def get_outputs(self, batch: MicroBatch, head: Head, split: str = "train") -> Teacher:
         """Return the outputs at the local tokens of a micro-batch from `attach_outputs`.
@@ -154,7 +152,6 @@ class RunTeacher(Protocol):
             head: output head of the student; the head of the teacher gets the same vocabulary shard.
             split: split of the documents.
         """
-        ...
 
 
 class StoredTeacher:
@@ -162,8 +159,7 @@ class StoredTeacher:
 
     def __init__(self, folders: Sequence[StateFiles], settings: DistillationConfig, sources: Sequence[Source],
                  vocab_size: int) -> None:
-        """Assign `folders` to `sources`. Raises `UserError`: `check_outputs` fails, or a source has no
-        outputs."""
+        """Assign `folders` to `sources`. Raises `UserError`: see `check_outputs`; a source has no folder."""
         for files in folders:
             check_outputs(files, settings, vocab_size)
         self._by_source = {index: files for files in folders for index in files.sources}

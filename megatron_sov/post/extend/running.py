@@ -257,8 +257,7 @@ def build_needles(config: RunConfig, start: Path, formats: tuple[str, ...] = TEX
 
 
 def _document_lengths(config: RunConfig) -> dict[str, int]:
-    """Return source -> document length in tokens: `needle`, as long as the longest phase, and `needle/N` in
-    blends."""
+    """Return needle source (`needle`, in blends `needle/N`) -> document length in tokens."""
     named = dict.fromkeys(name for phase in config.data.phases for name in phase.blend)
     lengths: dict[str, int] = {}
     if config.needle.train_share or SOURCE_NAME in named:

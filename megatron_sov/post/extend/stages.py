@@ -74,8 +74,7 @@ def plan_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int 
 
 
 def _check_longer(where: str, new_tokens: int, start: Target, trained_tokens: int) -> None:
-    """Raise `UserError` if an extension is shorter than the trained length in `start`, which imported models
-    do not record."""
+    """Raise `UserError` if an extension is shorter than the trained length, if `start` records one."""
     start_tokens = min(start.trained_tokens, trained_tokens)
     if start.config is not None and new_tokens < start_tokens:
         raise UserError(f"{where}: seq_len = {new_tokens} is shorter than the {start_tokens} tokens "

@@ -68,13 +68,17 @@ class RoundLoader:
         """
         seq_len = view.config.data.phases[0].seq_len
         read = partial(self.documents.read, number, seq_len, self.rollout.steps_per_round)
+
+        def check_readable() -> None:
+            read()
+
         run_on_each_rank(partial(self.documents.verify, number))  # an error on one process is raised on all
-        # Rank 0 reads first: its error is raised on every rank; the result is dropped.
-        run_on_main(view.world, lambda: read() and None)
+        # Rank 0 reads first, because its error is raised on every rank.
+        run_on_main(view.world, check_readable)
         opened = read()
         # Rank 0 decides: processes that skip different steps would wait for one another forever.
-        idle = run_on_main(view.world, partial(self._find_idle_steps, view, number, opened))
-        opened = replace(opened, idle=idle)
+        idle_steps = run_on_main(view.world, partial(self._find_idle_steps, view, number, opened))
+        opened = replace(opened, idle=idle_steps)
         columns = self.columns.compute(view, opened, is_first=is_first)
         self._skip_idle_steps(view, number, opened)
         # Opened last, so that a failure leaves the data order unchanged.

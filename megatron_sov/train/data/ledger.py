@@ -24,6 +24,7 @@ class Ledger:
 
     def __init__(self, planned: Sequence[LedgerEntry], history: Sequence[LedgerEntry] = (),
                  step: int = 0) -> None:
+        """Join the entries `history` of a checkpoint after `step` steps with the `planned` entries."""
         past = [e for e in history if e.first_step < step]
         running = next((e for e in reversed(planned) if e.first_step <= step), None)
         future = [e for e in planned if e.first_step > step]

@@ -64,8 +64,9 @@ class SampleOrder:
 
     def is_ready(self, step: int) -> bool:
         """Return whether the documents for `step` exist; a step of a round waits until the round is open."""
-        return (self._rounds is None or not self.ledger.get_entry(step).is_round
-                or not self._is_on_policy(step) or self._rounds.is_open(step // self._steps_per_round + 1))
+        if self._rounds is None or not self.ledger.get_entry(step).is_round or not self._is_on_policy(step):
+            return True
+        return self._rounds.is_open(step // self._steps_per_round + 1)
 
     def _is_on_policy(self, step: int) -> bool:
         return self._policy.is_on_policy(self._round_seed, step // self._steps_per_round + 1)

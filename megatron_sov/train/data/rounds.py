@@ -41,6 +41,8 @@ def first_document(number: int) -> int:
 
 @dataclass(frozen=True)
 class PublishedRound:
+    """A round's documents, in the order of its optimizer steps."""
+
     path: Path
     """Token artifact folder."""
     documents: Documents | None

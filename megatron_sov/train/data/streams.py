@@ -236,8 +236,9 @@ def fit_units(segments: Sequence[PackedSegment], group: int, seq_len: int, *,
 def _shorten_unit(unit: Row, seq_len: int) -> Row:
     """Cut the tails of a unit's longest documents to one length, so that the unit fits `seq_len`."""
     limit, free_tokens = 0, seq_len
-    for num_longer, count in zip(range(len(unit), 0, -1), sorted(p.count for p in unit), strict=True):
-        limit = free_tokens // num_longer
+    # shortest documents first: a document within an equal share of the free tokens stays whole
+    for i, count in enumerate(sorted(segment.count for segment in unit)):
+        limit = free_tokens // (len(unit) - i)
         if count > limit:
             break
         free_tokens -= count
@@ -247,8 +248,8 @@ def _shorten_unit(unit: Row, seq_len: int) -> Row:
 def pack_units(units: Sequence[Row], seq_len: int) -> list[Row]:
     """Pack whole units into rows with at most `seq_len` tokens by `pack_best_fit`."""
     # a segment stands for each unit, with the unit's index as its document
-    segments = (PackedSegment(i, 0, sum(segment_of_unit.count for segment_of_unit in unit)) for i,
-                unit in enumerate(units))
+    num_tokens = (sum(segment.count for segment in unit) for unit in units)
+    segments = (PackedSegment(index, 0, count) for index, count in enumerate(num_tokens))
     rows: list[Row] = []
     for row in pack_best_fit(segments, seq_len):
         row_segments: list[PackedSegment] = []

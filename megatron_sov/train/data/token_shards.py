@@ -19,7 +19,8 @@ from megatron_sov.base.documents.shard_files import (
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
-from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, get_encoder_inputs, load_modality
+from megatron_sov.model.modality import (
+    NO_BANKS, Banks, EncoderInputs, get_banks, get_encoder_inputs, load_modality)
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
@@ -72,13 +73,11 @@ class TokenShard:
                 self._features = self._map_features()
                 self._bank_reader = load_modality().open_banks(prefix, banks)
             self.is_plain = self._loss is None and self._type is None and self._written is None
-        except OSError as e:
-            if e.errno == errno.EMFILE:
+        except (OSError, IndexError, KeyError, ValueError) as e:
+            if isinstance(e, OSError) and e.errno == errno.EMFILE:
                 raise UserError(f"{prefix}: this process may not open more than "
                                 f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files; raise `ulimit -n`, "
                                 "or pack into larger shards (--shard-tokens)") from None
-            raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
-        except (IndexError, KeyError, ValueError) as e:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
@@ -184,6 +183,10 @@ class TokenShard:
 
 class DocumentView:
     """Documents that are stored in other `Documents`; subclasses implement `locate`."""
+
+    def __init__(self, documents: "Documents", is_plain: bool) -> None:
+        self._documents, self.is_plain = documents, is_plain
+        self.columns, self.banks = documents.columns, get_banks(documents)
 
     def locate(self, document: int) -> "tuple[Documents, int, int]":
         """Return the `Documents` that store a document, and the document's index and first token there."""
@@ -297,7 +300,6 @@ class Lengths(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, documents: Any, /) -> Any:
         """Return the token count for a document, or counts for an array."""
-        ...
 
     def __iter__(self) -> Iterator[Any]: ...
 
@@ -350,34 +352,26 @@ class Documents(Protocol):
     @property
     def lengths(self) -> Lengths:
         """Tokens per document."""
-        ...
 
     @property
     def is_plain(self) -> bool:
         """Whether every token has loss weight 1 and type 0, so that `build_row` reads neither."""
-        ...
 
     def tokens(self, document: int, start: int, count: int) -> np.ndarray:
         """Return token ids, [count] int64."""
-        ...
 
     def loss_weights(self, document: int, start: int, count: int) -> np.ndarray:
         """Return loss weights for tokens as targets, [count] float32."""
-        ...
 
     def types(self, document: int, start: int, count: int) -> np.ndarray:
         """Return token types, [count] uint8."""
-        ...
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Column names, in addition to loss weights and types."""
-        ...
 
     def column(self, name: str, document: int, start: int, count: int) -> np.ndarray:
         """Return numbers from a column for tokens as targets, [count] float32."""
-        ...
 
     def routes(self, document: int, start: int, count: int) -> np.ndarray:
         """Return expert routes, [count, layers, top_k], for sources with `Source.routes`."""
-        ...

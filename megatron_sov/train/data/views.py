@@ -14,7 +14,6 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.model.config import PhaseConfig, RunConfig
 from megatron_sov.model.config.data import split_source_name
-from megatron_sov.model.modality import get_banks
 from megatron_sov.train.data.sources import Source, name_sources
 from megatron_sov.train.data.token_shards import ChainedLengths, Documents, DocumentView
 
@@ -85,10 +84,8 @@ class LongDocuments(DocumentView):
     """Documents with at least `min_tokens` tokens; the index is computed on first use."""
 
     def __init__(self, documents: Documents, min_tokens: int) -> None:
-        self._documents, self._min_tokens = documents, min_tokens
-        self.is_plain = documents.is_plain
-        self.columns = documents.columns
-        self.banks = get_banks(documents)
+        super().__init__(documents, documents.is_plain)
+        self._min_tokens = min_tokens
 
     @cached_property
     def index(self) -> np.ndarray:
@@ -111,12 +108,9 @@ class LongDocuments(DocumentView):
 class TextView(DocumentView):
     """Documents with every token of type text; loss weights still mark the tokens to learn."""
 
-    is_plain = False
-
     def __init__(self, documents: Documents) -> None:
-        self._documents = documents
-        self.lengths, self.columns = documents.lengths, documents.columns
-        self.banks = get_banks(documents)
+        super().__init__(documents, is_plain=False)
+        self.lengths = documents.lengths
 
     def __reduce__(self) -> tuple[Any, ...]:  # its lengths are memory maps
         return TextView, (self._documents,)
@@ -132,10 +126,8 @@ class DocumentPieces(DocumentView):
     """Documents in pieces of at most `max_tokens` tokens, without context from the previous piece."""
 
     def __init__(self, documents: Documents, max_tokens: int) -> None:
-        self._documents, self._max_tokens = documents, max_tokens
-        self.is_plain = documents.is_plain
-        self.columns = documents.columns
-        self.banks = get_banks(documents)
+        super().__init__(documents, documents.is_plain)
+        self._max_tokens = max_tokens
 
     @cached_property
     def lengths(self) -> "PieceLengths":

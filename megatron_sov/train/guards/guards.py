@@ -262,8 +262,7 @@ class RoutingMonitor:
                 yield ("dead experts", layer), (f"layer {layer}: expert{plural} {names} got no token "
                                                 f"in {settings.dead_after_records} routing records in a row")
 
-    def _iter_overloads(self, layers: list[int], counts: np.ndarray
-                        ) -> Iterator[tuple[tuple[str, int], str]]:
+    def _iter_overloads(self, layers: list[int], counts: np.ndarray) -> Iterator[tuple[tuple[str, int], str]]:
         """Yield an alarm for each pipeline stage with an expert process above `gpu.expert_imbalance`."""
         parallel, num_layers = self._config.parallel, self._config.model.num_layers
         stages = routing.list_stage_rows(parallel, num_layers, layers) if parallel.ep > 1 else []

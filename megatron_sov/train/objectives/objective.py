@@ -73,15 +73,12 @@ class Objective(Protocol):
     @property
     def coefficients(self) -> Mapping[str, float]:
         """Term -> weight in the total loss."""
-        ...
 
     def collect(self, policy: Any, step: int) -> GlobalBatch:
         """Return the batch for `step` (from 0), from the data order or from rollouts of `policy`."""
-        ...
 
     def prepare(self, batch: GlobalBatch) -> GlobalBatch:
         """Count the denominator of each term over the global batch, before the first forward pass."""
-        ...
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Return each term's sum over a micro-batch, on the last pipeline stage.
@@ -89,7 +86,6 @@ class Objective(Protocol):
         `hidden` has hidden states [tokens / sequence-parallel size, 1, hidden] of the trunk, then of each
         prediction depth. `head` applies the output head in chunks.
         """
-        ...
 
 
 def get_formats(factory: Any) -> tuple[str, ...]:

@@ -26,8 +26,7 @@ class Stage:
     folder: RunFolder
     objective: ObjectiveFactory
     start_from: Path | None = None
-    """Checkpoint with start weights (in a dry run, a Hugging Face folder to convert); default: initial
-    weights."""
+    """Checkpoint with start weights (dry run: or a Hugging Face folder); default: initial weights."""
     resume: bool = False
     """Whether to continue a run that is already in `folder`."""
     sources: tuple[Source, ...] | None = None

@@ -26,7 +26,7 @@ class Gpu:
     name: str
     """Marketing name, or CUDA's device name."""
     memory_bytes: int
-    """Memory reported by CUDA, below the nominal size."""
+    """Memory that CUDA reports, which is less than the nominal size."""
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ class Chip(Gpu):
     price: Price
     """Rental price."""
     sources: dict[str, str] = field(hash=False)
-    """tflops, hbm, nvlink, memory, network, power, price -> source."""
+    """Group of fields (tflops, hbm, nvlink, memory, network, power, price) -> source."""
 
     def flops_per_s(self, precision: str) -> float:
-        """Return the dense peak for "bf16", "fp8" or "fp4". Raises `UserError`: not supported by the chip."""
+        """Return the dense peak for "bf16", "fp8" or "fp4". Raises `UserError`: the chip lacks it."""
         peaks = {"bf16": self.bf16_flops_per_s, "fp8": self.fp8_flops_per_s, "fp4": self.fp4_flops_per_s}
         if not peaks.get(precision):
             supported = [name for name in PRECISIONS if peaks[name]]

@@ -32,7 +32,12 @@ REPORT_AFTER_S = 5.0
 
 @dataclass(frozen=True)
 class EndpointLimits:
+    """Limits of time, attempts, rate and cost."""
+
+    """Limits of time, attempts, rate and cost for requests to an endpoint."""
+
     timeout_s: float
+    """Timeout of one attempt."""
     max_attempts: int
     backoff_s: float
     """Wait before the second attempt; doubled before each further attempt."""
@@ -44,8 +49,8 @@ class EndpointLimits:
     """Price per million tokens."""
     output_price: float
     patience_s: float = 0.0
-    """Seconds since the endpoint's last answer to any request after which it counts as unavailable; until
-    then, an overloaded or unreachable endpoint is retried beyond `max_attempts`. 0: no such retries."""
+    """How long an overloaded or unreachable endpoint is retried beyond `max_attempts`, from its last answer
+    to any request; then it counts as unavailable. 0: no such retries."""
 
 
 class RateGate(Protocol):
@@ -53,11 +58,9 @@ class RateGate(Protocol):
 
     def enter(self, most: Usage) -> None:
         """Admit a request with maximum billing `most`; may wait or raise."""
-        ...
 
     def leave(self, most: Usage, billed: Usage) -> None:
         """Record the actual billing of an admitted request."""
-        ...
 
 
 class OpenGate:
@@ -133,13 +136,13 @@ class Endpoint:
         with self._lock_request(key):
             cached = self._cache.get(key)
             if cached is not None and self._find_substitute_model(payload, cached) is None:
-                with contextlib.suppress(BadAnswer):  # cached by other code
+                with contextlib.suppress(BadAnswer):  # an answer that another `read` accepted: ask again
                     return read(cached)
             return self._ask_until_answered(payload, key, read)
 
     @contextlib.contextmanager
     def _lock_request(self, key: str) -> Iterator[None]:
-        """Lock a request key: the first thread sends the request, waiting threads read `EndpointCache`."""
+        """Lock a request key: the first thread sends the request, later threads then find it in the cache."""
         with self._lock:
             # one lock per request in progress, dropped with its last waiter, so that the table does not grow
             lock, num_waiting = self._locks_by_key.get(key, (threading.Lock(), 0))
@@ -154,7 +157,8 @@ class Endpoint:
                     self._locks_by_key[key] = lock, num_waiting - 1
 
     def _ask_until_answered(self, payload: Mapping[str, Any], key: str, read: Callable[[Any], T]) -> T:
-        """Send a request until the answer is read, for `max_attempts` or while the endpoint may return."""
+        """Send a request until `read` accepts an answer, up to `max_attempts`, or for `patience_s` while the
+        endpoint is overloaded or unreachable."""
         limits, began_s, attempt = self._limits, time.monotonic(), 0
         while True:
             attempt += 1
@@ -181,7 +185,7 @@ class Endpoint:
                 return answer
 
     def _find_substitute_model(self, payload: Mapping[str, Any], answer: Any) -> str | None:
-        """Return the answering model outside `payload["model"]` and `accepted_models`; None: none."""
+        """Return the model that answered, if it is neither requested nor in `accepted_models`; else None."""
         if self._accepted_models is None:
             return None
         name = read_model_name(answer)
@@ -245,7 +249,7 @@ class Endpoint:
                 result = read(content)
             except BadAnswer:
                 raise
-            except Exception:  # a valid answer too
+            except Exception:  # a valid answer without use: cached
                 answer = content
                 raise
             answer, self.answered_s = content, time.monotonic()

@@ -37,7 +37,7 @@ class BackgroundProcess:
     """A low-priority command with its output in a log file."""
 
     def __init__(self, command: list[str], log: Path) -> None:
-        """Start the command; its text starts the log. Raises `OSError`: the command cannot be started."""
+        """Start the command, with its text as the first log line. Raises `OSError`: it cannot be started."""
         self._log = log
         self.began_s = time.monotonic()
         """Start time by the monotonic clock."""
@@ -58,7 +58,7 @@ class BackgroundProcess:
         return self._process.poll()
 
     @property
-    def last_words(self) -> str:
+    def last_words(self) -> str:  # last line of output, as a reason why the command failed
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[1:]
         if not lines:
             return f"its process ended with {self._process.returncode}"

@@ -39,7 +39,16 @@ def test_a_removed_command_is_refused_with_its_replacement(typed: str, more: str
 def test_a_removed_option_is_refused_with_its_replacement(typed: str, more: str,
                                                           capsys: pytest.CaptureFixture[str]) -> None:
     assert run(typed + more) == 2
-    assert f"{typed}: was removed in this version; {removed.OPTIONS[typed]}" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{typed}: was removed in this version; " in error
+    assert removed.OPTIONS[typed] in error or "  megatron-sov rl run --set policy.method=preference" in error
+
+
+def test_rounds_of_preferences_are_rl_rounds_with_the_typed_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("megatron-sov prefer --from hf --method ipo --prompts p.jsonl --reward math --run r") == 2
+    expected = ("\n  megatron-sov rl run --set policy.method=preference --set rollout.steps_per_round=2 "
+                "--from hf --set preference.method=ipo --prompts p.jsonl --reward math --run r --store ")
+    assert expected in capsys.readouterr().err
 
 
 def test_the_model_of_an_endpoint_is_refused_with_the_endpoint(capsys: pytest.CaptureFixture[str]) -> None:

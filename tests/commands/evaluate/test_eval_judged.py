@@ -57,11 +57,11 @@ def test_responses_are_judged_and_counted(hf_models: dict[str, Path], monkeypatc
     assert (result["num_prompts"], result["num_samples"], result["num_right"]) == (2, 8, 3)
     assert result["mean_reward"] == pytest.approx((2 / 4 + 1 / 4) / 2)
     assert result["share_at_limit"] == 0.0
-    # of six pairs of the first prompt five hold a right answer, of the second three
+    # 5 of the 6 pairs of answers to the first prompt have a right answer, and 3 of 6 for the second
     assert [(e["k"], e["value"]) for e in result["pass_at_k"]] == [
         (1, pytest.approx(0.375)), (2, pytest.approx((5 / 6 + 3 / 6) / 2)), (4, 1.0)]
     assert all(e["interval"][0] <= e["value"] <= e["interval"][1] for e in result["pass_at_k"])
-    # two fours against two fives are a tie; the one six loses against two sevens
+    # majority of four: 4 and 5 tie with two votes each (1/2), and the right 6 loses against 7 (0)
     assert result["maj_at_k"][-1]["value"] == pytest.approx(0.25)
     manifest = read_manifest("out", "passk")
     assert find_damaged_files("out") == [] and set(manifest.files) == {"results.json", "samples.jsonl"}
@@ -133,7 +133,7 @@ def test_a_killed_command_resumes(hf_models: dict[str, Path], monkeypatch: pytes
     assert ("model.sampling.seed was 3, and is 4"
             in get_refusal("eval", "passk", *JUDGE, *command, "--seed", "4", "--output", "out"))
     result = run_passk(read_output, *command, "--output", "out")
-    assert calls == [8, 8, 8, 4]
+    assert calls == [8, 8, 8, 4]  # the interrupted second call is repeated: 5 prompts x 4 samples
     assert (result["num_prompts"], result["num_samples"], result["share_at_limit"]) == (5, 20, 1.0)
     complete = run_passk(read_output, *command, "--output", "whole")
     assert read_responses("out") == read_responses("whole") and complete["pass_at_k"] == result["pass_at_k"]

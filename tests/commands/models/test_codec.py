@@ -36,7 +36,7 @@ def media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.deep
 def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """All but imports of files, which tests/omni/codecs has."""
+    """Runs all commands of the page, except imports of weight files, which tests/omni/codecs tests."""
     for kind, folder in (("vqmodel", "ldm-vq"), ("dac", "dac_16khz"), ("mimi", "mimi")):
         hf_folders.save_network(kind, Path(folder))
     typed = [line for line in list_commands(PAGE) if not re.search(r"import (ta-tok|cosy)", line)]
@@ -45,7 +45,7 @@ def test_the_page_is_typed(media: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert cli.main(shlex.split(line)[1:]) == 0, line
     printed = capsys.readouterr().out
     for output in ("wrote codec image-tokenizer", "wrote codec speech-tokenizer", "wrote again/1.png",
-                 "wrote again/0.wav"):
+                   "wrote again/0.wav"):
         assert output in printed
     assert Image.open("again/0.png").size == (16, 16)
     sound, rate_hz = soundfile.read("again/0.wav")

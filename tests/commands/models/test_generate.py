@@ -48,7 +48,7 @@ def test_the_end_of_the_assistants_turn_ends_a_chat(one_rank: None, imported: di
                                                     monkeypatch: pytest.MonkeyPatch) -> None:
     ask = ["--prompt", "Hello", "--max-new-tokens", "6", "--chat"]
     (complete,) = generate(read_output, str(imported["solar_open"]), *ask)
-    end = complete["tokens"][3]  # the fourth token plays the end of the turn
+    end = complete["tokens"][3]  # the fourth token serves as the end of the turn
     monkeypatch.setattr("megatron_sov.chat.encode.ChatEncoder.end_ids", lambda encoder: (end,))
     for folder in (imported["solar_open"], hf_models["solar_open"]):
         (continuation,) = generate(read_output, str(folder), *ask)
@@ -61,7 +61,7 @@ def test_a_text_ends_a_continuation(one_rank: None, imported: dict[str, Path], h
     part = plain[0]["text"][4:7]
     for folder in (imported["solar_open"], hf_models["solar_open"]):
         stopped = generate(read_output, str(folder), *PROMPT_OPTIONS, "--stop", part, "--batch-size", "1",
-                                    "--prefill-tokens", "2")
+                           "--prefill-tokens", "2")
         assert [s["text"] for s in stopped] == [p["text"].split(part)[0] for p in plain]
         assert len(stopped[0]["tokens"]) < 9
 
@@ -81,8 +81,8 @@ def test_a_tokenizer_with_more_ids_than_its_model_is_refused(kind: str, imported
         "by the tokenizer of the model\n")
 
 
-def test_a_hugging_face_folder_ends_where_its_config_says(hf_models: dict[str, Path],
-                                                          get_refusal: Any) -> None:
+def test_more_tokens_than_the_context_of_a_hugging_face_folder_are_refused(
+        hf_models: dict[str, Path], get_refusal: Any) -> None:
     limit = json.loads((hf_models["solar_open"] / "config.json").read_text())["max_position_embeddings"]
     assert f"the model has a context of {limit}; shorten one of them" in get_refusal(
         "generate", str(hf_models["solar_open"]), "--prompt", "a", "--max-new-tokens", str(limit))

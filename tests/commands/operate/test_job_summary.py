@@ -37,7 +37,7 @@ def test_data_that_do_not_fit_are_refused_before_submission(
                                 str(packed_data.text), "--run", str(tmp_path / "run"), *more)
     error, *proposed_lines = err.splitlines()
     assert code == 2 and message in error and out == ""
-    # a proposed line has all that is missing
+    # a proposed line has all missing settings
     assert len(proposed_lines) == bool(added)
     all_settings = "".join(f" --set {setting}" for setting in (*settings, *added))
     assert all(line.endswith(all_settings) for line in proposed_lines), proposed_lines
@@ -69,6 +69,7 @@ def test_requeues_follow_from_days_and_time_limit(tmp_path: Path, capsys: Any, l
     assert code == 0 and tokens.endswith("; the data are not packed yet")
     amount, unit = time.split()[2:4]
     days = float(amount) / {"hours,": 24, "days,": 1, "hour,": 24, "day,": 1}[unit]
+    # jobs of the time limit without the 600 s before its end, in which a job saves and stops
     expected = days * 86400 / (parse_time_limit(limit) - 600) - 1
     assert float(jobs.split()[2].replace(",", "")) == pytest.approx(max(0, expected), abs=1.5, rel=0.01)
 

@@ -61,24 +61,24 @@ def test_all_files_in_order_of_the_starts(run: Path, capsys: pytest.CaptureFixtu
         "[job 17 start 2 rank 0] an unfinished line", "[step-3 rank 2 hangs] waits in loop.py",
         "[exports step-4] error: disk"]
     assert start.endswith("step 0: the run starts from step 0, with 2 rank(s)")
-    assert (warning.startswith("[events] 20")
-            and warning.endswith(" UTC step 1: warning: source korean is worn out"))
+    assert warning.startswith("[events] 20")  # the year
+    assert warning.endswith(" UTC step 1: warning: source korean is worn out")
     assert skip.endswith(" UTC step 3: step rejected: the loss is nan; not finite on rank 1")
     assert failure.endswith(" UTC step 3: ended by an error: the disk is full")
 
 
 def test_one_rank_over_all_starts(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = read_printed_lines(capsys, str(run), "--rank", "0")
     assert {"[job 17 rank 0] step 2/9", "[job 17 start 2 rank 0] step 9/9, loss 3.1",
-            "[job 17 start 2 rank 0] an unfinished line"} <= {*read_printed_lines(capsys, str(run), "--rank",
-                                                                                  "0")}
+            "[job 17 start 2 rank 0] an unfinished line"} <= {*lines}
     assert read_printed_lines(capsys, str(run), "--rank", "2", "--rank", "10", "--tail", "1") == [
         "[job 17 rank 2] two", "[job 17 rank 10] out of memory", "[step-3 rank 2 hangs] waits in loop.py"]
 
 
 @pytest.fixture
 def follow(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Follow:
-    """Return `follow(happens, *arguments)`: the printed lines, while `happens[n]()` runs at the end of the
-    n-th pause. Time passes only in the command's sleeps; after the last pause the reader presses Ctrl-C."""
+    """Return `follow(actions, *arguments)`: the printed lines of a command whose n-th sleep calls
+    `actions[n]()`. Time passes only in sleeps; after the last action, a sleep raises KeyboardInterrupt."""
 
     def follow_run(actions: list[Callable[[], object]], *arguments: str) -> list[str]:
         slept_s: list[float] = []
@@ -97,15 +97,15 @@ def follow(run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
 
 
 def do_nothing() -> None:
-    """Let nothing happen."""
+    pass
 
 
 def test_following_prints_new_lines_files_and_events_until_the_run_is_quiet(run: Path,
                                                                             follow: Follow) -> None:
-    happened: list[str] = []
+    done: list[str] = []
 
-    def goes_on() -> None:
-        happened.append("goes on")
+    def write_more() -> None:
+        done.append("write")
         with open(run / "slurm/logs/17-1/rank-0.log", "a") as f:
             f.write(" ends\nstep 10")
         (run / "slurm/logs/17-2").mkdir()
@@ -115,9 +115,9 @@ def test_following_prints_new_lines_files_and_events_until_the_run_is_quiet(run:
         log.close()
 
     pauses = int(logs.SILENCE_S / logs.POLL_S)
-    lines = follow([do_nothing] * (pauses - 1) + [goes_on] + [lambda: happened.append("quiet")] * 10 * pauses,
+    lines = follow([do_nothing] * (pauses - 1) + [write_more] + [lambda: done.append("quiet")] * 10 * pauses,
                    "--tail", "1")
-    assert happened == ["goes on"] + ["quiet"] * (pauses + 1)
+    assert done == ["write"] + ["quiet"] * (pauses + 1)
     assert "[job 17 rank 0] connection lost" in lines and "[job 17 rank 0] step 2/9" not in lines
     new = [line for line in lines if "17 start" in line]
     assert new == ["[job 17 start 2 rank 0] step 9/9, loss 3.1",
@@ -127,8 +127,8 @@ def test_following_prints_new_lines_files_and_events_until_the_run_is_quiet(run:
 
 
 @pytest.mark.parametrize("state", ["running", "silent", "waiting"])
-def test_a_run_that_may_resume_is_followed_until_the_reader_leaves(state: str, run: Path, follow: Follow,
-                                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_may_resume_is_followed_until_ctrl_c(state: str, run: Path, follow: Follow,
+                                                        monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "read_run_state", lambda run: SimpleNamespace(state=state))
     pauses = int(10 * logs.SILENCE_S / logs.POLL_S)
     file = run / "slurm/logs/17-0/rank-2.log"
@@ -139,5 +139,5 @@ def test_a_run_that_may_resume_is_followed_until_the_reader_leaves(state: str, r
 def test_binary_log_bytes_are_printed_harmlessly(tmp_path: Path) -> None:
     (file := tmp_path / "rank-0.log").write_bytes(b"\x1b[31m\xff" + b"x" * (LONGEST_LINE_BYTES + 10))
     lines = list(LogTail(LogFile(file, "x", 0)).lines(whole=True))
-    assert ("".join(line.text for line in lines).startswith("·[31m\ufffdx")
-            and not any("\x1b" in line.text for line in lines))
+    assert "".join(line.text for line in lines).startswith("·[31m\ufffdx")
+    assert not any("\x1b" in line.text for line in lines)

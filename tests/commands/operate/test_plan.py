@@ -23,8 +23,8 @@ def test_a_plan_for_a_cluster_has_its_layout_and_memory(read_output: Any) -> Non
     assert lines[3].startswith("memory: ") and " GiB per GPU (pipeline stage 1 of 8): weights " in lines[3]
     assert lines[4].startswith("experts: GPU memory suffices for ")
     assert lines[6] == "What it takes:" and lines[7].split()[:2] == ["stage", "context"]
-    assert lines[12].split()[:2] == ["total", "20"]
-    assert any(line.split()[:2] == ["step", "tokens"] for line in lines)  # the schedule
+    assert lines[12].split()[:2] == ["total", "20"]  # T tokens
+    assert any(line.split()[:2] == ["step", "tokens"] for line in lines)  # header of the schedule
     plan = json.loads(read_output("plan", "tiny-solar-open", "--cluster", "local", "--json"))
     assert (plan["processes"], plan["gpu"], plan["steps"], plan["layout"]["ep"]) == (2, None, 200, 1)
     assert plan["memory_bytes"]["total"] == sum(v for k, v in plan["memory_bytes"].items() if k != "total")
@@ -102,8 +102,8 @@ def test_search_without_a_fit_names_the_shortfall_and_the_nodes_needed(monkeypat
 
 SIZES = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
          "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 8192,
-         "rms_norm_eps": 1e-5,
-         "rope_theta": 500000.0, "tie_word_embeddings": False, "hidden_act": "silu"}
+         "rms_norm_eps": 1e-5, "rope_theta": 500000.0, "tie_word_embeddings": False, "hidden_act": "silu"}
+# per layer: queries and output, keys and values, MLP, two norms; then embedding and head, and the last norm
 NUM_PARAMS = 32 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336 + 2 * 4096) + 2 * 128256 * 4096 + 4096
 
 
@@ -141,13 +141,13 @@ def test_an_adapter_has_gradients_and_optimizer_states_only_for_its_weights(
 
 
 def test_an_adapter_saves_the_products_of_weight_gradients(own_model: Path, read_output: Any) -> None:
-    full_time, adapter = (
+    full_s, adapter_s = (
         plan_own_model(own_model, read_output, "--set", "train.recompute=true", *more)["stages"][0]["seconds"]
         for more in ((), ("--set", "lora.rank=16")))
-    # forward twice, since it is recomputed, and gradients of inputs: three products of four
-    assert adapter["dense"] / full_time["dense"] == pytest.approx(3 / 4, rel=0.03)
-    assert full_time["dp"] > 0 and full_time["optimizer"] > 0
-    assert not {"dp", "optimizer"} & {adapter_time for adapter_time, seconds in adapter.items() if seconds}
+    # three products of four: forward, its recomputation, and gradients of inputs, but none of weights
+    assert adapter_s["dense"] / full_s["dense"] == pytest.approx(3 / 4, rel=0.03)
+    assert full_s["dp"] > 0 and full_s["optimizer"] > 0
+    assert not adapter_s.get("dp") and not adapter_s.get("optimizer")
 
 
 @pytest.mark.parametrize(("settings", "source", "tokens"), [
@@ -184,8 +184,8 @@ def test_incomplete_or_contradictory_models_and_budgets_are_refused(
 @pytest.mark.parametrize(("fields", "message"), [
     ({"model_type": "unheard-of"}, "unheard-of"), ({"hidden_size": "wide"}, "config.json: "),
     ({"num_hidden_layers": None}, "num_hidden_layers"), ({"hidden_act": "tanh"}, "hidden_act")])
-def test_a_config_json_that_no_family_has_is_refused_by_its_field(fields: dict[str, object], message: str,
-                                                                  own_model: Path, get_refusal: Any) -> None:
+def test_an_unsupported_config_json_is_refused_by_its_field(fields: dict[str, object], message: str,
+                                                            own_model: Path, get_refusal: Any) -> None:
     file = own_model / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | fields))
     refusal = get_refusal("plan", "--from", str(own_model), "--cluster", "h100", "--set", "train.steps=5")

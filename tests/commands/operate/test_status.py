@@ -37,7 +37,8 @@ def write_run(path: Path, *events: tuple[float, str, dict[str, Any]], settings: 
 
 
 def step_events(first: int, last: int, first_ago_s: float,
-          every_s: float = 2.0) -> list[tuple[float, str, dict[str, Any]]]:
+                every_s: float = 2.0) -> list[tuple[float, str, dict[str, Any]]]:
+    """Return the events of steps `first` to `last` for `write_run`; step `first` was `first_ago_s` ago."""
     fields = {"loss": 3.0, "tokens_per_s": 500.0, "step_time_s": every_s, "phase": "main"}
     return [(first_ago_s - every_s * (step - first), "step", {"step": step, "tokens": 1000 * step, **fields})
             for step in range(first, last + 1)]
@@ -65,15 +66,15 @@ def test_a_living_run_shows_speed_remaining_time_and_reasons_of_its_starts(tmp_p
     state = read_run_state(run, NOW_S)
     assert (state.state, state.step, state.num_steps, state.stage, state.phase) == (
         "running", 20, 40, "pretrain", "main")
-    # the last step was a second ago
+    # 20 steps of 2 s are left, and the last step ended a second ago
     assert state.tokens_per_s == 500 and state.eta_s == pytest.approx(20 * 2 - 1)
     assert (state.checkpoint, state.checkpoint_step, state.restarts, state.warnings) == (
         "checkpoints/step-4", 4, 1, 1)
     assert state.starts[0].outcome == "rank 1 was ended by SIGKILL"
     text = format_run_state(state)
     assert "step        20 of 40 (50%), phase main, 20 K tokens, loss 3.0000" in text
-    assert ("500 tokens/s, 39.0 s left" in text
-            and "from step 0 to step 5, 2 processes: rank 1 was ended by SIGKILL" in text)
+    assert "500 tokens/s, 39.0 s left" in text
+    assert "from step 0 to step 5, 2 processes: rank 1 was ended by SIGKILL" in text
 
 
 @pytest.mark.each(("events", "files", "state", "reason"), [
@@ -89,8 +90,8 @@ def test_a_living_run_shows_speed_remaining_time_and_reasons_of_its_starts(tmp_p
      {"gate_failed.json": {"failure": "row x\nmore"}}, "gate failed", "row x"),
     ([], {}, "not started", ""),
 ])
-def test_a_run_that_does_not_live_says_why(tmp_path: Path, events: Any, files: dict[str, Any], state: str,
-                                           reason: str) -> None:
+def test_a_run_without_processes_shows_why_it_ended(tmp_path: Path, events: Any, files: dict[str, Any],
+                                                    state: str, reason: str) -> None:
     run = write_run(tmp_path / "run", *events)
     for name, content in files.items():
         (run / name).write_text(json.dumps(content))
@@ -107,7 +108,7 @@ echo "17 $STATE"
 
 @pytest.fixture
 def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return a double of `squeue` that says that a job is pending, or what STATE says."""
+    """Return a double of `squeue`, which prints STATE (at first PENDING) as the state of job 17."""
     (file := tmp_path / "bin/squeue").parent.mkdir()
     file.write_text(SQUEUE)
     file.chmod(0o755)
@@ -116,16 +117,16 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return file
 
 
-def test_slurm_says_why_attempts_ended_and_whether_a_job_waits(tmp_path: Path, squeue: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slurm_records_show_why_attempts_ended_and_whether_a_job_waits(
+        tmp_path: Path, squeue: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = write_run(tmp_path / "run", start_event(300), *step_events(1, 9, 290), start_event(100, 4),
                     *step_events(5, 9, 95))
     (run / "slurm").mkdir()
-    records = [{"event": "submitted", "job": "17", "time_s": NOW_S - 400},
-               {"event": "end", "job": "17", "outcome": "cut_off", "reason": "node-3 went down",
-                "time_s": NOW_S - 150}]
-    (run / "slurm/jobs.jsonl").write_text(json.dumps(records[0]) + "\n")
-    (run / "slurm/attempts.jsonl").write_text(json.dumps(records[1]) + "\n")
+    submission = {"event": "submitted", "job": "17", "time_s": NOW_S - 400}
+    attempt_end = {"event": "end", "job": "17", "outcome": "cut_off", "reason": "node-3 went down",
+                   "time_s": NOW_S - 150}
+    (run / "slurm/jobs.jsonl").write_text(json.dumps(submission) + "\n")
+    (run / "slurm/attempts.jsonl").write_text(json.dumps(attempt_end) + "\n")
     state = read_run_state(run, NOW_S)
     assert (state.state, state.why) == ("waiting", "job 17 is pending")
     assert [start.outcome for start in state.starts] == ["cut_off: node-3 went down", UNFINISHED]
@@ -172,8 +173,8 @@ def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path, read_ou
         ("extend/stages/1-first", "extend", "tiny-solar-open", "3/40", "ended"),
         ("pretrain", "pretrain", "tiny-solar-open", "3/40", "stopped")]
     runs = json.loads(read_output("status", str(tmp_path / "runs"), "--json"))
-    assert [(lone_run["recipe"], lone_run["loss"], lone_run["heldout_bits_per_byte"])
-            for lone_run in runs][1:] == [("tiny-solar-open", 3.0, None)] * 2
+    assert [(run["recipe"], run["loss"], run["heldout_bits_per_byte"])
+            for run in runs][1:] == [("tiny-solar-open", 3.0, None)] * 2
     (raw,) = json.loads(read_output("status", str(tmp_path / "runs/pretrain"), "--json"),
                         parse_constant=pytest.fail)
     assert (raw["state"], raw["step"], raw["eta_s"], raw["checkpoint_age_s"]) == ("stopped", 3, None, None)
@@ -183,7 +184,7 @@ def test_a_folder_of_runs_is_a_table_and_json_has_no_nan(tmp_path: Path, read_ou
     ("extend", ()),  # the phase name that `extend` writes by default
     ("far", ((99.0, "needle", {"when": "before", "step": 0}),)),
 ], ids=["named by the command", "named by the user"])
-def test_an_extension_without_stages_or_gate_is_called_one(
+def test_an_extension_without_stages_or_gate_is_recognized(
         tmp_path: Path, phase: str, events: tuple[tuple[float, str, dict[str, Any]], ...]) -> None:
     phases = json.dumps([{"name": phase, "seq_len": 128}])
     run = write_run(tmp_path / "long", start_event(100), *events, settings=(f"data.phases={phases}",))
@@ -236,8 +237,8 @@ def test_several_runs_are_a_table_with_dashes_for_unknown_figures() -> None:
 @pytest.mark.each(("heldout", "expected"), [
     ({"en": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10}}, 1.0),
     ({"en": {"loss": 2.0, "bits_per_byte": 1.0, "tokens": 10},
-      "ko": {"loss": 2.0, "bits_per_byte": 2.0, "tokens": 20}}, 60 / (20 + 20)),
-    ({"en": {"loss": 2.0, "bits_per_byte": 1.5, "tokens": 10},  # a source without bytes counts nowhere
+      "ko": {"loss": 2.0, "bits_per_byte": 2.0, "tokens": 20}}, 60 / (20 + 20)),  # nats / (bytes x ln 2)
+    ({"en": {"loss": 2.0, "bits_per_byte": 1.5, "tokens": 10},  # a source without bytes is left out
       "images": {"loss": 9.0, "bits_per_byte": "nan", "tokens": 5}}, 1.5),
     ({"en": {"loss": 2.0, "tokens": 10}}, None),
     ({"en": {"loss": 2.0, "bits_per_byte": 0, "tokens": 10}}, None),
@@ -252,16 +253,16 @@ def test_held_out_quality_counts_every_byte_once(tmp_path: Path, heldout: Any,
 
 
 def follow_without_waiting(monkeypatch: pytest.MonkeyPatch, run: Path,
-                           *new_events: list[dict[str, Any]]) -> None:
-    """Make `--follow` find new events at every sleep, and Ctrl-C when none remain."""
-    pieces = iter(new_events)
+                           *events_per_sleep: list[dict[str, Any]]) -> None:
+    """Make each sleep of `--follow` write the next list of events, and then raise KeyboardInterrupt."""
+    remaining = iter(events_per_sleep)
 
     def sleep(_: float) -> None:
-        piece = next(pieces, None)
-        if piece is None:
+        events = next(remaining, None)
+        if events is None:
             raise KeyboardInterrupt
         with open(run / "events.jsonl", "a") as file:
-            file.write("".join(json.dumps({"time_s": NOW_S, **event}) + "\n" for event in piece))
+            file.write("".join(json.dumps({"time_s": NOW_S, **event}) + "\n" for event in events))
 
     monkeypatch.setattr(status, "POLL_STATE_S", 0.0)
     monkeypatch.setattr(status.time, "sleep", sleep)
@@ -286,24 +287,24 @@ def test_a_run_is_followed_event_by_event(tmp_path: Path, monkeypatch: pytest.Mo
                               "saved checkpoints/step-4", "warning: loss rose", "the run is complete"]
 
 
-@pytest.mark.each("new_events", [
+@pytest.mark.each("event", [
     {"event": "eval", "heldout": 7}, {"event": "eval"}, {"event": "eval", "heldout": {"web": 3}},
     {"event": "eval", "heldout": {"web": {"loss": "x"}}}, {"event": "checkpoint"},
     {"event": "warning", "text": "\x1b[2J"}, {"event": "stop", "time_s": "x"},
     {"event": "stop", "time_s": 1e300},
     {"event": "unheard"}])
-def test_unknown_events_are_ignored_and_ctrl_c_ends_the_command(new_events: dict[str, Any], tmp_path: Path,
+def test_unknown_events_are_ignored_and_ctrl_c_ends_the_command(event: dict[str, Any], tmp_path: Path,
                                                                 monkeypatch: pytest.MonkeyPatch,
                                                                 capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", start_event(100), *step_events(1, 3, 98))
     write_lock(run)
-    follow_without_waiting(monkeypatch, run, [new_events])
+    follow_without_waiting(monkeypatch, run, [event])
     assert cli.main(["status", str(run), "--follow"]) == 0
     captured = capsys.readouterr()
     assert captured.err == "" and "\x1b" not in captured.out
 
 
-def test_one_run_is_followed_and_not_as_json(tmp_path: Path, get_refusal: Any) -> None:
+def test_following_several_runs_or_as_json_is_refused(tmp_path: Path, get_refusal: Any) -> None:
     for name in ("a", "b"):
         write_run(tmp_path / name, start_event(100))
     assert "--follow: follows one run, not 2 (" in get_refusal("status", str(tmp_path), "--follow")
@@ -316,7 +317,7 @@ DEEP_JSON = "[" * 200_000
 
 
 def test_deeply_nested_files_of_a_run_are_damaged(tmp_path: Path, get_refusal: Any) -> None:
-    """Folders of runs may hold a stranger's."""
+    """A folder of runs may contain files of other people."""
     run = write_run(tmp_path / "run", *step_events(0, 3, 20.0))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text(DEEP_JSON)

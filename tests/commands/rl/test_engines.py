@@ -12,7 +12,7 @@ from megatron_sov.commands.rl.engines_run import keep_server
 
 
 class ScriptedServer:
-    """A server with scripted starts: "ends", "fails", or "stays" until it is asked to stop."""
+    """A server with scripted starts: it "ends" at once, "fails" to start, or "stays" until `end`."""
 
     log = Path("engine-0.log")
 

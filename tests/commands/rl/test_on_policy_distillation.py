@@ -1,5 +1,5 @@
-"""`megatron-sov rl run --set policy.method=gkd`: distillation on student text and on data, compared with
-transformers and `distill`."""
+"""`megatron-sov rl run --set policy.method=gkd`: distillation on the student's own text and on data, compared
+with transformers and with `distill`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ SETTINGS = ("rollout.rounds=4", "rollout.prompts_per_round=4", "rollout.samples_
             "rollout.piece_prompts=2", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=8",
             "policy.method=gkd", "policy.on_policy_share=0.5", "rollout.seed=30", "optim.lr=1e-2",
             "optim.warmup_steps=0", "train.eval_every_steps=0", "train.keep_checkpoints=0")
-"""By the seed the rounds are of data, of answers, of data, of answers."""
+"""With this seed, rounds 1 and 3 are data, and rounds 2 and 4 the student's answers."""
 Command = Callable[..., list[str]]
 
 
@@ -77,8 +77,10 @@ def compute_reference_divergence(run: Path, number: int, folder: Path, teacher: 
         ids = torch.tensor(shard.tokens(document, 0, length).tolist())[None]
         is_student = torch.tensor(shard.loss_weights(document, 0, length)[1:] > 0)
         with torch.no_grad():
-            q, p = ((model(ids).logits[0, :-1].double()[is_student] / TEMPERATURE).log_softmax(-1)
-                    for model in models)
+            teacher_logprobs, student_logprobs = (
+                (model(ids).logits[0, :-1].double()[is_student] / TEMPERATURE).log_softmax(-1)
+                for model in models)
+        q, p = teacher_logprobs, student_logprobs
         m = torch.log(BETA * q.exp() + (1 - BETA) * p.exp())
 
         def compute_kl(source: torch.Tensor, target: torch.Tensor) -> float:
@@ -106,17 +108,17 @@ def test_answers_are_learned_by_the_papers_divergence(complete_run: Path, folder
 def test_data_are_learned_as_distill_learns_them(complete_run: Path, folder: Path, student: Path,
                                                  teacher: Path, tiny: list[str], packed_data: Any,
                                                  run_checked: Any) -> None:
-    run_checked("distill", "tiny-solar-open", *tiny, "--from", str(student), "--teacher",
-                str(teacher),
-                "--data", str(packed_data.chats), "--run", str(folder / "kept"), "--states-dtype",
+    distilled = folder / "distilled"
+    run_checked("distill", "tiny-solar-open", *tiny, "--from", str(student), "--teacher", str(teacher),
+                "--data", str(packed_data.chats), "--run", str(distilled), "--states-dtype",
                 "float32", *format_set_options((*DIVERGENCE, "train.steps=1")))
-    assert list_losses(complete_run)[0] == pytest.approx(list_losses(folder / "kept")[0], rel=1e-5)
-    old, saved = (read_run_events(run, "heldout_divergence")[0] for run in (complete_run, folder / "kept"))
-    assert old["kl"] == pytest.approx(saved["kl"], rel=1e-5)
-    assert read_manifest(folder / "kept.states", "teacher_states").settings["teacher"]
+    assert list_losses(complete_run)[0] == pytest.approx(list_losses(distilled)[0], rel=1e-5)
+    ours, expected = (read_run_events(run, "heldout_divergence")[0] for run in (complete_run, distilled))
+    assert ours["kl"] == pytest.approx(expected["kl"], rel=1e-5)
+    assert read_manifest(folder / "distilled.states", "teacher_states").settings["teacher"]
 
 
-def test_a_share_of_rounds_is_of_answers_by_the_seed_alone() -> None:
+def test_the_seed_alone_chooses_the_rounds_on_student_text() -> None:
     policy = PolicyConfig("gkd", on_policy_share=0.25)
     drawn_rounds = [[policy.is_on_policy(seed, number) for number in range(1, 4001)] for seed in (0, 0, 1)]
     assert drawn_rounds[0] == drawn_rounds[1] != drawn_rounds[2]

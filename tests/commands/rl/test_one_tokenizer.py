@@ -61,19 +61,18 @@ def test_a_fine_tuned_folder_teaches_that_folder_and_uses_its_store(
             (sft_run, "grpo", ("policy.method=grpo", "repetition"))):
         method, reward, *teacher = more
         run_checked("rl", "run", "tiny-solar-open", *tiny, *format_set_options([*SETTINGS, method]),
-                    "--prompts",
-                    str(folder / "prompts.jsonl"), "--reward", reward, "--plain", "--from",
+                    "--prompts", str(folder / "prompts.jsonl"), "--reward", reward, "--plain", "--from",
                     str(start), *teacher, "--run", str(folder / run), "--store", str(store))
         parts.append([part.name for part in RolloutStore.open(store).parts()])
-    assert parts[0] == parts[1] != [], "the responses of the base were there"
+    assert parts[0] == parts[1] != [], "the second run trains on the responses of the first"
     assert len(list((folder / ".from-hf").glob("base-*"))) == 1, "both runs share the conversion"
     base_file = folder / "base/tokenizer.json"
     trained_file = sft_run / "checkpoints/step-1/tokenizer/tokenizer.json"
     assert hash_file(base_file) != hash_file(trained_file), "the files differ, the tokenizer does not"
 
 
-def test_a_fine_tuned_folder_gives_back_the_settings_of_its_base(folder: Path, sft_run: Path) -> None:
-    """Generation defaults, and all that `sov-tokenizer import` does not carry."""
+def test_an_export_has_the_generation_and_tokenizer_settings_of_its_base(folder: Path, sft_run: Path) -> None:
+    """Also settings that `sov-tokenizer import` does not copy."""
     to_hf(sft_run, folder / "export")
     for name in ("generation_config.json", "tokenizer_config.json"):
         exported = json.loads((folder / "export" / name).read_text(encoding="utf-8"))

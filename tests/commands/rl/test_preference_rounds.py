@@ -1,5 +1,5 @@
-"""`megatron-sov rl run --set policy.method=preference`: rounds of
-generated pairs and groups, compared with transformers."""
+"""`megatron-sov rl run --set policy.method=preference`: rounds of generated pairs and groups, compared with
+transformers."""
 
 import math
 from collections.abc import Callable
@@ -33,7 +33,7 @@ class Early:
     def score(self, row):
         return float(sum(map(ord, row["response"])) % 3)
 """
-"""Three values, so that many of four responses are equal."""
+"""Gives 0, 1 or 2, so that some of the four responses to a prompt have equal rewards."""
 Command = Callable[..., list[str]]
 
 
@@ -65,22 +65,23 @@ def complete_run(folder: Path, build_command: Command, run_checked: Any) -> Path
 
 
 def read_documents(run: Path, number: int) -> list[list[tuple[list[int], list[bool], dict[str, float]]]]:
-    """Return the documents of each step of a round: tokens, label mask, and kind."""
+    """Return the documents of each step of a round: tokens, mask of learned tokens, and values of columns
+    such as "advantage"."""
     path = run / f"rounds/{number:04d}"
     [source] = open_sources({str(path): 1.0}, 368, ("rollouts",))
     shard, rows = source.open_split("train"), []
     for document, length in enumerate(np.asarray(shard.lengths[np.arange(len(shard.lengths))]).tolist()):
+        columns = {name: float(shard.column(name, document, length - 1, 1)[0])
+                   for name in shard.columns if name != "behaviour_logprobs"}
         rows.append((shard.tokens(document, 0, length).tolist(),
-                      (shard.loss_weights(document, 0, length) > 0).tolist(),
-                      {name: float(shard.column(name, document, length - 1, 1)[0])
-                       for name in shard.columns if name != "behaviour_logprobs"}))
+                     (shard.loss_weights(document, 0, length) > 0).tolist(), columns))
     return [rows[first:first + count] for first, count in read_manifest(path).content["steps"]]
 
 
 def read_judged_responses(store: Path, version: str,
                           number: int) -> list[list[tuple[list[int], float, bool]]]:
-    """Return, for each prompt of a round, its samples as (prompt and
-    response tokens, reward, whether it ended)."""
+    """Return, for each prompt of a round, its samples as (prompt and response tokens, reward, whether the
+    response ended)."""
     opened = RolloutStore.open(store)
     groups: dict[str, list[tuple[int, tuple[list[int], float, bool]]]] = {}
     for part in opened.parts(number):
@@ -90,7 +91,7 @@ def read_judged_responses(store: Path, version: str,
             tokens = [*row.prompt_tokens.tolist(), *row.tokens.tolist()]
             response = (tokens, rewards[row.key], row.finish_reason == "stop")
             groups.setdefault(row.key.prompt, []).append((row.key.sample, response))
-    # in sample order: of equal rewards the first sample counts
+    # in sample order, because among equal rewards the first sample is chosen
     return [[response for _, response in sorted(group)] for group in groups.values()]
 
 
@@ -101,7 +102,7 @@ def test_a_round_has_the_best_and_the_worst_of_each_group(complete_run: Path, fo
         for group in read_judged_responses(folder / "whole-store", content["reward_version"], number):
             rewards = [reward for _, reward, _ in group]
             if max(rewards) > min(rewards):
-                # of equal rewards the first response that ended is the best, and the first is the worst
+                # Chosen: the first best response that ended, else the first best. Rejected: the first worst.
                 best = [(tokens, ended) for tokens, reward, ended in group if reward == max(rewards)]
                 chosen = next((tokens for tokens, ended in best if ended), best[0][0])
                 rejected = next(tokens for tokens, reward, _ in group if reward == min(rewards))
@@ -115,8 +116,8 @@ def test_a_round_has_the_best_and_the_worst_of_each_group(complete_run: Path, fo
 
 def compute_reference_logprobs(run: Path, step: int, documents: list[Any], start: Path, folder: Path
                                ) -> tuple[np.ndarray, np.ndarray]:
-    """Return [documents] log-probability sums of learned tokens after `step` steps, and the token counts,
-    from transformers' model. `start`: the run whose weights step 0 has; `folder`: for the exported models."""
+    """Return each document's sum of log-probabilities of learned tokens after `step` steps, by transformers,
+    and the numbers of these tokens. `start`: run with the weights of step 0."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -135,7 +136,7 @@ def compute_reference_logprobs(run: Path, step: int, documents: list[Any], start
 
 
 def compute_dpo_loss(policy: np.ndarray, reference: np.ndarray) -> float:
-    """Return the mean loss of pairs, as TRL's DPO trainer has it."""
+    """Return the mean loss of pairs, as in TRL's DPO trainer."""
     log_ratios = policy - reference
     return float(np.mean([-math.log(1 / (1 + math.exp(-BETA * (c - r))))
                           for c, r in zip(log_ratios[0::2], log_ratios[1::2], strict=True)]))
@@ -145,7 +146,7 @@ def test_pairs_are_learned_against_the_weights_that_begin_the_round(complete_run
                                                                     teacher: Path) -> None:
     documents = [*read_documents(complete_run, 1), *read_documents(complete_run, 2)]
     for step in (1, 3):
-        # the second step of each round, after the first; the round began with the weights before the first
+        # Steps 1 and 3, counted from 0, are the second steps of their round, which began one step before.
         policy, _ = compute_reference_logprobs(complete_run, step, documents[step], teacher, folder)
         reference, _ = compute_reference_logprobs(complete_run, step - 1, documents[step], teacher, folder)
         loss = compute_dpo_loss(policy, reference)
@@ -167,14 +168,14 @@ def test_pairs_are_learned_against_the_start_of_the_run(complete_run: Path, fold
     policy, _ = compute_reference_logprobs(run, 3, documents, teacher, folder)
     reference, _ = compute_reference_logprobs(run, 0, documents, teacher, folder)
     assert read_steps(run)[3]["loss"] == pytest.approx(compute_dpo_loss(policy, reference), rel=1e-3)
-    # of round 1 both are the start
+    # in round 1, start of the round and start of the run are the same weights
     assert list_losses(run)[1] == pytest.approx(list_losses(complete_run)[1], rel=1e-5)
 
 
 @pytest.mark.parametrize("method", ["simper", "grouper"])
 def test_inverse_perplexities_of_pairs_and_groups(method: str, complete_run: Path, folder: Path,
-                                                  teacher: Path,
-                                                  build_command: Command, run_checked: Any) -> None:
+                                                  teacher: Path, build_command: Command,
+                                                  run_checked: Any) -> None:
     run_checked(*build_command(method, f"preference.method={method}", "rollout.rounds=1",
                                store="whole-store"))
     run = folder / method

@@ -12,7 +12,7 @@ from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from megatron_sov.cli import main
 
 ANSWER = "The lender must give notice in writing thirty days before the contract is ended, says section 4."
-
+"""Answer of a test question; it contains the words of `NOTICE`."""
 NOTICE = "The lender must give notice, in writing, THIRTY days before the contract is ended."
 
 
@@ -59,7 +59,7 @@ def test_each_section_occurs_once_as_a_single_assistant_turn(read_output: Any) -
     assert "1 of 2 answers have fewer than ten" in output
 
 
-def test_of_chats_the_assistants_turns_are_taken_and_it_can_be_packed(packed_data) -> None:
+def test_the_assistant_turns_of_chats_are_selected_and_can_be_packed(packed_data) -> None:
     write_rows("rows.jsonl", [{"document": "Act", "section": "1", "messages": [
         {"role": "user", "content": "What does section 1 say?"},
         {"role": "assistant", "content": "This act may be cited."}]}])

@@ -52,15 +52,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def build_command(folder: Path, teacher: Path, tiny: list[str]) -> Command:
-    """Return `command(run, *more, store=, lot=, word=)`, which returns the arguments of `rl run`.
+    """Return `command(run, *more, store=, reward_seed=, word=)`, which returns the arguments of `rl run`.
 
-    `store` is the store's name (default: next to the run), `lot` a setting of the reward, and `word` "run" or
-    "train".
+    `store` is the store's name (default: next to the run), `reward_seed` a setting of the reward, which
+    rewards a third of all responses at random, and `word` "run" or "train".
     """
-    def build_command(run: str, *more: str, store: str = "", lot: int = 1, word: str = "run") -> list[str]:
+    def build_command(run: str, *more: str, store: str = "", reward_seed: int = 1,
+                      word: str = "run") -> list[str]:
         return ["rl", word, "tiny-solar-open", *tiny, *format_set_options(SETTINGS),
                 "--prompts", str(folder / "prompts.jsonl"), "--reward", f"{REWARD}:Exact",
-                "--reward-set", f"by_lot={lot}", "--from", str(teacher), "--run", str(folder / run),
+                "--reward-set", f"by_lot={reward_seed}", "--from", str(teacher), "--run", str(folder / run),
                 "--store", str(folder / (store or f"{run}-store")), *more]
 
     return build_command
@@ -91,8 +92,7 @@ def validation_options(folder: Path) -> list[str]:
 
 @contextmanager
 def kill_claim_holder(claim: Path) -> Iterator[list[int]]:
-    """Send SIGKILL to the process named in a claim file as soon as
-    the file exists; yield a list with its id."""
+    """Send SIGKILL to the process named in a claim file when the file appears; yield a list with its id."""
     killed_pids: list[int] = []
 
     def kill_when_claimed() -> None:
@@ -113,7 +113,8 @@ def kill_claim_holder(claim: Path) -> Iterator[list[int]]:
 
 @pytest.fixture(scope="module")
 def killed_run(folder: Path, build_command: Command, run_checked: Any) -> Path:
-    """Return the same run with validations, killed while it wrote the first checkpoint, and in round 3."""
+    """Return the run of `undisturbed_run` with validations, killed while it wrote the first checkpoint, and
+    again in round 3."""
     with kill_claim_holder(folder / "killed-store/claims/round-0003-piece-0001/1.json") as pids:
         result = run_checked(*build_command("killed", "--plain", "--workers", "1", "--inject", "kill@save=4",
                                             *validation_options(folder)))
@@ -132,10 +133,10 @@ def check_same_bits(ours: Path, undisturbed_run: Path) -> None:
     digests = read_weight_digests(undisturbed_run, 6)
     assert digests and read_weight_digests(ours, 6) == digests
     stores = [run.with_name(f"{run.name}-store") for run in (ours, undisturbed_run)]
-    for our_row, their_row in zip(*map(read_rows, stores), strict=True):
-        assert our_row.key == their_row.key and our_row.versions.tolist() == their_row.versions.tolist()
-        assert our_row.tokens.tolist() == their_row.tokens.tolist()
-        assert our_row.logprobs.tolist() == their_row.logprobs.tolist()
+    for row, expected_row in zip(*map(read_rows, stores), strict=True):
+        assert row.key == expected_row.key and row.versions.tolist() == expected_row.versions.tolist()
+        assert row.tokens.tolist() == expected_row.tokens.tolist()
+        assert row.logprobs.tolist() == expected_row.logprobs.tolist()
     for name in ("0001", "0002", "0003"):
         files, expected = (read_manifest(run / "rounds" / name).files for run in (ours, undisturbed_run))
         assert {file: files[file].digest for file in files} == {
@@ -149,7 +150,7 @@ def test_kills_with_and_without_a_checkpoint_and_validations_change_no_bit(undis
                                                                            killed_run: Path) -> None:
     steps = [e["step"] for e in read_run_events(undisturbed_run, "checkpoint")]
     assert steps == [4, 6], "checkpoints follow every_steps, not rounds"
-    # a resumed run takes claims of a dead process over at once: rollout.lease_s is ten minutes
+    # a resumed run takes over the claims of a dead process at once, without waiting for ten minutes
     assert [e["step"] for e in read_run_events(killed_run, "restart")] == [0, 4]
     check_same_bits(killed_run, undisturbed_run)
 
@@ -187,7 +188,8 @@ def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
 
     digests, (first_reward,) = digest_parts(), store.versions()
     assert len(digests) == 6
-    result = run_checked(*build_command("other", "--plain", "--workers", "1", store="whole-store", lot=2))
+    result = run_checked(*build_command("other", "--plain", "--workers", "1", store="whole-store",
+                                        reward_seed=2))
     assert digest_parts() == digests, "responses were generated again"
     (second_reward,) = set(store.versions()) - {first_reward}
     rounds = read_run_events(folder / "other", "round")
@@ -198,7 +200,7 @@ def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
     result = run_checked(*build_command("trained", store="whole-store", word="train"))
     assert list_losses(folder / "trained") == list_losses(undisturbed_run)
     assert read_weight_digests(folder / "trained", 6) == read_weight_digests(undisturbed_run, 6)
-    # its policies are those of the store, and each has a checkpoint
+    # its policies have the hashes of the store's policies, and each has a checkpoint
     assert "began responses" not in result.stderr
     assert [e["step"] for e in read_run_events(folder / "trained", "checkpoint")] == [2, 4, 6]
     policies = {row.versions[row.is_written][0]: row.key.policy for row in read_rows(folder / "whole-store")}
@@ -214,8 +216,7 @@ def test_a_second_reward_scores_stored_rounds_and_a_second_run_trains_on_them(
 @pytest.mark.deep
 def test_several_rounds_at_once_replay_the_experts_of_their_tokens(folder: Path, build_command: Command,
                                                                    run_checked: Any) -> None:
-    run_checked(*build_command("stale", "--plain", "--workers", "1", "--set",
-                               "rollout.max_staleness=1",
+    run_checked(*build_command("stale", "--plain", "--workers", "1", "--set", "rollout.max_staleness=1",
                                "--set", "rollout.steps_per_round=1",
                                "--set", "policy.router_replay=true", "--set", "policy.method=gspo",
                                "--set", "train.precision=bf16"))
@@ -228,7 +229,7 @@ def test_several_rounds_at_once_replay_the_experts_of_their_tokens(folder: Path,
         # the engine has not read the last token of a response, so it has no route
         replayed = (sum(lengths) - len(lengths)) / sum(lengths)
         assert step["meters"]["replayed_routes"] == pytest.approx(replayed, abs=1e-6)
-        # ratios are to the policy before the step, not to the engine in bf16 nor to a policy of an old round
+        # the denominator of ratios is the policy before the step, not the engine in bf16 or an older policy
         assert (step["meters"]["ratio"], step["meters"]["clip_share"]) == (1, 0)
         assert step["meters"]["engine_kl"] > 0
 

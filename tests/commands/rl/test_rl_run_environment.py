@@ -20,7 +20,7 @@ TEMPLATE = (
     "{{ {'name': call.function.name, 'arguments': call.function.arguments} | tojson }}</tool_call>"
     "{% endfor %}<|end|>{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<|begin|>assistant<|content|>{% endif %}")
-"""Names the tools and their arguments, and leaves the types out: prompts of 60 tokens instead of 300."""
+"""Chat template that names tools and arguments without types: prompts have 60 tokens instead of 300."""
 WORLD = '''
 from megatron_sov.judge.rewards.reward import Score
 from megatron_sov.judge.tools.environment import World
@@ -49,7 +49,7 @@ SETTINGS = ("rollout.rounds=2", "train.max_restarts=0", "rollout.prompts_per_rou
 
 
 @pytest.mark.distributed
-def test_a_run_plays_its_tasks_and_takes_the_verdicts_of_the_environment(
+def test_a_run_plays_its_tasks_and_gets_rewards_from_the_environment(
         teacher: Path, tiny: list[str], run_command: Any, tmp_path: Path) -> None:
     start, run = tmp_path / "start", tmp_path / "run"
     shutil.copytree(teacher / "checkpoints/step-2", start)
@@ -57,15 +57,15 @@ def test_a_run_plays_its_tasks_and_takes_the_verdicts_of_the_environment(
     (tmp_path / "world.py").write_text(WORLD)
     tasks = [{"question": f"{n}?", "luck": n} for n in range(2)]
     (tmp_path / "tasks.jsonl").write_text("".join(json.dumps(task) + "\n" for task in tasks))
-    asked = ["rl", "run", "tiny-solar-open", *tiny, *format_set_options(SETTINGS), "--from",
+    command = ["rl", "run", "tiny-solar-open", *tiny, *format_set_options(SETTINGS), "--from",
              str(start), "--run", str(run), "--store", str(tmp_path / "store"), "--prompts",
              str(tmp_path / "tasks.jsonl"), "--reward", "environment", "--environment",
              f"{tmp_path / 'world.py'}:Lucky", "--limit", "max_turns=2"]
-    refused = run_command(*asked, "--limit", "max_turn_tokens=4000")
+    refused = run_command(*command, "--limit", "max_turn_tokens=4000")
     assert refused.returncode == 2 and not run.exists(), refused.stderr
     assert ("= 12 and a turn's max_turn_tokens make 4140 tokens, but the model has a context of 4096"
             in refused.stderr)
-    result = run_command(*asked, "--limit", "max_turn_tokens=12", "--inject", "raise@save=1")
+    result = run_command(*command, "--limit", "max_turn_tokens=12", "--inject", "raise@save=1")
     assert "raise@save=1" in result.stderr, result.stderr
     store = RolloutStore.open(tmp_path / "store")
     (part,) = store.parts()
@@ -77,10 +77,10 @@ def test_a_run_plays_its_tasks_and_takes_the_verdicts_of_the_environment(
         # every token is replayed, including tool results
         assert row.routes is not None and len(row.routes) == len(row.prompt_tokens) + len(row.tokens) - 1
         assert row.routes.max() < 4, "there are four experts"
-        # text of a verdict is stored with the response and not averaged
+        # text among the components of a score is stored with the response, but is no component of the reward
         assert set(row.outcome["components"]) == {"said", "length"} and set(judged.components) == {"length"}
     means = read_manifest(run / "rounds/0001", "tokens").content["means"]
     assert means["responses"] == 4 and means["reward"] == 0.5 and set(means["components"]) == {"length"}
-    longer = run_command(*asked, "--limit", "max_turn_tokens=11", "--resume")
-    assert longer.returncode == 2, longer.stderr
-    assert "with limits.max_turn_tokens = 12, and the next round would be with 11" in longer.stderr
+    changed = run_command(*command, "--limit", "max_turn_tokens=11", "--resume")
+    assert changed.returncode == 2, changed.stderr
+    assert "with limits.max_turn_tokens = 12, and the next round would be with 11" in changed.stderr

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,7 @@ def add_rows(store: RolloutStore, name: str, *rows: Rollout, round: int = 2) -> 
     store.add_rollouts(name, [dataclasses.replace(row, round=round) for row in rows], {})
 
 
-DAMAGES = {
+DAMAGES: dict[str, tuple[Callable[[RolloutStore], object], list[str]]] = {
     "a flipped bit": (lambda s: flip_bit(find_part_file(s, "rollouts")),
                       ["piece-0000/rollouts.parquet: its content differs"] * 2),
     "a torn file": (lambda s: find_part_file(s, "rollouts").write_bytes(b"PAR1"),
@@ -140,34 +141,36 @@ DAMAGES = {
         ["row 1 judges sample 7 of prompt p0, attempt 0, which round-0001-piece-0000 does not hold",
          "row 2 judges a row a second time"]),
 }
+"""Name -> (function that damages the store, patterns of the problems that are found)."""
 
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_verify_names_every_problem(name: str, store: RolloutStore) -> None:
-    broke, sentences = DAMAGES[name]
-    broke(store)
-    for line, sentence in zip(check_with_progress(store).problems, sentences, strict=True):
-        assert re.search(sentence, line), (line, sentence)
+    damage_store, patterns = DAMAGES[name]
+    damage_store(store)
+    for problem, pattern in zip(check_with_progress(store).problems, patterns, strict=True):
+        assert re.search(pattern, problem), (problem, pattern)
 
 
 def test_gc_removes_only_unused_files(store: RolloutStore, capsys: Any, get_refusal: Any,
                                       read_output: Any) -> None:
     claims = Claims(store.claims, 60)
-    done = (format_part_name(1, 0), f"reward-{VERSION[:12]}-{format_part_name(1, 0)}")
-    open_ones = (format_part_name(2, 0), f"reward-{'0' * 12}-{format_part_name(1, 0)}")
-    for name in (*done, *open_ones):
+    published_claims = (format_part_name(1, 0), f"reward-{VERSION[:12]}-{format_part_name(1, 0)}")
+    needed_claims = (format_part_name(2, 0), f"reward-{'0' * 12}-{format_part_name(1, 0)}")
+    for name in (*published_claims, *needed_claims):
         assert claims.take(name) is not None
+    # folders that a killed job and a running job are writing, and two that a killed `gc` was deleting
     old, new = store.path / "rollouts/.round-0002-piece-0000.new-1", store.path / "rollouts/.a.new-2"
-    half = [store.path / "rewards/.v.gone-1", store.claims / ".c.gone-2"]  # another `gc` was killed
-    for folder in (old, new, *half):
+    half_deleted = [store.path / "rewards/.v.gone-1", store.claims / ".c.gone-2"]
+    for folder in (old, new, *half_deleted):
         folder.mkdir()
         (folder / "rollouts.parquet").write_bytes(b"1")
     for path in (old / "rollouts.parquet", old):
         os.utime(path, (time.time() - 7200,) * 2)
     command = ["rl", "store", "gc", str(store.path)]
-    assert "deleted 5 folders" in read_output(*command) and not any(map(Path.exists, half))
+    assert "deleted 5 folders" in read_output(*command) and not any(map(Path.exists, half_deleted))
     assert (old.exists(), new.exists()) == (False, True)
-    assert sorted(path.name for path in store.claims.iterdir()) == sorted(open_ones)
+    assert sorted(path.name for path in store.claims.iterdir()) == sorted(needed_claims)
     assert len(store.parts()) == 3 and len(store.parts(version=VERSION)) == 3
 
     assert main([*command, "--rounds", "1"]) == 2
@@ -229,12 +232,12 @@ def test_waiting_that_ends_before_the_last_round_is_not_success(tmp_path: Path,
     key = Key("0" * 16, 0, "p" * 64, "s" * 16)
     row = Rollout(key, 1, 0, {"prompt": "?"}, np.array([1], np.int32), np.array([2], np.int32),
                   np.array([-1], np.float32), np.zeros(1, np.int32), STOP, "!", 1.0, "test", 0.0, 1.0)
-    asked = ["rl", "reward", "--store", str(store.path), "--reward", ENVIRONMENT]
+    command = ["rl", "reward", "--store", str(store.path), "--reward", ENVIRONMENT]
     outcome = {"reward": 1.0, "status": "scored", "components": {}, "reason": ""}
     store.add_rollouts("round-0001-piece-0000", [replace(row, outcome=outcome)],
                        StorePlan(3, 1).to_provenance(0))
-    assert main([*asked, "--wait", "0.1"]) == 75
+    assert main([*command, "--wait", "0.1"]) == 75
     assert (f"warning: {store.path}: no new response for 0.1 s, and 1 of 1 pieces of round 2 are not "
             "written; repeat the command, or raise --wait, because training waits") in capsys.readouterr().err
-    assert main([*asked, "--wait", "600", "--rounds", "1"]) == 0
-    assert main(asked) == 0
+    assert main([*command, "--wait", "600", "--rounds", "1"]) == 0
+    assert main(command) == 0

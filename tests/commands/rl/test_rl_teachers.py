@@ -49,8 +49,7 @@ def server() -> Iterator[VllmDouble]:
 
 @pytest.fixture(scope="module")
 def build_command(folder: Path, teacher: Path, tiny: list[str], server: VllmDouble) -> Command:
-    """Return `command(run, *more)`: the run starts from a checkpoint;
-    the checkpoint before it teaches domain a."""
+    """Return `command(run, *more)`: the run starts from step 2 of `teacher`, and step 1 teaches domain a."""
     def build_command(run: str, *more: str) -> list[str]:
         return ["rl", "run", "tiny-solar-open", *tiny, *format_set_options(SETTINGS),
                 "--prompts", str(folder / "prompts.jsonl"), "--reward", "none", "--plain", "--from",
@@ -67,7 +66,7 @@ def complete_run(folder: Path, build_command: Command, run_checked: Any) -> Path
 
 
 def read_documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]:
-    """Return the tokens of each document of a round, and which the student wrote."""
+    """Return (tokens, mask of tokens that the student wrote) of each document of a round."""
     [source] = open_sources({str(run / f"rounds/{number:04d}"): 1.0}, 368, ("rollouts",))
     split = source.open_split("train")
     return [(split.tokens(d, 0, n).tolist(), split.loss_weights(d, 0, n) > 0)
@@ -75,7 +74,7 @@ def read_documents(run: Path, number: int) -> list[tuple[list[int], np.ndarray]]
 
 
 def compute_hf_logprobs(checkpoint: Path, folder: Path, tokens: list[list[int]]) -> list[np.ndarray]:
-    """Return transformers' log-probabilities of each token of texts but the first."""
+    """Return transformers' log-probabilities of all tokens of each text but its first token."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -109,11 +108,12 @@ def test_token_advantage_is_teacher_minus_student_log_probability(complete_run: 
     assert np.allclose(stored, expected, atol=2e-5)
 
     advantages = []
-    for theirs, ours, (_, is_student) in zip(teacher_logprobs, student_logprobs, documents, strict=True):
-        advantages.append((theirs - ours)[is_student[1:]])
+    for teacher_values, student_values, (_, is_student) in zip(teacher_logprobs, student_logprobs, documents,
+                                                               strict=True):
+        advantages.append((teacher_values - student_values)[is_student[1:]])
     round_event = read_run_events(complete_run, "round")[0]
     step = read_run_events(complete_run, "step")[0]
-    # --reward none: no reward of 0 is printed, but the figure that the run optimizes
+    # with --reward none, the run prints the KL divergence that it minimizes instead of a reward of 0
     assert "reward" not in round_event["means"] and "reward" not in step["meters"]
     headline, _ = read_headline(read_run_events(complete_run, "run_start")[0])
     assert format_step(step, headline, comparable=False).startswith("KL to the teacher ")
@@ -121,11 +121,11 @@ def test_token_advantage_is_teacher_minus_student_log_probability(complete_run: 
     for domain, reverse_kl in round_event["reverse_kl_domains"].items():
         of_domain = [values for values, name in zip(advantages, domains, strict=True) if name == domain]
         assert reverse_kl == pytest.approx(-np.concatenate(of_domain).mean(), abs=2e-5)
-    # the first step has half of the prompts: of these each token counts the same, at ratios of 1
+    # the first step has half of the prompts; its loss is the mean over their tokens, because all ratios are 1
     first_step = np.concatenate(advantages[:2])
     assert step["meters"]["reverse_kl"] == pytest.approx(-first_step.mean(), abs=2e-5)
     assert step["losses"]["policy"] == pytest.approx(-first_step.mean(), abs=2e-5)
-    assert abs(round_event["reverse_kl_domains"]["a"]) > 1e-4, "two checkpoints are two models"
+    assert abs(round_event["reverse_kl_domains"]["a"]) > 1e-4, "teacher and student are different models"
 
 
 @pytest.mark.each(("more", "message"), [

@@ -34,15 +34,18 @@ WORDS = format_set_options(SETTINGS)
 
 @dataclass(frozen=True)
 class Rounds:
-    """Common arguments of the runs."""
+    """Stores with rounds of scripted responses, and the command that trains on them."""
 
     folder: Path
     start: Path
+    """Run whose weights the trained runs start from."""
     text: Path
+    """Packed text for the knowledge loss."""
     write: Callable[..., None]
+    """The fixture `write_round`."""
 
     def new_store(self, name: str) -> RolloutStore:
-        """Return a store in the start's tokenizer."""
+        """Create a store for the tokenizer of the start."""
         return RolloutStore.create(self.folder / name, tokenizer_digest(self.text / "tokenizer"), 368)
 
     def store(self, name: str, numbers: range) -> Path:
@@ -69,7 +72,7 @@ def rounds(teacher: Path, packed_data: Any, write_round: Callable[..., None],
 
 
 def read_step_numbers(run: Path) -> dict[int, Any]:
-    """Return the last numbers of each step; a killed run may have done one twice."""
+    """Return the last numbers of each step; a killed run may have taken a step twice."""
     return {e["step"]: (e["loss"], e["losses"], e["grad_norm"], e["meters"], e["losses_by_source"])
             for e in read_run_events(run, "step")}
 
@@ -90,7 +93,7 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed_run: Path, 
                                                          run_checked: Any, tiny: list[str]) -> None:
     settings = [*tiny, *WORDS]
     later = rounds.store("later", range(1, 3))
-    # its processes were started again, inside of round 2
+    # killed and restarted by its launcher inside of round 2; exit code 75, because round 3 is missing
     run_checked(*rounds.command(later, "disturbed", *settings, "--inject", "kill@step=4"), code=75)
     events = list(read_events(rounds.folder / "disturbed/events.jsonl"))
     assert [e["step"] for e in events if e["event"] == "restart"] == [3]
@@ -104,18 +107,19 @@ def test_rounds_that_come_later_and_a_kill_change_no_bit(undisturbed_run: Path, 
     assert read_step_numbers(disturbed) == read_step_numbers(undisturbed_run)
     assert list(read_step_numbers(disturbed)) == [1, 2, 3, 4, 5, 6]
     assert read_weight_digests(disturbed, 6) == read_weight_digests(undisturbed_run, 6) != {}
-    by_source = [step[4] for step in read_step_numbers(undisturbed_run).values()]
-    assert all("rollouts" in step for step in by_source)
-    assert 0 < sum("even" in step or "odd" in step for step in by_source) < 6  # InK-GRPO's draw
+    by_source = [losses for *_, losses in read_step_numbers(undisturbed_run).values()]
+    assert all("rollouts" in losses for losses in by_source)
+    assert 0 < sum("even" in losses or "odd" in losses for losses in by_source) < 6, (
+        "text is drawn for some of the steps")
     assert [e["round"] for e in read_run_events(undisturbed_run, "round")] == [1, 2, 3]
     assert [e["name"] for e in read_run_events(undisturbed_run, "phase")] == [
         "round-0001", "round-0002", "round-0003"]
     assert {p.name for p in (undisturbed_run / "checkpoints").iterdir()} == {
         "step-2", "step-4", "step-5", "step-6"}
     _, terms, _, meters, _ = zip(*read_step_numbers(undisturbed_run).values(), strict=True)
-    # the trainer's own column is of the weights that begin a round: no ratio differs from 1 in its first step
+    # the denominator of ratios is the policy at the start of a round: in its first step, all ratios are 1
     assert [abs(of_step["ratio"] - 1) < 1e-6 for of_step in meters] == [True, False] * 3
-    # the reference is the start, also when the run's weights are others
+    # the reference is the start of the run, also after the weights have changed
     assert terms[0]["kl"] == pytest.approx(0, abs=1e-9) and terms[2]["kl"] > 1e-3
 
 

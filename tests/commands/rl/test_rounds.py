@@ -18,7 +18,7 @@ from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.rounds import build_start_policy
 from tests.typed_words import format_set_options
 
-# a temperature at which a sample is the most probable token
+# at this temperature, samples are the most probable tokens
 ROLLOUT = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_per_prompt=2",
            "rollout.piece_prompts=1", "rollout.max_new_tokens=6", "rollout.max_prompt_tokens=64",
            "rollout.temperature=1e-4")
@@ -26,7 +26,8 @@ ROLLOUT = ("rollout.rounds=2", "rollout.prompts_per_round=2", "rollout.samples_p
 
 @pytest.fixture
 def words(teacher: Path, tiny: list[str], tmp_path: Path) -> list[str]:
-    """Return the arguments of `rl generate`, with a start, a run of nothing and three prompts."""
+    """Return a command `rl generate`, with the first checkpoint of `teacher` as start, a run that does not
+    exist yet, and three prompts."""
     records = [{"prompt": f"What is {i} plus 1?", "answer": str(i + 1)} for i in range(2)]
     records.append({"messages": [{"role": "user", "content": "Name a river."}], "answer": "Rhine"})
     (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
@@ -51,7 +52,7 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(words: list[str]
     assert "2 parts with 4 responses" in result.stdout and "rounds 1 to 2 are written" in result.stdout
     store = RolloutStore.open(tmp_path / "store")
     prompts = {p.id: p for p in read_prompts(tmp_path / "prompts.jsonl")}
-    # the second is of no run that knows policies: it is known by its manifest
+    # the second checkpoint belongs to no RL run, so its policy is identified by its manifest
     for number, checkpoint, sha256 in ((1, first, build_start_policy(first).sha256),
                                        (2, second, manifest_sha256(second))):
         rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]
@@ -63,7 +64,7 @@ def test_two_policies_write_two_rounds_and_a_reward_judges_them(words: list[str]
             text = row.record.get("prompt") or row.record["messages"][0]["content"]
             assert (row.tokens.tolist(), row.response) == greedy[text]
             assert row.routes is not None and row.routes.shape[0] == len(row.prompt_tokens) + 5
-            assert row.routes.max() < 4, "there are four experts, and every token was read"
+            assert row.routes.max() < 4, "all tokens have routes to the four experts"
     judge = ["rl", "reward", "--store", str(tmp_path / "store"), "--reward", "length", "--reward-set",
              "max_length=100", "--reward-set", "buffer=50", "--workers", "1"]
     assert "4 parts, 8 scored responses" in read_output(*judge)

@@ -25,7 +25,7 @@ PLANTED = {"first": {"algebra": [4, 0], "geometry": [1, 1]},
            "step-100": {"algebra": [4, 1], "geometry": [0, 0]},
            "step-200": {"algebra": [1, 1], "geometry": [2, 2]},
            "merged": {"algebra": [4, 4], "geometry": [2, 2]}}
-"""Checkpoint -> domain -> right answers of four to each of two problems."""
+"""Checkpoint -> domain -> number of right answers, of `SAMPLES`, to each of two problems."""
 PROBE_OPTIONS = [
     "--problems", "algebra=algebra.jsonl", "geometry=geometry.jsonl", "--reward", "stem", "--workers", "1",
     "--samples", str(SAMPLES), "--k", "2", "--max-new-tokens", "12", "--output", "probe"]
@@ -46,8 +46,8 @@ def models(tmp_path: Path, hf_models: dict[str, Path], monkeypatch: pytest.Monke
 
 @pytest.fixture
 def probed(monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> list[str]:
-    """List of probed checkpoints. Commands run in this process with a
-    double of the engine, which writes planted answers."""
+    """List of probed checkpoints. Commands run in this process with a double of the engine, which writes
+    planted answers."""
     names: list[str] = []
     encode = Tokenizer.from_file(str(hf_models["solar_open"] / "tokenizer.json")).encode
 
@@ -88,8 +88,8 @@ def test_planted_best_checkpoint_of_each_domain_is_found_without_repeating_reque
     EventLog(Path(EVENTS)).close()
     result = run_probe("first", "second")
     assert probed == ["first", "second"]
-    # of 6 pairs of four samples with one right answer three hold it, so both solve half of algebra: the
-    # earlier one is taken
+    # pass@2: a right answer among four samples is in 3 of their 6 pairs. "first" solves one of two problems
+    # of algebra, "second" half of each: both have 0.5, and the earlier checkpoint is chosen.
     assert [(c["domain"], c["checkpoint"], c["value"], c["as_good"]) for c in result["choice"]] == [
         ("algebra", "first", 0.5, ["second"]), ("geometry", "first", 0.5, [])]
     result = run_probe("third", "--run", ".")
@@ -113,7 +113,7 @@ def test_a_killed_probe_resumes_at_its_checkpoint(probed: list[str], monkeypatch
     assert not Path("probe/table").exists()
     run_probe("first", "second")
     assert probed == ["first", "second"]
-    Path("second/config.json").unlink()  # another model comes to lie there
+    Path("second/config.json").unlink()  # another file in its place makes the folder another model
     Path("second/config.json").write_text(Path("first/config.json").read_text())
     run_probe("second")
     assert probed == ["first", "second", "second"]
@@ -145,14 +145,14 @@ def test_experts_of_a_run_are_merged_and_compared_with_the_merge(probed: list[st
     # never the merged checkpoint
     assert [c["checkpoint"] for c in result["choice"]] == ["run/step-100", "run/step-200"]
     gains = {(g["domain"], g["k"]): g["gain"] for g in result["merged"]}
-    # the second problem of algebra: one right answer of four is in half of the pairs
+    # the merge solves algebra always; its best expert solves the second problem with one answer of four,
+    # which is in half of the pairs: pass@1 is (1 + 1/4) / 2, and pass@2 (1 + 1/2) / 2
     assert gains == {("algebra", 1): 0.375, ("algebra", 2): 0.25, ("geometry", 1): 0.0, ("geometry", 2): 0.0}
 
     assert main(["convert", "average", "run", "both"]) == 0
     for name in read_manifest("both").files:
         assert Path("both", name).read_bytes() == Path("merged", name).read_bytes()
-    # a checkpoint that is best in every domain is the merge, bit for bit, so that the next stage always has a
-    # start
+    # a checkpoint that is best in every domain becomes the merge, bit for bit
     first = "run/checkpoints/step-100"
     assert main(["ssp", "probe", first, *PROBE_OPTIONS[:-1], "alone"]) == 0
     assert "1 of" in read_output("ssp", "fuse", "alone", "--output", "same")
@@ -200,6 +200,6 @@ def test_incomparable_checkpoints_are_refused(probed: list[str], capsys: Any, ge
             in get_refusal("ssp", "probe", "second", *PROBE_OPTIONS, "--temperature", "0.5"))
     (samples,) = Path("probe/checkpoints").glob("first-*/samples.jsonl")
     samples.write_bytes(samples.read_bytes().replace(b'"reward": 0', b'"reward": 1'))
-    assert main(["ssp", "probe", "second", *PROBE_OPTIONS]) == 2  # after it has printed figures
+    assert main(["ssp", "probe", "second", *PROBE_OPTIONS]) == 2  # prints figures first
     assert "samples.jsonl: its content differs from the hash in the manifest; delete" in (
         capsys.readouterr().err)

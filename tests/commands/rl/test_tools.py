@@ -1,4 +1,4 @@
-"""`megatron-sov tools`: the commands of its page, a model that plays episodes, and messages about
+"""`megatron-sov tools`: the examples in docs/tools.md, a model that plays episodes, and messages about
 mistakes."""
 
 import json
@@ -20,7 +20,7 @@ PAGE = Path(__file__).parents[3] / "docs/tools.md"
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty folder to work in, and no environment of another test."""
+    """Work in an empty folder, without the environment plugins that another test registered."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ENVIRONMENT_PLUGINS, "_known", {})
     return tmp_path
@@ -29,14 +29,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(Path.cwd())
     text = PAGE.read_text()
+    # write the files that the page shows, and run its two Python examples
     for name, content in re.findall(r"^`([a-z_.]+)`:\n\n```[a-z]+\n(.*?)^```", text,
                                     re.MULTILINE | re.DOTALL):
         Path(name).write_text(content)
     for name in ("try_virtual", "my_try"):
         exec(Path(f"{name}.py").read_text(), {})
     assert capsys.readouterr().out.endswith("1.0\n1.0\n")
-    table = text.partition("## Call faults")[2]
-    faults = {name for row in re.findall(r"^\| (`.*?) \| ", table, re.MULTILINE)
+    fault_table = text.partition("## Call faults")[2]
+    faults = {name for row in re.findall(r"^\| (`.*?) \| ", fault_table, re.MULTILINE)
               for name in re.findall(r"`(\w+)`", row)}
     assert faults == set(FAULTS)
     assert all(f"| `{name}` |" in text for name in BUILT_IN)
@@ -53,7 +54,7 @@ def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytes
     (["calculator"], "nowhere")])
 def test_mistakes_are_one_sentence(words: list[str], message: str, get_refusal: Any) -> None:
     Path("tasks.jsonl").write_text('{"question": "?", "answer": "1"}\n[1]\n')
-    # refused before a world begins
+    # refused before a model is loaded
     assert message in get_refusal("tools", "run", words[0], "nowhere", "--output", "out", *words[1:])
 
 
@@ -71,7 +72,7 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
     out = read_output(*words)
     rows = [json.loads(line) for line in Path("out/episodes.jsonl").read_text().splitlines()]
     assert [(row["reward"], row["status"]) for row in rows] == [(0.0, "scored")] * 2
-    for row in rows:  # a random model writes nonsense, and ends its turn or does not
+    for row in rows:  # a random model may or may not end its turn
         ((start, end),) = row["spans"]
         assert end == len(row["ids"]) and len(row["logprobs"][0]) == end - start <= 12
         assert row["end"] == ("answered" if chat.end_ids()[0] == row["ids"][-1] else "unended")
@@ -80,6 +81,7 @@ def test_a_model_plays_and_leaves_rows_figures_and_limits(hf_models: dict[str, P
     assert "calculator: 2 episodes (" in out and "max_response_tokens 12" in out
     assert "already exists" in get_refusal(*words)
 
+    # an interrupted run is not continued with a changed tokenizer folder
     settings = {name: value for name, value in manifest.settings.items()
                 if name not in ("environment_name", "settings")}
     with pytest.raises(KeyboardInterrupt), open_journal(Path("begun"), "tools run", settings) as journal:

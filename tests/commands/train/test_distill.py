@@ -28,7 +28,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
         return ["distill", "tiny-solar-open", "--data", str(packed_data.chats), "--run", str(run), *tiny,
                 "--set", "train.steps=2", *more]
 
-    # killed, and started again by its launcher
+    # a process is killed, and the launcher restarts all processes
     result = run_checked(*build_command(complete, "--teacher", str(teacher), "--nproc", "2", "--inject",
                                         "kill@step=2"))
     assert "all processes are started again, from step-1" in result.stderr
@@ -42,7 +42,7 @@ def test_a_student_learns_from_a_teacher(packed_data: Any, teacher: Path, tiny: 
     assert events[1]["divergence"] == pytest.approx(events[1]["kl"])  # the loss is the forward KL
 
     states = ("--teacher", str(teacher), "--states", f"{complete}.states")
-    # complete: its states are not needed any more
+    # a complete run needs its teacher states no more
     Path(f"{complete}.states").rename(tmp_path / "elsewhere")
     result = run_checked(*build_command(complete, "--teacher", str(teacher), "--nproc", "2", "--resume"))
     assert result.stdout.startswith(f"{complete}: is complete at step 2;")
@@ -92,7 +92,7 @@ def test_each_teacher_scores_the_data_with_its_name(packed_data: Any, teacher: P
                      str(tmp_path / "run"), *tiny, "--set", "train.steps=2", *more]) == 2
         return str(capsys.readouterr().err)
 
-    run("--teacher", str(teacher), "--teacher", f"talk={first}")  # ends where the states are not there
+    run("--teacher", str(teacher), "--teacher", f"talk={first}")  # ends with an error: no states were written
     (newest, newest_data, newest_states), talk_reading = readings
     assert (newest_data, newest_states) == ([text], "run.states")
     assert talk_reading == (str(first), [talk], "run.states.talk")

@@ -55,8 +55,8 @@ def test_a_run_becomes_a_longer_one_with_needles(short_run: Path, token_shards: 
     completion = json.loads((run / "complete.json").read_text())
     assert (completion["needle"]["score"], completion["needle"]["cells"]) == (after["score"], after["cells"])
     consumed = read_run_events(run, "data_consumed")[-1]["tokens"]
-    assert consumed["needle"] == 6 * 128
-    assert sum(consumed.values()) == 12 * 128
+    assert sum(consumed.values()) == 12 * 128  # 3 steps x 4 samples of 128 tokens
+    assert consumed["needle"] == 6 * 128  # half of them
     assert "needle retrieval before the extension" in capsys.readouterr().out
 
 
@@ -70,7 +70,7 @@ def test_needles_keep_their_share_in_a_blend_and_mistakes_are_named(short_run: P
                   data__phases=blend) == 0
     config = json.loads((run / "config.json").read_text())
     assert config["data"]["phases"][0]["blend"] == {"first": 2.0, "second": 1.0, "needle": 1.0}
-    assert read_run_events(run, "data_consumed")[-1]["tokens"]["needle"] == 3 * 96
+    assert read_run_events(run, "data_consumed")[-1]["tokens"]["needle"] == 3 * 96  # a quarter of 12 samples
     for settings, sentence in (
         ({"needle__train_share": 1.0}, "needle.train_share = 1 must be below 1"),
         ({"needle__lengths_tokens": "[16]"}, "needle length 16"),

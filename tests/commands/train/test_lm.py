@@ -11,8 +11,7 @@ from tests.run_files import read_run_events
 from tests.typed_words import format_set_options
 
 SMALL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
-         "model.num_experts=4",
-         'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2")
+         "model.num_experts=4", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2")
 Refuse = Callable[..., str]
 
 
@@ -75,7 +74,7 @@ def test_weights_to_start_from_must_fit(refuse: Refuse, token_shards: Path, impo
 
 
 SMALL_CHATS = ("train.steps=2", 'data.phases=[{"name": "main", "seq_len": 64}]', "train.global_batch_size=4",
-         "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1", "optim.lr=0.004")
+               "train.micro_batch_size=2", "data.heldout_tokens=128", "train.num_threads=1", "optim.lr=0.004")
 MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.expert_ffn_dim=16",
          "model.num_experts=4")
 
@@ -92,8 +91,8 @@ def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_checke
                                     get_refusal: Any) -> None:
     base, tuned = tmp_path / "base", tmp_path / "tuned"
     run_checked(*build_command("pretrain", [packed_data.text], base, settings=MODEL))
-    results = [packed_data.chats, packed_data.text]
-    result = run_checked(*build_command("sft", results, tuned, "--from", str(base), "--nproc", "2",
+    chats_and_text = [packed_data.chats, packed_data.text]
+    result = run_checked(*build_command("sft", chats_and_text, tuned, "--from", str(base), "--nproc", "2",
                                         settings=("objective.text_coeff=0.3",)))
     assert "Warning" not in result.stderr
     steps = read_run_events(tuned, "step")
@@ -109,7 +108,7 @@ def test_a_run_becomes_a_chat_model(packed_data: Any, tmp_path: Path, run_checke
         assert not (tmp_path / "no").exists()
         return refusal
 
-    assert "--set objective.text_coeff=0.1" in run_refused_command(results).splitlines()[-1]
+    assert "--set objective.text_coeff=0.1" in run_refused_command(chats_and_text).splitlines()[-1]
     assert "contains conversations; pack some with `sov-data pack" in run_refused_command([packed_data.text])
     assert "use `megatron-sov pretrain`" in run_refused_command([packed_data.chats], "objective.name=lm")
     assert "required: --from" in get_refusal("sft", "tiny-solar-open", "--data", str(packed_data.chats),

@@ -42,7 +42,8 @@ def test_a_model_learns_from_pairs_and_from_groups(packed_data: Any, run_checked
     result = run_checked(*build_command("prefer", tmp_path / "pairs", tuned, "--from", str(base),
                                         "--nproc", "2", "--method", "dpo"))
     steps = read_run_events(tuned, "step")
-    assert steps[0]["losses"]["preference"] == pytest.approx(0.693147, abs=1e-5)  # its own reference
+    # ln 2: in the first step, the model equals its reference
+    assert steps[0]["losses"]["preference"] == pytest.approx(0.693147, abs=1e-5)
     assert set(steps[1]["meters"]) == {"pairs_right", "margin", "chosen_logprob", "rejected_logprob"}
     before, after = read_run_events(tuned, "heldout_pairs")
     assert (before["step"], before["pairs_right"], before["margin"]) == (0, 0.5, 0.0)

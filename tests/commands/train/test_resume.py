@@ -17,7 +17,7 @@ from megatron_sov.runs.folder import COMMAND, RunFolder, read_command
 from megatron_sov.runs.obs.events import EVENTS, EventLog
 
 BEGIN_COMMAND = ("pretrain", "tiny-qwen3", "--data", "tokens:2", "--run", "runs/a", "--nproc", "2", "--set",
-         "train.steps=9")
+                 "train.steps=9")
 BeginRun = Callable[..., Path]
 Parsed = list[argparse.Namespace]
 """Arguments of each `pretrain` that `resume` runs."""
@@ -58,7 +58,8 @@ def parsed(monkeypatch: pytest.MonkeyPatch) -> Parsed:
     return recorded
 
 
-def test_everything_comes_from_the_folder(begin_run: BeginRun, parsed: Parsed, read_output: Any) -> None:
+def test_the_command_and_its_settings_come_from_the_folder(begin_run: BeginRun, parsed: Parsed,
+                                                           read_output: Any) -> None:
     run = begin_run(*BEGIN_COMMAND)
     output = read_output("resume", "runs/a")
     args = vars(parsed[0])
@@ -112,7 +113,7 @@ def test_from_another_folder_paths_are_read_where_the_run_was_begun(
     assert output.startswith(f"resume: relative paths start at {tmp_path}, where")
 
 
-def test_a_command_that_went_on_can_go_on_again(begin_run: BeginRun, parsed: Parsed) -> None:
+def test_a_resumed_run_can_be_resumed_again(begin_run: BeginRun, parsed: Parsed) -> None:
     run = begin_run(*BEGIN_COMMAND)
     assert cli.main(["resume", "runs/a"]) == 0
     RunFolder(run).declare(recipes.get("tiny-qwen3"))
@@ -166,7 +167,7 @@ def test_a_complete_run_needs_none_of_its_inputs(begin_run: BeginRun, command: s
     ('{"words": ["doctor"], "folder": "/", "processes": 1}', "started the run and is not a training command"),
     ('{"words": ["rm", "-r"], "folder": "/", "processes": 1}', "started the run and is not a command of"),
 ])
-def test_a_folder_that_does_not_say_how_it_was_begun(begin_run: BeginRun, content: str | None, message: str,
+def test_a_folder_without_a_valid_command_is_refused(begin_run: BeginRun, content: str | None, message: str,
                                                      get_refusal: Any) -> None:
     run = begin_run(*BEGIN_COMMAND)
     (run / COMMAND).unlink()

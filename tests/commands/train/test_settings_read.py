@@ -28,44 +28,44 @@ LOOP = ("train.steps=2", "train.global_batch_size=2", "train.micro_batch_size=2"
 SMALL = (*LOOP, "model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "optim.lr=0.0001",
          'data.phases=[{"name": "main", "seq_len": 128}]')
 ROLLOUT: dict[str, Any] = {"rounds": 2, "prompts_per_round": 2, "samples_per_prompt": 4, "piece_prompts": 2,
-           "max_new_tokens": 12, "max_prompt_tokens": 6}
+                           "max_new_tokens": 12, "max_prompt_tokens": 6}
 
 READ_WITHOUT_EFFECT = {
     "policy.*": "`PolicyConfig.parts` fills in all parts at once, whatever the objective",
-    **dict.fromkeys(("rollout.rounds", "rollout.s[et]e*"), "asked first whether there are rounds"),
+    **dict.fromkeys(("rollout.rounds", "rollout.s[et]e*"), "read to find out whether there are rounds"),
     "preference.*": "read by `strength` and when a run is resumed; used if preferences are learned",
-    "train.ramp_steps": "`batch_size_at` looks at ramp_from_batch_size next",
-    "train.steps": "counts the steps of phases that rounds have made",
-    "train.fp8_weights": "counts memory; refused without train.fp8",
-    "parallel.bucket_params": "megatron-core drops the size without overlap_grad_reduce",
-    "parallel.expert_dispatcher": "asked whether this machine has its kernels",
+    "train.ramp_steps": "`batch_size_at` reads it before ramp_from_batch_size, which is 0",
+    "train.steps": "read to count the steps of phases, which are made from rounds",
+    "train.fp8_weights": "read to estimate memory; refused without train.fp8",
+    "parallel.bucket_params": "megatron-core ignores the size without overlap_grad_reduce",
+    "parallel.expert_dispatcher": "read to check that this machine has its kernels",
     "objective.options": "empty unless the objective is the user's own",
-    "objective.*_weight": "given with `model.*_tokens`, without which it is left out",
+    "objective.*_weight": "passed on with `model.*_tokens`, and ignored without them",
     **dict.fromkeys(
         ("model.mtp_*", "model.norm_topk_prob", "model.router_bias"),
-        "megatron-core's settings and Hugging Face's are written whole"),
-    "media.*_from": "folders of encoders, which this model has not",
+        "all settings are written to the configs of megatron-core and Hugging Face"),
+    "media.*_from": "folders of encoders; these models have no encoders",
     **dict.fromkeys(
         ("gpu.cuda_graphs", "gpu.exchange_sms", "gpu.grad_dtype", "gpu.linear_attention", "gpu.profile*",
          "gpu.permute_fusion", "gpu.router_fusion", "gpu.expert_imbalance", "gpu.expert_spill",
          "gpu.force_even_routing"),
-        "megatron-core's settings are written whole, and memory is counted by all"),
-    "guards.routing_every_steps": "asked before the layers with experts, of which there are none",
+        "all settings are written to megatron-core's config, and memory is estimated from all"),
+    "guards.routing_every_steps": "read before the number of layers with experts, which is 0",
     "lora.dora": "passed on with the rank",
-    "data.packing": "passed on to the order, which packs plain text by it",
-    "data.over_long": "passed on to the order, which cuts conversations by it",
-    "train.epochs": "the warning of many epochs allows as many as are asked for",
+    "data.packing": "passed on to `SampleOrder`, which uses it for plain text",
+    "data.over_long": "passed on to `SampleOrder`, which uses it for conversations",
+    "train.epochs": "read for the warning about many epochs",
 }
 """Setting that a stage reads although its `ACTS_WHEN` is false -> reason why the value has no effect."""
 NEVER_READ = {
-    "guards.*": "alarms need 20 steps, verdicts a fault",
-    "needle.*_weight": "read once a needle document is drawn",
-    "rollout.*": "read where responses are written (`rl run`, `rl generate`)",
-    "train.max_hours": "asked on the user's own machine, not under a launcher",
-    "train.tokens": "these runs have steps",
-    "model.*.*": "blocks that these models have not",
+    "guards.*": "read after 20 steps, or after a fault",
+    "needle.*_weight": "read when a needle document is drawn",
+    "rollout.*": "read by the commands that generate responses (`rl run`, `rl generate`)",
+    "train.max_hours": "read by commands, not by the processes of a launcher",
+    "train.tokens": "the length of these runs is set in steps",
+    "model.*.*": "settings of blocks that these models do not have",
 }
-"""Setting that acts and that no stage below reads -> why."""
+"""Setting that has an effect, but is read by none of the stages below -> reason."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ class StageReads:
     """Setting -> the functions that read it."""
 
     def inert(self) -> set[str]:
+        """Return the settings whose declared condition for an effect is false."""
         return {problem.key for problem in find_inert_settings(self.config, setting_names(), self.facts)}
 
 
@@ -137,7 +138,7 @@ class StageRunner:
 
 @pytest.fixture
 def stages(one_rank: None, packed_data: Any, token_shards: Path, write_round: Any, tmp_path: Path) -> Any:
-    """Return stage -> the settings that it read."""
+    """Run the stages below; return name -> `StageReads`."""
     runner, start = StageRunner(tmp_path), ("--from", str(tmp_path / "dense"))
     runner.train("dense", "pretrain", ["text"], packed_data.text)
     runner.train("experts", "pretrain", ["text"], packed_data.text, "tiny-solar-open")
@@ -179,17 +180,18 @@ def find_unlisted_keys(keys: set[str], reasons: dict[str, str]) -> set[str]:
 
 @pytest.mark.deep
 def test_stages_read_exactly_the_settings_with_effect(stages: dict[str, StageReads]) -> None:
-    read_idly: dict[str, tuple[str, set[str]]] = {}
-    acts: set[str] = set()
+    read_without_effect: dict[str, tuple[str, set[str]]] = {}
+    with_effect: set[str] = set()
     read: set[str] = set()
     for name, stage in stages.items():
         inert = stage.inert()
-        read_idly |= {key: (name, stage.reads[key]) for key in inert & stage.reads.keys()}
-        acts |= {*setting_names()} - inert
+        read_without_effect |= {key: (name, stage.reads[key]) for key in inert & stage.reads.keys()}
+        with_effect |= {*setting_names()} - inert
         read |= stage.reads.keys()
-    assert find_unlisted_keys({*read_idly}, READ_WITHOUT_EFFECT) == set(), read_idly
-    unread = acts - read
+    assert find_unlisted_keys({*read_without_effect}, READ_WITHOUT_EFFECT) == set(), read_without_effect
+    unread = with_effect - read
     assert find_unlisted_keys(unread, NEVER_READ) == set()
-    # no reason outlives its setting
-    assert [pattern for pattern in READ_WITHOUT_EFFECT if not fnmatch.filter(read_idly, pattern)] == []
+    # each pattern in the tables still matches a setting
+    assert [pattern for pattern in READ_WITHOUT_EFFECT
+            if not fnmatch.filter(read_without_effect, pattern)] == []
     assert [pattern for pattern in NEVER_READ if not fnmatch.filter(unread, pattern)] == []

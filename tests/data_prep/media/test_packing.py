@@ -30,7 +30,7 @@ CALLS = ("{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}{% for ca
          "<tool_call>{{ call.function.name }}\n{% for k, v in call.function.arguments.items() %}"
          "<arg_key>{{ k }}</arg_key>\n<arg_value>{{ v }}</arg_value>\n{% endfor %}</tool_call>{% endfor %}"
          "<|end|>\n{% endfor %}{% if add_generation_prompt %}<|begin|>assistant\n{% endif %}")
-"""Chat template that shows tool calls in the format of OmniServe's track_b."""
+"""Chat template that renders tool calls in the format of OmniServe's track_b."""
 
 
 def pack(omni: Path, corpus: Path, output: Path, *options: str) -> int:
@@ -39,7 +39,7 @@ def pack(omni: Path, corpus: Path, output: Path, *options: str) -> int:
 
 
 def read_columns(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
-    """Return the source's manifest entry, and each shard's columns (ids, features, weights) and banks."""
+    """Return the source's manifest entry, and per shard its ids, feature numbers, loss weights and banks."""
     source = read_manifest(folder).content["sources"][0]
     shards = []
     for record in source["splits"]["train"]["shards"]:
@@ -67,10 +67,10 @@ def test_placeholders_name_features_in_the_shard(encode: Encode, omni: Path, tmp
         assert ((shard[FEATURES] != NO_FEATURE) == is_placeholder).all()
         assert not shard["loss"][is_placeholder].any()
         numbers = shard[FEATURES][np.isin(shard["ids"], source[FEATURES]["pictures"]["placeholder_ids"])]
-        # a picture has three rows: a placeholder's number is 3 * record + row
+        # each picture has three feature rows: a placeholder's value is 3 * picture + row
         assert (numbers % 3).tolist() == [0, 1, 2] * (len(numbers) // 3)
         seen += [int(shard["pictures"][n // 3].max()) for n in numbers[::3]]
-        assert len(shard["pictures"]) == len(set((numbers // 3).tolist()))  # each content once
+        assert len(shard["pictures"]) == len(set((numbers // 3).tolist()))  # equal pictures stored once
     assert seen == [255, 0, 255, 0, 255]  # light, dark, twin, and the two frames of the animation
     sounds = np.concatenate([s[FEATURES][s["ids"] == token(AUDIO_PAD)] for s in shards])
     assert sounds.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]  # the two pieces of long.wav have 5 and 3 slots

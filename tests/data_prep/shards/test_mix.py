@@ -23,7 +23,7 @@ from megatron_sov.train.data.sources import open_sources
 
 @pytest.fixture(scope="module")
 def parts(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Folders of packed text, with the sources `few` and `many` (1 : 3 tokens), and of packed chats."""
+    """A folder of packed text with the sources `few` and `many` (tokens 1 : 3), and one of packed chats."""
     folder = tmp_path_factory.mktemp("mix")
     for name, count in (("few", 50), ("many", 150)):
         (folder / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{1000 + i} words"})
@@ -43,6 +43,8 @@ def test_folder_weights_are_divided_by_tokens(parts: tuple[Path, Path], tmp_path
     text, chats = parts
     assert main(["mix", f"{text}:0.6", f"{chats}:0.2", "--output", str(tmp_path / "out")]) == 0
     weights = {s["name"]: s["weight"] for s in read_manifest(tmp_path / "out").content["sources"]}
+    # 0.6 : 0.2 is 75 % text, of which `few` has a quarter of the tokens
+    # 0.6 : 0.2 gives the text 0.75, which few and many share 1 : 3
     assert weights == pytest.approx({"few": 0.1875, "many": 0.5625, "chat": 0.25})
     sources = open_sources({str(tmp_path / "out"): 1.0}, 1000)
     assert ({s.name: s.share for s in sources} == weights
@@ -50,10 +52,11 @@ def test_folder_weights_are_divided_by_tokens(parts: tuple[Path, Path], tmp_path
     direct = open_sources({str(text): 0.6, str(chats): 0.2}, 1000)
     assert [s.share for s in direct] == pytest.approx([s.share for s in sources])
     for pair in zip(sources, direct, strict=True):
-        ours, theirs = ([d.tokens(i, 0, n).tolist() for i, n in enumerate(d.lengths)]
-                        for d in (s.open_split("train") for s in pair))
-        assert ours == theirs
+        mixed, unmixed = ([d.tokens(i, 0, n).tolist() for i, n in enumerate(d.lengths)]
+                          for d in (s.open_split("train") for s in pair))
+        assert mixed == unmixed
     assert main(["verify", str(tmp_path / "out")]) == 0
+    # files are hard links: the same inode
     assert ((tmp_path / "out/many/train-00000.bin").stat().st_ino
             == (text / "many/train-00000.bin").stat().st_ino)
 
@@ -72,10 +75,10 @@ def test_mix_without_weights_uses_tokens_and_accepts_mixes(parts: tuple[Path, Pa
 
 def test_mix_copies_files_across_devices(parts: tuple[Path, Path], tmp_path: Path,
                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    def other_device(source: Path, target: Path) -> None:
+    def refuse_link(source: Path, target: Path) -> None:
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
 
-    monkeypatch.setattr(os, "link", other_device)
+    monkeypatch.setattr(os, "link", refuse_link)
     write_mix([MixPart(parts[0], None)], tmp_path / "out")
     assert main(["verify", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out/few/train-00000.bin").stat().st_nlink == 1

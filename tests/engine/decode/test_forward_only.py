@@ -28,8 +28,8 @@ class Row:
 
 
 def compute_gradients(config: Any, model: Any, optimizer: Any, rows: list[Row]) -> float:
-    """Inside ranks: compute the gradients of a step with 121 targets, four rows of 32 tokens without 7 of
-    padding; return the sum of all losses."""
+    """Inside ranks: compute the gradients of a step with 121 targets (four rows of 32 tokens, with 7 tokens
+    of padding). Return the sum of all losses."""
 
     def loss(hidden: torch.Tensor, row: Row) -> tuple[torch.Tensor, torch.Tensor]:
         head = build_head(model, 7)

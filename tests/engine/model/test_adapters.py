@@ -100,25 +100,30 @@ class AdapterTraining:
 
     def gather_tensors(self, prefix: str = "adapter.") -> dict[str, Any]:
         """Gather whole tensors as nested lists on rank 0."""
-        gatherer = TensorGatherer([b for b in list_local_shards(self.model) if b.key.startswith(prefix)])
+        shards = [shard for shard in list_local_shards(self.model) if shard.key.startswith(prefix)]
+        gatherer = TensorGatherer(shards)
         tensors = {key: gatherer.gather(key) for key in gatherer.get_shapes()}
         return {key: t.tolist() for key, t in tensors.items() if t is not None}
 
 
 def train_adapter(recipe: str, layout: dict[str, Any], settings: list[str]) -> dict[str, Any]:
-    """Train three steps; return the adapter, its norms, and the frozen tensors that changed."""
+    """Train three steps. Return the adapter, the gradient norms, the names of frozen tensors that changed,
+    and the number of local elements of optimizer state."""
     config = build_config(recipe, layout, settings)
     world.join_world(config.parallel)
     training = AdapterTraining(config)
-    frozen = {(b.key, b.offset): b.data.clone() for b in list_local_shards(training.model)
-              if not b.key.startswith("adapter.")}
+    frozen = {(shard.key, shard.offset): shard.data.clone() for shard in list_local_shards(training.model)
+              if not shard.key.startswith("adapter.")}
     norms = []
     for _ in range(3):
         training.compute_gradients()
         norms.append(training.optimizer.step(0.02))
-    changed = [b.key for b in list_local_shards(training.model)
-               if (b.key, b.offset) in frozen and not b.data.equal(frozen[b.key, b.offset])]
-    state = sum(b.data.numel() for b in training.optimizer.state_shards())
+    changed = []
+    for shard in list_local_shards(training.model):
+        before = frozen.get((shard.key, shard.offset))
+        if before is not None and not shard.data.equal(before):
+            changed.append(shard.key)
+    state = sum(shard.data.numel() for shard in training.optimizer.state_shards())
     result = {"adapter": training.gather_tensors(), "norms": norms, "changed": changed, "state": state}
     world.leave_world()
     return result
@@ -150,8 +155,8 @@ def compare_first_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
             if parameter is None or not parameter.requires_grad:
                 continue
             start = block.data.storage_offset() - parameter.storage_offset()
-            local_gradient = parameter.main_grad.reshape(-1)[start:start
-                                                             + block.data.numel()].reshape(block.shape)
+            flat_gradient = parameter.main_grad.reshape(-1)[start:start + block.data.numel()]
+            local_gradient = flat_gradient.reshape(block.shape)
             gradient = gradients.setdefault(block.key,
                                             torch.zeros(block.global_shape, dtype=local_gradient.dtype))
             slices = tuple(slice(o, o + n) for o, n in zip(block.offset, block.shape, strict=True))
@@ -161,7 +166,7 @@ def compare_first_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
         gradients_by_run[name] = gradients
     largest_error, compared_names, largest_gradient_of_a = 0.0, [], 0.0
     for module in find_adapted_modules(config.model, config.lora):
-        gradient, scale = gradients_by_run["full"][module.link.key], 7 / 3
+        gradient, scale = gradients_by_run["full"][module.link.key], 7 / 3  # lora.alpha / lora.rank
         if module.num_experts:
             weight = gradient
         else:
@@ -174,8 +179,9 @@ def compare_first_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
                                     float(gradients_by_run["adapter"][module.key(A)].abs().max()))
         compared_names.append(module.name)
     world.leave_world()
-    initial_deviations = [float(a.std()) * (3 * a.shape[-1]) ** 0.5 for key,
-                          a in adapter_weights.items() if "embed" not in key]
+    # PEFT's Kaiming-uniform A has the variance 1 / (3 inputs)
+    initial_deviations = [float(a.std()) * (3 * a.shape[-1]) ** 0.5 for key, a in adapter_weights.items()
+                          if "embed" not in key]
     return {"largest_error": largest_error, "losses": losses, "names": compared_names,
             "of A": largest_gradient_of_a,
             "deviation": sum(initial_deviations) / len(initial_deviations)}
@@ -257,8 +263,8 @@ def test_the_same_adapter_at_every_layout(recipe: str, layouts: list[dict[str, A
                       for layout in layouts))
     (one_rank,), *split_results = results
     assert not one_rank["changed"]
-    largest_weight = max(float(np.abs(np.array(v)).max()) for k,
-                         v in one_rank["adapter"].items() if k.endswith("lora_B"))
+    largest_weight = max(float(np.abs(np.array(weight)).max()) for key, weight in one_rank["adapter"].items()
+                         if key.endswith("lora_B"))
     assert largest_weight > 0.01, "three steps of AdamW"
     for layout, (result, *_) in zip(layouts, split_results, strict=True):
         assert not result["changed"], layout
@@ -282,8 +288,8 @@ def test_the_same_adapter_under_zero1_and_recomputation(ranks: Any, job: Any) ->
         job(__file__, "train_adapter", 2, build_arguments({**ZERO1, **EP2}, 2, RECOMPUTE)))
     assert not sharded["changed"] and sharded["norms"] == pytest.approx(one_rank["norms"], rel=1e-11)
     assert compute_difference(sharded["adapter"], one_rank["adapter"]) < 1e-12
-    assert sharded["state"] < 0.7 * one_rank[
-        "state"], "ZeRO-1 splits dense adapters' state, ep=2 the experts'"
+    assert sharded["state"] < 0.7 * one_rank["state"], (
+        "ZeRO-1 splits the state of dense adapters, and ep=2 that of expert adapters")
 
 
 @pytest.mark.deep

@@ -14,7 +14,7 @@ LENGTHS = {"few": [1, 7, 40, 16], "one": [64], "many": [3, 1, 1, 8, 2, 17, 5, 11
 """Lengths of documents in rows of 64 tokens. At context parallelism 4 a rank computes two chunks of 8."""
 HEADS, KV_HEADS, DIM = 4, 2, 8
 WATCHED = slice(1, None, 2)
-"""Every second document: other documents must get no gradient from its output."""
+"""Every second document: the inputs of other documents must get no gradient from its output."""
 
 
 def attend_with_mask(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, document: torch.Tensor,
@@ -101,7 +101,7 @@ def test_each_document_attends_to_itself_alone(ranks, job, cp: int) -> None:
             assert result["gradients"] < 1e-5, (rank, case)
             assert result["leak"] == 0.0, (rank, case)
     for i, case in enumerate(CASES):
-        # The watched documents have gradients at all; a row with one document has no watched ones.
+        # The inputs of watched documents do get gradients; in a row with one document, none is watched.
         assert case[0] == "one" or max(results[i]["watched"] for results in results_by_rank) > 0.1, case
 
 
@@ -131,5 +131,6 @@ def test_memory_grows_with_the_length_and_not_with_its_square(ranks, job) -> Non
 
 @pytest.mark.each(("longest", "rounded"), [(1, 1), (5, 8), (64, 64), (65, 100)])
 def test_megatron_attention_sees_few_distinct_lengths(longest: int, rounded: int) -> None:
+    """Lengths are rounded up to powers of two, up to the 100 tokens of the row."""
     packed = attention.pack_documents(torch.tensor([0, longest, 100]), longest, 100, own=False)
     assert packed.max_seqlen_q == packed.max_seqlen_kv == rounded

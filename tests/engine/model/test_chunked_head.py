@@ -25,7 +25,8 @@ def joined_world(one_rank: None) -> Iterator[None]:
 
 
 class ProductCounter(TorchDispatchMode):
-    """Counts matrix products, and elements of tensors that operations return: of all, and of the largest."""
+    """Counts matrix products, and the elements of all tensors and of the largest tensor that operations
+    return."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,10 +41,7 @@ class ProductCounter(TorchDispatchMode):
         return out
 
 
-Inputs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def draw_inputs(dtype: torch.dtype = torch.float32) -> Inputs:
+def draw_inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, ...]:
     """Return hidden states [tokens, hidden], head weight [vocabulary, hidden], labels [tokens] and token
     weights [tokens]."""
     random = torch.Generator().manual_seed(0)

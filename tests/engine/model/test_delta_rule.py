@@ -35,7 +35,7 @@ def compute_bounds(lengths: list[int]) -> list[tuple[int, int, int]]:
 
 @pytest.mark.parametrize("max_decay", [0.3, 40.0])
 def test_a_document_equals_transformers(max_decay: float) -> None:
-    """Decays as in Kimi Delta Attention; fast ones reach e^-2,000 in a chunk."""
+    """Decays as in Kimi Delta Attention, and fast decays, which reach e^-2,000 in a chunk."""
     from transformers.models.kimi_linear import modeling_kimi_linear as kimi_linear
 
     row, reference_row = (draw_inputs(150, torch.float32, r=1, max_decay=max_decay) for _ in range(2))
@@ -76,9 +76,8 @@ def test_packed_documents_equal_single_documents() -> None:
         # Not bit for bit: matrix products of MKL depend on the alignment of their operands in memory.
         torch.testing.assert_close(document_output, output[start:stop], atol=1e-14, rtol=1e-13)
         torch.testing.assert_close(state[0], states[chunks.order.index(number)], atol=1e-14, rtol=1e-13)
-        for document_gradient, gradient in zip(
-            torch.autograd.grad((document_output * weights[start:stop]).sum(), document), gradients,
-            strict=True):
+        document_gradients = torch.autograd.grad((document_output * weights[start:stop]).sum(), document)
+        for document_gradient, gradient in zip(document_gradients, gradients, strict=True):
             torch.testing.assert_close(document_gradient, gradient[start:stop], atol=1e-13, rtol=1e-12)
 
 
@@ -105,8 +104,8 @@ def test_the_convolution_stays_inside_documents() -> None:
     result = apply_short_convolution(row, weight, chunk_documents(compute_bounds(LENGTHS), CPU).positions)
     for start, _, stop in compute_bounds(LENGTHS):
         document = row[start:stop]
-        expected = torch.conv1d(document.T[None], weight[:, None], padding=3, groups=10)[0, :,
-                                                                                         :len(document)].T
+        convolved = torch.conv1d(document.T[None], weight[:, None], padding=3, groups=10)
+        expected = convolved[0, :, :len(document)].T
         torch.testing.assert_close(result[start:stop], expected, atol=1e-13, rtol=1e-12)
         windows = convolve_windows(torch.cat([document.new_zeros(3, 10), document])[None], weight)[0]
         torch.testing.assert_close(windows, expected, atol=1e-13, rtol=1e-12)

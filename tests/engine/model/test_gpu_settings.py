@@ -142,7 +142,8 @@ CHANGES: dict[str, tuple[list[str], dict[str, Any]]] = {
 
 
 def change_config(changes: list[str]) -> RunConfig:
-    """Return a config with every module (shared and routed experts, bf16, plain RoPE), then changed."""
+    """Return a changed config of a model with shared and routed experts, in bf16 with plain RoPE, to which
+    every GPU setting applies."""
     return apply_settings(recipes.get("tiny-solar-open"),
                           ["train.precision=bf16", "model.yarn=null", *changes])
 
@@ -178,13 +179,13 @@ def test_the_page_lists_field_and_proof_of_each_setting() -> None:
     parsed_rows = [(re.findall(r"`([a-z_.0-9]+)`", setting_cell), fields_cell, proof_cell)
                    for setting_cell, fields_cell, proof_cell in rows]
     expected_settings = {f"gpu.{f.name}" for f in dataclasses.fields(GpuConfig)} | CHANGES.keys()
-    assert (sorted(name for settings, _, _ in parsed_rows for name in settings)
-            == sorted({"parallel.pipeline_layout"} | expected_settings))
+    listed_settings = sorted(name for settings, _, _ in parsed_rows for name in settings)
+    assert listed_settings == sorted({"parallel.pipeline_layout"} | expected_settings)
     for settings, fields_cell, proof_cell in parsed_rows:
         fields = {field for setting in settings if setting in CHANGES for field in CHANGES[setting][1]
                   if field != "recompute_granularity"}
         assert [field for field in fields if f"`{field}`" not in fields_cell] == [], settings
-        assert re.search(r"not yet|tests/|\.md\)|CPUs", proof_cell), f"{settings}: says not how it is proven"
+        assert re.search(r"not yet|tests/|\.md\)|CPUs", proof_cell), f"{settings}: names no proof"
         assert [f for f in re.findall(r"`(tests/[^`]+)`", proof_cell) if not (ROOT / f).is_file()] == []
 
 
@@ -192,7 +193,7 @@ def test_fusions_are_off_without_transformer_engine() -> None:
     fields = build_megatron_fields(change_config([]), te=False)
     assert not any(fields[fusion.field] for fusion in FUSIONS) and fields["attention_backend"] == "auto"
     assert fields["grad_reduce_in_fp32"] and fields["moe_token_dispatcher_type"] == "alltoall"
-    # As `plan` reads the settings of a run on GPUs.
+    # `plan` reads all settings of a run on GPUs on a machine without Transformer Engine
     all_changes = [change for changes, _ in CHANGES.values() for change in changes]
     fields = build_megatron_fields(change_config(all_changes), te=False)
     assert not any(fields[fusion.field] for fusion in FUSIONS)
@@ -230,7 +231,7 @@ def test_keys_that_are_too_wide_for_the_kernels_are_read_in_torch(monkeypatch: p
 
 @contextmanager
 def import_anew(package: str, find_problem: Any) -> Iterator[None]:
-    """Import a package, and look for its problem, without remembering either."""
+    """Forget the cached result of `find_problem` before and after the body, then also the package."""
     find_problem.cache_clear()
     try:
         yield
@@ -243,8 +244,8 @@ def import_anew(package: str, find_problem: Any) -> Iterator[None]:
 @pytest.mark.each(("version", "message"), [
     ("0.4.2", "version 0.4.2 is older than 0.6"), ("0.5.1", "version 0.5.1 is older than 0.6"),
     ("", "version unknown"), ("0.6.0", ""), ("0.10.0", ""), ("1.0.dev1", "")])
-def test_older_kernels_do_not_serve(version: str, message: str, tmp_path: Path,
-                                    monkeypatch: pytest.MonkeyPatch) -> None:
+def test_older_kernels_are_refused(version: str, message: str, tmp_path: Path,
+                                   monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fla/ops/kda").mkdir(parents=True)
     (tmp_path / "fla/ops/kda/__init__.py").write_text("def chunk_kda(**kwargs): pass\n")
     (tmp_path / "fla/ops/__init__.py").write_text("")
@@ -264,7 +265,7 @@ def test_a_run_records_the_resolved_auto_settings() -> None:
     assert resolve() == resolved | {"attention": "auto"}
     assert resolve("parallel.cp=2") == resolved | {"rope_fusion": False, "attention": "local"}
     assert resolve("parallel.cp=2", "gpu.attention=fused")["attention"] == "fused", (
-        "over whole rows of half the heads")
+        "each process attends over whole rows with half of the heads")
     assert set(resolve(te=False).values()) == {False, "local"}
 
 
@@ -336,7 +337,7 @@ def test_a_broken_deep_ep_is_reported_with_its_own_error(import_code: str, messa
 
 @pytest.mark.each(("capability", "cudnn", "changes", "is_local", "message"), [
     ((9, 0), 92500, "", False, ""), ((10, 0), 92500, "", False, ""),
-    # rows with many documents exceed the deterministic fused kernel
+    # rows with many documents exceed the limit of the deterministic fused kernel
     ((9, 0), 92500, "train.deterministic=true", True, "in every row on this GPU"),
     ((10, 0), 91800, "train.deterministic=true", True, "on this GPU before cuDNN 91801"),
     ((10, 0), 91801, "train.deterministic=true", True, ""),
@@ -347,12 +348,13 @@ def test_a_broken_deep_ep_is_reported_with_its_own_error(import_code: str, messa
 def test_attention_that_cannot_be_fused_is_our_own(capability: tuple[int, int], cudnn: int, changes: str,
                                                    is_local: bool, message: str,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """`message`: the error if the setting demands fused attention; "": the setting works."""
     monkeypatch.setattr(gpu_settings, "on_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: cudnn)
     config = change_config(changes.split())
-    assert gpu_settings.resolve_auto_settings(config,
-                                              te=True)["attention"] == ("local" if is_local else "auto")
+    resolved = gpu_settings.resolve_auto_settings(config, te=True)
+    assert resolved["attention"] == ("local" if is_local else "auto")
     gpu_settings.check_gpu_settings(config, te=True)
     fused_config = change_config([*changes.split(), "gpu.attention=fused"])
     if not message:

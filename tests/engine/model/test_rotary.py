@@ -137,7 +137,7 @@ def compare_rotations() -> dict[str, Any]:
         recipes.get("tiny-solar-open").model).float()[:4].repeat(2)
     positions = torch.cat([torch.arange(n) for n in (5, 7)])
     expected = megatron_rotation(states, torch.tensor([0, 5, 12]), angles_by_position, cp_group=one_process)
-    # A meta tensor as lengths: our rotation must not read them, which would wait for the GPU.
+    # Our rotation must not read the lengths, which would wait for the GPU: here they are a meta tensor.
     result = our_rotation(states, torch.empty(3, device="meta"), angles_by_position[positions],
                           cp_group=one_process)
     return {"same": torch.equal(result, expected), "is_rotated": not torch.equal(result, states),
@@ -163,7 +163,7 @@ def test_a_rotation_has_the_bits_of_megatron_core(head_dim: int, dtype: torch.dt
     generator = torch.Generator().manual_seed(5)
     angles = torch.rand(9, 1, 1, 16, generator=generator) * 40
     bounds = torch.tensor([0, 9], dtype=torch.int32)
-    for _ in range(2):  # the second time from the cache
+    for _ in range(2):  # the second rotation takes cosine and sine from the cache
         values, upstream = (torch.randn(9, 3, head_dim, generator=generator).to(dtype) for _ in range(2))
         values.requires_grad_()
         expected = rope_utils._apply_rotary_pos_emb_bshd(values[:, None], angles)[:, 0]

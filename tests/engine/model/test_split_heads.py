@@ -1,6 +1,6 @@
 """Output heads split over ranks: losses, log-probabilities and best tokens against plain torch in float64.
 
-Heads are split over vocabulary (tensor parallelism) and rows over tokens, with and without a softcap.
+The vocabulary is split by tensor parallelism, and the tokens of a row by context parallelism.
 """
 
 from typing import Any
@@ -17,6 +17,7 @@ LAYOUTS: list[tuple[int, dict[str, Any], int]] = [
 """Number of processes, layout and tokens per chunk."""
 IS_SELECTED = torch.arange(divergences.TOKENS) % 3 == 0
 FIGURES = ("cross-entropy", "log-probabilities", "log-probabilities of some", *divergences.KINDS)
+"""Results of a head; "of some": of the tokens in `IS_SELECTED`, 0 at other positions."""
 
 
 def draw_tensors() -> dict[str, torch.Tensor]:
@@ -93,8 +94,8 @@ def compute_teacher_logprobs(tensors: dict[str, torch.Tensor], cap: float | None
     return (logits / TEMPERATURE).log_softmax(-1)
 
 
-def compute_expected(figure: str, tensors: dict[str, torch.Tensor], cap: float | None) -> dict[str,
-                                                                                               torch.Tensor]:
+def compute_expected(figure: str, tensors: dict[str, torch.Tensor],
+                     cap: float | None) -> dict[str, torch.Tensor]:
     """Compute one of `FIGURES` and its gradients by autograd over the logits of the whole vocabulary."""
     states, weight = (tensors[name].clone().requires_grad_() for name in ("states", "weight"))
     logits, labels = cap_logits(states @ weight.T, cap), tensors["labels"]
@@ -115,18 +116,19 @@ def compute_expected(figure: str, tensors: dict[str, torch.Tensor], cap: float |
 @pytest.mark.distributed
 @pytest.mark.parametrize("cap", [None, CAP])
 def test_values_and_gradients_equal_those_of_whole_logits(ranks: Any, job: Any, cap: float | None) -> None:
-    results = ranks(*(job(__file__, "compute_split_results", vocabulary,
-                          {"layout": layout, "chunk_tokens": tokens,
-                           "cap": cap}) for vocabulary, layout, tokens in LAYOUTS))
+    results = ranks(*(job(__file__, "compute_split_results", nproc,
+                          {"layout": layout, "chunk_tokens": chunk_tokens, "cap": cap})
+                      for nproc, layout, chunk_tokens in LAYOUTS))
     tensors, vocabulary = draw_tensors(), divergences.VOCABULARY
     logits = cap_logits(tensors["states"] @ tensors["weight"].T, cap)
     best = logits.clone()
-    best[:, 30] = -torch.inf  # ties go to the lowest id
+    best[:, 30] = -torch.inf  # 30 ties with 17, and ties go to the lowest id
     assert (best.argmax(-1) == 17).any()
     for (_, layout, _), per_rank in zip(LAYOUTS, results, strict=True):
         for figure in FIGURES:
             expected = compute_expected(figure, tensors, cap)
             gradients = {"states": torch.zeros_like(tensors["states"]),
+                         # padded to 3 processes of 14 rows
                          "weight": torch.zeros(vocabulary + 2, divergences.HIDDEN).double()}
             for result in per_rank:
                 local = {name: torch.tensor(value, dtype=torch.float64)

@@ -32,8 +32,7 @@ def torch_here(*args: Any, **kwargs: Any) -> torch.Tensor:
     assert a["enable_gqa"] == (a["query"].shape[1] != a["key"].shape[1])
     key, value = (a[n].repeat_interleave(a["query"].shape[1] // a[n].shape[1], 1) for n in ("key", "value"))
     return compute_varlen(a["query"], key, value, a["cu_seq_q"], a["cu_seq_k"], a["max_q"], a["max_k"],
-                          a["scale"],
-                          a["window_size"])
+                          a["scale"], a["window_size"])
 
 
 torch_here.__signature__ = inspect.signature(INSTALLED_VARLEN)  # type: ignore[attr-defined]
@@ -54,8 +53,9 @@ def compute_varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, 
     left, right = window_size
     assert right == 0
     outputs = []
-    for q, k, v in zip(*(t.split(b.diff().tolist()) for t, b in
-                         ((query, cu_seq_q), (key, cu_seq_k), (value, cu_seq_k))), strict=True):
+    query_lengths, key_lengths = cu_seq_q.diff().tolist(), cu_seq_k.diff().tolist()
+    for q, k, v in zip(query.split(query_lengths), key.split(key_lengths), value.split(key_lengths),
+                       strict=True):
         distance = torch.arange(len(k) - len(q), len(k))[:, None] - torch.arange(len(k))
         mask = (distance >= 0) & ((distance <= left) if left >= 0 else True)
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
@@ -102,8 +102,9 @@ def test_bounds_are_sent_once_for_a_row_and_window(monkeypatch: pytest.MonkeyPat
     packed = attention.PackedDocuments(bounds=torch.tensor([0, 20, 64]),
                                        spans=[[(0, 16, 20), (20, 20, 24)], [(20, 40, 48)]])
     full_bounds, sliding_bounds = packed.get_piece_bounds(0), packed.get_piece_bounds(5)
-    assert packed.get_piece_bounds(0) is full_bounds and packed.get_piece_bounds(5) is sliding_bounds and len(
-        sent_values) == 2
+    assert packed.get_piece_bounds(0) is full_bounds and packed.get_piece_bounds(5) is sliding_bounds
+    assert len(sent_values) == 2
+    # a window of 5: the first piece's first document sees 4 earlier tokens, the second piece's too
     assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in full_bounds] == [
         ([0, 4, 8], [0, 20, 24], 4, 20), ([0, 8], [0, 28], 8, 28)]
     assert [(b.queries.tolist(), b.keys.tolist(), b.max_queries, b.max_keys) for b in sliding_bounds] == [

@@ -91,7 +91,8 @@ class Reference:
         self.rest = {key: torch.nn.Parameter(w.to(dtype, copy=True)) for key, w in weights.items()
                      if key not in self.matrices and not key.endswith("expert_bias")}
         scale = None if optim.muon_scale == "original" else optim.muon_scale
-        matrices = [m for ms in self.matrices.values() for m in ms] or [torch.nn.Parameter(torch.ones(1, 1))]
+        matrices = [m for ms in self.matrices.values() for m in ms]
+        matrices = matrices or [torch.nn.Parameter(torch.ones(1, 1))]  # torch refuses an empty list
         self.muon = torch.optim.Muon(matrices, lr=LR, weight_decay=optim.weight_decay,
                                      momentum=optim.muon_momentum, nesterov=optim.muon_nesterov,
                                      adjust_lr_fn=scale)
@@ -101,12 +102,11 @@ class Reference:
                                        lr=LR, betas=(optim.beta1, optim.beta2), eps=optim.eps)
 
     def step(self, seed: int, *, low_precision: bool) -> None:
-        """Take one step. Without `low_precision`, Newton-Schulz runs in the weights' dtype."""
+        """Take one step. Newton-Schulz runs in bf16 with `low_precision`, else in the weights' dtype."""
         for key, parameters in self.matrices.items():
-            shape = parameters[0].shape
             whole = draw_gradient(key, self.shapes[key], seed).to(self.dtype)
             for parameter, grad in zip(parameters, split_into_matrices(key, whole), strict=True):
-                assert grad.shape[1] == shape[1]
+                assert grad.shape[1] == parameters[0].shape[1]
                 parameter.grad = grad
         for key, parameter in self.rest.items():
             parameter.grad = draw_gradient(key, tuple(parameter.shape), seed).to(self.dtype)
@@ -122,8 +122,8 @@ def compare_updates(settings: list[str], seed: int) -> dict[str, Any]:
     """Take `STEPS` steps with our optimizer and with torch's optimizers.
 
     Returns:
-        Per matrix or other tensor: "differences", the largest after any step, and "changes", the largest
-        since the start. "kinds": kinds of optimizer state.
+        Per matrix or other tensor: "differences", the largest difference from torch's weights after any step,
+        and "changes", the largest change since the start. "kinds": kinds of optimizer state.
     """
     config, model = tiny_model("tiny-k-exaone", *SETTINGS, *settings, seed=seed)
     optimizer = Optimizer(model, config.optim, config.parallel)

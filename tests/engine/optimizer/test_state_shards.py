@@ -15,7 +15,8 @@ from tests.tiny import tiny_model
 
 
 def restore_update_count(fused: bool) -> dict[str, Any]:
-    """Set the number of updates to 5, in torch's AdamW (and take a step) or in a double of a fused Adam."""
+    """Set the number of updates to 5: in torch's AdamW, which then takes a step, or in a double of a fused
+    Adam. Returns kinds of state before, counts of groups, counts of parameters, and shapes of moments."""
     from torch.optim import AdamW, Optimizer
 
     class FusedAdamDouble(Optimizer):
@@ -65,12 +66,11 @@ def describe_zero1_shards(precision: str) -> dict[str, Any]:
     optimizer = Optimizer(model, config.optim, config.parallel)
     names = {id(p): name for name, p in model.named_parameters()}
     local_ranges = {names[id(s.parameter)]: [s.start, s.stop] for s in optimizer.shards}
-    blocks = [(b.key, b.offset, b.shape, str(b.data.dtype)) for b in optimizer.state_shards() if b.owned]
+    owned = [shard for shard in optimizer.state_shards() if shard.owned]
+    dtypes = sorted({str(shard.data.dtype) for shard in owned})
+    kinds = sorted({shard.key.split("/")[0] for shard in owned})
     results_by_rank: list[Any] = [None] * dist.get_world_size()
-    names_of_state = {key.split("/")[0] for key, *_ in blocks}
-    dist.all_gather_object(results_by_rank,
-                           (local_ranges, len(blocks), sorted({dtype for *_, dtype in blocks}),
-                            sorted(names_of_state)))
+    dist.all_gather_object(results_by_rank, (local_ranges, len(owned), dtypes, kinds))
     return {"sizes": {names[id(p)]: p.numel() for p in model.parameters()},
             "results_by_rank": results_by_rank}
 

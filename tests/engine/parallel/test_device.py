@@ -154,23 +154,26 @@ def test_generators_differ_where_work_is_split(ranks: Any, job: Any) -> None:
     (draws_by_rank,) = ranks(job(__file__, "draw_at_steps", 4))
     assert all(draws[0] == draws[3] for draws in draws_by_rank), "the same seed and step"
     different_draws = set()
-    for step in range(3):
-        default = [tuple(draws[step][0]) for draws in draws_by_rank]
-        tensor_parallel = [tuple(draws[step][1]) for draws in draws_by_rank]
+    for i in range(3):  # the draws of `DRAWN_STEPS` without the repeated one
+        default = [tuple(draws[i][0]) for draws in draws_by_rank]
+        tensor_parallel = [tuple(draws[i][1]) for draws in draws_by_rank]
         assert default[0] == default[1] != default[2] == default[3], (
             "tensor-parallel neighbours apply the same dropout to activations that both have")
         assert len(set(tensor_parallel)) == 4
         different_draws |= set(default)
-    assert len(different_draws) == 6
+    assert len(different_draws) == 6  # 3 steps x 2 data-parallel ranks
 
 
-# The GPU of each rank, with a double of `torch.cuda`.
+# The GPU of each rank, with a replaced `torch.cuda`.
 
 STORE_TIMEOUT = datetime.timedelta(seconds=20)
 
 
 def get_rank_errors(uuids: list[str], problems: dict[int, str]) -> list[str]:
-    """Return the error of each rank; the ranks share a store."""
+    """Check GPUs with these UUIDs on ranks that share a store; return the error of each rank, or "".
+
+    `problems`: rank -> problem that it has found with its GPU.
+    """
     store = dist.HashStore()
 
     def check_gpus(rank: int) -> str:

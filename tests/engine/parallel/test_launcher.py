@@ -77,7 +77,8 @@ else:
 folder = Path(sys.argv[1], case)
 os.dup2(os.open(folder / "errors", os.O_WRONLY | os.O_CREAT), 2)
 """
-"""Program of the launchers: each case forks a launcher from one process that has imported everything."""
+"""Start of a program that imports once and forks a launcher for each case in its arguments. The forking
+process prints the launchers' process ids, then their exit codes."""
 PROGRAM = CASES + """
 def rank():
     number = os.environ["RANK"]
@@ -102,7 +103,7 @@ def rank():
         time.sleep(0.05)
     return 0
 
-def fail_rounds():  # rank 1 fails in as many rounds as the case's number
+def fail_rounds():  # rank 1 fails in the first rounds, as many as the case's number
     if os.environ["RANK"] == "1":
         num_rounds = len(list(folder.glob(f"{case}-*")))
         (folder / f"{case}-{num_rounds}").touch()
@@ -178,7 +179,8 @@ def test_ranks_share_signals_failures_and_their_launchers_end(tmp_path: Path,
         "mistake": 2, "code": 75, "dies": 128 + signal.SIGKILL,
         "3": [0, restarts], "9": [7, [*restarts, last_failure]]}
     assert len(list((tmp_path / "ends").glob("9-*"))) == 4
-    # A lock that another thread holds during a fork is never released in the forked rank.
+    # A lock that another thread holds during a fork is never released in the forked rank, so launchers have
+    # one thread. Two ranks are forked in three runs without restarts and in twice four rounds.
     assert json.loads((tmp_path / "ends" / "threads.json").read_text()) == [1] * 2 * (3 + 4 + 4)
     assert all(ends(pid) for pid in wait_for_ranks(tmp_path / "ends"))  # the other rank ended as well
     assert text.count("error: seq_len = 0: must be positive") == 1
@@ -193,13 +195,14 @@ def test_the_result_of_forked_work_is_no_exit_code(monkeypatch: pytest.MonkeyPat
     assert launcher.run_in_fork(lambda: ["a warning"]) == 0
 
 
-@pytest.mark.each(("num_threads", "count", "threads"), [
+@pytest.mark.each(("num_threads", "num_ranks", "threads_per_rank"), [
     (None, 2, 4), (None, 16, 1), ("", 2, 4), ("0", 2, 4), ("many", 2, 4), ("9" * 5000, 2, 4),
     ("3", 2, 3), (" 5 ,2", 2, 5)])
 def test_ranks_share_the_cores_unless_the_environment_names_their_threads(
-        monkeypatch: pytest.MonkeyPatch, num_threads: str | None, count: int, threads: int) -> None:
+        monkeypatch: pytest.MonkeyPatch, num_threads: str | None, num_ranks: int,
+        threads_per_rank: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if num_threads is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", num_threads)
-    assert launcher._count_threads(count) == threads
+    assert launcher._count_threads(num_ranks) == threads_per_rank

@@ -15,7 +15,8 @@ from megatron_sov.model.config import ParallelConfig
 
 
 def join_second_layout(layout: dict[str, int]) -> list[int | bool]:
-    """Join and leave another layout, then join `layout`; return this process's ranks in it."""
+    """Join and leave another layout, then join `layout`. Return [rank, size, dp_rank, dp_size, first_stage,
+    last_stage, is_main] of this process."""
     world.join_world(ParallelConfig(pp=2))
     world.leave_world()
     joined = world.join_world(ParallelConfig(**layout))

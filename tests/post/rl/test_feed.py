@@ -25,10 +25,11 @@ from megatron_sov.train.data.rounds import PublishedRound, RoundDocuments
 
 ENTRY = LedgerEntry(0, "round-0001", 16, 4, {"rollouts": 1.0})
 STEPS_OF_ROUND = {1: (range(2), range(2, 2)), 2: (range(0), range(3)), 3: (range(1), range(1, 3))}
+"""Round -> documents of each of its two steps; a step may have no document."""
 
 
 class FakeDocuments:
-    """Documents of 4 tokens with a fake model whose log-probabilities encode its step."""
+    """Documents of 4 tokens, the last two of which are learned."""
 
     columns = ("behaviour_logprobs", "advantage")
 
@@ -41,8 +42,8 @@ class FakeDocuments:
 
 @pytest.fixture
 def trainer_double(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Double of a trainer before its first step, in one process; its log-probabilities equal minus its
-    step."""
+    """Double of a trainer before its first step, in one process. All its log-probabilities are -step, or
+    -(step + 100) with the weights of another checkpoint."""
     monkeypatch.setattr(run, "POLL_S", (0.01, 0.01))
     monkeypatch.setattr(run, "sum_dict", lambda values, over: values)
     for module in (logprob_columns, round_loader):
@@ -79,6 +80,16 @@ def trainer_double(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def build_cycle(folder: Path, monkeypatch: pytest.MonkeyPatch, find_missing: Any, names: tuple[str, ...] = (),
                 wait_s: float = 0.0, reference: str = "") -> Any:
+    """Build the cycle of a run that trains on the rounds `STEPS_OF_ROUND`.
+
+    Args:
+        folder: of the rounds.
+        monkeypatch: replaces reading of rounds.
+        find_missing: round -> what it still lacks; "": it is published.
+        names: columns of log-probabilities.
+        wait_s: seconds to wait for a round.
+        reference: sha256 of the reference checkpoint.
+    """
     rounds = RoundDocuments(folder, 10, names)
 
     def read(number: int, seq_len: int, num_steps: int) -> PublishedRound:
@@ -165,7 +176,7 @@ DENSE, MOE = "tiny-qwen3", "tiny-solar-open"
     (PolicyConfig("ink_grpo", knowledge_share=1.0), {}, [1, 2, 3]),
     (PolicyConfig("ink_grpo", knowledge_share=1e-9), {}, [2]),
     (PolicyConfig("grpo"), {"recipe": MOE}, [1, 2]),
-    (PolicyConfig("grpo"), {"recipe": MOE, "seq_aux_loss_coeff": 0.0}, [1, 2]),  # its router's bias moves
+    (PolicyConfig("grpo"), {"recipe": MOE, "seq_aux_loss_coeff": 0.0}, [1, 2]),  # updates the router's bias
     (PolicyConfig("grpo"), {"recipe": MOE, "seq_aux_loss_coeff": 0.0, "router_bias_update_rate": 0.0}, [2]),
     (PolicyConfig("grpo"), {"num_mtp_layers": 1}, [1, 2]),
     (PolicyConfig("grpo"), {"num_mtp_layers": 1, "mtp_loss_coeff": 0.0}, [2]),
@@ -206,7 +217,10 @@ def test_a_round_with_few_learning_groups_warns_with_a_remedy(num_learning: int,
     groups = {"learns": num_learning, "no_advantage": num_groups - num_learning}
     means = {} if pass_rate is None else {"pass_rate": pass_rate}
     result = find_round_problem({"groups": groups, "means": means}, is_first=is_first)
-    assert re.search(pattern, result) if pattern else result == ""
+    if pattern:
+        assert re.search(pattern, result)
+    else:
+        assert result == ""
 
 
 def test_the_initial_pass_rate_is_printed_once(trainer_double: Any, tmp_path: Path,
@@ -287,13 +301,13 @@ def test_a_resumed_run_keeps_its_reference(trainer_double: Any, tmp_path: Path,
 
 def test_a_resumed_run_keeps_its_teachers(trainer_double: Any, tmp_path: Path,
                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    def write_teachers(trainer_double: Any, teachers: Any, prepare_round: PublishedRound, file: Path,
+    def write_teachers(trainer_double: Any, teachers: Any, published: PublishedRound, file: Path,
                        identity: str) -> None:
         write_sealed(file, np.full(8, -float(len(teachers)), np.float32).tobytes(), identity)
 
     monkeypatch.setattr(logprob_columns, "write_teachers", write_teachers)
     monkeypatch.setattr(round_loader, "compute_reverse_kl",
-                        lambda prepare_round, column: {"reverse_kl": -float(column.mean())})
+                        lambda published, column: {"reverse_kl": -float(column.mean())})
 
     def prepare_round(*teachers: ScoringTeacher) -> None:
         cycle = build_cycle(tmp_path, monkeypatch, lambda number: "", ("teacher_logprobs",))
@@ -304,8 +318,7 @@ def test_a_resumed_run_keeps_its_teachers(trainer_double: Any, tmp_path: Path,
     math_teacher = ScoringTeacher("math", tmp_path, "a" * 64)
     served_teacher = ScoringTeacher("", urls=("http://a",))
     prepare_round(math_teacher, served_teacher)
-    assert [events_written["reverse_kl"]
-            for name, events_written in trainer_double.events_written if name == "round"] == [2]
+    assert [fields["reverse_kl"] for name, fields in trainer_double.events_written if name == "round"] == [2]
     prepare_round(math_teacher, replace(served_teacher, urls=("http://b",)))  # servers may move
     with pytest.raises(UserError, match=r"teachers.json: earlier rounds"):
         prepare_round(replace(math_teacher, sha256="b" * 64), served_teacher)

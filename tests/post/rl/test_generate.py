@@ -29,8 +29,10 @@ ROLLOUT = RolloutConfig(rounds=3, prompts_per_round=4, samples_per_prompt=2, pie
 
 
 class CountingEngine:
-    """An engine that counts up from the prompt's last token, one token per second, until an end that depends
-    on the prompt; log-probabilities encode its weights."""
+    """An engine that counts up from the prompt's last token, one token per second.
+
+    A response ends after `get_answer_length` tokens. Log-probabilities are -1 - step of the engine's weights.
+    """
 
     def __init__(self) -> None:
         self.now_s, self.step, self.streams = 0.0, 0, [0]
@@ -42,11 +44,12 @@ class CountingEngine:
         self.streams += streams
         limits = bounds.limits if bounds else [sampling.max_new_tokens] * len(prompts)
         continuations: list[list[int]] = [[] for _ in prompts]
-        while active := [i for i,
-                         w in enumerate(continuations) if len(w) < limits[i] and not (w and w[-1] == END)]:
+        while active := [i for i, tokens in enumerate(continuations)
+                         if len(tokens) < limits[i] and not (tokens and tokens[-1] == END)]:
             for i in active:
                 text = [*prompts[i], *continuations[i]]
-                continuations[i].append(END if text[-1] % 10 == get_answer_length(text[0]) else text[-1] + 1)
+                is_complete = text[-1] % 10 == get_answer_length(text[0])
+                continuations[i].append(END if is_complete else text[-1] + 1)
             self.now_s += 1
             if bounds and bounds.should_stop():
                 break
@@ -58,6 +61,7 @@ class CountingEngine:
 
 
 def get_answer_length(first: int) -> int:
+    """Return the number of tokens, without the end, that answer a prompt of the token `first`: 30 -> 3."""
     return first // 10 % 9
 
 
@@ -97,7 +101,7 @@ def build_policy(step: int) -> Policy:
 
 
 class Job:
-    """One generating job; `newest` returns the newest policy whenever it is called."""
+    """One generating job; `newest` returns the step of the newest policy at the moment of the call."""
 
     def __init__(self, store: Path, prompts: PromptList, newest: Callable[[], int],
                  rollout: RolloutConfig = ROLLOUT, further: Any = None, **queue: Any) -> None:
@@ -112,8 +116,7 @@ class Job:
             rounds=range(1, 4), find_policy=find_policy, further=further,
             sampling_digest=lambda number: compute_sampling_digest(rollout, number, {}))
         self.source = ResponseSource(NumberEncoder(), rollout,  # type: ignore[arg-type]
-                                     "counting", False, {},
-                                     lambda: self.engine.now_s)
+                                     "counting", False, {}, lambda: self.engine.now_s)
         self.queue = PieceQueue(pending=self.pending, store=self.store,
                                 **{"wait_s": 0.0, "provenance": {}, **queue})
 
@@ -148,8 +151,8 @@ def check_complete(store: RolloutStore, prompts: PromptList, rounds: Sequence[in
         assert row.response == "<think>" * (first == THINKS) + " ".join(map(str, row.tokens))
     for row in rows:
         assert np.array_equal(row.logprobs, -1.0 - row.versions)
-        assert row.key.policy == build_policy(int(row.versions[0])).sha256 and (
-            np.diff(row.versions) >= 0).all()
+        assert row.key.policy == build_policy(int(row.versions[0])).sha256
+        assert (np.diff(row.versions) >= 0).all()
         if row.attempt:
             (previous,) = [r for r in rows if (r.key, r.attempt) == (row.key, row.attempt - 1)]
             assert previous.finish_reason == UNFINISHED and len(previous.tokens) < len(row.tokens)
@@ -173,22 +176,22 @@ def test_each_round_is_written_by_its_required_policy(tmp_path: Path, prompts: P
     assert resumed.loaded_steps == [0, 2], "each policy is loaded once"
     streams = job.engine.streams[1:] + resumed.engine.streams[1:]
     assert len(set(streams)) == len(streams) == 24
-    parts = job.store.parts(2)
-    assert parts[0].provenance["step"] == 2 and parts[0].num_rows == 4
+    first_part, *_ = job.store.parts(2)
+    assert first_part.provenance["step"] == 2 and first_part.num_rows == 4  # 2 prompts x 2 samples
 
 
 def test_the_next_policy_continues_responses_after_a_deadline(tmp_path: Path, prompts: PromptList) -> None:
-    parts = 0
+    num_parts = 0
 
     def newest() -> int:  # the trainer finishes a round with every two parts
-        return min(parts // 2, 2)
+        return min(num_parts // 2, 2)
 
     job = Job(tmp_path / "store", prompts, newest)
     publish = job.queue.publish
 
     def publish_and_count(attempts: Sequence[SampleAttempt], rows: Sequence[list[Rollout]]) -> None:
-        nonlocal parts
-        parts += len(attempts)
+        nonlocal num_parts
+        num_parts += len(attempts)
         publish(attempts, rows)
 
     job.queue.publish = publish_and_count  # type: ignore[method-assign]
@@ -208,6 +211,8 @@ def test_the_next_policy_continues_responses_after_a_deadline(tmp_path: Path, pr
 
 
 def test_unread_tokens_get_routes_of_the_next_policy(prompts: PromptList) -> None:
+    """Each route of the engine below consists of the step of its weights."""
+
     class Routed(CountingEngine):
         def generate(self, prompts: Sequence[Tokens], *args: Any, **kwargs: Any) -> GenerationResult:
             result = super().generate(prompts, *args, **kwargs)
@@ -289,7 +294,8 @@ def test_stuck_pieces_come_last_once_per_policy(tmp_path: Path, prompts: PromptL
     job.engine = engine = HangingEngine(int(first.record["prompt"]))
     assert job.run()["waits_for"] == ("round 1 waits for responses that got no token in a whole attempt")
     assert [(engine.silent_prompt in texts, length_s) for texts, length_s in engine.passes] == [
-        (True, 20.0), (False, engine.passes[1][1]), (True, 20.0)], "first with others, then alone, then never"
+        (True, 20.0), (False, engine.passes[1][1]), (True, 20.0)], (
+            "first with another prompt, then alone after the fresh piece, then never again by this policy")
     engine.passes.clear()
     for step in (1, 2):
         newest = step
@@ -348,7 +354,7 @@ def test_published_attempts_are_released(tmp_path: Path, prompts: PromptList) ->
     assert other_job.take(attempt.name) is not None
 
 
-def test_two_jobs_share_pieces_and_the_first_version_of_a_piece_stays(
+def test_two_jobs_share_pieces_and_the_first_responses_of_a_piece_stay(
         tmp_path: Path, prompts: PromptList, capsys: pytest.CaptureFixture[str]) -> None:
     pauses_s: list[float] = []
 

@@ -72,7 +72,8 @@ def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher
     store = write_parts(publisher, write_round)
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
-    # A response is right if its sample number + 1 divides its prompt's index + 1: no group has equal rewards.
+    # `write_round` scores a response as right if its sample number + 1 divides its prompt's index + 1, so no
+    # group has equal rewards.
     assert content["groups"] == {"learns": 6} and content["steps"] == [[0, 12], [12, 12]]
     rows = {row.key[:2]: row for piece in (0, 1) for row in store.read_rollouts(format_part_name(1, piece))}
     expected = [rows[prompt.id, sample] for prompt in select_round_prompts(publisher.prompts, ROLLOUT, 1)
@@ -88,14 +89,15 @@ def test_a_round_holds_the_responses_of_groups_that_learn_step_by_step(publisher
         assert logprobs.tolist() == [0.0] * begin + row.logprobs.tolist()
         assert weights.tolist() == [0.0] * begin + [1.0] * len(row.tokens)
         assert documents.types(i, 0, count).tolist() == [1] * begin + [2] * len(row.tokens)
-    rewards = np.array([1.0, 1.0, 0.0, 0.0])  # of the second prompt: 1 and 2 divide 2
+    group_rewards = np.array([1.0, 1.0, 0.0, 0.0])  # of the second prompt: 1 and 2 divide 2
     advantages = [float(documents.column("advantage", 4 + i, len(r.prompt_tokens), 1)[0])
                   for i, r in enumerate(expected[4:8])]
-    assert advantages == pytest.approx((rewards - 0.5) / (np.std(rewards, ddof=1) + 1e-4), rel=1e-6)
+    assert advantages == pytest.approx(
+        (group_rewards - 0.5) / (np.std(group_rewards, ddof=1) + 1e-4), rel=1e-6)
     means = content["means"]
     assert means["responses"] == 24 and means["components"] == {"right": 1.0}
-    rewards = np.array([(i + 1) % (s + 1) == 0 for i in range(6) for s in range(4)])
-    assert means["reward"] == pytest.approx(rewards.mean())
+    all_rewards = np.array([(i + 1) % (s + 1) == 0 for i in range(6) for s in range(4)])
+    assert means["reward"] == pytest.approx(all_rewards.mean())
     assert means["response_tokens"] == pytest.approx(np.mean([len(r.tokens) for r in expected]))
     assert set(means["domains"]) == {"even", "odd"} and means["staleness_steps"] == 0
 
@@ -142,7 +144,8 @@ def test_only_manifests_remain_of_rounds_that_no_resume_needs(publisher: Publish
 
     # Without a checkpoint, a resumed run would start again from round 1.
     assert [publish_round(1), publish_round(2), publish_round(3)] == [[], [1], [1, 2]]
-    save_checkpoints(3, 6)  # round 2 has steps 3 and 4
+    # each round has 2 steps: a run that resumes from step 3 needs round 2, with steps 3 and 4
+    save_checkpoints(3, 6)
     assert publish_round(4) == [2, 3] and read_manifest(rounds / "0001").content["round"] == 1
     assert [file.name for file in sorted(rounds.glob("*.f32"))] == [
         f"000{n}.old_logprobs.f32" for n in (2, 3, 4)]
@@ -157,10 +160,10 @@ def test_only_manifests_remain_of_rounds_that_no_resume_needs(publisher: Publish
 
 def test_missing_parts_of_a_round_are_described(publisher: Publisher, write_round: Any,
                                                 tmp_path: Path) -> None:
-    elsewhere = dataclasses.replace(publisher, store=tmp_path / "no store")
-    assert elsewhere.publish(1) == f"no job has written to {tmp_path / 'no store'} yet"
-    elsewhere.store.mkdir()
-    assert elsewhere.publish(1) == f"no job has written to {tmp_path / 'no store'} yet"
+    without_store = dataclasses.replace(publisher, store=tmp_path / "no store")
+    assert without_store.publish(1) == f"no job has written to {tmp_path / 'no store'} yet"
+    without_store.store.mkdir()
+    assert without_store.publish(1) == f"no job has written to {tmp_path / 'no store'} yet"
     assert publisher.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
     write_parts(publisher, write_round, judge=False)
     assert publisher.publish(1) == ("2 of 2 parts are not judged yet by reward version aaaaaaaaaaaa, the "
@@ -200,7 +203,7 @@ def test_publishing_warns_about_responses_of_other_runs(publisher: Publisher, wr
                                                         tmp_path: Path,
                                                         capsys: pytest.CaptureFixture[str]) -> None:
     write_parts(publisher, write_round, 1)
-    write_parts(publisher, write_round, 2)  # by the policy of step 2, which the run below does not know
+    write_parts(publisher, write_round, 2)  # by the policy of step 2, which is none of the run's policies
     publisher = dataclasses.replace(publisher, is_own=lambda step, sha256: not step)
     assert publisher.publish(1) == "" and capsys.readouterr().err == ""
     assert publisher.publish(2) == ""
@@ -210,8 +213,8 @@ def test_publishing_warns_about_responses_of_other_runs(publisher: Publisher, wr
 
 def test_excluded_groups_are_counted_by_reason_and_a_step_may_be_empty(publisher: Publisher,
                                                                        write_round: Any) -> None:
-    rewards = {0: [1, 1, 1, 1], 1: [0, 0, 0, 0], 2: [None, None, None, 1], 3: [1, 0, None, 0],
-               4: [0, 0, 1, 0], 5: [1, 1, 1, 0]}
+    rewards = {0: [1, 1, 1, 1], 1: [0, 0, 0, 0], 2: [None, None, None, 1],  # first step: no group learns
+               3: [1, 0, None, 0], 4: [0, 0, 1, 0], 5: [1, 1, 1, 0]}
 
     def judge(group: int, row: Rollout) -> RewardRow:
         reward = rewards[group][row.key.sample]
@@ -227,7 +230,7 @@ def test_excluded_groups_are_counted_by_reason_and_a_step_may_be_empty(publisher
 
 
 LEARNING = [
-    # method and settings -> groups of the rewards below
+    # settings of the policy, and the resulting number of groups of each kind
     ({"method": "grpo"}, {"no_advantage": 3, "learns": 3}),
     ({"method": "ink_grpo"}, {"no_advantage": 3, "learns": 3}),
     ({"method": "grpo", "all_wrong": "drop"}, {"all_wrong": 2, "no_advantage": 1, "learns": 3}),
@@ -240,7 +243,7 @@ LEARNING = [
 @pytest.mark.parametrize(("policy_settings", "groups"), LEARNING)
 def test_groups_that_learn_have_advantages(policy_settings: dict[str, Any], groups: dict[str, int],
                                            publisher: Publisher, write_round: Any) -> None:
-    """Regression: the report said "groups that learn 100 %" for 64 correct responses of 64."""
+    """A regression counted groups with equal rewards as learning: 100 % for 64 correct responses of 64."""
     publisher.config = build_config(**{"overlong_buffer_tokens": 0, **policy_settings})
     rewards = [[1, 1, 1, 1], [0.1] * 4, [0, 0, 0, 0], [1, 0, 0, 0], [0.2, 0.1, 0, 0], [1, 1, 1, 0.9]]
     write_judged_parts(publisher, write_round, lambda group, row: RewardRow(
@@ -248,13 +251,13 @@ def test_groups_that_learn_have_advantages(policy_settings: dict[str, Any], grou
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
     assert content["groups"] == groups
-    assert content["means"]["pass_rate"] == pytest.approx(8 / 24)
+    assert content["means"]["pass_rate"] == pytest.approx(8 / 24)  # 4 + 1 + 3 rewards are 1
     # Groups without advantages stay in the step: the loss is a mean over all its responses.
     assert sum(count for _, count in content["steps"]) == 4 * (6 - groups.get("all_wrong", 0))
 
 
 def write_pieces(publisher: Publisher, rewards: Any, first: int, end: int, number: int = 1) -> None:
-    """Write and score some pieces of a round; `rewards` maps a group index to its rewards."""
+    """Write and score pieces `first` to `end` of a round; `rewards(i)` are the rewards of group i."""
     store = RolloutStore.open(publisher.store)
     pieces = plan_round_pieces(publisher.prompts, ROLLOUT, number, 99)
     group_of_prompt = {prompt.id: i for i, prompt in enumerate(p for piece in pieces for p in piece.prompts)}
@@ -293,7 +296,7 @@ def filling_publisher(publisher: Publisher, tmp_path: Path) -> Publisher:
 def list_learned_groups(publisher: Publisher, number: int = 1) -> list[list[int]]:
     """Return the indices of the groups that each step of a round trains on.
 
-    `write_pieces` uses the index of the group as token id.
+    `write_pieces` gives responses, after prompts of 3 tokens, the index of their group as token id.
     """
     rounds = RoundDocuments(publisher.rounds, 368)
     opened = rounds.read(number, 32, 2)
@@ -305,7 +308,7 @@ def list_learned_groups(publisher: Publisher, number: int = 1) -> list[list[int]
 def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling_publisher: Publisher,
                                                                        tmp_path: Path) -> None:
     def score_even(group: int) -> list[int]:
-        """Give only groups with an even index different rewards."""
+        """Give groups with an even index different rewards, the others four equal ones: 1, 0, 1, 0, ..."""
         return [1, 0, 0, 0] if group % 2 == 0 else [group % 4 == 1] * 4
 
     assert filling_publisher.publish(1) == "2 of 2 pieces are not written yet, the first is 0"
@@ -318,8 +321,8 @@ def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling_p
     assert filling_publisher.publish(1) == ""
     content = read_manifest(filling_publisher.rounds / "0001").content
     assert content["groups"] == {"all_right": 4, "all_wrong": 3, "surplus": 1, "learns": 6}
-    assert list_learned_groups(filling_publisher) == [[0, 2, 4],
-                                                      [6, 8, 10]] and content["means"]["responses"] == 56
+    assert list_learned_groups(filling_publisher) == [[0, 2, 4], [6, 8, 10]]
+    assert content["means"]["responses"] == 56  # 14 groups of 4
     # Another run on the same store, which requests no further prompts, trains only on the planned groups.
     without_replacement = dataclasses.replace(filling_publisher, rounds=tmp_path / "alone",
                                               config=build_config())
@@ -340,8 +343,7 @@ def test_a_round_without_further_prompts_trains_on_learning_groups(
             "trains on these groups") in capsys.readouterr().err
     assert list_learned_groups(filling_publisher) == [[], [3]]
     with_few_prompts = dataclasses.replace(filling_publisher, prompts=filling_publisher.prompts[:9],
-                                           rounds=tmp_path / "few",
-                                           store=tmp_path / "other")
+                                           rounds=tmp_path / "few", store=tmp_path / "other")
     RolloutStore.create(with_few_prompts.store, RolloutStore.open(filling_publisher.store).tokenizer_digest,
                         368)
     write_pieces(with_few_prompts, score_rare, 0, 99)
@@ -358,16 +360,16 @@ def test_prompts_that_the_store_sets_aside_are_in_no_round(publisher: Publisher,
     write_round(store, other_prompts, ROLLOUT, 1, VERSION)
     assert publisher.publish(1) == ""
     (store.path / "set_aside.json").unlink()
-    without_set_aside = dataclasses.replace(publisher, rounds=tmp_path / "forgets")
+    without_list = dataclasses.replace(publisher, rounds=tmp_path / "without list")
     with pytest.raises(UserError, match="not in piece 0"):
-        without_set_aside.publish(1)
+        without_list.publish(1)
 
 
 @pytest.mark.parametrize(("status", "reason", "message"), [
     ("failed", "no server answers", r"reward \(24 failed"),
     ("refused", "has no 'answer'", r"another --run and --store$")])
 def test_a_round_without_any_reward_is_an_error(status: str, reason: str, message: str,
-                                                       publisher: Publisher, write_round: Any) -> None:
+                                                publisher: Publisher, write_round: Any) -> None:
     write_judged_parts(publisher, write_round,
                        lambda group, row: RewardRow(row.key, 0, VERSION, None, status, {}, reason))
     with pytest.raises(UserError, match=message):
@@ -412,18 +414,20 @@ def test_resume_rejects_other_sampling_settings(publisher: Publisher, write_roun
 def test_published_routes_match_replayed_tokens(publisher: Publisher, write_round: Any,
                                                 tmp_path: Path) -> None:
     model = dataclasses.replace(publisher.config.model, num_experts=8, num_experts_per_token=2)
-    replay_publisher = dataclasses.replace(publisher, rounds=tmp_path / "replayed",
-                                           config=dataclasses.replace(
-                                               publisher.config, model=model,
-                                               policy=PolicyConfig(method="dapo", router_replay=True)))
+    replay_config = dataclasses.replace(publisher.config, model=model,
+                                        policy=PolicyConfig(method="dapo", router_replay=True))
+    replay_publisher = dataclasses.replace(publisher, rounds=tmp_path / "replayed", config=replay_config)
     store = write_parts(publisher, write_round)
     with pytest.raises(UserError, match="round 1: sample 0"):
         replay_publisher.publish(1)
     routed_store = RolloutStore.create(tmp_path / "routed", store.tokenizer_digest, 368)
     layers = model.num_moe_layers()
     for name in (format_part_name(1, 0), format_part_name(1, 1)):
-        rows = [dataclasses.replace(row, routes=np.tile(np.arange(2, dtype=np.uint8) + row.key.sample, (
-            len(row.prompt_tokens) + len(row.tokens) - 1, layers, 1))) for row in store.read_rollouts(name)]
+        rows = []
+        for row in store.read_rollouts(name):
+            experts = np.arange(2, dtype=np.uint8) + row.key.sample
+            num_routed = len(row.prompt_tokens) + len(row.tokens) - 1  # the last token is never read
+            rows.append(dataclasses.replace(row, routes=np.tile(experts, (num_routed, layers, 1))))
         routed_store.add_rollouts(name, rows, {})
         routed_store.add_rewards(VERSION, name, store.read_rewards(VERSION, name))
     assert dataclasses.replace(replay_publisher, store=routed_store.path).publish(1) == ""
@@ -449,8 +453,8 @@ def test_publishing_rejects_foreign_stores(publisher: Publisher, write_round: An
     with pytest.raises(UserError, match=r"1\d tokens"):
         short_rows.publish(1)
     rollout = dataclasses.replace(ROLLOUT, temperature=0.7)
-    other_temperature = dataclasses.replace(publisher,
-                                            config=dataclasses.replace(publisher.config, rollout=rollout))
+    other_config = dataclasses.replace(publisher.config, rollout=rollout)
+    other_temperature = dataclasses.replace(publisher, config=other_config)
     with pytest.raises(UserError, match=r"1, and rollout.temperature"):
         other_temperature.publish(1)
     assert not publisher.rounds.exists() or not any(publisher.rounds.iterdir())

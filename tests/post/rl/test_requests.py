@@ -55,7 +55,8 @@ def make_settings(folder: Path, urls: tuple[str, ...] = (),
 
 
 class NumberTokenizer(NumberEncoder):
-    """Tokenizer of prompts that are the decimal number of their only token; no answer ends early."""
+    """Tokenizer of prompts that are the decimal number of their only token; no answer ends early, because the
+    end id is outside of the vocabulary."""
 
     end_ids = (VOCAB - 1 + 100,)
 
@@ -64,7 +65,7 @@ class NumberTokenizer(NumberEncoder):
 
 
 class Job:
-    """A generating job with servers; `newest` is the newest policy's step, `taken` has the loaded ones."""
+    """A generating job with servers. `newest`: step of the newest policy; `taken`: of loaded policies."""
 
     def __init__(self, folder: Path, keepers: list[DoubleKeeper], rollout: RolloutConfig = ROLLOUT) -> None:
         path = folder / "prompts.jsonl"
@@ -138,7 +139,8 @@ def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(
     ({}, 6, 1), ({}, 5, 3), ({"max_staleness": 1}, 6, 3), ({"deadline_s": 60.0}, 6, 3)])
 def test_samples_of_a_prompt_are_joined_in_a_request(overrides: dict[str, Any], room: int, num_requests: int,
                                                      jobs: Callable[..., Job]) -> None:
-    """Six answers fit into one request only if no parts may be kept or awaited."""
+    """A request may have the six answers to several prompts only if `room` allows six, and if no part of an
+    answer may be kept: neither for a staler policy nor at a deadline."""
     keeper = DoubleKeeper()
     job = jobs([keeper], replace(ROLLOUT, rounds=1, piece_prompts=3, **overrides))
     job.fleet.requests = room
@@ -156,6 +158,7 @@ def test_samples_of_a_prompt_are_joined_in_a_request(overrides: dict[str, Any], 
     (True, 0.0, 6), (True, 60.0, 2), (False, 0.0, 2)])
 def test_servers_receive_all_available_work_ahead(is_live: bool, deadline_s: float, num_rows: int,
                                                   jobs: Callable[..., Job]) -> None:
+    """Live servers without a deadline get all 6 rows of a round, others the 2 rows of a piece."""
     job = jobs([DoubleKeeper(0.05)], replace(ROLLOUT, rounds=1, deadline_s=deadline_s))
     requests = RolloutRequestQueue(requests=job.requests, pieces=job.queue, room=1,
                                    load_policy=None if is_live else job.take)
@@ -164,8 +167,8 @@ def test_servers_receive_all_available_work_ahead(is_live: bool, deadline_s: flo
     requests.close()
 
 
-def test_a_round_asks_a_server_for_no_more_than_it_needs(jobs: Callable[..., Job],
-                                                         monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_round_needs_few_requests_connections_and_threads(jobs: Callable[..., Job],
+                                                            monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "KEEPALIVE_S", 60.0)  # a loaded machine may pause longer than the default
     keeper, now_s = DoubleKeeper(), [0.0]
     job = jobs([keeper], replace(ROLLOUT, piece_prompts=3))
@@ -207,8 +210,8 @@ def test_a_stop_releases_claims_and_the_next_command_finishes(jobs: Callable[...
     check_round(job.rows(1))
 
 
-def test_validations_ask_the_servers_that_training_has_at_work(jobs: Callable[..., Job], tmp_path: Path,
-                                                               monkeypatch: pytest.MonkeyPatch) -> None:
+def test_validations_use_the_servers_while_training_generates(jobs: Callable[..., Job], tmp_path: Path,
+                                                              monkeypatch: pytest.MonkeyPatch) -> None:
     job = jobs([DoubleKeeper(0.02)])
     live_servers = LiveServers(make_settings(tmp_path), engine=job.engine)
     pushed: list[int] = []
@@ -244,7 +247,7 @@ def test_validations_ask_the_servers_that_training_has_at_work(jobs: Callable[..
     check_round(job.rows(2))
     assert pushed == [0, 0, 0]
     training.close()
-    validation.close()  # its servers are those of training, and have ended
+    validation.close()  # training has already closed the shared servers
     assert live_servers._closed.is_set()
     queue = training.settings.build_queue(range(1, 3), lambda number: None, lambda: False)
     waits: list[float] = []
@@ -298,7 +301,7 @@ def test_a_stopping_run_does_not_wait_for_a_silent_server(tmp_path: Path,
 
 
 def push_to_failing_servers() -> str:
-    """Return the error of `push_weights` where rank 0's servers fail before they read a tensor."""
+    """Return the error of `push_weights` if the servers of rank 0 fail before they read a tensor."""
     parallel_world = world.join_world(ParallelConfig())
 
     def export_three(model: Any) -> Iterator[tuple[str, torch.Tensor]]:

@@ -88,7 +88,8 @@ def test_judging_waits_for_claims_of_other_jobs(store: RolloutStore) -> None:
     assert pauses_s == [5.0, 1.0] and reward.judged == ["가a"]
     assert build_job(store, reward, patience=IdleTimeout(pause_and_renew)).run().left == 1
     assert build_job(store, reward, claimed_wait_s=3.0, patience=IdleTimeout(pause_and_renew)).run().left == 1
-    assert pauses_s[2:] == [5.0, 3.0], "until a sign of life is seen, and as long as it was told"
+    assert pauses_s[2:] == [5.0, 3.0], (
+        "until the other job has renewed its claim, and then for `claimed_wait_s` seconds")
     claim.release()
     assert build_job(store, reward).run().left == 0
 
@@ -121,22 +122,22 @@ def test_judging_waits_for_generation_and_reports_missing_responses(tmp_path: Pa
         return summary.waited_for, pauses_s
 
     full_wait_s = [5.0, 5.0, 2.0]
-    assert run_job() == ("", full_wait_s), "nobody has written, and nobody has said what is to come"
+    assert run_job() == ("", full_wait_s), "the store has no part, and so no plan of rounds and pieces"
     add_part("round-0001-piece-0000", build_rollout(1, 0, "a"))
     assert run_job() == ("1 of 2 pieces of round 1", full_wait_s)
-    assert run_job(wait_s=0) == ("", []), "who does not wait judges what is there"
+    assert run_job(wait_s=0) == ("", []), "without waiting, the written responses are judged"
     add_part("round-0001-piece-0001", build_rollout(1, 1, "a", finish_reason=UNFINISHED))
     assert run_job() == ("the ends of responses in 1 of 2 pieces of round 1", full_wait_s)
     add_part("round-0001-piece-0001-attempt-1", build_rollout(1, 1, "ab", attempt=1))
     assert run_job() == ("2 of 2 pieces of round 2", full_wait_s)
-    assert run_job(range(1, 2)) == ("", []), "what was asked for is judged"
+    assert run_job(range(1, 2)) == ("", []), "all responses of round 1 are judged"
     add_part("round-0002-piece-0000", build_rollout(2, 2, "a"))
     add_part("round-0002-piece-0001", build_rollout(2, 3, "a"))
-    assert run_job() == ("", full_wait_s), "another command may ask for more rounds"
+    assert run_job() == ("", full_wait_s), "another command may generate more rounds"
     assert run_job(range(1, 4)) == ("2 of 2 pieces of round 3", full_wait_s)
     store_plan = StorePlan(rounds=2, pieces=2, grows=True)
     add_part("round-0002-piece-0002", build_rollout(2, 4, "a"))
-    assert run_job(range(1, 3)) == ("", full_wait_s), "a round may ask further prompts until it is trained"
+    assert run_job(range(1, 3)) == ("", full_wait_s), "a round may need further prompts until it is trained"
 
 
 def test_judging_warns_about_different_rewards_of_one_version(
@@ -155,7 +156,7 @@ def test_judging_warns_about_different_rewards_of_one_version(
     assert [row.reward for row in store.read_rewards("v1", name)] == [7.0, 7.0]
 
 
-def test_an_environments_word_is_taken_from_the_rows(store: RolloutStore) -> None:
+def test_rewards_of_an_environment_are_read_from_the_rows(store: RolloutStore) -> None:
     assert resolve_reward_version(ENVIRONMENT, []) == ENVIRONMENT
     with start_judge(ENVIRONMENT, [], 1) as judge:
         result = judge(store.read_rollouts("round-0002-piece-0000")[:1])

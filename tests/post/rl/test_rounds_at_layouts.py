@@ -102,7 +102,7 @@ def publish(settings: list[str], rounds: str, store: str, prompts: str, tokenize
 
 
 def publish_rounds(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int,
-            rewards: Sequence[float] = (), **more: bool) -> None:
+                   rewards: Sequence[float] = (), **more: bool) -> None:
     """Write and publish two rounds. With `rewards`, responses to a round's n-th prompt have the n-th reward,
     except for one response per prompt in round 2."""
     file = folder / "prompts.jsonl"
@@ -130,13 +130,14 @@ def publish_rounds(folder: Path, packed_data: Any, write_round: Any, policy: Pol
 
 
 def train_at_layouts(ranks: Any, job: Any, folder: Path, layouts: dict[str, Layout], settings: list[str]
-           ) -> list[dict[str, Any]]:
+                     ) -> list[dict[str, Any]]:
     """Train the rounds at each layout, check that all take equal steps, and return the steps."""
     jobs = []
     for i, (nproc, layout) in enumerate(layouts.values()):
-        shutil.copytree(folder / "rounds", folder / settings[-1] / str(i) / "rounds")
-        jobs.append(job(__file__, "train_rounds", nproc, {"settings": [*ROUNDS, *settings, *layout],
-                                                      "folder": str(folder / settings[-1] / str(i))}))
+        copy = folder / settings[-1] / str(i)
+        shutil.copytree(folder / "rounds", copy / "rounds")
+        jobs.append(job(__file__, "train_rounds", nproc,
+                        {"settings": [*ROUNDS, *settings, *layout], "folder": str(copy)}))
     reference: list[dict[str, Any]]
     (reference,), *results = ranks(*jobs)
     for name, steps_by_rank in zip(list(layouts)[1:], results, strict=True):
@@ -158,8 +159,7 @@ POLICY_LOSS_ONLY = ["model.seq_aux_loss_coeff=0", "model.router_bias_update_rate
     (POLICY_LOSS_ONLY[:2], [True] * 4), (POLICY_LOSS_ONLY[1:], [True] * 4)])
 def test_steps_without_advantages_are_skipped_at_every_number_of_processes(
         settings: list[str], is_computed: list[bool], ranks: Any, job: Any, packed_data: Any,
-        write_round: Any,
-        tmp_path: Path) -> None:
+        write_round: Any, tmp_path: Path) -> None:
     """All rewards of a group of round 1 are equal; in round 2 one differs."""
     publish_rounds(tmp_path, packed_data, write_round, PolicyConfig(method="grpo"), seq_len=32,
                    rewards=[0.1, 1.0, 0.7, 0.3])
@@ -184,8 +184,7 @@ def test_rounds_are_the_same_steps_in_rows_of_any_length(method: PolicyMethod, r
                                                          ) -> None:
     """Prompts are shared within micro-batches: of one row, several, or all of a step."""
     publish_rounds(tmp_path, packed_data, write_round, PolicyConfig(method=method, max_gen_batches=1),
-                   seq_len=20,
-                   one_prompt=True)
+                   seq_len=20, one_prompt=True)
     steps = train_at_layouts(ranks, job, tmp_path, ROWS, [*POLICY_LOSS_ONLY, f"policy.method={method}"])
     assert len(steps) == 4 and all(step["grad_norm"] > 0 for step in steps)
 

@@ -180,8 +180,8 @@ class Job:
     def play_in_step(self, model: GreedyModel) -> list[Rollout]:
         """Return the rows of an engine that generates one turn of all episodes at a time."""
         piece = PromptPiece(1, 0, self.prompts)
-        [read_rows] = self.source.play_attempts(model, [SampleAttempt(piece, 0, Policy(Path(), 0, "0" * 64))])
-        return read_rows
+        [rows] = self.source.play_attempts(model, [SampleAttempt(piece, 0, Policy(Path(), 0, "0" * 64))])
+        return rows
 
 
 @pytest.fixture
@@ -251,7 +251,7 @@ def test_the_next_policy_continues_a_turn_after_a_deadline(job: Callable[..., Jo
 @pytest.mark.deep
 def test_a_run_whose_deadline_is_too_short_for_a_token_ends(job: Callable[..., Job],
                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next policy, which could continue the turns, needs the round that waits for these turns."""
+    """Only the next policy could continue the turns, but it is trained on the round that waits for them."""
     monkeypatch.setattr(requests, "LOOKUP_S", 0.02)  # deadlines are measured by the clock below
     clock = itertools.count(0, 20)
     generating_job = job("files", EXAMPLES.EXAMPLES[:2], [ModelServer(GreedyModel(draw_turn), stall_at=0)],
@@ -294,7 +294,8 @@ class Waiting(World):
 
 
 def test_an_episode_waits_for_no_tool_of_another(job: Callable[..., Job], tmp_path: Path) -> None:
-    """Turn by turn they would deadlock: the first episode's tool waits for the second turn of the other."""
+    """If all episodes advanced one turn at a time, they would deadlock: the first episode's tool waits for
+    the second turn of the other."""
     (tmp_path / "world.py").write_text(WAITING_WORLD)
     turns = {"first": ["wait"], "second": ["look", "go"]}
 
@@ -322,5 +323,5 @@ def test_a_wrong_task_ends_the_work_and_every_episode(job: Callable[..., Job]) -
     generating_job = job("files", [EXAMPLES.EXAMPLES[0], {"question": 3}], [server])
     with pytest.raises(UserError, match="task question = '3'"):
         write_by_requests(generating_job.requests, generating_job.queue, 4, generating_job.load_policy)
-    assert not generating_job.read_rows() and not [t for t in threading.enumerate()
-                                                   if t.name.startswith("episode")]
+    assert not generating_job.read_rows()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("episode")]

@@ -34,13 +34,13 @@ DOCUMENTS = [  # of (token id, feature index; -1: the token is no placeholder)
 
 
 def write_shard(prefix: Path, documents: list[list[tuple[int, int]]]) -> None:
-    """Write a shard with banks of three images and two sounds, whose values identify them."""
+    """Write a shard with banks of three images and two sounds; all their values are their index."""
     with IndexedWriter(prefix, "uint16", {"media": "int64"}) as writer:
         for document in documents:
             tokens, features = np.array(document).T
             writer.write(np.array([len(document)]), {"bin": tokens, "media": features})
-    (np.arange(3, dtype=np.uint8).repeat(48)).tofile(prefix.with_suffix(".pictures"))
-    (np.arange(2, dtype=np.float16).repeat(16)).tofile(prefix.with_suffix(".sounds"))
+    np.arange(3, dtype=np.uint8).repeat(3 * 4 * 4).tofile(prefix.with_suffix(".pictures"))
+    np.arange(2, dtype=np.float16).repeat(2 * 8).tofile(prefix.with_suffix(".sounds"))
 
 
 @pytest.fixture
@@ -98,7 +98,7 @@ def test_views_of_a_source_keep_media(chain: ShardChain) -> None:
 
 @pytest.mark.each(("pair", "message"), [
     ((IMAGE_PAD, -1), "placeholder of pictures for feature -1"),
-    ((IMAGE_PAD, 12), "feature 12, and there are 12"),
+    ((IMAGE_PAD, 12), "feature 12, and there are 12"),  # 3 images x 4 features
     ((9, 2), "feature 2 at token id 9, which is not a placeholder")])
 def test_an_invalid_media_index_is_refused(tmp_path: Path, pair: tuple[int, int], message: str) -> None:
     write_shard(tmp_path / "a", [[(10, -1), pair]])

@@ -75,7 +75,7 @@ class RandomRun:
         return dataclasses.replace(recipes.get("tiny-solar-open"), train=train, data=data)
 
     def kills(self) -> list[int]:
-        """Return the steps before which the run is killed."""
+        """Return the steps before which the run is killed; as all methods, draws anew at each call."""
         return sorted({self.random.randint(1, self.steps - 1) for _ in range(4)})
 
 
@@ -123,9 +123,9 @@ def test_the_order_is_a_function_of_seed_and_ledger(seed: int, make_source: Make
 
 
 @pytest.mark.each("seed", range(12))
-def test_no_token_is_ahead_of_another_by_more_than_the_epoch(seed: int, make_source: MakeSource) -> None:
-    """With changed blends, lengths, batches and skips, and an added source, each token occurs once per
-    complete epoch, and at most once more."""
+def test_each_token_occurs_once_per_epoch_despite_changes(seed: int, make_source: MakeSource) -> None:
+    """With changed blends, lengths, batches and skips, and an added source, each token occurs once in each
+    complete epoch, and at most once in the current epoch."""
     order, steps = run_with_kills(seed, make_source)
     occurrences: dict[str, Counter[tuple[int, int]]] = {s.name: Counter() for s in order.sources}
     for entry, samples in steps:
@@ -173,10 +173,15 @@ def test_heldout_documents_never_occur(packed_data: Any) -> None:
                                  train=TrainConfig(steps=10**6, global_batch_size=1))
     order = SampleOrder(config, sources)
     occurrences: dict[str, Counter[bytes]] = {s.name: Counter() for s in sources}
-    while min(order.state.cursors[s.name].epoch if s.name in order.state.cursors else 0 for s in sources) < 2:
+
+    def get_epoch(source: Source) -> int:
+        cursors = order.state.cursors
+        return cursors[source.name].epoch if source.name in cursors else 0
+
+    while min(map(get_epoch, sources)) < 2:
         for sample in order.next_batch()[1]:
             source = sources[sample.source]
-            if order.state.cursors[source.name].epoch < 2:
+            if get_epoch(source) < 2:
                 occurrences[source.name].update(source.open_split("train").tokens(*s).tobytes()
                                                 for s in sample.segments)
     for source in sources:

@@ -74,8 +74,8 @@ def test_only_tokens_beyond_a_row_are_truncated(segments: list[PackedSegment]) -
     truncated = [PackedSegment(p.document, 0, min(p.count, SEQ_LEN)) for p in segments]
     assert sorted(segment for row in rows for segment in row) == truncated
     assert over_long == sum(p.count > SEQ_LEN for p in segments)
-    assert fit_units(segments, 1, SEQ_LEN, drop=True) == ([(p,) for p in segments if p.count <= SEQ_LEN],
-                                                          over_long)
+    fitting = [(p,) for p in segments if p.count <= SEQ_LEN]
+    assert fit_units(segments, 1, SEQ_LEN, drop=True) == (fitting, over_long)
 
 
 @given(st.lists(st.tuples(*[st.integers(1, 40)] * 3), min_size=1, max_size=12), st.booleans())

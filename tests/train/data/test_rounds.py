@@ -22,7 +22,9 @@ from megatron_sov.train.data.sources import Source
 from megatron_sov.train.data.views import apply_data_phases
 
 LENGTHS = {1: [9, 3, 16, 4, 4, 4], 2: [5, 16, 16, 2]}
+"""Round -> lengths of its documents."""
 STEPS = {1: (range(4), range(4, 6)), 2: (range(1), range(1, 4))}
+"""Round -> documents of each of its two steps."""
 
 
 def build_config(**policy: Any) -> RunConfig:
@@ -35,7 +37,7 @@ def build_config(**policy: Any) -> RunConfig:
 
 
 def create_source(numbered: Any, *numbers: int) -> tuple[Source, RoundDocuments]:
-    """Return a source of rounds; some rounds are open."""
+    """Return a source of rounds with its training documents, after opening the rounds `numbers`."""
     source = build_rounds_source(RoundDocuments(Path("rounds"), 10**6, ["old"]), None)
     documents = source.train_documents
     assert isinstance(documents, RoundDocuments)
@@ -62,6 +64,7 @@ def test_a_step_has_exactly_its_whole_documents(numbered: Any) -> None:
         expected = [(first_document(number) + d, 0, LENGTHS[number][d]) for d in STEPS[number][step]]
         assert sorted(tuple(s) for s in segments) == expected
         assert all(sum(s.count for s in sample.segments) <= 16 for sample in samples)
+    # rows of 16 tokens: 9+3+4 and 16 | 4+4 | 5 | 16, 16 and 2
     assert [len(samples) for _, samples in batches] == [2, 1, 1, 3]
     assert order.state.cursors["rollouts"].tokens == sum(map(sum, LENGTHS.values()))
 
@@ -84,9 +87,10 @@ def test_rows_are_padded_to_equal_counts_per_process(numbered: Any, dp_size: int
         assert tokens == sum(LENGTHS[number][d] for d in STEPS[number][step % 2])
     # published columns are read by document, the trainer's own columns by label index in the round
     row = batches_of_rank[0][1].rows[0]  # documents 4 and 5 of round 1
-    at = {origin.segment.document - first_document(1): origin.first for origin in row.origins}
-    assert row.columns["old"][at[4]:at[4] + 3].tolist() == [-33.0, -34.0, -35.0]
-    assert row.columns["advantage"][at[5]:at[5] + 3].tolist() == [601.0, 602.0, 603.0]
+    first_of = {origin.segment.document - first_document(1): origin.first for origin in row.origins}
+    # document 4 begins at token 9 + 3 + 16 + 4 = 32 of the round, and its first label is the next token
+    assert row.columns["old"][first_of[4]:][:3].tolist() == [-33.0, -34.0, -35.0]
+    assert row.columns["advantage"][first_of[5]:][:3].tolist() == [601.0, 602.0, 603.0]
 
 
 def test_closed_rounds_are_not_prefetched(numbered: Any) -> None:
@@ -115,9 +119,10 @@ def test_text_steps_are_drawn_and_resume(numbered: Any, make_source: Any) -> Non
     batches = [uninterrupted.next_batch()[1] for _ in range(4)]
     has_text = [config.policy.has_text_at(1, step) for step in range(1, 5)]
     assert len(set(has_text)) == 2, "draw another seed"
-    for samples, drawn in zip(batches, has_text, strict=True):
-        assert sum(s.source != 2 for s in samples) == (3 if drawn else 0)
-        assert [s.source == 2 for s in samples] == sorted((s.source == 2 for s in samples), reverse=True)
+    for samples, expects_text in zip(batches, has_text, strict=True):
+        are_rollouts = [sample.source == 2 for sample in samples]
+        assert are_rollouts.count(False) == (3 if expects_text else 0)
+        assert are_rollouts == sorted(are_rollouts, reverse=True), "rollouts come first"
     assert uninterrupted.ledger.get_entry(0).weights == {"rollouts": 1.0, "a": 1.5 / 4 / 3,
                                                          "b": 1.5 / 4 * 2 / 3}
     order = create_order()
@@ -179,7 +184,7 @@ def build_run_config(*paths: Path, phases: tuple[PhaseConfig, ...] | None = None
 
 
 def get_blends(config: RunConfig, recipe: RunConfig | None = None) -> dict[str, dict[str, float]]:
-    """Return phase -> blend; `recipe` is given if --set has changed the settings of the recipe."""
+    """Return phase -> blend of a run; `recipe`: the recipe before --set changed it, None: as `config`."""
     return {phase.name: dict(phase.blend)
             for phase in apply_data_phases(config, recipe or config).data.phases}
 

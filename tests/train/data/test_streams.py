@@ -14,7 +14,7 @@ from megatron_sov.train.data import streams
 from megatron_sov.train.data.streams import Cursor, DocumentStream, Packing
 
 corpora = st.lists(st.integers(0, 40), min_size=1, max_size=40).filter(any).map(
-    lambda lengths: [*lengths, 3])  # the last document fits every sample
+    lambda lengths: [*lengths, 3])  # document lengths; the last document fits every sample
 packings = st.sampled_from(["best_fit", "truncate", "concat", "drop"])
 SETTINGS = settings(max_examples=120)
 
@@ -50,7 +50,7 @@ def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packin
         counts = counts_by_epoch.setdefault(source.cursor.epoch, Counter())
         counts.update((s.document, t) for s in row for t in range(s.start, s.start + s.count))
     all_tokens = {(d, t) for d, n in enumerate(corpus) for t in range(n)}
-    # The shortest sample has 5 tokens: truncation leaves at least these.
+    # The shortest sample has 5 tokens: truncation keeps at least the first 5 of each document.
     beginnings = {(d, t) for d, n in enumerate(corpus) for t in range(min(n, 5))}
     tokens_of_short = {(d, t) for d, n in enumerate(corpus) for t in range(n) if n <= 5}
     for epoch, counts in counts_by_epoch.items():
@@ -113,7 +113,7 @@ def test_the_order_depends_on_seed_name_and_epoch() -> None:
 
 
 def test_windows_are_of_equal_size() -> None:
-    """15 documents with windows of at most 7 make three windows of 5, not windows of 7, 7 and 1."""
+    """15 documents in windows of at most 7 make three windows of 5, not windows of 7, 7 and 1."""
     source = create_stream([1] * 15, "best_fit")
     rows = [source.next_sample(5) for _ in range(3)]
     assert [len(row) for row in rows] == [5, 5, 5]

@@ -47,7 +47,7 @@ def test_ids_are_checked_against_the_vocabulary_of_the_tokenizer(packed_data: An
     text = shutil.copytree(packed_data.text, tmp_path / "text")
     (damaged,) = (text / "even").glob("train-*.bin")
     ids = np.fromfile(damaged, np.uint16)
-    ids[0] = 368  # an id of the model (400 ids), but not of the tokenizer (368)
+    ids[0] = 368  # smaller than the model's vocabulary of 400 ids, but not in the tokenizer, which has 368
     ids.tofile(damaged)
     even, odd = (s.open_split("train") for s in open_sources({str(text): 1.0}, 400))
     assert odd.tokens(0, 0, 1)[0] < 368
@@ -58,7 +58,7 @@ def test_ids_are_checked_against_the_vocabulary_of_the_tokenizer(packed_data: An
 def test_a_negative_id_is_refused(tmp_path: Path) -> None:
     write_shard(tmp_path / "a", [[1, 2]])  # 4 bytes, rewritten below as one id of 32 bits
     idx = bytearray((tmp_path / "a.idx").read_bytes())
-    idx[17], idx[34] = 4, 1  # dtype code for int32, length of document 0
+    idx[17], idx[34] = 4, 1  # dtype code 4 (int32), and length 1 of document 0
     (tmp_path / "a.idx").write_bytes(bytes(idx))
     (tmp_path / "a.bin").write_bytes(np.array([-5], np.int32).tobytes())
     with pytest.raises(UserError, match="document 0 has token"):
@@ -125,6 +125,7 @@ def test_sources_share_by_folder_weight_then_by_tokens(tmp_path: Path) -> None:
     paths = {write_artifact(tmp_path / "a", {"web": 3, "code": 1}): 3.0,
              write_artifact(tmp_path / "b", {"chat": 9}, format_="chat"): 1.0}
     sources = open_sources(paths, 64)
+    # folder a has 3 of 4, of which web has 3 of 4 documents
     assert {s.name: s.share for s in sources} == {"web": 0.5625, "code": 0.1875, "chat": 0.25}
     assert [s.name for s in sources if s.is_chat] == ["chat"]
     assert sources[0].open_split("train").tokens(2, 0, 2).tolist() == [1, 2]
@@ -183,6 +184,7 @@ def test_columns_are_sidecars_that_the_manifest_names(tmp_path: Path) -> None:
 
 
 def test_token_bits_and_document_values_replace_columns(tmp_path: Path) -> None:
+    """Bits per token (.written) replace weights and types; NAME.documents has one value per document."""
     lengths = [3, 9, 1]
     write_shard(tmp_path / "a", [list(range(n)) for n in lengths])
     is_written = np.random.default_rng(0).random(sum(lengths)) < 0.5

@@ -41,16 +41,15 @@ def test_only_long_documents_are_read_and_under_their_own_cursor(web: Source) ->
     long_documents = sources[1].open_split("train")
     read_documents = {int(t) for sample in samples for s in sample.segments
                       for t in long_documents.tokens(*s) // 100 - 1}
-    assert read_documents == {1, 2, 5,
-                              6}, "the documents of at least 12 tokens, by their number in the source"
+    assert read_documents == {1, 2, 5, 6}, "the documents of at least 12 tokens"
     assert list(order.state.cursors) == ["web@12"]
 
 
 def test_tokens_weights_and_types_are_those_of_the_source(web: Source) -> None:
     documents = web.open_split("train")
     long_documents = LongDocuments(documents, 12)
-    assert (long_documents.index.tolist(), long_documents.lengths.tolist()) == ([1, 2, 5, 6],
-                                                                                [12, 30, 40, 12])
+    assert long_documents.index.tolist() == [1, 2, 5, 6]
+    assert long_documents.lengths.tolist() == [12, 30, 40, 12]
     for name in ("tokens", "loss_weights", "types"):
         assert np.array_equal(getattr(long_documents, name)(2, 5, 9), getattr(documents, name)(5, 5, 9))
 
@@ -112,6 +111,7 @@ def test_units_are_measured_by_the_shortest_sample_that_they_are_read_at(make_so
                replace(make_source("pairs", [9, 8, 8, 8, 1, 30], is_chat=True), format="preference", group=2),
                make_source("unused", [99], is_chat=True)]
     result = count_over_long(sources, ENTRIES)
+    # of 4 chats, 17 and 90 tokens exceed 16; of 3 pairs, 9 + 8 and 1 + 30
     assert result == [OverLongUnits("chat", 16, 2, 4, 90), OverLongUnits("pairs", 16, 2, 3, 31)]
     with pytest.raises(UserError, match="90; source 'pairs': 2"):
         check_units_fit(result)
@@ -119,7 +119,7 @@ def test_units_are_measured_by_the_shortest_sample_that_they_are_read_at(make_so
     check_pairs_fit(result)
 
 
-def test_pairs_of_which_each_would_be_cut_are_refused(make_source: Any) -> None:
+def test_a_source_whose_pairs_would_all_be_cut_is_refused(make_source: Any) -> None:
     pairs = replace(make_source("pairs", [9, 8, 10, 9], is_chat=True), format="preference", group=2)
     with pytest.raises(UserError, match=r"make samples longer \(seq_len=19"):
         check_pairs_fit(count_over_long([pairs], ENTRIES))

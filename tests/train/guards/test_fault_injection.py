@@ -18,8 +18,7 @@ def test_one_argument_may_list_several_faults() -> None:
     assert faults == (Fault("kill", "step", 5, 1), Fault("nan", "step", 9),
                       Fault("spike", "step", 3, 0, {"factor": 50.0}),
                       Fault("slow-rank", "step", 7, 1, {"seconds": 0.5, "steps": 100.0}))
-    assert [parse_faults([f.name],
-                         2)[0] for f in faults] == list(faults), "a fault's name is how it is written"
+    assert [parse_faults([f.name], 2)[0] for f in faults] == list(faults), "a name is a valid argument"
     for kind, states in FAULT_STATES.items():
         assert [parse_faults([f"{kind}@{state}=4"], 1)[0].state for state in states] == list(states)
 
@@ -46,10 +45,10 @@ def test_a_fault_occurs_once_on_its_process_and_is_logged_once(tmp_path: Path) -
     assert math.isnan(mine.get_loss_factor(6)) and mine.get_loss_factor(6) == 1.0
     assert mine.get_loss_factor(9) == 1e4
     mine.trigger("step", 9)
-    again = FaultInjector(faults, tmp_path, 1)
-    assert again.get_loss_factor(5) == 1.0, "after a restart too"
+    restarted = FaultInjector(faults, tmp_path, 1)
+    assert restarted.get_loss_factor(5) == 1.0
     with pytest.raises(RuntimeError, match="--inject raise@save=4,rank=1"):
-        again.trigger("save", 4)
+        restarted.trigger("save", 4)
     for rank_zero in (other, FaultInjector(faults, tmp_path, 0)):
         log = EventLog(tmp_path / "events.jsonl")
         rank_zero.record_events(log)
@@ -61,9 +60,8 @@ def test_a_fault_occurs_once_on_its_process_and_is_logged_once(tmp_path: Path) -
 
 
 def test_a_slow_process_is_slow_for_a_while(tmp_path: Path) -> None:
-    slow = FaultInjector(parse_faults(["slow-rank@step=3,seconds=0.2,steps=2",
-                                       "slow-rank@step=4,seconds=0.1,steps=9"], 1),
-                  tmp_path, 0)
+    faults = parse_faults(["slow-rank@step=3,seconds=0.2,steps=2", "slow-rank@step=4,seconds=0.1,steps=9"], 1)
+    slow = FaultInjector(faults, tmp_path, 0)
     assert [slow.delay_s(step) for step in (2, 3, 4, 5)] == pytest.approx([0, 0.2, 0.3, 0.1])
 
 

@@ -43,7 +43,7 @@ def log(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_replicas_that_differ_end_the_run_before_the_checkpoint(monkeypatch: pytest.MonkeyPatch,
                                                                 log: Any) -> None:
-    model: Any = None
+    model: Any = None  # never read
     monkeypatch.setattr(guards.replica_checks, "find_differing_replicas", lambda model: [2])
     with pytest.raises(SilentCorruption, match=r"2 on n2\); nothing"):
         SdcChecks(GuardConfig()).compare_replicas(7, model, log)
@@ -153,6 +153,7 @@ def test_a_hang_is_reported_and_ended_except_in_slow_phases(tmp_path: Path) -> N
     stacks = (tmp_path / "hang" / "hang" / "step-3-rank-00000.txt").read_text()
     assert "rank 0 stood still in step 3 for 0.4 s" in stacks and "in hang\n" in stacks
     assert "made no progress for guards.hang_timeout_s = 0.4" in outputs["hang"]
+    # steps of 7 s: 69 s are no hang, 71 s are
     assert "made no progress for 70 s, 10 times the median step" in outputs["after short steps"]
     assert "Timeout" in outputs["lock"], "faulthandler's own thread needs no lock"
 

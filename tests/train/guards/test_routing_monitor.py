@@ -70,7 +70,8 @@ def test_a_stage_whose_busiest_process_exceeds_its_memory_alarms(tmp_path: Path)
     loads = [[9.0, 6.0, 0.0, 1.0], [2.0, 1.0, 7.0, 6.0], [9.0, 5.0, 1.0, 1.0], [8.0, 6.0, 1.0, 1.0], DENSE]
     settings = ("model.num_layers=4", "parallel.pp=2", "parallel.ep=2", "gpu.expert_imbalance=1.6")
     (alarm,) = list_alarms(tmp_path, [(loads, [EQUAL_BIASES] * 5)], *settings)
-    # 14 of 16 tokens in each layer of the second stage, 15 and 3 in the first
+    # Of 16 tokens per layer, process 0 (experts 0 and 1) gets 15 and 3 in the first stage: 1.125 times the
+    # mean of 8. In the second stage it gets 14 and 14: 1.75 times the mean.
     assert alarm[:3] == (10, "expert memory", 3)
     assert "layers 3 to 4: the busiest expert process gets 1.75" in alarm[3]
 
@@ -121,5 +122,5 @@ def test_ranks_far_above_the_median_are_slow(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_only_the_slowest_of_many_ranks_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    (times,) = report_times(monkeypatch, [0.1, 0.1], [0.2 + 0.0001 * i for i in range(200)])
+    (times,) = report_times(monkeypatch, [0.1, 0.1], [0.2 + 0.0001 * i for i in range(200)])  # 201 ranks
     assert [int(rank) for rank in times["seconds"]] == list(range(201 - MAX_LISTED_RANKS, 201))

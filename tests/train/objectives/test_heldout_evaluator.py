@@ -44,7 +44,7 @@ def evaluate_initial_model(data: str, out: str | None, cp: int = 1,
     results = {name: asdict(r) for name, r in trainer.evaluate().items()}
     if out is not None:
         save_checkpoint(Path(out), trainer.model, None, {"step": 0, "tokens": 0},
-                             trainer.config.to_dict(), tokenizer_folder(trainer.sources))
+                        trainer.config.to_dict(), tokenizer_folder(trainer.sources))
     world.leave_world()
     return results
 
@@ -128,7 +128,7 @@ def test_accepted_drafts_are_those_that_the_trunk_then_chooses(ranks: Any, job: 
 
 
 def evaluate_turns(data: str) -> dict[str, Any]:
-    """Inside a rank: evaluate a model for which the loss of a token is its id, modulo 7."""
+    """Inside a rank: evaluate a model that gives each token its id, modulo 7, as loss."""
     head = SimpleNamespace(logprobs=lambda hidden, labels: -(labels % 7).float())
     policy: Any = SimpleNamespace(map=lambda batches, work: [work([None], head, batch) for batch in batches])
     place = world.join_world(ParallelConfig())
@@ -164,15 +164,12 @@ def pack_chats(tokenizer: Path, folder: Path) -> Path:
 
 
 def list_losses_by_region(shard: Any, tokenizer: Any) -> dict[str, list[int]]:
-    """Return the losses (id modulo 7) of all assistant tokens:
-
-    by turn (first, later), and by kind (thought, call, answer). The position at which a token begins
-    decides its kind.
-    """
+    """Return the losses (id modulo 7) of all assistant tokens by turn ("first", "later") and by kind
+    ("thought", "call", "answer"). The position at which a token begins decides its kind."""
     losses = defaultdict[str, list[int]](list)
     for document, length in enumerate(map(int, shard.lengths)):
         ids, types = shard.tokens(document, 0, length), shard.types(document, 0, length)
-        turn, turn_start = 0, ""
+        turn, turn_start = 0, ""  # number of the turn, and its text before the token
         for i in range(1, length):
             if types[i] != 2:
                 continue

@@ -24,6 +24,7 @@ from megatron_sov.runs.obs.events import EVENTS, read_events
 from megatron_sov.train.side_jobs import evaluations
 from megatron_sov.train.side_jobs.evaluations import EvalJob, ExportEvaluations, build_eval_command
 
+# programs of evaluation processes; the argument is the file for the figures
 WRITES = "import sys, json; json.dump({'x': 1}, open(sys.argv[1], 'w'))"
 WAITS = f"""
 import os, sys, time
@@ -44,7 +45,8 @@ def build_config(*changes: str) -> RunConfig:
 
 
 class RunWithExports:
-    """A run with exports, whose evaluation commands are small programs."""
+    """A run with exports, whose evaluation commands are small programs; `programs`: step -> program, if it is
+    not `WRITES`."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -52,8 +54,8 @@ class RunWithExports:
         self.programs: dict[int, str] = {}
 
     def build_evaluations(self, *changes: str) -> ExportEvaluations:
-        def build_command(task: EvalJob, write_export: Path, out: Path) -> list[str]:
-            assert write_export == self.path / f"exports/step-{task.step}"
+        def build_command(task: EvalJob, export: Path, out: Path) -> list[str]:
+            assert export == self.path / f"exports/step-{task.step}"
             return [sys.executable, "-c", self.programs.get(task.step, WRITES), str(out)]
 
         def record(name: str, **fields: Any) -> None:
@@ -78,7 +80,7 @@ def run(tmp_path: Path) -> RunWithExports:
     return RunWithExports(tmp_path / "run")
 
 
-def test_judges_follow_one_another_and_training_never_waits(run: RunWithExports) -> None:
+def test_evaluations_follow_one_another_and_training_never_waits(run: RunWithExports) -> None:
     run.programs = {10: WAITS}
     background = run.build_evaluations('evaluate.background.tasks=["ppl", "needle"]')
     background.offer(run.write_export(10))
@@ -86,26 +88,26 @@ def test_judges_follow_one_another_and_training_never_waits(run: RunWithExports)
     assert run.list_outcomes() == [], "the evaluation waits for a file, and `poll` has not waited for it"
     (run.path / EVALUATIONS / "goes-on").touch()
     background.wait()
-    assert (run.list_outcomes() == [(10, "ppl", None), (10, "needle", None)]
-            and all(e["took_s"] > 0 for e in run.events))
+    assert run.list_outcomes() == [(10, "ppl", None), (10, "needle", None)]
+    assert all(e["took_s"] > 0 for e in run.events)
     assert run.list_files() == ["goes-on", "step-10.needle.json", "step-10.ppl.json"]
 
 
-def test_scores_of_benchmarks_become_events_and_their_answers_go(run: RunWithExports,
-                                                                 written_scores: Any) -> None:
+def test_scores_of_benchmarks_become_events_and_cached_answers_are_removed(run: RunWithExports,
+                                                                           written_scores: Any) -> None:
     stored_scores = written_scores(run.path.parent / "planted.json", [1.0, 0.0, 1.0, 1.0])
     run.programs = {10: f"import sys, shutil; shutil.copy({str(stored_scores)!r}, sys.argv[1])", 20: WRITES}
     background = run.build_evaluations('evaluate.background.tasks=["lm"]', 'evaluate.lm.tasks=["quiz"]')
     for step in (10, 20):
         (answers := run.path / EVALUATIONS / f".step-{step}.lm.cache").mkdir(parents=True)
         background.offer(run.write_export(step))
-        answers.mkdir(exist_ok=True)  # as its process does
+        answers.mkdir(exist_ok=True)  # as the evaluation process does
         background.wait()
     (score,) = [e for e in run.events if e["event"] == "eval_lm"]
     assert (score["step"], score["task"], score["metric"], score["value"]) == (10, "quiz", "acc", 0.75)
     assert score["output"] == str(run.path / EVALUATIONS / "step-10.lm.json")
-    (_, (step, _, why)) = run.list_outcomes()
-    assert step == 20 and "holds no results of `megatron-sov eval lm`" in str(why)
+    (_, (step, _, error)) = run.list_outcomes()
+    assert step == 20 and "holds no results of `megatron-sov eval lm`" in str(error)
     assert [p.name for p in (run.path / EVALUATIONS).glob(".*.cache")] == [".step-20.lm.cache"]
 
 
@@ -154,8 +156,8 @@ def test_resumed_runs_evaluate_repeated_steps_again(run: RunWithExports) -> None
     run.programs = {10: FAILS}
     resumed.offer(10)
     resumed.wait()
-    assert run.list_outcomes()[1:] == [(10, "ppl",
-                                        "no memory")] and "step-10.ppl.json" not in run.list_files()
+    assert run.list_outcomes()[1:] == [(10, "ppl", "no memory")]
+    assert "step-10.ppl.json" not in run.list_files()
 
 
 def test_jobs_report_their_figures_when_they_end(run: RunWithExports,
@@ -179,9 +181,10 @@ def test_jobs_report_their_figures_when_they_end(run: RunWithExports,
     later_s = time.time() + 200
     monkeypatch.setattr(evaluations.time, "time", lambda: later_s)
     resumed.poll(now=True)
-    assert run.list_outcomes() == [(10, "ppl", None), (20, "ppl",
-                           "its job gave no result within evaluate.background.timeout_s = 100; see its log"),
-                          (30, "ppl", None)]
+    assert run.list_outcomes() == [
+        (10, "ppl", None),
+        (20, "ppl", "its job gave no result within evaluate.background.timeout_s = 100; see its log"),
+        (30, "ppl", None)]
 
 
 def test_benchmarks_take_the_options_of_eval_lm(tmp_path: Path) -> None:

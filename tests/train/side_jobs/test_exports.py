@@ -73,7 +73,7 @@ class Run:
 
     def start_exports(self, **changes: int) -> CheckpointExports:
         return CheckpointExports(self.path, dataclasses.replace(TRAIN, **changes),
-                       lambda name, **fields: self.events.append({"event": name, **fields}))
+                                 lambda name, **fields: self.events.append({"event": name, **fields}))
 
     def copy_checkpoint(self, step: int) -> Path:
         return Path(shutil.copytree(self._checkpoint, self.path / f"checkpoints/step-{step}"))

@@ -32,7 +32,7 @@ def start(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def converted_weights(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Convert in this process, by copying; returns the weights of each conversion."""
+    """Replace the conversion by a copy in this process. The list receives the weights of each conversion."""
     weights: list[str] = []
 
     def from_hf(folder: Path, out: Path, *, redo: bool) -> None:
@@ -90,15 +90,17 @@ CHANGES: dict[str, tuple[Callable[[Path], object], int]] = {
     "a file less": (lambda folder: (folder / "tokenizer.json").unlink(), 2),
     "a shard of another name": (lambda folder: (folder / "model.safetensors").rename(folder / "m.safetensors")
                                 and (folder / "model.safetensors").write_text("x"), 2)}
+"""Change of the folder -> (function that makes it, conversions for one run before and one after it)."""
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_folder_whose_content_changes_gets_another_copy(change: str, start: Path, tmp_path: Path,
                                                           converted_weights: list[str]) -> None:
+    change_folder, num_conversions = CHANGES[change]
     before = convert_start(start, tmp_path / "runs/a")
-    CHANGES[change][0](start)
+    change_folder(start)
     after = convert_start(start, tmp_path / "runs/b")
-    assert (before == after) == (CHANGES[change][1] == 1) and len(converted_weights) == CHANGES[change][1]
+    assert (before == after) == (num_conversions == 1) and len(converted_weights) == num_conversions
     assert (before / MANIFEST).is_file(), "a run may use the earlier copy"
     assert find_copy(start, tmp_path / "runs/b") == after
 

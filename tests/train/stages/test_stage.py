@@ -1,5 +1,5 @@
-"""A training stage from outside: refusals before any process starts, arguments of restarts, and messages at
-every end."""
+"""`run_stage` without processes: refusals before any process starts, arguments of restarts, and messages at
+the end of a stage."""
 
 import dataclasses
 import json
@@ -31,6 +31,7 @@ from tests.run_files import read_run_events
 SMALL = ("model.vocab_size=368", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=4",
          "train.global_batch_size=8", "train.micro_batch_size=2", "train.max_restarts=2")
 LaunchAction = Callable[[Callable[[], int], RestartPolicy], int]
+"""(main function of a rank, restart policy) -> exit code."""
 
 
 class Launcher:
@@ -223,16 +224,16 @@ def test_data_is_opened_and_planned_with_its_views(packed_data: Any) -> None:
 
 def test_checks_are_repeated_under_the_lock(stage: Callable[..., Stage]) -> None:
     """Another run may have used the folder between the first check and the lock."""
-    first_stage, second_stage = stage("train.seed=2"), stage()
-    first_stage.folder.enter(first_stage.config, resume=False)
-    open_run(second_stage)
+    our_stage, other_stage = stage("train.seed=2"), stage()
+    our_stage.folder.enter(our_stage.config, resume=False)
+    open_run(other_stage)
     launch = LaunchState(0.0, may_resume=False)
     with pytest.raises(UserError, match="already holds a run"):
-        _lock_folder(first_stage, None, launch)
+        _lock_folder(our_stage, None, launch)
     launch.may_resume = True
     with pytest.raises(UserError, match=r"was started with train\.seed = "):
-        _lock_folder(first_stage, None, launch)
-    _lock_folder(second_stage, None, launch)
+        _lock_folder(our_stage, None, launch)
+    _lock_folder(other_stage, None, launch)
 
 
 def test_a_refused_run_removes_only_its_own_files(stage: Callable[..., Stage], launcher: Launcher) -> None:

@@ -35,7 +35,7 @@ def run(typed: argparse.Namespace) -> int:
     if {"-h", "--help"} & set(typed.arguments):
         _print_help(typed.stage)
         return ExitCode.OK
-    parser = Parser(prog="megatron-sov submit", add_help=False, allow_abbrev=False)
+    parser = Parser(prog="megatron-sov submit", add_help=False)
     add_options(parser, SubmitOptions)
     # options for `submit` may be mixed with the stage's arguments: parse them first
     typed, argv = parser.parse_known_args(typed.arguments, typed)

@@ -1,9 +1,9 @@
 """Play episodes in which a policy uses an environment's tools; a row stores an episode's exact tokens.
 
-`Episodes` plays episodes on an engine in this process, all turn by turn, and stops between turns at a
-deadline. `ServerEpisodePlayer` requests turns from servers, every episode at a separate pace, and stops
-inside a turn. The `outcome` of an unfinished row contains the turns and the state of the environment for the
-next attempt.
+`Episodes` plays episodes on an engine in this process, a turn of all episodes at a time, and stops between
+turns at a deadline. `ServerEpisodePlayer` requests turns from servers, for each episode independently, and
+stops inside a turn. The `outcome` of an unfinished row contains the turns and the state of the environment,
+with which the next attempt continues.
 """
 
 import contextlib
@@ -63,8 +63,7 @@ class PlannedEpisode:
 
 @dataclass(frozen=True)
 class Episodes:
-    """Plays the episodes in a `SampleAttempt`. All processes of an engine call `write` together; the first
-    process gets the rows."""
+    """Plays episodes. All processes of an engine call `write` together; the first process gets the rows."""
 
     table: EpisodeSettings
     """Environment, limits and tokenizer."""
@@ -93,13 +92,16 @@ class Episodes:
                       should_yield: Callable[[], bool] = never_yield) -> list[list[Rollout]]:
         began_s, deadline_s = time.time(), self.rollout.deadline_s
         ends_s = self.clock_s() + deadline_s
+
+        def should_stop() -> bool:
+            return bool(deadline_s) and (self.clock_s() >= ends_s or should_yield())
+
         planned = [(attempt, episode) for attempt in attempts for episode in self.plan_episodes(attempt)]
         # Random streams depend on the response: playing several pieces together must not change samples.
         policy = _StreamsByKey(policy, [(attempt.piece.round, episode.key) for attempt, episode in planned])
         lines = [line for number, (_, episode) in enumerate(planned) for line in episode.lines(number)]
         episodes = play_episodes([episode.task for _, episode in planned], policy, self.table,
-                                 EpisodeLines(lines), should_stop=lambda: bool(deadline_s) and (
-                                     self.clock_s() >= ends_s or should_yield()))
+                                 EpisodeLines(lines), should_stop=should_stop)
         rows = [(attempt, self.build_row(episode, plan, attempt, began_s))
                 for episode, (attempt, plan) in zip(episodes, planned, strict=True)]
         return [[row for owner, row in rows if owner is attempt] for attempt in attempts]
@@ -153,7 +155,7 @@ class Episodes:
 
 
 class _StreamsByKey:
-    """A policy with random streams by response and turn, not by index in a batch."""
+    """A policy that derives random streams from response and turn instead of the index in a batch."""
 
     def __init__(self, policy: ToolPolicy, keys: Sequence[tuple[int, Key]]) -> None:
         self._policy, self._keys = policy, keys
@@ -287,8 +289,9 @@ class ServerEpisodePlayer:
             routes = self._engine.extract_routes(answer, len(episode.ids) + len(ids) - 1)
         turn = episode.extend_turn(GeneratedTurn(ids, answer.logprobs[:len(ids)],
                                                  answer.token_versions(len(ids), running.version), routes))
-        is_complete = answer.reason != ABORTED or bool(set(turn.ids[-1:]) & set(self._end_ids))
-        if not is_complete and len(turn.ids) < count_remaining_tokens(episode, self._table.limits):
+        is_ended = any(token in self._end_ids for token in turn.ids[-1:])
+        is_full = len(turn.ids) >= count_remaining_tokens(episode, self._table.limits)
+        if answer.reason == ABORTED and not is_ended and not is_full:
             episode.begun = turn if turn.ids else None
             return False
         episode.turns.append(take_turn(episode, turn, host, self._table.encoder, self._table.limits))

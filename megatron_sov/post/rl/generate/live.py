@@ -15,8 +15,7 @@ from megatron_sov.work.progress.locks import Claims
 
 @dataclass(kw_only=True)
 class LiveRollouts:
-    """Generates and judges rounds in a store; every process has an object, and all processes call the methods
-    together."""
+    """Generates and judges rounds in a store; all processes have an object and call the methods together."""
 
     settings: GenerationSettings
     writer: RolloutWriter

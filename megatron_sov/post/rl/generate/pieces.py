@@ -1,7 +1,7 @@
-"""Pieces of rounds that are still to be generated, and the claims of generating jobs on them.
+"""Queue of pieces of rounds to generate, shared by jobs that claim pieces and publish their responses.
 
-A piece is a number of consecutive prompts of a round, with all their responses. A job can be killed at any
-moment: published pieces stay, and any job generates the remaining pieces.
+A piece is a number of consecutive prompts of a round, with all their responses. An attempt generates a piece,
+whole or in part. A job can be killed at any moment: published attempts stay, and any job generates the rest.
 Responses that a deadline cut off wait for a newer policy, which continues them before fresh pieces; otherwise
 a busy job would never finish long responses. Without a fresh piece to generate, the same policy continues
 them. A piece has few unfinished responses, so an engine continues several pieces together. A piece whose last
@@ -27,12 +27,12 @@ from megatron_sov.work.progress.locks import POLL_S, Claims, IdleTimeout
 from megatron_sov.work.tables.table import AlreadyPublished
 
 LOOKUPS_PER_CLAIM = 64
-"""Average number of open pieces that a call of `claim_attempts` looks up in the store."""
+"""Open pieces that `claim_attempts` looks up in the store, on average per call."""
 NEWER, FRESH, SAME, STUCK = range(4)
 """Attempt ranks, best first: continued by a newer policy; a fresh piece; continued by the same policy;
 continued although the previous attempt added no token."""
 FurtherPieces = Callable[[int], tuple[int, bool]]
-"""Round -> requested pieces with further prompts, and whether the count is final."""
+"""Round -> (number of pieces with further prompts, whether that number is final)."""
 
 
 class PendingPieces:
@@ -52,7 +52,7 @@ class PendingPieces:
             find_policy: round -> policy that generates the round; None if the policy is not trained yet, also
                 for later rounds.
             sampling_digest: round -> digest of the sampling settings, part of the key of rows.
-            further: pieces of further prompts per round; None: no round needs further prompts.
+            further: see `FurtherPieces`; None: no round needs further prompts.
         """
         self._store, self._claims, self._prompts, self._rollout = store, claims, prompts, rollout
         self._find_policy, self._sampling_digest = find_policy, sampling_digest
@@ -88,7 +88,7 @@ class PendingPieces:
 
     @property
     def is_stuck(self) -> bool:
-        """Whether a piece made no progress in an attempt and waits for another policy."""
+        """Whether a piece whose last attempt added no token waits for a policy, and no claim was refused."""
         return not self._refused_names and any(state.is_stuck for state in self._states.values())
 
     @property
@@ -114,8 +114,8 @@ class PendingPieces:
         pieces. () if there is no work at the moment; claims last until `release`.
 
         Args:
-            num_rows: claim fresh and unfinished pieces up to `num_rows` responses; 0: the responses of one
-                piece.
+            num_rows: claim fresh and unfinished pieces together until they have `num_rows` responses; 0: a
+                fresh piece alone, or unfinished rows up to the size of a piece.
         """
         attempts = self._claim_next(num_rows, reads_all=self._is_lookup_due())
         if not attempts and self._open and self._num_calls:
@@ -141,7 +141,7 @@ class PendingPieces:
         self._claimed_pieces = {name: piece for name, piece in self._claimed_pieces.items()
                                 if name in self._open_claims}
         attempts: list[SampleAttempt] = []
-        batch: tuple[int, Policy] | None = None
+        batch: tuple[int, Policy] | None = None  # rank and policy of the claimed attempts
         max_rows = num_rows or self._rollout.piece_prompts * self._rollout.samples_per_prompt
         num_claimed, self._is_idle = 0, False
         for rank, piece, policy in self._iter_candidates(ready):
@@ -173,8 +173,8 @@ class PendingPieces:
                 claim.close()
 
     def should_yield(self, policy: Policy) -> bool:
-        """Return whether a newer policy has appeared, and the last attempts were claimed for lack of better
-        work."""
+        """Return whether a newer policy has appeared, while the last claimed attempts continue responses of
+        the same policy, for lack of better work."""
         newest = self._find_policy(next(iter(self._open))) if self._is_idle and self._open else None
         return newest is not None and newest.step > policy.step
 
@@ -238,7 +238,7 @@ class PendingPieces:
             del self._open[number]
 
     def _needs_attempt(self, piece: PromptPiece) -> bool:
-        """Return whether a piece needs another attempt, and record its number."""
+        """Return whether a piece needs another attempt; its `_PieceState` then gets the attempt's number."""
         state = self._states.setdefault(piece.part(), _PieceState())
         # The last published attempt lists the unfinished rows.
         while self._store.has_part(name := piece.part(state.next_attempt)):
@@ -251,7 +251,7 @@ class PendingPieces:
             num_tokens = sum(len(row.versions) for row in rows)
             state.is_stuck = state.next_attempt > 0 and num_tokens == state.open_tokens
             state.open_tokens = sum(len(row.versions) for row in rows if row.finish_reason == UNFINISHED)
-            # After an attempt by another job, `claimed_step` is None, and `_rank_piece` sets `previous_step`.
+            # If another job made the attempt, `claimed_step` is None, and `_rank_piece` sets the step.
             state.next_attempt += 1
             state.previous_step, state.claimed_step = state.claimed_step, None
         return True
@@ -296,7 +296,7 @@ class PendingPieces:
 
 @dataclass(kw_only=True)
 class PieceQueue:
-    """Claims attempts, waits, and publishes rows, on a generating job's first process."""
+    """Claims attempts, waits for work and publishes rows, on the first process of a generating job."""
 
     pending: PendingPieces
     store: RolloutStore
@@ -314,8 +314,7 @@ class PieceQueue:
     _policy: Policy | None = None
     _checked_s: float = 0.0
 
-    def next_attempts(self, num_rows: int = 0, *, is_busy: bool = False
-                      ) -> tuple[SampleAttempt, ...] | None:
+    def next_attempts(self, num_rows: int = 0, *, is_busy: bool = False) -> tuple[SampleAttempt, ...] | None:
         """Return attempts to generate; () if there are none at the moment, None at the end.
 
         Args:
@@ -391,11 +390,11 @@ class _PieceState:
 
     next_attempt: int = 0
     open_tokens: int = 0
-    """Tokens in the unfinished responses."""
+    """Tokens in the unfinished responses of the last published attempt."""
     is_stuck: bool = False
     """Whether the previous attempt added no token."""
     previous_step: int | None = None
     """Policy step in the previous attempt; after an attempt by another job, the policy step in which this job
     first saw the piece."""
     claimed_step: int | None = None
-    """Policy step in the next attempt by this job."""
+    """Policy step with which this job claimed the next attempt; None: not claimed by this job."""

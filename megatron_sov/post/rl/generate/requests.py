@@ -1,9 +1,9 @@
 """Generation by engine servers: a request per response, per group of short responses, or per turn of an
 episode.
 
-A queue over complete rounds keeps the servers full; a piece is published when its rows are finished. During
-the last responses of a round, servers already generate responses of later rounds (`rollout.max_staleness`),
-and continue them with the next weights. Every token has the version of the policy that generated it.
+All responses of a round are requested at once, so that no server idles; a piece is published when its rows
+are finished. During the last responses of a round, servers already generate responses of later rounds
+(`rollout.max_staleness`), and continue them with the next weights: every token has a policy version.
 """
 
 from __future__ import annotations
@@ -126,8 +126,7 @@ class PendingRow:
     build_row: Callable[[], Rollout]
     """Builds the row after `future` is done."""
     is_begun: Callable[[], bool]
-    """Whether a server has accepted the request, or an episode has a thread: the deadline counts from
-    then."""
+    """Whether a server has accepted the request, or an episode has a thread; starts the deadline."""
 
 
 class RowRequests(Protocol):
@@ -137,11 +136,9 @@ class RowRequests(Protocol):
 
     def begin(self, attempt: SampleAttempt) -> list[PendingRow]:
         """Request an attempt's rows, in order."""
-        ...
 
     def abort(self, names: Sequence[str]) -> None:
         """End rows early, with the tokens generated so far."""
-        ...
 
     def close(self) -> None:
         ...
@@ -176,7 +173,7 @@ class ResponseRequests:
         remaining = iter(rows)
         pending: list[PendingRow] = []
         for request in requests:
-            pending += self._submit_row(attempt, request, list(islice(remaining, request.num_answers)))
+            pending += self._submit_request(attempt, request, list(islice(remaining, request.num_answers)))
         return pending
 
     def abort(self, names: Sequence[str]) -> None:
@@ -185,9 +182,9 @@ class ResponseRequests:
     def close(self) -> None:
         """Do nothing: the engine's fleet ends the requests."""
 
-    def _submit_row(self, attempt: SampleAttempt, request: TokenRequest, rows: list[Rollout]
-                    ) -> list[PendingRow]:
-        """Submit a request for `rows`; the rows' futures are done with the request."""
+    def _submit_request(self, attempt: SampleAttempt, request: TokenRequest, rows: list[Rollout]
+                        ) -> list[PendingRow]:
+        """Submit a request with an answer per row; the request completes the futures of all `rows`."""
         answers = self._engine.fleet.submit(request)
         futures: list[Future[Any]] = [Future() for _ in rows]
 
@@ -196,17 +193,19 @@ class ResponseRequests:
                 future.set_result(None)
 
         answers.add_done_callback(finish_rows)
-        return [PendingRow(request.name, future, partial(self._build_row, attempt, row, answers, place),
+        return [PendingRow(request.name, future, partial(self._build_row, attempt, row, answers, index),
                            answers.running)
-                for place, (future, row) in enumerate(zip(futures, rows, strict=True))]
+                for index, (future, row) in enumerate(zip(futures, rows, strict=True))]
 
-    def _build_row(self, attempt: SampleAttempt, row: Rollout, answers: Future[list[TokenAnswer]], place: int
+    def _build_row(self, attempt: SampleAttempt, row: Rollout, answers: Future[list[TokenAnswer]], index: int
                    ) -> Rollout:
-        answer = answers.result()[place]
+        """Append the tokens of answer `index` to a row."""
+        answer = answers.result()[index]
         tokens = StopRule(self._source.encoder.end_ids).cut(answer.tokens)
         reason = {STOP: STOP, LENGTH: LENGTH, ABORTED: UNFINISHED}[answer.reason]
         routes = None
         if self._source.with_routes:
+            # The policy has not read the last token.
             num_read = len(row.prompt_tokens) + len(row.tokens) + len(tokens) - 1
             routes = self._engine.extract_routes(answer, num_read)
         return self._source.append_tokens(row, attempt, GeneratedTokens(
@@ -243,7 +242,7 @@ class EpisodeRequests:
 
 @dataclass
 class PendingAttempt:
-    """An attempt under generation by servers."""
+    """An attempt whose rows servers generate."""
 
     attempt: SampleAttempt
     indices: dict[Future[Any], int]
@@ -312,8 +311,8 @@ class RolloutRequestQueue:
         self.pieces.pending.release()
 
     def _is_lookup_due(self) -> bool:
-        """Return whether to look for pending pieces: after a published piece, and every `LOOKUP_S` seconds,
-        because a lookup reads the store piece by piece."""
+        """Return whether to look for pending pieces now, and if so, set the time of the next lookup: after
+        `LOOKUP_S`, because a lookup reads the store piece by piece, or after the next published piece."""
         if self.clock_s() < self._next_lookup_s:
             return False
         self._next_lookup_s = self.clock_s() + LOOKUP_S
@@ -356,9 +355,10 @@ class RolloutRequestQueue:
         self.under_way.append(PendingAttempt(attempt, indices, rows))
 
     def _abort_late_rows(self) -> None:
-        """Abort the rows past `deadlines_s`."""
         deadline_s, now_s = self.requests.rollout.deadline_s, self.clock_s()
-        for attempt in self.under_way if deadline_s else ():
+        if not deadline_s:
+            return
+        for attempt in self.under_way:
             late = set()
             for index in attempt.indices.values():
                 if index not in attempt.deadlines_s and attempt.rows[index].is_begun():
@@ -379,12 +379,13 @@ class RolloutRequestQueue:
         return finished
 
     def _collect_rows(self, finished: set[Future[Any]]) -> None:
-        for attempt in list(self.under_way):
-            for future in finished & attempt.indices.keys():
-                index = attempt.indices.pop(future)
-                attempt.finished[index] = attempt.rows[index].build_row()
-            if not attempt.indices:
-                self.under_way.remove(attempt)
-                rows = [attempt.finished[index] for index in range(len(attempt.rows))]
-                self.pieces.publish([attempt.attempt], [rows])
+        """Build the finished rows, and publish attempts with all rows."""
+        for pending in list(self.under_way):
+            for future in finished & pending.indices.keys():
+                index = pending.indices.pop(future)
+                pending.finished[index] = pending.rows[index].build_row()
+            if not pending.indices:
+                self.under_way.remove(pending)
+                rows = [pending.finished[index] for index in range(len(pending.rows))]
+                self.pieces.publish([pending.attempt], [rows])
                 self._next_lookup_s = 0.0

@@ -38,7 +38,7 @@ class GeneratedTokens:
     versions: Sequence[int]
     """Policy step per token."""
     routes: np.ndarray | None
-    """[tokens read, layers, K], prompt and row included; None: not requested."""
+    """[tokens read, layers, K] experts of prompt and response but its last token; None: not requested."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +128,7 @@ class ResponseSource:
 
     def _append_generated(self, row: Rollout, generated: GenerationResult, index: int, limit: int,
                           attempt: SampleAttempt) -> Rollout:
+        """Append continuation `index` of a batch, at most `limit` tokens, to a row."""
         # Engines without `GenerationBounds` generate up to the largest limit in the batch.
         tokens, logprobs = generated.continuations[index][:limit], generated.logprobs[index][:limit]
         reason = STOP if generated.finish_reasons[index] == STOP else LENGTH
@@ -147,9 +148,10 @@ class ResponseSource:
         rows = []
         for prompt, key in build_keys(attempt, self.rollout, self.chosen_by):
             rows.append(Rollout(
-                key, piece.round, 0, prompt.record, np.array(ids[prompt.id], np.int32),
-                finish_reason=UNFINISHED, temperature=choose_logprob_temperature(self.rollout),
-                engine=self.engine_name, began_s=began_s, ended_s=began_s, **NO_TOKENS))
+                key, piece.round, attempt=0, record=prompt.record,
+                prompt_tokens=np.array(ids[prompt.id], np.int32), finish_reason=UNFINISHED,
+                temperature=choose_logprob_temperature(self.rollout), engine=self.engine_name,
+                began_s=began_s, ended_s=began_s, **NO_TOKENS))
         return rows
 
     def _encode_prompts(self, prompts: Sequence[RolloutPrompt]) -> list[list[int]]:
@@ -186,8 +188,7 @@ def choose_logprob_temperature(rollout: RolloutConfig) -> float:
 
 
 def build_sampling(rollout: RolloutConfig, max_new_tokens: int, *, with_routes: bool) -> Sampling:
-    """Return the engine's sampling. `RolloutConfig` rejects top_p < 1 for trainers that compare with the
-    full distribution."""
+    """Return the engine's sampling; `RolloutConfig` checks which trainers may use top_p < 1."""
     return Sampling(max_new_tokens, rollout.temperature, top_p=rollout.top_p, seed=rollout.seed,
                     for_training=True, allow_truncation=rollout.top_p < 1, with_routes=with_routes)
 

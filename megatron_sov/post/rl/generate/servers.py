@@ -55,6 +55,7 @@ class LiveServers:
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     _opening: Future[None] | None = None
     _context: Any = None
+    """Context manager of `engine`."""
     _closed: threading.Event = field(default_factory=threading.Event)
     """Ends the servers, also during their start."""
     _loaded_step: int | None = None
@@ -65,8 +66,7 @@ class LiveServers:
         return self.engine is not None and self._opening is None
 
     def is_opening(self, limit_s: float) -> bool:
-        """Start the servers on rank 0, wait up to `limit_s`, and return whether servers are still
-        starting."""
+        """Start the servers on rank 0, wait up to `limit_s`, and return whether they are still starting."""
         if self.engine is None and self._opening is None:
             self._opening = self._pool.submit(self._open_servers)
         if self._opening is not None and wait([self._opening], limit_s).done:
@@ -86,7 +86,7 @@ class LiveServers:
             locations=settings.places, with_routes=settings.with_routes, stop_event=self._closed)
         self.engine = self._context.__enter__()
         if not settings.places.urls:
-            self._loaded_step = 0
+            self._loaded_step = 0  # servers of this run start with the initial weights
 
     def push_weights(self, view: FeedView, policy: Policy) -> None:
         """Send the live weights to the servers; called by all processes together."""
@@ -113,7 +113,7 @@ class LiveServers:
             run_on_main(view.world, lambda: self._compare_logprobs(text, logprobs, policy))
 
     def close(self) -> None:
-        self._closed.set()  # a client of a remote server waits up to half an hour
+        self._closed.set()  # else the wait for a remote server may last half an hour
         self._pool.shutdown()
         if self._context is not None:
             self._context.__exit__(None, None, None)
@@ -136,9 +136,10 @@ class LiveServers:
 
         run_on_each_rank(update_engine)
 
-    def _compare_logprobs(self, text: Sequence[int], own: Sequence[float], policy: Policy) -> None:
+    def _compare_logprobs(self, text: Sequence[int], expected: Sequence[float], policy: Policy) -> None:
+        """Compare each server's log-probabilities of `text` with the trainer's, `expected`."""
         assert self.engine is not None, "the servers are not open"
-        gaps = [sum(abs(a - b) for a, b in zip(logprobs, own, strict=True)) / len(own)
+        gaps = [sum(abs(a - b) for a, b in zip(logprobs, expected, strict=True)) / len(expected)
                 for logprobs in self.engine.fleet.score(text)]
         gap = self.meters["engine_gap_nats"] = max(gaps, default=0.0)
         if gap > MAX_GAP_NATS:

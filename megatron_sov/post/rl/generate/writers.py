@@ -35,7 +35,6 @@ class RolloutSource(Protocol):
     @property
     def chosen_by(self) -> dict[str, Any]:
         """Settings besides `rollout` that change tokens, see `compute_sampling_digest`."""
-        ...
 
     def write(self, engine: Engine, attempts: Sequence[SampleAttempt],
               should_yield: Callable[[], bool]) -> list[list[Rollout]] | None:
@@ -46,7 +45,6 @@ class RolloutSource(Protocol):
             attempts: attempts by one policy.
             should_yield: on the first process, whether to cut off unfinished rows before the deadline.
         """
-        ...
 
 
 class RolloutWriter(Protocol):
@@ -69,11 +67,9 @@ class RolloutWriter(Protocol):
         Returns:
             Figures for the event `round`.
         """
-        ...
 
     def close(self) -> None:
         """Release claims and end servers."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +82,10 @@ class GenerationSettings:
     """Prompts that no round uses."""
     rollout: RolloutConfig
     run: Path
+    """Run folder."""
     source: RolloutSource
     provenance: Mapping[str, Any]
+    """Manifest fields for every part."""
     max_gen_batches: int = 1
     """`policy.max_gen_batches`: above 1, rounds may need further prompts."""
     wait_s: float | None = None

@@ -321,6 +321,7 @@ def _join_rewards(rows: Sequence[RolloutFacts], judgements: RewardsByRow, unjudg
 
 def _build_rows(responses: Sequence[JudgedResponse], groups: Sequence[JudgedGroup],
                 parts: Mapping[int, RolloutPart]) -> np.ndarray:
+    """Return [responses] `ROW`; `groups` has the advantages of `responses`, in the same order."""
     part_indices = {part.name: index for index, part in parts.items()}
     advantages: list[float] = []
     orders: list[int] = []

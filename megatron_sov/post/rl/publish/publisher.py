@@ -154,6 +154,7 @@ class Publisher:
         self._compare_sampling(folder, previous.get(CHOSEN_BY, {}))
 
     def _compare_sampling(self, folder: Path, previous: Mapping[str, Any]) -> None:
+        """Raise `UserError` for changed settings; warn if only the version of the environment changed."""
         # Rounds by other jobs record no settings.
         if not previous or not self.chosen_by:
             return
@@ -199,7 +200,8 @@ class Publisher:
 
     def _plan_round(self, source: StoredRound, inputs: _RoundInputs, shares: Sequence[Sequence[JudgedPiece]],
                     building: contextlib.ExitStack) -> str | RoundPlan:
-        """Plan the files in a folder that `building` renames on exit, or describe missing responses."""
+        """Plan the files in a folder that `building` renames on exit, or describe missing responses.
+        `shares`: the pieces that each rank judged."""
         number, out = source.number, round_folder(self.rounds, source.number)
         pieces = sorted((piece for share in shares for piece in share), key=lambda piece: piece.number)
         gathered = JudgedRound(number, inputs.parts, tuple(pieces))
@@ -220,20 +222,21 @@ class Publisher:
     def _prune_rounds(self, number: int) -> None:
         """Delete tokens and columns in old rounds that no resume needs and the store can rebuild. The
         manifests remain as records."""
-        folder = self.rounds.parent / checkpoints.CHECKPOINTS_FOLDER
-        oldest = min(map(checkpoints.checkpoint_step, checkpoints.list_complete(folder)), default=0)
+        complete = checkpoints.list_complete(self.rounds.parent / checkpoints.CHECKPOINTS_FOLDER)
+        oldest_step = min(map(checkpoints.checkpoint_step, complete), default=0)
         rollout = self.config.rollout
-        for old in range(1, min(oldest // rollout.steps_per_round + 1, number - rollout.keep_rounds)):
-            round_ = round_folder(self.rounds, old)
-            if not (round_ / ROUNDS_SOURCE).is_dir():
+        first_resumable = oldest_step // rollout.steps_per_round + 1
+        for old in range(1, min(first_resumable, number - rollout.keep_rounds)):
+            folder = round_folder(self.rounds, old)
+            if not (folder / ROUNDS_SOURCE).is_dir():
                 continue
-            parts = read_manifest(round_).content["store"]
+            parts = read_manifest(folder).content["store"]
             if not all((self._opened_store.part_path(part["name"]) / MANIFEST).is_file() for part in parts):
                 continue
-            with translate_disk_errors(round_):
-                for column in self.rounds.glob(f"{round_.name}.*.f32"):
+            with translate_disk_errors(folder):
+                for column in self.rounds.glob(f"{folder.name}.*.f32"):
                     column.unlink()
-                shutil.rmtree(round_ / ROUNDS_SOURCE)
+                shutil.rmtree(folder / ROUNDS_SOURCE)
 
     def _request_further(self, source: StoredRound, gathered: JudgedRound) -> str:
         """Request further prompts if too few groups in a round learn (dynamic sampling, DAPO, arXiv
@@ -395,8 +398,8 @@ class Publisher:
                     reasons[group.reason] += 1
                     continue
                 rows_of_group = gathered.groups[i]
-                advantages[rows_of_group], is_trained[rows_of_group] = group.advantages, rows["order"][
-                    rows_of_group] >= 0
+                advantages[rows_of_group] = group.advantages
+                is_trained[rows_of_group] = rows["order"][rows_of_group] >= 0
                 trained_advantages = advantages[rows_of_group][is_trained[rows_of_group]]
                 is_learning = has_advantage(trained_advantages) or not self.config.policy.learns_from_rewards
                 reasons[TRAINED_GROUPS if is_learning else NO_ADVANTAGE] += 1
@@ -428,8 +431,7 @@ class Publisher:
 
     def _choose_responses(self, group: Sequence[JudgedResponse], advantages: GroupAdvantages
                           ) -> tuple[list[int], str]:
-        """Return the indices of the responses to train on, in document order, and the reason if
-        the list is empty."""
+        """Return (indices of the responses to train on, in document order; reason if there are none)."""
         if advantages.reason:
             return [], advantages.reason
         policy = self.config.policy
@@ -505,8 +507,8 @@ def _further_file(rounds: Path, number: int) -> Path:
 
 def list_number_columns(config: RunConfig) -> tuple[str, ...]:
     """Return the names of the columns with a number per response."""
-    groups = config.policy.learns_preferences and config.documents_per_unit == 1
-    return (ADVANTAGE, GROUP_SHARE) if groups else (ADVANTAGE,)
+    learns_groups = config.policy.learns_preferences and config.documents_per_unit == 1
+    return (ADVANTAGE, GROUP_SHARE) if learns_groups else (ADVANTAGE,)
 
 
 def is_published(rounds: Path, number: int) -> bool:
@@ -514,17 +516,18 @@ def is_published(rounds: Path, number: int) -> bool:
 
 
 def _list_domains(gathered: JudgedRound, selection: _Selection) -> list[tuple[str, int]]:
-    """Return the documents' domains as (domain, number of documents), in the order of `_iter_pieces`."""
+    """Return the documents' domains, in the order of `_iter_pieces`; (domain, number of documents) stands for
+    consecutive documents of a domain."""
     domains = compress(gathered.row_domains, selection.is_trained.tolist())
     return [(domain, len(list(repeats))) for domain, repeats in groupby(domains)]
 
 
 def _iter_pieces(gathered: JudgedRound, selection: _Selection) -> Iterator[RoundPiece]:
     """Yield a round's training documents, piece by piece."""
-    counts = np.array([place.stop - place.start for place in gathered.groups])
-    ends = np.cumsum([0, *(len(piece.rows) for piece in gathered.pieces)]).tolist()
-    for first, end in pairwise(ends):
-        trained = first + np.flatnonzero(selection.is_trained[first:end])
+    group_sizes = np.array([rows.stop - rows.start for rows in gathered.groups])
+    bounds = np.cumsum([0, *(len(piece.rows) for piece in gathered.pieces)]).tolist()
+    for first, end in pairwise(bounds):
+        trained = first + np.flatnonzero(selection.is_trained[first:end])  # indices in `gathered.rows`
         if not len(trained):
             continue
         # The better response in a pair comes first.
@@ -535,5 +538,5 @@ def _iter_pieces(gathered: JudgedRound, selection: _Selection) -> Iterator[Round
             parts=tuple(gathered.parts[i].name for i in parts.tolist()),
             places=np.stack([row_parts, rows["row"]], 1).astype(np.int32),
             numbers={ADVANTAGE: selection.advantages[trained],
-                     GROUP_SHARE: (1 / counts[gathered.row_groups[trained]]).astype(np.float32)},
+                     GROUP_SHARE: (1 / group_sizes[gathered.row_groups[trained]]).astype(np.float32)},
             num_tokens=int(rows["tokens"].sum()))

@@ -109,8 +109,9 @@ class ShardWriter:
                     lengths, columns, flags = self._read_documents(piece)
                     writer.write(lengths, columns)
                     written.append(flags)
-                    added = len(lengths), len(flags), int(self.bytes_of_token[columns["bin"]].sum())
-                    counts = {name: counts[name] + more for name, more in zip(COUNTS, added, strict=True)}
+                    text_bytes = int(self.bytes_of_token[columns["bin"]].sum())
+                    added = dict(zip(COUNTS, (len(lengths), len(flags), text_bytes), strict=True))
+                    counts = {name: counts[name] + added[name] for name in COUNTS}
             pack_flags(np.concatenate(written)).tofile(f"{prefix}.{WRITTEN}")
             files = {}
             for ending in ("bin", "idx", *self.sidecars):
@@ -120,8 +121,7 @@ class ShardWriter:
         return WrittenShard(counts, files)
 
     def _read_documents(self, piece: RoundPiece) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
-        """Read a piece's documents: lengths, columns, and whether a policy generated the token, [tokens]
-        bool."""
+        """Read a piece's lengths, columns, and [tokens] bool: whether a policy generated the token."""
         fields = (*RULES, ROUTES) if self.routes is not None else RULES
         tables = [self._read_part(name, fields) for name in piece.parts]
         starts = np.cumsum([0, *(table.num_rows for table in tables)])

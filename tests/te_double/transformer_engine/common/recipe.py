@@ -10,12 +10,14 @@ from typing import Any, NamedTuple
 
 
 class _Limits(NamedTuple):
+    """Largest values in the forward and the backward pass."""
+
     max_fwd: float
     max_bwd: float
 
 
 class Format(Enum):
-    """Number formats with their largest values, forward and backward."""
+    """Number formats. HYBRID: E4M3 in the forward pass, E5M2 in the backward pass."""
 
     E2M1 = _Limits(6, 6)
     E4M3 = _Limits(448, 448)

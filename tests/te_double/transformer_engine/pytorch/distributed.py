@@ -1,4 +1,4 @@
-"""Activation recomputation, and the tracker of random states by name."""
+"""Activation recomputation, and a tracker of random states, each with a name."""
 
 from __future__ import annotations
 
@@ -66,11 +66,12 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     get_tracker = kwargs.pop("get_rng_state_tracker", None)
     fp8 = FP8GlobalStateManager.is_fp8_enabled()
     recipe = FP8GlobalStateManager.get_fp8_recipe() if fp8 else None
-    states, calls = get_tracker().get_states() if get_tracker else {}, [0]
+    states, num_calls = get_tracker().get_states() if get_tracker else {}, 0
 
     def run(*tensors: Any) -> Any:
-        is_recomputation, calls[0] = calls[0] > 0, calls[0] + 1
-        if not is_recomputation:
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 1:  # the second call recomputes
             with activation_recompute_forward(True, False):
                 return function(*tensors, **kwargs)
         current_states = get_tracker().get_states() if get_tracker else {}

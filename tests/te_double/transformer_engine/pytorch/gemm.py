@@ -19,7 +19,7 @@ Kind = Literal["fprop", "dgrad", "wgrad"]
 COUNTS: Counter[tuple[Kind | Literal["general"], str]] = Counter()
 """(kind, recipe class name or "") -> number of products; for `general_gemm` the kind contains the layout."""
 SUMMED_AT_ONCE = 32
-"""Products that Hopper's tensor cores add before they round the sum into the accumulator."""
+"""Number of products that Hopper's tensor cores add before they round the sum into the accumulator."""
 FAST_BITS = 13
 """Fraction bits of a sum in fast accumulation (DeepSeek-V3, arXiv 2412.19437, section 3.5.2)."""
 
@@ -28,7 +28,7 @@ def gemm(a: torch.Tensor, b: torch.Tensor, kind: Kind, recipe: Recipe | None = N
          out_dtype: torch.dtype | None = None, b_is_quantized: bool = False) -> torch.Tensor:
     """Return a @ b.
 
-    The summed axis is the last of `a` and the first of `b`; scaled blocks of one axis lie along it:
+    Blocks of values that share a scale extend along the summed axis, the last of `a` and the first of `b`:
 
     - fprop: input [tokens, in] @ transposed weight [in, out],
     - dgrad: output gradient [tokens, out] @ weight [out, in],

@@ -35,18 +35,24 @@ def is_graph_capturing() -> bool:
 
 
 def save_fp8_tensors(modules: Any, recipe: Any) -> list[Any] | None:
-    """Return the scaling state: None, because only delayed scaling has one, which is not supported."""
+    """Return None: only delayed scaling has a state to save, and the double refuses it."""
     if isinstance(recipe, DelayedScaling):
         raise NotImplementedError("the double captures no delayed scaling")
     return None
 
 
 def restore_fp8_tensors(modules: Any, fp8_tensors: list[Any] | None) -> None:
-    """Restore the state that `save_fp8_tensors` returned: none."""
+    """Do nothing, because `save_fp8_tensors` saves no state."""
 
 
 class _Pass:
-    """Forward and backward graph of one module for one micro-batch."""
+    """Forward and backward graph of one module for one micro-batch.
+
+    The graphs read `inputs` and `output_grads`, and write `outputs` and `input_grads`. `clones` has for each
+    input gradient whether a replay returns a copy. `delayed`: modules whose weight gradients the graph
+    `backward_dw` computes. `in_flight`: graphs ("backward", "backward_dw") to replay before the next forward
+    pass. `memory`: (pass, graph) pairs captured before this forward graph, which reuses their memory.
+    """
 
     def __init__(self, module: torch.nn.Module, args: tuple[torch.Tensor, ...],
                  kwargs: dict[str, torch.Tensor]) -> None:
@@ -72,18 +78,18 @@ class _Pass:
     def run_backward(self) -> list[Any]:
         """Return the gradients, computed from `output_grads`, of inputs and parameters that require one."""
         surface = [t for t in (*self.inputs, *self.parameters) if t.requires_grad]
-        before = [t.grad for t in surface]
+        previous_grads = [t.grad for t in surface]
         for t in surface:
             t.grad = None
         torch.autograd.backward(tuple(o for o in self.outputs if o is not None and o.requires_grad),
                                 tuple(g for g in self.output_grads if g is not None))
         gradients = [t.grad for t in surface]
-        for t, grad in zip(surface, before, strict=True):
+        for t, grad in zip(surface, previous_grads, strict=True):
             t.grad = grad
         return gradients
 
     def start(self) -> None:
-        """Note that the pass is in flight, and check that no other pass in flight owns its memory."""
+        """Mark the pass as in flight. Raises RuntimeError: a pass in flight still needs the same memory."""
         if any(part in other.in_flight for other, part in self.memory):
             raise RuntimeError("a forward graph writes into memory of a pass whose backward graph has not "
                                "run: it was captured after that backward graph")
@@ -102,6 +108,8 @@ class _Pass:
 
 
 class _Graphed(torch.autograd.Function):
+    """Replays the forward and the backward graph of a pass."""
+
     @staticmethod
     def forward(ctx: Any, graphs: _Pass, *inputs: torch.Tensor) -> tuple[Any, ...]:
         ctx.graphs = graphs
@@ -121,10 +129,13 @@ class _Graphed(torch.autograd.Function):
                 buffer.copy_(gradient)
         graphs.backward.replay()
         graphs.in_flight.discard("backward")
-        # a detached gradient may become a tensor's `grad` as it is: memory of the graph
-        input_grads = [gradient if gradient is None else gradient.clone() if is_cloned else gradient.detach()
-                       for gradient, is_cloned in zip(graphs.input_grads, graphs.clones, strict=True)]
-        # another graph may reuse this memory from now on: make late readers fail visibly
+        input_grads: list[torch.Tensor | None] = []
+        for gradient, is_cloned in zip(graphs.input_grads, graphs.clones, strict=True):
+            if gradient is None:
+                input_grads.append(None)
+            else:  # without a copy, memory of the graph may become a tensor's `grad`
+                input_grads.append(gradient.clone() if is_cloned else gradient.detach())
+        # another graph may reuse the outputs' memory from now on: late readers find NaN
         for output in graphs.outputs:
             if output is not None and output.is_floating_point():
                 output.detach().fill_(math.nan)
@@ -212,14 +223,16 @@ def make_graphed_callables(
         if not module.training:
             raise NotImplementedError("the double captures training mode only")
     starts = [sum(_num_layers_per_chunk[:i]) for i in range(len(_num_layers_per_chunk))]
-    count = sum(c == int(c) for c in _order) // len(starts) // 2
+    num_whole = sum(entry == int(entry) for entry in _order)
+    num_micro_batches = num_whole // len(starts) // 2  # each passes every chunk forward and backward
     sample_kwargs = sample_kwargs or [{} for _ in sample_args]
-    if len(sample_args) != len(modules) * count:
-        raise ValueError(f"Expected {len(modules) * count} args tuple, but got {len(sample_args)}.")
-    places = [(chunk, layer) for chunk, n in enumerate(_num_layers_per_chunk) for _ in range(count)
-              for layer in range(n)]
-    passes = [_Pass(modules[starts[chunk] + layer], args, kwargs)
-              for (chunk, layer), args, kwargs in zip(places, sample_args, sample_kwargs, strict=True)]
+    if len(sample_args) != len(modules) * num_micro_batches:
+        raise ValueError(
+            f"Expected {len(modules) * num_micro_batches} args tuple, but got {len(sample_args)}.")
+    pass_modules = [modules[start + layer] for start, n in zip(starts, _num_layers_per_chunk, strict=True)
+                    for _ in range(num_micro_batches) for layer in range(n)]
+    passes = [_Pass(module, args, kwargs)
+              for module, args, kwargs in zip(pass_modules, sample_args, sample_kwargs, strict=True)]
     enabled = fp8_enabled if enabled is None else enabled
     if not isinstance(enabled, tuple):
         enabled = (bool(enabled),) * len(modules)
@@ -230,11 +243,11 @@ def make_graphed_callables(
         for hook in (pre_warmup_hook, post_warmup_hook):
             if hook is not None:
                 hook()
-        _run_schedule(_order, starts, _num_layers_per_chunk, count, passes, _warm_up, _warm_up_backward,
-                      lambda graphs: None)
+        _run_schedule(_order, starts, _num_layers_per_chunk, num_micro_batches, passes, _warm_up,
+                      _warm_up_backward, lambda graphs: None)
         shared: dict[Any, list[Any]] = {}
         free: list[tuple[_Pass, str]] = []
-        _run_schedule(_order, starts, _num_layers_per_chunk, count, passes,
+        _run_schedule(_order, starts, _num_layers_per_chunk, num_micro_batches, passes,
                       lambda graphs: _capture(graphs, free),
                       lambda graphs: _capture_backward(graphs, shared, clone_param_grads_on_return, free),
                       lambda graphs: _capture_delayed(graphs, free))
@@ -243,18 +256,24 @@ def make_graphed_callables(
     return tuple(_build_callable(graphs, graphs.module.forward) for graphs in passes)
 
 
-def _run_schedule(order: list[float], starts: list[int], layers: list[int], count: int, passes: list[_Pass],
-                  forward: Callable[[_Pass], None], backward: Callable[[_Pass], None],
+def _run_schedule(order: list[float], starts: list[int], num_layers: list[int], num_micro_batches: int,
+                  passes: list[_Pass], forward: Callable[[_Pass], None], backward: Callable[[_Pass], None],
                   delayed: Callable[[_Pass], None]) -> None:
-    """Apply `forward`, `backward` or `delayed` to each pass in the order of a pipeline schedule."""
-    done = {direction: [0] * len(starts) for direction in (1, -1)}
-    for c in order:
-        chunk, direction = abs(math.ceil(c)) - 1, 1 if c > 0 else -1
-        is_delayed = c != math.ceil(c)
-        first = starts[chunk] * count + (done[direction][chunk] - is_delayed) * layers[chunk]
-        done[direction][chunk] += not is_delayed
-        for graphs in passes[first:first + layers[chunk]][::direction]:
-            (delayed if is_delayed else forward if direction > 0 else backward)(graphs)
+    """Apply `forward`, `backward` or `delayed` to each pass in the order of a pipeline schedule.
+
+    `starts` and `num_layers`: first layer and number of layers of each chunk.
+    """
+    micro_batches_done = {direction: [0] * len(starts) for direction in (1, -1)}
+    for entry in order:
+        chunk, direction = abs(math.ceil(entry)) - 1, 1 if entry > 0 else -1
+        is_delayed = entry != math.ceil(entry)
+        # weight gradients belong to the micro-batch whose backward pass ran last
+        micro_batch = micro_batches_done[direction][chunk] - is_delayed
+        micro_batches_done[direction][chunk] += not is_delayed
+        first = starts[chunk] * num_micro_batches + micro_batch * num_layers[chunk]
+        apply = delayed if is_delayed else {1: forward, -1: backward}[direction]
+        for graphs in passes[first:first + num_layers[chunk]][::direction]:
+            apply(graphs)
 
 
 def _warm_up(graphs: _Pass) -> None:
@@ -270,6 +289,7 @@ def _warm_up_backward(graphs: _Pass) -> None:
 
 
 def _capture(graphs: _Pass, free: list[tuple[_Pass, str]]) -> None:
+    """Capture the forward pass, whose graph may reuse the memory of the graphs in `free`."""
     graphs.memory = list(free)
     with graphs.forward.capture():
         graphs.run()
@@ -277,9 +297,10 @@ def _capture(graphs: _Pass, free: list[tuple[_Pass, str]]) -> None:
 
 def _capture_backward(graphs: _Pass, shared: dict[Any, list[Any]], clones: bool,
                       free: list[tuple[_Pass, str]]) -> None:
-    """Capture the backward pass; passes with equal output shapes share the buffers of output gradients.
+    """Capture the backward pass; graphs captured later may reuse its memory.
 
-    Its memory is free for the graphs captured from now on.
+    `shared`: shapes and dtypes of outputs -> output gradients, which passes with equal outputs share.
+    `clones`: replays return copies of parameter gradients.
     """
     free.append((graphs, "backward"))
     key = tuple((o.shape, o.dtype) for o in graphs.outputs if o is not None and o.requires_grad)
@@ -297,6 +318,7 @@ def _capture_backward(graphs: _Pass, shared: dict[Any, list[Any]], clones: bool,
 
 
 def _capture_delayed(graphs: _Pass, free: list[tuple[_Pass, str]]) -> None:
+    """Capture the weight gradients that the backward pass postponed."""
     free.append((graphs, "backward_dw"))
     graphs.delayed = graphs.list_delayed()
     if not graphs.delayed:

@@ -9,7 +9,7 @@ from .recording import kernel
 
 
 def _order_rows(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: int,
-          probs: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+                probs: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the expert and the token of every permuted row, ordered by expert, then token."""
     if not inp.numel():
         return torch.empty(0, dtype=torch.long), torch.empty(0, dtype=torch.long)
@@ -28,19 +28,19 @@ def _order_rows(inp: torch.Tensor, routing_map: torch.Tensor, num_out_tokens: in
 
 
 def _row_id_map(routing_map: torch.Tensor, expert: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
-    """Return an int32 map [tokens, 2 * experts + 1], the shape of the real map: permuted row of each token
-    for each expert, or -1; the remaining columns are -1."""
+    """Return an int32 map [tokens, 2 * experts + 1], the shape of the real map. Column e has each token's
+    permuted row for expert e, or -1; the columns after the experts' are -1."""
     tokens, experts = routing_map.shape
-    found = torch.full((tokens, 2 * experts + 1), -1, dtype=torch.int32)
-    found[token, expert] = torch.arange(len(token), dtype=torch.int32)
-    return found
+    row_id_map = torch.full((tokens, 2 * experts + 1), -1, dtype=torch.int32)
+    row_id_map[token, expert] = torch.arange(len(token), dtype=torch.int32)
+    return row_id_map
 
 
 def _find_rows(row_id_map: torch.Tensor, num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Return permuted row, token and expert of each entry of a map, ordered by token."""
     rows = row_id_map[:, :row_id_map.shape[1] // 2]
     token, expert = (rows >= 0).nonzero(as_tuple=True)
-    assert len(token) == num_rows, f"the map has {len(token)} rows, and {num_rows} came"
+    assert len(token) == num_rows, f"the map has {len(token)} rows, and the input {num_rows}"
     return rows[token, expert].long(), token, expert
 
 

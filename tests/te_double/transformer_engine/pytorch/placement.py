@@ -54,10 +54,12 @@ def require_cuda(**tensors: torch.Tensor | None) -> None:
 
 GPU = torch.device("cpu", 0)
 """Device of the chip: CPU tensors drop the index, an explicit device keeps it."""
-_BESIDE_GPU = {"__getitem__", "__setitem__", "copy_", "index_put_", "index_put"}
-"""Functions that accept host tensors together with GPU tensors; list functions handle tensors one by one."""
+_MIXES_DEVICES = {"__getitem__", "__setitem__", "copy_", "index_put_", "index_put"}
+"""Functions that accept host tensors together with GPU tensors. So do `_foreach_` functions, which take lists
+and handle their tensors one by one."""
 _MAKERS = {"tensor", "as_tensor", "empty", "zeros", "ones", "full", "arange", "rand", "randn", "randint",
            "eye", "linspace", "randperm", "load"}
+"""Functions that create tensors in host memory unless a device is named."""
 
 
 def _in_kernel() -> bool:
@@ -81,17 +83,18 @@ class HostTensors(TorchFunctionMode):
         self.marked = 0
 
     def __enter__(self) -> HostTensors:
-        def read(make: Any) -> Any:  # torch asks no mode about these
+        def mark_results(make: Any) -> Any:
             return lambda *args, **kwargs: mark_host(make(*args, **kwargs))
 
-        self._made = torch.from_numpy, torch.frombuffer
-        torch.from_numpy, torch.frombuffer = map(read, self._made)  # type: ignore[assignment]
+        # torch calls `__torch_function__` for neither of these
+        self._originals = torch.from_numpy, torch.frombuffer
+        torch.from_numpy, torch.frombuffer = map(mark_results, self._originals)  # type: ignore[assignment]
         super().__enter__()
         return self
 
     def __exit__(self, *exc_details: Any) -> None:
         super().__exit__(*exc_details)
-        torch.from_numpy, torch.frombuffer = self._made  # type: ignore[assignment]
+        torch.from_numpy, torch.frombuffer = self._originals  # type: ignore[assignment]
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, name = kwargs or {}, getattr(func, "__name__", "")
@@ -101,29 +104,30 @@ class HostTensors(TorchFunctionMode):
             return torch.device("cpu") if on_host(args[0]) else GPU
         tensors = [x for x in tree_leaves((args, kwargs)) if torch.is_tensor(x)]
         device = self._device(name, args, kwargs)
-        found = func(*args, **kwargs)
-        if isinstance(found, str):  # a type's name: the CPU shim adds "cuda." here, and once more outside
-            return found.replace("torch.cuda.", "torch.", 1)
+        result = func(*args, **kwargs)
+        if isinstance(result, str):  # a type's name: the CPU shim adds "cuda." here, and once more outside
+            return result.replace("torch.cuda.", "torch.", 1)
         if name == "__set__" and func == torch.Tensor.data.__set__:
             setattr(args[0], MARK, on_host(args[1]))
-            return found
+            return result
         if device is not None:
             is_host = device != GPU
-            if name in ("to", "cpu", "type_as") and found.dtype == tensors[0].dtype:
-                found = tensors[0] if on_host(tensors[0]) == is_host else tensors[0].clone()
+            if name in ("to", "cpu", "type_as") and result.dtype == tensors[0].dtype:
+                # on a GPU, the call copies only if the tensor is on the other device
+                result = tensors[0] if on_host(tensors[0]) == is_host else tensors[0].clone()
         elif tensors:
             is_host = all(map(on_host, tensors))
-            mixes = name in _BESIDE_GPU or name.startswith("_foreach_")
+            mixes = name in _MIXES_DEVICES or name.startswith("_foreach_")
             if not is_host and not mixes and any(on_host(t) and t.dim() for t in tensors):
                 raise RuntimeError("Expected all tensors to be on the same device, but found at least two "
                                    f"devices, cuda:0 and cpu! (in {resolve_name(func) or name})")
         else:
             is_host = name in _MAKERS
-        for made in tree_leaves(found):
-            if torch.is_tensor(made) and not any(made is t for t in tensors):
-                setattr(made, MARK, is_host)
+        for leaf in tree_leaves(result):
+            if torch.is_tensor(leaf) and not any(leaf is t for t in tensors):
+                setattr(leaf, MARK, is_host)
                 self.marked += is_host
-        return found
+        return result
 
     @staticmethod
     def _device(name: str, args: Any, kwargs: Any) -> torch.device | None:

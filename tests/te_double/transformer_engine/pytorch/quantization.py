@@ -75,7 +75,8 @@ class autocast:
         if self._old is not None:
             raise RuntimeError("autocast context manager cannot be entered more than once concurrently")
         self._old = FP8GlobalStateManager.quantization_state
-        FP8GlobalStateManager.quantization_state = FP8GlobalState(*self._new, *astuple(self._old)[4:])
+        parameter_settings = astuple(self._old)[4:]
+        FP8GlobalStateManager.quantization_state = FP8GlobalState(*self._new, *parameter_settings)
         return self
 
     def __exit__(self, exc_type: Any, exc_val: Any, exc_tb: Any) -> None:

@@ -36,7 +36,7 @@ class QuantizedTensor(torch.Tensor):
                                                    requires_grad=requires_grad, device=device)
 
     def dequantize(self, *, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Return the values of the rowwise bytes."""
+        """Return the values as a plain tensor."""
         return self._values().to(dtype or self.dtype)
 
     def quantize_(self, tensor: torch.Tensor) -> QuantizedTensor:
@@ -44,7 +44,8 @@ class QuantizedTensor(torch.Tensor):
         raise NotImplementedError
 
     def _store(self, **parts: torch.Tensor) -> None:
-        """Copy into the existing memory, which other tensors may share; at first, use the given tensors."""
+        """Set attributes to `parts`. An attribute that exists receives a copy in its memory, which other
+        tensors may share."""
         for name, part in parts.items():
             if name in vars(self):
                 vars(self)[name].copy_(part)

@@ -46,7 +46,7 @@ def _build_map(like: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
 
 
 class _SaveSelection(torch.autograd.Function):
-    """Saves the selection for the backward pass; like in the kernels, it must not be overwritten before."""
+    """Saves the selection for the backward pass, as the kernels do: callers must not overwrite it before."""
 
     @staticmethod
     def forward(ctx: Any, weights: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
@@ -79,8 +79,8 @@ def fused_topk_with_score_function(
         raise RuntimeError("score_function must be sigmoid or sqrtsoftplus when expert_bias is not None")
     if expert_bias is not None and expert_bias.dtype != torch.float32:
         raise RuntimeError("expert_bias must be a float32 tensor")
-    before = score_function == "sigmoid" or use_pre_softmax
-    scores = _scores(logits.float(), score_function) if before else logits.float()
+    selects_scores = score_function == "sigmoid" or use_pre_softmax
+    scores = _scores(logits.float(), score_function) if selects_scores else logits.float()
     order = scores if expert_bias is None else scores + expert_bias
     if group_topk:
         assert num_groups is not None
@@ -90,7 +90,7 @@ def fused_topk_with_score_function(
     weights = order.gather(-1, chosen)
     if expert_bias is not None:
         weights = weights - expert_bias[chosen]
-    if not before:
+    if not selects_scores:
         weights = weights.softmax(-1)
     if score_function == "sigmoid" and topk > 1:
         weights = weights / (weights.sum(-1, keepdim=True) + EPSILON)
@@ -114,7 +114,8 @@ def fused_compute_score_for_moe_aux_loss(logits: torch.Tensor, topk: int, score_
 
 def fused_moe_aux_loss(probs: torch.Tensor, tokens_per_expert: torch.Tensor, total_num_tokens: Any,
                        num_experts: int, topk: int, coeff: float) -> torch.Tensor:
-    """Return the balancing loss of Switch Transformer (arXiv 2101.03961, eq. 4-6) for the top k."""
+    """Return the load balancing loss of Switch Transformer (arXiv 2101.03961, eq. 4-6), with `topk` experts
+    per token instead of one."""
     require_cuda(probs=probs, tokens_per_expert=tokens_per_expert)
     share = probs.sum(0) * tokens_per_expert
     return share.sum() * (num_experts * coeff / (topk * total_num_tokens * total_num_tokens))

@@ -1,5 +1,5 @@
-"""Selection of the attention backend by the rules of the real library, which rejects many calls and may leave
-only the slow backend. Not part of the real interface.
+"""Selection of the attention backend by the rules of the real library, whose fast backend rejects many calls.
+Not part of the real interface.
 
 Sources: `attention/dot_product_attention/utils.py` of Transformer Engine 2.20.2, and
 `nvte_get_fused_attn_backend` of its `common/fused_attn/fused_attn.cpp`.
@@ -18,7 +18,7 @@ from ..placement import Chip
 
 FUSED, UNFUSED = "FusedAttention", "UnfusedDotProductAttention"
 SELECTIONS: Counter[str] = Counter()
-"""Backend -> number of selections, and number of cuDNN queries."""
+"""Backend -> number of selections; each queries cuDNN."""
 MAX_DETERMINISTIC_HOPPER = 1 << 30
 """Limit of documents x heads x longest ** 2 for cuDNN's deterministic backward pass."""
 
@@ -36,7 +36,7 @@ class AttentionCall:
     documents: int
     """Number of packed documents, or the batch size."""
     longest_tokens: int
-    """Upper bound of a document's length."""
+    """Upper bound of the documents' lengths."""
     qkv_format: str = "thd"
     """Tensor layout."""
     window: tuple[int, int] = (-1, 0)

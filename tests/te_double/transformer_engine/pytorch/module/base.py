@@ -18,7 +18,7 @@ from ..tensor.mxfp8_tensor import MXFP8Tensor
 KINDS: dict[str, Any] = {"Float8CurrentScaling": Float8Tensor, "Float8BlockScaling": Float8BlockwiseQTensor,
                          "MXFP8BlockScaling": MXFP8Tensor}
 """Name of a recipe class -> tensor class of its FP8 weights."""
-_dummies: dict[Any, torch.Tensor] = {}
+_dummies: dict[Any, torch.Tensor] = {}  # (*shape, dtype) -> placeholder
 
 
 def get_dummy_wgrad(shape: list[int], dtype: torch.dtype, zero: bool = False) -> torch.Tensor:

@@ -18,6 +18,8 @@ def get_row_alignment(recipe: Recipe) -> int:
 
 
 class _Aligned(torch.nn.Module):
+    """Alignment of both modules; `align_size` None: by the recipe of the first forward pass."""
+
     def __init__(self, num_gemms: int, align_size: int | None = None) -> None:
         super().__init__()
         self.num_gemms, self.align_size = num_gemms, align_size

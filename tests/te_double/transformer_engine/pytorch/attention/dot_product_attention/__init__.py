@@ -18,7 +18,7 @@ from . import utils as dpa_utils
 
 MASKS = ("causal", "padding_causal", "no_mask", "padding")
 _last: list[AttentionCall] = []
-"""Cache of the real library: one call and its decision."""
+"""Like the real library's cache: the last call, for which the backend was selected."""
 
 
 def resolve_window(attn_mask_type: str, size: tuple[int, int] | None) -> tuple[int, int]:
@@ -48,14 +48,14 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
     group_size = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(group_size, 1), v.repeat_interleave(group_size, 1)
     distance = torch.arange(len(q))[:, None] - torch.arange(len(k))
-    seen = torch.ones_like(distance, dtype=torch.bool)
+    visible = torch.ones_like(distance, dtype=torch.bool)
     if size[0] >= 0:
-        seen &= distance <= size[0]
+        visible &= distance <= size[0]
     if size[1] >= 0:
-        seen &= -distance <= size[1]
+        visible &= -distance <= size[1]
     wide = torch.promote_types(q.dtype, torch.float32)
     scores = torch.einsum("qhd,khd->hqk", q.to(wide), k.to(wide)) * scale
-    weights = scores.masked_fill(~seen, -math.inf).softmax(-1)
+    weights = scores.masked_fill(~visible, -math.inf).softmax(-1)
     return torch.einsum("hqk,khd->qhd", weights, v.to(wide)).to(q.dtype)
 
 
@@ -141,17 +141,16 @@ class DotProductAttention(TransformerEngineBaseModule):
             _last[:] = [call]
         if kind == "thd":
             out = attend_documents(query_layer, key_layer, value_layer, cu_seqlens_q, self.softmax_scale,
-                                     size)
+                                   size)
         else:
-            out = torch.stack([attend(q, k, v, self.softmax_scale, size)
-                               for q, k, v in zip(
-                query_layer.unbind(1), key_layer.unbind(1), value_layer.unbind(1), strict=True)], dim=1)
+            sequences = zip(query_layer.unbind(1), key_layer.unbind(1), value_layer.unbind(1), strict=True)
+            out = torch.stack([attend(q, k, v, self.softmax_scale, size) for q, k, v in sequences], dim=1)
         return out.flatten(-2)
 
     def _check(self, kind: str, mask: str, key: torch.Tensor, cu_q: Any, cu_kv: Any, longest: Any) -> None:
         """Raise the real module's assertions."""
         assert key.shape[-2] == self.groups, \
-            f"Keys and values must have num_gqa_group = {self.group_size} heads! Found {key.shape[-2]}."
+            f"Keys and values must have num_gqa_group = {self.groups} heads! Found {key.shape[-2]}."
         if kind != "thd":
             return
         assert key.dim() == 3, "Queries, keys and values must be 3D tensors when qkv_format = thd!"

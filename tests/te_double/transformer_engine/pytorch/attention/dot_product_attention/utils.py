@@ -69,11 +69,11 @@ def get_attention_backend(attention_params: AttentionParams | AttentionCall | No
                           ) -> tuple[bool, None, bool, int | None, bool, list[bool]]:
     """Return (use FlashAttention, its version, use the fused kernel, its number, use plain torch, [whether
     each of the three accepts the call]); write reasons for rejections to the log."""
-    p = attention_params or AttentionParams()
-    call = p if isinstance(p, AttentionCall) else AttentionCall(
-        p.qkv_dtype, p.num_heads, (p.head_dim_qk, p.head_dim_v), p.batch_size, p.max_seqlen_q,
-        p.qkv_layout.partition("_")[0], p.window_size or (-1, -1), p.softcap, p.deterministic,
-        p.is_training)
+    params = attention_params or AttentionParams()
+    call = params if isinstance(params, AttentionCall) else AttentionCall(
+        params.qkv_dtype, params.num_heads, (params.head_dim_qk, params.head_dim_v), params.batch_size,
+        params.max_seqlen_q, params.qkv_layout.partition("_")[0], params.window_size or (-1, -1),
+        params.softcap, params.deterministic, params.is_training)
     log = logging.getLogger("DotProductAttention")
     log.setLevel(AttentionLogging._log_level)
     reasons = find_refusals(call, machine.CHIP)
