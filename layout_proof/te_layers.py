@@ -16,6 +16,7 @@ from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.tensor_parallel import (  # noqa: E402
     ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region)
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # noqa: E402
 
@@ -94,8 +95,9 @@ def replace_te_layers() -> None:
     provider: Any = transformer_engine_spec_provider.TESpecProvider
     provider.layer_norm = lambda self, *args, **options: WrappedTorchNorm
     vars(gpt_layer_specs)["TESpecProvider"] = provider
-    # configs check that the kernel exists; `shrink_model` switches it off
-    rope_utils.fused_apply_rotary_pos_emb = rope_utils._apply_rotary_pos_emb_bshd
+    for utils in (rope_utils, moe_utils):
+        # configs check that kernels exist, and `shrink_model` switches them off
+        vars(utils).update({name: object() for name in vars(utils) if name.startswith("fused_")})
     for module in [module for name, module in sys.modules.items() if name.startswith("megatron.core")]:
         for name, layer in LAYERS.items():
             if name in vars(module):
