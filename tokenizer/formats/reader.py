@@ -141,6 +141,9 @@ def open_hf(file: Path) -> ForeignTokenizer:
         raise UserError(f"{file}: model.vocab or added_tokens are not what they should be ({e!r}); "
                         "restore it from its source") from None
     check_id_range(ids, file)
+    vocab = raw["model"]["vocab"]
+    if isinstance(vocab, dict) and len({*vocab.values()}) < len(vocab):
+        raise UserError(f"{file}: model.vocab gives one id to two tokens; restore the file from its source")
     if raw["model"].get("dropout"):
         raise UserError(f"{file}: model.dropout = {raw['model']['dropout']} makes encoding random; "
                         "set it to null")
@@ -165,11 +168,14 @@ def _get_token_text(token: Any) -> str | None:
 def _read_template(config: dict[str, Any], file: Path) -> str | None:
     """Return the chat template; of several, the one named "default"."""
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise UserError(f"{file}: is not UTF-8 ({e.reason}); save it as UTF-8") from None
     template = config.get("chat_template")
     if isinstance(template, list):
-        named_templates = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named_templates.get("default")
+        template = next((t.get("template") for t in template
+                         if isinstance(t, dict) and t.get("name") == "default"), None)
     if not isinstance(template, str | None):
         raise UserError(f"{file.with_name(CONFIG_JSON)}: chat_template is a {type(template).__name__}, "
                         "must be text; correct it there")

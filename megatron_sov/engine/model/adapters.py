@@ -1,7 +1,6 @@
 """Low-rank adapters on a `Chunk`'s linear layers, output head and token embedding, at any layout.
 
-Megatron-Core's checkpoints do not contain the adapters' parameters; `local_shards` adds the blocks.
-"""
+Megatron-Core's checkpoints do not contain the adapters' parameters; `local_shards` adds the blocks."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence

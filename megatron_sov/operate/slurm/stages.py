@@ -169,6 +169,8 @@ class StageWork:
     """Folder for the job's records: RUN/slurm, or OUTPUT.slurm next to an artifact, which stays unchanged."""
     completion: Path
     """File that exists when the stage is complete."""
+    writes_completion: bool = True
+    """The command writes `completion`; False: the job script does."""
     inputs: tuple[Path, ...] = ()
     """Folders to read, from earlier stages."""
     data: tuple[str, ...] = ()
@@ -337,7 +339,7 @@ def _build_reading(stage: str, arguments: list[str], subject: Path, action: str,
     """Build a stage that only reads the folder `subject`; its records are stored next to the folder."""
     target = subject.absolute()
     records = target.with_name(f"{target.name}.{action}.slurm")
-    return StageWork(stage, tuple(arguments), target, records, records / COMPLETION,
+    return StageWork(stage, tuple(arguments), target, records, records / COMPLETION, writes_completion=False,
                      inputs=tuple(path.absolute() for path in inputs))
 
 
@@ -352,7 +354,7 @@ def _build_shared(stage: str, arguments: list[str], args: Any) -> StageWork:
         optional = [Path(args.target), args.settings.sources.data_dir]
     inputs = [path for path in optional if path is not None]
     return StageWork(stage, tuple(arguments), target, records, records / f"complete-{digest}.json",
-                     inputs=tuple(path.absolute() for path in inputs))
+                     writes_completion=False, inputs=tuple(path.absolute() for path in inputs))
 
 
 def check_inputs(work: StageWork, promised: set[Path]) -> None:

@@ -40,8 +40,7 @@ class TokenShard:
 
         `columns` are suffixes of column files (`PER_DOCUMENT`: a number per document), `routes` is the shape
         of `.routes`, and `banks` maps a kind to its bank of pictures or sounds. Raises `UserError` if a file
-        is damaged or this process has too many open files.
-        """
+        is damaged or this process has too many open files."""
         self.prefix, self._vocab_size = prefix, vocab_size
         self._arguments = prefix, vocab_size, columns, routes, banks
         try:
@@ -103,8 +102,7 @@ class TokenShard:
         """Return `count` token ids from `start` in a document, int64.
 
         Raises `UserError` if an id is outside the vocabulary, because a vocabulary-parallel embedding would
-        ignore it.
-        """
+        ignore it."""
         ids: np.ndarray = self._tokens[self._get_range(document, start, count)].astype(np.int64)
         # as uint64, negative numbers are large
         if count and ids.view(np.uint64).max() >= self._vocab_size:
@@ -160,8 +158,7 @@ class TokenShard:
     def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
         """Return encoder inputs for the tokens, with positions relative to `start`.
 
-        Raises `UserError` if the bank lacks a feature, or a placeholder token has no feature.
-        """
+        Raises `UserError` if the bank lacks a feature, or a placeholder token has no feature."""
         features = self._features[self._get_range(document, start, count)]
         return self._bank_reader.inputs(self.tokens(document, start, count), features,
                                         f"{self._get_file(f'.{FEATURES}')}: document {document}")
@@ -260,8 +257,7 @@ def read_index(file: Path) -> ShardIndex:
     """Map an `.idx` file.
 
     Raises `UserError` if the file is not a Megatron index, and `IndexError`, `KeyError` or `ValueError` if it
-    is damaged.
-    """
+    is damaged."""
     content = map_file(file)
     if content[:9] != IDX_MAGIC:
         raise UserError(f"{file}: is not a Megatron index (its first bytes are {content[:9]!r}); "

@@ -26,8 +26,7 @@ def add_source_views(config: RunConfig, sources: list[Source]) -> list[Source]:
 
     NAME@N has the documents of NAME with at least N tokens, NAME/N has pieces of at most N tokens of every
     document. A view is an additional stream: NAME still reads the documents, too. Raises `UserError` if N is
-    not a number, NAME has no document with N tokens, or conversations would be cut.
-    """
+    not a number, NAME has no document with N tokens, or conversations would be cut."""
     sources_by_name = {source.name: source for source in sources}
     new_names = dict.fromkeys(name for phase in config.data.phases for name in phase.blend
                               if name not in sources_by_name)
@@ -67,8 +66,7 @@ def _build_view(name: str, sources_by_name: dict[str, Source]) -> Source | None:
 def view_as_text(source: Source) -> Source:
     """Return a text source with the tokens from `source`, so that rows may cut conversations.
 
-    The view has no held-out documents, because they would be evaluated as responses.
-    """
+    The view has no held-out documents, because they would be evaluated as responses."""
     if source.format == TEXT_FORMAT:
         return source
     return _replace_documents(source, TextView(source.open_split("train")), source.num_tokens["train"],
@@ -170,8 +168,7 @@ def apply_data_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
 
     A phase takes the blend of the manifest's phase with its name if its own blend is empty, or if its blend
     comes from `recipe` (the settings without `--set`) and names a source missing from the data. Several data
-    folders have no phases. Raises `UserError` if the phases in the manifest cannot be read.
-    """
+    folders have no phases. Raises `UserError` if the phases in the manifest cannot be read."""
     if len(config.data.paths) != 1:
         return config
     [path] = config.data.paths
