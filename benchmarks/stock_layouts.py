@@ -5,8 +5,8 @@ Usage: python benchmarks/stock_layouts.py sound [MODEL ...]
        python benchmarks/stock_layouts.py defects [TEXT ...]
 
 `sound` proves ten layouts of each model in `MODELS`, and `large` a single layout with its processor time and
-memory. `defects` restores the code before each fix in `data/stock_layouts.yaml`, or leaves Megatron-Core as it
-is (`live`), and checks that the verdict names the right place and that the layout is equal after the fix.
+memory. `defects` restores the code before each fix in `data/stock_layouts.yaml`, or leaves Megatron-Core as
+it is (`live`), and checks that the verdict names the right place and that the layout is equal after the fix.
 """
 
 import contextlib
