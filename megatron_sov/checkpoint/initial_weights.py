@@ -25,7 +25,6 @@ ADAPTER_INPUT, STANDARD = "normal of an adapter's input", "standard normal"
 FAN_IN = "normal of spread 1 / sqrt(inputs)"
 SINUSOIDS, STEPS, DECAYS = "sines and cosines", "even time steps", "logarithms of 1, 2, ..."
 EVEN_DECAYS = "logarithms of even numbers up to 16"
-"""Names of distributions."""
 RULES = (
     ("*[!_]norm.weight", NORM), ("*.layer_norm_weight", NORM), ("*.router.expert_bias", ZEROS),
     ("*.linear_*.bias", ZEROS), ("*.linear_proj.weight", RESIDUAL), ("*.linear_fc2.weight", RESIDUAL),

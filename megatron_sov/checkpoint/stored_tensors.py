@@ -69,7 +69,6 @@ def count_owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> n
 
 
 def _get_slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
-    """Return the slices of the indices `low` to `high`, counted from `origin`."""
     return tuple(slice(first - zero, end - zero) for first, end, zero in zip(low, high, origin, strict=True))
 
 

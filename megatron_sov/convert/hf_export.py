@@ -64,7 +64,6 @@ class ParityCheck:
 
 
 def _check_none(name: str, items: list[str]) -> ParityCheck:
-    """Return a check that passes if there are no `items`."""
     return ParityCheck(name, len(items), 0, not items, format_names(items))
 
 
@@ -145,7 +144,6 @@ def _list_differing_ids(a: Weights, b: Weights) -> list[str]:
 
 
 def _check_tensors(a: Weights, b: Weights, records: dict[str, TensorRecord], loss: str) -> list[ParityCheck]:
-    """Check names and values of the tensors; `loss`: sentence about rounded updates of an adapter."""
     largest = max((record.difference for record in records.values()), default=0.0)
     return [
         _check_none("tensors that only one side has",

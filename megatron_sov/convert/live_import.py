@@ -176,8 +176,7 @@ def _find_regions(shards: list[LocalShard], offset: tuple[int, ...],
 
 
 def _to_slices(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(start - zero, end - zero)
-                 for start, end, zero in zip(starts, ends, origin, strict=True))
+    return tuple(slice(low - zero, high - zero) for low, high, zero in zip(starts, ends, origin, strict=True))
 
 
 def _copy_block(regions: list[_Region], block: torch.Tensor, extent: tuple[int, ...]) -> None:

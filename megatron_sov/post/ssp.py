@@ -246,8 +246,7 @@ def format_table(content: Mapping[str, Any]) -> str:
              for row in content["table"]}
     best = {(choice["checkpoint"], choice["domain"]) for choice in content["choice"]}
     names = [checkpoint["name"] for checkpoint in content["checkpoints"]]
-    titles = [checkpoint["name"] + (" (merged)" if checkpoint["is_merged"] else "")
-              for checkpoint in content["checkpoints"]]
+    titles = [f"{entry['name']}{' (merged)' * entry['is_merged']}" for entry in content["checkpoints"]]
     width = max(map(len, [*titles, f"pass@{k}"]))
     lines = [f"{f'pass@{k}':<{width}}  " + "  ".join(f"{domain:>16}" for domain in domains)]
     for name, title in zip(names, titles, strict=True):

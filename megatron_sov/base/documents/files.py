@@ -23,10 +23,8 @@ if TYPE_CHECKING:
 
 ACCEPTED_SAMPLES, REJECTED_SAMPLES = "kept.jsonl", "rejected.jsonl"
 """Files with samples that passed or failed the checks in `sov-data synth`."""
-WHOLE_FILE_BYTES = 1_000_000
-"""Text files up to this size are one document."""
-DOCUMENT_BYTES = 200_000
-"""Longest document to cut from a larger text file."""
+WHOLE_FILE_BYTES = 1_000_000  # a text file up to this size is one document
+DOCUMENT_BYTES = 200_000  # longest document to cut from a larger one
 JSONL_SUFFIXES = frozenset([".jsonl", ".ndjson"])
 TEXT_SUFFIXES = JSONL_SUFFIXES | frozenset([
     ".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".py", ".pyi", ".c", ".h", ".cc",
