@@ -104,8 +104,8 @@ def test_user_text_replaces_gathered_text(tmp_path: Path, capsys: pytest.Capture
     assert sorted(read_manifest(tmp_path / "out").content) == [
         "benchmarks/code-switching/test", "chat", "judged", "user"]
     texts = [d.text for d in read_documents([tmp_path / "out/user.jsonl"])]
-    assert ("".join(texts[:-2]) == (tmp_path / "mine/book.txt").read_text()
-            and texts[-2:] == ["a line", "another"])
+    assert "".join(texts[:-2]) == (tmp_path / "mine/book.txt").read_text()
+    assert texts[-2:] == ["a line", "another"]
     assert len(texts) > 5
     assert main(["demo-corpus", "--output", str(tmp_path / "out2"), "--input", str(tmp_path / "none")]) == 2
     assert "does not exist" in capsys.readouterr().err and not (tmp_path / "out2").exists()

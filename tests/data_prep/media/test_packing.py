@@ -78,8 +78,8 @@ def test_placeholders_name_features_in_the_shard(encode: Encode, omni: Path, tmp
 
 
 def test_assistant_media_tokens_are_learned(encode: Encode, omni: Path, tmp_path: Path) -> None:
-    assert encode(CHATS[2:]) == 0 and pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format",
-                                           "chat") == 0
+    assert encode(CHATS[2:]) == 0
+    assert pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format", "chat") == 0
     _, (shard,) = read_columns(tmp_path / "shards")
     tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
     learned = tokenizer.decode(shard["ids"][shard["loss"] > 0].tolist(), skip_special_tokens=False)
@@ -162,8 +162,8 @@ def test_unsuitable_corpora_are_one_message(encode: Encode, omni: Path, tokenize
 
 
 def test_damaged_banks_are_found(encode: Encode, omni: Path, tmp_path: Path) -> None:
-    assert encode(CHATS[:1]) == 0 and pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format",
-                                           "chat") == 0
+    assert encode(CHATS[:1]) == 0
+    assert pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format", "chat") == 0
     file = next((tmp_path / "shards").rglob("*.pictures"))
     file.write_bytes(b"")
     assert any("3 placeholders of pictures name none of its 0 records" in p

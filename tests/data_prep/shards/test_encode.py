@@ -97,8 +97,8 @@ def test_begin_and_end_are_settings(folder: Path) -> None:
     assert encode_text(both, "some text").tolist() == [both.bos_id, *ids, both.eos_id]
     assert both.decode([both.bos_id or 0]) == AutoTokenizer.from_pretrained(folder).bos_token
     chat, types = encode_chat(both, CHAT)
-    assert (chat[0] == both.bos_id and types[0] == TYPE_PROMPT
-            and len(chat) == len(encode_chat(Encoder(folder), CHAT)[0]) + 1)
+    assert chat[0] == both.bos_id and types[0] == TYPE_PROMPT
+    assert len(chat) == len(encode_chat(Encoder(folder), CHAT)[0]) + 1
 
 
 def test_eos_is_learned_after_open_response(folder: Path, tmp_path: Path,
@@ -129,11 +129,11 @@ def test_preference_is_two_sequences_with_equal_prompt(encoder: Encoder) -> None
                     rejected=(Message("assistant", "5, I guess."),))
     batch = encoder.encode_batch([pair, pair])
     assert len(batch.lengths_tokens) == 4 and batch.lengths_tokens[0] == batch.lengths_tokens[2]
-    for i, side in enumerate((pair.chosen, pair.rejected)):
+    for i, [response] in enumerate((pair.chosen, pair.rejected)):
         start = int(batch.lengths_tokens[:i].sum())
         part = slice(start, start + int(batch.lengths_tokens[i]))
         # the prompt has no assistant turn, so the pair's mask equals that of the chat
-        ids, types = encode_chat(encoder, (*prompt, ("assistant", side[0].content)))
+        ids, types = encode_chat(encoder, (*prompt, ("assistant", response.content)))
         assert np.array_equal(batch.ids[part], ids) and np.array_equal(get_token_types(batch)[part], types)
 
 

@@ -47,8 +47,8 @@ def test_folder_weights_are_divided_by_tokens(parts: tuple[Path, Path], tmp_path
     # 0.6 : 0.2 gives the text 0.75, which few and many share 1 : 3
     assert weights == pytest.approx({"few": 0.1875, "many": 0.5625, "chat": 0.25})
     sources = open_sources({str(tmp_path / "out"): 1.0}, 1000)
-    assert ({s.name: s.share for s in sources} == weights
-            and [s.is_chat for s in sources] == [False, False, True])
+    assert {s.name: s.share for s in sources} == weights
+    assert [s.is_chat for s in sources] == [False, False, True]
     direct = open_sources({str(text): 0.6, str(chats): 0.2}, 1000)
     assert [s.share for s in direct] == pytest.approx([s.share for s in sources])
     for pair in zip(sources, direct, strict=True):

@@ -26,9 +26,8 @@ def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_pa
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
     settings = PackSettings(0.2, RecordReading("preference", columns=("score", "step")), shard_tokens=400)
-    pack_sources(tokenizers["solar-open"],
-         [PackSource("pairs", tmp_path / "pairs.jsonl"), PackSource("rows", tmp_path / "rows.parquet")],
-                 tmp_path / "out", settings)
+    sources = [PackSource("pairs", tmp_path / "pairs.jsonl"), PackSource("rows", tmp_path / "rows.parquet")]
+    pack_sources(tokenizers["solar-open"], sources, tmp_path / "out", settings)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
     [source, same] = open_sources({str(tmp_path / "out"): 1.0}, 10**6, formats=("preference",))
     assert source.columns == same.columns == ("score", "step")

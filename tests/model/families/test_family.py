@@ -32,8 +32,8 @@ def build_hf_config(model: ModelConfig) -> dict:
 
 def list_our_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {name: (shape, torch.float32 if link.fp32 else torch.bfloat16)
-            for link in models.get_family(model.family).links(model) for name,
-            shape in link.hf_shapes().items()}
+            for link in models.get_family(model.family).links(model)
+            for name, shape in link.hf_shapes().items()}
 
 
 def list_transformers_tensors(model: ModelConfig) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -80,8 +80,8 @@ def is_in_prediction_layer(name: str, model: ModelConfig) -> bool:
 def test_full_size_tensors_are_those_of_transformers(name: str) -> None:
     model = recipes.get(name).model
     our_tensors = list_our_tensors(model)
-    prediction_layer = {key: value for key,
-                        value in our_tensors.items() if is_in_prediction_layer(key, model)}
+    prediction_layer = {key: value for key, value in our_tensors.items()
+                        if is_in_prediction_layer(key, model)}
     hf_tensors = list_transformers_tensors(model)
     assert {key: value for key, value in our_tensors.items() if key not in prediction_layer} == hf_tensors
     assert bool(prediction_layer) == (name in ("k-exaone-236b", "deepseek-v3"))
@@ -106,8 +106,8 @@ def test_a_prediction_layer_counts_as_one_more_layer() -> None:
     further_tensors = {f"{prefix}{norm}.weight": ((hidden,), torch.bfloat16)
                        for norm in ("enorm", "hnorm", "shared_head.norm")}
     further_tensors[f"{prefix}eh_proj.weight"] = (hidden, 2 * hidden), torch.bfloat16
-    assert {key: v for key,
-            v in our_tensors.items() if key.startswith(prefix)} == last_layer | further_tensors
+    found = {key: value for key, value in our_tensors.items() if key.startswith(prefix)}
+    assert found == last_layer | further_tensors
     assert models.get_family("deepseek_v3").find_copies(model) == {
         f"{prefix}embed_tokens.weight": "model.embed_tokens.weight",
         f"{prefix}shared_head.head.weight": "lm_head.weight"}

@@ -34,8 +34,8 @@ def test_gates_of_solar_open_2_are_a_separate_tensor() -> None:
     link = next(x
                 for x in models.get_family("solar_open2").links(solar) if x.key.endswith("linear_qkv.weight"))
     rows = torch.arange(96.)[:, None].expand(96, 5)
-    rows_by_projection = {name.split(".")[-2]: tensor[::8, 0].tolist() for name,
-                          tensor in link.split(rows).items()}
+    rows_by_projection = {name.split(".")[-2]: tensor[::8, 0].tolist()
+                          for name, tensor in link.split(rows).items()}
     assert rows_by_projection == {"q_proj": [0, 8, 48, 56], "g_proj": [16, 24, 64, 72], "k_proj": [32, 80],
                                   "v_proj": [40, 88]}
     assert torch.equal(link.join(link.split(rows)), rows)

@@ -20,8 +20,8 @@ def test_rotations_are_stretched_only_where_every_layer_is_global() -> None:
     assert replace(longer, yarn=None, max_position_tokens=solar.max_position_tokens) == solar
     assert extend_model(k_exaone, 256, 1024) == k_exaone
     still = get("tiny-solar-open2").model
-    assert extend_model(still, 256, 1024) == still and extend_model(still, 256,
-                                                                    8192).max_position_tokens == 8192
+    assert extend_model(still, 256, 1024) == still
+    assert extend_model(still, 256, 8192).max_position_tokens == 8192
     with pytest.raises(UserError, match="model rotates"):
         extend_model(still, 256, 1024, yarn_factor=2)
     assert extend_model(solar, 256, 256) == solar
@@ -42,8 +42,8 @@ def test_a_stage_may_name_the_context_that_is_stretched() -> None:
     assert far.yarn is not None
     assert (far.yarn.factor, far.yarn.original_max_position_tokens) == (2.0, 65536)
     assert far.max_position_tokens == 131072
-    assert extend_model(solar, 32768, 65536,
-                        yarn_original_tokens=65536) == solar, "reached without stretching"
+    extended = extend_model(solar, 32768, 65536, yarn_original_tokens=65536)
+    assert extended == solar, "reached without stretching"
     with pytest.raises(UserError, match="yarn_original_tokens = 256:"):
         extend_model(get("tiny-k-exaone").model, 256, 1024, yarn_original_tokens=256)
 
@@ -59,7 +59,7 @@ def test_stages_as_phases_take_all_their_steps() -> None:
 @pytest.mark.each(("limit_tokens", "seq_len", "per_rank", "expected"), [
     (2048, 512, 16, 4), (2048, 512, 6, 3), (2048, 1024, 7, 1), (256, 512, 8, 1), (2048, 256, 4, 4)])
 def test_micro_batches_keep_their_tokens_and_divide_the_batch(limit_tokens: int, seq_len: int, per_rank: int,
-                                                             expected: int) -> None:
+                                                              expected: int) -> None:
     assert find_micro_batch_size(limit_tokens, seq_len, per_rank) == expected
 
 

@@ -91,7 +91,7 @@ def short_run(run_checked: Any, token_shards: Path, tmp_path_factory: pytest.Tem
 
 
 def build_command(short_run: Path, token_shards: Path, run: Path, stages: list[dict[str, Any]], *more: str,
-            **settings: Any) -> list[str]:
+                  **settings: Any) -> list[str]:
     all_settings = LONG | {"extend.stages": json.dumps(stages)} | {f"extend.gate.{name}": v
                                                                    for name, v in settings.items()}
     return ["extend", "tiny-solar-open", "--from", str(short_run), "--data", str(token_shards), "--run",

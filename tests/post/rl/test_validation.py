@@ -117,8 +117,8 @@ def test_changed_validation_settings_are_refused_before_training(store: RolloutS
     log.close()
     trainer_double.step = 1
     resumed, written_rounds = build_validation(store)
-    assert resumed.validate(trainer_double, 2, POLICY,
-                            lambda: False) is None and written_rounds == [], "not due"
+    assert resumed.validate(trainer_double, 2, POLICY, lambda: False) is None
+    assert written_rounds == [], "not due"
     changed, _ = build_validation(store, measured_by={**MEASURED, "prompts": "q", "reward": "t"})
     with pytest.raises(UserError, match="step 0 were validated"):
         changed.validate(trainer_double, 2, POLICY, lambda: False)
@@ -130,7 +130,7 @@ def test_digests_of_validation_conditions() -> None:
     rollout = RolloutConfig().for_validation(3)
 
     def compute_digests(given_prompts: PromptList = prompts, reward: str = "v", right_from: float = 1.0,
-               **changes: Any) -> dict[str, str]:
+                        **changes: Any) -> dict[str, str]:
         return digest_conditions(prompts=given_prompts, reward_version=reward,
                                  rollout=replace(rollout, **changes), chosen_by={"plain": True},
                                  right_from=right_from)

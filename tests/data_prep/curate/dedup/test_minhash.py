@@ -39,12 +39,15 @@ def plant_near_duplicates(num_texts: int, seed: int = 0) -> list[str]:
 def compare_all_pairs(documents: list[Doc], threshold: float, ngram: int) -> dict[str, str]:
     """Return dropped document -> remaining similar document; all pairs are compared, longest first."""
     sets = [set(compute_shingles(d.text, ngram).tolist()) for d in documents]
+
+    def are_similar(one: set[int], other: set[int]) -> bool:
+        num_common = len(one & other)
+        return num_common > 0 and num_common >= threshold * len(one | other)
+
     kept: list[int] = []
     found = {}
     for number in sorted(range(len(documents)), key=lambda n: (-len(documents[n].text), n)):
-        similar = (other for other in kept if (common := len(sets[number] & sets[other])) and
-                   common >= threshold * (len(sets[number]) + len(sets[other]) - common))
-        keeper = next(similar, None)
+        keeper = next((other for other in kept if are_similar(sets[number], sets[other])), None)
         if keeper is None:
             kept.append(number)
         else:
@@ -90,9 +93,9 @@ def test_each_dropped_text_is_similar_to_a_remaining_text(tmp_path: Path, name: 
                                  num_bands=100, rows_per_band=3)
     assert duplicates == compare_all_pairs(documents, 0.7, 5)
     sets = {d.id: set(compute_shingles(d.text, 5).tolist()) for d in documents}
-    for goes, keeper in duplicates.items():
+    for dropped, keeper in duplicates.items():
         assert keeper not in duplicates
-        assert len(sets[goes] & sets[keeper]) >= 0.7 * len(sets[goes] | sets[keeper])
+        assert len(sets[dropped] & sets[keeper]) >= 0.7 * len(sets[dropped] | sets[keeper])
 
 
 @pytest.mark.parametrize("longest_at", [0, 7, 30, 59])

@@ -61,10 +61,9 @@ def test_a_run_killed_in_a_task_resumes_to_the_same_bytes(own_step_pipeline: Pat
     undisturbed = read_files(own_step_pipeline / "out/text")
     shutil.rmtree(own_step_pipeline / "out")
     (own_step_pipeline / "killed").touch()
-    finished_tasks = subprocess.run([sys.executable, "-m", "data_prep.cli",
-                                     *build_command(own_step_pipeline, "--workers", "1")],
-                                    capture_output=True, text=True, check=False)
-    assert finished_tasks.returncode == -signal.SIGKILL, finished_tasks.stderr
+    command = [sys.executable, "-m", "data_prep.cli", *build_command(own_step_pipeline, "--workers", "1")]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (own_step_pipeline / "out/manifest.json").exists()
     (leftover,) = (own_step_pipeline / "out/shards").glob("web/01-code-*/.*.tmp-*")
     assert cli.main(build_command(own_step_pipeline, "--workers", "1")) == 0
@@ -81,7 +80,7 @@ def test_a_killed_command_leaves_neither_processes_nor_its_lock(
     (own_step_pipeline / "own.py").write_text("import pathlib, time\n\ndef judge(document):\n"
                                               "    pathlib.Path(__file__).with_name('begun').touch()\n"
                                               "    time.sleep(600)\n")
-    with open(tmp_path / "said", "w") as log:
+    with open(tmp_path / "messages", "w") as log:
         running = subprocess.Popen(
             [sys.executable, "-m", "data_prep.cli",
              *build_command(own_step_pipeline, "--workers", str(workers))],
@@ -97,8 +96,8 @@ def test_a_killed_command_leaves_neither_processes_nor_its_lock(
     assert running.wait(600) == (130 if how == signal.SIGINT else -signal.SIGKILL)
     wait_until(lambda: not is_locked(own_step_pipeline / "out"))
     wait_until(lambda: not list_living_processes(running.pid))
-    said_text = (tmp_path / "said").read_text()
-    assert "Traceback" not in said_text, said_text
+    messages = (tmp_path / "messages").read_text()
+    assert "Traceback" not in messages, messages
 
 
 def list_living_processes(group: int) -> list[int]:
@@ -135,12 +134,12 @@ def test_a_full_disk_is_one_message(small_run: Path, monkeypatch: pytest.MonkeyP
     from data_prep.curate.pipeline import pipeline_file
     from megatron_sov.work.submit import arrays
 
-    def full(*args: object) -> None:
+    def raise_no_space(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(UserError, match="a sentence"), arrays.record_failure(small_run / "nowhere", 0):
         raise UserError("a sentence")
-    monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "judge_document", full)
+    monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "judge_document", raise_no_space)
     assert cli.main(build_command(small_run, "--workers", "1")) == 2
     stderr = capsys.readouterr().err
     assert "no space left on the device; free some space" in stderr and "Traceback" not in stderr

@@ -175,8 +175,8 @@ def test_leftovers_of_earlier_runs_and_kills_are_not_in_the_corpus(small_run: Pa
     change_pipeline(small_run, "  - name: books\n    path: [books]\n    priority: 1\n", "")
     run_pipeline(small_run)
     files = read_manifest(output, "corpus").files
-    assert "quarantine/web.jsonl" in files and not [
-        name for name in files if "books" in name or name.startswith(".")]
+    assert "quarantine/web.jsonl" in files
+    assert not [name for name in files if "books" in name or name.startswith(".")]
 
 
 def run_dry(small_run: Path, capsys: pytest.CaptureFixture[str]) -> str:
