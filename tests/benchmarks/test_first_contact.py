@@ -110,7 +110,7 @@ def test_cpu_rungs_of_another_machine_are_carried_in(tmp_path: Path) -> None:
 
 
 def test_no_rung_starts_that_would_exceed_the_minutes(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(first_contact, "RungProcess", None)
     rungs = first_contact.choose_rungs("fp8,attention")
     assert first_contact.run_rungs(rungs, build_setting(tmp_path), minutes=0.4) == 0

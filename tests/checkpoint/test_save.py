@@ -240,8 +240,8 @@ def gather_uneven_parts(everywhere: bool) -> dict[str, Any]:
     world.leave_world()
     return {"shapes": gatherer.get_shapes(),
             "gathered_again": None if gathered_again is None else gathered_again.tolist(),
-            "gathered": {key: None if t is None else [str(t.dtype), t.tolist()] for key,
-                         t in gathered.items()}}
+            "gathered": {key: None if t is None else [str(t.dtype), t.tolist()]
+                         for key, t in gathered.items()}}
 
 
 @pytest.mark.distributed

@@ -30,7 +30,7 @@ CLASSIFIER_TENSOR = "bert.encoder.layer.0.attention.self.query.weight"
 
 
 def edit_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any],
-         file: str = "model.safetensors") -> Path:
+                 file: str = "model.safetensors") -> Path:
     tensors = load_file(folder / file)
     change(tensors)
     save_file(tensors, folder / file, metadata={"format": "pt"})
@@ -137,7 +137,7 @@ DAMAGES = {
 @pytest.mark.each("load", [load_hf, convert.open_weights])
 @pytest.mark.each("case", DAMAGES)
 def test_ambiguous_weight_files_are_refused(case: str, load: Any, models: dict[str, Path],
-                                                     tmp_path: Path) -> None:
+                                            tmp_path: Path) -> None:
     load_hf(models["lm"]).save_pretrained(tmp_path / "bad", max_shard_size=1500)
     damage, expected = DAMAGES[case]
     damage(tmp_path / "bad")

@@ -400,7 +400,7 @@ def test_a_part_without_manifest_or_of_another_kind_is_excluded(store: RolloutSt
 
 
 def create_part(number: int, piece: int, provenance: dict[str, Any], attempt: int = 0,
-         created_s: float = 0.0) -> RolloutPart:
+                created_s: float = 0.0) -> RolloutPart:
     return RolloutPart("", Path(), "rollouts", (number, piece, attempt), 1, 0, "", created_s, provenance)
 
 

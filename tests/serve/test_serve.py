@@ -110,7 +110,7 @@ def test_streamed_text_equals_the_whole_answer(client: openai.OpenAI) -> None:
 
 
 def test_token_ids_are_prompts_and_the_model_is_listed(client: openai.OpenAI, generate: Any,
-                                                     imported: dict[str, Path]) -> None:
+                                                       imported: dict[str, Path]) -> None:
     from megatron_sov.infer.engines.load import load_tokenizer
 
     ids = load_tokenizer(imported["solar_open"] / "tokenizer").encode("The ", add_special_tokens=False)

@@ -117,7 +117,7 @@ def test_failed_plugin_leaves_no_module(plugin_file: Path) -> None:
     ("math:none", "math has no 'none'"),
 ])
 def test_invalid_references_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str,
-                                      message: str) -> None:
+                                        message: str) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
     with pytest.raises(UserError, match=message):

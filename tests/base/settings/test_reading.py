@@ -25,8 +25,8 @@ def test_settings_round_trip() -> None:
 
 
 def test_iter_leaves_keeps_lists_and_empty_groups() -> None:
-    leaves = {name: str(value) for name,
-              value in iter_leaves({"a": {"b": [1, {"c": 2}], "d": {}}, "e": None})}
+    nested = {"a": {"b": [1, {"c": 2}], "d": {}}, "e": None}
+    leaves = {name: str(value) for name, value in iter_leaves(nested)}
     assert leaves == {"a.b": "[1, {'c': 2}]", "a.d": "{}", "e": "None"}
 
 

@@ -29,6 +29,7 @@ REPEATED = (1, 8)
 
 @pytest.fixture
 def options(tokenizers: dict[str, Path]) -> UnitSettings:
+    """Settings of units, with short stand-ins for the hashes of tokenizer and config."""
     return UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
                         EncodingSettings())
 
@@ -36,7 +37,7 @@ def options(tokenizers: dict[str, Path]) -> UnitSettings:
 @pytest.fixture(params=[1, 10**9], ids=["a unit a file", "one unit"])
 def source(request: pytest.FixtureRequest, options: UnitSettings,
            tmp_path: Path) -> tuple[EncodedSource, Path]:
-    """Nine documents in three files, and the folder of their units."""
+    """Nine documents in three files, each file after a bad record, and the folder of their units."""
     for number in range(3):
         rows = [{"text": f"document {i}"} | ({} if IDS[i] is None else {"id": IDS[i]})
                 for i in range(3 * number, 3 * number + 3)]
@@ -54,8 +55,8 @@ def test_shards_equal_plain_reading(source: tuple[EncodedSource, Path], tokenize
     monkeypatch.setattr(assemble, "BLOCK_TOKENS", block_tokens)
     encoded, folder = source
     rule = HeldoutRule(0.4)
-    assert survey_source(encoded, folder / "work", "uint16", rule) == 7
-    assert encoded.num_shared_ids == 1
+    assert survey_source(encoded, folder / "work", "uint16", rule) == 7  # all but the 2 in REPEATED
+    assert encoded.num_shared_ids == 1  # the id of record 7
     splits = write_shards(encoded, folder / "work", folder / "out", "uint16", rule, 10**9)[""]
     encoder = Encoder(tokenizers["solar-open"])
     expected: dict[bool, list[list[int]]] = {True: [], False: []}
@@ -66,20 +67,24 @@ def test_shards_equal_plain_reading(source: tuple[EncodedSource, Path], tokenize
             expected[heldout].append(encoder.encode_batch([document]).ids.tolist())
     assert expected[True] and expected[False]
     for heldout, split in ((False, "train"), (True, "heldout")):
-        assert ([d.tolist() for d in open_split(folder / f"out/s/{split}-00000").documents()]
-                == expected[heldout])
+        documents = [d.tolist() for d in open_split(folder / f"out/s/{split}-00000").documents()]
+        assert documents == expected[heldout]
         assert splits[split]["num_bytes"] == len(expected[heldout]) * len("document 0")
 
 
 def test_blocks_hold_as_many_groups_as_fit() -> None:
+    """Groups of two documents have 4, 4 and 10 tokens; a block holds 8, or one longer group."""
     blocks = list(assemble.iter_blocks(np.array([2, 2, 2, 2, 9, 1]), 2, 8))
     assert blocks == [(slice(0, 4), slice(0, 8)), (slice(4, 6), slice(8, 18))]
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 3)), max_size=12))
 def test_repeated_documents_equal_plain_search(rows: list[tuple[int, int, int]]) -> None:
-    ids, files_, hashes = (np.array([row[i] for row in rows], dtype) for i, dtype in enumerate(
-        (np.uint64, np.int64, np.uint64)))
+    """Rows are (id, file, hash of the text). A document repeats an earlier one that has its id, and its file
+    or its text; id 0 means no id."""
+    ids = np.array([id_ for id_, _, _ in rows], np.uint64)
+    files_ = np.array([file for _, file, _ in rows], np.int64)
+    hashes = np.array([text for _, _, text in rows], np.uint64)
     expected = [id_ != 0 and any(id_ == other and (file == other_file or text == other_text)
                                  for other, other_file, other_text in rows[:i])
                 for i, (id_, file, text) in enumerate(rows)]
@@ -100,6 +105,7 @@ def test_line_numbers_continue_over_spans(options: UnitSettings, tmp_path: Path,
 
 
 def write(folder: Path, lengths: list[int], shard_tokens: int, group: int, batch: int) -> ShardedWriter:
+    """Write documents whose tokens are their number, `batch` groups at a time; a token has 3 bytes."""
     with ShardedWriter(folder, "s/train", "uint16", False, True, group, shard_tokens) as writer:
         for i in range(0, len(lengths), batch * group):
             part = np.array(lengths[i : i + batch * group], np.int32)
@@ -117,17 +123,17 @@ def test_shards_keep_order_limit_and_groups(lengths: list[int], shard_tokens: in
     lengths = lengths[: len(lengths) // group * group]
     with tempfile.TemporaryDirectory() as folder:
         writer = write(Path(folder), lengths, shard_tokens, group, batch)
-        found, lines = [], []
+        all_documents, all_lines = [], []
         for number, shard in enumerate(writer.shards):
             assert shard.prefix == f"s/train-{number:05d}"
             documents = [d.tolist() for d in open_split(Path(folder) / shard.prefix).documents()]
             assert len(documents) == shard.num_documents > 0 and len(documents) % group == 0
             assert sum(map(len, documents)) == shard.num_tokens == shard.num_bytes // 3
             assert shard.num_tokens <= shard_tokens or len(documents) == group
-            found += documents
-            lines += Path(f"{folder}/{shard.prefix}.extra.jsonl").read_text().split()
-        assert (found == [[i] * n for i, n in enumerate(lengths)]
-                and lines == [str(i) for i in range(len(lengths))])
+            all_documents += documents
+            all_lines += Path(f"{folder}/{shard.prefix}.extra.jsonl").read_text().split()
+        assert all_documents == [[i] * n for i, n in enumerate(lengths)]
+        assert all_lines == [str(i) for i in range(len(lengths))]
         # no shard was closed with room for the first group of the next shard
         for shard, following in zip(writer.shards, writer.shards[1:], strict=False):
             first = open_split(Path(folder) / following.prefix).lengths_tokens[:group].sum()
@@ -166,7 +172,7 @@ def test_unit_key_of_parquet_depends_on_values_and_columns(options: UnitSettings
     keys = set()
     for table in ({"text": ["a", "b"]}, {"text": ["a", "c"]}, {"body": ["a", "b"]}):
         parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
-        keys |= {compute_key(tmp_path / "a.parquet", options), compute_key(tmp_path / "a.parquet", options)}
+        keys.add(compute_key(tmp_path / "a.parquet", options))
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-5])
     keys.add(compute_key(tmp_path / "a.parquet", options))
     assert len(keys) == 4
@@ -179,9 +185,9 @@ def test_complete_unit_is_reused_and_partial_unit_rebuilt(options: UnitSettings,
     again = UnitEncoder(options, tmp_path / "work").encode(unit)
     assert again == dataclasses.replace(first, encoded_now=False)
     folder = part_folder(tmp_path / "work", first.key)
-    torn = folder.rename(folder.with_name(f"{first.key}.tmp-1"))  # as a killed process leaves it
+    partial = folder.rename(folder.with_name(f"{first.key}.tmp-1"))  # as a killed process leaves it
     assert UnitEncoder(options, tmp_path / "work").encode(unit).encoded_now
-    assert (torn / "tokens").read_bytes() == (folder / "tokens").read_bytes()
+    assert (partial / "tokens").read_bytes() == (folder / "tokens").read_bytes()
 
 
 def test_unit_stores_a_row_per_sequence(options: UnitSettings, tmp_path: Path) -> None:
@@ -212,18 +218,18 @@ def test_document_rejected_by_template_is_found_in_batch(options: UnitSettings, 
 
     render = ChatTemplate.render
 
-    def strict(self: ChatTemplate, conversation: Conversation, *args: Any, **kwargs: Any) -> str:
+    def refuse_system_turn(self: ChatTemplate, conversation: Conversation, *args: Any, **kwargs: Any) -> str:
         if conversation.messages and conversation.messages[0].role == "system":
             raise BadRecord("template", "is refused")
         return render(self, conversation, *args, **kwargs)
 
-    monkeypatch.setattr(ChatTemplate, "render", strict)
+    monkeypatch.setattr(ChatTemplate, "render", refuse_system_turn)
     refused = (3, 4, 17)
     lines = [{"messages": [{"role": "system" if i in refused else "user", "content": str(i)},
                            {"role": "assistant", "content": "yes"}]} for i in range(20)]
     [unit] = plan_units([write_lines(tmp_path, "chat.jsonl", list(map(json.dumps, lines)))])
-    record = UnitEncoder(dataclasses.replace(options, reading=RecordReading("chat")),
-                         tmp_path / "work").encode(unit)
+    chat_options = dataclasses.replace(options, reading=RecordReading("chat"))
+    record = UnitEncoder(chat_options, tmp_path / "work").encode(unit)
     stored = open_unit(tmp_path / "work", record.key, "uint16")
     assert [r["line"] - 1 for r in stored.iter_bad_rows()] == list(refused)
     assert [line - 1 for line in stored.sequences["line"].tolist()] == [

@@ -116,7 +116,7 @@ def test_batches_are_bounded_and_lazy(haystacks: dict[str, Haystack]) -> None:
 
 def test_invalid_values_raise_user_error(haystacks: dict[str, Haystack]) -> None:
     def create_suite(lengths: tuple[int, ...] = (128,), depths: tuple[float, ...] = (0.5,), samples: int = 4,
-             share: float = 0.0) -> NeedleSuite:
+                     share: float = 0.0) -> NeedleSuite:
         return NeedleSuite((haystacks["heldout"],), ("multi-key",), lengths, depths, samples, share)
 
     with pytest.raises(UserError, match="needle length 12:"):

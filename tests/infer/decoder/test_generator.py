@@ -38,7 +38,7 @@ SETTINGS = ["model.init_std=0.3", f"model.sliding_window_tokens={WINDOW}", "mode
 
 
 def generate_by_each_method(layout: dict[str, Any], *, full: bool = False, in_pieces: bool = False,
-                         family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
+                            family: str = "k-exaone", settings: tuple[str, ...] = ()) -> dict[str, Any]:
     """Continue PROMPTS by a random model on this rank, with each kind of sampling, batch and limit.
 
     Returns the continuations by the name of the method, and further results.

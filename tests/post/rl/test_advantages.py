@@ -25,7 +25,7 @@ MAX_TOKENS = 4096
 
 
 def compute_step(rewards: list[list[float]], policy: PolicyConfig, lengths: list[list[int]] | None = None,
-            longest: int = 10) -> list[parts.GroupAdvantages]:
+                 longest: int = 10) -> list[parts.GroupAdvantages]:
     """Return the advantages of one step: a group of rewards per prompt."""
     lengths = lengths or [[1] * len(group) for group in rewards]
     groups = compute_advantages([np.array(g) for g in rewards], [np.array(n) for n in lengths], policy,
@@ -59,8 +59,8 @@ def compute_by_loops(rewards: list[list[float]], lengths: list[list[int]], polic
         results.append([(compute_advantage(penalized_rewards, i, method) + offset) * weight
                         for i in range(len(group))])
         are_learned.append(True)
-    learned_advantages = [a for group,
-                          is_learned in zip(results, are_learned, strict=True) if is_learned for a in group]
+    learned_advantages = [advantage for group, is_learned in zip(results, are_learned, strict=True)
+                          if is_learned for advantage in group]
     if not method.normalise_over_batch or not learned_advantages:
         return results
     mean, std = statistics.fmean(learned_advantages), statistics.stdev(learned_advantages)
@@ -105,9 +105,8 @@ def test_reasons_for_excluding_a_group() -> None:
     without_exclusion = compute_step(step, PolicyConfig("grpo"))
     assert [g.reason for g in without_exclusion] == ["", "", "", "", "too_few", "too_few"]
     assert not without_exclusion[0].advantages.any()
-    assert [g.reason
-            for g in compute_step([[0.0, 0.5], [0.5, 0.5]], PolicyConfig("dapo", right_from=0.5))] == [
-                "", "all_right"]
+    right_from_half = compute_step([[0.0, 0.5], [0.5, 0.5]], PolicyConfig("dapo", right_from=0.5))
+    assert [g.reason for g in right_from_half] == ["", "all_right"]
     # a teacher scores the tokens, so rewards do not matter
     distillation_groups = compute_step([[1.0], [0.0, 1.0], []], PolicyConfig("opd"))
     assert [group.reason for group in distillation_groups] == ["", "", "too_few"]

@@ -32,7 +32,7 @@ def sources(make_source: MakeSource) -> list[Source]:
 
 
 def build_config(prefetch_steps: int = 2, skip_steps: tuple[tuple[int, int], ...] = (),
-           micro_batch_size: int = 2) -> RunConfig:
+                 micro_batch_size: int = 2) -> RunConfig:
     phases = (PhaseConfig("short", seq_len=16), PhaseConfig("long", seq_len=24, global_batch_size=8))
     return dataclasses.replace(
         recipes.get("tiny-solar-open"),
@@ -42,7 +42,7 @@ def build_config(prefetch_steps: int = 2, skip_steps: tuple[tuple[int, int], ...
 
 
 def read_batches(config: RunConfig, sources: list[Source], rank: int = 0, size: int = 1,
-            state: dict[str, Any] | None = None, count: int = STEPS) -> list[RankBatch]:
+                 state: dict[str, Any] | None = None, count: int = STEPS) -> list[RankBatch]:
     order = SampleOrder(config, sources,
                         OrderState.from_dict(json.loads(json.dumps(state))) if state else None)
     stream = BatchStream(config, order, rank, size, STEPS, ("score",))

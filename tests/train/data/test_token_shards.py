@@ -96,7 +96,8 @@ def test_a_document_beyond_the_end_is_refused_when_it_is_read(tmp_path: Path) ->
 
 
 def write_artifact(path: Path, names: dict[str, int], *, tokenizer: str = "t" * 64, vocab_size: int = 50,
-             format_: str = "text", tokens: dict[str, int] | None = None, indent: int | None = None) -> str:
+                   format_: str = "text", tokens: dict[str, int] | None = None,
+                   indent: int | None = None) -> str:
     """Write a token artifact, and return its path.
 
     Args:

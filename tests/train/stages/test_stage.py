@@ -86,7 +86,7 @@ def test_invalid_stages_are_refused_before_any_process_or_file(settings: tuple[s
 
 
 def test_start_weights_with_another_tokenizer_are_refused(stage: Callable[..., Stage], launcher: Launcher,
-                                                    packed_data: Any, tmp_path: Path) -> None:
+                                                          packed_data: Any, tmp_path: Path) -> None:
     shutil.copytree(packed_data.tokenizer, tmp_path / "start/tokenizer")
     with pytest.raises(StopRequested):
         run_stage(stage(start_from=tmp_path / "start"), 1)

@@ -79,7 +79,7 @@ def test_runs_of_days_are_refused_unless_set(packed_data: Any, monkeypatch: pyte
 
 
 def build_pretraining_request(paths: list[Path], *settings: str, recipe: str = "tiny-qwen3",
-                **changes: Any) -> RecipeRequest:
+                              **changes: Any) -> RecipeRequest:
     """Return the request of `pretrain RECIPE --data ... --set ...`."""
     base = recipes.get(recipe)
     base = dataclasses.replace(base, data=dataclasses.replace(base.data, paths=dict.fromkeys(

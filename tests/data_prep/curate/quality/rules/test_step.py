@@ -15,6 +15,7 @@ FOLDER = Path(__file__).with_name("declaration")
 ENGLISH, KOREAN, THAI = ((FOLDER / f"{code}.txt").read_text(encoding="utf-8").strip()
                          for code in ("en", "ko", "th"))
 SENTENCES = ENGLISH.replace(",\n", ".\n")
+"""The English text with a full stop at the end of each line."""
 
 
 def judge_text(text: str, language: str | None = "en", form: str | None = "prose", **settings) -> StepOutcome:
@@ -86,8 +87,8 @@ def test_every_invalid_setting_is_reported() -> None:
 
 
 def test_shares_of_ngrams_can_be_written_in_a_pipeline_file() -> None:
-    written = {"thresholds": {"max_duplicate_ngram_char_share": {"5": 0.9, "10": 1.0}}}
-    settings, problems = try_parse_settings(RulesSettings, written)
+    raw = {"thresholds": {"max_duplicate_ngram_char_share": {"5": 0.9, "10": 1.0}}}
+    settings, problems = try_parse_settings(RulesSettings, raw)
     assert problems == [] and find_all_problems(settings) == []
     korean = " ".join([KOREAN.replace("\n", " ")] * 2)
     assert judge_text(korean, "ko").reason == "repetition: 5-grams"
