@@ -34,12 +34,14 @@ MODELS = ("gpt2", "llama", "qwen3", "deepseek", "gpt_oss", "hybrid")
 
 
 def parse_layout(text: str) -> Layout:
+    """Return the layout of a text such as `tp=2 sp=true`."""
     pairs = dict(pair.split("=") for pair in text.split())
     sizes: dict[str, Any] = {name: value == "true" or int(value) for name, value in pairs.items()}
     return Layout(**sizes)
 
 
 def get_builder(model: str, **arguments: Any) -> Any:
+    """Return the function of stock_models.py that builds a model, with these arguments."""
     builder = getattr(stock_models, f"build_{model}")
     return functools.partial(builder, **arguments) if arguments else builder
 
