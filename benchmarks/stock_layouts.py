@@ -48,10 +48,10 @@ def get_builder(model: str, **arguments: Any) -> Any:
 
 def prove_and_print(model: str, text: str) -> LayoutVerdict:
     """Prove a layout, and print the verdict with the processor time and the peak memory so far."""
-    began_s = time.process_time()
+    begin_s = time.process_time()
     verdict = prove_layout(get_builder(model), parse_layout(text))
     print(f"{model} {text}: {verdict.outcome}, {verdict.largest:.1e} apart at most, "
-          f"{verdict.num_messages:,} messages, {(time.process_time() - began_s) / 60:.1f} processor minutes, "
+          f"{verdict.num_messages:,} messages, {(time.process_time() - begin_s) / 60:.1f} processor minutes, "
           f"{read_peak_bytes() / 2**30:.1f} GiB", flush=True)
     return verdict
 
