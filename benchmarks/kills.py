@@ -169,19 +169,20 @@ class Target:
     notes_items: bool = False
     """Whether the command appends the id of each processed item to the file `noted`."""
     inputs: tuple[str, ...] = ()
-    """Names of `PREPARED`."""
+    """Names of `PREPARED`, with those that their commands read."""
 
 
 TARGETS = {
     "pretrain": Target("megatron-sov pretrain tiny-solar-open --data shards --run OUT --nproc 2 --resume",
-                       "pretrain", PRETRAIN, hash_run, inputs=("shards",)),
+                       "pretrain", PRETRAIN, hash_run, inputs=("tokenizer", "shards")),
     "sft": Target("megatron-sov sft --from start --data chats --run OUT --nproc 1 --resume", "sft",
-                  (*FINE_TUNE, "lora.rank=4"), hash_run, inputs=("start", "chats")),
-    "prefer": Target("megatron-sov prefer --from start --data pairs --run OUT --nproc 1 --method dpo "
-                     "--resume", "prefer", FINE_TUNE, hash_run, inputs=("start", "pairs")),
+                  (*FINE_TUNE, "lora.rank=4"), hash_run, inputs=("tokenizer", "shards", "start", "chats")),
+    "prefer": Target("megatron-sov prefer --from start --method dpo --data pairs --run OUT --nproc 1 "
+                     "--resume", "prefer", FINE_TUNE, hash_run,
+                     inputs=("tokenizer", "shards", "start", "pairs")),
     "rl": Target("megatron-sov rl run --from start --prompts prompts.jsonl --reward "
                  "own.py:RandomReward --store OUT/rollouts --run OUT --nproc 1 --workers 1 --resume",
-                 "rl", ROUNDS, hash_rl, inputs=("start",)),
+                 "rl", ROUNDS, hash_rl, inputs=("tokenizer", "shards", "start")),
     "score": Target("megatron-sov score --reward own.py:LengthReward --input rows.jsonl --output OUT "
                     "--workers 2", "scored.jsonl", notes_items=True),
     "map": Target("megatron-sov map rows.jsonl own.py:LengthStep --output OUT --workers 2", "mapped",
@@ -204,9 +205,6 @@ PREPARED = {
     "checkpoint": "megatron-sov convert from-hf hf OUT",
 }
 """Input -> the command that creates it, in order of execution."""
-INPUTS_OF = {"shards": ("tokenizer",), "chats": ("tokenizer",), "pairs": ("tokenizer",),
-             "start": ("tokenizer", "shards")}
-"""Input -> the inputs that its command reads."""
 
 
 def write_inputs(folder: Path) -> None:
@@ -247,7 +245,6 @@ def prepare_inputs(folder: Path, targets: list[str]) -> None:
     """Create the inputs of all targets with the project's own commands."""
     write_inputs(folder)
     required = {name for target in targets for name in TARGETS[target].inputs}
-    required |= {name for dependent in required for name in INPUTS_OF.get(dependent, ())}
     if "checkpoint" in required:
         write_hf_folder(folder)
     for name, line in PREPARED.items():

@@ -7,7 +7,7 @@ from typing import Annotated
 from annotated_types import Ge
 
 from megatron_sov.base.artifacts import check_output_folder
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.settings import (
     AboveZero, AtLeastOne, DeclaredCommand, Flag, Fraction, NotNegative, count_cores, excludes_field)
 from megatron_sov.work.progress.journal import work_folder
@@ -101,7 +101,8 @@ def make_plan(preset: Preset, args: TokenizerTrainOptions) -> CountPlan:
     """Build the counting plan. Raises `UserError`: a number out of range, or a bad regular expression."""
     if args.vocab_size < preset.smallest_vocab:
         raise UserError(f"--vocab-size {args.vocab_size}: must be at least {preset.smallest_vocab} "
-                        f"({preset.num_special_ids} special ids + 256 bytes)")
+                        f"({preset.num_special_ids} special ids + 256 bytes)",
+                        Fix(words={str(args.vocab_size): str(preset.smallest_vocab)}))
     if args.max_memory_gb is not None and args.max_memory_gb < SMALLEST_MEMORY_GB:
         raise UserError(f"--max-memory-gb {args.max_memory_gb:g}: must be at least "
                         f"{SMALLEST_MEMORY_GB:g}; leave it out for no bound")

@@ -5,8 +5,7 @@ Checked against: the Python code of Transformer Engine 2.20.2, and the simple fo
 bias to sigmoid scores only for the choice, and divide sigmoid weights by their sum (plus 1e-20) if several
 experts are chosen. The weight of a chosen expert is the biased score minus the bias, so its last bits may
 differ from the score. A group's score is the sum of its best K / (chosen groups) experts, equal to the
-router's sum of two if K is twice the number of chosen groups.
-"""
+router's sum of two if K is twice the number of chosen groups."""
 
 from typing import Any
 

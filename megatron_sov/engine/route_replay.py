@@ -45,8 +45,7 @@ class RouteTable:
     in recomputation is Megatron-Core's padding mask. The mask therefore carries each token's index in the
     table: its first row is the padding, the further rows are the bits of the index, since Megatron-Core casts
     the mask to bool. A counter per router, as in Megatron-Core's `RouterReplay`, would fail with interleaved
-    pipelines or out-of-order recomputation.
-    """
+    pipelines or out-of-order recomputation."""
 
     def __init__(self, routes: np.ndarray, first_layer: int) -> None:
         """Copy the routes to the device.

@@ -4,8 +4,7 @@
 Megatron-Core multiplies auxiliary losses by the tokens of the micro-batch, for a division by all tokens that
 our losses do not make; its expert counts cannot take a padding mask (shapes [tokens] and [tokens, experts]
 do not broadcast); and it does not normalize the weight of a single chosen expert. Test:
-`test_router.py::test_routing_is_the_formula_at_every_layout_without_padding`.
-"""
+`test_router.py::test_routing_is_the_formula_at_every_layout_without_padding`."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -22,7 +21,9 @@ from megatron_sov.engine.fused_routing import (
 from megatron_sov.engine.model.attention import SharedPrompts
 from megatron_sov.engine.parallel import context
 from megatron_sov.engine.parallel.device import get_local_device
+from megatron_sov.engine.quantile_bias import count_required_biases
 from megatron_sov.engine.route_replay import LayerRoutes, RouteTable
+from megatron_sov.model.config.model import QUANTILE_BINS
 
 EPSILON = 1e-20
 """Added to the sum of weights before division, as in transformers."""
@@ -34,8 +35,7 @@ class BalancedRouter(TopKRouter):
 
     The balancing loss is DeepSeek-V3's sequence-wise loss (arXiv 2412.19437, eq. 17-20): for each sequence
     ``coeff * sum_i f_i P_i`` with ``f_i = E / (K T) * (number of tokens with expert i in the top K)`` and
-    ``P_i`` the mean normalized score, averaged over the sequences of the global batch.
-    """
+    ``P_i`` the mean normalized score, averaged over the sequences of the global batch."""
 
     def __init__(self, config: Any, pg_collection: Any = None, **kwargs: Any) -> None:
         super().__init__(config, pg_collection, **kwargs)
@@ -43,6 +43,10 @@ class BalancedRouter(TopKRouter):
             del self.local_tokens_per_expert
             zeros = torch.zeros(config.num_moe_experts, dtype=torch.float32, device=get_local_device())
             self.register_buffer("local_tokens_per_expert", zeros, persistent=False)
+        if config.router_bias_update == "quantile":
+            zeros = torch.zeros(config.num_moe_experts, QUANTILE_BINS, dtype=torch.int32,
+                                device=get_local_device())
+            self.register_buffer("required_biases", zeros, persistent=False)
 
     def gating(self, input: torch.Tensor) -> torch.Tensor:
         """Return logits. Transformer Engine accumulates bf16 products in float32, but multiplies float32 in
@@ -80,6 +84,9 @@ class BalancedRouter(TopKRouter):
                 valid = ~shared.padding
             if learns:
                 probs = self._attach_balancing_loss(probs, logits, valid, recorded)
+                if self.config.router_bias_update == "quantile":
+                    scores = _expand_documents(self._compute_scores(logits.detach()), shared)
+                    self.required_biases += count_required_biases(scores, self.expert_bias, self.topk, valid)
             self._count_tokens(_expand_documents(routing_map, shared), valid)
         return probs, routing_map
 
@@ -99,8 +106,7 @@ class BalancedRouter(TopKRouter):
         Megatron-Core's `topk_routing_with_score_function` rounds scores to float32, does not normalize a
         single expert's weight, and computes a group's score from as many experts as each chosen group
         contributes; DeepSeek-V3 uses two.
-        Test: `test_router.py::test_experts_are_chosen_within_the_best_groups_as_in_transformers`.
-        """
+        Test: `test_router.py::test_experts_are_chosen_within_the_best_groups_as_in_transformers`."""
         record = self.config.routing_step.record
         # the kernels neither replay nor return the experts' order
         if recorded is None and record is None and uses_fused_routing(self.config, logits):
@@ -213,8 +219,7 @@ class ExpertSpill:
     at most `limit` times the mean tokens per expert-parallel process there. Results keep their bits. The
     paged stash of Megatron-Core 0.19.2 (`moe_paged_stash`) has the same purpose, but needs
     `moe_expert_rank_capacity_factor`: HybridEP with fused experts, which drops tokens above the capacity, or
-    NCCL EP, which fails above it.
-    """
+    NCCL EP, which fails above it."""
 
     def __init__(self, limit: float) -> None:
         """Create the spill; `limit` is `gpu.expert_spill`."""
@@ -281,8 +286,7 @@ class RoutingStep:
     """Optimizer step state, shared by the process's `BalancedRouter` modules.
 
     The config holds it as `routing_step`. Inputs are constant within a step, so recomputation in the backward
-    pass sees the values of the forward pass.
-    """
+    pass sees the values of the forward pass."""
 
     seq_len: int = 0
     """Tokens per sequence; a micro-batch is a row of whole sequences."""
@@ -334,8 +338,7 @@ def patch_dispatcher_combine() -> None:
     Megatron-Core keeps the routes, and with them the router's graph, until the layer's next forward pass.
     With recomputation that graph ends in the layer's input, which stays with its gradient: for 48 layers,
     4,096 tokens and hidden size 4,096 the backward pass leaves 1.9 GB more. Test:
-    `test_router.py::test_a_pass_leaves_no_routes_and_so_no_inputs_of_recomputed_layers`.
-    """
+    `test_router.py::test_a_pass_leaves_no_routes_and_so_no_inputs_of_recomputed_layers`."""
     MoEAlltoAllTokenDispatcher.combine_postprocess = _combine_and_free_routes
 
 

@@ -148,10 +148,6 @@ class StopRule:
                 return list(continuation[:length])
         return list(continuation)
 
-    def find_reason(self, continuation: Tokens) -> str:
-        """Return the finish reason: `STOP` or `LENGTH`."""
-        return STOP if continuation and self.is_met(continuation) else LENGTH
-
     def truncate_text(self, text: str) -> str:
         """Return the text before the first stop string."""
         return text[:min((text.index(t) for t in self.texts if t in text), default=len(text))]
@@ -287,6 +283,6 @@ class GenerationResult:
             if len(tokens) != len(logprobs):
                 raise ValueError(f"prompt {number}: the engine returned {len(tokens)} tokens and "
                                  f"{len(logprobs)} log-probabilities; the counts must be equal")
-        return cls([tokens for tokens, _ in written], [logprobs for _, logprobs in written],
-                   [stop.find_reason(tokens) for tokens, _ in written], sampling.temperature, version,
-                   routes)
+        reasons = [STOP if tokens and stop.is_met(tokens) else LENGTH for tokens, _ in written]
+        return cls([tokens for tokens, _ in written], [logprobs for _, logprobs in written], reasons,
+                   sampling.temperature, version, routes)

@@ -16,7 +16,7 @@ from megatron_sov.plan.footprint.gpu_capacity import (
     refuse_on_nodes, refuse_too_large)
 from megatron_sov.plan.footprint.memory import MemoryAccount
 from megatron_sov.plan.pages.layout_report import (
-    SweepReport, format_layout, format_model_size, format_set_options, format_sizes, format_submit_command)
+    SweepReport, format_layout, format_model_size, format_set_options, format_submit_command)
 from megatron_sov.plan.pages.quotes import (
     Quote, build_tables, format_gib, format_table, list_notes, quote_to_json, sum_quotes)
 from megatron_sov.plan.pricing import (
@@ -163,7 +163,7 @@ def format_memory_lines(config: RunConfig, num_ranks: int, chip: Chip | None = N
     pp, dispatcher = config.parallel.pp, config.parallel.expert_dispatcher
     position = f" (pipeline stage {stage + 1} of {pp})" if pp > 1 else ""
     kernels = f", experts by {dispatcher}" if dispatcher in ("deepep", "hybridep") else ""
-    return (f"{count}: {format_sizes(config.parallel)}{kernels}\n"
+    return (f"{count}: {config.parallel.format_sizes()}{kernels}\n"
             f"memory: {format_gib(account.total)}{limit}{position}: {items}{room}")
 
 

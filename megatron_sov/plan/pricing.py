@@ -16,8 +16,7 @@ from megatron_sov.plan.search.recommended_layouts import GRAPHS
 from megatron_sov.plan.search.space import choice_to_dict, get_current_choice
 from megatron_sov.plan.speed.parameters import UNITS, load_default_parameters
 from megatron_sov.plan.speed.step import (
-    SLOW_HOST, PartsCache, StepTime, estimate_extra_layers, estimate_router_s, estimate_slow_host,
-    estimate_step)
+    SLOW_HOST, PartsCache, StepTime, estimate_extra_layers, estimate_router_s, estimate_step, load_slow_host)
 from megatron_sov.plan.speed.workload import PRECISIONS, Workload, build_workload
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters import cluster
@@ -36,6 +35,9 @@ DOCUMENT_TOKENS = 1000
 conversations with about 1,000 tokens)."""
 PACKED = ("sft", "preference", "distill")
 """Objectives that pack several conversations into a row."""
+FITTED_HOST_SHARE = 0.1
+"""Weight of the step time with the fitted host in `compute_rank_s`. It decides among layouts whose steps wait
+for a slow host: their times with a slow host are equal."""
 KINDS = {"extension": "extension stage", "midtraining": "mid-training stage"}
 """`extend.stages.N.kind` -> `RunStage.kind`, as a `Quote` names it."""
 
@@ -203,6 +205,15 @@ class Pricing:
     def time_step(self, stage: RunStage) -> StepTime:
         return estimate_step(self.build_workload(stage), load_default_parameters(), self._parts_cache)
 
+    def time_slow_host(self, stage: RunStage) -> StepTime:
+        """Estimate a step with a host that takes `SLOW_HOST` times as long for launches."""
+        return estimate_step(self.build_workload(stage), load_slow_host(), self._parts_cache)
+
+    def compute_rank_s(self, stage: RunStage) -> float:
+        """Return the stage's seconds with a slow host, plus a share of those with the fitted host."""
+        slow_s, step_s = self.time_slow_host(stage).total_s, self.time_step(stage).total_s
+        return (slow_s + FITTED_HOST_SHARE * step_s) * stage.steps
+
     def estimate_extra_layers(self, stage: RunStage) -> float:
         """Return the cost of head and prediction layers on the last pipeline stage, in layers."""
         return estimate_extra_layers(self.build_workload(stage), load_default_parameters())
@@ -291,13 +302,13 @@ def _list_expert_notes(work: Workload, step: StepTime, routes: "RecordedRoutes |
 
 def _list_host_notes(stage: RunStage, pricing: Pricing) -> list[str]:
     """Return notes on speed with a slow host, and on speed with CUDA graphs of routers toggled."""
-    slow = estimate_slow_host(pricing.build_workload(stage))
+    slow = pricing.time_slow_host(stage)
     notes = [f"With a host {SLOW_HOST} times as slow (docs/plan.md), a step takes {slow.total_s:.1f} s, "
              f"MFU {slow.mfu:.1%}."]
     setting = "gpu.cuda_graphs=[]" if stage.config.gpu.cuda_graphs else GRAPHS
     other = stage.with_config(apply_settings(stage.config, [setting]))
     if other.config.model.num_moe_layers() and can_run(other.config, pricing.num_ranks, pricing.limit_bytes):
-        slow = estimate_slow_host(pricing.build_workload(other))
+        slow = pricing.time_slow_host(other)
         notes.append(f"With {setting} the MFU is {pricing.time_step(other).mfu:.1%}, and {slow.mfu:.1%} with "
                      "the slow host; cuda_graphs in a profile allow graphs (docs/gpu.md).")
     return notes

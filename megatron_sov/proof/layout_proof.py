@@ -500,8 +500,5 @@ def _format_outcome(verdict: Verdict) -> str:
 
 def _format_layout(small: Miniature) -> str:
     p = small.config.parallel
-    sizes = [f"{name} {getattr(p, name)}" for name in ("tp", "pp", "vpp", "cp", "ep", "etp")
-             if getattr(p, name) > 1]
-    switches = [name for name in ("sp", "zero1", "overlap_grad_reduce", "overlap_param_gather")
-                if getattr(p, name)]
-    return ", ".join([*sizes, *switches]) or "data parallel"
+    switches = [name for name in ("sp", "overlap_grad_reduce", "overlap_param_gather") if getattr(p, name)]
+    return ", ".join([p.format_sizes(), *switches])

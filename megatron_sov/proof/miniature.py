@@ -147,7 +147,8 @@ def _choose_run_lengths(config: RunConfig) -> list[int]:
         fewer_lengths = dict.fromkeys(lengths, 1) | {lengths[-1]: 2}
         runs = [run_lengths[count] for count in chunk_lengths]
         fewer = [fewer_lengths[count] for count in chunk_lengths]
-        if len(chunk_lengths) > FEW_RUNS and not _starts_evenly(fewer):
+        starts_evenly = all(sum(fewer[:i]) == sum(fewer) // len(fewer) * i for i in range(len(fewer)))
+        if len(chunk_lengths) > FEW_RUNS and not starts_evenly:
             runs = fewer
     else:
         longest = 2 if len(chunk_lengths) <= FEW_RUNS else 1
@@ -157,10 +158,6 @@ def _choose_run_lengths(config: RunConfig) -> list[int]:
     missing = max(-(-(needed - sum(runs)) // len(runs)), 0)
     added = min(missing, *(count - run for count, run in zip(chunk_lengths, runs, strict=True)))
     return [run + added for run in runs]
-
-
-def _starts_evenly(runs: Sequence[int]) -> bool:
-    return all(sum(runs[:i]) == sum(runs) // len(runs) * i for i in range(len(runs)))
 
 
 def _list_layer_kinds(m: ModelConfig) -> list[tuple[str, int]]:

@@ -141,7 +141,7 @@ def checkpoint_step(checkpoint: Path) -> int:
 
 
 def _numbered_checkpoints(folder: Path) -> list[tuple[int, Path]]:
-    return sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdigit())
+    return sorted((int(p.name[5:]), p) for p in folder.glob("step-*") if p.name[5:].isdecimal())
 
 
 def list_complete(folder: Path) -> list[Path]:
@@ -274,7 +274,7 @@ def _refuse_unknown_folder(path: Path, kinds: Collection[str], wanted: str) -> N
         run = str((unfinished if unfinished and kinds == (RUN,) else runs)[-1])
         raise UserError(f"{path}: is not {wanted}; it holds the runs {', '.join(map(str, runs))}: pass "
                         f"one of them, e.g. {run}", Fix(words={str(path): run}))
-    if saved := [folder for folder in path.glob("checkpoint-*") if folder.name[11:].isdigit()]:
+    if saved := [folder for folder in path.glob("checkpoint-*") if folder.name[11:].isdecimal()]:
         newest = max(saved, key=lambda folder: int(folder.name[11:]))
         raise UserError(f"{path}: holds checkpoints of transformers; pass one of them, e.g. {newest}",
                         Fix(words={str(path): str(newest)}))
@@ -555,7 +555,7 @@ def _find_sound_checkpoint(damaged: Path) -> Path | None:
     """Return the newest sound checkpoint before a damaged one."""
     step = damaged.name[5:]
     earlier = [path for number, path in _numbered_checkpoints(damaged.parent)
-               if step.isdigit() and number < int(step) and find_manifest_damage(path) is None]
+               if step.isdecimal() and number < int(step) and find_manifest_damage(path) is None]
     return earlier[-1] if earlier else None
 
 

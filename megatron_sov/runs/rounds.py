@@ -143,7 +143,7 @@ class RunPolicies:
     def at(self, step: int) -> Policy:
         """Return the policy after the last step of a round."""
         if step not in self._recent:
-            self._recent[step] = self._hash_policy(step)
+            self._recent[step] = _hash_texts(self._trained, str(step)) if step else self.start.sha256
             self._recent = dict([*self._recent.items()][-1 - self.rollout.max_staleness:])
         return Policy(self.run, step, self._recent[step]) if step else self.start
 
@@ -170,9 +170,6 @@ class RunPolicies:
     def restore(self, state: dict[str, Any]) -> None:
         self._trained = str(state["trained"])
         self._recent = {int(step): str(sha256) for step, sha256 in state["recent"]}
-
-    def _hash_policy(self, step: int) -> str:
-        return _hash_texts(self._trained, str(step)) if step else self.start.sha256
 
 
 def _hash_checkpoint_policy(path: Path) -> str:

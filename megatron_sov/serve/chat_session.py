@@ -86,9 +86,6 @@ class ChatTurn:
     is_whole: bool = False
     """Whether the last message ended with a stop token."""
 
-    def to_messages(self) -> list[dict[str, Any]]:
-        return [{"role": "user", "content": self.user}, *self.messages]
-
 
 class ChatScreen(Protocol):
     """Display of a conversation."""
@@ -146,7 +143,7 @@ class ChatSession:
         if self.system:
             messages.append({"role": "system", "content": self.system})
         for turn in self.turns[self._first_turn:]:
-            messages += turn.to_messages()
+            messages += [{"role": "user", "content": turn.user}, *turn.messages]
         if self.model.takes_thoughts:
             return messages
         return [{key: value for key, value in m.items() if key != "reasoning_content"} for m in messages]

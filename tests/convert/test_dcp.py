@@ -27,7 +27,7 @@ from megatron_sov.model.config import OptimConfig
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.family import TokenIds
 from megatron_sov.schedules import compute_learning_rate
-from tests.convert.test_hostile import CANARY, TOUCH_CANARY, Calls
+from tests.convert.test_hostile import CANARY, TOUCH_CANARY, Calls, nest_tuples
 from tests.convert.test_to_megatron import FIRST, SAVED_AFTER, STEPS, Case
 from tests.packing import Packed
 
@@ -201,6 +201,7 @@ SHAPES = {f"model.{name}.weight": (8,) * axes for axes, names in (
 WEIGHTS = {name: torch.ones(shape) for name, shape in SHAPES.items()}
 STATE = {f"optimizer.state.{name}.{state}": torch.full(shape if state != "step" else (), 7.0)
          for name, shape in SHAPES.items() for state in ("exp_avg", "exp_avg_sq", "step")}
+GROUP = "optimizer.param_groups.model.embed_tokens.weight."
 O_PROJ = "optimizer.state.model.layers.0.self_attn.o_proj.weight."
 MUON = {name: tensor for name, tensor in STATE.items() if not name.startswith(O_PROJ)}
 MUON[f"{O_PROJ}momentum_buffer"] = torch.ones(8, 8)
@@ -218,11 +219,20 @@ MUON[f"{O_PROJ}momentum_buffer"] = torch.ones(8, 8)
      r"counts \d updates in step/\S+ and \d in step/\S+, but a run has one count; pass --weights-only"),
     ({"tok_embeddings.weight": torch.ones(8, 8)}, QWEN3 | {"model_type": "qwen2"},
      "torchtitan 0.3 has no model of family 'qwen2'"),
+    ({f"ema.{name}": tensor for name, tensor in WEIGHTS.items()} | WEIGHTS, QWEN3,
+     "has 2 models .names begin with 'ema.', ''.; save one of them alone"),
+    (WEIGHTS | STATE | {name.replace("optimizer", "optimizer.1"): tensor for name, tensor in STATE.items()},
+     QWEN3, r"has two tensors for exp_avg/model\.norm\.weight; save one model with one optimizer"),
+    (WEIGHTS | {"layers.0.moe.expert_bias_E": torch.zeros(9)}, QWEN3, "1 unexpected .layers.0.moe.expert"),
+    (WEIGHTS | STATE | {f"{GROUP}betas": (nest_tuples(60), 0.9), f"{GROUP}eps": 1e-8}, QWEN3, ""),
+    (WEIGHTS | STATE | {"lr_scheduler.last_epoch": 10**5000}, QWEN3, ""),
     (WEIGHTS | MUON, QWEN3, ""), (WEIGHTS | STATE | {"lm_head.weight": torch.ones(8, 8)}, QWEN3, ""),
     (WEIGHTS | STATE | {"lr_scheduler.last_epoch": Calls(os.system, TOUCH_CANARY)}, QWEN3, "")])
 def test_other_checkpoints_are_refused(state: dict[str, Any], config: dict[str, Any] | None, sentence: str,
                                        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     dcp.save(state, checkpoint_id=tmp_path / "theirs/step-7", no_dist=True)
+    (tmp_path / "theirs/step-²").mkdir()
+    (tmp_path / "theirs/step-²/.metadata").touch()
     if config is not None:
         (tmp_path / "theirs/config.json").write_text(json.dumps(config))
     code = main(["convert", "from-dcp", str(tmp_path / "theirs"), str(tmp_path / "out")])
@@ -252,8 +262,7 @@ def test_schedule_of_torch_continues(build: Any, kind: str, tmp_path: Path) -> N
     for _ in range(7):
         optimizer.step()
         scheduler.step()
-    group = {"optimizer.param_groups.model.embed_tokens.weight.initial_lr": 0.01}
-    dcp.save(WEIGHTS | STATE | group | {"lr_scheduler": scheduler.state_dict()},
+    dcp.save(WEIGHTS | STATE | {f"{GROUP}initial_lr": 0.01, "lr_scheduler": scheduler.state_dict()},
              checkpoint_id=tmp_path / "theirs", no_dist=True)
     (tmp_path / "theirs/config.json").write_text(json.dumps(QWEN3))
     training = from_dcp(tmp_path / "theirs", tmp_path / "out").training

@@ -124,6 +124,7 @@ def change_size(size: Any) -> Callable[[Any], None]:
 INDEX_CHANGES: dict[str, tuple[Callable[[Any], None], str]] = {
     "a path upwards": (change_stored(relative_path="../../etc/passwd"), "outside the checkpoint"),
     "a path from the root": (change_stored(relative_path="/etc/passwd"), "outside the checkpoint"),
+    "a path that no terminal shows": (change_stored(relative_path="\ud800"), "outside the checkpoint"),
     "a path that is no text": (change_stored(relative_path=7), "outside the checkpoint"),
     "a path of lists without end": (change_stored(relative_path=nest_tuples(60)), "outside the checkpoint"),
     "a place before the file": (change_stored(offset=-1), "not an integer, negative, or too large"),
@@ -426,4 +427,9 @@ def test_imported_fsdp_dtensor_model_equals_transformers(ranks: Any, job: Any, t
     ("optimizer.1.state.module.module.decoder.layers.0.mlp.experts.linear_fc2.weight12.exp_avg",
      "optimizer.state.exp_avg.decoder.layers.0.mlp.experts.experts.12.linear_fc2.weight")])
 def test_fsdp_keys_of_grouped_experts(key: str, ours: str) -> None:
-    assert _rename_fsdp_tensors({key: "entry"}) == {ours: "entry"}
+    assert _rename_fsdp_tensors(Path("from"), {key: "entry"}) == {ours: "entry"}
+
+
+def test_fsdp_tensors_with_the_same_key_are_refused() -> None:
+    with pytest.raises(UserError, match=r"from: has two tensors for decoder\.x"):
+        _rename_fsdp_tensors(Path("from"), {"model.decoder.x": [1], "model.module.decoder.x": [2]})

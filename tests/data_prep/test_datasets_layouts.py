@@ -290,6 +290,13 @@ def test_columns_join_fields_and_refuse_missing_ones(tmp_path: Path) -> None:
             read(columns)
 
 
+def test_reversed_columns_are_turned_around() -> None:
+    with pytest.raises(UserError) as refusal:
+        parse_renames(["question=prompt,answer=response"])
+    assert refusal.value.fix
+    assert refusal.value.fix.words == {"question=prompt,answer=response": "prompt=question,response=answer"}
+
+
 def test_the_page_has_a_row_for_each_known_layout() -> None:
     page = (Path(__file__).parents[2] / "docs/data.md").read_text()
     for layout in LAYOUTS:

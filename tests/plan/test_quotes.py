@@ -192,6 +192,9 @@ def test_recorded_routes_price_each_layer_by_its_busiest_process(tmp_path: Path,
     ([{"load": [[1.0] * 127 + [-1.0]] * 48, "layers": [*range(1, 49)]}], "are not those of 48"),
     ([{"load": [[1.0] * 127 + [float("inf")]] * 48, "layers": [*range(1, 49)]}], "are not those of 48"),
     ([{"load": [[1.0] * 127 + ["x"]] * 48, "layers": [*range(1, 49)]}], "are not those of 48"),
+    ([{"load": [[1.0] * 128] * 48, "layers": None}], "are not those of 48"),
+    ([{"load": [[1.0] * 128] * 48, "layers": [*range(-8, 40)]}], "are not those of 48"),
+    ([{"load": [[1.0] * 128] * 48, "layers": [1] * 48}], "are not those of 48"),
     ([{"load": [[1.0] * 128] * 47 + [[1.0]], "layers": [*range(1, 49)]}], "are not those of 48")])
 def test_routes_of_another_model_are_refused(tmp_path: Path, events: list[dict[str, Any]],
                                              message: str) -> None:
@@ -359,7 +362,7 @@ def test_a_set_layout_is_kept_and_an_open_one_recommended() -> None:
     where = load_machines("h100", 64)
     open_ = plan_on_cluster(request("k-exaone-236b"), where)
     fixed = plan_on_cluster(request("k-exaone-236b", "parallel.pp=16"), where)
-    assert (open_.config.parallel.pp, open_.config.parallel.ep) == (4, 32)
+    assert (open_.config.parallel.pp, open_.config.parallel.ep) == (8, 8)
     assert fixed.config.parallel.pp == 16
     assert fixed.config.parallel.ep == recipes.get("k-exaone-236b").parallel.ep
 

@@ -19,7 +19,7 @@ from megatron_sov.model.config import ParallelConfig, apply_settings
 from megatron_sov.operate.slurm.stages import build_stage_work
 from megatron_sov.plan.pages.layout_report import (
     MAX_RULES, SweepReport, describe_broken_rules, describe_too_large, format_layout, format_set_options,
-    format_sizes, format_submit_command)
+    format_submit_command)
 from megatron_sov.plan.pricing import Pricing, RunStage, list_run_stages, load_machines
 from megatron_sov.plan.search.space import (
     LEAST_GAIN, LayoutChoice, LayoutSpace, build_space, find_uneven_split, get_current_choice, iter_choices,
@@ -81,7 +81,8 @@ STAGE = list_run_stages(CONFIG, 8)[0]
 def build_report(*layouts: tuple[LayoutChoice, int, float]) -> SweepReport:
     """Return the report of a single-stage search with (layout, bytes, seconds per step) results."""
     sweep = Sweep(STAGE, num_looked_at=9,
-                  ranked=[SweepResult(choice, needs, {"dense": s}, s) for choice, needs, s in layouts])
+                  ranked=[SweepResult(choice, needs, {"dense": s}, s, 2 * s, 2.1 * s)
+                          for choice, needs, s in layouts])
     search = SweepSearch(CONFIG, [sweep], ["pretrain"], find_common_layouts([sweep]))
     return SweepReport(search, load_machines("h100", 1), [], "megatron-sov submit")
 
@@ -106,14 +107,14 @@ def change_layout(**changes: int) -> LayoutChoice:
 
 
 def test_a_layout_in_words() -> None:
-    assert format_sizes(PLAIN.parallel) == "data parallel alone, ZeRO-1"
-    assert format_sizes(change_layout(tp=4, pp=2).parallel) == "tp 4, pp 2, ZeRO-1"
-    assert format_layout(PLAIN) == "data parallel alone, micro-batch 1, recomputes nothing"
+    assert PLAIN.parallel.format_sizes() == "data parallel alone, ZeRO-1"
+    assert change_layout(tp=4, pp=2).parallel.format_sizes() == "tp 4, pp 2, ZeRO-1"
+    assert format_layout(PLAIN) == "data parallel alone, ZeRO-1, micro-batch 1, recomputes nothing"
     recomputed = LayoutChoice(ParallelConfig(tp=2), 4, (True, ()))
-    assert format_layout(recomputed) == "tp 2, no ZeRO-1, micro-batch 4, recomputes layers"
+    assert format_layout(recomputed) == "tp 2, micro-batch 4, recomputes layers"
     uneven = ParallelConfig(pp=2, vpp=2, zero1=True, pipeline_layout=(3, 3, 3, 1))
     assert format_layout(LayoutChoice(uneven, 1, (False, ()))).startswith(
-        "pp 2, vpp 2, 4 layers on the last stage, micro-")
+        "pp 2, vpp 2, ZeRO-1, 4 layers on the last stage, micro-")
     assert format_layout(replace(PLAIN, recompute=("selective", ("moe", "layernorm")))).endswith(
         "recomputes moe + layernorm")
 
@@ -124,7 +125,7 @@ def test_a_failed_search_names_the_nearest_layout() -> None:
     sweep.record_too_large(change_layout(tp=2), 3 * GIB)
     sweep.record_too_large(change_layout(tp=4), GIB)
     assert describe_too_large(sweep) == [
-        "2 do not fit: the nearest lacks 1.0 GiB (tp 4, micro-batch 1, recomputes nothing)"]
+        "2 do not fit: the nearest lacks 1.0 GiB (tp 4, ZeRO-1, micro-batch 1, recomputes nothing)"]
 
 
 def test_rare_rules_are_counted_together() -> None:
@@ -293,7 +294,7 @@ SMALL_SPACE = LayoutSpace(
 
 
 def try_all_layouts(stage: RunStage, pricing: Pricing) -> dict[Any, tuple[float, float]]:
-    """Return layout -> (seconds of a step, bytes) for all combinations of `SMALL_SPACE` that are valid and
+    """Return layout -> (`compute_rank_s`, bytes) for all combinations of `SMALL_SPACE` that are valid and
     fit, computed independently of the search."""
     layouts = {}
     values = [getattr(SMALL_SPACE, field.name) for field in dataclasses.fields(SMALL_SPACE)
@@ -310,7 +311,7 @@ def try_all_layouts(stage: RunStage, pricing: Pricing) -> dict[Any, tuple[float,
             train=dataclasses.replace(stage.config.train, micro_batch_size=size, recompute=recompute))
         candidate = stage.with_config(config)
         if not config.problems(pricing.num_ranks) and pricing.count_bytes(candidate) <= pricing.limit_bytes:
-            layouts[config.parallel, size, recompute] = (pricing.time_step(candidate).total_s,
+            layouts[config.parallel, size, recompute] = (pricing.compute_rank_s(candidate),
                                                          pricing.count_bytes(candidate))
     return layouts
 
@@ -326,8 +327,8 @@ def test_the_best_layout_is_the_best_of_all_combinations(cluster: str, nodes: in
               for result in sweep.ranked}
     assert ranked == set(expected)
     first = sweep.ranked[0]
-    assert (first.step_s, first.needs_bytes) == pytest.approx(min(expected.values()))
-    assert [result.step_s for result in sweep.ranked] == sorted(result.step_s for result in sweep.ranked)
+    assert (first.rank_s, first.needs_bytes) == pytest.approx(min(expected.values()))
+    assert [result.rank_s for result in sweep.ranked] == sorted(result.rank_s for result in sweep.ranked)
     assert sweep.num_looked_at == len(sweep.ranked) + sweep.num_too_large + sum(sweep.broken.values())
     assert sweep.nearest is not None
     lacks, nearest = sweep.nearest

@@ -10,7 +10,7 @@ from megatron_sov.model.config import PhaseConfig, apply_settings
 from megatron_sov.plan.speed import traffic
 from megatron_sov.plan.speed.parameters import load_default_parameters
 from megatron_sov.plan.speed.step import (
-    estimate_extra_layers, estimate_router_s, estimate_slow_host, estimate_step)
+    estimate_extra_layers, estimate_router_s, estimate_step, load_slow_host)
 from megatron_sov.plan.speed.traffic import count_local_params, list_messages
 from megatron_sov.plan.speed.workload import Block, ModelShape, Workload, build_workload
 from megatron_sov.work.clusters.chips import CHIPS, default_links
@@ -117,9 +117,19 @@ def test_graphs_of_routers_help_most_with_a_slow_host() -> None:
     """Attention and experts are launched one by one in both cases."""
     eager, graphed = (build_moe(seq_len=512, global_batch_size=4096, cuda_graphs=graphs)
                       for graphs in ("none", "routers"))
-    assert estimate_slow_host(eager).launch_s > 2 * estimate_step(eager).launch_s
-    saved = 1 - estimate_slow_host(graphed).total_s / estimate_slow_host(eager).total_s
+    assert estimate_step(eager, load_slow_host()).launch_s > 2 * estimate_step(eager).launch_s
+    saved = 1 - (estimate_step(graphed, load_slow_host()).total_s
+                 / estimate_step(eager, load_slow_host()).total_s)
     assert 0.25 < saved < 0.4
+
+
+def test_recomputed_experts_are_launched_again() -> None:
+    """As many launches as for a whole recomputed layer, less its attention's."""
+    stored, experts, layers = (
+        estimate_step(build_moe(seq_len=512, global_batch_size=4096, recompute=recompute,
+                                recompute_modules=modules), load_slow_host()).launch_s
+        for recompute, modules in (("none", ()), ("selective", ("moe",)), ("full", ())))
+    assert 1.3 * stored < experts < layers
 
 
 def test_overlapped_messages_are_not_slower() -> None:

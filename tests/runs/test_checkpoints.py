@@ -32,6 +32,7 @@ def run(tmp_path: Path) -> Path:
 
 def test_damaged_newest_checkpoint_suggests_previous(run: Path) -> None:
     newest = run / "checkpoints" / "step-100"
+    (run / "checkpoints/step-²").mkdir()
     assert latest_checkpoint(run / "checkpoints") == find_checkpoint(run) == find_checkpoint(newest) == newest
     (run / "checkpoints" / "step-200").mkdir()  # without a manifest
     with pytest.raises(UserError, match=r"checkpoint before it, .*/step-100$"):

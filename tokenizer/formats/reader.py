@@ -141,6 +141,9 @@ def open_hf(file: Path) -> ForeignTokenizer:
         raise UserError(f"{file}: model.vocab or added_tokens are not what they should be ({e!r}); "
                         "restore it from its source") from None
     check_id_range(ids, file)
+    vocab = raw["model"]["vocab"]
+    if isinstance(vocab, dict) and len({*vocab.values()}) < len(vocab):
+        raise UserError(f"{file}: model.vocab gives one id to two tokens; restore the file from its source")
     if raw["model"].get("dropout"):
         raise UserError(f"{file}: model.dropout = {raw['model']['dropout']} makes encoding random; "
                         "set it to null")
@@ -168,8 +171,8 @@ def _read_template(config: dict[str, Any], file: Path) -> str | None:
         return file.read_text(encoding="utf-8")
     template = config.get("chat_template")
     if isinstance(template, list):
-        named_templates = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named_templates.get("default")
+        template = next((t.get("template") for t in template
+                         if isinstance(t, dict) and t.get("name") == "default"), None)
     if not isinstance(template, str | None):
         raise UserError(f"{file.with_name(CONFIG_JSON)}: chat_template is a {type(template).__name__}, "
                         "must be text; correct it there")
@@ -245,7 +248,7 @@ class LoadedTokenizer:
                 return token.encode()
             return bytes(alphabet[c] for c in token)
         if decoders & {"ByteFallback", "Metaspace"}:
-            return _decode_piece(token)
+            return _BYTES.get(token) or token.replace(SPACE, " ").encode()
         return self._tokenizer.decode([id_], skip_special_tokens=False).encode()
 
     def encode(self, text: str) -> list[int]:
@@ -284,11 +287,6 @@ def open_tokenizer(path: Path) -> LoadedTokenizer:
     if not tokenizer.tokens:
         raise UserError(f"{source.file}: holds no tokens, so it is empty or damaged; pass {FORMS}")
     return tokenizer
-
-
-def _decode_piece(piece: str) -> bytes:
-    """Return bytes from sentencepiece's spelling."""
-    return _BYTES.get(piece) or piece.replace(SPACE, " ").encode()
 
 
 def _collect_types(rules: dict[str, Any] | None) -> set[str]:

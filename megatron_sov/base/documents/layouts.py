@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_sov.base.documents.messages import EMPTY_VALUES, BadRecord, convert_sharegpt
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import Fix, UserError
 from megatron_sov.base.hints.table import load_table
 
 KINDS = ("text", "chat", "preference", "prompt")
@@ -249,8 +249,10 @@ def parse_renames(arguments: Iterable[str], targets: Collection[str] = TARGETS) 
             if not equals or not target or not all(sources):
                 raise UserError(f"{where}: {part!r} must be TARGET=FIELD, e.g. prompt=instruction")
             if targets and target not in targets:
+                swapped = re.sub(r"([^=,]+)=([^=,]+)", r"\2=\1", argument)
                 raise UserError(f"{where}: {target!r} is not a field of records; choose from "
-                                f"{', '.join(targets)}")
+                                f"{', '.join(targets)}",
+                                Fix(words={argument: swapped}) if fields in targets else None)
             if target in renames:
                 raise UserError(f"{where}: {target!r} is named twice; join fields with '+', e.g. "
                                 f"{target}={'+'.join((*renames[target], *sources))}")

@@ -225,7 +225,7 @@ def _unwrap_process_starter(arguments: list[str]) -> list[str]:
                          if word.endswith(".py") or is_module_option[i]), len(arguments))
     options = list(pair_words([*arguments[:script_index], ""]))
     translations = index_words("options")
-    num_processes = next((value for name, value in options if value.isdigit() and (
+    num_processes = next((value for name, value in options if value.isdecimal() and (
         "--nproc" in translations.get(normalize_word(name), ()) or name in ("-n", "-np"))), "")
     starter_words: list[str] = []
     for name, value in options:

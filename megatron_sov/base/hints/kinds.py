@@ -73,7 +73,7 @@ def suggest_models(kinds: Collection[str]) -> str:
 
 def list_run_tokenizers(run: Path) -> list[Path]:
     """List the tokenizer folders in a run's checkpoints, oldest step first."""
-    folders = [path for path in run.glob("checkpoints/step-*/tokenizer") if path.parent.name[5:].isdigit()]
+    folders = [path for path in run.glob("checkpoints/step-*/tokenizer") if path.parent.name[5:].isdecimal()]
     return sorted(folders, key=lambda path: int(path.parent.name[5:]))
 
 

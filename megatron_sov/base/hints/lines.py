@@ -102,7 +102,8 @@ class _Proposal:
     def _find_artifact_fault(self, message: str) -> UserError | None:
         """Return the fault of a named path in an artifact, if the check accepts the artifact in its place."""
         words = [word for word in self.line[1:] if _names_word(message, word) and not os.path.isdir(word)
-                 and not re.search(r"/step-\d+\Z", word)]  # a run is not taken for its missing checkpoint
+                 # a run is not taken for its missing checkpoint; commands read tokenizer.json like its folder
+                 and not re.search(r"/step-\d+\Z|tokenizer\.json\Z", word)]
         for word, folder in [(path, folder) for path in words for folder in Path(path).parents[:-1]]:
             kind, fix = load_table()["kinds"].get(classify_folder(folder)), Fix(words={word: str(folder)})
             line = apply_fix(self.program, self.line, fix) if kind else None

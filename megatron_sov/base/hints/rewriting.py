@@ -212,7 +212,9 @@ class Rewrite:
         gpus = re.search(r"(?:\A|:)(\d+)(?:x|\Z)", value)  # 16, 8xH100, h100:8
         nodes = str(-(-int(gpus[1]) // GPUS_PER_NODE)) if gpus else "N"
         numbers = re.findall(r"[\d.]+(?:e-?\d+)?", value)
-        return {"value": value, "nodes": nodes, "first": "".join(numbers[:1]),
+        source = find_value(self.typed, "--input", "--dataset", "--data", "--files", "--train_file") or "FILE"
+        return {"source": source, "name": Path(source).stem, "value": value, "nodes": nodes,
+                "first": "".join(numbers[:1]),
                 "second": "".join(numbers[1:2]), "stem": Path(value).stem, "run": run,
                 "cluster": parse_cluster(value), "folder": folder,
                 "tokens": multiply_context(find_value(self.typed, "--from", "--model"), value),
@@ -297,7 +299,8 @@ class Rewrite:
         if name == "--nodes" and "gpu" in word and "--nproc" in self.options and not (
                 self.has_cluster or self.command.startswith("submit")):
             return "--nproc"  # the number of GPUs per node follows from a profile
-        return FOLDER if word in ("input", "data", "inputs") and FOLDER in self.positionals else name
+        takes_folders = FOLDER in self.positionals and word in ("input", "data", "inputs", "data_path")
+        return FOLDER if takes_folders else name
 
     def _write_option(self, option: str, word: str, name: str, values: list[str]) -> None:
         """Write an option or positional argument `name` for a foreign option."""
@@ -307,6 +310,7 @@ class Rewrite:
             if rest:
                 self.messages.append(f"{', '.join(rest)}: not needed, or an option of its own")
         if not name.startswith("-"):
+            translated = parse_blend(values)[1::2] or translated
             self.first += translated
             self.first_by_name[name] = [*self.first_by_name.get(name, ()), *translated]
             plain = re.sub(r"\[.*?\]", "", name)  # DIR[:WEIGHT], [NAME=]PREFIX
@@ -317,7 +321,7 @@ class Rewrite:
             return
         default = find_our_value("", word)
         translated = translated or ([default] if default else [])
-        if name == "--nodes" and values and values[0].isdigit() and int(values[0]) % GPUS_PER_NODE:
+        if name == "--nodes" and values and values[0].isdecimal() and int(values[0]) % GPUS_PER_NODE:
             self.messages.append(f"{values[0]} GPUs are no whole nodes of {GPUS_PER_NODE}: "
                                  f"--nodes {translated[0]} is {int(translated[0]) * GPUS_PER_NODE}")
         if name == "--data" and (blend := parse_blend(values)):

@@ -57,7 +57,7 @@ def translate_value(word: str, option: str, value: str) -> str:
         return str(value.count(",") + 1)  # GPU indices such as 0,1,2,3
     if option == "--data":
         return find_shards(value)
-    if option == "--nodes" and ("gpu" in word or word == "world_size") and value.isdigit():
+    if option == "--nodes" and ("gpu" in word or word == "world_size") and value.isdecimal():
         return str(-(-int(value) // GPUS_PER_NODE))
     return find_our_value(value, word, option) or value
 
@@ -82,7 +82,7 @@ def _compute_value(word: str, value: str, typed: Sequence[str]) -> str:
         return str(round(global_batch))
     micro_batch = find_number("micro_batch_size", "batch_size", *rows["train.micro_batch_size"].split()) or 1
     processes = find_number("nproc", "nproc_per_node", "num_processes") or 1
-    return str(round(int(value) * micro_batch * processes)) if value.isdigit() else "SAMPLES"
+    return str(round(int(value) * micro_batch * processes)) if value.isdecimal() else "SAMPLES"
 
 
 def find_value(words: Sequence[str], *options: str) -> str:

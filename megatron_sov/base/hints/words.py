@@ -407,6 +407,10 @@ def _place_free_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None
         rewrite.add_words(f"several checkpoints are taken by `megatron-sov {command}`")
         return
     num_arguments = max(0, len(arguments) - len(rewrite.first))
+    if len(free_words) == num_arguments + 1 and not os.path.exists(free_words[0]) and (
+            re.fullmatch("[a-z]+", free_words[0]) and all(map(os.path.exists, free_words[1:]))):
+        rewrite.add_words(f"{free_words.pop(0)}: is no file or folder; leave it out")
+        rewrite.words = [*free_words, *option_words]
     written = {word.partition("=")[0] for word in option_words}
     takes_recipe = bool(rewrite.positionals) and rewrite.positionals[0] == "RECIPE"
     # words that fit the positional arguments stay, unless a recipe is another kind of word, or a required
@@ -471,7 +475,7 @@ def _add_companions(rewrite: Rewrite) -> None:
     if "--nproc" not in rewrite.options or rewrite.command.startswith(("submit", "plan")):
         return
     sizes = [values.get(f"parallel.{axis}", "1") for axis in ("tp", "pp", "cp", "ep", "etp")]
-    if "--nproc" in rewrite.words or not all(size.isdigit() for size in sizes):
+    if "--nproc" in rewrite.words or not all(size.isdecimal() for size in sizes):
         return
     tp, pp, cp, ep, etp = map(int, sizes)
     num_local = os.environ.get("LOCAL_WORLD_SIZE", "1")  # torchrun's processes on this machine
@@ -571,7 +575,7 @@ def _drop_repeated(parser: argparse.ArgumentParser, rewrite: Rewrite) -> list[st
     """Return the words without unknown settings; each setting and single option has its typed value."""
     single = {name for action in parser._actions
               if type(action).__name__ in ("_StoreAction", "_StoreTrueAction") and action.nargs in (None, 0)
-              for name in action.option_strings}
+              for name in action.option_strings} | {*rewrite.overruled}
     groups: list[list[str]] = []
     words = list(rewrite.words)
     while words:

@@ -141,7 +141,8 @@ class LinePlot:
     def draw(self) -> Markup:
         """Return the chart as HTML."""
         ends = [end for series in self.series for interval in series.intervals for end in interval]
-        across = Scale(self.x, self._list_x_values())
+        band_ends = [end for _, *ends in self.bands for end in ends]
+        across = Scale(self.x, [*(x for series in self.series for x in series.x), *band_ends])
         up = Scale(self.y, [*(y for series in self.series for y in series.y), *ends], 0.04)
         grid = "".join(f"M0 {GRID - round(GRID * fraction)}h{GRID}" for fraction, _ in up.ticks())
         parts = [Markup('<path class="lines" d="{}"/>').format(grid)]
@@ -175,10 +176,6 @@ class LinePlot:
             0.64 * widest + 0.8, Markup("").join(parts), _draw_labels("up", "bottom", y_ticks),
             _draw_labels("across", "left", across.ticks()), Markup("").join(names),
             escape_controls(self.x.title), key, draw_legend(legend) if len(legend) > 1 else "", grid=GRID)
-
-    def _list_x_values(self) -> list[float]:
-        values = [x for series in self.series for x in series.x]
-        return values + [end for _, *ends in self.bands for end in ends]
 
 
 def _draw_series(series: Series, across: Scale, up: Scale) -> list[Markup]:
@@ -268,7 +265,8 @@ class HeatMap:
                     left, right = round(j * width), round((j + 1) * width)
                     shades.setdefault(self._choose_shade(value),
                                       []).append(f"M{left} {i}h{right - left}v1H{left}z")
-        parts = [Markup('<path d="{}" fill="{}"/>').format("".join(cells), _mix_colour(shade))
+        fill = "color-mix(in srgb, var(--heat1) {:.0f}%, var(--heat0))"
+        parts = [Markup('<path d="{}" fill="{}"/>').format("".join(cells), fill.format(100 * shade / SHADES))
                  for shade, cells in sorted(shades.items())]
         height_px = CELL_PX * len(self.rows)
         rows = [((i + 0.5) / len(self.rows), escape_controls(row)) for i, row in enumerate(self.rows)]
@@ -304,7 +302,3 @@ class HeatMap:
         every = -(-len(self.columns) // (2 * MAX_TICKS))
         return [((j + 0.5) / len(self.columns), escape_controls(name))
                 for j, name in enumerate(self.columns) if j % every == 0]
-
-
-def _mix_colour(shade: int) -> str:
-    return f"color-mix(in srgb, var(--heat1) {100 * shade / SHADES:.0f}%, var(--heat0))"

@@ -266,13 +266,14 @@ def _choice_problem(key: str, value: Any, hint: Any, expected: str) -> SettingsP
         return SettingsProblem(ProblemCode.CHOICE, key, rule, value)
     choices = [word for word in _list_choices(hint) if isinstance(word, str)]
     removed = suggest_successor(value)
-    advice = (removed or _suggest_lower_case(value, choices)
-              or _suggest_equivalent(key, value) or suggest_name(value, choices))
+    part = _find_part(value, choices)
+    advice = (removed or _suggest_lower_case(value, choices) or _suggest_equivalent(key, value)
+              or suggest_name(value, choices) or (f"; did you mean {part!r}?" if part else ""))
     nearest = ""
     # neither another program's word with a command of its own nor a blank value is a misspelt choice
     if "`megatron-sov" not in advice and re.search(r"[\w.-]", value):
         # words that may mean a choice, the likeliest first
-        candidates = (value.lower(), _find_equivalent(key, value), find_nearest_name(value, choices),
+        candidates = (value.lower(), _find_equivalent(key, value), find_nearest_name(value, choices), part,
                       *re.findall(r"[\w.-]+", removed))
         nearest = next((word for word in candidates if word in choices), "")
     if not nearest and (removed or not advice):
@@ -327,6 +328,12 @@ def _find_nearest_value(value: Any, lt: float = math.inf, le: float = math.inf, 
     if bound == 0 and isinstance(value, (int, float)) and value < 0:  # a sign too many
         bound = -value
     return f"{bound:g}" if isinstance(bound, float) else str(bound)
+
+
+def _find_part(value: str, choices: Iterable[str]) -> str:
+    """Return the longest choice whose words are in `value`, e.g. linear in linear_with_warmup; "": none."""
+    words = {*re.split(r"[_-]", value.lower())}
+    return max((choice for choice in choices if words >= {*re.split(r"[_-]", choice)}), key=len, default="")
 
 
 def _suggest_lower_case(value: str, known: Collection[str]) -> str:

@@ -81,11 +81,12 @@ def format_recipe_list(tiny: bool = False) -> str:
     objectives, and plugins."""
     configs = {name: recipes.get(name) for name in recipes.names() if name.startswith(TINY) == tiny}
     counts = {name: count_params(config.model).total for name, config in configs.items()}
+    jobs = {name: "extend" if config.extend.stages else config.objective.name
+            for name, config in configs.items()}
     width = max(map(len, configs))
     lines = list[str]()
     for job, heading in JOBS.items():
-        names = sorted((name for name, config in configs.items() if _get_job(config) == job),
-                       key=lambda name: (counts[name], name))
+        names = sorted((name for name in configs if jobs[name] == job), key=lambda name: (counts[name], name))
         lines += [f"{heading}:",
                   *(f"  {name:<{width}}  {format_recipe_summary(configs[name])}" for name in names), ""]
     commands = (f"{name} (megatron-sov {command})" for name, command in objectives.BUILT_IN.items())
@@ -98,10 +99,6 @@ def format_recipe_list(tiny: bool = False) -> str:
     more = "without --tiny: recipes at full size" if tiny else (
         f"--tiny: {len(recipes.names()) - len(configs)} recipes with the same structures for a laptop")
     return "\n".join([*lines, "", more])
-
-
-def _get_job(config: RunConfig) -> str:
-    return "extend" if config.extend.stages else config.objective.name
 
 
 def _try_summary(name: str) -> str:

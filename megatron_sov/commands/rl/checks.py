@@ -104,7 +104,9 @@ def check_train(options: RlTrainOptions) -> TrainingRequest:
         raise UserError(f"--store {options.store}: does not exist; `rl train` learns from rounds that `rl "
                         "generate` and `rl reward` write, and `megatron-sov rl run` does all three (--wait "
                         "SECONDS waits for them)", Fix(command="rl run"))
-    return replace(check_rounds(options, complete_train_settings), wait_s=options.wait)
+    # `rl generate` loads the checkpoints of all rounds
+    rounds = check_rounds(options, lambda config: retain_policies(add_rounds(config)))
+    return replace(rounds, wait_s=options.wait)
 
 
 def check_cycle(options: RlRunOptions) -> CycleRequest | TrainingRequest:
@@ -136,11 +138,6 @@ def check_generate(options: RlGenerateOptions) -> RolloutsRequest:
                         "is trained; choose rounds up to it, or raise rollout.rounds here and in `rl train`")
     select_round_prompts(prompts, rollout, rounds[0])  # refuses a file with too few prompts
     return RolloutsRequest(options, config, rounds, prompts, resolve_environment(options, config))
-
-
-def complete_train_settings(config: RunConfig) -> RunConfig:
-    """Add the settings that follow from the rounds, and retain the checkpoints that `rl generate` loads."""
-    return retain_policies(add_rounds(config))
 
 
 def check_rounds(options: RoundsOptions, complete: Callable[[RunConfig], RunConfig] = add_rounds, *,

@@ -8,12 +8,11 @@ from megatron_sov.chat.vocabulary import find_difference
 from megatron_sov.commands.rl.options import CHECKPOINT_OPTION, ScoringTeacherOptions
 from megatron_sov.infer.engines.target import Target, find_target
 from megatron_sov.model.config import RunConfig
+from megatron_sov.model.families.family import TRAINING_FIELDS
 from megatron_sov.post.rl.teachers import ScoringTeacher
 from megatron_sov.runs.checkpoints import check_model_path, hash_checkpoint_files
 
 SERVER_HINT = "serve it (`megatron-sov serve`), and pass --teacher-url"
-TRAINING_FIELDS = ("init_std", "mtp_loss_coeff", "router_bias_update_rate", "seq_aux_loss_coeff")
-"""`ModelConfig` fields that do not change a forward pass."""
 
 
 def find_scoring_teachers(options: ScoringTeacherOptions, config: RunConfig, tokenizer: Path

@@ -19,15 +19,15 @@ from megatron_sov.convert.dtypes import KEEP, check_dtype_name, choose_dtype
 from megatron_sov.convert.hf_import import (
     ImportSource, StateBlock, TrainingState, list_states, write_imported)
 from megatron_sov.convert.megatron.from_megatron import (
-    METADATA, DistTensors, ImportReport, read_adamw, read_numbers, read_objects)
+    METADATA, DistTensors, ImportReport, add_entry, read_adamw, read_numbers, read_objects)
 from megatron_sov.convert.megatron.inert_pickle import (
-    TORCH_STATE_KEY, TRAINING_PREFIXES, parse_file, read_index)
+    MAX_SIZE, TORCH_STATE_KEY, TRAINING_PREFIXES, parse_file, read_index)
 from megatron_sov.convert.sources import BlockPlace, Weights, check_dtypes, check_shapes, has_same_bits
 from megatron_sov.engine.optimizer.state_shards import MASTER
 from megatron_sov.engine.parallel.device import PRECISION
 from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import CONFIG, EMBEDDING, HEAD, read_json
+from megatron_sov.model.pretrained import CONFIG, EMBEDDING, HEAD, format_names, read_json
 from megatron_sov.runs.checkpoints import CHECKPOINT_KIND, checkpoint_step
 
 STEP = "step"
@@ -68,7 +68,7 @@ def _find_step(folder: Path) -> Path:
     if (folder / METADATA).is_file():
         return folder
     steps = [path for path in folder.glob("step-*")
-             if path.name[5:].isdigit() and (path / METADATA).is_file()]
+             if path.name[5:].isdecimal() and (path / METADATA).is_file()]
     if not steps:
         raise UserError(f"{folder}: has no {METADATA}, and no folder step-N with one; pass a complete "
                         "torch.distributed checkpoint")
@@ -90,10 +90,11 @@ class DcpWeights(Weights):
     def __init__(self, path: Path, config: dict[str, Any], *, with_optimizer: bool) -> None:
         index = parse_file(read_index, path / METADATA)
         self._names, prefix = _find_names(path, index["tensors"])
-        weights, states = {}, {}
+        weights: dict[str, Any] = {}
+        states: dict[str, Any] = {}
         for key, entry in index["tensors"].items():
             if match := TORCH_STATE_KEY.fullmatch(key):
-                states[f"{match[2]}/{match[1]}"] = entry
+                add_entry(path, states, f"{match[2]}/{match[1]}", entry)
             elif key.startswith(prefix) and not key.startswith(TRAINING_PREFIXES):
                 weights[key.removeprefix(prefix)] = entry
         self.num_skipped: int = index["num_skipped"] + (0 if with_optimizer else len(states))
@@ -186,10 +187,11 @@ class DcpWeights(Weights):
         if fields.get(f"{prefix}start_factor") == 1.0:
             kind, steps = "linear", fields.get(f"{prefix}total_iters")
             end = fields.get(f"{prefix}end_factor")
-            floor = peak * end if isinstance(end, float) else None
-        if not isinstance(rates, list) or rates != [peak] * len(rates) or type(steps) is not int:
+            floor = peak * end if isinstance(end, (int, float)) else None
+        if floor is None or not isinstance(rates, list) or rates != [peak] * len(rates):
             return {}
-        if steps < warmup:  # our warm-up is at most half of the run
+        # our warm-up is at most half of the run
+        if type(steps) is not int or not max(1, warmup) <= steps <= MAX_SIZE:
             return {}
         values = {"optim.min_lr": floor, "optim.warmup_steps": warmup, "train.steps": steps + warmup}
         return {"optim.schedule": kind} | read_numbers(self.path, values, {name: name for name in values})
@@ -212,8 +214,9 @@ class DcpWeights(Weights):
                   if copy in self._stored and copy not in expected}
         remedy = f"pass the {CONFIG} of this training with --model"
         check_shapes(self.path, {key: shape for key, shape in self._stored.items()
-                                 if "/" not in key and (not key.endswith(TITAN_BIAS)
-                                                        or self.tensors.read(key).any())},
+                                 if "/" not in key and not (
+                                     key.endswith(TITAN_BIAS) and shape == (self.model.num_experts,)
+                                     and not self.tensors.read(key).any())},
                      expected | {copy: expected[name] for copy, name in copies.items()}, remedy)
         for copy, name in copies.items():
             if not has_same_bits(self.tensors.read(copy), self.tensors.read(name)):
@@ -233,8 +236,11 @@ class DcpWeights(Weights):
 def _find_names(path: Path, keys: Iterable[str]) -> tuple[str, str]:
     """Return the names of a checkpoint and the prefix of its weights."""
     for names, embedding in EMBEDDINGS.items():
-        for key in keys:
-            if key.endswith(embedding):
-                return names, key.removesuffix(embedding)
+        prefixes = [key.removesuffix(embedding) for key in keys if key.endswith(embedding)]
+        if len(prefixes) > 1:
+            raise UserError(f"{path}: has {len(prefixes)} models (names begin with "
+                            f"{format_names([*map(repr, prefixes)])}); save one of them alone")
+        if prefixes:
+            return names, prefixes[0]
     raise UserError(f"{path}: has no weight {' or '.join(EMBEDDINGS.values())}; parameters need the names of "
                     "transformers or torchtitan")

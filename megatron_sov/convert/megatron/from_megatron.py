@@ -5,7 +5,8 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,8 @@ from megatron_sov.convert.dtypes import KEEP, check_dtype_name, choose_dtype
 from megatron_sov.convert.hf_import import (
     ImportSource, StateBlock, TrainingState, list_states, write_imported)
 from megatron_sov.convert.megatron.inert_pickle import (
-    COMMON_STATE, MAX_SIZE, STATE_KEY, TORCH_STATE_KEY, TorchArchive, parse_file, read_index, read_settings)
+    COMMON_STATE, MAX_SIZE, STATE_KEY, TORCH_STATE_KEY, TorchArchive, parse_file, read_index, read_settings,
+    read_value)
 from megatron_sov.convert.sources import BlockPlace, Weights, check_dtypes, check_shapes
 from megatron_sov.engine.model.language_model import VOCABULARY_WEIGHTS
 from megatron_sov.model.config import ModelConfig
@@ -109,20 +111,15 @@ MAX_READ_BYTES = 1 << 20
 """Maximum bytes per read from an archive's member list or header."""
 
 
-def parse_archive(path: Path, start: int, length_bytes: int, parse: Callable[[TorchArchive], Any]) -> Any:
-    """Parse a `torch.save` archive inside a regular file; raises OSError or ValueError."""
+def find_tensor(path: Path, start: int, length_bytes: int) -> tuple[torch.dtype, tuple[int, ...], int]:
+    """Return dtype, shape and first byte of a `torch.save` archive's tensor; raises OSError or ValueError."""
     if not path.is_file():
         raise ValueError("the file is missing")
     with open(path, "rb") as file:
         if start + length_bytes > os.fstat(file.fileno()).st_size:
             raise ValueError("the file ends before it does")
-        return parse(TorchArchive(_TensorWindow(file, start, length_bytes)))
-
-
-def find_tensor(path: Path, start: int, length_bytes: int) -> tuple[torch.dtype, tuple[int, ...], int]:
-    """Return dtype, shape and first byte of a `torch.save` archive's tensor; raises OSError or ValueError."""
-    dtype, shape, first = parse_archive(path, start, length_bytes,
-                                        lambda archive: archive.locate_tensor(archive.header))
+        archive = TorchArchive(_TensorWindow(file, start, length_bytes))
+        dtype, shape, first = archive.locate_tensor(archive.header)
     return getattr(torch, dtype), shape, start + first
 
 
@@ -266,31 +263,39 @@ _FSDP_EXPERT = re.compile(
     r"\.experts\.(?:local_experts\.(\d+)\.(linear_fc[12]\.weight)|(linear_fc[12]\.weight)(\d+))(_[wv])?")
 
 
-def _rename_fsdp_tensors(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def _rename_fsdp_tensors(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tensors of an `fsdp_dtensor` checkpoint under the keys of `torch_dist`."""
-    renamed = {}
+    renamed: dict[str, Any] = {}
     for key, entry in tensors.items():
         state = TORCH_STATE_KEY.fullmatch(key)
         name = _WRAPPERS.sub("", state[1] if state else key, count=1)
         name = _FSDP_EXPERT.sub(lambda m: f"{EXPERTS}{m[1] or m[4]}.{m[2] or m[3]}{m[5] or ''}", name)
         if state is None:
-            renamed[name] = entry
+            add_entry(folder, renamed, name, entry)
         elif state[2] != "step":  # AdamW's count, which is the iteration
-            renamed[f"optimizer.state.{state[2]}.{name}"] = entry
+            add_entry(folder, renamed, f"optimizer.state.{state[2]}.{name}", entry)
     return renamed
 
 
-def _select_entries(index: dict[str, Any], *, with_optimizer: bool) -> tuple[dict[str, Any], int]:
+def add_entry(folder: Path, entries: dict[str, Any], key: str, entry: Any) -> None:
+    """Add a tensor's entry. Raises `UserError`: the checkpoint has another tensor for the same `key`."""
+    if entries.setdefault(key, entry) is not entry:
+        raise UserError(f"{folder}: has two tensors for {key}; save one model with one optimizer")
+
+
+def _select_entries(folder: Path, index: dict[str, Any], *, with_optimizer: bool
+                    ) -> tuple[dict[str, Any], int]:
     """Return the tensors of an index under Megatron's keys, with AdamW's state under keys such as
     `exp_avg/KEY`, and the number of optimizer tensors that are left out."""
     tensors: dict[str, Any] = index["tensors"]
     prefix = next((p for p in PREFIXES if f"{p}{VOCABULARY_WEIGHTS[0]}" in tensors), "")
-    entries, states = {}, {}
+    entries: dict[str, Any] = {}
+    states: dict[str, Any] = {}
     for key, entry in tensors.items():
         if match := STATE_KEY.fullmatch(key):
-            states[f"{match[1]}/{match[2].removeprefix(prefix)}"] = entry
+            add_entry(folder, states, f"{match[1]}/{match[2].removeprefix(prefix)}", entry)
         else:
-            entries[key.removeprefix(prefix)] = entry
+            add_entry(folder, entries, key.removeprefix(prefix), entry)
     # formats that depend on the layout have other shapes
     if with_optimizer and all(entries.get(key.partition("/")[2], ("", ()))[1] == shape
                               for key, (_, shape, _) in states.items()):
@@ -314,8 +319,8 @@ class TorchDistWeights(Weights):
         super().__init__(path, model, models.get_family(model.family).links(model))
         index = parse_file(read_index, path / METADATA)
         if not (path / FORMAT).is_file():
-            index["tensors"] = _rename_fsdp_tensors(index["tensors"])
-        entries, self.num_skipped = _select_entries(index, with_optimizer=with_optimizer)
+            index["tensors"] = _rename_fsdp_tensors(path, index["tensors"])
+        entries, self.num_skipped = _select_entries(path, index, with_optimizer=with_optimizer)
         self.tensors = DistTensors(path, entries)
         self._stored_keys = self.tensors.keys()
         self._sources = self._match_tensors()
@@ -485,17 +490,16 @@ def read_numbers(folder: Path, block: Mapping[str, Any], names: Mapping[str, str
 
 
 def read_objects(folder: Path, objects: Mapping[str, Sequence[Any]], keys: re.Pattern[str]) -> dict[str, Any]:
-    """Return name (first group of `keys`) -> number, text or list of the stored objects whose key matches;
-    None for values that need further classes."""
-    values = {}
+    """Return name (first group of `keys`) -> JSON value of the stored objects whose key matches; None for
+    values that need further classes, or are too large."""
+    values: dict[str, Any] = {}
     for key, (file, start, length_bytes) in objects.items():
         if match := keys.fullmatch(key):
             refuse_outside_link(folder, folder / file)
-            try:
-                values[match[1]] = parse_archive(folder / file, start, length_bytes,
-                                                 lambda archive: archive.header)
-            except (OSError, ValueError):
-                values[match[1]] = None
+            values[match[1]] = None
+            with suppress(UserError):
+                values[match[1]] = parse_file(read_value, folder / file, start,
+                                              min(length_bytes, MAX_READ_BYTES))["value"]
     return values
 
 

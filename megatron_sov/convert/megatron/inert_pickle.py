@@ -328,7 +328,7 @@ def _parse_number(value: Any) -> int:
 
 def _parse_path(value: Any) -> str:
     parts = PurePosixPath(value).parts if isinstance(value, str) else ()
-    if not parts or parts[0] == "/" or ".." in parts or "\0" in value:
+    if not parts or parts[0] == "/" or ".." in parts or not value.isprintable():
         path = repr(value[:200]) if isinstance(value, str) else _describe_type(value)  # lists may be endless
         raise ValueError(f"a tensor is stored in {path}, which is outside the checkpoint folder")
     return str(value)
@@ -354,6 +354,12 @@ def read_settings(raw: bytes) -> dict[str, Any]:
             "iteration": converter.convert(settings.get("iteration"), 0),
             "scheduler": converter.convert(settings.get("opt_param_scheduler"), 0),
             "group": converter.convert(_find_group(settings.get("optimizer")), 0)}
+
+
+def read_value(raw: bytes) -> dict[str, Any]:
+    """Return the content of a `torch.save` file as the JSON value `value`; raises ValueError for a malformed
+    file."""
+    return {"value": _JsonConverter().convert(TorchArchive(io.BytesIO(raw)).header, 0)}
 
 
 def _find_group(value: Any) -> Any:

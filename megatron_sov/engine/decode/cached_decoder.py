@@ -2,8 +2,7 @@
 
 A row (`SpanRow`) packs spans: a span is the new tokens of one sequence. It passes through the pipeline
 stages, and through all chunks of an interleaved stage in turn. Processes of a context-parallel group read
-different sequences, as data-parallel processes do: a single new token cannot be split.
-"""
+different sequences, as data-parallel processes do: a single new token cannot be split."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ from megatron_sov.engine.parallel.device import get_local_device
 class CachedDecoder:
     """A `ForwardModel` with KV caches, and a context manager: inside, only the decoder may use the model.
 
-    All calls are collective over the replica; `read` is collective over all processes that share experts.
-    """
+    All calls are collective over the replica; `read` is collective over all processes that share experts."""
 
     def __init__(self, policy: ForwardModel, size: CacheSize, *, with_routes: bool = False) -> None:
         """Store references; `__enter__` creates the caches.

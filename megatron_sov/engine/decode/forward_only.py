@@ -62,8 +62,7 @@ class ForwardModel:
     def logits(self, micro_batch: HasInputs, positions: torch.Tensor) -> torch.Tensor:
         """Return full logits at a micro-batch's positions, on every process.
 
-        [positions, vocabulary] float32 (float64 under fp64).
-        """
+        [positions, vocabulary] float32 (float64 under fp64)."""
         def outputs(hidden: list[torch.Tensor], head: Head, batch: HasInputs) -> torch.Tensor:
             return head.logits(context.gather_positions(prepare_head_input(hidden[0], self.config),
                                                         positions))

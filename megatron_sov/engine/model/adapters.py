@@ -1,7 +1,6 @@
 """Low-rank adapters on a `Chunk`'s linear layers, output head and token embedding, at any layout.
 
-Megatron-Core's checkpoints do not contain the adapters' parameters; `local_shards` adds the blocks.
-"""
+Megatron-Core's checkpoints do not contain the adapters' parameters; `local_shards` adds the blocks."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -393,10 +392,7 @@ def get_effective_weight(linear: Any) -> torch.Tensor:
 
 def build_embedding_hook(adapter: EmbeddingAdapter) -> Callable[..., torch.Tensor]:
     """Return the forward hook that adds `EmbeddingAdapter.forward` to the embedding."""
-    def add_adapter_output(module: Any, inputs: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-        return output + adapter(inputs[0], module)
-
-    return add_adapter_output
+    return lambda module, inputs, output: output + adapter(inputs[0], module)
 
 
 def _build_linear_hook(adapter: LinearAdapter) -> Callable[..., Any]:

@@ -10,8 +10,7 @@ sliding window over split documents. `DocumentAttention` therefore also serves `
 A piece is a range of the row on this process. Each document attends to itself: on GPUs in 16 bits, one kernel
 call covers all documents of a piece (`attend_documents`); else documents of equal length share a call. Keys
 and values arrive by an all-gather over the context-parallel group (Llama 3, arXiv 2407.21783, section
-3.3.2): the whole row for global attention, the last window - 1 tokens of each piece for sliding windows.
-"""
+3.3.2): the whole row for global attention, the last window - 1 tokens of each piece for sliding windows."""
 
 from __future__ import annotations
 
@@ -46,8 +45,7 @@ class DocumentAttention(MegatronModule):
     """Causal attention inside each packed document, optionally within a sliding window.
 
     With `parallel.cp` > 1 every global layer saves its gathered keys and values for the backward pass: 2 x
-    row tokens x key heads x head size. With `train.recompute` only one layer at a time does.
-    """
+    row tokens x key heads x head size. With `train.recompute` only one layer at a time does."""
 
     def __init__(self, config: Any, layer_number: int, attn_mask_type: Any, attention_type: str,
                  attention_dropout: float | None = None, softmax_scale: float | None = None,
@@ -161,8 +159,7 @@ class PackedDocuments(PackedSeqParams):
 
     For `DocumentAttention`, `max_seqlen_q` is the row length, so that Megatron-Core's rotary table
     covers every position. Megatron-Core's class has cumulative lengths on the device alone, and no shared
-    prompts. Test: `test_attention.py::test_each_document_attends_to_itself_alone`.
-    """
+    prompts. Test: `test_attention.py::test_each_document_attends_to_itself_alone`."""
 
     bounds: torch.Tensor = field(default_factory=lambda: torch.zeros(1, dtype=torch.int32))
     """[documents + 1] int32 cumulative document lengths."""

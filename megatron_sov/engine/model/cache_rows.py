@@ -1,7 +1,6 @@
 """Pack the new tokens of several cached sequences into one row for the model.
 
-A span holds one sequence's new tokens; a row holds spans side by side. A cache has a slot per sequence.
-"""
+A span holds one sequence's new tokens; a row holds spans side by side. A cache has a slot per sequence."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field

@@ -46,8 +46,7 @@ class Chunk(LanguageModule):
 
     Depth 0 holds the trunk's output (on the last stage after the final norm), depth k that of MTP layer k;
     only the last stage has MTP layers. Local tokens are the tokens that context and sequence parallelism
-    assign to this process.
-    """
+    assign to this process."""
 
     def __init__(self, config: Any, model: ModelConfig, vp_stage: int | None) -> None:
         """Create this pipeline stage's modules from `build_layer_specs`.
@@ -213,8 +212,7 @@ class Chunk(LanguageModule):
         """Return the padding mask of the local tokens, [1, tokens]; with routes [1 + bits, tokens], where the
         `bits` further rows are the binary digits of each token's index in the route table.
 
-        Every stage splits the mask: Megatron-Core's own model splits it on the first stage only.
-        """
+        Every stage splits the mask: Megatron-Core's own model splits it on the first stage only."""
         local_index = context.compute_row_index(len(padding), self.config.sequence_parallel, padding.device)
         if first_route is None:
             return padding[local_index][None]
@@ -270,8 +268,7 @@ class PredictionLayer(MultiTokenPredictionLayer):
 
     With `ModelConfig.mtp_depths` > 1 the layer runs several times and concatenates the states of all depths
     along the token axis. Recomputation repeats all depths together, so that the gradient of a weight arrives
-    once per backward pass, as the data-parallel wrapper expects.
-    """
+    once per backward pass, as the data-parallel wrapper expects."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -318,8 +315,7 @@ class OverlappedPasses(TransformerModelChunkSchedulePlan):
 
     Megatron-Core computes a part of another micro-batch while tokens travel. Its first and last node handle
     neither padding nor our losses, and it accepts no MTP layer for packed rows, so the MTP layers run in the
-    last node as one piece.
-    """
+    last node as one piece."""
 
     pre_process: Any
     post_process: Any
@@ -392,8 +388,7 @@ def offloaded_activations(config: Any) -> Iterator[None]:
 
     Megatron-Core records the order of offloaded groups in the first pass and follows it in every later pass,
     with or without gradients: a first evaluation pass would set the order, and a later one would advance the
-    position in it.
-    """
+    position in it."""
     if not config.fine_grained_activation_offloading:
         yield
         return

@@ -7,8 +7,7 @@ size, V vocabulary (split over the tensor-parallel group). Logits of shape n x V
 The derivative of a token's cross-entropy with respect to its logits is ``softmax - one_hot(label)``. With
 token weights known in advance, `CrossEntropySums` computes loss and gradients in the forward pass and drops
 each chunk's logits. `LabelLogprobs` receives the token weights in the backward pass and applies the head a
-second time.
-"""
+second time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -163,8 +162,7 @@ class HeadGradients:
         hidden states and head weight.
 
         Factors are reshaped to the dimensions of the gradients: as 0-dim tensors they would be rounded to the
-        gradient's dtype.
-        """
+        gradient's dtype."""
         if self.states_grad is not None:
             # a hidden state contributes to all sums: add up factor * token weight before the product
             token_factors = torch.stack([f.reshape(1) * w

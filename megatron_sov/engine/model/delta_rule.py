@@ -7,8 +7,7 @@ learning rate b:
     S <- exp(g) S;  S <- S + b k (v - S^T k)^T;  output = S^T q
 
 Inside a chunk of tokens all corrections follow from one triangular system; the state carries over between
-chunks. Chunks start at document boundaries, so results do not depend on a document's position in its row.
-"""
+chunks. Chunks start at document boundaries, so results do not depend on a document's position in its row."""
 
 import importlib
 from collections.abc import Callable, Sequence

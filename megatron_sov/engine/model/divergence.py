@@ -222,8 +222,7 @@ def find_most_probable(states: torch.Tensor, weight: torch.Tensor, k: int, token
                        temperature: float, softcap: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the K most probable tokens [C, K] int64, most probable first, and their log-probabilities.
 
-    K must be smaller than the vocabulary, so that padding rows never enter.
-    """
+    K must be smaller than the vocabulary, so that padding rows never enter."""
     logprobs, columns = compute_log_softmax(states, weight, token_rows, temperature,
                                             softcap).topk(min(k, len(weight)))
     group = parallel_state.get_tensor_model_parallel_group()

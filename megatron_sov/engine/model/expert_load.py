@@ -8,6 +8,7 @@ from megatron.core.distributed import finalize_model_grads
 
 from megatron_sov.engine.model.language_model import LanguageModel
 from megatron_sov.engine.parallel.collectives import all_reduce_world
+from megatron_sov.engine.quantile_bias import set_quantile_biases
 
 
 class ExpertLoad:
@@ -32,8 +33,7 @@ class ExpertLoad:
                            pg_collection: Any = None, force_all_reduce: bool | None = False) -> None:
         """Reduce gradients and update router biases (Megatron-Core's `finalize_model_grads_func`).
 
-        `num_tokens` is ignored: losses are already divided by their global denominators.
-        """
+        `num_tokens` is ignored: losses are already divided by their global denominators."""
         self.before_sync()
         self._gathered = None
         routers = self._list_routers()
@@ -42,6 +42,8 @@ class ExpertLoad:
         self._biases_before = [(r.expert_bias, r.expert_bias.clone())
                                for r in routers if r.expert_bias is not None]
         finalize_model_grads(chunks, None, pg_collection, bool(force_all_reduce))
+        if self._model.config.router_bias_update == "quantile":
+            set_quantile_biases(routers)
         if self._model.lora.on:
             self.restore_biases()  # a frozen model keeps its routing
         self.reset_counts()  # Megatron-Core zeroes only the counts of routers with a selection bias
@@ -54,6 +56,8 @@ class ExpertLoad:
     def reset_counts(self) -> None:
         for router in self._list_routers():
             router.local_tokens_per_expert.zero_()
+            if router.config.router_bias_update == "quantile":
+                router.required_biases.zero_()
 
     def gather(self) -> torch.Tensor:
         """Return the last step's token counts [layers, experts] float64, summed over all processes and

@@ -64,8 +64,7 @@ def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
     """Set the trunk layers that stay in bf16, on a validated `TransformerConfig`.
 
     The validation limits both ends to num_layers // pp layers, which unequal stages do not need:
-    `is_first_last_bf16_layer` looks up layers by their number in the whole model.
-    """
+    `is_first_last_bf16_layer` looks up layers by their number in the whole model."""
     start, end = train.fp8_bf16_layers_at_start, train.fp8_bf16_layers_at_end
     config.first_last_layers_bf16 = start + end > 0
     config.num_layers_at_start_in_bf16, config.num_layers_at_end_in_bf16 = start, end
@@ -149,8 +148,7 @@ def transformer_settings(gpu: GpuConfig, train: TrainConfig, context: KernelCont
     """Return the `TransformerConfig` fields for kernels, recomputation, offloading and CUDA graphs.
 
     Settings that this process cannot use are off: `check_gpu_settings` has rejected training with them, so
-    the model is only inspected (by `plan`).
-    """
+    the model is only inspected (by `plan`)."""
     settings: dict[str, Any] = {fusion.field: fusion.value(gpu, context) for fusion in FUSIONS}
     settings["attention_backend"] = AttnBackend[gpu.attention if context.te else "auto"]
     if train.recompute is True:
@@ -220,8 +218,7 @@ def uses_document_attention(context: KernelContext, attention: str, deterministi
     (`exchanges_heads`).
 
     Under `auto` it is used if Transformer Engine has no suitable kernel: on Hopper the fused kernel is
-    deterministic only for short rows, and some cuDNN versions lack a kernel for packed rows.
-    """
+    deterministic only for short rows, and some cuDNN versions lack a kernel for packed rows."""
     model = context.model
     # with context parallelism under every attention: `exchanges_heads` selects the method
     if not context.te or context.parallel.cp > 1 or attention == "local":

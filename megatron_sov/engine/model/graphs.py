@@ -6,8 +6,7 @@ memory: hidden states and padding mask are graph inputs, copied at each replay; 
 and selection biases are buffers; the number of sequences is a tensor in `RoutingStep`. Row length, sequence
 length and, with pipelines, the number of micro-batches are fixed by the capture; if they change, graphs are
 captured again. Attention stays outside because it depends on document bounds. CPU tests replay a recorded
-capture; the one trial on a GPU failed (docs/gpu.md).
-"""
+capture; the one trial on a GPU failed (docs/gpu.md)."""
 
 from __future__ import annotations
 
@@ -116,8 +115,7 @@ def use_side_stream(config: Any) -> Iterator[None]:
 
     The wrapper keeps autograd nodes of the weights, and a node synchronizes in every backward pass with the
     stream that created it. A capture would include that stream, and the default stream cannot be captured:
-    CUDA reports only an invalid capture. Megatron-Core's training loop does the same.
-    """
+    CUDA reports only an invalid capture. Megatron-Core's training loop does the same."""
     if config.cuda_graph_impl == "none":
         yield
         return

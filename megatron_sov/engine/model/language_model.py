@@ -252,8 +252,7 @@ def _zero_padding_rows(chunk: Chunk, vocab_size: int) -> None:
 def gather_hidden_states(hidden: torch.Tensor, config: Any) -> torch.Tensor:
     """Gather hidden states [tokens, hidden] over the tensor-parallel group (sequence parallelism).
 
-    The output head is split over the vocabulary, so the backward pass sums gradients over the group.
-    """
+    The output head is split over the vocabulary, so the backward pass sums gradients over the group."""
     if config.sequence_parallel:
         hidden = tensor_parallel.gather_from_sequence_parallel_region(
             hidden, tensor_parallel_output_grad=True)

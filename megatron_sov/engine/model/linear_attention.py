@@ -3,8 +3,7 @@ constant-size state for generation.
 
 Heads are split over the tensor-parallel group. Under context parallelism an all-to-all gives each process all
 tokens of its share of these heads, since the state passes through all tokens, and a second one returns the
-outputs (as Megatron-Core's `mamba_context_parallel.py`).
-"""
+outputs (as Megatron-Core's `mamba_context_parallel.py`)."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -35,8 +34,7 @@ class LinearAttention(MegatronModule):
 
     The decay rates and output gates come from two low-rank projections, which are replicated. Rows of
     `in_proj` are ordered by heads: query, key, value and learning rate of each head
-    (`LinearAttentionConfig.projected`), so the weight can be split between any two heads.
-    """
+    (`LinearAttentionConfig.projected`), so the weight can be split between any two heads."""
 
     def __init__(self, config: Any, layer_number: int, projections: tuple[Any, Any, Any],
                  sizes: LinearAttentionConfig, pg_collection: Any, cp_comm_type: str | None = None,

@@ -2,8 +2,7 @@
 
 A block is a view of a live parameter or buffer with its offset in a global tensor, whose name and shape are
 equal at every layout. Writing to the view changes the model. For FP8 weights the blocks are views of the
-initial values or masters, and `LanguageModel.requantize_weights` quantizes the weights.
-"""
+initial values or masters, and `LanguageModel.requantize_weights` quantizes the weights."""
 
 import bisect
 from collections.abc import Iterator

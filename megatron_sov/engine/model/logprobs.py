@@ -1,8 +1,7 @@
 """The output head: losses, log-probabilities and logits from hidden states.
 
 Shapes: T tokens of a row, H hidden size, V vocabulary (split over the tensor-parallel group), C tokens of a
-chunk. The head is applied to C tokens at a time, so T x V logits never exist.
-"""
+chunk. The head is applied to C tokens at a time, so T x V logits never exist."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

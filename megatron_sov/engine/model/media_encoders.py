@@ -2,8 +2,7 @@
 
 The first pipeline stage replicates the encoders on every process. A process encodes the records that the
 local tokens need (context and sequence parallelism). Under sequence parallelism Megatron-Core sums the
-gradient over the tensor-parallel group as for norms; otherwise every process computes the full gradient.
-"""
+gradient over the tensor-parallel group as for norms; otherwise every process computes the full gradient."""
 
 from typing import Any
 

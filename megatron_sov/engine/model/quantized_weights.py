@@ -3,8 +3,7 @@
 Transformer Engine quantizes such a weight from bf16 values and keeps the bf16 values in host memory until
 Megatron-Core's distributed optimizer creates float32 masters from them. From then on the masters are the
 weights: each data-parallel process owns a range of every master, and the FP8 values are quantized from all
-ranges. The blocks of an FP8 weight are therefore views of the bf16 values first, and of the masters later.
-"""
+ranges. The blocks of an FP8 weight are therefore views of the bf16 values first, and of the masters later."""
 
 import contextlib
 from collections.abc import Iterator
@@ -23,8 +22,7 @@ def is_quantized(parameter: torch.Tensor) -> bool:
 def create_placeholders(module: torch.nn.Module) -> dict[int, torch.nn.Parameter]:
     """Return `id(weight)` -> meta tensor with equal shape and dtype, per FP8 weight.
 
-    Megatron-Core declares blocks as views of weights, and a view of an FP8 weight would be a bf16 copy.
-    """
+    Megatron-Core declares blocks as views of weights, and a view of an FP8 weight would be a bf16 copy."""
     placeholders = {}
     for parameter in module.parameters():
         if is_quantized(parameter):

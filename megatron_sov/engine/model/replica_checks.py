@@ -4,8 +4,7 @@ Faulty hardware may not raise errors. Data-parallel replicas of a weight must ag
 the same micro-batch must give the same gradients again. Megatron-Core's function for this,
 `check_param_hashes_across_dp_replicas`, hashes weights on the host, leaves out context parallelism and router
 biases, and names no rank. Test:
-`test_replica_checks.py::test_a_majority_names_the_process_whose_weight_changed`.
-"""
+`test_replica_checks.py::test_a_majority_names_the_process_whose_weight_changed`."""
 
 import contextlib
 from collections import Counter
@@ -40,8 +39,7 @@ def list_gradients(model: LanguageModel) -> list[torch.Tensor]:
 def find_differing_replicas(model: LanguageModel) -> list[int]:
     """Return the ranks whose weights differ from the majority of their replicas. Collective.
 
-    Without a majority (two replicas), all ranks of the group are returned.
-    """
+    Without a majority (two replicas), all ranks of the group are returned."""
     model.finish_param_gather()
     # True: tensors of routed experts, which have a data-parallel group of their own
     tensors: dict[bool, list[torch.Tensor]] = {False: [], True: []}

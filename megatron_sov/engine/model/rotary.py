@@ -19,8 +19,7 @@ def compute_frequencies(model: ModelConfig) -> torch.Tensor:
     RoPE (Su et al., arXiv 2104.09864, sec. 3.2.2), with one of these scalings: YaRN's "NTK-by-parts" (Peng et
     al., arXiv 2309.00071, eq. 17-22), with the ends of its ramp rounded outwards to whole channels as in
     transformers; Llama 3.1's (`apply_scaling` of Meta's llama-models); or linear position interpolation
-    (arXiv 2306.15595).
-    """
+    (arXiv 2306.15595)."""
     dim = model.rotated_channels()
     base = model.rope_theta
     plain = base ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
@@ -58,8 +57,7 @@ def set_frequencies(embedding: Any, model: ModelConfig, dtype: torch.dtype) -> N
 
     float64 models get float64 frequencies, which Megatron-Core would round; scalings that Megatron-Core
     lacks get float32. If no layer rotates, the table has one entry per position but no channels, instead of
-    half a GiB for 1M positions.
-    """
+    half a GiB for 1M positions."""
     if not model.rotates():
         embedding.dim = 0  # read by YaRN's module
         for name in ("inv_freq", "inv_freq_extra", "inv_freq_inter"):
@@ -99,8 +97,7 @@ def compute_softmax_scale(model: ModelConfig, kind: str) -> float:
     linear, so queries and keys grow by m and their products by m^2: equal to a softmax scale of
     ``m^2 / sqrt(head_dim)`` with plain rotations, which fused kernels support. Layers without rotation have
     no such factor. DeepSeek's latent attention applies ``m = 0.1 mscale ln(factor) + 1`` to whole heads,
-    although only part of each head rotates.
-    """
+    although only part of each head rotates."""
     plain: float = model.head_dim ** -0.5
     if model.attention_multiplier is not None:
         plain = model.attention_multiplier
@@ -115,8 +112,7 @@ def patch_packed_rotation() -> None:
 
     Megatron-Core's version copies the document lengths from the device, for queries and keys of every layer,
     and the host waits for all previously launched kernels. Test:
-    `test_rotary.py::test_a_row_is_rotated_without_reading_document_lengths`.
-    """
+    `test_rotary.py::test_a_row_is_rotated_without_reading_document_lengths`."""
     rope_utils._apply_rotary_pos_emb_thd = _rotate_rows
 
 
@@ -137,8 +133,7 @@ def _rotate_rows(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor,
 def _get_cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Return cosine and sine for angles [tokens, 1, 1, channels], each [tokens, 1, channels].
 
-    The result is cached on the angles tensor: queries and keys of all layers share it.
-    """
+    The result is cached on the angles tensor: queries and keys of all layers share it."""
     # an attribute of the tensor lives as long as the row's angles; a new row has a new tensor
     cache = getattr(angles, "cosine_sine", {})
     if (dtype, factor) not in cache:

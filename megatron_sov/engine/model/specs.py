@@ -41,6 +41,9 @@ from megatron_sov.model.config.gpu import DEFAULT_GPU
 
 gelu_tanh = partial(gelu, approximate="tanh")
 """GELU by its tanh approximation (arXiv 1606.08415, section 2)."""
+OWN_FIELDS = ("norm_topk_prob", "router_bias_update", "logits_multiplier", "mtp_depths",
+              "zero_centered_norms")
+"""Fields of `ModelConfig` that our modules read from the library's config."""
 
 
 # Layer parts that Megatron-Core lacks. `BlockOutput` takes the place of the bias-dropout-add, where a layer
@@ -104,8 +107,7 @@ class BlockOutputLayer(TransformerLayer):
     """Transformer layer with `BlockOutput` residuals and its own rotary frequencies.
 
     Megatron-Core enables gradients around residual additions; with a norm weight inside, that would keep the
-    graph of every forward pass under `torch.no_grad`.
-    """
+    graph of every forward pass under `torch.no_grad`."""
 
     def __init__(self, *args: Any, frequency_ratios: Sequence[float] | None, **kwargs: Any) -> None:
         """Create the layer.
@@ -138,8 +140,7 @@ def needs_transformer_engine(dtype: torch.dtype) -> bool:
     """Return whether a model with this parameter dtype uses Transformer Engine modules: bf16 on GPUs.
 
     The modules do not support float64. In float32 the fused and flash attention are unavailable, and the
-    remaining kernel needs memory quadratic in the row length.
-    """
+    remaining kernel needs memory quadratic in the row length."""
     return on_gpu() and dtype == torch.bfloat16
 
 
@@ -224,7 +225,7 @@ def build_transformer_config(model: ModelConfig, parallel: ParallelConfig, train
     config.exchanges_heads = exchanges_heads(kernel_context, gpu.attention)
     config.delta_kernels = uses_delta_kernels(kernel_context, gpu, train.deterministic)
     config.routing_step = RoutingStep()
-    for name in ("norm_topk_prob", "logits_multiplier", "mtp_depths", "zero_centered_norms"):
+    for name in OWN_FIELDS:
         setattr(config, name, getattr(model, name))
     return config
 
@@ -248,7 +249,7 @@ def _moe_settings(model: ModelConfig, te: bool) -> dict[str, Any]:
         "moe_router_score_function": model.router_score,
         "moe_router_topk_scaling_factor": model.routed_scaling_factor,
         "moe_router_enable_expert_bias": model.router_bias,
-        "moe_router_bias_update_rate": model.router_bias_update_rate,
+        "moe_router_bias_update_rate": model.router_bias_update_rate * (model.router_bias_update == "sign"),
         # a softmax does not change the top-k; without pre-softmax Megatron-Core refuses top-1 routing
         "moe_router_pre_softmax": model.router_score == "softmax",
         "moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": model.seq_aux_loss_coeff,
@@ -271,8 +272,7 @@ def _set_per_layer_lists(config: Any, model: ModelConfig, parallel: ParallelConf
     """Set sliding windows, rotation and YaRN per layer, with an extra entry for the MTP layer.
 
     Megatron-Core looks both lists up by layer number, and the MTP layer has number num_layers + 1. Its
-    validation allows only num_layers entries, so the lists are set after it.
-    """
+    validation allows only num_layers entries, so the lists are set after it."""
     kinds = list(model.layer_types()) + [model.mtp_layer_type()] * model.num_mtp_layers
     if model.sliding_window_tokens:
         config.window_attn_skip_freq = [int(k == "sliding_attention") for k in kinds]
@@ -326,8 +326,7 @@ def _number_after_trunk(layer: Any) -> Any:
     """Return a subclass of the MTP layer's transformer layer that counts from `num_layers` + 1.
 
     Megatron-Core numbers MTP layers from 1 and looks up windows and rotations by that number, in lists with
-    the MTP layer's entry last: the layer would silently use the attention of the first trunk layer.
-    """
+    the MTP layer's entry last: the layer would silently use the attention of the first trunk layer."""
     class NumberedAfterTrunk(layer):
         def __init__(self, config: Any, *args: Any, layer_number: int, **kwargs: Any) -> None:
             super().__init__(config, *args, layer_number=config.num_layers + layer_number, **kwargs)

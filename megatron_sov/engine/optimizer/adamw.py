@@ -16,8 +16,7 @@ class CpuAdamW(torch.optim.AdamW):
 
     Torch's fused CPU kernel processes whole vectors, and rounds the elements after the last whole vector
     differently. Where ZeRO-1 splits a tensor decides about these elements; `CpuAdamW` pads them to a whole
-    vector, and results no longer depend on the split.
-    """
+    vector, and results no longer depend on the split."""
 
     def __init__(self, params: Any, **settings: Any) -> None:
         super().__init__(params, **settings, fused=True)
@@ -51,8 +50,7 @@ class HostAdamW(CpuAdamW):
     Megatron-Core's `HybridDeviceOptimizer` also keeps every master weight on the GPU unless Transformer
     Engine's optimizer holds it, recreates its optimizers after a checkpoint load, and runs only with a GPU.
     This class moves the master weights themselves, so Megatron-Core's copies to and from model weights, its
-    gradient norm and our checkpoints find them in place.
-    """
+    gradient norm and our checkpoints find them in place."""
 
     def __init__(self, param_groups: list[dict[str, Any]]) -> None:
         """Move the master weights.

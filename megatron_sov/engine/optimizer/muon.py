@@ -29,8 +29,7 @@ class Muon:
     """Muon for the local pieces of matrices, together with the processes that hold the other pieces.
 
     Same step as torch.optim.Muon: momentum, Newton-Schulz, decoupled weight decay. The momentum is stored
-    with the shards.
-    """
+    with the shards."""
 
     state_names = (MOMENTUM,)
 
@@ -167,8 +166,7 @@ def orthogonalize(update: torch.Tensor, steps: int, coefficients: tuple[float, f
     """Approximate U V^T for an update [rows, columns] = U S V^T by Newton-Schulz iterations in its dtype.
 
     Same operations in the same order as torch.optim.Muon, which always uses bfloat16; after Keller Jordan,
-    kellerjordan.github.io/posts/muon.
-    """
+    kellerjordan.github.io/posts/muon."""
     a, b, c = coefficients
     tall = update.shape[0] > update.shape[1]
     x = update.T if tall else update
@@ -229,8 +227,7 @@ class MatrixExchange:
     distributed over the processes of a group in rounds of similar cost: every process receives whole matrices
     with about equal work, and holds one round's matrices in addition to the local pieces. (Moonlight's
     distributed Muon, arXiv 2502.16982, section 2.3, gathers too, but computes a matrix on every process with
-    a piece.)
-    """
+    a piece.)"""
 
     def __init__(self, positions: list[PiecePosition], group: dist.ProcessGroup) -> None:
         """Exchange the pieces' positions and plan the rounds.
@@ -346,8 +343,7 @@ def get_matrix_group(is_expert: bool, zero1: bool) -> dist.ProcessGroup:
     """Return the processes that together hold all pieces of the local matrices. Collective over the world.
 
     For tensor-parallel experts (`parallel.etp`) under ZeRO-1 Megatron-Core has no such group; it is created
-    here.
-    """
+    here."""
     if not is_expert and zero1:
         return parallel_state.get_tensor_and_data_parallel_group(with_context_parallel=True)
     if not is_expert:

@@ -98,8 +98,7 @@ class Optimizer:
         """Update the masters, then gather the weights unless `_deferred_gather` postpones the gather.
 
         If gradients share memory with the gather, the gather of the first optimizer would overwrite the
-        gradients of the second (experts), so all updates come first.
-        """
+        gradients of the second (experts), so all updates come first."""
         if not self._shares_gradients:
             self.megatron_optimizer.step_with_ready_grads()
             return
@@ -137,8 +136,7 @@ class Optimizer:
     def _compute_grad_norm(self) -> float:
         """Return the global gradient norm, each parameter counted once, summed in float64. Collective.
 
-        Megatron-Core sums squares in float32, where the result depends on the layout for many parameters.
-        """
+        Megatron-Core sums squares in float32, where the result depends on the layout for many parameters."""
         total = torch.zeros((), dtype=torch.float64, device=get_local_device())
         for optimizer in self.megatron_optimizer.chained_optimizers:
             parts: list[torch.Tensor] = []
@@ -174,8 +172,7 @@ class Optimizer:
     def state_shards(self) -> Iterator[LocalShard]:
         """Yield moments, momentum and (under bf16) master weights, named `exp_avg/KEY` and so on.
 
-        Names and shapes are equal at every layout, with and without ZeRO-1.
-        """
+        Names and shapes are equal at every layout, with and without ZeRO-1."""
         return state_shards.iter_state_shards(self.model, self.shards)
 
     def restore_updates(self, num_updates: int) -> None:

@@ -30,8 +30,7 @@ from megatron_sov.model.families.encoders import is_frozen, is_position_table
 def wrap_chunks(model: LanguageModel, parallel: ParallelConfig, gpu: GpuConfig = DEFAULT_GPU) -> list[Any]:
     """Wrap every chunk in `DistributedDataParallel` and set the schedules' communication hooks.
 
-    Gradients are plain sums over processes. With ZeRO-1 the parameters move to one buffer per dtype.
-    """
+    Gradients are plain sums over processes. With ZeRO-1 the parameters move to one buffer per dtype."""
     settings = DistributedDataParallelConfig(
         **gradient_settings(gpu, parallel, bf16=model.config.bf16),
         use_distributed_optimizer=parallel.zero1, overlap_grad_reduce=parallel.overlap_grad_reduce,
@@ -81,8 +80,7 @@ def _wait_for_head(wrapped: Any, weight: torch.Tensor) -> None:
     """Wait for the head's updated weight after the last hidden states are computed.
 
     Megatron-Core waits in a module's forward pre-hook, but losses use the head weight without calling the
-    module.
-    """
+    module."""
     wrapped.param_to_bucket_group[weight].finish_param_sync(skip_next_bucket_dispatch=True)
 
 

@@ -3,8 +3,7 @@
 Megatron-Core's distributed optimizer concatenates all parameters and gives every data-parallel process an
 equal range: of a parameter it updates the elements [start, stop) of the flattened tensor. Within a block such
 a range consists of a few rectangles, so optimizer state has the same names and shapes at every layout, with
-ZeRO-1 and without.
-"""
+ZeRO-1 and without."""
 
 import contextlib
 import dataclasses
@@ -80,8 +79,7 @@ def list_shards(optimizer: Any) -> list[StateShard]:
     """Return the shards of a library optimizer (dense parameters and routed experts have separate
     optimizers).
 
-    Parameters without a local range are left out.
-    """
+    Parameters without a local range are left out."""
     if optimizer.optimizer is None:
         return []
     if isinstance(optimizer, DistributedOptimizer):
@@ -115,8 +113,7 @@ def _iter_parameters(optimizer: Any) -> Iterator[StateShard]:
 def assign_gradients(shards: Iterable[StateShard]) -> None:
     """Set `grad` of every shard to its part of the reduced gradients.
 
-    As in Megatron-Core, gradients reduced in bf16 are converted to float32 first.
-    """
+    As in Megatron-Core, gradients reduced in bf16 are converted to float32 first."""
     to_host = False
     for shard in shards:
         gradient: torch.Tensor = (
@@ -216,8 +213,7 @@ def set_update_count(shards: Iterable[StateShard], num_updates: int) -> None:
     """Set the number of updates in the state, for AdamW's bias correction.
 
     Each parameter gets its own counter: Megatron-Core's loading shares one tensor among all parameters, which
-    torch's AdamW would then increment once per parameter.
-    """
+    torch's AdamW would then increment once per parameter."""
     for shard in shards:
         if _counts_per_parameter(shard.inner):
             shard.state()

@@ -18,8 +18,7 @@ def get_data_rank() -> tuple[int, int]:
 def all_reduce_dp(values: torch.Tensor) -> torch.Tensor:
     """Sum a float64 tensor over the data-parallel group.
 
-    Processes that share a row (context parallelism) hold equal values, which count once.
-    """
+    Processes that share a row (context parallelism) hold equal values, which count once."""
     total = to_comm_device(values.clone())
     dist.all_reduce(total, group=parallel_state.get_data_parallel_group())
     return total.cpu()

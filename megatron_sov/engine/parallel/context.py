@@ -8,8 +8,7 @@ are identities.
 
 All processes of a context-parallel group read the same row and compute the same loss; only `select_local`
 tokens pass through their layers. Losses and counts are therefore never summed over this group; parameter
-gradients always are.
-"""
+gradients always are."""
 
 from typing import Any
 
@@ -58,8 +57,7 @@ def gather_row(values: torch.Tensor) -> torch.Tensor:
     """Gather the whole row on every process: [n / c, ...] -> [n, ...].
 
     For losses that every process of the group computes equally: the gradient is the local part of the row's
-    gradient, so that each token counts once.
-    """
+    gradient, so that each token counts once."""
     return values if get_cp_size() == 1 else _GatherReplicated.apply(values)
 
 
@@ -67,8 +65,7 @@ def gather_keys(values: torch.Tensor) -> torch.Tensor:
     """Gather the whole row on every process, [n / c, ...] -> [n, ...], for computations that differ per
     process.
 
-    The gradient is the sum over the group of all processes' gradients for the local tokens.
-    """
+    The gradient is the sum over the group of all processes' gradients for the local tokens."""
     return values if get_cp_size() == 1 else _GatherKeys.apply(values)
 
 
@@ -176,11 +173,7 @@ class _GatherReplicated(torch.autograd.Function):
         return select_local(grads[0])
 
 
-class _GatherKeys(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        return _all_gather(values)
-
+class _GatherKeys(_GatherReplicated):
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
         # every process computed a partial gradient from the local queries

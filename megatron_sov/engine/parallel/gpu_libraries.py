@@ -1,8 +1,7 @@
 """Check the optional GPU libraries: Transformer Engine's FP8 recipes, DeepEP (kernels for expert dispatch and
 combine), and flash-linear-attention (package fla-core).
 
-Importing megatron here would import Transformer Engine.
-"""
+Importing megatron here would import Transformer Engine."""
 
 import functools
 import importlib.util

@@ -1,8 +1,7 @@
 """Set up this process for its GPU before CUDA and NCCL start: environment variables, deterministic
 algorithms, and the choice of the GPU.
 
-Ranks exchange problems through the rendezvous store: NCCL would only wait for a rank that has failed.
-"""
+Ranks exchange problems through the rendezvous store: NCCL would only wait for a rank that has failed."""
 
 import datetime
 import os
@@ -25,8 +24,7 @@ DETERMINISM_VARIABLES = {
 """Environment variable -> values with deterministic results; the first is the default.
 
 Sources: the reproducibility section of cuBLAS; the list that Megatron-LM accepts for `--deterministic-mode`
-(NVLS sums inside switches, in no fixed order); Transformer Engine's variable for fused attention.
-"""
+(NVLS sums inside switches, in no fixed order); Transformer Engine's variable for fused attention."""
 MAX_CONNECTIONS_VARIABLE = "CUDA_DEVICE_MAX_CONNECTIONS"
 """Variable with the number of hardware queues for kernels."""
 BLACKWELL_NAMES = ("B200", "B300")
@@ -42,8 +40,7 @@ def enable_determinism() -> None:
 
     Operations without a deterministic algorithm raise an error. The model's part is Megatron-Core's
     `deterministic_mode`, set by `model/specs.py`. Raises `UserError`: an environment variable has a
-    conflicting value.
-    """
+    conflicting value."""
     for name, allowed in DETERMINISM_VARIABLES.items():
         value = os.environ.setdefault(name, allowed[0])
         if value not in allowed:
@@ -84,8 +81,7 @@ def set_run_variables(config: RunConfig) -> None:
     """Set the variables from `build_run_variables` that the environment lacks; call before CUDA starts.
 
     The user's environment takes precedence; values from an earlier run in this process are replaced. Raises
-    `UserError`: the environment conflicts with a setting.
-    """
+    `UserError`: the environment conflicts with a setting."""
     gpus = list_visible_gpus()
     for name, value in _variables.items():
         if os.environ.get(name) == value:

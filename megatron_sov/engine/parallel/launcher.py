@@ -106,8 +106,7 @@ def run_in_fork(work: Callable[[], Any]) -> int:
     """Run `work` in a forked process, without ranks or GPU, and return its exit code. A fork, because threads
     that torch starts in this process would be missing in ranks that are forked later.
 
-    Under torchrun or Slurm this process runs it itself.
-    """
+    Under torchrun or Slurm this process runs it itself."""
     def run() -> None:
         work()  # its result is no exit code
 

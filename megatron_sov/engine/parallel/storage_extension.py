@@ -3,8 +3,7 @@
 Megatron-Core compiles it in the first backward pass: on all ranks at once, in one folder of the user's home,
 under a lock file of torch that a killed rank leaves there, so that later runs wait without end.  Here the
 first rank of each node compiles it before the first step, in a temporary folder; the finished file is then
-renamed, which needs no lock.
-"""
+renamed, which needs no lock."""
 
 import hashlib
 import importlib.util

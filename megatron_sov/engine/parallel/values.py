@@ -1,7 +1,6 @@
 """Messages with named numbers and plain Python values between processes.
 
-This module does not import megatron: processes communicate before megatron may be loaded.
-"""
+This module does not import megatron: processes communicate before megatron may be loaded."""
 
 import math
 from collections.abc import Callable, Mapping

@@ -115,8 +115,7 @@ def suppress_library_warnings() -> None:
 def create_groups(parallel: ParallelConfig) -> None:
     """Create the layout's process groups by `initialize_model_parallel`. Collective.
 
-    A process creates only its own groups, each once, and connects to members at the first message.
-    """
+    A process creates only its own groups, each once, and connects to members at the first message."""
     # the default group already has a communicator
     groups: dict[tuple[str, tuple[int, ...]], Any] = {
         (_REDUCTIONS, tuple(range(dist.get_world_size()))): dist.group.WORLD}

@@ -10,6 +10,9 @@ from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AtLeastOne, NotNegativeInt, ProblemCode, SettingsProblem, find_broken_rules, is_set)
 from megatron_sov.model.config.model import ModelConfig
 
+AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
+"""Sizes in `parallel`."""
+
 
 @dataclass(frozen=True)
 class ParallelConfig:
@@ -60,6 +63,11 @@ class ParallelConfig:
     timeout_s: AboveZero = 1800.0
     """Seconds after which a process stops waiting for other processes, at start-up or in a collective. Choose
     it longer than `guards.hang_timeout_s`, which writes stack traces first."""
+
+    def format_sizes(self) -> str:
+        """Format the sizes above 1, and ZeRO-1: `tp 2, pp 4, ZeRO-1`."""
+        sizes = [f"{axis} {getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1]
+        return ", ".join([*(sizes or ["data parallel alone"]), *(["ZeRO-1"] if self.zero1 else [])])
 
     @property
     def ranks_per_replica(self) -> int:

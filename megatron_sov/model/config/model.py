@@ -161,6 +161,9 @@ def shortest_pattern(letters: str) -> str:
             return letters[:length]
     return "G"
 
+QUANTILE_BINS = 1000
+"""Bins per expert for `router_bias_update=quantile`."""
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -171,7 +174,7 @@ class ModelConfig:
         "num_dense_layers num_experts_per_token num_expert_groups num_groups_per_token num_shared_experts "
         "expert_ffn_dim router_score norm_topk_prob router_bias routed_scaling_factor "
         "router_bias_update_rate seq_aux_loss_coeff mtp_experts": is_set(".num_experts"),
-        "router_bias_update_rate": is_set(".router_bias"),
+        "router_bias_update_rate router_bias_update": is_set(".router_bias"),
         "local_rope_theta": is_set(".sliding_window_tokens"),
         "mtp_experts mtp_attention mtp_depths mtp_loss_coeff": is_set(".num_mtp_layers")}
 
@@ -219,6 +222,10 @@ class ModelConfig:
     """Factor on the chosen experts' combine weights."""
     router_bias_update_rate: NotNegative = 1e-3
     """Change in the selection bias per optimizer step (arXiv 2408.15664). 0 freezes the bias."""
+    router_bias_update: Literal["sign", "quantile"] = "sign"
+    """`sign`: a step changes the selection bias by `router_bias_update_rate`. `quantile`: a step sets the
+    bias that would have given each expert an equal share of its global batch (Megatron-LM pull request 6637),
+    and `router_bias_update_rate` is not used."""
     seq_aux_loss_coeff: NotNegative = 1e-4
     """Sequence-level load-balancing loss weight (DeepSeek-V3, arXiv 2412.19437, equation 17)."""
     attention_pattern: Annotated[str, MinLen(1)] = "G"
@@ -422,6 +429,9 @@ class ModelConfig:
              f"must be between 1 and model.num_experts = {experts}"),
             (not (self.router_bias and self.num_moe_layers()) or self.router_score == "sigmoid",
              "router_bias", f"needs model.router_score = sigmoid, not {self.router_score}"),
+            (self.router_bias_update == "sign" or (groups == 1 and self.num_experts_per_token < experts),
+             "router_bias_update", "quantile needs model.num_expert_groups = 1 and fewer "
+             f"model.num_experts_per_token than model.num_experts = {experts}"),
             (not self.num_mtp_moe_layers() or self.num_moe_layers() > 0, "mtp_experts",
              "needs transformer layers with experts, and this model has only dense layers",
              "set it to false"),

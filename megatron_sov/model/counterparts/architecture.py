@@ -335,7 +335,7 @@ def _infer_pattern(stated: Stated) -> dict[str, Any]:
 def _expand_frequency(frequency: Any, num_layers: int) -> tuple[list[bool], bool]:
     """Return a flag per layer, and whether `frequency` is a number n, which flags every n-th layer."""
     if isinstance(frequency, str):
-        frequency = int(frequency) if frequency.isdigit() else _parse_list(frequency)
+        frequency = int(frequency) if frequency.isdecimal() else _parse_list(frequency)
     if isinstance(frequency, int):
         return [(layer + 1) % frequency == 0 for layer in range(num_layers)], True
     return [bool(flag) for flag in frequency], False

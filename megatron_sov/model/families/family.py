@@ -61,7 +61,8 @@ DEEPSEEK_ROUTER = {"router_score": "sigmoid", "router_bias": True, "norm_topk_pr
 """`ModelConfig` fields fixed by DeepSeek-V3's routing; `DEEPSEEK_ROUTER_CONFIG` has its config items."""
 EXPERT_GROUPS = ("num_expert_groups", "num_groups_per_token")
 """Fields of group-limited routing, for `Family.varies`."""
-TRAINING_FIELDS = ("router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff", "init_std")
+TRAINING_FIELDS = ("router_bias_update", "router_bias_update_rate", "seq_aux_loss_coeff", "mtp_loss_coeff",
+                   "init_std")
 """Fields of `ModelConfig` that only affect training."""
 EXPERT_FIELDS = ("num_experts_per_token", "num_expert_groups", "num_groups_per_token", "num_shared_experts",
                  "expert_ffn_dim", "router_score", "norm_topk_prob", "router_bias", "routed_scaling_factor")

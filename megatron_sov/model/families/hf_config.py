@@ -175,8 +175,7 @@ class Rope:
                             "make them agree")
         rope.pop("rope_theta", None)
         theta = float(thetas[0] if thetas else self.default_theta)
-        old_kind = rope.pop("type", "default")
-        kind = rope.pop("rope_type", old_kind)
+        kind = rope.pop("rope_type", rope.pop("type", "default"))
         if kind not in ("default", "yarn", "llama3", "linear"):
             raise UserError(f"config.json: rope_type = {kind!r}, but only 'default', 'yarn', 'llama3' and "
                             "'linear' are supported")
@@ -244,7 +243,7 @@ class AttentionScale:
         """Return the factor; `UserError` if Gemma's field cannot express it."""
         factor = model.attention_multiplier
         if factor is None:
-            factor = _default_scale(model.head_dim)
+            factor = model.head_dim ** -0.5
         if not self.scalar:
             return {self.hf: factor}
         # Gemma stores the integer n of the factor 1 / sqrt(n).
@@ -256,16 +255,12 @@ class AttentionScale:
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
         """Return the factor; None for 1 / sqrt(head_dim)."""
-        usual = _default_scale(config.get("head_dim") or hidden_over_heads(config))
+        usual = (config.get("head_dim") or hidden_over_heads(config)) ** -0.5
         if self.scalar:
             factor = int(config.get(self.hf, self.scalar)) ** -0.5
         else:
             factor = float(config.get(self.hf, usual))
         return {"attention_multiplier": None if factor == usual else factor}
-
-
-def _default_scale(head_dim: int) -> float:
-    return float(head_dim ** -0.5)
 
 
 def _take_number(rope: dict[str, Any], name: str, default: float) -> float:
@@ -376,8 +371,7 @@ class TwoThetas:
 def _take_linear_factor(rope: dict[str, Any], where: str) -> float | None:
     """Return the factor of linear scaling, None for plain RoPE; `UserError` for other scaling."""
     parameters = dict(rope)
-    old_kind = rope.pop("type", "default")
-    kind = rope.pop("rope_type", old_kind)
+    kind = rope.pop("rope_type", rope.pop("type", "default"))
     factor = rope.pop("factor", None) if kind == "linear" else None
     if kind not in ("default", "linear") or rope or (kind == "linear") == (factor is None):
         raise UserError(f"config.json: {where} = {parameters}, but only rope_type 'default', and 'linear' "

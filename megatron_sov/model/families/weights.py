@@ -95,10 +95,6 @@ class Layout:
     def block(self) -> tuple[int, ...]:
         return self.stored(self.view[self.axis])
 
-    def to_stored(self, part: Any, length: int) -> Any:
-        """Reshape a part of the view to its Hugging Face shape."""
-        return part.reshape(self.stored(length))
-
     def to_view(self, tensor: Any, length: int) -> Any:
         """Reshape a Hugging Face tensor to a part of the view."""
         return tensor.reshape(self.part(length))
@@ -368,8 +364,8 @@ class Link:
 
     def split(self, block: Any) -> dict[str, Any]:
         """Return the Hugging Face tensors of a block; the tensors may share the block's memory."""
-        block_view = block.reshape(self.layout.view)
-        return {name: self.layout.to_stored(part, n) for name, n, part in self._iter_parts(block_view)}
+        parts = self._iter_parts(block.reshape(self.layout.view))
+        return {name: part.reshape(self.layout.stored(length)) for name, length, part in parts}
 
     def join(self, tensors: dict[str, Any]) -> Any:
         """Return the block made up of Hugging Face tensors with the same dtype and device."""

@@ -115,7 +115,7 @@ def convert_cosyvoice2_state(tensors: Mapping[str, torch.Tensor],
                         "tokenizer")
     width, num_mels, _ = tensors[conv].shape
     layers = [int(name.split(".")[2]) for name in tensors
-              if name.startswith("encoder.blocks.") and name.split(".")[2].isdigit()]
+              if name.startswith("encoder.blocks.") and name.split(".")[2].isdecimal()]
     settings = CosyVoice2Settings(num_mels=num_mels, width=width, num_heads=max(1, width // 64),
                                   num_layers=1 + max(layers, default=0))
     return settings, {f"network.{name}": tensor for name, tensor in tensors.items()}

@@ -158,7 +158,7 @@ def convert_ta_tok_state(tensors: Mapping[str, torch.Tensor],
         raise UserError(f"{where}: lacks {missing[0]}, so it is not TA-Tok; pass the safetensors files of a "
                         "model that contains TA-Tok")
     num_layers = 1 + max(int(name.split(".")[3]) for name in tensors
-                         if name.startswith("encoder.encoder.layers.") and name.split(".")[3].isdigit())
+                         if name.startswith("encoder.encoder.layers.") and name.split(".")[3].isdecimal())
     width, _, patch, _ = _get_shape(tensors, _PATCHES, 4, where)
     grid = round(_get_shape(tensors, _POSITIONS, 2, where)[0] ** 0.5)
     codebook_size, code_width = _get_shape(tensors, f"{regularizer}.embedding.weight", 2, where)

@@ -134,7 +134,7 @@ def _count_saved_steps(target: Path) -> int:
     steps = 0
     for folder in (target, *target.glob("stages/*")):
         # a sum over stages also grows from stage to stage
-        steps += max((int(p.name[5:]) for p in folder.glob("checkpoints/step-*") if p.name[5:].isdigit()),
+        steps += max((int(p.name[5:]) for p in folder.glob("checkpoints/step-*") if p.name[5:].isdecimal()),
                      default=0)
     return steps
 

@@ -295,8 +295,7 @@ def _count_offloaded_bytes(config: RunConfig, saved: SavedActivations, kind: Lay
                if not ("moe" in recomputed and module in ("expert_fc1", "moe_act")))
 
 
-def count_pending_micro_batches(pp: int, vpp: int, stage: int, num_micro_batches: int, *,
-                                overlapped: bool = False) -> list[int]:
+def count_pending_micro_batches(pp: int, vpp: int, stage: int, num_micro_batches: int) -> list[int]:
     """Return the maximum number of micro-batches that wait for the backward pass, per chunk on a stage.
 
     1F1B (arXiv 2104.04473, section 2.2), interleaved (section 2.3): the warm-up follows the library
@@ -307,12 +306,11 @@ def count_pending_micro_batches(pp: int, vpp: int, stage: int, num_micro_batches
         vpp: chunks per stage.
         stage: pipeline stage (0-based).
         num_micro_batches: micro-batches per step and replica.
-        overlapped: whether a backward pass overlaps with the next forward pass.
     """
     if vpp == 1:
-        return [min(pp - stage + overlapped, num_micro_batches)]
+        return [min(pp - stage, num_micro_batches)]
     # Forward passes before the stage's first backward pass, over all chunks.
-    ahead = min(2 * (pp - stage - 1) + (vpp - 1) * pp + 1 + overlapped, num_micro_batches * vpp)
+    ahead = min(2 * (pp - stage - 1) + (vpp - 1) * pp + 1, num_micro_batches * vpp)
     # A round gives each chunk `pp` micro-batches in turn; the rest fills chunks in order.
     rounds, rest = divmod(ahead, pp * vpp)
     return [rounds * pp + min(pp, max(0, rest - chunk * pp)) for chunk in range(vpp)]
@@ -346,14 +344,16 @@ def estimate_stored(config: RunConfig, stage: int, seq_len: int, num_micro_batch
     m, p = config.model, config.parallel
     row = seq_len * config.train.micro_batch_size
     layer_kinds = list_layer_kinds(m)
-    counts = count_pending_micro_batches(
-        p.pp, p.vpp, stage, num_micro_batches, overlapped=p.expert_overlap == "micro_batches")
+    counts = count_pending_micro_batches(p.pp, p.vpp, stage, num_micro_batches)
     last = stage == p.pp - 1
     kind_counts: dict[LayerKind, int] = {}
     for layers, count in zip(list_chunk_layers(p, stage, m.num_layers), counts, strict=True):
         for layer in layers:
             # Layers with equal kinds save equal bytes.
             kind_counts[layer_kinds[layer]] = kind_counts.get(layer_kinds[layer], 0) + count
+    if p.expert_overlap == "micro_batches" and sum(counts) < num_micro_batches * p.vpp:
+        # The backward pass of another micro-batch frees a layer for each layer that the forward pass saves.
+        kind_counts[layer_kinds[layer]] += 1
     if last and m.num_mtp_layers:
         kind = _build_kind(m, m.mtp_experts, m.mtp_layer_type(), m.mtp_window(), bounded=False)
         # Full recomputation covers all applications at once and saves the first input.

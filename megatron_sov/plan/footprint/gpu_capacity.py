@@ -153,7 +153,7 @@ def refuse_too_large(config: RunConfig, num_ranks: int, gpu: Gpu) -> None:
         advice = f"{name}: {options}"
         fix = Fix(options=tuple(word for setting in settings for word in ("--set", setting)))
     raise UserError(
-        f"{config.recipe} on {num_ranks} processes: {_format_sizes(config.parallel)} needs "
+        f"{config.recipe} on {num_ranks} processes: {config.parallel.format_sizes()} needs "
         f"{needs.total / GIB:.1f} GiB on each process{location} ({_format_items(needs)}), and a run may take "
         f"{get_usable_bytes(gpu) / GIB:.1f} GiB of a {gpu.name} with "
         f"{gpu.memory_bytes / GIB:.1f} GiB; {advice}", fix)
@@ -210,11 +210,6 @@ def _iter_candidates(model: ModelConfig, p: ParallelConfig) -> Iterator[Parallel
 
 def list_divisors(n: int) -> list[int]:
     return [d for d in range(1, n + 1) if n % d == 0]
-
-
-def _format_sizes(p: ParallelConfig) -> str:
-    sizes = [f"{name} {getattr(p, name)}" for name in ("tp", "pp", "cp", "ep", "etp") if getattr(p, name) > 1]
-    return f"the layout {', '.join([*sizes, 'with ZeRO-1' if p.zero1 else 'without ZeRO-1'])}"
 
 
 def count_node_bytes(config: RunConfig, count: int, ranks: Sequence[int]) -> int:

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from megatron_sov.model.config import ModelConfig, RunConfig
+from megatron_sov.model.config.model import QUANTILE_BINS
 from megatron_sov.model.families.count import TABLES
 from megatron_sov.model.families.encoders import encoder_buffer_bytes, is_frozen, is_position_table
 from megatron_sov.model.process_memory import StatePlace, States
@@ -369,7 +370,9 @@ class StageBuffers:
         if m.yarn is not None:
             positions = m.yarn.original_max_position_tokens
         angles = len(self._chunks) * 2 * m.rotated_channels() * positions // cp
-        return ((routers * m.num_experts * (1 + m.router_bias) + angles) * FLOAT32_BYTES
+        # `required_biases` has int32 counts
+        per_expert = 1 + m.router_bias + (QUANTILE_BINS if m.router_bias_update == "quantile" else 0)
+        return ((routers * m.num_experts * per_expert + angles) * FLOAT32_BYTES
                 + (encoder_buffer_bytes(m) if self._is_first else 0))
 
 

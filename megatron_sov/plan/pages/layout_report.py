@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_sov.base.figures import format_count, format_seconds
-from megatron_sov.model.config import ParallelConfig, RunConfig
+from megatron_sov.model.config import RunConfig
 from megatron_sov.model.families.count import count_params
 from megatron_sov.model.objectives import BUILT_IN
 from megatron_sov.plan.pages.quotes import QuoteTable, format_gib
 from megatron_sov.plan.pricing import Machines
-from megatron_sov.plan.search.space import AXES, LayoutChoice, choice_to_dict
+from megatron_sov.plan.search.space import LayoutChoice, choice_to_dict
 from megatron_sov.plan.search.sweep import Sweep, SweepResult, SweepSearch
 from megatron_sov.schedules import Schedule
 from megatron_sov.work.clusters.units import HOURS_PER_DAY, SECONDS_PER_HOUR
@@ -61,14 +61,15 @@ class SweepReport:
         has_stages = len(self.search.sweeps) > 1
         head = ["", "layout", "GiB"]
         for stages in self.search.names:
-            head += [f"step {stages}" if has_stages else "step", "tokens/s/GPU"]
+            head += [f"step {stages}" if has_stages else "step", "slow host", "tokens/s/GPU"]
         rows = []
         for i, layout in enumerate(self.search.best[:MAX_LAYOUTS], 1):
             row = [f"{i}", format_layout(layout.choice), format_gib(layout.needs_bytes)]
             for sweep, result in zip(self.search.sweeps, layout.results, strict=True):
-                row += [format_seconds(result.step_s), f"{self.compute_token_rate(sweep, result):,.0f}"]
+                row += [format_seconds(result.step_s), format_seconds(result.slow_step_s),
+                        f"{self.compute_token_rate(sweep, result):,.0f}"]
             rows.append([*row, f"{layout.seconds / SECONDS_PER_HOUR / HOURS_PER_DAY:,.1f}"])
-        return QuoteTable("Layouts, fastest first", [*head, "days"], rows)
+        return QuoteTable("Layouts, fastest with a slow host first", [*head, "days"], rows)
 
     def compute_token_rate(self, sweep: Sweep, result: SweepResult) -> float:
         """Return tokens per second and GPU."""
@@ -93,28 +94,18 @@ class SweepReport:
 
     def _result_to_json(self, sweep: Sweep, result: SweepResult) -> dict[str, Any]:
         return {"layout": choice_to_dict(result.choice), "memory_bytes": result.needs_bytes,
-                "step_s": result.step_s, "seconds": result.seconds,
+                "step_s": result.step_s, "slow_host_step_s": result.slow_step_s, "seconds": result.seconds,
                 "tokens_per_s_per_gpu": self.compute_token_rate(sweep, result)}
 
 
-def format_sizes(parallel: ParallelConfig) -> str:
-    """Format the parallel sizes above 1, and ZeRO-1."""
-    sizes = ", ".join(f"{axis} {getattr(parallel, axis)}" for axis in AXES if getattr(parallel, axis) > 1)
-    return f"{sizes or 'data parallel alone'}{', ZeRO-1' if parallel.zero1 else ''}"
-
-
 def format_layout(choice: LayoutChoice) -> str:
-    """Format a layout: sizes above 1, micro-batch size and recomputation."""
+    """Format a layout: sizes, micro-batch size and recomputation."""
     p = choice.parallel
-    parts = [f"{axis} {getattr(p, axis)}" for axis in AXES if getattr(p, axis) > 1]
+    parts = [p.format_sizes()]
     if p.pipeline_layout:
         parts.append(f"{sum(p.pipeline_layout[p.pp - 1::p.pp])} layers on the last stage")
-    if not p.zero1:
-        parts.append("no ZeRO-1")
     if p.expert_overlap == "micro_batches":
         parts.append("experts' messages hidden")
-    if not parts:
-        parts.append("data parallel alone")
     names = {True: "layers", False: "nothing", "selective": " + ".join(choice.recompute[1])}
     return ", ".join([*parts, f"micro-batch {choice.micro_batch_size}",
                       f"recomputes {names[choice.recompute[0]]}"])

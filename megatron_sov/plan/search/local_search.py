@@ -1,4 +1,4 @@
-"""Search for the layout in `plan` and `submit`: the fastest that leaves GPU memory free.
+"""Search for the layout in `plan` and `submit`: the fastest with a slow host that leaves GPU memory free.
 
 A full sweep takes minutes. The local search prices a coarse grid, then changes a few settings in the best
 layouts at a time until no change helps: hundreds to thousands of layouts, in seconds
@@ -7,7 +7,7 @@ layouts at a time until no change helps: hundreds to thousands of layouts, in se
 import dataclasses
 import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from megatron_sov.base.errors import UserError
@@ -20,15 +20,16 @@ from megatron_sov.plan.pricing import Machines, Pricing, RunStage, build_pricing
 from megatron_sov.plan.search.recommended_layouts import find_recommended, list_graphs, sets_layout
 from megatron_sov.plan.search.space import LayoutChoice, LayoutSpace, get_current_choice, iter_layouts
 from megatron_sov.plan.search.sweep import build_stage_spaces
+from megatron_sov.plan.speed.step import SLOW_HOST, StepTime
 
-SPARE_SHARE = 0.08
+SPARE_SHARE = 0.1
 """Share of usable GPU memory that the chosen layout leaves free, if a layout can."""
 SPILL = "gpu.expert_spill"
 """The search sets it, and drops it if the chosen layout fits without."""
 NUM_STARTS = 6
 """Grid layouts from which the local search starts."""
 LayoutCost = tuple[int, float]
-"""(0, seconds for all steps): fits; (1, missing bytes): too large; (2, 0): breaks a rule."""
+"""(0, `compute_rank_s` over all stages): fits; (1, missing bytes): too large; (2, 0): breaks a rule."""
 BROKEN: LayoutCost = (2, 0.0)
 SEARCHED = ("tp", "pp", "vpp", "pipeline_layout", "cp", "ep", "etp", "zero1", "expert_overlap")
 PIPELINE = ("pp", "vpp", "pipeline_layout")
@@ -45,8 +46,10 @@ class DefaultLayout:
     """Changes from the run's settings, for --set."""
     seconds: float
     """Predicted seconds for all steps."""
-    own_seconds: float
-    """Predicted seconds for all steps in the recipe's layout; infinite if the layout does not fit."""
+    slow_seconds: float
+    """`seconds` with a host that takes `SLOW_HOST` times as long for launches."""
+    own_slow_seconds: float
+    """`slow_seconds` of the recipe's layout; infinite if the layout does not fit."""
     own_spare_share: float
     """Share of usable GPU memory that the recipe's layout leaves free; negative if it does not fit."""
     num_priced: int
@@ -55,10 +58,12 @@ class DefaultLayout:
 
     def format_line(self) -> str:
         outcome = "does not fit"
-        if self.own_seconds < math.inf:
-            outcome = f"takes {format_days(self.own_seconds)} and leaves {format_share(self.own_spare_share)}"
-        return (f"layout: fastest of {self.num_priced:,} priced, {format_days(self.seconds)} of training, "
-                f"leaves {format_share(self.spare_share)} of the GPU's memory; the recipe's own {outcome}")
+        if self.own_slow_seconds < math.inf:
+            spare = format_share(self.own_spare_share)
+            outcome = f"takes {format_days(self.own_slow_seconds)} and leaves {spare}"
+        return (f"layout: fastest of {self.num_priced:,} priced with a host {SLOW_HOST} times as slow, "
+                f"{format_days(self.slow_seconds)} of training, leaves {format_share(self.spare_share)} of "
+                f"the GPU's memory; the recipe's own {outcome}")
 
 
 def leaves_layout_open(request: RecipeRequest) -> bool:
@@ -96,23 +101,30 @@ def find_layout(config: RunConfig, machines: Machines, user_settings: Sequence[s
     recommended = apply_settings(config, list(get_cluster_recommendation(config, machines, user_settings)))
     if config.objective.name == "policy" and not recommended.problems(machines.num_ranks):
         return None
+    graphs = list_graphs({setting.partition("=")[0] for setting in user_settings}, machines.profile)
     try:
-        return LocalSearch(config, pricing, user_settings).find_best()
+        found = [LocalSearch(config, pricing, user_settings, choice).find_best()
+                 for choice in dict.fromkeys(((), graphs))]
     except UserError:
         return None
+    layouts = [layout for layout in found if layout is not None]
+    if not layouts:
+        return None
+    best = min(layouts, key=lambda layout: (layout.spare_share < SPARE_SHARE, layout.slow_seconds))
+    return dataclasses.replace(best, num_priced=sum(layout.num_priced for layout in layouts))
 
 
 class LocalSearch:
     """Coordinate descent over `LayoutChoice`, from the cheapest layouts in a coarse grid."""
 
-    def __init__(self, config: RunConfig, pricing: Pricing, user_settings: Sequence[str]) -> None:
+    def __init__(self, config: RunConfig, pricing: Pricing, user_settings: Sequence[str],
+                 graphs: Sequence[str] = ()) -> None:
         fixed = {setting.partition("=")[0] for setting in user_settings}
-        # recommended kernels and dispatchers stay fixed; graphs would exclude full recomputation
+        # recommended kernels and dispatchers stay fixed
         recommended = get_cluster_recommendation(config, pricing.machines,
                                                  (*user_settings, "gpu.cuda_graphs=[]"))
-        self.graphs = list_graphs(fixed, pricing.machines.profile)
         may_spill = config.model.num_moe_layers() and not config.gpu.offload_modules and SPILL not in fixed
-        self.own_settings = (*([f"{SPILL}={SPILL_LIMITS[0]}"] if may_spill else []), *recommended)
+        self.own_settings = (*([f"{SPILL}={SPILL_LIMITS[0]}"] if may_spill else []), *recommended, *graphs)
         self.config = apply_settings(config, list(self.own_settings))
         self.pricing = pricing
         spaces = build_stage_spaces(self.config, pricing, fixed)
@@ -129,7 +141,7 @@ class LocalSearch:
         self.costs: dict[LayoutChoice, LayoutCost] = {}
         self.limit_bytes = 0.0
         self._bytes: dict[LayoutChoice, int | None] = {}
-        self._seconds: dict[LayoutChoice, float] = {}
+        self._ranks: dict[LayoutChoice, float] = {}
 
     def find_best(self) -> DefaultLayout | None:
         """Return the best layout that leaves `SPARE_SHARE` free, else the best fitting layout, else None."""
@@ -143,7 +155,7 @@ class LocalSearch:
 
     def describe_layout(self, best: LayoutChoice) -> DefaultLayout:
         """Return the layout's settings and time, next to the recipe's layout."""
-        seconds, num_priced, searched_bytes = self.get_cost(best)[1], len(self.costs), self.limit_bytes
+        num_priced, searched_bytes = len(self.costs), self.limit_bytes
         self.limit_bytes = self.pricing.limit_bytes
         self.costs.clear()
         current_choice = get_current_choice(self.config)
@@ -157,14 +169,11 @@ class LocalSearch:
         if self.can_run(stored, searched_bytes):
             settings.pop(SPILL, None)
             stages = stored
-        graphed = [stage.with_config(apply_settings(stage.config, list(self.graphs))) for stage in stages]
-        if self.graphs and self.can_run(graphed, (1 - SPARE_SHARE) * self.pricing.limit_bytes):
-            settings |= {graphs: graphs for graphs in self.graphs}
-            stages = graphed
-            seconds = sum(self.pricing.time_step(stage).total_s * stage.steps for stage in graphed)
+        own_s = _sum_seconds(self._apply_to_stages(current_choice), self.pricing.time_slow_host)
         spare = 1 - max(map(self.pricing.count_bytes, stages)) / self.pricing.limit_bytes
-        return DefaultLayout(tuple(settings.values()), seconds,
-                             current_cost[1] if current_cost[0] == 0 else math.inf,
+        return DefaultLayout(tuple(settings.values()), _sum_seconds(stages, self.pricing.time_step),
+                             _sum_seconds(stages, self.pricing.time_slow_host),
+                             math.inf if current_cost[0] else own_s,
                              1 - current_bytes / self.pricing.limit_bytes, num_priced, spare)
 
     def can_run(self, stages: list[RunStage], limit_bytes: float) -> bool:
@@ -178,12 +187,10 @@ class LocalSearch:
             self._bytes[choice] = None if is_broken else max(map(self.pricing.count_bytes, stages))
         return self._bytes[choice]
 
-    def estimate_seconds(self, choice: LayoutChoice) -> float:
-        """Return the predicted seconds for all steps."""
-        if choice not in self._seconds:
-            self._seconds[choice] = sum(self.pricing.time_step(stage).total_s * stage.steps
-                                        for stage in self._apply_to_stages(choice))
-        return self._seconds[choice]
+    def rank(self, choice: LayoutChoice) -> float:
+        if choice not in self._ranks:
+            self._ranks[choice] = sum(map(self.pricing.compute_rank_s, self._apply_to_stages(choice)))
+        return self._ranks[choice]
 
     def _apply_to_stages(self, choice: LayoutChoice) -> list[RunStage]:
         return [stage.with_config(choice.apply_to(stage.config)) for stage in self.stages]
@@ -197,7 +204,7 @@ class LocalSearch:
             elif num_bytes > self.limit_bytes:
                 self.costs[choice] = (1, num_bytes - self.limit_bytes)
             else:
-                self.costs[choice] = (0, self.estimate_seconds(choice))
+                self.costs[choice] = (0, self.rank(choice))
         return self.costs[choice]
 
     def list_starts(self) -> list[LayoutChoice]:
@@ -231,6 +238,10 @@ class LocalSearch:
             choice = self.find_best_variant(choice.parallel)
             is_improved = self.get_cost(choice) < previous_cost
         return choice
+
+
+def _sum_seconds(stages: list[RunStage], time_step: Callable[[RunStage], StepTime]) -> float:
+    return sum(time_step(stage).total_s * stage.steps for stage in stages)
 
 
 def _get_fixed_values(parallel: ParallelConfig, varied: Collection[str]) -> tuple[object, ...]:

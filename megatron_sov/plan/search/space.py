@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from megatron_sov.model.config import ModelConfig, ParallelConfig, RunConfig
+from megatron_sov.model.config.layout import AXES
 from megatron_sov.plan.footprint.gpu_capacity import MAX_TP, list_changed_settings, list_divisors
 
 LEAST_GAIN = 0.01
@@ -25,8 +26,6 @@ MIN_STAGE_LAYERS = 2
 """Fewest layers per stage, on average, for uneven pipelines."""
 LAYOUT = "parallel.pipeline_layout"
 MICRO_BATCH_SIZES = (1, 2, 4, 8)
-AXES = ("tp", "pp", "vpp", "cp", "ep", "etp")
-"""Sizes in `parallel` that the search varies."""
 CHOICE_FIELDS = ("tp", "sp", "pp", "vpp", "cp", "ep", "etp", "zero1", "expert_dispatcher", "expert_overlap",
                  "pipeline_layout")
 """Fields in `parallel` that a layout's JSON contains."""
@@ -112,8 +111,8 @@ def build_space(config: RunConfig, num_ranks: int, domain: int, fixed: Collectio
         zero1=(True,) if current.zero1 else (False, True),
         micro_batch_size=_include(MICRO_BATCH_SIZES, config.train.micro_batch_size),
         recompute=_list_recompute(config),
-        expert_overlap=("none", "micro_batches") if current.expert_overlap == "none"
-        else (current.expert_overlap,))
+        expert_overlap=(current.expert_overlap,) if current.expert_overlap == "weight_gradients"
+        else ("none", "micro_batches"))
     choice = get_current_choice(config)
     fixed_values: dict[str, Any] = {
         name: (getattr(current, name),) for name in (*AXES, "zero1", "expert_overlap")

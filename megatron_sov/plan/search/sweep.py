@@ -32,6 +32,10 @@ class SweepResult:
     seconds: dict[str, float]
     """Component -> seconds per step."""
     step_s: float
+    slow_step_s: float
+    """`step_s` with a host that takes `SLOW_HOST` times as long for launches."""
+    rank_s: float
+    """`Pricing.compute_rank_s`."""
 
 
 @dataclass
@@ -41,7 +45,7 @@ class Sweep:
     stage: RunStage
     num_looked_at: int = 0
     ranked: list[SweepResult] = field(default_factory=list)
-    """Layouts that fit, fastest first."""
+    """Layouts that fit, fastest with a slow host first."""
     num_too_large: int = 0
     nearest: tuple[int, LayoutChoice] | None = None
     """Fewest missing bytes, and the layout; None: all valid layouts fit."""
@@ -87,7 +91,7 @@ class SweepSearch:
     """A sweep per kind: stages with equal sequence length and batch size share a sweep."""
     names: list[str]
     best: list[CommonLayout]
-    """Layouts that fit all stages, fastest first."""
+    """Layouts that fit all stages, fastest with a slow host first."""
 
     @property
     def num_looked_at(self) -> int:
@@ -118,7 +122,7 @@ def sweep_stage(stage: RunStage, space: LayoutSpace, pricing: Pricing,
         sweep.num_looked_at += space.variants
         advance(space.variants)
     # ties: least memory first
-    sweep.ranked.sort(key=lambda result: (result.step_s, result.needs_bytes))
+    sweep.ranked.sort(key=lambda result: (result.rank_s, result.needs_bytes))
     return sweep
 
 
@@ -152,7 +156,9 @@ def _try_variants(sweep: Sweep, parallel: ParallelConfig, space: LayoutSpace, pr
                 sweep.record_too_large(choice, lacking)
             else:
                 seconds = pricing.time_step(stage).components
-                sweep.ranked.append(SweepResult(choice, needs, seconds, sum(seconds.values())))
+                sweep.ranked.append(SweepResult(
+                    choice, needs, seconds, sum(seconds.values()), pricing.time_slow_host(stage).total_s,
+                    pricing.compute_rank_s(stage)))
 
 
 def _find_recompute_problems(config: RunConfig) -> list[SettingsProblem]:
@@ -163,7 +169,7 @@ def _find_recompute_problems(config: RunConfig) -> list[SettingsProblem]:
 
 
 def find_common_layouts(sweeps: Iterable[Sweep]) -> list[CommonLayout]:
-    """Return the layouts that fit all kinds of stages, fastest over all steps first."""
+    """Return the layouts that fit all kinds of stages, fastest with a slow host over all steps first."""
     sweeps = list(sweeps)
     results = [{result.choice: result for result in sweep.ranked} for sweep in sweeps]
     layouts = []
@@ -174,7 +180,8 @@ def find_common_layouts(sweeps: Iterable[Sweep]) -> list[CommonLayout]:
                           for result, sweep in zip(fitting, sweeps, strict=True))
             layouts.append(CommonLayout(choice, max(result.needs_bytes for result in fitting), seconds,
                                         fitting))
-    return sorted(layouts, key=lambda layout: (layout.seconds, layout.needs_bytes))
+    return sorted(layouts, key=lambda layout: (sum(result.rank_s for result in layout.results),
+                                               layout.needs_bytes))
 
 
 def group_run_stages(config: RunConfig, num_ranks: int) -> list[tuple[RunStage, list[RunStage]]]:

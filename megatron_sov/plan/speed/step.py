@@ -3,7 +3,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cache, partial
 from typing import Literal, NamedTuple
 
 from megatron_sov.plan.speed import traffic
@@ -218,7 +218,8 @@ PartsCache = dict[Workload, StepParts]
 def estimate_step(w: Workload, parameters: Parameters | None = None,
                   cache: PartsCache | None = None) -> StepTime:
     """Estimate the seconds per step. `parameters`: None: the package's; `cache`: for a layout search, valid
-    for one set of parameters. Raises `UserError`: the chip has no products in the workload's precision."""
+    for parameters that differ in launches only. Raises `UserError`: the chip has no products in the
+    workload's precision."""
     p = parameters or load_default_parameters()
     clock, m = Clock(w, p), w.num_micro_batches
     # Messages between layers and stages are spread evenly over the micro-batches.
@@ -255,11 +256,12 @@ def estimate_step(w: Workload, parameters: Parameters | None = None,
                     peak_flops_per_s=w.chip.bf16_flops_per_s)
 
 
-def estimate_slow_host(w: Workload, parameters: Parameters | None = None) -> StepTime:
-    """Estimate the seconds per step with a host that takes `SLOW_HOST` times as long for launches."""
-    p = parameters or load_default_parameters()
-    names = ("layer_launch_s", "moe_launch_s", "moe_stall_s")
-    return estimate_step(w, replace(p, **{name: SLOW_HOST * getattr(p, name) for name in names}))
+@cache
+def load_slow_host() -> Parameters:
+    """Load the package's parameters for a host that takes `SLOW_HOST` times as long for launches."""
+    p = load_default_parameters()
+    return replace(p, layer_launch_s=SLOW_HOST * p.layer_launch_s, moe_launch_s=SLOW_HOST * p.moe_launch_s,
+                   moe_stall_s=SLOW_HOST * p.moe_stall_s)
 
 
 def estimate_router_s(w: Workload, parameters: Parameters | None = None) -> float:
@@ -420,17 +422,19 @@ def _estimate_launch_s(clock: Clock) -> tuple[float, float]:
     layers = s.num_attention_layers + s.num_linear_layers + s.num_mamba_layers + s.num_predictions
     moe = s.num_moe_layers + (s.num_predictions if s.mtp_moe else 0)
     layer_s = p.layer_launch_s * clock.age
+    # fitted on forward plus backward pass
+    layer_s *= clock.count_passes("", 1.0) / 2
     expert_s = p.moe_launch_s * clock.moe_age * (1.0 if w.dropless else p.dropping_launch_share)
+    expert_s *= clock.count_passes("moe", 1.0) / 2
     eager_s = layers * layer_s + moe * expert_s
     share = p.graph_launch_share if w.cuda_graphs == "partial" else 1.0
     if w.cuda_graphs == "routers":
         # Partial graphs save attention's launches too, at most those of a dense layer.
         saved_s = (1 - p.graph_launch_share) * expert_s - p.graph_launch_share * layer_s
         share -= s.num_moe_layers * max(0.0, saved_s) / eager_s
-    # fitted on forward plus backward pass
-    share *= p.quantized_launch[w.precision] * clock.count_passes("", 1.0) / 2
-    seconds = eager_s / w.pp
-    return seconds * share, moe / w.pp * p.moe_stall_s * clock.moe_age * share * w.dropless
+    share *= p.quantized_launch[w.precision]
+    stall_s = p.moe_stall_s * clock.moe_age * clock.count_passes("moe", 1.0) / 2 * w.dropless
+    return eager_s / w.pp * share, moe / w.pp * stall_s * share
 
 
 def _estimate_data_parallel_s(w: Workload, p: Parameters, message: traffic.TrafficMessage,

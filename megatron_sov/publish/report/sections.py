@@ -111,10 +111,6 @@ def _build_failure_tables(run: Run) -> list[PageTable]:
         "why there is no figure": lambda evaluation: evaluation.failure})
 
 
-def _draw_needles(run: Run) -> list[Chart]:
-    return [chart for needle in run.needles if needle.get("cells") for chart in draw_needle_charts(needle)]
-
-
 def _list_samples(run: Run) -> list[dict[str, str]]:
     samples = []
     for event in run.samples[:MAX_SAMPLES]:
@@ -180,7 +176,9 @@ SECTIONS = {section.title: section for section in (
                   charts=draw_score_charts, tables=build_score_tables),
     ReportSection("Evaluation during training", charts=draw_evaluation_charts, tables=_build_failure_tables),
     ReportSection("Needle in a haystack", "Share of questions about hidden facts that the model answers, by "
-                  "the length of the context and their depth in it.", charts=_draw_needles),
+                  "the length of the context and their depth in it.", charts=lambda run: [
+                      chart for needle in run.needles if needle.get("cells")
+                      for chart in draw_needle_charts(needle)]),
     ReportSection("pass@k", "The probability that at least one of k responses to a prompt is correct "
                   "(pass@k), or the most frequent answer (maj@k).", charts=draw_passk_charts,
                   tables=build_passk_tables),

@@ -84,15 +84,15 @@ def read_routes(run: Path, model: ModelConfig) -> RecordedRoutes:
         raise UserError(f"--routes {run}: {EVENTS} has no expert load; name the folder of a run of a model "
                         "with experts that has reached an evaluation")
     events = events[::-(-len(events) // MAX_RECORDS)]
-    layers = tuple(number - 1 for number in events[-1]["layers"])
-    num_layers = model.num_moe_layers() + model.num_mtp_moe_layers()
+    layers = range(model.num_dense_layers, model.num_layers + model.num_mtp_moe_layers())
     try:
         loads = np.array([event["load"] for event in events], np.float64)
     except ValueError:  # records of unequal shapes
         loads = np.zeros(0)
     sums = loads.sum(axis=-1)
-    if loads.shape[1:] != (num_layers, model.num_experts) or len(layers) != num_layers or not (
+    if events[-1]["layers"] != [layer + 1 for layer in layers] or (
+            loads.shape[1:] != (len(layers), model.num_experts)) or not (
             (loads >= 0).all() and ((sums > 0) & (sums < np.inf)).all()):
-        raise UserError(f"--routes {run}: its expert loads are not those of {num_layers} layers with "
+        raise UserError(f"--routes {run}: its expert loads are not those of {len(layers)} layers with "
                         f"{model.num_experts} experts; name a run of this model")
-    return RecordedRoutes(run, layers, loads)
+    return RecordedRoutes(run, tuple(layers), loads)

@@ -1,8 +1,7 @@
 """The ledger: blend, sample length and batch size for each step, as an append-only list in the checkpoint.
 
 The sample order is a function of (seed, ledger, documents). Past steps are never reinterpreted: a changed
-setting or an added source becomes a new entry from the step at which the run resumed.
-"""
+setting or an added source becomes a new entry from the step at which the run resumed."""
 
 from __future__ import annotations
 
@@ -85,8 +84,7 @@ def plan_ledger(config: RunConfig, sources: list[Source]) -> list[LedgerEntry]:
     """Compute the ledger for a whole run from its settings; phases shorter than a step have no entry.
 
     Raises `UserError` if a blend names an unknown source or a source without training tokens, or if a phase
-    has no training tokens.
-    """
+    has no training tokens."""
     starts = [*config.phase_starts(), config.num_steps()]
     # `skip_steps` counts from 1 and includes `last`, entries count from 0: they begin at first - 1 and last
     skip_changes: list[int] = []
@@ -195,8 +193,7 @@ def check_units_fit(over_long: Sequence[OverLongUnits]) -> None:
 def check_pairs_fit(over_long: Sequence[OverLongUnits]) -> None:
     """Raise `UserError` if every pair in a source is longer than a sample.
 
-    After cutting, both responses of most pairs would be equal, and the run would learn nothing.
-    """
+    After cutting, both responses of most pairs would be equal, and the run would learn nothing."""
     for pairs in over_long:
         if pairs.count == pairs.total:
             raise UserError(f"source {pairs.source!r}: each of its {pairs.total:,} pairs is longer than a "

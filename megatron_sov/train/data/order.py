@@ -1,8 +1,7 @@
 """Training sample order: a function of (seed, ledger) with resumable cursors.
 
 Its state is a few integers per source and the ledger's entries, equal on every rank and for every
-data-parallel size. Checkpoints contain the state.
-"""
+data-parallel size. Checkpoints contain the state."""
 
 from __future__ import annotations
 
@@ -163,8 +162,7 @@ def choose_source(weights: dict[str, float], taken: dict[str, int]) -> str:
 
     After n samples, a source with weight w has more than n w - 1 and fewer than n w + 1 samples: among the
     sources below their share, the next sample of the chosen source is due first (Tijdeman, "The chairman
-    assignment problem", 1980). Choosing the source furthest below its share would break the bound.
-    """
+    assignment problem", 1980). Choosing the source furthest below its share would break the bound."""
     due = sum(taken.values()) + 1
     # shares sum to 1, so that at least one source is below its share
     below_share = [name for name, weight in weights.items() if taken.get(name, 0) < weight * due]

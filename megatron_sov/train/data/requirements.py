@@ -16,8 +16,7 @@ class NeededColumn:
 
     An objective of your own that reads the column `weight` declares it by a class attribute:
 
-    >>> columns = {"weight": NeededColumn("sov-data pack --column weight", formats=("chat",))}
-    """
+    >>> columns = {"weight": NeededColumn("sov-data pack --column weight", formats=("chat",))}"""
 
     made_by: str
     """Command that makes data with the column, for error messages."""
@@ -52,8 +51,7 @@ def build_route_shape(model: ModelConfig) -> RouteShape:
 def build_replay_shape(config: RunConfig) -> RouteShape | None:
     """Return the shape for replayed routes, or None if `policy.router_replay` is off.
 
-    Raises `UserError` if no layer has experts.
-    """
+    Raises `UserError` if no layer has experts."""
     return build_route_shape(config.model) if config.policy.router_replay else None
 
 

@@ -1,8 +1,7 @@
 """Published reinforcement-learning rounds: a source whose documents the trainer opens round by round.
 
 A round is a token artifact RUN/rounds/0001 whose manifest lists the documents of each step. The trainer opens
-a round before the round's first step.
-"""
+a round before the round's first step."""
 
 import sys
 from collections.abc import Iterator, Sequence
@@ -60,8 +59,7 @@ class PublishedRound:
 class RoundDocuments(DocumentView):
     """Documents in open rounds.
 
-    A second thread prepares batches: a round is open completely or not at all.
-    """
+    A second thread prepares batches: a round is open completely or not at all."""
 
     is_plain = False
 
@@ -84,8 +82,7 @@ class RoundDocuments(DocumentView):
         """Check a published round's file hashes, each time a run opens the round.
 
         Each of `size` processes checks every `size`-th file from index `rank` on. Raises `UserError` if a
-        file is missing or changed.
-        """
+        file is missing or changed."""
         path = round_folder(self.folder, number)
         if damage := find_damaged_files(path, sorted(read_manifest(path).files)[rank::size]):
             raise UserError(f"{damage[0]}; delete {path}, and the round is published again from the store")
@@ -94,8 +91,7 @@ class RoundDocuments(DocumentView):
         """Read a published round, without opening it.
 
         Raises `UserError` if the artifact cannot be read, its number of steps is not `num_steps`, or a
-        document has more than `seq_len` tokens.
-        """
+        document has more than `seq_len` tokens."""
         path = round_folder(self.folder, number)
         content = read_manifest(path, "tokens").content
         steps = _parse_steps(path, content)
@@ -121,8 +117,7 @@ class RoundDocuments(DocumentView):
     def open(self, number: int, published_round: PublishedRound) -> None:
         """Open round `number`, and close the rounds before its predecessor.
 
-        `published_round` is the result of `read`, with a value for each of `self.trainer_columns`.
-        """
+        `published_round` is the result of `read`, with a value for each of `self.trainer_columns`."""
         missing = [name for name in self.trainer_columns if name not in published_round.trainer_columns]
         if missing and published_round.documents is not None:
             raise ValueError(f"round {number} lacks the columns {missing}")

@@ -1,7 +1,6 @@
 """Packed rows, and this rank's batches of them, which a thread prepares ahead.
 
-A row has the tokens and labels of samples; a segment is a range of tokens of one document.
-"""
+A row has the tokens and labels of samples; a segment is a range of tokens of one document."""
 
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -68,8 +67,7 @@ def build_row(sample: OrderedSample, documents: Documents, seq_len: int, pad_id:
     """Build a row with `seq_len` tokens from a sample in `documents`.
 
     The last token of a segment has a label if the document continues. `columns` missing from the documents
-    are 0. `routes` is the shape of the documents' routes.
-    """
+    are 0. `routes` is the shape of the documents' routes."""
     column_values = {name: np.zeros(seq_len, np.float32) for name in columns}
     tokens, labels = np.full(seq_len, pad_id, np.int64), np.zeros(seq_len, np.int64)
     weights, types = np.zeros(seq_len, np.float32), np.zeros(seq_len, np.uint8)
@@ -150,8 +148,7 @@ def build_heldout_samples(documents: Documents, source: int, seq_len: int,
 
     A document that fits a sample stays whole, so that its loss depends neither on other documents nor on
     `seq_len`. A longer document is read in windows of `seq_len` tokens that overlap by half (strided
-    perplexity), so that labels after the first window have at least half a window of context.
-    """
+    perplexity), so that labels after the first window have at least half a window of context."""
     contexts: dict[PackedSegment, int] = {}
     for beginning in _iter_first_documents(documents, max_tokens):
         contexts.update(_iter_windows(beginning, int(documents.lengths[beginning.document]), seq_len))
@@ -163,8 +160,7 @@ def _iter_windows(beginning: PackedSegment, length: int, seq_len: int) -> Iterat
     """Yield windows with at most `seq_len` tokens over `beginning`, and the number of labels in earlier
     windows.
 
-    `beginning` starts a document of `length` tokens.
-    """
+    `beginning` starts a document of `length` tokens."""
     if beginning.count <= seq_len:
         yield beginning, 0
         return
@@ -207,8 +203,7 @@ class RankBatch:
 def compute_micro_batch_rows(num_rows: int, max_rows: int, multiple: int) -> int:
     """Return the number of rows per micro-batch with the fewest micro-batches, then the least padding.
 
-    A micro-batch has at most `max_rows` rows, and the number of micro-batches is a multiple of `multiple`.
-    """
+    A micro-batch has at most `max_rows` rows, and the number of micro-batches is a multiple of `multiple`."""
     count = -(-num_rows // (max_rows * multiple)) * multiple
     return max(1, -(-num_rows // max(1, count)))
 
@@ -221,8 +216,7 @@ class BatchStream:
                  routes: Sequence[RouteShape | None] = ()) -> None:
         """Start at the position of `order`, which the thread advances up to `num_steps` in all.
 
-        `columns` are the columns of the rows, and `routes` has the route shape of each source.
-        """
+        `columns` are the columns of the rows, and `routes` has the route shape of each source."""
         self.order, self._columns, self._routes = order, columns, routes
         self._micro_batch_size = config.train.micro_batch_size
         self._dp_rank, self._dp_size = dp_rank, dp_size

@@ -84,8 +84,7 @@ def open_sources(paths: dict[str, float], vocab_size: int,
     of `Source.format` (None: any). `warns=False` omits `warn_about_heldout_rules`.
 
     Raises `UserError` if `paths` is empty, tokenizers differ, two sources have one name, or a tokenizer has
-    more ids than the model.
-    """
+    more ids than the model."""
     if not paths:
         raise UserError("data.paths is empty: pass at least one folder made by `sov-data pack` "
                         "with --data DIR")
@@ -124,8 +123,7 @@ def open_sources(paths: dict[str, float], vocab_size: int,
 def warn_about_heldout_rules(contents: dict[str, dict[str, Any]]) -> None:
     """Warn if artifacts with one data format have different rules for held-out documents.
 
-    A document may then be in the training split of an artifact and in the held-out split of another.
-    """
+    A document may then be in the training split of an artifact and in the held-out split of another."""
     for kind in sorted({s["format"] for content in contents.values() for s in content["sources"]}):
         rules = {path: content.get("heldout") for path, content in contents.items()
                  if any(s["format"] == kind for s in content["sources"])}

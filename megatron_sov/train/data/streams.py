@@ -4,8 +4,7 @@ A stream reads its source in windows of at most `WINDOW_DOCUMENTS` shuffled docu
 separately, so memory and start-up do not depend on the size of the source. If the sample length changes
 inside a window, the rest of the window is packed again at the new length: no document is repeated or lost.
 
-A unit is a group of documents that are shuffled and packed together, such as a preference pair.
-"""
+A unit is a group of documents that are shuffled and packed together, such as a preference pair."""
 
 import bisect
 import hashlib
@@ -148,8 +147,7 @@ class DocumentStream:
     def _shuffle_window(self) -> list[PackedSegment]:
         """Return the documents in the cursor's window, shuffled by units.
 
-        Window sizes differ by at most one unit, so that no window is too small to be packed well.
-        """
+        Window sizes differ by at most one unit, so that no window is too small to be packed well."""
         # shuffling units instead of documents leaves pairs together; an incomplete last unit is never read
         count, group = len(self.documents.lengths) // self._group, self._group
         permutation = Permutation(count, *self._key, self.cursor.epoch)
@@ -218,8 +216,7 @@ def fit_units(segments: Sequence[PackedSegment], group: int, seq_len: int, *,
     """Return units (`group` documents) that fit `seq_len` tokens, and the number of longer units.
 
     `drop` leaves longer units out; otherwise the tails of their longest documents are cut. Conversations are
-    never split over rows, because later turns make no sense without earlier turns.
-    """
+    never split over rows, because later turns make no sense without earlier turns."""
     units: list[Row] = []
     over_long = 0
     for i in range(0, len(segments), group):
@@ -263,8 +260,7 @@ def pack_units_nearby(units: Sequence[Row], seq_len: int, num_open: int) -> list
     """Pack whole units into rows with at most `seq_len` tokens, consecutive units into nearby rows.
 
     Bounded-space best fit (Csirik and Johnson, Algorithmica 31, 2001): a unit goes into the fullest row with
-    enough room among the last `num_open` rows.
-    """
+    enough room among the last `num_open` rows."""
     rows: list[list[PackedSegment]] = []
     free_tokens: list[int] = []
     for unit in units:
@@ -286,8 +282,7 @@ def pack_best_fit(segments: Iterable[PackedSegment], seq_len: int) -> list[Row]:
     The longest segment goes first, into the fullest row with enough room. The result has at most 11/9 of the
     fewest possible rows, plus four (Johnson et al., SIAM J. Comput. 3, 1974), in the order of opening.
     Documents stay whole, and the rest of a row is padding (Ding et al., "Fewer Truncations Improve Language
-    Modeling", arXiv 2404.10830).
-    """
+    Modeling", arXiv 2404.10830)."""
     rows: list[list[PackedSegment]] = []
     free_spaces: list[tuple[int, int]] = []  # (free tokens, row), ascending
     # a stable sort: segments of equal length keep their shuffled order
@@ -326,8 +321,7 @@ class Permutation:
     """A pseudo-random permutation on `size` indices, computed from its key without a stored list.
 
     A balanced Feistel network over the next power of four is applied again until the result is below `size`
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002).
-    """
+    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002)."""
 
     def __init__(self, size: int, *key: object) -> None:
         self.size = size
@@ -339,8 +333,7 @@ class Permutation:
     def permute(self, first: int, last: int) -> np.ndarray:
         """Return [last - first] int64: images for indices `first` to `last` - 1.
 
-        Raises `IndexError` if an index is not below `size`.
-        """
+        Raises `IndexError` if an index is not below `size`."""
         if not 0 <= first <= last <= self.size:
             raise IndexError(f"indices {first} to {last - 1} are not all inside a permutation of {self.size}")
         # the network permutes a power of four of at most 4 x `size`; an index outside the range moves along

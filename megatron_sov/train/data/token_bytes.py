@@ -16,8 +16,7 @@ _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 def count_token_bytes(tokenizer: Path, vocab_size: int) -> np.ndarray:
     """Return [vocab_size] int64: number of UTF-8 bytes per token; 0 for special and unused ids.
 
-    Raises `UserError` if `tokenizer.json` cannot be read.
-    """
+    Raises `UserError` if `tokenizer.json` cannot be read."""
     return np.array([len(text) for text in read_token_bytes(tokenizer, vocab_size)], np.int64)
 
 
@@ -26,8 +25,7 @@ def read_token_bytes(tokenizer: Path, vocab_size: int) -> list[bytes]:
 
     In a byte-level vocabulary, every character of a token's name is one byte. In a sentencepiece vocabulary,
     a mark is a space and ``<0x0A>`` a byte; the space inserted before a text counts, too. Added tokens are
-    literal text. Raises `UserError` if `tokenizer.json` cannot be read.
-    """
+    literal text. Raises `UserError` if `tokenizer.json` cannot be read."""
     file = read_tokenizer(tokenizer)
     to_bytes = _build_name_decoder(file.parts)
     texts = [b""] * vocab_size

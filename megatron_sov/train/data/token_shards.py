@@ -19,7 +19,8 @@ from megatron_sov.base.documents.shard_files import (
 from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_PROMPT, TYPE_RESPONSE
 from megatron_sov.chat.marks import KIND
-from megatron_sov.model.modality import NO_BANKS, Banks, EncoderInputs, get_encoder_inputs, load_modality
+from megatron_sov.model.modality import (
+    NO_BANKS, Banks, EncoderInputs, get_banks, get_encoder_inputs, load_modality)
 
 IDX_MAGIC = b"MMIDIDX\x00\x00"
 IDX_DTYPES: dict[int, type[np.generic]] = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
@@ -39,8 +40,7 @@ class TokenShard:
 
         `columns` are suffixes of column files (`PER_DOCUMENT`: a number per document), `routes` is the shape
         of `.routes`, and `banks` maps a kind to its bank of pictures or sounds. Raises `UserError` if a file
-        is damaged or this process has too many open files.
-        """
+        is damaged or this process has too many open files."""
         self.prefix, self._vocab_size = prefix, vocab_size
         self._arguments = prefix, vocab_size, columns, routes, banks
         try:
@@ -72,13 +72,11 @@ class TokenShard:
                 self._features = self._map_features()
                 self._bank_reader = load_modality().open_banks(prefix, banks)
             self.is_plain = self._loss is None and self._type is None and self._written is None
-        except OSError as e:
-            if e.errno == errno.EMFILE:
+        except (OSError, IndexError, KeyError, ValueError) as e:
+            if isinstance(e, OSError) and e.errno == errno.EMFILE:
                 raise UserError(f"{prefix}: this process may not open more than "
                                 f"{resource.getrlimit(resource.RLIMIT_NOFILE)[0]} files; raise `ulimit -n`, "
                                 "or pack into larger shards (--shard-tokens)") from None
-            raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
-        except (IndexError, KeyError, ValueError) as e:
             raise UserError(f"{prefix}: cannot be read as a token shard ({e}); pack the data again") from None
 
     def __reduce__(self) -> tuple[Any, ...]:  # another process maps the files again
@@ -104,8 +102,7 @@ class TokenShard:
         """Return `count` token ids from `start` in a document, int64.
 
         Raises `UserError` if an id is outside the vocabulary, because a vocabulary-parallel embedding would
-        ignore it.
-        """
+        ignore it."""
         ids: np.ndarray = self._tokens[self._get_range(document, start, count)].astype(np.int64)
         # as uint64, negative numbers are large
         if count and ids.view(np.uint64).max() >= self._vocab_size:
@@ -161,8 +158,7 @@ class TokenShard:
     def encoder_inputs(self, document: int, start: int, count: int) -> EncoderInputs:
         """Return encoder inputs for the tokens, with positions relative to `start`.
 
-        Raises `UserError` if the bank lacks a feature, or a placeholder token has no feature.
-        """
+        Raises `UserError` if the bank lacks a feature, or a placeholder token has no feature."""
         features = self._features[self._get_range(document, start, count)]
         return self._bank_reader.inputs(self.tokens(document, start, count), features,
                                         f"{self._get_file(f'.{FEATURES}')}: document {document}")
@@ -184,6 +180,10 @@ class TokenShard:
 
 class DocumentView:
     """Documents that are stored in other `Documents`; subclasses implement `locate`."""
+
+    def __init__(self, documents: "Documents", is_plain: bool) -> None:
+        self._documents, self.is_plain = documents, is_plain
+        self.columns, self.banks = documents.columns, get_banks(documents)
 
     def locate(self, document: int) -> "tuple[Documents, int, int]":
         """Return the `Documents` that store a document, and the document's index and first token there."""
@@ -257,8 +257,7 @@ def read_index(file: Path) -> ShardIndex:
     """Map an `.idx` file.
 
     Raises `UserError` if the file is not a Megatron index, and `IndexError`, `KeyError` or `ValueError` if it
-    is damaged.
-    """
+    is damaged."""
     content = map_file(file)
     if content[:9] != IDX_MAGIC:
         raise UserError(f"{file}: is not a Megatron index (its first bytes are {content[:9]!r}); "

@@ -14,7 +14,6 @@ from megatron_sov.base.errors import UserError
 from megatron_sov.chat.encode import TYPE_TEXT
 from megatron_sov.model.config import PhaseConfig, RunConfig
 from megatron_sov.model.config.data import split_source_name
-from megatron_sov.model.modality import get_banks
 from megatron_sov.train.data.sources import Source, name_sources
 from megatron_sov.train.data.token_shards import ChainedLengths, Documents, DocumentView
 
@@ -27,8 +26,7 @@ def add_source_views(config: RunConfig, sources: list[Source]) -> list[Source]:
 
     NAME@N has the documents of NAME with at least N tokens, NAME/N has pieces of at most N tokens of every
     document. A view is an additional stream: NAME still reads the documents, too. Raises `UserError` if N is
-    not a number, NAME has no document with N tokens, or conversations would be cut.
-    """
+    not a number, NAME has no document with N tokens, or conversations would be cut."""
     sources_by_name = {source.name: source for source in sources}
     new_names = dict.fromkeys(name for phase in config.data.phases for name in phase.blend
                               if name not in sources_by_name)
@@ -68,8 +66,7 @@ def _build_view(name: str, sources_by_name: dict[str, Source]) -> Source | None:
 def view_as_text(source: Source) -> Source:
     """Return a text source with the tokens from `source`, so that rows may cut conversations.
 
-    The view has no held-out documents, because they would be evaluated as responses.
-    """
+    The view has no held-out documents, because they would be evaluated as responses."""
     if source.format == TEXT_FORMAT:
         return source
     return _replace_documents(source, TextView(source.open_split("train")), source.num_tokens["train"],
@@ -85,10 +82,8 @@ class LongDocuments(DocumentView):
     """Documents with at least `min_tokens` tokens; the index is computed on first use."""
 
     def __init__(self, documents: Documents, min_tokens: int) -> None:
-        self._documents, self._min_tokens = documents, min_tokens
-        self.is_plain = documents.is_plain
-        self.columns = documents.columns
-        self.banks = get_banks(documents)
+        super().__init__(documents, documents.is_plain)
+        self._min_tokens = min_tokens
 
     @cached_property
     def index(self) -> np.ndarray:
@@ -111,12 +106,9 @@ class LongDocuments(DocumentView):
 class TextView(DocumentView):
     """Documents with every token of type text; loss weights still mark the tokens to learn."""
 
-    is_plain = False
-
     def __init__(self, documents: Documents) -> None:
-        self._documents = documents
-        self.lengths, self.columns = documents.lengths, documents.columns
-        self.banks = get_banks(documents)
+        super().__init__(documents, is_plain=False)
+        self.lengths = documents.lengths
 
     def __reduce__(self) -> tuple[Any, ...]:  # its lengths are memory maps
         return TextView, (self._documents,)
@@ -132,10 +124,8 @@ class DocumentPieces(DocumentView):
     """Documents in pieces of at most `max_tokens` tokens, without context from the previous piece."""
 
     def __init__(self, documents: Documents, max_tokens: int) -> None:
-        self._documents, self._max_tokens = documents, max_tokens
-        self.is_plain = documents.is_plain
-        self.columns = documents.columns
-        self.banks = get_banks(documents)
+        super().__init__(documents, documents.is_plain)
+        self._max_tokens = max_tokens
 
     @cached_property
     def lengths(self) -> "PieceLengths":
@@ -178,8 +168,7 @@ def apply_data_phases(config: RunConfig, recipe: RunConfig) -> RunConfig:
 
     A phase takes the blend of the manifest's phase with its name if its own blend is empty, or if its blend
     comes from `recipe` (the settings without `--set`) and names a source missing from the data. Several data
-    folders have no phases. Raises `UserError` if the phases in the manifest cannot be read.
-    """
+    folders have no phases. Raises `UserError` if the phases in the manifest cannot be read."""
     if len(config.data.paths) != 1:
         return config
     [path] = config.data.paths

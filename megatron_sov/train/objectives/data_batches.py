@@ -25,8 +25,7 @@ class DataBatches:
         """Start before the first step.
 
         `planned` is the result of `plan_ledger`, computed here by default. `columns` are the columns that the
-        objective reads (`get_columns`).
-        """
+        objective reads (`get_columns`)."""
         self._columns = tuple(columns)
         self._config, self._sources, self._world, self._planned = config, sources, world, planned
         self.num_sources = len(sources)
@@ -57,8 +56,7 @@ class DataBatches:
     def state(self) -> dict[str, Any]:
         """Return the `SampleOrder` state after the last returned batch, for a checkpoint.
 
-        The ledger's history includes steps that were skipped or rejected after their batch was prepared.
-        """
+        The ledger's history includes steps that were skipped or rejected after their batch was prepared."""
         return {**self._state, "history": [dataclasses.asdict(e) for e in self.ledger.history(self._step)]}
 
     def restore(self, state: dict[str, Any]) -> None:

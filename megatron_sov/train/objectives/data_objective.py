@@ -3,8 +3,7 @@ prediction (MTP).
 
 The MTP term follows DeepSeek-V3 (arXiv 2412.19437, eq. 24-25): the cross-entropies of all prediction depths,
 summed and divided by the sum of their label weights. Models without prediction layers have no MTP term. A
-label is learned if its weight is above 0.
-"""
+label is learned if its weight is above 0."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping
@@ -115,8 +114,7 @@ class LanguageModelling(DataObjective):
     >>> class Halved(LanguageModelling):
     ...     def __init__(self, context):
     ...         super().__init__(context)
-    ...         self.coefficients = {**self.coefficients, LM: 0.5}
-    """
+    ...         self.coefficients = {**self.coefficients, LM: 0.5}"""
 
     def __init__(self, context: ObjectiveContext) -> None:
         super().__init__(context)

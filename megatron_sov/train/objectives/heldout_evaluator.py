@@ -1,7 +1,6 @@
 """Loss on held-out documents per source, in nats per token and bits per byte.
 
-Bits per byte do not depend on the tokenizer, so runs with different tokenizers can be compared.
-"""
+Bits per byte do not depend on the tokenizer, so runs with different tokenizers can be compared."""
 
 import dataclasses
 import math
@@ -117,8 +116,7 @@ class HeldoutEvaluator:
         """Return the loss on each source with held-out targets. Collective.
 
         `wrap` calls the forward passes of a source. `on_micro_batch` is called on the last pipeline stage
-        after each micro-batch.
-        """
+        after each micro-batch."""
         def compute_sums(hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:
             sums = self._sum_losses(hidden, head, batch)
             on_micro_batch()

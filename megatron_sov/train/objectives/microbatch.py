@@ -83,8 +83,7 @@ def compute_segments(batch: MicroBatch) -> torch.Tensor:
 def shift_labels(batch: MicroBatch, depth: int) -> MicroBatch:
     """Shift labels, weights, types and columns `depth` positions to the left inside each segment.
 
-    Position t at depth d predicts token t + 1 + d; the last d positions of a segment have no label.
-    """
+    Position t at depth d predicts token t + 1 + d; the last d positions of a segment have no label."""
     n = len(batch.labels)
     index, segment = torch.arange(n, device=batch.labels.device), compute_segments(batch)
     # clamped to a valid index; `inside` masks the clamped positions

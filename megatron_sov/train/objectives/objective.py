@@ -26,8 +26,7 @@ class GlobalBatch:
 
     >>> batch = GlobalBatch(micro_batches=(), seq_len=64, num_sequences=8, phase="main")
     >>> dataclasses.replace(batch, num_tokens=512, targets={"lm": 504.0}).targets["lm"]
-    504.0
-    """
+    504.0"""
 
     micro_batches: tuple[MicroBatch, ...]
     """Micro-batches in order; their number is equal on every rank."""
@@ -50,8 +49,7 @@ class LossSums:
     >>> sums = LossSums({"lm": losses.sum()}, by_source=torch.tensor([[6.0, 3.0]], dtype=torch.float64),
     ...                 meters={"above_two": ((losses > 2).sum(), losses.numel())})
     >>> sums.terms["lm"].item()
-    6.0
-    """
+    6.0"""
 
     terms: dict[str, torch.Tensor]
     """Term -> differentiable scalar: weighted sum over the micro-batch."""
@@ -67,8 +65,7 @@ class Objective(Protocol):
 
     Optional attributes are documented at the functions that read them: `get_formats` and `get_columns` (class
     attributes, because data are checked before the objective is built), `get_meters`, `get_headline`,
-    `has_comparable_loss`, `get_doubt` and `get_checkpoint_parts`.
-    """
+    `has_comparable_loss`, `get_doubt` and `get_checkpoint_parts`."""
 
     @property
     def coefficients(self) -> Mapping[str, float]:
@@ -102,8 +99,7 @@ def get_columns(factory: Any) -> Mapping[str, NeededColumn]:
 def get_meters(objective: Any) -> tuple[str, ...]:
     """Return an objective's meters: attribute `meters`, default ().
 
-    A meter is a mean that is logged but not learned, such as the share of clipped tokens.
-    """
+    A meter is a mean that is logged but not learned, such as the share of clipped tokens."""
     return tuple(getattr(objective, "meters", ()))
 
 
@@ -115,8 +111,7 @@ def get_headline(objective: Any) -> tuple[Meter, ...]:
 def has_comparable_loss(objective: Any) -> bool:
     """Return whether an unusually high loss indicates an error: attribute `comparable_loss`, default True.
 
-    A policy loss does not: it is near 0, with either sign, and scales with the advantages.
-    """
+    A policy loss does not: it is near 0, with either sign, and scales with the advantages."""
     return bool(getattr(objective, "comparable_loss", True))
 
 
@@ -172,8 +167,7 @@ def _find_json_change(value: Any, where: str) -> str | None:
 def get_checkpoint_parts(objective: Any) -> dict[str, ObjectiveState]:
     """Return `{"objective": ObjectiveState}` if the objective has the methods `state` and `restore`, else {}.
 
-    `state` must return equal JSON values on every rank.
-    """
+    `state` must return equal JSON values on every rank."""
     return {"objective": ObjectiveState(objective)} if hasattr(objective, "state") else {}
 
 
@@ -190,8 +184,7 @@ def with_denominators(batch: GlobalBatch, local_targets: Mapping[str, float]) ->
 def check_has_targets(batch: GlobalBatch, step: int) -> None:
     """Raise `UserError` on every rank if no term has a target at `step` (from 1).
 
-    A loss of 0 would otherwise look perfect.
-    """
+    A loss of 0 would otherwise look perfect."""
     if not any(count > 0 for count in batch.targets.values()):
         raise UserError(f"step {step}: none of its {batch.num_tokens} tokens is a training target "
                         f"({', '.join(f'{term}: 0' for term in batch.targets)}), because its samples contain "

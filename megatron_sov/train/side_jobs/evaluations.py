@@ -71,7 +71,7 @@ class ExportEvaluations:
         self._polled_s = -POLL_INTERVAL_S
         numbers = [folder.name.removeprefix("step-") for folder in self._exports.glob("step-*")
                    if (folder / MANIFEST).is_file()]
-        steps = [int(number) for number in numbers if number.isdigit()]
+        steps = [int(number) for number in numbers if number.isdecimal()]
         jobs = [EvalJob(step, name) for step in sorted(steps) for name in self._settings.tasks]
         # includes jobs with results, whose events are not written yet
         self._submitted = [job for job in jobs if self._get_hidden_file(job, ".submitted").is_file()]

@@ -255,7 +255,7 @@ def parse_node_settings(arguments: Sequence[str]) -> dict[int, tuple[str, ...]]:
     settings: dict[int, tuple[str, ...]] = {}
     for text in arguments:
         count, colon, setting = text.partition(":")
-        if not colon or not count.isdigit() or "=" not in setting:
+        if not colon or not count.isdecimal() or "=" not in setting:
             raise UserError(f"--nodes-set {text}: must have the form N:key=value, e.g. 2:parallel.ep=2")
         settings[int(count)] = (*settings.get(int(count), ()), setting)
     return settings

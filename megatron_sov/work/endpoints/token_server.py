@@ -186,7 +186,7 @@ def _check_answer(answer: TokenAnswer, where: str) -> None:
 
 def parse_version(value: Any) -> int:
     """Parse a weights version; names of initial weights give `INITIAL_VERSION`."""
-    version = int(value) if isinstance(value, (int, str)) and str(value).isdigit() else INITIAL_VERSION
+    version = int(value) if isinstance(value, (int, str)) and str(value).isdecimal() else INITIAL_VERSION
     if version >= _INT32:
         raise ValueError("a version of the weights that is too large")
     return version

@@ -16,7 +16,6 @@ import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import IO, Any
 
 from megatron_sov.base.errors import ExitCode, stop_check
@@ -151,8 +150,8 @@ def _wait_for_exit(process: subprocess.Popen[bytes], within_s: float | None) -> 
 
 def start_command(command: Sequence[str], *, stdin: int | None = subprocess.DEVNULL,
                   stdout: IO[Any] | None = None, stderr: IO[Any] | int | None = None,
-                  environment: Mapping[str, str] | None = None, folder: Path | None = None,
-                  ends_with_this: bool = False, own_group: bool = False) -> subprocess.Popen[Any]:
+                  environment: Mapping[str, str] | None = None, ends_with_this: bool = False,
+                  own_group: bool = False) -> subprocess.Popen[Any]:
     """Start a command.
 
     Args:
@@ -161,7 +160,6 @@ def start_command(command: Sequence[str], *, stdin: int | None = subprocess.DEVN
         stdout: standard output; None: inherited.
         stderr: standard error; None: inherited.
         environment: environment; None: inherited.
-        folder: working directory; None: inherited.
         ends_with_this: kill the command when this process ends.
         own_group: detach from the terminal's Ctrl-C.
 
@@ -170,7 +168,7 @@ def start_command(command: Sequence[str], *, stdin: int | None = subprocess.DEVN
     """
     stop_check()
     return subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=stderr, env=environment,
-                            cwd=folder, start_new_session=own_group,
+                            start_new_session=own_group,
                             preexec_fn=partial(die_with_parent, os.getpid()) if ends_with_this else None)
 
 

@@ -65,6 +65,7 @@ def write_files(files: dict[str, str]) -> None:
     (f"{SFT} --lora_alpha 32 --lora_r 8", f"{SFT} --set lora.alpha=32 --set lora.rank=8"),
     ("megatron-sov pretrain qwen3-8b --data D --run R --training.steps 10 --optimizer.lr 3e-4",
      "megatron-sov pretrain qwen3-8b --data D --run R --set train.steps=10 --set optim.lr=3e-4"),
+    (f"{SFT} --tensor-model-parallel-size ²", f"{SFT} --set 'parallel.tp=²'"),
     ("megatron-sov convert from-hf M", "megatron-sov convert from-hf M new-output"),
     ("megatron-sov submit qwen3-8b --cluster h100",
      "megatron-sov submit pretrain --cluster h100 --account ACCOUNT qwen3-8b --run new-run --data DIR"),

@@ -17,8 +17,10 @@ from tests.typed_words import format_set_options
 def test_a_plan_for_a_cluster_has_its_layout_and_memory(read_output: Any) -> None:
     lines = read_output("plan", "solar-open-102b", "--cluster", "h100", "--nodes", "64").splitlines()
     assert lines[0] == ("solar-open-102b: 102.7 B parameters (12.1 B active) on 20 T tokens (the recipe's), "
-                        "64 x 8 H100-80GB: 121 days, $4.39 M")
-    assert lines[1].startswith("layout: fastest of ") and "; the recipe's own takes " in lines[1]
+                        "64 x 8 H100-80GB: 146 days, $5.28 M")
+    assert lines[1].startswith("layout: fastest of ")
+    assert "priced with a host 2 times as slow, 147 days" in lines[1]
+    assert "; the recipe's own takes 173 days " in lines[1]
     assert lines[2] == "512 GPUs: pp 8, ep 8, ZeRO-1"
     assert lines[3].startswith("memory: ") and " GiB per GPU (pipeline stage 1 of 8): weights " in lines[3]
     assert lines[4].startswith("experts: GPU memory suffices for ")
@@ -76,7 +78,7 @@ def test_pinned_optimizer_memory_must_fit_the_profile(tmp_path: Path, get_refusa
                        "network_gbits_per_gpu: 400\n")
     options = ["plan", "solar-open-102b", "--cluster", str(profile), "--nodes", "64"]
     assert main([*options, "--set", "gpu.optimizer_offload=0.1"]) == 0
-    assert ("of the 16.0 GiB that it has; the nearest share that fits: --set gpu.optimizer_offload=0.56"
+    assert ("of the 16.0 GiB that it has; the nearest share that fits: --set gpu.optimizer_offload=0.52"
             in get_refusal(*options, "--set", "gpu.optimizer_offload=1"))
 
 

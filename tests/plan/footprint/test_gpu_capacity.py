@@ -31,7 +31,7 @@ SIZES = (512, 1024)
 def test_an_oversized_run_is_refused_with_the_nearest_fitting_layout() -> None:
     """33.7 GiB of weights and 67.4 GiB of gradients on each of 480 processes exceed an H100."""
     solar = apply_settings(recipes.get("solar-open-102b"), ["train.fp8=none"])
-    with pytest.raises(UserError, match=r"^solar-open-102b on 480 processes: the layout ep 8, with ZeRO-1 "
+    with pytest.raises(UserError, match=r"^solar-open-102b on 480 processes: ep 8, ZeRO-1 "
                        r"needs 111\.3 GiB on each process \(weights 33\.7, gradients 67\.4, "
                        r".*75\.0 GiB of a H100-80GB with 79\.0 GiB; the nearest layout that "
                        r"fits: --set parallel\.pp=2$"):
@@ -95,7 +95,7 @@ def test_recommended_layouts_have_router_graphs_if_valid(settings: list[str], ha
 
 
 def test_a_layout_without_memory_for_uneven_experts_is_refused_unless_allowed() -> None:
-    """K-EXAONE's layout of 512 H100 runs out of memory at 1.5 times the mean tokens on an expert process."""
+    """K-EXAONE's layout of 512 H100 runs out of memory at 1.7 times the mean tokens on an expert process."""
     config, gpu = recipes.get("k-exaone-236b"), CHIPS["h100"]
     *layout, spill = find_recommended(config, 512, "h100", ["gpu.cuda_graphs=[]"]) or ()
     assert spill == "gpu.expert_spill=1.2"
@@ -104,7 +104,7 @@ def test_a_layout_without_memory_for_uneven_experts_is_refused_unless_allowed() 
     loads = [1 + 0.05 * step for step in range(301)]
     fitting = [load for load in loads if can_run(
         apply_settings(config, [f"gpu.expert_imbalance={load}"]), 512, get_usable_bytes(gpu))]
-    assert fitting == loads[:len(fitting)] and limit == pytest.approx(fitting[-1]) and 1.45 < limit < 1.55
+    assert fitting == loads[:len(fitting)] and limit == pytest.approx(fitting[-1]) and 1.6 < limit < 1.7
     with pytest.raises(UserError, match=rf"on each process of pipeline stage 1 at gpu\.expert_imbalance = 2, "
                        rf"up to {limit} fits .*; it fits with: --set gpu\.expert_spill=1\.2$"):
         refuse_too_large(config, 512, gpu)

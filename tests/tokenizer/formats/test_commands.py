@@ -196,7 +196,13 @@ def _truncate(file: str) -> Callable[[Path, Path], Path]:
     _edit_trained("tokenizer.json", lambda raw: raw["added_tokens"].append(raw["added_tokens"][0] | {
         "id": 3 * 10**9, "content": "<far>"})),
     _edit_trained("tokenizer.json", lambda raw: raw["model"]["vocab"].update(abc="x")),
+    _edit_trained("tokenizer.json", lambda raw: raw["model"]["vocab"].update(abc=300)),
+    _edit_trained("tokenizer.json", lambda raw: raw.update(
+        pre_tokenizer={"type": "Split", "pattern": {"Regex": "(a+)+$|(.*)*x"}, "behavior": "Isolated",
+                       "invert": False})),
     _edit_trained("tokenizer_config.json", lambda config: config.update(eos_token=["a"])),
+    _edit_trained("tokenizer_config.json", lambda config: config.update(
+        eos_token=None, chat_template=[{"name": ["default"]}])),
     _truncate("tokenizer.json"),
 ])
 def test_hostile_files_cost_a_sentence(write: Callable[[Path, Path], Path], trained: Path, tmp_path: Path,

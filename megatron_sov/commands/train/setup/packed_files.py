@@ -305,11 +305,10 @@ def _detect_format(file: Path, formats: Sequence[str], tokenizer: Path | None) -
     for kind, (command, sentence) in load_table()["learned_by"].items():
         # `rl run` learns text next to its prompts; another command would not take its other options
         if fault.reason.startswith(f"is {kind},") and list(formats) != ["text"]:
-            if kind == "a preference" and tokenizer is not None:
+            if kind == "a preference" and formats[0] == "chat" and tokenizer is not None:
                 columns = ["--format", "chat", "--columns", "prompt=prompt,response=chosen"]
-                packing = fix_by_packing(str(file), tokenizer, columns)
-                sentence += (f"; sft learns the chosen responses from --data {packing.words[str(file)]}, "
-                             f"made by `{' && '.join(packing.before)}`")
+                raise UserError(f"--data {location}: {sentence}; sft learns the chosen responses as chats",
+                                fix_by_packing(str(file), tokenizer, columns))
             raise UserError(f"--data {location}: {sentence}", Fix(command=command))
     if fault.reason.startswith("is a prompt,") and formats[0] in ("chat", "preference"):
         raise UserError(f"--data {location}: is a prompt without a response; `megatron-sov rl run` learns "
