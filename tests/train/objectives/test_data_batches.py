@@ -86,8 +86,9 @@ def test_shifted_targets_stay_inside_their_document(depth: int, lengths: list[in
     for t in range(len(row.tokens)):
         source = t + depth
         is_inside = source < len(row.tokens) and document[source] == document[t]
-        for shifted_values, values in ((shifted.labels, row.labels), (shifted.weights, row.weights),
-                              (shifted.types, row.types), (shifted.columns["score"], row.columns["score"])):
+        for shifted_values, values in (
+                (shifted.labels, row.labels), (shifted.weights, row.weights), (shifted.types, row.types),
+                (shifted.columns["score"], row.columns["score"])):
             assert shifted_values[t] == (values[source] if is_inside else 0)
 
 
