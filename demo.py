@@ -365,7 +365,7 @@ def summary(root: Path, times: list[tuple[Stage, float]]) -> None:
           f"talk to it, in a browser:    megatron-sov serve {root / 'hf'}")
 
 
-def main() -> int:
+def main() -> None:
     """Run the demo."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--corpus", metavar="PATH",
@@ -388,8 +388,7 @@ def main() -> int:
           "the report shows it first")
     times += [(s, run(s)) for s in report_stages(root, question)]
     summary(root, times)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -47,7 +47,7 @@ def build_config(num_bytes: float) -> RunConfig:
     return config
 
 
-def measure_actions(folder: Path, config: RunConfig, rounds: int) -> int:
+def measure_actions(folder: Path, config: RunConfig, rounds: int) -> None:
     """Run every action of `MEASURES` on every rank; rank 0 writes wall and CPU seconds and the checkpoint's
     bytes to FOLDER/seconds.json."""
     import torch
@@ -105,7 +105,6 @@ def measure_actions(folder: Path, config: RunConfig, rounds: int) -> int:
         (folder / "seconds.json").write_text(json.dumps({"bytes": num_bytes, "seconds": seconds}))
     dist.barrier()
     world.leave_world()
-    return 0
 
 
 def main() -> int:

@@ -128,7 +128,7 @@ def compare_programs(preset: str, corpus: Path, size_bytes: int, work: Path, dat
     print(f".bin and .idx of all {len(hashes)} byte-identical: {len(set(hashes.values())) == 1}", flush=True)
 
 
-def main() -> int:
+def main() -> None:
     """Run all measurements."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--megabytes", type=float, default=40, help="text to pack (default %(default)s)")
@@ -148,8 +148,7 @@ def main() -> int:
             run_measured([sys.executable, "-m", "tokenizer.cli", "train", "--preset", preset, "--vocab-size",
                           str(VOCAB_SIZE), "--input", work / "sample.jsonl", "--output", work / preset])
             compare_programs(preset, corpus, size_bytes, work, args.datatrove_python)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -155,7 +155,7 @@ def cross_validate(rows: list[Row], fitted: Parameters, rounds: int) -> dict[int
     return errors
 
 
-def main() -> int:
+def main() -> None:
     """Fit the parameters, cross-validate them, and print the errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--write", action="store_true", help="write the parameters into the package")
@@ -189,7 +189,6 @@ def main() -> int:
         print(f"  {path:34s} expected {prior.value:10.4g}   fitted {get_parameter(vars(p), path):10.4g}")
     if args.write and not args.no_refit:
         write_parameters(p, len(rows), inside, errors)
-    return 0
 
 
 def write_parameters(p: Parameters, count: int, inside: Mapping[int, float],
@@ -217,4 +216,4 @@ def _round(value: object) -> object:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -436,7 +436,7 @@ def iter_table(rows: list[dict[str, Any]]) -> Iterator[str]:
             yield f"{finder if row['tests'] else 'reached by no test'}: {row['fault']}"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     """Measure faults, then print the table of all stored results; with --table only print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("found", type=Path)
@@ -460,8 +460,7 @@ def main(argv: list[str]) -> int:
             measure_area(area, args.found, faults, "make deep" if args.deep else "make test",
                          time.time() + 3600 * args.hours)
     print("\n".join(iter_table(list(read_rows(args.found).values()))))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

@@ -11,7 +11,6 @@ these tokens inside each unit of the final pattern. A naive loop here follows th
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -201,7 +200,7 @@ def print_counts(name: str, counts: list[int]) -> None:
           flush=True)
 
 
-def main() -> int:
+def main() -> None:
     """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--trained", required=True, type=Path,
@@ -221,8 +220,7 @@ def main() -> int:
         print_bytes_per_token(args.trained / "held", *map(TrainedTokenizer, folders))
     if "paper" in args.parts:
         compare_with_paper(args.trained, args.authors)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

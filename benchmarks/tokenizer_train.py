@@ -224,7 +224,7 @@ def describe_setup() -> str:
     return ", ".join([describe_machine(), *versions])
 
 
-def main() -> int:
+def main() -> None:
     """Run the requested parts."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--text", required=True, type=Path, help="folder of <language>.jsonl")
@@ -248,8 +248,7 @@ def main() -> int:
              "bounded": lambda: train_with_memory_limit(args.keep, args.bounded_gb, args.max_memory_gb)}
     for part in args.parts:
         parts[part]()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

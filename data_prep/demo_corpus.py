@@ -83,7 +83,7 @@ class Docstring:
     """Text without indentation."""
 
 
-def write_corpus(options: DemoCorpusOptions) -> int:
+def write_corpus(options: DemoCorpusOptions) -> None:
     """Write an artifact of kind "corpus" with a JSONL file per source. Raises `UserError`: the user's text is
     unreadable or empty, or the output may not be replaced."""
     output = options.output
@@ -118,7 +118,6 @@ def write_corpus(options: DemoCorpusOptions) -> int:
             print(f"{name}: {len(rows):,} documents, {size_bytes / 1e6:.2f} MB")
         artifact.settings = {"user": options.user}
     print(f"wrote {output}")
-    return 0
 
 
 DEMO_CORPUS = DeclaredCommand(DemoCorpusOptions, write_corpus)

@@ -625,6 +625,13 @@ def as_one_rank() -> dict[str, str]:
 
 
 @pytest.fixture
+def cwd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Make the empty folder of a test its working folder, and return it."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
 def one_rank(as_one_rank: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let commands run in pytest's process as the only rank of a torchrun.
 

@@ -7,6 +7,7 @@ more than most rows take.
 import functools
 import inspect
 import itertools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def pytest_pycollect_makeitem(collector: pytest.Module, name: str, obj: Any) -> 
 def join_rows(test: Test, tables: Sequence[tuple[str | Sequence[str], Any]]) -> Test:
     """Return a test that runs all combinations of the tables' rows.
 
-    Each combination has its own folder `tmp_path`, its own patches of `monkeypatch`, and an empty `capsys`.
+    Each combination has its own folder `tmp_path` or `cwd`, patches of `monkeypatch`, and empty `capsys`.
 
     Args:
         test: the test function.
@@ -82,11 +83,13 @@ def _get_arguments(names: Sequence[str], row: Any) -> dict[str, Any]:
 
 
 def _run_row(test: Test, number: int, fixtures: dict[str, Any], arguments: dict[str, Any]) -> None:
-    """Run the test for one row, with its own `tmp_path` and `monkeypatch`, and an empty `capsys`."""
+    """Run the test for one row, with its own `tmp_path` or `cwd` and `monkeypatch`, and an empty `capsys`."""
     row_fixtures = dict(fixtures)
-    if "tmp_path" in fixtures:
-        row_fixtures["tmp_path"] = fixtures["tmp_path"] / str(number)
-        row_fixtures["tmp_path"].mkdir()
+    for name in {"tmp_path", "cwd"} & fixtures.keys():
+        row_fixtures[name] = fixtures[name] / str(number)
+        row_fixtures[name].mkdir(exist_ok=True)
+    if "cwd" in fixtures:
+        os.chdir(row_fixtures["cwd"])
     if "capsys" in fixtures:
         fixtures["capsys"].readouterr()
     if "monkeypatch" not in fixtures:

@@ -90,19 +90,19 @@ def _function(file: str, name: str) -> Any:
 
 
 def run_jobs(jobs_file: Path) -> int:
-    """Run every job; each rank writes its result as JSON next to the jobs file."""
+    """Run every job; each rank leaves its world and writes its result as JSON next to the jobs file."""
     # not before `warm` has put doubles on the path: the engine imports megatron, and hides Transformer Engine
-    from megatron_sov.engine.parallel import launcher
+    from megatron_sov.engine.parallel import launcher, world
 
     jobs = json.loads(jobs_file.read_text())
     for number, job in enumerate(jobs):
         function = _function(job["file"], job["function"])  # here: in each rank it would be imported again
 
         def rank(number: int = number, job: dict[str, Any] = job,
-                 function: Callable[..., Any] = function) -> int:
+                 function: Callable[..., Any] = function) -> None:
             result = function(**job["arguments"])
+            world.leave_world()
             (jobs_file.parent / f"{number}-{os.environ['RANK']}.json").write_text(json.dumps(result))
-            return 0
 
         code = launcher.launch_ranks(rank, job["nproc"], num_threads=1)
         if code:

@@ -16,7 +16,6 @@ import ast
 import json
 import math
 import re
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -254,7 +253,7 @@ def save_limits(limits: Mapping[str, Mapping[str, float]]) -> None:
                       encoding="utf-8")
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tighten", action="store_true", help="lower the limits to today's figures")
@@ -269,8 +268,7 @@ def main() -> int:
     if args.tighten and not args.paths:
         limits = load_limits()
         save_limits({hall: tighten(values, limits.get(hall, {})) for hall, values in measures.items()})
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -26,41 +26,40 @@ MAINS = {"sov-tokenizer": tokenizer.cli.main, "sov-data": data_prep.cli.main}
 
 
 @pytest.fixture
-def texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> Path:
+def texts(cwd: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> Path:
     """A folder with the files that the pages name; gathering text from this machine is cut short."""
     texts = {"english": textwrap.TextWrapper.__doc__ or "", "code": inspect.getsource(textwrap),
              "korean": "한국어 문장. " * 9}
-    (tmp_path / "corpus").mkdir()
-    (tmp_path / "my-texts").mkdir()
-    shutil.copytree(hf_models["solar_open"], tmp_path / "my-model")
-    (tmp_path / "heldout").mkdir()
+    (cwd / "corpus").mkdir()
+    (cwd / "my-texts").mkdir()
+    shutil.copytree(hf_models["solar_open"], cwd / "my-model")
+    (cwd / "heldout").mkdir()
     for name, text in texts.items():
         lines = [{"text": f"{i} {p}"} for i, p in enumerate(re.split(r"\n\n|(?<=\. )", text)) if p.strip()]
-        (tmp_path / f"corpus/{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
-        (tmp_path / f"my-texts/{name}.txt").write_text(text)
-        (tmp_path / f"heldout/{name}.jsonl").write_text(json.dumps({"text": text[::-1]}))
+        (cwd / f"corpus/{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        (cwd / f"my-texts/{name}.txt").write_text(text)
+        (cwd / f"heldout/{name}.jsonl").write_text(json.dumps({"text": text[::-1]}))
     chats = [{"messages": [{"role": "user", "content": f"{i}?"}, {"role": "assistant", "content": f"{i}!"}]}
              for i in range(30)]
-    (tmp_path / "corpus/chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
-    (tmp_path / "pairs.jsonl").write_text("\n".join(
+    (cwd / "corpus/chat.jsonl").write_text("\n".join(map(json.dumps, chats)))
+    (cwd / "pairs.jsonl").write_text("\n".join(
         json.dumps({"prompt": f"{i} + 1?", "chosen": f"{i + 1}", "rejected": "No idea."}) for i in range(30)))
-    (tmp_path / "forum.jsonl").write_text("\n".join(
+    (cwd / "forum.jsonl").write_text("\n".join(
         json.dumps({"title": f"{i} + 1?", "body": "Please.", "reply": str(i + 1)}) for i in range(60)))
-    (tmp_path / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i} + 1?", "answer": i + 1})
+    (cwd / "prompts.jsonl").write_text("\n".join(json.dumps({"prompt": f"{i} + 1?", "answer": i + 1})
                                                       for i in range(30)))
-    (tmp_path / "solutions.jsonl").write_text("\n".join(
+    (cwd / "solutions.jsonl").write_text("\n".join(
         json.dumps({"query": f"{i} + 1?",
                     "solutions": [f"Count on from {i}.", {"thinking": "One more.", "answer": f"{i + 1}"}]})
         for i in range(30)))
-    (tmp_path / "crawl.jsonl").write_text('{"text": "a good line"}\n{"text": "cut o')
-    (tmp_path / "rules.json").write_text(blocks(page_text("tokenizer.md"), "json")[0])
+    (cwd / "crawl.jsonl").write_text('{"text": "a good line"}\n{"text": "cut o')
+    (cwd / "rules.json").write_text(blocks(page_text("tokenizer.md"), "json")[0])
     library = demo_corpus.list_stdlib_files()[::40]
     monkeypatch.setattr(demo_corpus, "list_stdlib_files", lambda: library)
     monkeypatch.setattr(demo_corpus, "list_package_files", list)
     monkeypatch.setattr(demo_corpus, "read_package_pages", dict)
     monkeypatch.setattr(demo_corpus, "download_korean_pages", lambda: {"page": "한국어 문장을 씁니다. " * 20})
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return cwd
 
 
 @pytest.mark.deep
@@ -90,9 +89,7 @@ def shorter(document):
 
 
 @pytest.mark.deep
-def test_the_pages_pipeline_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                 capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_pages_pipeline_runs(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = page_text("data_pipeline.md")
     (file,) = blocks(page, "yaml")
     Path("notes.yaml").write_text(file)
@@ -119,15 +116,13 @@ def test_the_page_on_pipelines_names_every_step() -> None:
 
 
 @pytest.mark.deep
-def test_commands_of_the_scoring_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_commands_of_the_scoring_page_run(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     page = page_section("data_quality.md", "Scores")
     parsed = json.loads(*blocks(page, "json"))
     assert 0 <= parsed["label"] <= HIGHEST_LABELS["regressor"]
-    write_lines(tmp_path / "quality.jsonl", plant_labels("classifier", 120))
-    write_lines(tmp_path / "education.jsonl", [parsed, *plant_labels("regressor", 120)])
-    write_lines(tmp_path / "others.jsonl", plant_labels("regressor", 50, seed=3))
+    write_lines(cwd / "quality.jsonl", plant_labels("classifier", 120))
+    write_lines(cwd / "education.jsonl", [parsed, *plant_labels("regressor", 120)])
+    write_lines(cwd / "others.jsonl", plant_labels("regressor", 50, seed=3))
     for line in shell_lines(page, "sh"):
         program, *argv = shlex.split(line)
         assert program == "sov-data"
@@ -153,15 +148,14 @@ QUESTION = "How many barrels of oil does a refinery with twelve towers fill each
 
 
 @pytest.fixture
-def benchmarked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    write_lines(tmp_path / "bench.jsonl", [{"id": 7, "question": QUESTION, "answer": "Twelve."}])
-    write_lines(tmp_path / "chats.jsonl", [{"messages": [{"role": "user", "content": text},
+def benchmarked(cwd: Path) -> Path:
+    write_lines(cwd / "bench.jsonl", [{"id": 7, "question": QUESTION, "answer": "Twelve."}])
+    write_lines(cwd / "chats.jsonl", [{"messages": [{"role": "user", "content": text},
                                                          {"role": "assistant", "content": "12"}]}
                                            for text in ("Hello!", QUESTION.upper())])
-    write_lines(tmp_path / "prompts.jsonl", [{"prompt": text, "answer": 12}
+    write_lines(cwd / "prompts.jsonl", [{"prompt": text, "answer": 12}
                                              for text in (f"Say: {QUESTION}", "Go!")])
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return cwd
 
 
 @pytest.mark.parametrize("heading", ["Duplicates", "Decontamination"])

@@ -52,9 +52,8 @@ def write_media(root: Path) -> None:
 
 @pytest.mark.deep
 def test_the_page_leads_from_media_to_a_model_that_is_judged(
-        packed_data: Any, one_rank: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_media(tmp_path)
+        packed_data: Any, one_rank: None, cwd: Path) -> None:
+    write_media(cwd)
     Path("text-tokenizer").symlink_to(packed_data.tokenizer)
     hf_folders.save_network("vqmodel", Path("vqmodel-hf"), lambda: hf_folders.build_vqmodel(256))
     hf_folders.save_network("dac", Path("dac-hf"))

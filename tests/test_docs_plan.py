@@ -20,9 +20,8 @@ UNTYPED_PARTS = ("--prove", " submit ", "mine.yaml", "--from my-model")
 
 
 @pytest.fixture
-def narrow_grid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def narrow_grid(monkeypatch: pytest.MonkeyPatch, cwd: Path) -> None:
     """Restrict the search grid to a few values, since a full search exceeds the time limit of a test."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(space, "MICRO_BATCH_SIZES", (1,))
     monkeypatch.setattr(space, "VPP", (1,))
     monkeypatch.setattr(space, "MAX_TP", 4)

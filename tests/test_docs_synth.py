@@ -52,10 +52,8 @@ OTHER_WORDS = (
 
 
 @pytest.mark.deep
-def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                   capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "documents.jsonl").write_text(blocks(SYNTH, "json")[0])
+def test_the_first_run_of_the_page(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cwd / "documents.jsonl").write_text(blocks(SYNTH, "json")[0])
     lines = [line for line in shell_lines(SYNTH) if line.startswith("sov-data")][:3]
     with serving(ScriptedEndpoint(build_model(rewrite=f"<rewrite>{OTHER_WORDS}</rewrite>",
                                               grade=9))) as server:
@@ -63,7 +61,7 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             assert main(shlex.split(ADDRESS.sub(server.url, line))[1:]) == 0
     printed = capsys.readouterr().out
     assert "rewrite " in printed and "rewrite: documents" in printed
-    output = tmp_path / "work/rewritten"
+    output = cwd / "work/rewritten"
     assert main(["inspect", str(output)]) == 0
     assert "kept work of `sov-data synth`" in capsys.readouterr().out
     (_, record), = iter_records_by_item(work_folder(output))
@@ -78,11 +76,9 @@ def test_the_first_run_of_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.deep
-def test_the_generator_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                          capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "documents.jsonl").write_text(blocks(SYNTH, "json")[0])
-    (tmp_path / "summaries.yaml").write_text(blocks(SYNTH, "yaml")[0], encoding="utf-8")
+def test_the_generator_of_the_page_is_one(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (cwd / "documents.jsonl").write_text(blocks(SYNTH, "json")[0])
+    (cwd / "summaries.yaml").write_text(blocks(SYNTH, "yaml")[0], encoding="utf-8")
     lines = [line for line in shell_lines(SYNTH) if "summaries.yaml" in line]
     summary = ("Every morning, before the first ferry leaves, two keepers of the gauge in the old harbour "
                "note down how high the water stands; a whole room is full of their books.")
@@ -91,11 +87,11 @@ def test_the_generator_of_the_page_is_one(tmp_path: Path, monkeypatch: pytest.Mo
         for line in lines:
             assert main(shlex.split(ADDRESS.sub(server.url, line))[1:]) == 0
         asked = len(server.requests)
-        (tmp_path / "summaries.yaml").write_text(blocks(SYNTH, "yaml")[0] + "# changed\n", encoding="utf-8")
+        (cwd / "summaries.yaml").write_text(blocks(SYNTH, "yaml")[0] + "# changed\n", encoding="utf-8")
         assert main(shlex.split(ADDRESS.sub(server.url, lines[1]))[1:]) == 2
         assert "digests.summaries.yaml was" in capsys.readouterr().err
         assert len(server.requests) == asked
-        (tmp_path / "summaries.yaml").write_text(blocks(SYNTH, "yaml")[0].replace("{{ document }}",
+        (cwd / "summaries.yaml").write_text(blocks(SYNTH, "yaml")[0].replace("{{ document }}",
                                                                            "{{ documnet }}"))
         assert main(shlex.split(ADDRESS.sub(server.url, lines[1]))[1:]) == 2
         errors = capsys.readouterr().err
@@ -122,9 +118,8 @@ REPLIES = {"constraints": constraints.reply, "autoif": autoif.build_model(), "sa
 
 
 @pytest.mark.deep
-def test_constraints_autoif_and_safety(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_constraints_autoif_and_safety(cwd: Path, monkeypatch: pytest.MonkeyPatch,
                                        capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-of-this-test")
     Path("queries.jsonl").write_text(blocks(AUTOIF, "json")[0], encoding="utf-8")
     seeds = "\n".join(f"- {text}" for text in list(constraints.RULES)[:3])
@@ -169,31 +164,29 @@ def reply_to_problems(request: Mapping[str, Any]) -> str | Mapping[str, Any]:
 
 
 @pytest.mark.deep
-def test_solutions_and_probing_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_solutions_and_probing_sets(cwd: Path) -> None:
     parsed = json.loads(blocks(SOLUTIONS, "json")[0])
-    (tmp_path / "problems.jsonl").write_text(json.dumps(parsed) + "\n")
-    (tmp_path / "topics.jsonl").write_text(json.dumps({"domain": "algebra", "topic": "gardens"}) + "\n")
+    (cwd / "problems.jsonl").write_text(json.dumps(parsed) + "\n")
+    (cwd / "topics.jsonl").write_text(json.dumps({"domain": "algebra", "topic": "gardens"}) + "\n")
     with serving(ScriptedEndpoint(reply_to_problems)) as server:
         for words in list_words(SOLUTIONS):
             assert words[0] == "sov-data"
             # a process that judges is started for each core
             alone = ["--workers", "1"] if words[1] == "synth" else []
             assert main([*(ADDRESS.sub(server.url, word) for word in words[1:]), *alone]) == 0, words
-    (document,) = (tmp_path / "work/trajectories/trajectories.jsonl").read_text().splitlines()
+    (document,) = (cwd / "work/trajectories/trajectories.jsonl").read_text().splitlines()
     assert json.loads(document)["text"].startswith(parsed["problem"])
-    (problem, *_) = (tmp_path / "work/probes/kept.jsonl").read_text().splitlines()
+    (problem, *_) = (cwd / "work/probes/kept.jsonl").read_text().splitlines()
     assert json.loads(problem)["domain"] == "algebra"
 
 
-def test_difficulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_difficulty(cwd: Path) -> None:
     """The abilities of the page's models are planted; other pages and tests run `synth`."""
-    monkeypatch.chdir(tmp_path)
-    write_measurements(tmp_path / "work", 90, num_pairs=60)
-    shutil.rmtree(tmp_path / "work/middle")  # a third model, which the page has not
-    (tmp_path / "work/pairs").mkdir()
-    (tmp_path / "work/pairs.jsonl").rename(tmp_path / "work/pairs/kept.jsonl")
-    (tmp_path / "problems.jsonl").write_text(json.dumps({"prompt": "What is 12 plus 30?"}) + "\n" +
+    write_measurements(cwd / "work", 90, num_pairs=60)
+    shutil.rmtree(cwd / "work/middle")  # a third model, which the page has not
+    (cwd / "work/pairs").mkdir()
+    (cwd / "work/pairs.jsonl").rename(cwd / "work/pairs/kept.jsonl")
+    (cwd / "problems.jsonl").write_text(json.dumps({"prompt": "What is 12 plus 30?"}) + "\n" +
                                            json.dumps({"prompt": "What is 120 times 30?"}) + "\n")
     for words in list_words(DIFFICULTY):
         assert words[0] == "sov-data"
@@ -201,7 +194,7 @@ def test_difficulty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             build_parser().parse_args(words[1:])
         else:
             assert main(words[1:]) == 0, words
-    assert (tmp_path / "work/graded/problems.jsonl").is_file()
+    assert (cwd / "work/graded/problems.jsonl").is_file()
 
 
 @pytest.mark.parametrize("section", [SOLUTIONS, DIFFICULTY], ids=["solutions", "difficulty"])
@@ -230,9 +223,7 @@ def reply_to_tools(request: Mapping[str, Any]) -> Any:
 
 
 @pytest.mark.deep
-def test_the_page_leads_from_a_word_to_conversations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                     capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_page_leads_from_a_word_to_conversations(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, content in shown_files(WORLDS).items():
         Path(name).write_text(content)
     lines = shell_lines(WORLDS)

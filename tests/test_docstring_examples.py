@@ -15,12 +15,10 @@ WITH_EXAMPLES = sorted(
 
 
 @pytest.mark.each("module", WITH_EXAMPLES)
-def test_examples_print_their_shown_output(module: str, tmp_path: Path,
-                                           monkeypatch: pytest.MonkeyPatch) -> None:
+def test_examples_print_their_shown_output(module: str, cwd: Path) -> None:
     import megatron_sov
 
     _ = megatron_sov.Objective  # prepares the process for megatron, which some of these modules import
-    monkeypatch.chdir(tmp_path)  # examples write into the current folder
     result = importlib.import_module(module)
     assert doctest.testmod(result, optionflags=doctest.ELLIPSIS).failed == 0
 

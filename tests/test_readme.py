@@ -56,11 +56,10 @@ def gather(folder: Path) -> None:
 
 @pytest.mark.essential
 @pytest.mark.distributed
-def test_readme_commands_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_readme_commands_run_in_order(cwd: Path, monkeypatch: pytest.MonkeyPatch,
                                       run_command: Callable[..., Any], warm_python: str) -> None:
     activate, demo_corpus, *lines, serve = block_under("From raw text to a chat")
-    (tmp_path / ".venv").symlink_to(sys.prefix)
-    monkeypatch.chdir(tmp_path)
+    (cwd / ".venv").symlink_to(sys.prefix)
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `chat` starts a server
     programs = {shlex.split(line)[0] for line in (demo_corpus, *lines)}
     completed = subprocess.run(["bash", "-ec", f"{activate}\ncommand -v {' '.join(programs)}"],

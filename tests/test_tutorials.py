@@ -42,9 +42,7 @@ def under(heading: str, text: str) -> list[str]:
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_laptop_commands_of_tutorials_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                          run_command: Callable[..., Any]) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_laptop_commands_of_tutorials_run(cwd: Path, run_command: Callable[..., Any]) -> None:
     typed: set[str] = set()
     for name, text in PAGES.items():
         for line in under("On a laptop", text)[:QUICK]:
@@ -69,9 +67,8 @@ def shorten_commands(text: str) -> str:
 @pytest.mark.deep
 @pytest.mark.distributed
 def test_pages_that_continue_one_folder_work_as_they_are_typed(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],
+        cwd: Path, monkeypatch: pytest.MonkeyPatch, run_command: Callable[..., Any],
         warm_python: str) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `chat` serves
     gather(Path("work/corpus"))
     for page in ONE_FOLDER:
@@ -98,14 +95,12 @@ CLUSTER = [pytest.param(line, id=f"{name}: {line[:60]}") for name, text in PAGES
 
 @pytest.mark.deep
 @pytest.mark.parametrize("line", CLUSTER)
-def test_cluster_commands_of_tutorials_pass_a_dry_run(line: str, tmp_path: Path,
-                                                      monkeypatch: pytest.MonkeyPatch,
+def test_cluster_commands_of_tutorials_pass_a_dry_run(line: str, cwd: Path, monkeypatch: pytest.MonkeyPatch,
                                                       capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("WORK", str(tmp_path / "shared"))
+    monkeypatch.setenv("WORK", str(cwd / "shared"))
     for folder in re.findall(r"(?:--from|--data|--teacher|--states|to-hf) (\S+)", line):
-        Path(folder.replace("$WORK", str(tmp_path / "shared"))).mkdir(parents=True, exist_ok=True)
-    words = shlex.split(line.replace("$WORK", str(tmp_path / "shared")))[1:]
+        Path(folder.replace("$WORK", str(cwd / "shared"))).mkdir(parents=True, exist_ok=True)
+    words = shlex.split(line.replace("$WORK", str(cwd / "shared")))[1:]
     dry = ["--dry-run"] if words[0] == "submit" and "--dry-run" not in words else []
     assert cli.main([words[0], *dry, *words[1:]]) == 0, capsys.readouterr().err
     assert capsys.readouterr().out
@@ -113,12 +108,11 @@ def test_cluster_commands_of_tutorials_pass_a_dry_run(line: str, tmp_path: Path,
 
 @pytest.mark.deep
 @pytest.mark.distributed
-def test_typed_commands_for_lora_on_a_hugging_face_model_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+def test_typed_commands_for_lora_on_a_hugging_face_model_run(cwd: Path, monkeypatch: pytest.MonkeyPatch,
                                                              run_command: Callable[..., Any],
                                                              hf_models: dict[str, Path],
                                                              warm_python: str) -> None:
     """With a tiny model, and few steps."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)  # by which `sft` packs, and `chat` serves
     text = page_text("tutorials/lora.md")
     [(file, content)] = shown_files(text).items()

@@ -96,12 +96,11 @@ class TokenizerMediaOptions:
     """Replace an existing tokenizer."""
 
 
-def run_media(args: TokenizerMediaOptions) -> int:
+def run_media(args: TokenizerMediaOptions) -> None:
     if (args.tokenizer / CONFIG).is_file():
         raise UserError(f"{args.tokenizer}: is a model; pass the tokenizer that `sov-tokenizer import` makes "
                         "of it, and resize the model with transformers' `resize_token_embeddings`")
     add_media(args.tokenizer, args.output, args.media, overwrite=args.overwrite)
-    return 0
 
 
 @dataclass(frozen=True)

@@ -220,7 +220,7 @@ def format_comparison(name: str, comparison: Comparison) -> str:
     return line
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder of compare_commands.py")
@@ -232,8 +232,7 @@ def main() -> int:
           f"{os.getloadavg()[0]:.0f}, {time.strftime('%Y-%m-%d')}; processor seconds and peak memory")
     for name in args.only:
         print(format_comparison(name, COMPARISONS[name](bench)), flush=True)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -43,10 +43,9 @@ class DecontaminateOptions(BenchmarkSearchSettings):
     """Replace an existing corpus."""
 
 
-def run_decontaminate(options: DecontaminateOptions) -> int:
+def run_decontaminate(options: DecontaminateOptions) -> None:
     decontaminate_files(options.input, options.output, options,
                         RecordReading(options.format, options.text_field), overwrite=options.overwrite)
-    return 0
 
 
 DECONTAMINATE = DeclaredCommand(DecontaminateOptions, run_decontaminate)

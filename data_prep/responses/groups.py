@@ -91,7 +91,7 @@ class ResponseGroup:
 
 def write_groups(options: GroupOptions, file: str,
                  build_records: Callable[[ResponseGroup, GroupTally], Iterable[Any]],
-                 record_responses: int) -> int:
+                 record_responses: int) -> None:
     """Write an artifact of kind "corpus". Raises `UserError`, without output, for a malformed record, or if
     no group gives a record.
 
@@ -130,7 +130,6 @@ def write_groups(options: GroupOptions, file: str,
     print(f"{counts['groups']:,} groups of {counts['responses'] / counts['groups']:.1f} responses, of which "
           f"{counts['unfinished']:,} did not end")
     print(account.describe())
-    return 0
 
 
 def _check_counts(files: Sequence[Path], counts: Counter[str]) -> None:

@@ -67,7 +67,7 @@ class TrajectoriesOptions:
     """Replace an existing corpus."""
 
 
-def write_trajectories(options: TrajectoriesOptions) -> int:
+def write_trajectories(options: TrajectoriesOptions) -> None:
     """Write an artifact of kind "corpus" with a document per query. Raises `UserError`, without output, for a
     malformed record, or if every query lacks solutions."""
     settings = options.settings
@@ -101,7 +101,6 @@ def write_trajectories(options: TrajectoriesOptions) -> int:
     print(RecordAccount(num_queries, num_documents, {"too few different solutions": num_short},
                         "queries").describe())
     print(account.describe())
-    return 0
 
 
 TRAJECTORIES = DeclaredCommand(TrajectoriesOptions, write_trajectories)

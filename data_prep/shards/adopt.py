@@ -80,7 +80,7 @@ class Pair:
     ends_with_eos: bool
 
 
-def adopt_pairs(options: AdoptOptions) -> int:
+def adopt_pairs(options: AdoptOptions) -> None:
     """Check the pairs and write an artifact of kind "tokens". Raises `UserError`: a pair is damaged or
     belongs to another tokenizer, pairs differ in their ends, or the output may not be written."""
     check_output_folder(options.output, KIND, options.overwrite)
@@ -117,7 +117,6 @@ def adopt_pairs(options: AdoptOptions) -> int:
         print(f"{record['name']}: {record['splits'][TRAIN]['num_tokens']:,} tokens to train on, "
               f"{record['splits'][HELDOUT]['num_tokens']:,} held out")
     print(f"wrote {options.output}")
-    return 0
 
 
 ADOPT = DeclaredCommand(AdoptOptions, adopt_pairs)

@@ -96,7 +96,7 @@ class MixOptions(BlendLimits):
         return p
 
 
-def run_mix(options: MixOptions) -> int:
+def run_mix(options: MixOptions) -> None:
     parts = [parse_part(argument) for argument in options.data]
     weighted = [part for part in parts if part.weight is not None]
     if weighted and options.blend:
@@ -108,10 +108,9 @@ def run_mix(options: MixOptions) -> int:
         if options.dry_run:
             phases, sources = _allot_blend([read_tokens_manifest(part.path) for part in parts], blend)
             print("\n".join(format_shares(phases, sources)))
-            return 0
+            return
     assert options.output is not None
     write_mix(parts, options.output, blend, overwrite=options.overwrite)
-    return 0
 
 
 MIX = DeclaredCommand(MixOptions, run_mix)

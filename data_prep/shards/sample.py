@@ -36,11 +36,10 @@ class SampleOptions:
     """Seed for choosing documents."""
 
 
-def print_samples(options: SampleOptions) -> int:
+def print_samples(options: SampleOptions) -> None:
     for line in sample_documents(options.data, options.source, split=options.split, count=options.count,
                                  max_tokens=options.max_tokens, seed=options.seed):
         print(line)
-    return 0
 
 
 SAMPLE = DeclaredCommand(SampleOptions, print_samples)

@@ -32,10 +32,9 @@ class DataStatsOptions:
     """Print the numbers as JSON."""
 
 
-def print_statistics(options: DataStatsOptions) -> int:
+def print_statistics(options: DataStatsOptions) -> None:
     statistics = compute_statistics(options.data)
     print(format_json(statistics) if options.json else "\n".join(_format_statistics(statistics)))
-    return 0
 
 
 STATS = DeclaredCommand(DataStatsOptions, print_statistics)

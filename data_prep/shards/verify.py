@@ -32,7 +32,7 @@ class DataVerifyOptions:
     """Folder from `sov-data pack` or `sov-data mix`."""
 
 
-def run_verify(options: DataVerifyOptions) -> int:
+def run_verify(options: DataVerifyOptions) -> None:
     """Print notes; raises `UserError` with every problem."""
     problems, notes = verify_shards(options.data)
     if problems:
@@ -41,7 +41,6 @@ def run_verify(options: DataVerifyOptions) -> int:
     print(f"{options.data}: sound")
     for note in notes:
         print(note)
-    return 0
 
 
 VERIFY = DeclaredCommand(DataVerifyOptions, run_verify)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Annotated
 
 from megatron_sov.base.command_line import import_reference
-from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.settings import DeclaredCommand, Flag
 from megatron_sov.runs.inspection import STORE, ArtifactKind, InspectionOptions, inspect_path
 
@@ -21,11 +20,10 @@ class InspectOptions(InspectionOptions):
     """Any artifact, run, rollout store or row file, or the --output path from an interrupted command."""
 
 
-def show_path(options: InspectOptions) -> int:
+def show_path(options: InspectOptions) -> None:
     store = ArtifactKind(lambda path: import_reference(STORE_KIND).lines(path),
                          lambda path: import_reference(STORE_KIND).problems(path))
     inspect_path(options.path, options, {STORE: store})
-    return ExitCode.OK
 
 
 INSPECT = DeclaredCommand(InspectOptions, show_path)

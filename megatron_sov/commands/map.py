@@ -11,7 +11,7 @@ from megatron_sov.base.artifacts import (
     MANIFEST, check_output_folder, create_artifact, format_json, read_manifest)
 from megatron_sov.base.digests import hash_file
 from megatron_sov.base.documents.rows import check_rows, format_json_line, parse_row, read_lines
-from megatron_sov.base.errors import ExitCode, UserError, format_error
+from megatron_sov.base.errors import UserError, format_error
 from megatron_sov.base.plugins import registry
 from megatron_sov.base.plugins.loading import LoadedPlugin
 from megatron_sov.base.plugins.registry import PluginRequest, Registry, check_methods
@@ -152,7 +152,7 @@ class MapFinish:
         run_job(self.work.job(1))
 
 
-def map_rows(options: MapOptions) -> int:
+def map_rows(options: MapOptions) -> None:
     """Execute or submit the unfinished batches."""
     if options.rows.is_dir():
         read_manifest(options.rows, KIND)
@@ -166,12 +166,11 @@ def map_rows(options: MapOptions) -> int:
     work = MapWork(options, step, hash_file(options.file), num_rows)
     if options.cluster:
         _submit_work(work)
-        return ExitCode.OK
+        return
     # active jobs would execute the same rows
     check_no_active_jobs(slurm_folder(options.output))
     with create_bar("map", num_rows, "row") as bar:
         run_job(work.job(options.workers, lambda batch: bar.update(len(batch))), redo=options.redo)
-    return ExitCode.OK
 
 
 MAP = DeclaredCommand(MapOptions, map_rows)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 from megatron_sov.base.documents.accounting import RecordAccount
 from megatron_sov.base.documents.rows import check_rows, read_rows
-from megatron_sov.base.errors import ExitCode, GateFailed, UserError, escape_controls
+from megatron_sov.base.errors import GateFailed, UserError, escape_controls
 from megatron_sov.base.outputs import refuse_input_as_output
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, count_cores, parse_nested
 from megatron_sov.commands.shared_options import RedoOptions
@@ -46,7 +46,7 @@ class ScoreOptions(JudgeOptions, RedoOptions):
     """Also record the mean reward in DIR/events.jsonl; DIR is the run that generated the responses."""
 
 
-def score_rows(options: ScoreOptions) -> int:
+def score_rows(options: ScoreOptions) -> None:
     """Score all rows and write the output at the end; a repeated command resumes after a kill. Raises
     `GateFailed`: no row has a reward; the output is complete."""
     events = RunEvents(options.run)
@@ -69,7 +69,6 @@ def score_rows(options: ScoreOptions) -> int:
                    mean_reward=summary.tally.mean)
     if not summary.tally.num_rewards:
         raise GateFailed(f"{options.output}: none of its {num_rows:,} rows has a reward; see their `reason`")
-    return ExitCode.OK
 
 
 SCORE = DeclaredCommand(ScoreOptions, score_rows)

@@ -33,6 +33,7 @@ from megatron_sov.runs.checkpoints import (
     CHECKPOINTS_FOLDER, OPTIMIZER, find_checkpoint, read_checkpoint_settings)
 
 HASHED_AT_A_TIME = 4
+MAX_FIELD_DEPTH = 100
 PART = "model"
 """Checkpoint part with the weights."""
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -195,7 +196,7 @@ class LowBitWeight:
         return torch.bfloat16
 
     def read(self) -> torch.Tensor:
-        """Read the weight in bfloat16; raises `UserError` if a file is damaged."""
+        """Read the weight in bfloat16. Raises `UserError`: a damaged file."""
         numbers, scales = (self.shards[part].read(part, dtype=dtype) for part, dtype in zip(
             self.parts, (torch.float8_e4m3fn, torch.float32), strict=True))
         if scales.dim() == 1:
@@ -318,6 +319,7 @@ class HfWeights(Weights):
                                       f"{self.encoder_tensors[0]}, ...) are not converted")
                 self._stored = {name: self._stored[stored_name] for name, stored_name in text_names.items()}
             known_config = {name: value for name, value in self.config.items() if name != FIELD}
+            _check_fields(known_config)
             if ignored_fields := family.find_ignored_fields(known_config):
                 field_names = [name for item in family.config for name in item.names]
                 # `suggest_spelling` returns "" or "; HINT".
@@ -326,7 +328,7 @@ class HfWeights(Weights):
                 self.notes.append(f"{CONFIG}: fields without effect on the computation, which to-hf writes "
                                   f"unchanged: {fields}")
             self.carried = family.find_carried_fields(known_config)
-            """config.json fields that are copied to exports."""
+            """config.json fields that exports copy."""
             self.model = family.from_hf_config(known_config, self._stored)
             if self.model.tied_embeddings and not self._tie_head():
                 untied_config = known_config | {"tie_word_embeddings": False}
@@ -394,6 +396,21 @@ class HfWeights(Weights):
 
     def read(self, name: str) -> torch.Tensor:
         return self._stored[name].read()
+
+
+def _check_fields(config: Mapping[str, Any]) -> None:
+    """Refuse field names of config.json that cannot be printed, and fields nested too deeply to be copied."""
+    for name, value in config.items():
+        if not name.isprintable():
+            raise UserError(f"{CONFIG}: field {name!r} has characters that cannot be printed; rename it")
+        items, depth = [value], 0
+        while items:
+            depth += 1
+            items = [inner for item in items if isinstance(item, (dict, list))
+                     for inner in (item.values() if isinstance(item, dict) else item)]
+        if depth > MAX_FIELD_DEPTH:
+            raise UserError(f"{CONFIG}: field {name} is nested {depth} levels deep, and the limit is "
+                            f"{MAX_FIELD_DEPTH}; remove it")
 
 
 def has_same_bits(first: torch.Tensor, second: torch.Tensor) -> bool:

@@ -198,15 +198,13 @@ def test_atomic_write_keeps_old_content_on_disk_error(tmp_path: Path, monkeypatc
 @pytest.mark.each(("path", "message"), [
     (".", "has no name of its own"), ("..", "has no name of its own"),
     ("file/x", "file is a file, so nothing can lie in it")])
-def test_impossible_artifact_paths_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str,
-                                               message: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").touch()
+def test_impossible_artifact_paths_are_refused(cwd: Path, path: str, message: str) -> None:
+    (cwd / "file").touch()
     with pytest.raises(UserError, match=message):
         check_output_folder(Path(path), "text", overwrite=True)
     with pytest.raises(UserError, match=message), create_artifact(path, "text"):
         pytest.fail("it begins to be made")
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+    assert [p.name for p in cwd.iterdir()] == ["file"]
 
 
 def test_unexpected_disk_error_is_not_translated(tmp_path: Path) -> None:

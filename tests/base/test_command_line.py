@@ -172,9 +172,8 @@ def test_suggest_nearest_name() -> None:
     assert suggest_name("stepz", ["steps"], "train.") == "; did you mean 'train.steps'?"
 
 
-def test_missing_hub_model_suggests_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").mkdir()
+def test_missing_hub_model_suggests_download(cwd: Path) -> None:
+    (cwd / "runs").mkdir()
     assert "`hf download Qwen/Qwen3-8B --local-dir Qwen3-8B`" in suggest_download(Path("Qwen/Qwen3-8B"))
     for path in ("runs/sft", "sft", "/org/name", "./org/name", "../name", "a/b/c", "org/", "-x/name"):
         assert suggest_download(path) == "", path

@@ -19,9 +19,8 @@ from tests.pages_typed import page_section
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def folder(cwd: Path) -> None:
     """Three artifacts: a, b (made from a) and c (made from b)."""
-    monkeypatch.chdir(tmp_path)
     for number, name in enumerate(("a", "b", "c")):
         with create_artifact(Path(name), "rows") as artifact:
             (artifact.path / "rows.jsonl").write_text(f'{{"n": {number}}}\n{{"n": "\\u2028"}}\n')

@@ -50,9 +50,8 @@ EXPECTED = [*({"n": 2 * n, "text": f"{n}\n\u2028\ud800"} for n in range(7)),
 
 
 @pytest.fixture(autouse=True)
-def rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def rows(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """400 rows and a step in an empty folder."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(STEPS, "_known", {})
     Path("rows.jsonl").write_text("".join(json.dumps({"n": n, "text": f"{n}\n"}) + "\n" for n in range(400)))
     Path("mine.py").write_text(STEP)

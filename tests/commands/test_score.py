@@ -24,12 +24,11 @@ ROWS = [{"id": i, "response": "가" * i + "a" * (4 - i)} for i in range(5)]
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to work in, with rows, and no reward of another test."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(REWARD_PLUGINS, "_known", {})
     write_rows(ROWS)
-    return tmp_path
+    return cwd
 
 
 def write_rows(rows: list[dict], name: str = "rows.jsonl") -> None:

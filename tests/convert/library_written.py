@@ -38,7 +38,7 @@ def arguments(settings: dict[str, Any]) -> argparse.Namespace:
 def save_megatron_checkpoint(out: str, name: str, layout: dict[str, int],
                              metadata: dict[str, bool]) -> list[float]:
     """Save a random model as Megatron-LM does; return the flat logits of rank 0."""
-    from megatron_sov.engine.parallel.world import join_world, leave_world
+    from megatron_sov.engine.parallel.world import join_world
     from megatron_sov.model.config import ParallelConfig
 
     join_world(ParallelConfig(**layout))
@@ -49,7 +49,6 @@ def save_megatron_checkpoint(out: str, name: str, layout: dict[str, int],
                 "iteration": 12, "checkpoint_version": 3.0}, Path(out) / "iter_0000012")
     if dist.get_rank() == 0:
         (Path(out) / "latest_checkpointed_iteration.txt").write_text("12")
-    leave_world()
     return [float(x) for x in logits.flatten()]
 
 
@@ -122,7 +121,7 @@ def save_fsdp_checkpoint(out: str, name: str) -> list[float]:
     from megatron.core.transformer.fsdp_dtensor_checkpoint import (
         handle_experts_in_state_dict, handle_swiglu_in_state_dict)
 
-    from megatron_sov.engine.parallel.world import join_world, leave_world
+    from megatron_sov.engine.parallel.world import join_world
     from megatron_sov.model.config import ParallelConfig
 
     join_world(ParallelConfig())
@@ -148,7 +147,6 @@ def save_fsdp_checkpoint(out: str, name: str) -> list[float]:
     preprocess_state_dict_for_uneven_dtensor(content)
     dcp.save(content, storage_writer=dcp.FileSystemWriter(Path(out) / "iter_0000012"))
     dist.barrier()
-    leave_world()
     return [float(x) for x in logits.flatten()]
 
 

@@ -40,7 +40,6 @@ Row = tuple[torch.Tensor, ...]
 def train_ours(data: str, run: str, recipe: str, precision: str, first: int, steps: int) -> list[float]:
     """Train our trainer on one rank, save after step `first`, and return the losses of the `steps` steps
     after it, whose rows are in RUN/batches.pt."""
-    from megatron_sov.engine.parallel.world import leave_world
     from megatron_sov.train.loop import train_step
 
     trainer = build_ours(data, run, recipe, precision)
@@ -64,7 +63,6 @@ def train_ours(data: str, run: str, recipe: str, precision: str, first: int, ste
         losses.append(result.loss)
     torch.save(batches[first:], Path(run) / "batches.pt")
     trainer.close()
-    leave_world()
     return losses[first:]
 
 
@@ -72,7 +70,6 @@ def resume_ours(data: str, run: str, recipe: str, precision: str, checkpoint: st
                 steps: int) -> list[float]:
     """Resume our trainer from an imported checkpoint after some batches of the data order, and return the
     losses of the next steps."""
-    from megatron_sov.engine.parallel.world import leave_world
     from megatron_sov.train.loop import train_step
 
     trainer = build_ours(data, run, recipe, precision)
@@ -81,7 +78,6 @@ def resume_ours(data: str, run: str, recipe: str, precision: str, checkpoint: st
         trainer.batches.skip()
     results = [train_step(trainer) for _ in range(steps)]
     trainer.close()
-    leave_world()
     return [result.loss for result in results if result is not None]
 
 
@@ -102,7 +98,7 @@ def continue_stock(folder: str, batches: str, recipe: str, precision: str, layou
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from megatron_sov.engine.parallel.world import join_world, leave_world
+    from megatron_sov.engine.parallel.world import join_world
     from megatron_sov.model.config import ParallelConfig
 
     join_world(ParallelConfig(**layout))
@@ -130,7 +126,6 @@ def continue_stock(folder: str, batches: str, recipe: str, precision: str, layou
         losses.append(float(sums[0] / sums[1]))
         if len(losses) == saved_after:
             save_stock(Path(saved), model, optimizer, scheduler)
-    leave_world()
     return losses
 
 

@@ -225,10 +225,8 @@ def compute_logits(checkpoint: Path, ids: list[int], records: dict[str, np.ndarr
 
 
 @pytest.mark.deep
-def test_multimodal_export_equals_our_model(tmp_path: Path, packed_data: Any, one_rank: None,
-                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    save_omni_model(tmp_path / "model", packed_data.tokenizer, ("model.init_std=0.1",))
+def test_multimodal_export_equals_our_model(cwd: Path, packed_data: Any, one_rank: None) -> None:
+    save_omni_model(cwd / "model", packed_data.tokenizer, ("model.init_std=0.1",))
     to_hf("model", "omni-hf")
     page_names: dict[str, Any] = {}
     [code] = [block for block in blocks(page_text("omni.md"), "python") if "def logits" in block]
@@ -247,7 +245,7 @@ def test_multimodal_export_equals_our_model(tmp_path: Path, packed_data: Any, on
     with torch.no_grad():
         hf_logits = page_names["logits"](torch.tensor(ids), [Image.fromarray(p) for p in pixels], [sound])
         black_logits = page_names["logits"](torch.tensor(ids), [Image.new("RGB", (16, 16))] * 2, [sound])
-    logits = compute_logits(tmp_path / "model", ids,
+    logits = compute_logits(cwd / "model", ids,
                             {PICTURES: pixels.transpose(0, 3, 1, 2), SOUNDS: spectrogram})
     assert torch.allclose(logits, hf_logits, rtol=1e-5, atol=1e-5)
     assert (hf_logits[-1] - black_logits[-1]).abs().max() > 1e-3, "the images change the logits"

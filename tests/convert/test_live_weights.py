@@ -17,7 +17,6 @@ from megatron_sov.convert import export_weights, import_weights
 from megatron_sov.convert.live_import import LiveImport
 from megatron_sov.engine.model.language_model import build_model
 from megatron_sov.engine.model.local_shards import list_local_shards
-from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import LoraConfig, RunConfig
 from tests.checkpoints import save_checkpoint
 from tests.tiny import tiny_model
@@ -70,7 +69,6 @@ def export_live_weights(recipe: str, precision: str, layout: dict[str, Any], pat
             parameter.zero_()
     result["own memory"] = {name: describe_tensor(t) for name, t in exported.items()} == result["everywhere"]
     dist.barrier()
-    world.leave_world()
     return result
 
 
@@ -153,7 +151,6 @@ def import_live_weights(recipe: str, layout: dict[str, Any], precision: str) -> 
             import_weights(target, iter(invalid_weights))
         except UserError as e:
             result["errors"].append(str(e))
-    world.leave_world()
     return result
 
 

@@ -67,7 +67,6 @@ def save_adapter(recipe: str, settings: list[str], folder: str) -> dict[str, Any
     live = dict(export_weights(model))
     if live:  # rank 0 receives the tensors
         torch.save({"logits": logits, "live": live}, Path(folder) / "live.pt")
-    world.leave_world()
     return {}
 
 

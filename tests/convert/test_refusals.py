@@ -98,6 +98,10 @@ HF = {
                  rf"{NORM} has dtype torch.int32"),
     "experts of two dtypes": (change_shard(EXPERT, lambda t: t.update({EXPERT: t[EXPERT].float()})),
                               rf"{EXPERT} has .*one tensor"),
+    "unprintable field": (change_json("config.json", lambda c: c.update({"z\x1b[31m": 1})),
+                          r"field 'z\\x1b\[31m' has characters that cannot be printed"),
+    "deep field": (change_json("config.json", lambda c: c.update(zz=json.loads("[" * 900 + "]" * 900))),
+                   "field zz is nested 900 levels deep"),
     "config disagrees": (change_json("config.json", lambda c: c.update(n_routed_experts=7)),
                          r"unexpected \(model\.layers\.0\.mlp\.experts\.7.*mlp\.gate\.weight \[8, "
                          r"32\] instead of \[7, 32\]"),

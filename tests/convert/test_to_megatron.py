@@ -1,17 +1,23 @@
 """Megatron-Core's own model, optimizer and scheduler continue from a written `torch_dist` checkpoint."""
 
+import dataclasses
 import errno
+import json
 import re
+import runpy
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from unittest.mock import Mock
+from unittest.mock import MagicMock, Mock
 
 import pytest
 import torch
+import yaml
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer import TransformerConfig
 
 from megatron_sov import convert
 from megatron_sov.base.artifacts import find_damaged_files
@@ -23,7 +29,8 @@ from megatron_sov.convert.megatron.to_megatron import build_common_state, to_meg
 from megatron_sov.model import recipes
 from megatron_sov.model.config import apply_settings
 from megatron_sov.model.counterparts.architecture import (
-    describe_model, infer_architecture, normalize_arguments)
+    describe_model, describe_provider, infer_architecture, normalize_arguments)
+from megatron_sov.model.families.supported import get_family
 from megatron_sov.schedules import Schedule
 from tests.convert.test_refusals import FC1_EXPERT, change_weights, set_value
 from tests.packing import Packed
@@ -146,9 +153,10 @@ def test_arguments_describe_the_model(recipe: str) -> None:
 @pytest.mark.each(("recipe", "field"), [
     ("tiny-gemma3", "embedding_multiplier"), ("tiny-exaone4", "block_norms"),
     ("tiny-hyperclovax", "attention_multiplier"), ("tiny-solar-open2", "linear_attention"),
-    ("tiny-deepseek-v3", "latent_attention"), ("tiny-hyperclova-omni", "vision_config")])
+    ("tiny-deepseek-v3", "latent_attention"), ("tiny-hyperclova-omni", "vision_config"),
+    ("k-exaone-236b", "dense prediction layers")])
 def test_models_beyond_gpt_model_are_refused(recipe: str, field: str) -> None:
-    with pytest.raises(UserError, match=f"Megatron-Core's GPTModel cannot be this model.*{field}"):
+    with pytest.raises(UserError, match=f"cannot be written for Megatron-Core's GPTModel.*{field}"):
         describe_model(recipes.get(recipe).model)
 
 
@@ -245,16 +253,64 @@ def test_an_error_in_any_worker_ends_the_export(solar_dir: Path, tmp_path: Path,
     assert [path.name for path in tmp_path.iterdir()] == ["ours"]
 
 
-def test_arguments_suffice_for_megatron_bridge() -> None:
-    """Recorded from `mlm_compat` of Megatron-Bridge 0.6.2, which builds a `GPTModel` from `args`."""
-    common, _ = build_common_state(recipes.get("tiny-qwen3"), 3, 3, one_optimizer=False)
-    arguments = vars(common["args"])
-    assert {"multi_latent_attention", "heterogeneous_layers_config_path", "no_persist_layer_norm",
-            "params_dtype", "overlap_p2p_comm", "num_experts", "rotary_interleaved",
-            "decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers", "fp8_param_gather",
-            "swiglu", "bias_swiglu_fusion",
-            "bias_gelu_fusion", "squared_relu", "init_method_xavier_uniform", "group_query_attention",
-            "config_logger_dir", "cp_comm_type", "is_hybrid_model", "transformer_impl", "mtp_num_layers",
-            "qk_l2_norm", "moe_grouped_gemm", "padded_vocab_size", "max_position_embeddings",
-            "fp16_lm_cross_entropy", "use_rope_scaling"} <= arguments.keys()
-    assert arguments["padded_vocab_size"] == recipes.get("tiny-qwen3").model.vocab_size
+PROVIDER_FIELDS = {"position_embedding_type", "rotary_base", "rotary_percent", "rope_scaling", "seq_length",
+                   "rope_scaling_factor", "seq_len_interpolation_factor", "transformer_layer_spec",
+                   "share_embeddings_and_output_weights", "vocab_size", "hf_model_id",
+                   *(f"yarn_{name}" for name in ("rotary_scaling_factor", "original_max_position_embeddings",
+                                                 "beta_fast", "beta_slow", "correction_range_round_to_int"))}
+"""Fields of Megatron-Bridge 0.6.2's GPTModelProvider that TransformerConfig of megatron-core lacks."""
+
+
+def test_bridge_folder_describes_model_tokenizer_and_step(solar_dir: Path, tmp_path: Path) -> None:
+    """benchmarks/megatron_bridge.py loads such folders with Megatron-Bridge itself."""
+    convert.from_hf(solar_dir, tmp_path / "ours")
+    assert main(["convert", "to-megatron", str(tmp_path / "ours"), str(tmp_path / "out"), "--framework",
+                 "bridge"]) == 0
+    folder = tmp_path / "out/iter_0000000"
+    sections = yaml.safe_load((folder / "run_config.yaml").read_text())
+    assert sections["tokenizer"]["tokenizer_model"] == str(folder / "tokenizer")
+    assert sections["checkpoint"] | {"_target_": ""} == {
+        "_target_": "", "ckpt_format": "torch_dist", "save_optim": False, "save_rng": False}
+    assert sections["model"]["params_dtype"]["_target_"] == "torch.bfloat16" and sections["model"]["bf16"]
+    assert json.loads((folder / "tokenizer/config.json").read_text())["model_type"] == "solar_open"
+    assert (folder / "tokenizer/tokenizer.json").is_file()
+    for file in (folder / "train_state.pt", tmp_path / "out/latest_train_state.pt"):
+        state = torch.load(file, weights_only=True)
+        assert state["step"].item() == 0 and state["floating_point_operations_so_far"].dtype == torch.float64
+    assert find_damaged_files(tmp_path / "out") == []
+    assert main(["convert", "from-megatron", str(tmp_path / "out"), str(tmp_path / "back"), "--tokenizer",
+                 str(folder / "tokenizer")]) == 0
+    assert convert.verify(tmp_path / "ours", tmp_path / "back", load=False).passed
+
+
+@pytest.mark.each("recipe", ["tiny-qwen2", "tiny-qwen3", "tiny-qwen3-moe", "tiny-solar-open", "k-exaone-236b",
+                             "llama-3.1-8b"])
+def test_provider_has_fields_of_megatron_bridge(recipe: str) -> None:
+    model = dataclasses.replace(recipes.get(recipe).model, num_mtp_layers=0)
+    provider = describe_provider(model)
+    known = {field.name for field in dataclasses.fields(TransformerConfig)} | PROVIDER_FIELDS
+    assert provider.keys() - known == {"_target_"}
+    assert ("transformer_layer_spec" in provider) == bool(model.num_experts)
+    again = infer_architecture(provider, model.family)
+    assert (again.num_layers, again.rope_theta, again.num_expert_groups, again.yarn) == (
+        model.num_layers, model.rope_theta, model.num_expert_groups, model.yarn)
+
+
+def test_bridge_of_solar_open_names_each_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("", ".models.conversion.mapping_registry", ".models.conversion.model_bridge",
+                 ".models.conversion.param_mapping"):
+        monkeypatch.setitem(sys.modules, f"megatron.bridge{name}", MagicMock(MegatronModelBridge=MagicMock))
+    monkeypatch.setattr(MagicMock, "register_bridge", lambda **_: lambda cls: cls, raising=False)
+    example = runpy.run_path("examples/bridge/solar_open.py")
+    named = example["RENAMED"] | {
+        name: (f"{module}.gate_proj.weight", f"{module}.up_proj.weight")
+        for name, module in example["GATED"].items()}
+    model = recipes.get("tiny-solar-open").model
+    stars = re.compile(r"(?<=layers\.)\d+|(?<=experts\.)\d+")
+    expected: dict[str, Any] = {}
+    for link in get_family(model.family).links(model):
+        key = stars.sub("*", link.key.replace("experts.experts", "experts"))
+        names = tuple(stars.sub("*", name) for name in link.hf_names)
+        expected[key + "*" * (".experts.linear" in key)] = names[0] if len(names) == 1 else names
+    assert len(expected.pop("decoder.layers.*.self_attention.linear_qkv.weight")) == 3
+    assert named == expected

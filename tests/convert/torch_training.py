@@ -31,7 +31,7 @@ class DoublePrecision:
 def continue_torch(folder: str, batches: str, saved: str = "", saved_after: int = 0) -> list[float]:
     """Load weights, optimizer and step, train on recorded rows, return the losses; save the training after
     some of the steps."""
-    from megatron_sov.engine.parallel.world import join_world, leave_world
+    from megatron_sov.engine.parallel.world import join_world
     from megatron_sov.model.config import ParallelConfig
 
     join_world(ParallelConfig())
@@ -62,7 +62,6 @@ def continue_torch(folder: str, batches: str, saved: str = "", saved_after: int 
             dcp.save({"model": get_model_state_dict(model), "lr_scheduler": scheduler.state_dict(),
                       "optimizer": get_optimizer_state_dict(model, optimizer, options=FLAT)},
                      checkpoint_id=saved)
-    leave_world()
     return losses
 
 

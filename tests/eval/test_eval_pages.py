@@ -32,15 +32,13 @@ def write_files(text: str, folder: Path) -> None:
     ("eval_lm.md", "", 3, r"(?s)task +metric +value .* at limit\n.*aime24  avg@1 +0.0000")])
 def test_commands_of_the_page_run(page: str, heading: str, num_commands: int, message: str, one_rank: None,
                                   imported: dict[str, Path], hf_models: dict[str, Path], token_shards: Path,
-                                  tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                  capsys: pytest.CaptureFixture[str]) -> None:
+                                  cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = {"my-checkpoint": imported["solar_open"], "my-model": hf_models["solar_open"],
                "shards": token_shards}
     for name, folder in folders.items():
-        shutil.copytree(folder, tmp_path / name)
-    monkeypatch.chdir(tmp_path)
+        shutil.copytree(folder, cwd / name)
     text = page_section(page, heading) if heading else page_text(page)
-    write_files(text, tmp_path)
+    write_files(text, cwd)
     blocks = re.findall(r"^```bash\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     commands = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     # that one: tests/train

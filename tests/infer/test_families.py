@@ -75,7 +75,6 @@ def generate_and_recompute(layout: dict[str, Any], names: list[str]) -> list[lis
             recomputed.append(policy.logits(document, positions).argmax(-1).tolist())
         has_gradient = any(parameter.grad is not None for parameter in model.parameters())
         results.append([continuations, recomputed, has_gradient])
-    world.leave_world()
     return results
 
 

@@ -35,7 +35,6 @@ def play_two_rounds() -> dict[str, Any]:
         return [[response.ids for response in responses] for responses in rounds]
 
     result = run_with_policy(EnginePolicy(engine, Sampling(seed=5), StopRule((9,))), work)
-    world.leave_world()
     return {"result": result, "calls": engine.calls}
 
 
@@ -61,7 +60,6 @@ def fail_at_each_place() -> list[str]:
             outcomes.append(str(e))
     policy = EnginePolicy(Echo(), Sampling(seed=5), StopRule((9,)))
     outcomes.append(run_with_policy(policy, lambda policy: "goes on"))
-    world.leave_world()
     return outcomes
 
 

@@ -115,7 +115,6 @@ def compute_first_batch(recipe: str, settings: list[str], paths: list[str], obje
             parameter.copy_(parameter.main_grad)
     save_checkpoint(Path(out) / "gradients", trainer.model, None, state, config.to_dict(),
               tokenizer_folder(trainer.sources))
-    world.leave_world()
     return {"losses": losses, "loss": sum(trainer.objective.coefficients[t] * v for t, v in losses.items()),
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "padding": m.inputs.padding.tolist(),
                                "tokens": m.inputs.tokens.tolist(), "labels": m.labels.tolist(),
@@ -144,7 +143,6 @@ def train_and_continue(recipe: str, settings: list[str], paths: list[str], refer
     result |= {"continued": [run_step(trainer) for _ in range(num_steps - half)],
                "continued differences": compute_differences(trainer, last)}
     trainer.close()
-    world.leave_world()
     return result
 
 
@@ -190,11 +188,9 @@ def train_with_overlap(settings: list[str], paths: list[str]) -> dict[str, Any]:
     evaluated = hash_weights(trainer.model)
     losses += [train_step(trainer).loss for _ in range(2)]
     trainer.model.finish_param_gather()
-    result = {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated,
-              "final": hash_weights(trainer.model), "groups": len(groups),
-              "reductions in flight": reductions_in_flight, "dp_rank": trainer.world.dp_rank}
-    world.leave_world()
-    return result
+    return {"losses": losses, "heldout": heldout, "updated": updated, "evaluated": evaluated,
+            "final": hash_weights(trainer.model), "groups": len(groups),
+            "reductions in flight": reductions_in_flight, "dp_rank": trainer.world.dp_rank}
 
 
 def hash_weights(model: torch.nn.Module) -> str:

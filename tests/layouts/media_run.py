@@ -120,7 +120,6 @@ def compute_first_batch(recipe: str, settings: list[str], out: str) -> dict[str,
             gradient = getattr(parameter, "main_grad", None)
             parameter.copy_(torch.zeros_like(parameter) if gradient is None else gradient)
     save_checkpoint(Path(out) / "gradients", result.model, None, state, config.to_dict(), None)
-    world.leave_world()
     return {"losses": {t: total / batch.targets[t] for t, total in sums.terms.items()},
             "meters": sums.meters, "frozen": frozen, "moments": moments,
             "micro_batches": [{"bounds": m.inputs.cu_seqlens.tolist(), "tokens": m.inputs.tokens.tolist(),
@@ -149,7 +148,6 @@ def train_with_checkpoint(settings: list[str], run: str) -> list[dict[str, Any]]
     result.save()
     result.checkpointer.finish()
     steps.append(run_step(result))
-    world.leave_world()
     return steps
 
 
@@ -157,9 +155,7 @@ def resume_training(settings: list[str], run: str) -> dict[str, Any]:
     """Train the second step from the checkpoint of the first."""
     result = build_trainer("tiny-qwen3", settings)
     result.resume(RunFolder(Path(run)).checkpoint(1))
-    step = run_step(result)
-    world.leave_world()
-    return step
+    return run_step(result)
 
 
 def start_with_encoders(plain: str, encoder: str) -> dict[str, list[str]]:
@@ -187,5 +183,4 @@ def start_with_encoders(plain: str, encoder: str) -> dict[str, list[str]]:
             result["folder"].append(block.key)
         else:
             result["neither"].append(block.key)
-    world.leave_world()
     return result

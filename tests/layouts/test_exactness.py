@@ -206,7 +206,6 @@ def run(names: list[str], layout: dict[str, Any], folder: str, label: str,
             save_file({"logits": logits.contiguous()}, out / "logits.safetensors")
         torch.distributed.barrier()
         save_checkpoint(out / "ckpt", model, None, {"step": 0, "tokens": 0}, config.to_dict(), None)
-    world.leave_world()
 
 
 def fits(config: dict[str, Any], layout: dict[str, Any]) -> bool:

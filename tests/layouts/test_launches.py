@@ -13,7 +13,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_sov.engine.parallel import world
 from megatron_sov.train.loop import train_step
 from tests.layouts.layout_run import build_small_config, build_trainer, find_caller
 
@@ -65,7 +64,6 @@ def count_launches(recipe: str, settings: list[str], data: str) -> dict[str, Any
         for name in FETCHES:
             patched.setattr(torch.Tensor, name, count_fetches(getattr(torch.Tensor, name)))
         train_step(trainer)
-    world.leave_world()
     return {"operations": seen.count, "fetches": fetches, "routed_layers": config.model.num_moe_layers(),
             "micro_batches": config.train.global_batch_size // config.train.micro_batch_size}
 

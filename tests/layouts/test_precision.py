@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_sov.engine.model import logprobs
-from megatron_sov.engine.parallel import gpu_setup, world
+from megatron_sov.engine.parallel import gpu_setup
 from megatron_sov.engine.router import BalancedRouter
 from megatron_sov.train.loop import train_step
 from megatron_sov.train.trainer import Trainer
@@ -59,7 +59,6 @@ def collect_dtypes(recipe: str, settings: list[str], data: str) -> dict[str, Any
     for block in built.optimizer.state_shards():
         record_dtype(block.key.split("/")[0], block.data)
     gradients = sum(p.numel() for p in built.model.parameters())
-    world.leave_world()
     return {"dtypes": {name: sorted(kinds) for name, kinds in dtypes_by_name.items()},
             "reduced": seen.reduced, "gradients": gradients, "loss": result.loss}
 
@@ -95,11 +94,9 @@ def train_deterministically(settings: list[str], data: str, threads: int) -> dic
              "train.global_batch_size=4", "train.head_chunk_tokens=2048", "train.deterministic=true"]
     built = build_trainer(build_small_config("tiny-solar-open", [*sizes, *settings], [data], "lm"))
     losses = [train_step(built).loss for _ in range(2)]  # type: ignore[union-attr]
-    result = {"losses": losses, "state": hash_state(built), "threads": torch.get_num_threads(),
-              "torch": torch.are_deterministic_algorithms_enabled(),
-              "library": built.model.config.deterministic_mode}
-    world.leave_world()
-    return result
+    return {"losses": losses, "state": hash_state(built), "threads": torch.get_num_threads(),
+            "torch": torch.are_deterministic_algorithms_enabled(),
+            "library": built.model.config.deterministic_mode}
 
 
 @pytest.mark.distributed

@@ -114,7 +114,6 @@ def train_steps(settings: list[str], run: str, *, write_out: bool) -> list[dict[
         result = train_step(trainer)
         results.append({"loss": result.loss, "grad_norm": result.grad_norm, **result.losses, **result.meters})
     trainer.close()
-    world.leave_world()
     return results
 
 

@@ -73,7 +73,6 @@ def compute_terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     logp = torch.log_softmax(hidden[..., 0, :] @ weight.detach().T, dim=-1)
     losses = [-logp[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0]
               for depth in (0, 1)]
-    world.leave_world()
     return {"loss": loss.item(), "gradient": weight.grad.tolist(), "targets": dict(batch.targets),
             "tokens": batch.num_tokens,
             "terms": {name: value.item() / batch.targets[name] for name, value in sums.terms.items()},
@@ -120,9 +119,7 @@ def test_data_that_leaves_a_term_without_targets(chats: list[str], texts: list[s
         check_chats(build_config(f"objective.text_coeff={coeff}"), sources)
 
 
-def test_data_without_chats_proposes_the_chats_in_the_folder(tmp_path: Path,
-                                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_data_without_chats_proposes_the_chats_in_the_folder(cwd: Path) -> None:
     Path("chats.jsonl").write_text('{"messages": []}\n')
     Path("texts.jsonl").write_text('{"text": "a"}\n')
     sources: Any = [SimpleNamespace(name="web", is_chat=False)]

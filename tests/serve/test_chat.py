@@ -144,10 +144,9 @@ def test_control_characters_are_removed_and_ctrl_c_stops_only_the_answer() -> No
         os.close(master)
 
 
-def test_the_pages_commands_talk_to_a_checkpoint(talk: Any, tmp_path: Path, one_rank: None,
+def test_the_pages_commands_talk_to_a_checkpoint(talk: Any, cwd: Path, one_rank: None,
                                                  imported: dict[str, Path], monkeypatch: pytest.MonkeyPatch,
                                                  warm_python: str, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "executable", warm_python)
     Path("my-checkpoint").symlink_to(imported["solar_open"])
     (piped,) = re.findall(r"^printf '(.*)' \| megatron-sov chat (.*) > answers.txt$", PAGE, re.MULTILINE)

@@ -53,7 +53,6 @@ def count_cache_elements(lengths: list[int]) -> list[dict[str, int]]:
     from megatron_sov.engine.decode.forward_only import ForwardModel
     from megatron_sov.engine.model.cache_rows import CacheSize, CacheSpan
     from megatron_sov.engine.model.kv_cache import CachedAttention
-    from megatron_sov.engine.parallel import world
     from tests.tiny import tiny_model
 
     _, model = tiny_model("tiny-solar-open2", "model.num_experts=4", layout={})
@@ -69,7 +68,6 @@ def count_cache_elements(lengths: list[int]) -> list[dict[str, int]]:
                 tensors = layer.stored or () if isinstance(layer, CachedAttention) else vars(layer).values()
                 sizes[kind] += sum(t.numel() for t in tensors if isinstance(t, torch.Tensor))
             results.append(sizes)
-    world.leave_world()
     return results
 
 

@@ -283,7 +283,7 @@ def describe_gpu_libraries(deep_ep: Path | None) -> dict[str, Any]:
     return found
 
 
-def main() -> int:
+def main() -> None:
     """Write the contract and the updated list of reviewed fields."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
     parser.add_argument("--installed", action="store_true")
@@ -305,8 +305,7 @@ def main() -> int:
     CONTRACT.write_text(json.dumps(contract, indent=1) + "\n")
     reviewed = json.loads(REVIEWED.read_text())
     REVIEWED.write_text(json.dumps(drop_outdated_fields(reviewed, contract), indent=1) + "\n")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -148,7 +148,6 @@ def train_losses(recipe: str, settings: list[str], path: str, steps: int) -> dic
     losses = [train_step(trainer).loss]
     products = take_product_counts()
     losses += [train_step(trainer).loss for _ in range(steps - 1)]
-    world.leave_world()
     return {"losses": losses, "products": products}
 
 
@@ -180,7 +179,6 @@ def resume_and_compare(recipe: str, settings: list[str], path: str, run: str) ->
     results["resumed"] = [train_step(trainer).loss for _ in range(2)]
     results["resumed ends"] = _digest(trainer)
     trainer.close()
-    world.leave_world()
     return results
 
 
@@ -248,7 +246,6 @@ def compare_moments(recipe: str, settings: list[str], path: str, before: str) ->
             tolerance = 2 ** -8 * expected.abs() + 1e-30
             num_wrong += int(((new[name].float() - expected).abs() > tolerance).sum())
         dtypes |= {f"{name} {str(t.dtype).removeprefix('torch.')}" for name, t in new.items()}
-    world.leave_world()
     sizes = [(shard.main.numel(), isinstance(shard.inner, HostAdamW)) for shard in trainer.optimizer.shards]
     return {"wrong": num_wrong, "dtypes": sorted(dtypes), "loss": loss,
             "on the host": sum(n for n, on_host in sizes if on_host) / sum(n for n, _ in sizes)}
@@ -269,7 +266,6 @@ def record_weight_quantization(recipe: str, settings: list[str], path: str) -> l
     train_step(trainer)
     trainer.evaluate()
     train_step(trainer)
-    world.leave_world()
     return flags
 
 

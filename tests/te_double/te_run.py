@@ -22,7 +22,6 @@ def count_modules_and_products(recipe: str, settings: list[str], paths: list[str
     train_step(trainer)
     modules = Counter(type(m).__name__ for m in trainer.model.modules())
     optimizers = {type(o.optimizer).__name__ for o in trainer.optimizer.megatron_optimizer.chained_optimizers}
-    world.leave_world()
     return {"modules": modules, "optimizers": sorted(optimizers),
             "products": {f"{kind} {recipe}".strip(): count for (kind, recipe), count in COUNTS.items()}}
 
@@ -44,7 +43,6 @@ def record_calls(recipe: str, settings: list[str], paths: list[str]) -> list[lis
             _replace_everywhere(value, _recorder(value, (name, None), calls, bound=False))
     trainer = layout_run.build_trainer(layout_run.build_small_config(recipe, settings, paths, "lm"))
     train_step(trainer)
-    world.leave_world()
     return sorted(map(list, calls), key=str)
 
 
@@ -75,7 +73,6 @@ def compare_permutations_without_tokens() -> list[Any]:
         y = layer(x)[0]
         y.float().square().sum().backward()
         results.append((y, x.grad))
-    world.leave_world()
     return [float((a - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True)]
 
 
@@ -101,7 +98,6 @@ def train_overloaded(settings: list[str], paths: list[str]) -> list[Any]:
         assert routing_step.spill is None or routing_step.spill._num_pending == 0
     weights = float(sum(weight.double().abs().sum() for weight in trainer.model.parameters()))
     is_overloaded = torch.distributed.get_rank() == 0
-    world.leave_world()
     return [results, weights, spilled, is_overloaded]
 
 

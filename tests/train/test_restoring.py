@@ -11,7 +11,6 @@ import torch
 from megatron_sov.base.artifacts import MANIFEST, create_artifact
 from megatron_sov.base.errors import UserError
 from megatron_sov.engine.optimizer.optimizer import Optimizer
-from megatron_sov.engine.parallel import world
 from megatron_sov.model.config import GuardConfig, apply_settings
 from megatron_sov.runs.folder import RunFolder
 from megatron_sov.runs.obs.events import EVENTS, read_events
@@ -125,7 +124,6 @@ def save_and_restore(run: str) -> dict[str, Any]:
     synchronous.save(TrainState(4, 88, 0.5))
     synchronous.finish()
     made_copies = [bool(c._saver._snapshot._memory) for c in (checkpointer, synchronous)]
-    world.leave_world()
     return {"reports": reports, "state": [state.step, state.tokens, state.wall_s],
             "without_order": values_without_data_order, "made_copies": made_copies,
             "with_order": [memory.value for memory in stateful.values()]}

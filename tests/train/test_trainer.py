@@ -87,7 +87,6 @@ def train_and_fail(data: str, run: str) -> dict[str, Any]:
     results["saved"] = sorted(p.name for p in folder.checkpoints.iterdir())
     trainer.close()
     resumed.close()
-    world.leave_world()
     return results
 
 

@@ -41,7 +41,7 @@ class TokenizerCompareOptions(HeldoutTextOptions):
     """Write all numbers to a JSON file."""
 
 
-def run_compare(args: TokenizerCompareOptions) -> int:
+def run_compare(args: TokenizerCompareOptions) -> None:
     """Compare tokenizers, print tables and write the JSON file. Raises `UserError`: fewer than two
     tokenizers, no text, an unreadable input, or an unwritable output."""
     if len(args.tokenizers) < 2:
@@ -70,7 +70,6 @@ def run_compare(args: TokenizerCompareOptions) -> int:
         print(f"{name}: {facts['vocab_size']:,} ids, {facts['mb_per_cpu_s']:.2f} MB per CPU second")
     if args.json is not None:
         write_output(args.json, format_json(comparison))
-    return 0
 
 
 def compare_tokenizers(paths: Sequence[Path], texts: list[NamedText], hidden_size: int,

@@ -99,7 +99,7 @@ class TokenizerExportOptions:
     """Replace existing files."""
 
 
-def run_export(args: TokenizerExportOptions) -> int:
+def run_export(args: TokenizerExportOptions) -> None:
     """Write a tokenizer for tiktoken. Raises `UserError`: tiktoken cannot express the tokenizer, or would
     give other ids; no file is written then."""
     targets = args.output, get_rules_path(args.output)
@@ -128,7 +128,6 @@ def run_export(args: TokenizerExportOptions) -> int:
         write_output(target, content)
         print(f"wrote {target}")
     print(f"tiktoken gives the same ids on {sum(len(t.encode()) for t in samples) / 1e6:.2f} MB of text")
-    return 0
 
 
 def _check_tokens(file: Path, ranks: dict[bytes, int], rules: TiktokenRules) -> None:

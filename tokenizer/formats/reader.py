@@ -168,7 +168,10 @@ def _get_token_text(token: Any) -> str | None:
 def _read_template(config: dict[str, Any], file: Path) -> str | None:
     """Return the chat template; of several, the one named "default"."""
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as e:
+            raise UserError(f"{file}: is not UTF-8 ({e.reason}); save it as UTF-8") from None
     template = config.get("chat_template")
     if isinstance(template, list):
         template = next((t.get("template") for t in template

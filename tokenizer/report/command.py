@@ -222,7 +222,7 @@ class TokenizerReportOptions(HeldoutTextOptions):
     """Check to leave out; may be repeated."""
 
 
-def run_report(args: TokenizerReportOptions) -> int:
+def run_report(args: TokenizerReportOptions) -> None:
     """Check a tokenizer and write the page. Raises `UserError`: an unreadable tokenizer or text, an unknown
     check, or an unwritable output."""
     for name in args.skip:
@@ -242,7 +242,6 @@ def run_report(args: TokenizerReportOptions) -> int:
                  "vocab_size": tokenizer.vocab_size, "sha256": sha256_file(tokenizer.file)}
         write_output(args.json, format_json(facts | {"checks": results}))
     print(f"{args.output}: opens in any browser without a network")
-    return 0
 
 
 REPORT = DeclaredCommand(TokenizerReportOptions, run_report)

@@ -187,7 +187,7 @@ class DeclaredCommand:
     or an exit code if no work remains. A text `module:function` is imported after parsing."""
     run_function: str | Mapping[type, str] = ""
     """`module:function`, or class of `check`'s result -> `module:function`, imported after the checks. It
-    returns an exit code, or None for 0. "": `check` does the whole work."""
+    returns an exit code, or None for 0. "": `check` does the whole work, and returns that."""
     runs_in_checks: bool = False
     """Whether checks include the function, up to `stop_check`: it has no heavy import."""
     proposal_function: str = ""
@@ -225,8 +225,8 @@ class DeclaredCommand:
     def run_options(self, options: Any) -> int:
         """Run the command with an instance of `options` and return the exit code."""
         request = self.check_options(options)
-        if isinstance(request, int):
-            return request
+        if isinstance(request, int) or not self.run_function:
+            return request or ExitCode.OK
         function = self.run_function
         reference = function if isinstance(function, str) else function[type(request)]
         return import_reference(reference)(request) or ExitCode.OK

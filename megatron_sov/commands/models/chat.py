@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from megatron_sov.base.errors import ExitCode, Fix, UserError, escape_controls, stop_check, suggest_name
+from megatron_sov.base.errors import Fix, UserError, escape_controls, stop_check, suggest_name
 from megatron_sov.base.settings import AtLeastOne, DeclaredCommand, Flag, ProblemCode, SettingsProblem
 from megatron_sov.commands.models.serve import ServeOptions
 from megatron_sov.commands.shared_options import AnyTarget, list_option_words
@@ -60,7 +60,7 @@ class ChatOptions(PluginOptions, RankOptions):
         return list(find_address_problems("target", self.target.rstrip("/"), "--api-key-env"))
 
 
-def chat(options: ChatOptions) -> int:
+def chat(options: ChatOptions) -> None:
     """Answer lines from standard input until it ends."""
     if not is_url(options.target):
         if re.fullmatch(r"[\w.-]+:\d+(/.*)?", options.target) and not Path(options.target).exists():
@@ -77,7 +77,6 @@ def chat(options: ChatOptions) -> int:
         session = ChatSession(model, sampling | _choose_max_tokens(options, model))
         session.system = options.system
         Terminal(session).talk()
-    return ExitCode.OK
 
 
 CHAT = DeclaredCommand(ChatOptions, chat)

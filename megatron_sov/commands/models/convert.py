@@ -107,6 +107,8 @@ class ToMegatronOptions(TrainedOptions):
 
     out: Annotated[Path, Flag("OUT")]
     """Folder to write, for Megatron-LM's --load."""
+    framework: Literal["megatron-lm", "bridge"] = "megatron-lm"
+    """bridge: also write the settings, tokenizer and step that Megatron-Bridge 0.6 reads."""
     one_optimizer: bool = False
     """The run that loads the optimizer has expert-parallel size 1, and expert-tensor-parallel size equal to
     tensor-parallel size: Megatron-Core then has no second optimizer for experts."""

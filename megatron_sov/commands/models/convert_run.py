@@ -85,7 +85,8 @@ def _print_import(out: Path, result: ImportReport) -> None:
 def export_megatron(options: ToMegatronOptions) -> None:
     source, problem = to_megatron(
         options.checkpoint, options.out, weights_only=options.weights_only,
-        one_optimizer=options.one_optimizer, workers=options.workers, overwrite=options.overwrite)
+        one_optimizer=options.one_optimizer, framework=options.framework, workers=options.workers,
+        overwrite=options.overwrite)
     print(f"wrote torch_dist checkpoint {options.out}, iteration {source.step}")
     if source.num_updates is None:
         print("left out the optimizer: start with --finetune or --no-load-optim")

@@ -8,7 +8,7 @@ from typing import Annotated
 import yaml
 
 from megatron_sov.base.artifacts import format_json
-from megatron_sov.base.errors import ExitCode, UserError
+from megatron_sov.base.errors import UserError
 from megatron_sov.base.figures import align_columns, format_count
 from megatron_sov.base.plugins.loading import is_reference
 from megatron_sov.base.settings import DeclaredCommand, excludes_field
@@ -42,7 +42,7 @@ class RecipesOptions(RecipeOptions):
     """List the recipes for a laptop: the same structures with a few million parameters."""
 
 
-def show_recipes(options: RecipesOptions) -> int:
+def show_recipes(options: RecipesOptions) -> None:
     """Print recipes, families and objectives, or the settings of one recipe with their sources."""
     if options.recipe is None and not options.configs:
         for option, is_set in (("--json", options.json), ("--yaml", options.yaml),
@@ -51,7 +51,7 @@ def show_recipes(options: RecipesOptions) -> int:
                 raise UserError(f"{option}: needs a recipe; pass one of {', '.join(recipes.names())}")
         load_plugins(options.plugins)
         print(format_recipe_list(options.tiny))
-        return ExitCode.OK
+        return
     request = request_recipe(options)
     config = request.config()
     if options.json:
@@ -61,7 +61,6 @@ def show_recipes(options: RecipesOptions) -> int:
     else:
         sources = _derive_sources(options.recipe or config.recipe, request.base, config)
         print(format_settings(config, sources))
-    return ExitCode.OK
 
 
 RECIPES = DeclaredCommand(RecipesOptions, show_recipes)

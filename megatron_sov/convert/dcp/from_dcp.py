@@ -98,7 +98,7 @@ class DcpWeights(Weights):
             elif key.startswith(prefix) and not key.startswith(TRAINING_PREFIXES):
                 weights[key.removeprefix(prefix)] = entry
         self.num_skipped: int = index["num_skipped"] + (0 if with_optimizer else len(states))
-        """Optimizer tensors that are left out."""
+        """Omitted optimizer tensors."""
         self._objects: dict[str, Any] = index["objects"]
         entries = weights | states if with_optimizer else weights
         self._stored = {key: tuple(shape) for key, (_, shape, _) in entries.items()}

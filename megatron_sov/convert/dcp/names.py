@@ -23,7 +23,7 @@ HF, TORCHTITAN = "hf", "torchtitan"
 PREFIXES = {HF: "model.", TORCHTITAN: ""}
 """Names -> prefix of weights in checkpoints that we write."""
 EMBEDDINGS = {HF: EMBEDDING, TORCHTITAN: "tok_embeddings.weight"}
-"""Names -> embedding, by which a checkpoint's names are recognized."""
+"""Names -> embedding, which identifies the names of a checkpoint."""
 MOVED_BIAS, PLACE_IN_CLASS = ".mlp.e_score_correction_bias", ".mlp.gate.e_score_correction_bias"
 """A name in Hugging Face folders, and the name in transformers' class."""
 _TITAN: dict[str, Any] = load_package_table(Path(__file__).with_suffix(".yaml"))

@@ -11,21 +11,18 @@ from typing import Any
 
 import torch
 
-from megatron_sov.base.artifacts import format_json, write_atomically
 from megatron_sov.convert import DEFAULT_WORKERS
-from megatron_sov.convert.companion_files import copy_companions, read_token_ids
 from megatron_sov.convert.dcp.names import (
     HF, PREFIXES, TITAN_BIAS, TORCHTITAN, Part, check_names, list_forms, order_rotary)
 from megatron_sov.convert.dcp.writer import (
-    ADAMW_DEFAULTS, DcpPlanner, DcpTensor, TrainedModel, open_trained_model, write_export)
+    ADAMW_DEFAULTS, DcpPlanner, DcpTensor, TrainedModel, open_trained_model, write_export, write_hf_files)
 from megatron_sov.convert.hf_import import get_duplicates
 from megatron_sov.convert.sources import CheckpointWeights
 from megatron_sov.engine.optimizer.parameter_groups import GroupRule, find_rule
 from megatron_sov.engine.optimizer.state_shards import MASTER
 from megatron_sov.model.config import OptimConfig
-from megatron_sov.model.families import supported as models
 from megatron_sov.model.families.weights import Link
-from megatron_sov.model.pretrained import CONFIG, EMBEDDING, HEAD
+from megatron_sov.model.pretrained import EMBEDDING, HEAD
 from megatron_sov.schedules import Schedule
 
 KIND = "dcp_checkpoint"
@@ -41,17 +38,10 @@ def to_dcp(checkpoint: str | Path, out: str | Path, *, names: str = HF, weights_
     check_names(names, source.settings.model)
     content = _ExportContent(source, names)
     planner = DcpPlanner(source.path, content.tensors, content.objects, content.aliases)
-    family, tokenizer = models.get_family(source.settings.model.family), source.path / "tokenizer"
-    tokens = read_token_ids(tokenizer)
-
-    def write_companions(folder: Path) -> None:
-        copy_companions(tokenizer, folder, tokens)
-        dtype = next(iter(content.tensors.values())).dtype
-        config = family.to_hf_config(source.settings.model, str(dtype).removeprefix("torch."), tokens)
-        write_atomically(folder / CONFIG, format_json(config))
-
+    dtype = next(iter(content.tensors.values())).dtype
     write_export(Path(out), KIND, source=source, planner=planner, subfolder=f"step-{source.step}",
-                 write_companions=write_companions, workers=workers, overwrite=overwrite)
+                 write_companions=lambda folder: write_hf_files(source, folder, dtype), workers=workers,
+                 overwrite=overwrite)
     return source
 
 

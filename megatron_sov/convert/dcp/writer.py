@@ -18,10 +18,13 @@ from megatron_sov.base.artifacts import (
 from megatron_sov.base.digests import SHA256
 from megatron_sov.base.errors import UserError
 from megatron_sov.checkpoint.load import read_state
+from megatron_sov.convert.companion_files import copy_companions, read_token_ids
 from megatron_sov.convert.dtypes import check_space, convert_tensor
 from megatron_sov.convert.hf_import import INTEGRITY
 from megatron_sov.convert.sources import resolve_run
 from megatron_sov.model.config import RunConfig
+from megatron_sov.model.families import supported as models
+from megatron_sov.model.pretrained import CONFIG
 from megatron_sov.runs.checkpoints import (
     ADAPTER, OPTIMIZER, find_damage, read_checkpoint_settings, suggest_replacement)
 
@@ -124,6 +127,15 @@ class DcpPlanner(DefaultSavePlanner):
         return convert_tensor(block, block.dtype, self._path, key)
 
 
+def write_hf_files(source: TrainedModel, folder: Path, dtype: torch.dtype) -> None:
+    """Write tokenizer and config.json of a model in `dtype`."""
+    tokens = read_token_ids(source.path / "tokenizer")
+    copy_companions(source.path / "tokenizer", folder, tokens)
+    family = models.get_family(source.settings.model.family)
+    config = family.to_hf_config(source.settings.model, str(dtype).removeprefix("torch."), tokens)
+    write_atomically(folder / CONFIG, format_json(config))
+
+
 def write_export(out: Path, kind: str, source: TrainedModel, planner: DcpPlanner, subfolder: str,
                  write_companions: Callable[[Path], None], *, workers: int, overwrite: bool) -> None:
     """Write an artifact with a DCP checkpoint, and the hashes of its files, in `subfolder`; it appears when
@@ -136,7 +148,7 @@ def write_export(out: Path, kind: str, source: TrainedModel, planner: DcpPlanner
         folder = artifact.path / subfolder
         planner.write(folder, workers)
         write_companions(artifact.path)
-        digests = {file.name: sha256_file(file) for file in sorted(folder.iterdir())}
+        digests = {file.name: sha256_file(file) for file in sorted(folder.iterdir()) if file.is_file()}
         artifact.hashed_files = {
             f"{subfolder}/{name}": FileRecord(f"{SHA256}:{digest}", (folder / name).stat().st_size)
             for name, digest in digests.items()}

@@ -4,6 +4,7 @@ Optimizer state has the library's `fully_reshardable` form, which loads at any l
 """
 
 import json
+import shutil
 from argparse import Namespace
 from collections.abc import Mapping
 from functools import partial
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 
 from megatron_sov.base.artifacts import write_atomically
 from megatron_sov.base.errors import UserError
@@ -18,13 +20,13 @@ from megatron_sov.base.hints.kinds import TRACKER
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import DEFAULT_WORKERS
 from megatron_sov.convert.dcp.writer import (
-    ADAMW_DEFAULTS, DcpPlanner, DcpTensor, TrainedModel, open_trained_model, write_export)
+    ADAMW_DEFAULTS, DcpPlanner, DcpTensor, TrainedModel, open_trained_model, write_export, write_hf_files)
 from megatron_sov.convert.megatron.from_megatron import (
-    BACKEND, DECAY_STYLES, EXPERTS, FORMAT, STATES, VERSIONS)
+    BACKEND, DECAY_STYLES, EXPERTS, FORMAT, RUN_CONFIG, STATES, VERSIONS)
 from megatron_sov.convert.megatron.inert_pickle import COMMON_STATE
 from megatron_sov.engine.model.specs import PRECISION
 from megatron_sov.model.config import RunConfig
-from megatron_sov.model.counterparts.architecture import describe_model
+from megatron_sov.model.counterparts.architecture import describe_model, describe_provider
 from megatron_sov.runs.checkpoints import MODEL, OPTIMIZER
 from megatron_sov.schedules import Schedule, bound_lengths
 
@@ -33,30 +35,21 @@ EMPTY_STATE = "empty/shard_0_1"
 CONTENT = {"distrib_optim_sharding_type": "fully_reshardable", "singleton_local_shards": False,
            "non_homogeneous_layers": True, "chained_optim_avoid_prefix": True}
 """Form of the tensors, which Megatron-LM reads before it declares its own."""
-BRIDGE_ARGUMENTS = {
-    "transformer_impl": "transformer_engine", "moe_grouped_gemm": True, "bias_swiglu_fusion": True,
-    "cp_comm_type": ["p2p"], "config_logger_dir": "",
-    **dict.fromkeys(("bias_gelu_fusion", "fp16", "fp16_lm_cross_entropy", "fp8_param_gather",
-                     "is_hybrid_model", "init_method_xavier_uniform", "multi_latent_attention",
-                     "no_persist_layer_norm", "overlap_p2p_comm", "qk_l2_norm", "rotary_interleaved",
-                     "squared_relu", "use_legacy_models", "use_rope_scaling"), False),
-    **dict.fromkeys(("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers",
-                     "heterogeneous_layers_config_path", "num_experts"))}
-"""Arguments with Megatron-LM's usual values, which Megatron-Bridge 0.6 reads to build a `GPTModel` from a
-checkpoint without `run_config.yaml` (`mlm_compat`)."""
+BRIDGE, TRAIN_STATE = "bridge", "train_state.pt"
 WSD_STYLES = {"linear": "linear", "cosine": "cosine", "one_minus_sqrt": "minus_sqrt"}
 
 
 def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool = False,
-                one_optimizer: bool = False, workers: int = DEFAULT_WORKERS,
-                overwrite: bool = False) -> tuple[TrainedModel, str]:
+                one_optimizer: bool = False, framework: str = "megatron-lm",
+                workers: int = DEFAULT_WORKERS, overwrite: bool = False) -> tuple[TrainedModel, str]:
     """Write a checkpoint for Megatron-LM's `--load` (artifact kind `megatron_checkpoint`), which appears when
     complete; return its source, and why its learning rate is written as constant ("": it is not).
 
-    `one_optimizer`: the loading run has one optimizer for experts and other weights, as Megatron-Core has
-    without expert parallelism if tensor parallelism splits both alike. `workers`: files written at a time,
-    each with one block in memory. Raises `UserError`: Megatron-Core cannot build the model or its optimizer,
-    the checkpoint is damaged, or the disk is full.
+    `framework`: `bridge` adds the files that Megatron-Bridge reads. `one_optimizer`: write one optimizer
+    for experts and other weights, as Megatron-Core builds without expert parallelism if tensor parallelism
+    splits both alike. `workers`: files written at a time, each with one block in memory. Raises
+    `UserError`: Megatron-Core cannot build the model or its optimizer, the checkpoint is damaged, or the disk
+    is full.
     """
     source = open_trained_model(checkpoint, weights_only=weights_only)
     common, problem = build_common_state(source.settings, source.step, source.num_updates,
@@ -70,10 +63,36 @@ def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool =
         write_atomically(folder / TRACKER, str(source.step))
         write_atomically(folder / subfolder / FORMAT, json.dumps({"sharded_backend": BACKEND,
                                                                   "sharded_backend_version": VERSIONS[0]}))
+        if framework == BRIDGE:
+            _write_bridge_files(source, next(iter(tensors.values())).dtype, folder / subfolder,
+                                Path(out).absolute() / subfolder)
 
     write_export(Path(out), KIND, source=source, planner=planner, subfolder=subfolder,
                  write_companions=write_companions, workers=workers, overwrite=overwrite)
     return source, problem
+
+
+def _write_bridge_files(source: TrainedModel, dtype: torch.dtype, folder: Path, published: Path) -> None:
+    """Write tokenizer, settings and `TrainState` for Megatron-Bridge 0.6 into the folder of an iteration.
+    `dtype`: of the weights; `published`: path of the folder after the export."""
+    write_hf_files(source, folder / "tokenizer", dtype)
+    tokenizer, package = str(published / "tokenizer"), "megatron.bridge.training"
+    run_config = {
+        "model": describe_provider(source.settings.model) | {
+            "bf16": dtype == torch.bfloat16, "params_dtype": {"_target_": str(dtype), "_call_": False},
+            "hf_model_id": tokenizer},
+        "tokenizer": {"_target_": f"{package}.tokenizers.config.TokenizerConfig",
+                      "tokenizer_type": "HuggingFaceTokenizer", "tokenizer_model": tokenizer},
+        "checkpoint": {"_target_": f"{package}.config.CheckpointConfig", "ckpt_format": BACKEND,
+                       "save_optim": source.num_updates is not None, "save_rng": False}}
+    write_atomically(folder / RUN_CONFIG, yaml.safe_dump(run_config))
+    samples = source.step * source.settings.train.global_batch_size
+    torch.save({
+        "step": torch.tensor(source.step), "consumed_train_samples": torch.tensor(samples),
+        "floating_point_operations_so_far": torch.tensor(0.0, dtype=torch.float64),
+        **dict.fromkeys(("skipped_train_samples", "consumed_valid_samples"), torch.tensor(0)),
+        **dict.fromkeys(("do_train", "do_valid", "do_test"), torch.tensor(False))}, folder / TRAIN_STATE)
+    shutil.copyfile(folder / TRAIN_STATE, folder.parent / f"latest_{TRAIN_STATE}")
 
 
 def _list_tensors(source: TrainedModel) -> dict[str, DcpTensor]:
@@ -127,7 +146,7 @@ def build_common_state(settings: RunConfig, step: int, num_updates: int | None, 
         one_optimizer: see `to_megatron`.
     """
     optim, samples = settings.optim, settings.train.global_batch_size
-    args = BRIDGE_ARGUMENTS | describe_model(settings.model) | {
+    args = describe_model(settings.model) | {
         "padded_vocab_size": settings.model.vocab_size,
         "tensor_model_parallel_size": 1, "pipeline_model_parallel_size": 1,
         "params_dtype": PRECISION[settings.train.precision], "bf16": settings.train.precision == "bf16",

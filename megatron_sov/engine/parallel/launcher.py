@@ -225,7 +225,7 @@ def _run_rank(prepare: Callable[[], Callable[[], Any]]) -> int:
     """Run the work that `prepare` returns, and return its exit code; the first failing rank prints why."""
     try:
         main = prepare()
-        return to_exit_code(main() or 0)
+        return to_exit_code(main())
     except (UserError, SilentCorruption) as e:
         if _fails_first():
             # a single write: lines from other ranks cannot interleave

@@ -82,7 +82,7 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
         config = build_inference_config(path, settings, nproc, option)
         report_precision(target.path, "megatron", config.train.precision)
 
-        def run_rank() -> int:
+        def run_rank() -> None:
             place = world.join_world(config.parallel)
             try:
                 value = work(LoadedModel(load_forward_model(path, config), config, place))
@@ -93,7 +93,6 @@ def run_forward_model(target: Target, settings: Sequence[str], nproc: int | None
                 dist.barrier()
             finally:
                 world.leave_world()
-            return 0
 
         code = launcher.launch_ranks(run_rank, nproc, config.train.num_threads)
         if code != 0:

@@ -128,7 +128,7 @@ def describe_model(model: ModelConfig) -> dict[str, Any]:
     if model.num_experts:
         args |= _describe_experts(model)
     if model.yarn is not None:
-        args |= {"position_embedding_type": "yarn", **{
+        args |= {"position_embedding_type": "yarn", "yarn_correction_range_round_to_int": True, **{
             f"yarn_{megatron_name}": getattr(model.yarn, field) for field,
             megatron_name in YARN_NAMES.items()}}
     if model.llama3_rope is not None:
@@ -142,10 +142,24 @@ def describe_model(model: ModelConfig) -> dict[str, Any]:
     return args
 
 
+def describe_provider(model: ModelConfig) -> dict[str, Any]:
+    """Return the `model` section of Megatron-Bridge's run_config.yaml; for errors see `describe_model`."""
+    stated = normalize_arguments(describe_model(model))
+    stated["seq_length"] = stated.pop("max_position_embeddings")
+    del stated["group_query_attention"]
+    # transformers' classes with this score have expert groups
+    if model.num_experts and model.router_score == "sigmoid":
+        stated |= {"moe_router_num_groups": model.num_expert_groups,
+                   "moe_router_group_topk": model.num_groups_per_token}
+    return stated | _TABLES["provider"] | (_TABLES["provider_of_experts"] if model.num_experts else {})
+
+
 def _check_inverse(model: ModelConfig, args: Stated) -> None:
     """Raise `UserError` if Megatron-LM arguments do not say everything about a model."""
     missing_fields = [name for name, plain in COMMON_VALUES.items()
                       if getattr(model, name) != plain and name not in (*EXPERT_GROUPS, "mtp_experts")]
+    if model.num_experts and model.num_mtp_layers and not model.mtp_experts:
+        missing_fields.append("dense prediction layers (num_mtp_layers)")
     if not missing_fields:
         # without dense layers their width is not read
         idle = {} if model.num_dense_layers or not model.num_experts else {
@@ -156,8 +170,9 @@ def _check_inverse(model: ModelConfig, args: Stated) -> None:
                                    for candidate in (model, inferred))
         missing_fields = [name for name in config if config[name] != inferred_config.get(name)]
     if missing_fields:
-        raise UserError(f"Megatron-Core's GPTModel cannot be this model of family {model.family}: it has no "
-                        f"setting for {', '.join(missing_fields)}; use `megatron-sov convert to-hf`")
+        raise UserError(f"a model of family {model.family} cannot be written for Megatron-Core's GPTModel: "
+                        f"it has {', '.join(missing_fields)}, which `convert to-megatron` does not describe; "
+                        "use `megatron-sov convert to-hf`")
 
 
 def _describe_experts(model: ModelConfig) -> dict[str, Any]:
@@ -337,6 +352,8 @@ def _expand_frequency(frequency: Any, num_layers: int) -> tuple[list[bool], bool
     if isinstance(frequency, str):
         frequency = int(frequency) if frequency.isdecimal() else _parse_list(frequency)
     if isinstance(frequency, int):
+        if frequency < 1:
+            raise ValueError(f"a frequency of layers is {frequency}, and must be at least 1")
         return [(layer + 1) % frequency == 0 for layer in range(num_layers)], True
     return [bool(flag) for flag in frequency], False
 

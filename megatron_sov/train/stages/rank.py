@@ -28,8 +28,8 @@ from megatron_sov.train.trainer import Trainer, TrainerOptions
 from megatron_sov.work.processes.stop_signals import StopFlag
 
 
-def run_rank(stage: Stage, data: StageData, launch: LaunchState) -> int:
-    """Train on one rank, and return its exit code."""
+def run_rank(stage: Stage, data: StageData, launch: LaunchState) -> None:
+    """Train on one rank."""
     stop = StopFlag()
     if stage.config.train.deterministic:
         enable_determinism()
@@ -83,7 +83,6 @@ def run_rank(stage: Stage, data: StageData, launch: LaunchState) -> int:
     # the exit of a process breaks its connections, so every rank waits for rank 0
     dist.barrier()
     world.leave_world()
-    return 0
 
 
 def _print_banner(stage: Stage, trainer: Trainer) -> None:

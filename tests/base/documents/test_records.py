@@ -242,11 +242,10 @@ def test_mixed_text_and_splits_are_reported(tmp_path: Path) -> None:
     assert "1 files of plain text (docs/guide.md)" in messages[0] and "splits train, test" in messages[0]
 
 
-def test_missing_hub_dataset_suggests_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_missing_hub_dataset_suggests_download(cwd: Path) -> None:
     with pytest.raises(UserError, match="hf download HuggingFaceH4/ultrachat_200k --repo-type dataset"):
         list_files(Path("HuggingFaceH4/ultrachat_200k"))
-    for nothing in (tmp_path / "nowhere", Path("judged/pairs.jsonl"), Path("corpus/a.json.gz")):
+    for nothing in (cwd / "nowhere", Path("judged/pairs.jsonl"), Path("corpus/a.json.gz")):
         with pytest.raises(UserError) as e:
             list_files(nothing)
         assert "hf download" not in str(e.value)

@@ -116,10 +116,8 @@ def test_failed_plugin_leaves_no_module(plugin_file: Path) -> None:
     ("none_such.deep:x", "none_such.deep: ModuleNotFoundError.*a file of your own is named FILE.py:NAME"),
     ("math:none", "math has no 'none'"),
 ])
-def test_invalid_references_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reference: str,
-                                        message: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "folder").mkdir()
+def test_invalid_references_are_refused(cwd: Path, reference: str, message: str) -> None:
+    (cwd / "folder").mkdir()
     with pytest.raises(UserError, match=message):
         load_plugin(reference)
 

@@ -202,9 +202,7 @@ def test_dry_run_refuses_like_the_run(tmp_path: Path, capsys: pytest.CaptureFixt
     assert f"{tmp_path}: " in capsys.readouterr().err
 
 
-def test_dry_run_reports_a_missing_input(tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                         monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_dry_run_reports_a_missing_input(cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert tokenizer_cli.main(["media", "gone", "--image-tokens", "4", "--output", "out", "--dry-run"]) == 2
     assert "gone: does not exist" in capsys.readouterr().err
     # a command whose checks need torch

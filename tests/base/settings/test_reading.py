@@ -259,13 +259,11 @@ MISTAKES = {
 @pytest.mark.each("mistake", MISTAKES)
 @pytest.mark.each("command", COMMANDS)
 def test_set_mistakes_have_equal_messages(
-        command: str, mistake: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-        capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
+        command: str, mistake: str, cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("DIR").mkdir()
     Path("FILE").write_text('{"response": "a", "text": "a"}\n')
     main, line, key = COMMANDS[command]
     assert main([*line.split(), "--set", mistake.format(key=key)]) == 2
     error = capsys.readouterr().err
     assert MISTAKES[mistake].format(key=key) in error and len(error.splitlines()) <= 3
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["DIR", "FILE"], "nothing is left behind"
+    assert sorted(path.name for path in cwd.iterdir()) == ["DIR", "FILE"], "nothing is left behind"

@@ -23,10 +23,9 @@ JUDGE = ["--reward", "stem", "--workers", "1", "--json"]
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(cwd: Path) -> Path:
     """An empty folder to work in."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    return cwd
 
 
 def write_rows(name: str, rows: list[dict]) -> None:

@@ -22,16 +22,15 @@ PAGE = page_text("omni.md").partition("\n### Picture and sound codecs\n")[2].par
 
 
 @pytest.fixture
-def media(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def media(cwd: Path) -> Path:
     """Pictures and sounds where the page has them."""
-    monkeypatch.chdir(tmp_path)
     rng = np.random.default_rng(0)
     for name in ("pictures", "sounds"):
         Path(name).mkdir()
     for i in range(6):
         Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(f"pictures/{i}.png")
         soundfile.write(f"sounds/{i}.wav", rng.uniform(-0.5, 0.5, 4000 + 1000 * i), 8000 + 8000 * (i % 2))
-    return tmp_path
+    return cwd
 
 
 @pytest.mark.deep

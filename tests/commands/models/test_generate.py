@@ -92,14 +92,13 @@ ROW = '{"content": [{"type": "text", "text": "Draw one."}], "answer": "one"}'
 
 
 @pytest.fixture
-def work_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hf_models: dict[str, Path]) -> Path:
+def work_folder(cwd: Path, hf_models: dict[str, Path]) -> Path:
     """Change to a folder with a model, a good and a bad file of rows, and a damaged picture."""
-    monkeypatch.chdir(tmp_path)
     Path("model").symlink_to(hf_models["solar_open"])
     Path("rows.jsonl").write_text(ROW)
     Path("bad.jsonl").write_text("{}")
     Path("a.png").write_bytes(b"no picture")
-    return tmp_path
+    return cwd
 
 
 @pytest.mark.parametrize(("line", "message"), [

@@ -35,8 +35,7 @@ COMMAND = ["rl", "knowledge", "--input", "rows.jsonl", "--tests", "tests.jsonl",
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def folder(cwd: Path) -> None:
     write_rows("rows.jsonl", ROWS)
     write_rows("tests.jsonl", [{"answer": ANSWER}, {"answer": "Section 2."}])
 

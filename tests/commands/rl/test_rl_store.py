@@ -71,9 +71,7 @@ def store(complete_store: Path, tmp_path: Path) -> RolloutStore:
     return RolloutStore.open(tmp_path / "store")
 
 
-def test_the_page_is_true(complete_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                          capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_the_page_is_true(complete_store: Path, cwd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(complete_store, "work/store")
     text = page_section("rl.md", "The rollout store")
     (program,) = blocks(text, "python")

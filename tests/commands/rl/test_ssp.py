@@ -32,9 +32,8 @@ PROBE_OPTIONS = [
 
 
 @pytest.fixture(autouse=True)
-def models(tmp_path: Path, hf_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def models(cwd: Path, hf_models: dict[str, Path]) -> None:
     """A folder with problems, and Hugging Face folders of three checkpoints."""
-    monkeypatch.chdir(tmp_path)
     for name in ("first", "second", "third"):
         Path(name).mkdir()
         for file in hf_models["solar_open"].iterdir():

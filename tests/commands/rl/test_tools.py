@@ -19,11 +19,10 @@ PAGE = Path(__file__).parents[3] / "docs/tools.md"
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Work in an empty folder, without the environment plugins that another test registered."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ENVIRONMENT_PLUGINS, "_known", {})
-    return tmp_path
+    return cwd
 
 
 def test_the_page_is_true(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,13 +24,12 @@ Parsed = list[argparse.Namespace]
 
 
 @pytest.fixture
-def begin_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> BeginRun:
+def begin_run(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> BeginRun:
     """Return a function that creates a run's folder for a command line."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("RANK", raising=False)
 
     def create_run(*words: str, settings: Sequence[str] = (), has_config: bool = True) -> Path:
-        run = tmp_path / "runs/a"
+        run = cwd / "runs/a"
         monkeypatch.setenv(launch_environment.COMMAND_VARIABLE, json.dumps(words))
         config = apply_settings(recipes.get("tiny-qwen3"), ["train.steps=9", *settings])
         run.mkdir(parents=True)

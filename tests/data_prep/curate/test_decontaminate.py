@@ -13,15 +13,14 @@ ITEM = "How many barrels of oil does a refinery with twelve towers fill each mor
 
 
 @pytest.fixture
-def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "bench.jsonl").write_text(json.dumps({"question": ITEM}) + "\n")
-    (tmp_path / "text.jsonl").write_text(f'{{"text": "Yes."}}\n{{"text": "He asked: {ITEM}"}}\n')
-    (tmp_path / "text.txt").write_text("Yes.")
-    (tmp_path / "cut.jsonl").write_text('{"text": "Yes."}\n{"text": "cut o')
-    (tmp_path / "odd.jsonl").write_text('{"title": "no question"}\n')
-    (tmp_path / "empty.jsonl").write_text("")
-    return tmp_path
+def files(cwd: Path) -> Path:
+    (cwd / "bench.jsonl").write_text(json.dumps({"question": ITEM}) + "\n")
+    (cwd / "text.jsonl").write_text(f'{{"text": "Yes."}}\n{{"text": "He asked: {ITEM}"}}\n')
+    (cwd / "text.txt").write_text("Yes.")
+    (cwd / "cut.jsonl").write_text('{"text": "Yes."}\n{"text": "cut o')
+    (cwd / "odd.jsonl").write_text('{"title": "no question"}\n')
+    (cwd / "empty.jsonl").write_text("")
+    return cwd
 
 
 @pytest.mark.parametrize(("options", "message"), [

@@ -11,15 +11,14 @@ from tests.data_prep.curate.scoring.planted import plant_labels, write_lines
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(cwd: Path) -> Path:
     """A folder with labels, which is the working folder."""
-    write_lines(tmp_path / "labels.jsonl", plant_labels("classifier", 200))
-    write_lines(tmp_path / "few.jsonl", plant_labels("classifier", 20))
-    write_lines(tmp_path / "ones.jsonl",
+    write_lines(cwd / "labels.jsonl", plant_labels("classifier", 200))
+    write_lines(cwd / "few.jsonl", plant_labels("classifier", 20))
+    write_lines(cwd / "ones.jsonl",
                 [{**record, "label": 1} for record in plant_labels("classifier", 100)])
-    write_lines(tmp_path / "scale.jsonl", plant_labels("regressor", 100))
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+    write_lines(cwd / "scale.jsonl", plant_labels("regressor", 100))
+    return cwd
 
 
 def build_train_command(*more: str, labels: str = "labels.jsonl", kind: str = "classifier") -> list[str]:

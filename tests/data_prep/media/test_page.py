@@ -19,9 +19,7 @@ SMALLER = {"6561": "8", "65536": "8", "448:256": "4:3", "128:30:750": "8:1:5"}
 
 
 @pytest.mark.deep
-def test_page_commands_pack_media(encode: Encode, tokenizers: dict[str, Path], tmp_path: Path,
-                                  monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_page_commands_pack_media(encode: Encode, tokenizers: dict[str, Path], cwd: Path) -> None:
     Path("work").mkdir()
     Path("work/tokenizer").symlink_to(tokenizers["solar-open"])
     # the `encode` fixture made the codecs in this folder; the page has them in `work`

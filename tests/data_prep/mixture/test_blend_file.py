@@ -247,9 +247,7 @@ def test_too_many_epochs_are_rejected_by_source() -> None:
 
 
 @pytest.mark.deep
-def test_page_commands_run(tokenizers: dict[str, Path], tmp_path: Path,
-                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_page_commands_run(tokenizers: dict[str, Path], cwd: Path) -> None:
     Path("tokenizer").symlink_to(tokenizers["solar-open"])
     for name, kind, synthetic in (("en-L2", "en", False), ("ko-L2", "ko", False),
                                   ("ko-synthetic", "ko", True)):

@@ -179,16 +179,14 @@ def test_changed_tokenizer_is_rejected(folder: Path, tmp_path: Path) -> None:
     ("old", "old", "old-tokenizer"),
 ])
 def test_foreign_tokenizer_is_rejected_with_import_command(given: str, imported: str, output: str,
-                                                           folder: Path, tmp_path: Path,
-                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+                                                           folder: Path, cwd: Path) -> None:
     steps = [f"run/checkpoints/step-{step}/tokenizer" for step in (9, 10)]
     for name in ("hf", "packed/tokenizer", *steps):
-        (tmp_path / name).mkdir(parents=True)
-        shutil.copyfile(folder / "tokenizer.json", tmp_path / name / "tokenizer.json")
-    (tmp_path / "old").mkdir()
+        (cwd / name).mkdir(parents=True)
+        shutil.copyfile(folder / "tokenizer.json", cwd / name / "tokenizer.json")
+    (cwd / "old").mkdir()
     for name in ("old/my.tiktoken", "hf/config.json"):
-        (tmp_path / name).touch()
+        (cwd / name).touch()
     command = f"sov-tokenizer import {imported} --output {output}"
     with pytest.raises(UserError, match=f"run `{re.escape(command)}`, and pass"):
         Encoder(Path(given))

@@ -124,9 +124,7 @@ def train_adapter(recipe: str, layout: dict[str, Any], settings: list[str]) -> d
         if before is not None and not shard.data.equal(before):
             changed.append(shard.key)
     state = sum(shard.data.numel() for shard in training.optimizer.state_shards())
-    result = {"adapter": training.gather_tensors(), "norms": norms, "changed": changed, "state": state}
-    world.leave_world()
-    return result
+    return {"adapter": training.gather_tensors(), "norms": norms, "changed": changed, "state": state}
 
 
 def compare_first_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
@@ -178,7 +176,6 @@ def compare_first_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
         largest_gradient_of_a = max(largest_gradient_of_a,
                                     float(gradients_by_run["adapter"][module.key(A)].abs().max()))
         compared_names.append(module.name)
-    world.leave_world()
     # PEFT's Kaiming-uniform A has the variance 1 / (3 inputs)
     initial_deviations = [float(a.std()) * (3 * a.shape[-1]) ** 0.5 for key, a in adapter_weights.items()
                           if "embed" not in key]
@@ -220,7 +217,6 @@ def count_wrong_lengths() -> dict[str, int]:
                 expected = torch.linalg.vector_norm(module.weight.double(), dim=1).bfloat16()
                 counts["wrong"] += int((adapter.compute_row_lengths(module.weight) != expected).sum())
                 counts["all"] += len(expected)
-    world.leave_world()
     return counts
 
 

@@ -83,7 +83,6 @@ def compare_attention(cp: int, cases: list[tuple[str, int, int]]) -> list[dict[s
                              for a, b in zip(inputs, expected_inputs, strict=True)),
             "leak": max(float((g.abs() * ~is_watched[:, None, None]).max()) for g in watched_gradients),
             "watched": max(float(g.abs().max()) for g in watched_gradients)})
-    world.leave_world()
     return results
 
 

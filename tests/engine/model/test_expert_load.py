@@ -8,7 +8,6 @@ import torch
 
 from megatron_sov.engine.decode.forward_only import DocumentBatch
 from megatron_sov.engine.model.expert_load import ExpertLoad
-from megatron_sov.engine.parallel import world
 from megatron_sov.train.loop import train_step
 from tests.tiny import tiny_trainer
 
@@ -44,7 +43,6 @@ def count_in_steps_and_evaluation(data: str, run: str) -> dict[str, Any]:
     evaluate()  # outside of `count_during`: must not be counted by the next one
     _, load_after_evaluation = expert_load.count_during(lambda: None)
     trainer.close()
-    world.leave_world()
     return {"step loads": step_loads, "learned tokens": trainer.state.tokens, "result": result,
             "evaluation load": evaluation_load.sum(dim=1).tolist(),
             "uncounted": float((load_at_rest + load_after_evaluation).sum()),

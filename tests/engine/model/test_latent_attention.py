@@ -65,7 +65,6 @@ def generate_while_training() -> list[tuple[list[list[int]], list[list[int]], in
         merges.clear()
         training.compute_gradients()
         training.optimizer.step(2.0)
-    world.leave_world()
     return results
 
 

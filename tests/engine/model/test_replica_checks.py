@@ -46,7 +46,6 @@ def find_flipped_replicas(layout: dict[str, int], flipped_on: list[int], expert:
         replica_checks.flip_bit(next(p for p in model.parameters()
                                      if p.dim() == 2 and getattr(p, "allreduce", True) != expert))
     differing_ranks.append(replica_checks.find_differing_replicas(model))
-    world.leave_world()
     return differing_ranks
 
 

@@ -15,7 +15,6 @@ from megatron_sov.checkpoint.gather import TensorGatherer
 from megatron_sov.engine.model.local_shards import ParameterLookup, list_local_shards
 from megatron_sov.engine.optimizer.muon import compute_update_scale, orthogonalize
 from megatron_sov.engine.optimizer.optimizer import Optimizer
-from megatron_sov.engine.parallel import world
 from tests.tiny import tiny_model
 
 STEPS, LR = 3, 0.02
@@ -150,7 +149,6 @@ def compare_updates(settings: list[str], seed: int) -> dict[str, Any]:
             differences[name] = max(differences.get(name, 0.0), difference)
             changes[name] = float((updated.to(dtype) - initial.to(dtype)).abs().max())
     kinds = sorted({block.key.split("/")[0] for block in optimizer.state_shards()})
-    world.leave_world()
     return {"differences": differences, "changes": changes, "kinds": kinds}
 
 

@@ -52,7 +52,6 @@ def time_steps(folder: str) -> list[Any]:
         steps_s.append(time.perf_counter() - begun_s)
         computed_s.append(clock.seconds())
         stragglers.add_step(step, Events())  # type: ignore[arg-type]
-    world.leave_world()
     return [computed_s, steps_s, collectives_s, events]
 
 

@@ -109,7 +109,6 @@ def train_with_resume(data: str, run: str, dropout: float, recompute: bool = Fal
     steps += train(resumed, STEPS - STEPS_BEFORE_RESUME)
     state, resumed_state = get_state(uninterrupted), get_state(resumed)
     differing = [key for key, tensor in state.items() if not tensor.equal(resumed_state[key])]
-    world.leave_world()
     return {"steps": expected, "same": expected == steps, "differing": differing}
 
 
@@ -145,7 +144,6 @@ def draw_at_steps() -> list[list[list[float]]]:
         with get_cuda_rng_tracker().fork():
             tensor_parallel_draw = torch.rand(2).tolist()
         draws.append([torch.rand(2).tolist(), tensor_parallel_draw])
-    world.leave_world()
     return draws
 
 

@@ -37,9 +37,7 @@ def test_another_number_of_elements_is_refused() -> None:
 def sum_named_values() -> dict[str, float]:
     """Inside ranks: sum three named values over the ranks."""
     place = world.join_world(ParallelConfig())
-    sums = sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, all_reduce_world)
-    world.leave_world()
-    return sums
+    return sum_dict({"rank": float(place.rank), "one": 1.0, "third": 1 / 3}, all_reduce_world)
 
 
 @pytest.mark.distributed
@@ -52,10 +50,8 @@ def exchange_objects() -> list[Any]:
     """Inside ranks: gather objects over all ranks and over a group of one rank, and broadcast from rank 0."""
     place = world.join_world(ParallelConfig())
     groups = [dist.new_group([rank]) for rank in range(place.size)]  # every rank must create every group
-    objects = [gather_objects({"rank": place.rank}), gather_objects(place.rank, groups[place.rank]),
-               broadcast_object(f"from rank {place.rank}")]
-    world.leave_world()
-    return objects
+    return [gather_objects({"rank": place.rank}), gather_objects(place.rank, groups[place.rank]),
+            broadcast_object(f"from rank {place.rank}")]
 
 
 @pytest.mark.distributed

@@ -158,7 +158,6 @@ def run_on_main(fail: bool) -> list[Any]:
         outcome = world.run_on_main(place, action)
     except UserError as e:
         outcome = f"error: {e}"
-    world.leave_world()
     return [outcome, acting_ranks]
 
 

@@ -91,7 +91,6 @@ def generate_by_each_method(layout: dict[str, Any], *, full: bool = False, in_pi
         result["one slot"] = generate(PROMPTS, Sampling(MAX_TOKENS))
     result["as before"] = model.training and attention == [
         type(m.core_attention).__name__ for m in model.modules() if hasattr(m, "core_attention")]
-    world.leave_world()
     return result
 
 
@@ -227,7 +226,6 @@ def compare_logprobs(layout: dict[str, Any], family: str, methods: list[str]) ->
         result = engine.generate(FEW_PROMPTS, sampling_by_method["T 1"], stop=StopRule((50,)))
         versions.append((result.version, result.continuations == results["T 1"]["tokens"]))
     results["updated"] = versions
-    world.leave_world()
     return results
 
 

@@ -50,11 +50,10 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_process, "_POLL_INTERVAL_S", 0.05)
 
 
-def test_server_starts_and_stops_with_its_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_server_starts_and_stops_with_its_processes(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("PYTHONPATH", "/mine")
-    own = server(tmp_path, number=1)
+    own = server(cwd, number=1)
     assert own.start(never) is not None and own.is_alive()
     parsed = json.loads(Path("told.json").read_text())
     # the trainer's rank is not passed to the server; the worker's folder comes first in the path
@@ -71,10 +70,8 @@ def test_server_starts_and_stops_with_its_processes(tmp_path: Path, monkeypatch:
     assert not own.is_alive() and not any(map(psutil.pid_exists, parsed["pids"]))
 
 
-def test_processes_of_a_killed_server_are_killed_on_restart(tmp_path: Path,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    own = server(tmp_path)
+def test_processes_of_a_killed_server_are_killed_on_restart(cwd: Path) -> None:
+    own = server(cwd)
     own.start(never)
     pids = json.loads(Path("told.json").read_text())["pids"]
     os.kill(pids[0], signal.SIGKILL)

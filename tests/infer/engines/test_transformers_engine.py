@@ -142,9 +142,7 @@ def redraw_weights(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("family", ["solar_open", "exaone_moe"])
-def test_live_views_write_to_the_model(family: str, hf_models: dict[str, Path], tmp_path: Path,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_live_views_write_to_the_model(family: str, hf_models: dict[str, Path], cwd: Path) -> None:
     written = load_file(hf_models[family] / "model.safetensors")
     model = redraw_weights(hf_models[family])
     views = get_live_views(model)
@@ -154,7 +152,7 @@ def test_live_views_write_to_the_model(family: str, hf_models: dict[str, Path], 
     expected = load_hf(hf_models[family]).state_dict()
     assert all(torch.equal(t, expected[name]) for name, t in model.state_dict().items())
     assert addresses == {name: t.data_ptr() for name, t in model.state_dict().items()}, "not in place"
-    assert not list(tmp_path.iterdir())
+    assert not list(cwd.iterdir())
 
 
 def test_tied_head_has_one_view() -> None:

@@ -16,6 +16,7 @@ LLAMA = {"num_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "ffn_hidd
     ({"normalization": "LayerNorm"}, "normalization = 'LayerNorm': only 'RMSNorm' is read"),
     ({"vocab_size": None}, "model.vocab_size is missing; pass --set model.vocab_size=N"),
     ({"moe_layer_freq": 2, "num_moe_experts": 4}, "all dense layers must come before layers with experts"),
+    ({"window_size": [7, 0], "window_attn_skip_freq": 0}, "must be at least 1"),
     ({"moe_layer_freq": "__import__('os').system('x')", "num_moe_experts": 4}, "is not a list of numbers"),
     ({"moe_layer_freq": "[1]*999999999999", "num_moe_experts": 4}, "is not a list of numbers"),
     ({"num_layers": "many"}, "num_layers = 'many': must be a whole number"),

@@ -63,14 +63,13 @@ def takes_something(size):
 
 
 @pytest.fixture
-def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a recipe, a family and an objective, and registries that know nothing yet."""
     for name, text in {"recipe.py": RECIPE, "family.py": FAMILY, "objective.py": OBJECTIVE}.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
+        (cwd / name).write_text(text)
     for registry in (models.FAMILY_PLUGINS, objectives.OBJECTIVE_PLUGINS, recipes.RECIPE_PLUGINS):
         monkeypatch.setattr(registry, "_known", {})
-    return tmp_path
+    return cwd
 
 
 def request_config(*argv: str) -> RunConfig:

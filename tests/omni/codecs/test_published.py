@@ -89,9 +89,7 @@ def test_other_networks_are_refused(tmp_path: Path, published_network: Published
 
 
 @pytest.mark.each("kind", ["ta-tok", "cosyvoice2"])
-def test_pickles_and_damaged_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                               kind: str) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_pickles_and_damaged_files_are_refused(cwd: Path, kind: str) -> None:
     torch.save({"a": torch.zeros(1)}, "pickled.pth")
     Path("cut.safetensors").write_bytes(b"\x08\0\0\0")
     for name, message in (("pickled.pth", "pass the weights as safetensors"),

@@ -47,15 +47,14 @@ def until() -> Callable[..., None]:
 
 
 @pytest.fixture
-def site(cluster: Any, warm_python: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def site(cluster: Any, warm_python: str, cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The working directory, with the virtual cluster's profile `site.yaml`; Slurm uses that cluster."""
     for name in os.environ:
         if name.startswith(("SLURM", "SBATCH", "SRUN")) or name in ("RANK", "WORLD_SIZE"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SLURM_CONF", cluster.env["SLURM_CONF"])
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "site.yaml").write_text(PROFILE.format(python=warm_python))
-    return tmp_path
+    (cwd / "site.yaml").write_text(PROFILE.format(python=warm_python))
+    return cwd
 
 
 @pytest.fixture

@@ -97,12 +97,10 @@ def test_recipe_sources_equal_the_packed_sources_of_the_chain(name: str) -> None
 
 @pytest.mark.tier1_cases(1)
 @pytest.mark.parametrize("name", [*TINY, *LARGE])
-def test_scripts_are_generated_by_their_chain(name: str, tmp_path: Path,
-                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_scripts_are_generated_by_their_chain(name: str, cwd: Path) -> None:
     folder = f"slurm/scripts/{name}"
     assert cli.main(["submit", "chain", name, "--scripts", folder]) == 0
-    fresh = {p.name: p.read_text() for p in (tmp_path / folder).iterdir()}
+    fresh = {p.name: p.read_text() for p in (cwd / folder).iterdir()}
     committed = {p.name: p.read_text() for p in (SCRIPTS / name).iterdir()}
     assert sorted(fresh) == sorted(committed), "slurm/scripts is stale: run `make scripts`"
     assert [file for file in fresh if fresh[file] != committed[file]] == [], (

@@ -26,14 +26,12 @@ PACK = ("pack", "--tokenizer", "t", "--input", "a=x.jsonl", "--input=b.jsonl", "
         "c", "--output", "out")
 
 
-def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(tmp_path: Path,
-                                                                     monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_an_array_shares_the_inputs_and_a_second_job_joins_the_parts(cwd: Path) -> None:
     parts, join = prepare_job("data", PACK, LOCAL, array=2).jobs
     assert parts.array_inputs == ("a=x.jsonl", "b.jsonl", "c")
     assert parts.work.arguments == ("pack", "--tokenizer", "t", "--workers", "2")
-    folders = [tmp_path / "out.parts/part-0", tmp_path / "out.parts/part-1"]
-    assert join.work.arguments == ("mix", *map(str, folders), "--output", f"{tmp_path}/out")
+    folders = [cwd / "out.parts/part-0", cwd / "out.parts/part-1"]
+    assert join.work.arguments == ("mix", *map(str, folders), "--output", f"{cwd}/out")
     assert join.needs == tuple(folder / "manifest.json" for folder in folders)
 
 
@@ -104,8 +102,7 @@ def test_a_layout_too_large_for_the_gpus_is_refused_with_a_fitting_one() -> None
     assert unknown.jobs[0].layouts == {60: ()}
 
 
-def test_a_task_takes_every_nth_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_task_takes_every_nth_input(cwd: Path) -> None:
     text = prepare_job("data", PACK, LOCAL, array=2).texts[0]
     block = text[text.index("inputs=("):text.index("run_step \"$attempt/srun.log\"")]
 
@@ -168,31 +165,27 @@ def test_inputs_are_looked_for_without_name_and_weight(arguments: tuple[str, ...
 @pytest.mark.each(("given", "other"), [
     (("distill", "--teacher"), "runs/other"), (("distill", "--teacher"), "tokens=runs/other"),
     (("prefer", "--reference"), "runs/other")])
-def test_a_second_model_is_an_input_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                        given: tuple[str, str], other: str) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_second_model_is_an_input_too(cwd: Path, given: tuple[str, str], other: str) -> None:
     stage, option = given
     for folder in ("tokens", "runs/sft"):
-        (tmp_path / folder).mkdir(parents=True)
+        (cwd / folder).mkdir(parents=True)
     work = build_stage_work(stage, ["tiny-solar-open", "--data", "tokens", "--from", "runs/sft", option,
                                     other, "--run", "runs/a"], STAGE_PARSERS)
     with pytest.raises(UserError, match="runs/other does not exist; make it before"):
         check_inputs(work, set())
-    check_inputs(work, {tmp_path / "runs/other"})
+    check_inputs(work, {cwd / "runs/other"})
 
 
 @pytest.mark.each("promised", [False, True])
 @pytest.mark.each("given", ["chats.jsonl", "chats.jsonl:0.5", "web=chats.jsonl"])
-def test_a_file_is_packed_before_its_job_also_in_a_chain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                         given: str, promised: bool) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_a_file_is_packed_before_its_job_also_in_a_chain(cwd: Path, given: str, promised: bool) -> None:
     Path("chats.jsonl").touch()
     Path("runs/base").mkdir(parents=True)
     work = build_stage_work("sft", ["tiny-solar-open", "--data", given, "--from", "runs/base", "--run",
                                     "runs/a"], STAGE_PARSERS)
     with pytest.raises(UserError, match=r"is a file, not a folder of token shards; pass a folder made by "
                                         r"`sov-data pack --tokenizer DIR --input chats.jsonl --output "):
-        check_inputs(work, {tmp_path / "runs/base"} if promised else set())
+        check_inputs(work, {cwd / "runs/base"} if promised else set())
 
 
 # Output of Slurm's programs as a one-line message, and the jobs that are still in the queue.

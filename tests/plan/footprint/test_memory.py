@@ -66,7 +66,6 @@ def measure_adapted_head() -> list[int]:
     with AllocationRecorder() as allocated:
         head = model.head_weight
     assert head.requires_grad
-    world.leave_world()
     # in addition to the head's gradient, which exists without adapters too
     accounts = [build_account(c, 1, 0, 64).head for c in (config, apply_settings(config, ["lora.rank=0"]))]
     return [sum(allocated.sizes.values()), accounts[0] - accounts[1]]
@@ -95,11 +94,9 @@ def measure_divergence_peaks(beta: float, top_k: int) -> list[int]:
     head, ones = Head(weight, head_config(), CHUNK_TOKENS, VOCAB_SIZE), torch.ones(tokens)
     labels = torch.zeros(tokens, dtype=torch.int64)
     capped = replace(head, logits_softcap=3.0)
-    peaks = [measure_peak(lambda: head.divergence(states, teacher, {"sum": ones}, Divergence(beta))),
-             measure_peak(lambda: head.cross_entropy(states, labels, {"sum": ones})),
-             measure_peak(lambda: capped.cross_entropy(states, labels, {"sum": ones}))]
-    world.leave_world()
-    return peaks
+    return [measure_peak(lambda: head.divergence(states, teacher, {"sum": ones}, Divergence(beta))),
+            measure_peak(lambda: head.cross_entropy(states, labels, {"sum": ones})),
+            measure_peak(lambda: capped.cross_entropy(states, labels, {"sum": ones}))]
 
 
 def test_divergence_peak_memory_equals_the_account(ranks: Any, job: Any) -> None:

@@ -318,7 +318,6 @@ def push_to_failing_servers() -> str:
     with mock.patch.object(servers, "export_weights", export_three), pytest.raises(UserError) as raised:
         live_servers.push_weights(view, Policy(Path("p"), 0, "0" * 64))
     live_servers.close()
-    world.leave_world()
     return str(raised.value)
 
 

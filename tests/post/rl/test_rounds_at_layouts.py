@@ -86,7 +86,6 @@ def train_rounds(settings: list[str], folder: str) -> list[dict[str, Any]]:
                       # meters of the round exist on the first rank only
                       **{f"meter {name}": value for name, value in result.meters.items()
                          if name not in feed.meters}})
-    world.leave_world()
     return steps
 
 
@@ -95,10 +94,8 @@ def publish(settings: list[str], rounds: str, store: str, prompts: str, tokenize
     config = build_config(settings)
     world.join_world(ParallelConfig())
     shards.SHARD_TOKENS = 1
-    message = Publisher(config=config, rounds=Path(rounds), store=Path(store), tokenizer=Path(tokenizer),
-                        prompts=read_prompts(Path(prompts)), reward_version=version).publish(1)
-    world.leave_world()
-    return message
+    return Publisher(config=config, rounds=Path(rounds), store=Path(store), tokenizer=Path(tokenizer),
+                     prompts=read_prompts(Path(prompts)), reward_version=version).publish(1)
 
 
 def publish_rounds(folder: Path, packed_data: Any, write_round: Any, policy: PolicyConfig, *, seq_len: int,

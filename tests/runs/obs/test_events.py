@@ -70,12 +70,11 @@ def test_missing_event_file_yields_no_events(tmp_path: Path) -> None:
     assert list(read_events(tmp_path / EVENTS)) == []
 
 
-def test_null_log_drops_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_null_log_drops_events(cwd: Path) -> None:
     log = EventLog(None)
     log.write("step", step=1)
     log.close()
-    assert not log.is_open and list(tmp_path.iterdir()) == []
+    assert not log.is_open and list(cwd.iterdir()) == []
 
 
 def test_last_event_of_repeated_step_counts() -> None:

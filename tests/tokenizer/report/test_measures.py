@@ -117,13 +117,11 @@ def test_names_of_texts(tmp_path: Path) -> None:
     (["=x"], "must be a path or NAME=PATH"), (["none.txt"], "does not exist"),
     (["a.txt", "b/a.txt"], "the name 'a' is taken"), (["empty.txt"], "holds no text"),
     (["latin.txt"], "is not UTF-8"), (["bad.jsonl"], "bad.jsonl: ")])
-def test_bad_text_costs_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str],
-                                     message: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "b").mkdir()
+def test_bad_text_costs_one_sentence(cwd: Path, arguments: list[str], message: str) -> None:
+    (cwd / "b").mkdir()
     for name, raw in {"a.txt": b"x", "b/a.txt": b"y", "empty.txt": b" \n", "latin.txt": b"caf\xe9 ",
                       "bad.jsonl": b"{"}.items():
-        (tmp_path / name).write_bytes(raw)
+        (cwd / name).write_bytes(raw)
     with pytest.raises(UserError, match=message):
         read_texts(arguments, 1)
 

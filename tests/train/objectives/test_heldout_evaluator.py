@@ -45,7 +45,6 @@ def evaluate_initial_model(data: str, out: str | None, cp: int = 1,
     if out is not None:
         save_checkpoint(Path(out), trainer.model, None, {"step": 0, "tokens": 0},
                         trainer.config.to_dict(), tokenizer_folder(trainer.sources))
-    world.leave_world()
     return results
 
 
@@ -133,9 +132,7 @@ def evaluate_turns(data: str) -> dict[str, Any]:
     policy: Any = SimpleNamespace(map=lambda batches, work: [work([None], head, batch) for batch in batches])
     place = world.join_world(ParallelConfig())
     evaluator = HeldoutEvaluator(open_sources({data: 1.0}, 368), None, 48, 2, 10**6, place)
-    results = {name: asdict(result) for name, result in evaluator.run(policy).items()}
-    world.leave_world()
-    return results
+    return {name: asdict(result) for name, result in evaluator.run(policy).items()}
 
 
 def decode_turn(ids: Any, types: Any, position: int, tokenizer: Any) -> str:

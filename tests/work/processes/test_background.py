@@ -88,12 +88,10 @@ while number != signal.SIGINT and not asked:
 """
 
 
-def test_run_command_returns_exit_code_and_forwards_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-                                                         capfd
-                                                      ) -> None:
-    (tmp_path / "child.py").write_text(CHILD_COMMAND)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+def test_run_command_returns_exit_code_and_forwards_stop(cwd: Path, monkeypatch: pytest.MonkeyPatch,
+                                                         capfd) -> None:
+    (cwd / "child.py").write_text(CHILD_COMMAND)
+    monkeypatch.setenv("PYTHONPATH", str(cwd))
     # the child sends these signals to this process, and one that came too early would end the tests
     old_handlers = {number: signal.signal(number, signal.SIG_IGN)
                     for number in (signal.SIGUSR1, signal.SIGINT)}

@@ -13,6 +13,8 @@ import pytest
 from megatron_sov.work.processes.supervisor import NOT_STARTED, SupervisedCommand
 from tests.waiting import wait_until
 
+pytestmark = pytest.mark.usefixtures("cwd")
+
 # children as engines have them: one of the command's group, one that left it and lost its parent
 TREE = """
 import json, os, subprocess, sys, time
@@ -45,11 +47,6 @@ def read_pids() -> list[int]:
 def start_command(program: str) -> SupervisedCommand:
     with open("log", "wb") as out:
         return SupervisedCommand([sys.executable, "-c", program], os.environ, out)
-
-
-@pytest.fixture(autouse=True)
-def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
 
 
 def test_all_processes_end_with_killed_owner() -> None:

@@ -37,12 +37,11 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A step in an empty folder."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(STEPS, "_known", {})
-    (tmp_path / "mine.py").write_text(f"FOLDER = {str(tmp_path)!r}\n{STEP}")
-    return tmp_path
+    (cwd / "mine.py").write_text(f"FOLDER = {str(cwd)!r}\n{STEP}")
+    return cwd
 
 
 def run_map(cluster: Any, output: str, *rows: dict[str, Any], workers: int = 2) -> int:

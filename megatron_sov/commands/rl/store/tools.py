@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from megatron_sov.base.artifacts import check_output_folder
-from megatron_sov.base.errors import ExitCode
 from megatron_sov.base.plugins.registry import PluginRequest
 from megatron_sov.base.settings import (
     NO_FLAG, ActionGroup, AtLeastOne, DeclaredCommand, Flag, apply_changes, parse_nested)
@@ -66,12 +65,11 @@ class EpisodesRequest:
     tasks: Sequence[Mapping[str, Any]]
 
 
-def list_environments(options: ToolsListOptions) -> int:
+def list_environments(options: ToolsListOptions) -> None:
     lines = [(name, text) for name, (_, _, text) in BUILT_IN.items()] + ENVIRONMENT_PLUGINS.listing()
     width = max(len(name) for name, _ in lines)
     for name, text in lines:
         print(f"{name:<{width}}  {text}")
-    return ExitCode.OK
 
 
 def check_episodes(options: ToolsRunOptions) -> EpisodesRequest:

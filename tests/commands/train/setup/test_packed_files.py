@@ -22,11 +22,10 @@ SFT, PREFER, LM = ("chat", "text"), ("preference", "chat"), ("text", "chat")
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def run(cwd: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Return the folder of a run that was typed in a folder with a model."""
-    (tmp_path / "model").mkdir()
-    (tmp_path / "model/tokenizer.json").write_text("{}")
-    monkeypatch.chdir(tmp_path)
+    (cwd / "model").mkdir()
+    (cwd / "model/tokenizer.json").write_text("{}")
     monkeypatch.setenv(COMMAND_VARIABLE, json.dumps(["sft", "--run", "runs/a"]))
     return Path("runs/a")
 

@@ -181,18 +181,16 @@ def test_invalid_name_patterns_are_refused(pattern: str, message: str) -> None:
     (["p.yaml", "--output", "raw/out"], "lies in 'raw' of source raw"),
     (["raw", "--output", "out"], "raw: is a folder; pass a pipeline file"),
 ])
-def test_a_wrong_command_line_is_one_message(tmp_path: Path, words: list[str], message: str,
-                                             monkeypatch: pytest.MonkeyPatch,
+def test_a_wrong_command_line_is_one_message(cwd: Path, words: list[str], message: str,
                                              capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.chdir(tmp_path)
     for name in ("raw", "full"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "x.txt").write_text("words")
-    (tmp_path / "p.yaml").write_text("name: p\nsources: [{name: raw, path: raw}]\n")
+        (cwd / name).mkdir()
+        (cwd / name / "x.txt").write_text("words")
+    (cwd / "p.yaml").write_text("name: p\nsources: [{name: raw, path: raw}]\n")
     assert cli.main(["run", *words]) == 2
     stderr = capsys.readouterr().err
     assert message in stderr and "Traceback" not in stderr
-    assert not (tmp_path / "out/manifest.json").exists()
+    assert not (cwd / "out/manifest.json").exists()
 
 
 @pytest.fixture

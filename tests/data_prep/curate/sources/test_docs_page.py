@@ -17,9 +17,7 @@ SNIPPETS = re.findall(r"^```python\n(.*?)^```\n.*?^```\n(.*?)^```$", PAGE, re.MU
 
 
 @pytest.mark.parametrize(("snippet", "shown"), SNIPPETS)
-def test_snippets_print_the_shown_output(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, snippet: str, shown: str) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_snippets_print_the_shown_output(cwd: Path, snippet: str, shown: str) -> None:
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(snippet, "data_pipeline.md", "exec"), {})

@@ -3,20 +3,17 @@
 import re
 from pathlib import Path
 
-import pytest
-
 from data_prep.synth.checks.settings import DEFAULTS, SOURCES, find_check_problems
 from tests.pages_typed import blocks, page_section
 
 PAGE = page_section("synth.md", "Checks on all samples")
 
 
-def test_the_steps_of_the_page_are_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "benchmarks.jsonl").write_text('{"question": "Who?"}\n')
+def test_the_steps_of_the_page_are_sound(cwd: Path) -> None:
+    (cwd / "benchmarks.jsonl").write_text('{"question": "Who?"}\n')
     steps, = blocks(PAGE, "yaml")
-    (tmp_path / "steps.yaml").write_text(steps)
-    assert find_check_problems(tmp_path / "steps.yaml") == []
+    (cwd / "steps.yaml").write_text(steps)
+    assert find_check_problems(cwd / "steps.yaml") == []
 
 
 def test_the_page_names_all_sources_and_all_generators_without_steps() -> None:
