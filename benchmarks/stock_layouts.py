@@ -5,8 +5,8 @@ Usage: python benchmarks/stock_layouts.py sound [MODEL ...]
        python benchmarks/stock_layouts.py defects [TEXT ...]
 
 `sound` proves ten layouts of each model in `MODELS`, and `large` a single layout with its processor time and
-memory. `defects` plants each defect of `data/stock_layouts.yaml` in Megatron-Core's source, or leaves
-Megatron-Core as it is (`live`), and checks that the verdict names the right place.
+memory. `defects` restores the code before each fix in `data/stock_layouts.yaml`, or leaves Megatron-Core as
+it is (`live`), and checks that the verdict names the right place and that the layout is equal after the fix.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from unittest import mock
 
 import yaml
 
-from layout_proof.layout import CannotPlay, Layout
+from layout_proof.layout import Layout
 from layout_proof.proof import EQUAL, LayoutVerdict, prove_layout
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -70,27 +70,34 @@ def prove_sound(models: list[str]) -> bool:
     return num_equal == num_layouts
 
 
+def prove_defect(row: dict[str, Any], is_planted: bool) -> LayoutVerdict:
+    """Prove a row's layout, with the code before a fix if `is_planted`."""
+    fault = Fault("defect", row["place"], row["right"], row["wrong"]) if is_planted else None
+    with (mock.patch.dict(stock_models.GATED, row.get("settings", {})),
+          mutated(fault) if fault else contextlib.nullcontext()):
+        return prove_layout(get_builder(row["model"], **row.get("arguments", {})),
+                            parse_layout(row["layout"]), full_masks=row.get("full_masks", False))
+
+
 def find_defects(words: list[str]) -> bool:
     """Prove a layout with each defect; return whether at least nine of ten are named by their place."""
     rows = [row for row in CASES["defects"] if not words or any(word in row["name"] for word in words)]
     num_found = num_named = 0
     for row in rows:
-        fault = Fault("defect", row["place"], row["right"], row["wrong"]) if "place" in row else None
-        with (mock.patch.dict(stock_models.GATED, row.get("settings", {})),
-              mutated(fault) if fault else contextlib.nullcontext()):
-            try:
-                verdict = prove_layout(get_builder(row["model"], **row.get("arguments", {})),
-                                       parse_layout(row["layout"]))
-            except CannotPlay as e:
-                print(f"{row['name']}: cannot be simulated: {e}")
-                continue
+        began_s, is_planted = time.process_time(), "place" in row
+        verdict = prove_defect(row, is_planted)
+        duration_s = time.process_time() - began_s
+        is_sound = not is_planted or prove_defect(row, False).outcome == EQUAL
         first = [*verdict.places[:3], *verdict.sites]
-        is_named = re.search(row["shown"], " ".join(first)) is not None
-        num_found += verdict.outcome != EQUAL
+        is_named = is_sound and re.search(row["shown"], " ".join(first)) is not None
+        num_found += is_sound and verdict.outcome != EQUAL
         num_named += is_named
         print(f"{row['name']} ({row['model']} {row['layout']}): {verdict.outcome}"
-              f"{', named' if is_named else ''}: {'; '.join(first[:3])}", flush=True)
-    print(f"{num_found} of {len(rows)} defects refused, {num_named} with the right place")
+              f"{', named' if is_named else ''}, {duration_s:.1f} s: {'; '.join(first[:3])}", flush=True)
+    print(f"{num_found} of {len(rows)} defects refused, {num_named} with the right place, "
+          f"{read_peak_bytes() / 2**30:.1f} GiB")
+    for names, reason in {} if words else CASES["not_reached"].items():
+        print(f"not reached: {names}: {reason}")
     return num_named >= 0.9 * len(rows)
 
 

@@ -31,11 +31,19 @@ def build_gpt2(config: Any = None, **stage: Any) -> GPTModel:
 def build_llama(config: Any = None, **stage: Any) -> GPTModel:
     """Llama 3 8B: grouped queries, RMSNorm, SwiGLU."""
     config = config or TransformerConfig(
-        num_layers=32, hidden_size=4096, num_attention_heads=32, num_query_groups=8, ffn_hidden_size=14336,
-        **GATED)
+        num_layers=32, hidden_size=4096, num_attention_heads=32, ffn_hidden_size=14336,
+        **{"num_query_groups": 8} | GATED)
     spec = get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
     return GPTModel(config, spec, vocab_size=128256, max_sequence_length=8192,
                     position_embedding_type="rope", **stage)
+
+
+def build_frozen_llama(config: Any = None, **stage: Any) -> GPTModel:
+    """Llama 3 8B with frozen weights of feed-forward layers."""
+    model = build_llama(config, **stage)
+    for layer in model.decoder.layers:
+        layer.mlp.linear_fc1.weight.requires_grad_(False)
+    return model
 
 
 def build_minicpm(config: Any = None, **stage: Any) -> GPTModel:
@@ -43,7 +51,8 @@ def build_minicpm(config: Any = None, **stage: Any) -> GPTModel:
     config = config or MLATransformerConfig(
         num_layers=62, hidden_size=2560, num_attention_heads=40, ffn_hidden_size=6400, q_lora_rank=768,
         kv_lora_rank=256, qk_head_dim=64, qk_pos_emb_head_dim=32, v_head_dim=64, rope_type="rope", **GATED)
-    spec = get_gpt_layer_with_transformer_engine_spec(multi_latent_attention=True)
+    spec = get_gpt_layer_with_transformer_engine_spec(
+        multi_latent_attention=True, mla_down_proj_fusion=config.mla_down_proj_fusion)
     return GPTModel(config, spec, vocab_size=73448, max_sequence_length=4096,
                     position_embedding_type="rope", **stage)
 
@@ -53,7 +62,7 @@ def build_qwen3(config: Any = None, **stage: Any) -> GPTModel:
     config = config or TransformerConfig(
         num_layers=48, hidden_size=2048, num_attention_heads=32, num_query_groups=4, kv_channels=128,
         ffn_hidden_size=6144, num_moe_experts=128, moe_router_topk=8, moe_ffn_hidden_size=768,
-        qk_layernorm=True, **GATED, **EXPERTS)
+        qk_layernorm=True, **EXPERTS | GATED)
     spec = get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, True, qk_layernorm=True)
     return GPTModel(config, spec, vocab_size=151936, max_sequence_length=4096,
                     position_embedding_type="rope", **stage)
@@ -67,7 +76,7 @@ def build_deepseek(config: Any = None, **stage: Any) -> GPTModel:
         moe_router_topk=8, moe_router_num_groups=8, moe_router_group_topk=4, moe_ffn_hidden_size=2048,
         moe_shared_expert_intermediate_size=2048, moe_router_score_function="sigmoid",
         moe_router_enable_expert_bias=True, moe_layer_freq=[0] * 3 + [1] * 58, qk_layernorm=True,
-        mtp_num_layers=1, rope_type="rope", **GATED, **EXPERTS)
+        mtp_num_layers=1, rope_type="rope", **EXPERTS | GATED)
     spec = get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=stage.get("vp_stage"))
     prediction = get_gpt_mtp_block_spec(config, spec, use_transformer_engine=True,
                                         vp_stage=stage.get("vp_stage"))
@@ -80,7 +89,7 @@ def build_gpt_oss(config: Any = None, **stage: Any) -> GPTModel:
     config = config or TransformerConfig(
         num_layers=24, hidden_size=2880, num_attention_heads=64, num_query_groups=8, kv_channels=64,
         ffn_hidden_size=2880, num_moe_experts=32, moe_router_topk=4, moe_ffn_hidden_size=2880,
-        window_size=(127, 0), window_attn_skip_freq=2, **GATED, **EXPERTS)
+        window_size=(127, 0), window_attn_skip_freq=2, **EXPERTS | GATED)
     spec = get_gpt_layer_with_transformer_engine_spec(config.num_moe_experts, True)
     return GPTModel(config, spec, vocab_size=201088, max_sequence_length=4096,
                     position_embedding_type="rope", **stage)
@@ -90,6 +99,6 @@ def build_hybrid(config: Any = None, **stage: Any) -> HybridModel:
     """Layers of attention (*), dense (-) and expert (E) blocks of Megatron-Core's HybridModel."""
     config = config or TransformerConfig(
         num_layers=52, hidden_size=4096, num_attention_heads=32, num_query_groups=8, ffn_hidden_size=14336,
-        num_moe_experts=64, moe_router_topk=6, moe_ffn_hidden_size=1856, **GATED, **EXPERTS)
+        num_moe_experts=64, moe_router_topk=6, moe_ffn_hidden_size=1856, **EXPERTS | GATED)
     return HybridModel(config, hybrid_stack_spec, vocab_size=131072, max_sequence_length=8192,
                        hybrid_layer_pattern="*-*E" * 13, position_embedding_type="rope", **stage)

@@ -21,17 +21,7 @@ SIZES = {"tp": "tensor parallel size", "pp": "pipeline stages", "vpp": "model ch
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `layout-proof` and return its exit code."""
-    parser = argparse.ArgumentParser("layout-proof", description=DESCRIPTION, epilog=EPILOG,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("builder", metavar="FILE.py:NAME", help="function that builds the model")
-    for name, text in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, metavar="N", default=0 if name in ("etp", "ranks") else 1,
-                            help=text)
-    parser.add_argument("--sp", action="store_true", help="sequence parallelism")
-    parser.add_argument("--distributed-optimizer", action="store_true", help="shard the optimizer state")
-    parser.add_argument("--full-masks", action="store_true", help="every token is learned; default: 70 %%")
-    parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
-    options = vars(parser.parse_args(argv))
+    options = vars(build_parser().parse_args(argv))
     builder, full_masks, as_json = (options.pop(name) for name in ("builder", "full_masks", "json"))
     options["ranks"] = options["ranks"] or Layout(**options | {"ranks": 1}).replica_ranks
     warnings.filterwarnings("ignore", module="megatron|torch")
@@ -48,6 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     print(verdict.to_json() if as_json else verdict)
     return 0 if verdict.outcome == EQUAL else 3
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("layout-proof", description=DESCRIPTION, epilog=EPILOG,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("builder", metavar="FILE.py:NAME", help="function that builds the model")
+    for name, text in SIZES.items():
+        parser.add_argument(f"--{name}", type=int, metavar="N", default=0 if name in ("etp", "ranks") else 1,
+                            help=text)
+    parser.add_argument("--sp", action="store_true", help="sequence parallelism")
+    parser.add_argument("--distributed-optimizer", action="store_true", help="shard the optimizer state")
+    parser.add_argument("--full-masks", action="store_true", help="every token is learned; default: 70 %%")
+    parser.add_argument("--json", action="store_true", help="print the verdict as JSON")
+    return parser
 
 
 if __name__ == "__main__":

@@ -123,8 +123,7 @@ def _iter_messages_before(process: ModuleSums, step: int, first: str) -> Iterato
         if forward_part in names:
             # A message at the first use of the module's output may be wrong only in its gradient.
             first_use = names.index(forward_part)
-            stop = next((i for i,
-                         name in enumerate(names) if i > first_use and name.startswith(AFTER_FORWARD)),
+            stop = next((i for i in range(first_use + 1, len(names)) if names[i].startswith(AFTER_FORWARD)),
                         first_use + 1)
             yield from (site for _, sites in parts[first_use:stop] for site in sites)
         if not names[start].startswith(AFTER_BACKWARD):
@@ -142,8 +141,8 @@ def _select_step_sums(sums: Mapping[StepModule, Sums], step: int) -> dict[str, S
     return {name: value for (number, name), value in sums.items() if number == step}
 
 
-def _merge_ranks(sums_by_rank: Sequence[Mapping[str, Sums]], observed: Sequence[ModuleSums]) -> dict[str,
-                                                                                                     Sums]:
+def _merge_ranks(sums_by_rank: Sequence[Mapping[str, Sums]], observed: Sequence[ModuleSums]
+                 ) -> dict[str, Sums]:
     """Add up the processes' sums, counting replicas once."""
     merged: dict[str, Sums] = {}
     for name in dict.fromkeys(name for rank_sums in sums_by_rank for name in rank_sums):

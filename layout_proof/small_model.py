@@ -111,6 +111,8 @@ def shrink_model(builder: Builder, layout: Layout) -> SmallModel:
     if "config" not in parameters and not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise CannotPlay("the builder: must have a parameter `config=None`, for a small config")
     config, arguments = _read_arguments(builder)
+    if max(config.gtp_weight_remat_size, config.expert_gtp_weight_remat_size) > 1:
+        raise CannotPlay("tensor_parallel_num_weight_shards: generalized tensor parallelism is not simulated")
     row_tokens = math.lcm(16, 2 * layout.cp * layout.tp)
     small: dict[str, Any] = {"vocab_size": 16 * layout.tp, "max_sequence_length": row_tokens}
     if arguments.get("hybrid_layer_pattern"):
@@ -183,6 +185,7 @@ def set_layout(config: Any, layout: Layout) -> Any:
         virtual_pipeline_model_parallel_size=layout.vpp if layout.vpp > 1 else None,
         context_parallel_size=layout.cp, expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=layout.expert_tp, sequence_parallel=layout.sp,
+        tensor_parallel_num_weight_shards=None, expert_tensor_parallel_num_weight_shards=None,
         microbatch_group_size_per_vp_stage=layout.pp,
         overlap_p2p_comm=config.overlap_p2p_comm and layout.vpp > 1)
 

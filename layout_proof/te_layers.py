@@ -11,10 +11,12 @@ from layout_proof import cpu_shims
 
 cpu_shims.prepare_without_gpu()
 from megatron.core.extensions import transformer_engine_spec_provider  # noqa: E402
+from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
 from megatron.core.models.gpt import gpt_layer_specs  # noqa: E402
 from megatron.core.tensor_parallel import (  # noqa: E402
     ColumnParallelLinear, RowParallelLinear, gather_from_sequence_parallel_region)
 from megatron.core.transformer.dot_product_attention import DotProductAttention  # noqa: E402
+from megatron.core.transformer.moe import moe_utils  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 from megatron.core.transformer.utils import make_sharded_tensors_for_checkpoint  # noqa: E402
 
@@ -93,6 +95,9 @@ def replace_te_layers() -> None:
     provider: Any = transformer_engine_spec_provider.TESpecProvider
     provider.layer_norm = lambda self, *args, **options: WrappedTorchNorm
     vars(gpt_layer_specs)["TESpecProvider"] = provider
+    for utils in (rope_utils, moe_utils):
+        # configs check that kernels exist, and `shrink_model` switches them off
+        vars(utils).update({name: object() for name in vars(utils) if name.startswith("fused_")})
     for module in [module for name, module in sys.modules.items() if name.startswith("megatron.core")]:
         for name, layer in LAYERS.items():
             if name in vars(module):

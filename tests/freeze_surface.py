@@ -19,10 +19,8 @@ SETTINGS = re.compile(r"(Config|Settings|Options|Training|Profile|Parts|Limits|S
 """How the names of classes of settings end."""
 
 
-def options(program: str) -> Iterator[str]:
+def options(program: argparse.ArgumentParser) -> Iterator[str]:
     """Yield a line for each argument of a program's commands."""
-    from megatron_sov.base.hints.commands import build_full_parser
-
     def below(parser: argparse.ArgumentParser) -> Iterator[str]:
         for action in parser._actions:
             if isinstance(action, argparse._SubParsersAction):
@@ -34,7 +32,7 @@ def options(program: str) -> Iterator[str]:
                 needed = " required" if action.required and action.option_strings else ""
                 yield f"{parser.prog} {name}{choices}{needed} = {_shown(_default(action))}"
 
-    yield from below(build_full_parser(program))
+    yield from below(program)
 
 
 def _default(action: argparse.Action) -> object:
@@ -70,7 +68,10 @@ def _fields(node: ast.ClassDef) -> Iterator[str]:
 
 def surface() -> str:
     """Return the file's text."""
-    programs = ("megatron-sov", "sov-data", "sov-tokenizer")
+    from layout_proof.cli import build_parser
+    from megatron_sov.base.hints.commands import build_full_parser
+
+    programs = (build_parser(), *map(build_full_parser, ("megatron-sov", "sov-data", "sov-tokenizer")))
     lines = [line for program in programs for line in sorted(set(options(program)))]
     return "\n".join([*lines, *sorted(set(settings())), ""])
 

@@ -279,3 +279,12 @@ def test_schedule_of_torch_continues(build: Any, kind: str, tmp_path: Path) -> N
         assert compute_learning_rate(optim, step + 1, steps, warmup) == pytest.approx(expected)
         optimizer.step()
         scheduler.step()
+
+
+@pytest.mark.each(("command", "folder", "other"), [("from-megatron", "step-3", "from-dcp"),
+                                                   ("from-dcp", "iter_0000003", "from-megatron")])
+def test_a_folder_of_the_other_format_names_its_command(
+        command: str, folder: str, other: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in" / folder).mkdir(parents=True)
+    assert main(["convert", command, str(tmp_path / "in"), str(tmp_path / "out")]) == 2
+    assert f"convert {other}" in capsys.readouterr().err

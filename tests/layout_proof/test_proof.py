@@ -31,10 +31,12 @@ DEFECTS: dict[str, tuple[str, str, str, dict[str, Any], str]] = {
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """Write the page's `model.py`, with losses per token, which are right at any layout."""
+    """Write the page's `model.py`, with losses per token, which are right at any layout, and with fields that
+    Megatron-LM's trainer sets."""
     [source] = re.findall(r"```python\n(import torch\n.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
     file = tmp_path / "layout_model.py"
-    file.write_text(source.replace("bf16=True", "calculate_per_token_loss=True, bf16=True"))
+    file.write_text(source.replace("bf16=True", "calculate_per_token_loss=True, bf16=True, "
+                                   "tensor_parallel_num_weight_shards=1, apply_rope_fusion=True"))
     return file
 
 
@@ -77,6 +79,7 @@ BAD = {
     "too many stages": ("{model}:build --pp 64", "needs 64 layers, the model has 32"),
     "raises": ("{model}:fails", "fails: ValueError: no data at layout_model.py:"),
     "no model": ("{model}:counts", "builds neither a GPTModel nor a HybridModel"),
+    "weight shards": ("{model}:shards", "generalized tensor parallelism is not simulated"),
     "uneven stages": ("{model}:uneven --pp 2", "num_layers_in_first_pipeline_stage: only even stages are"),
     "no config": ("{model}:fixed", "must have a parameter `config=None`")}
 
@@ -85,6 +88,9 @@ BAD = {
 def test_bad_input_is_one_line(model: Path, capsys: Any, name: str) -> None:
     model.write_text(model.read_text() + "\n\ndef fails(config=None):\n    raise ValueError('no data')\n\n\n"
                      "def counts(config=None):\n    return 1\n\n\ndef fixed():\n    return build()\n\n\n"
+                     "def shards(config=None):\n    return build(config or TransformerConfig(num_layers=8, "
+                     "hidden_size=64,\n        num_attention_heads=4, "
+                     "tensor_parallel_num_weight_shards=2))\n\n\n"
                      "def uneven(config=None):\n    return build(config or TransformerConfig(\n"
                      "        num_layers=8, hidden_size=64, num_attention_heads=4,\n"
                      "        pipeline_model_parallel_size=2, pipeline_dtype=torch.float32,\n"

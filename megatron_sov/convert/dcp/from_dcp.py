@@ -71,7 +71,8 @@ def _find_step(folder: Path) -> Path:
              if path.name[5:].isdecimal() and (path / METADATA).is_file()]
     if not steps:
         raise UserError(f"{folder}: has no {METADATA}, and no folder step-N with one; pass a complete "
-                        "torch.distributed checkpoint")
+                        "torch.distributed checkpoint, or one of Megatron-LM to `megatron-sov convert "
+                        "from-megatron`")
     return max(steps, key=checkpoint_step)
 
 

@@ -89,7 +89,8 @@ def _check_format(folder: Path) -> None:
                         "(--ckpt-convert-format)")
     if not (folder / METADATA).is_file() and not (folder / FORMAT).is_file():
         raise UserError(f"{folder}: has neither {METADATA} nor {FORMAT}, so it is not a torch_dist "
-                        f"checkpoint; pass the folder of an iteration, or the folder with {TRACKER}")
+                        f"checkpoint; pass the folder of an iteration, or the folder with {TRACKER}; pass "
+                        "folders with step-N to `megatron-sov convert from-dcp`")
     if not (folder / FORMAT).is_file():
         keys = parse_file(read_index, folder / METADATA)["tensors"]
         if not any(key.startswith("model.") and key.endswith(VOCABULARY_WEIGHTS) for key in keys):
