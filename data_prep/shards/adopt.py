@@ -264,8 +264,9 @@ def _copy_pair(pair: Pair, artifact: Path, dtype: str, rule: HeldoutRule,
     """Copy documents into shards; return the records of both splits."""
     is_heldout = rule.is_heldout(pair.hashes)
     name, split = pair.source.name, pair.split
-    with ShardedWriter(artifact, f"{name}/{TRAIN}", dtype, {}, False, 1, shard_tokens) as train, \
-            ShardedWriter(artifact, f"{name}/{HELDOUT}", dtype, {}, False, 1, shard_tokens) as heldout:
+    settings: dict[str, Any] = {"sidecars": {}, "has_extra": False, "group": 1, "shard_tokens": shard_tokens}
+    with ShardedWriter(artifact, f"{name}/{TRAIN}", dtype, **settings) as train, \
+            ShardedWriter(artifact, f"{name}/{HELDOUT}", dtype, **settings) as heldout:
         for block, tokens in iter_blocks(split.lengths_tokens, 1, BLOCK_TOKENS):
             lengths = split.lengths_tokens[block]
             ids = np.asarray(split.tokens[tokens])
@@ -291,8 +292,8 @@ def _link_pair(pair: Pair, artifact: Path) -> dict[str, Any]:
     write_index(target, pair.split.dtype, pair.split.lengths_tokens)
     record = vars(ShardRecord(prefix, len(pair.split.lengths_tokens), len(pair.split.tokens),
                               int(pair.sizes_bytes.sum())))
-    name = f"{pair.source.name}/{HELDOUT}"
-    with ShardedWriter(artifact, name, pair.split.dtype, {}, False, 1, 1) as heldout:
-        pass
+    with ShardedWriter(artifact, f"{pair.source.name}/{HELDOUT}", pair.split.dtype, sidecars={},
+                       has_extra=False, group=1, shard_tokens=1) as heldout:
+        pass  # an empty split has an empty shard
     counts = {name: value for name, value in record.items() if name != "prefix"}
     return {TRAIN: {"shards": [record], **counts}, HELDOUT: heldout.to_record()}

@@ -55,21 +55,21 @@ class PackSettings:
     """Tags from the command line, in addition to `RecordReading.tags`."""
 
     def problems(self) -> list[SettingsProblem]:
-        p = [SettingsProblem(ProblemCode.BOUND, "columns", sentence)
-             for sentence in find_column_problems(self.reading.columns)]
-        if self.reading.columns and self.reading.kind == "prompt":
-            p.append(SettingsProblem(ProblemCode.RULE, "columns",
-                                     "a prompt has no response to which its number "
-                                     "could belong; its fields travel in .extra.jsonl as they are",
-                                     self.reading.columns[0]))
-        if self.reading.by_line and self.reading.kind not in (None, "text"):
-            p.append(SettingsProblem(ProblemCode.RULE, "by_line", "is for text, and the format is "
-                                     f"{self.reading.kind}; leave it out"))
-        if self.reading.renames and self.reading.kind in (None, "text"):
-            p.append(SettingsProblem(ProblemCode.RULE, "renames",
-                                     "is for chats, preferences and prompts; name the field of a text by "
-                                     "--text-field", ",".join(target for target, _ in self.reading.renames)))
-        return p
+        reading = self.reading
+        problems = [SettingsProblem(ProblemCode.BOUND, "columns", sentence)
+                    for sentence in find_column_problems(reading.columns)]
+        if reading.columns and reading.kind == "prompt":
+            problems.append(SettingsProblem(
+                ProblemCode.RULE, "columns", "a prompt has no response to which its number could belong; its "
+                "fields travel in .extra.jsonl as they are", reading.columns[0]))
+        if reading.by_line and reading.kind not in (None, "text"):
+            problems.append(SettingsProblem(ProblemCode.RULE, "by_line", "is for text, and the format is "
+                                            f"{reading.kind}; leave it out"))
+        if reading.renames and reading.kind in (None, "text"):
+            problems.append(SettingsProblem(
+                ProblemCode.RULE, "renames", "is for chats, preferences and prompts; name the field of a "
+                "text by --text-field", ",".join(target for target, _ in reading.renames)))
+        return problems
 
 
 @dataclass(frozen=True, kw_only=True)

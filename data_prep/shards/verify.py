@@ -21,6 +21,7 @@ from megatron_sov.work.progress.progress_bar import create_bar
 
 _BLOCK_ITEMS = 1 << 22
 SIDECAR_VALUES = {"loss": (0.0, 1.0), "type": (0, 1, 2), "kind": (KIND_NONE, *KINDS.values())}
+"""File ending -> all allowed values."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -177,7 +177,7 @@ class ChatEncoder:
         return EncodedChat(ids, kinds, is_open)
 
     def _split_segments(self, chat: Conversation, learned: set[int], awaits_response: bool
-                  ) -> tuple[Segments, Conversation]:
+                        ) -> tuple[Segments, Conversation]:
         """Return a conversation's segments, and the conversation with thoughts separated from contents."""
         try:
             return split_at_contents(self._template, chat, awaits_response, learned), chat
@@ -293,7 +293,7 @@ class ChatEncoder:
         return tuple(end_tokens)
 
     def _split_parts(self, segments: Segments, chat: Conversation, learned_messages: set[int]
-               ) -> tuple[list[_ChatPart], bool]:
+                     ) -> tuple[list[_ChatPart], bool]:
         """Split a chat into texts and special tokens; return whether it ends in an open response."""
         parts: list[_ChatPart] = []
         learned = [s.message in learned_messages for s in segments]

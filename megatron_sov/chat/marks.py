@@ -189,7 +189,7 @@ def _remove_frames(text: str) -> str:
 
 
 def build_text_decoder(tokenizer: Path, end_ids: Collection[int], plain: Callable[[list[int]], str]
-                 ) -> Callable[[list[int]], str]:
+                       ) -> Callable[[list[int]], str]:
     """Build the decoder for responses: removes special tokens that end or frame turns, keeps thought and call
     marks.
 

@@ -187,7 +187,7 @@ def _describe_id_difference(folder: Path, other: Path, differing: list[int], our
 
 
 def _describe_field_difference(folder: Path, other: Path, ours: dict[str, Any], theirs: dict[str, Any]
-                          ) -> str | None:
+                               ) -> str | None:
     for name in {**ours, **theirs}:
         if (our_value := ours.get(name)) != (their_value := theirs.get(name)):
             effect = "ids have another text" if name == "decoder" else "the same text has other ids"

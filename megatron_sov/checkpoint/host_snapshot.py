@@ -10,6 +10,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +101,7 @@ class HostSnapshot:
                 writer.add(block.key, block.data, block.global_shape, block.offset)
             written.append((part, writer, writer.finish()))
 
-        run_in_threads([lambda args=file: write_blocks(*args) for file in files],  # type: ignore[misc]
-                       count_writers())
+        run_in_threads([partial(write_blocks, *file) for file in files], count_writers())
         indices: dict[str, list[Index]] = {part: [] for part in self._parts}
         for part, _, index in written:
             indices[part].append(index)

@@ -100,7 +100,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         yield
     except Exception as e:
         error = e
-    errors = [p for p in gather_objects(error) if p is not None]
+    errors = [e for e in gather_objects(error) if e is not None]
     if errors:
         raise errors[0]
 
@@ -111,8 +111,9 @@ def _load_part(path: Path, part: str, model: LanguageModel, new_encoders: bool =
     if new_encoders:
         stored_keys = set(reader.keys())
         # an encoder without tensors in the checkpoint is new and keeps the initial weights
-        new = [prefix for prefix in ENCODERS if not any(key.startswith(prefix) for key in stored_keys)]
-        blocks = [b for b in blocks if not b.key.startswith(tuple(new))]
+        new_prefixes = tuple(prefix for prefix in ENCODERS
+                             if not any(key.startswith(prefix) for key in stored_keys))
+        blocks = [b for b in blocks if not b.key.startswith(new_prefixes)]
     local_keys = {b.key for b in blocks}
     model_keys: set[str] = set().union(*gather_objects(local_keys))
     _check_keys(path, model_keys, set(reader.keys()))

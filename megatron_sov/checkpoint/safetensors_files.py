@@ -125,26 +125,24 @@ def _read_header(path: Path) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise ValueError("its header is not a JSON object")
     header.pop("__metadata__", None)
-    # `first`: file offset of the tensor data; `end`: bytes of tensors so far
-    first, end = 8 + length, 0
+    data_start = end = 8 + length
     entries = {}
     # In byte order, each tensor must start where the previous tensor ends: no overlaps, no hidden bytes.
     for name, raw in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-        entry = _parse_entry(name, raw, first)
-        if entry.start != first + end:
+        entry = _parse_entry(name, raw, data_start)
+        if entry.start != end:
             raise ValueError(f"{name} does not begin where the tensor before it ends")
         end += entry.size_bytes
-        if first + end > size_bytes:
-            raise ValueError(f"{name} is cut off: the file ends {first + end - size_bytes} bytes "
-                             "too early for it")
+        if end > size_bytes:
+            raise ValueError(f"{name} is cut off: the file ends {end - size_bytes} bytes too early for it")
         entries[name] = entry
-    if first + end != size_bytes:
-        raise ValueError(f"{size_bytes - first - end} bytes follow the last tensor")
+    if end != size_bytes:
+        raise ValueError(f"{size_bytes - end} bytes follow the last tensor")
     return entries
 
 
-def _parse_entry(name: str, raw: dict[str, Any], first: int) -> TensorEntry:
-    """Check and convert a header entry; `first` is the file offset of the tensor data."""
+def _parse_entry(name: str, raw: dict[str, Any], data_start: int) -> TensorEntry:
+    """Check and convert a header entry; `data_start` is the file offset of the tensor data."""
     start, stop = raw["data_offsets"]
     shape = tuple(raw["shape"])
     if odd := [n for n in (start, stop, *shape) if type(n) is not int]:
@@ -156,7 +154,7 @@ def _parse_entry(name: str, raw: dict[str, Any], first: int) -> TensorEntry:
     if (min(shape, default=0) < 0 or size_bytes < 0
             or (dtype and math.prod(shape) * dtype.itemsize != size_bytes)):
         raise ValueError(f"{name} has {size_bytes} bytes, which is not {raw['dtype']} {list(shape)}")
-    return TensorEntry(str(raw["dtype"]), shape, first + start, size_bytes)
+    return TensorEntry(str(raw["dtype"]), shape, data_start + start, size_bytes)
 
 
 def _build_unique_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -167,8 +165,8 @@ def _build_unique_dict(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def read_block(path: Path, start: int, shape: Sequence[int], block: Sequence[slice], dtype: torch.dtype
-               ) -> torch.Tensor:
+def read_block(path: Path, start: int, shape: Sequence[int], block: Sequence[slice],
+               dtype: torch.dtype) -> torch.Tensor:
     """Open `path` and return a block of a tensor; arguments and errors as in `read_block_into`."""
     out = torch.empty([s.stop - s.start for s in block], dtype=dtype)
     fd = os.open(path, os.O_RDONLY)
@@ -193,12 +191,11 @@ def read_block_into(fd: int, start: int, shape: Sequence[int], block: Sequence[s
     Raises:
         OSError: the file cannot be read or is too short.
     """
+    row_bytes = math.prod(shape[1:]) * out.element_size()
     # a block of whole rows is contiguous in the file
     if all(s.start == 0 and s.stop == n for s, n in zip(block[1:], shape[1:], strict=True)):
-        row_bytes = math.prod(shape[1:]) * out.element_size()
         _read_bytes(fd, start + (block[0].start * row_bytes if block else 0), out)
         return
-    row_bytes = math.prod(shape[1:]) * out.element_size()
     if row_bytes > _COVER_BYTES:  # large rows, such as stacked experts: read each block separately
         for i in range(block[0].stop - block[0].start):
             read_block_into(fd, start + (block[0].start + i) * row_bytes, shape[1:], block[1:], out[i])

@@ -95,9 +95,10 @@ class TensorReader(StoredTensors):
         file = self.folder / f"{part}.index.json"
         try:
             raw = json.loads(file.read_text(encoding="utf-8"))
-            shapes = {k: _parse_sizes(e["shape"]) for k, e in raw.items()}
-            dtypes = {k: _DTYPES[e["dtype"]] for k, e in raw.items()}
-            pieces = {k: [_parse_piece(p, len(shapes[k])) for p in e["pieces"]] for k, e in raw.items()}
+            shapes = {key: _parse_sizes(entry["shape"]) for key, entry in raw.items()}
+            dtypes = {key: _DTYPES[entry["dtype"]] for key, entry in raw.items()}
+            pieces = {key: [_parse_piece(piece, len(shapes[key])) for piece in entry["pieces"]]
+                      for key, entry in raw.items()}
             _check_paths(file, pieces)
         except FileNotFoundError:
             raise UserError(f"{self.folder}: has no {part}.index.json, "

@@ -44,8 +44,8 @@ def count_owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> n
     ranges = []  # [pieces][axes] of (start, stop)
     boundaries = [{0, size} for size in shape]
     for piece in pieces:
-        ranges.append([(start, start + size) for start,
-                       size in zip(piece["offset"], piece["shape"], strict=True)])
+        ranges.append([(start, start + size)
+                       for start, size in zip(piece["offset"], piece["shape"], strict=True)])
         for (start, stop), size, axis_boundaries in zip(ranges[-1], shape, boundaries, strict=True):
             if start < 0 or stop > size:
                 raise ValueError(f"a block reaches beyond its tensor of shape {list(shape)}")
@@ -66,6 +66,10 @@ def count_owners(shape: Sequence[int], pieces: Sequence[Mapping[str, Any]]) -> n
             raise ValueError(f"its {len(pieces)} blocks overlap")
         num_owners[tuple(cells)] += 1
     return num_owners
+
+
+def _get_slices(low: Sequence[int], high: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
+    return tuple(slice(first - zero, end - zero) for first, end, zero in zip(low, high, origin, strict=True))
 
 
 class StoredTensors(ABC):
@@ -141,15 +145,14 @@ class StoredTensors(ABC):
         num_read = 0
         for piece in candidates:
             # Intersection of block and piece, in indices of the global tensor.
-            low = [max(a, b) for a, b in zip(start, piece.offset, strict=True)]
-            high = [min(a + n, b + m)
-                    for a, n, b, m in zip(start, extent, piece.offset, piece.shape, strict=True)]
-            if all(a < b for a, b in zip(low, high, strict=True)):
-                target = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, start, strict=True))
-                source = tuple(slice(a - o, b - o) for a, b, o in zip(low, high, piece.offset, strict=True))
-                out[target] = self.read_slice(key, piece, source)
+            low = [max(first, piece_first) for first, piece_first in zip(start, piece.offset, strict=True)]
+            high = [min(first + size, piece_first + piece_size) for first, size, piece_first, piece_size
+                    in zip(start, extent, piece.offset, piece.shape, strict=True)]
+            if all(first < end for first, end in zip(low, high, strict=True)):
+                values = self.read_slice(key, piece, _get_slices(low, high, piece.offset))
+                out[_get_slices(low, high, start)] = values
                 # Pieces do not overlap (`check_complete`), so the element count is enough to detect a hole.
-                num_read += math.prod(b - a for a, b in zip(low, high, strict=True))
+                num_read += math.prod(end - first for first, end in zip(low, high, strict=True))
         if num_read != out.numel():
             raise UserError(f"{self._where}: {key} is damaged (the index covers {num_read} of the "
                             f"{out.numel()} elements at {start}); {self._remedy}")

@@ -51,8 +51,8 @@ def choose_checkpoints(run: Path, last: int | None, steps: Sequence[int | None] 
     check_model_path(run)
     first, end = steps
     checkpoints = [path for path in list_complete(run / CHECKPOINTS_FOLDER)
-             if (first is None or checkpoint_step(path) >= first)
-             and (end is None or checkpoint_step(path) <= end)]
+                   if (first is None or checkpoint_step(path) >= first)
+                   and (end is None or checkpoint_step(path) <= end)]
     bounds = ""
     if first is not None or end is not None:
         bounds = f" between steps {first or 0} and {'the last' if end is None else end}"
@@ -98,8 +98,8 @@ def average(checkpoints: Sequence[tuple[Path, float]], out: str | Path, *, worke
     links = {format_block_name(link.key, link.offset): link for link in sources[0].links}
     files = plan_files(links, sources[0].get_dtype, KEEP)
     merged = [{"path": str(path), "step": read_manifest(path, CHECKPOINT_KIND).content.get("step", 0),
-               "weight": weight,
-               "manifest_sha256": manifest_sha256(path)} for path, weight in zip(paths, weights, strict=True)]
+               "weight": weight, "manifest_sha256": manifest_sha256(path)}
+              for path, weight in zip(paths, weights, strict=True)]
     plan = {"merged": merged, "files": hash_file_plan(files)}
     with resumable_artifact(out, CHECKPOINT_KIND, "megatron-sov convert average", plan, overwrite=overwrite,
                             redo=redo) as artifact:

@@ -10,7 +10,7 @@ from megatron_sov.base.figures import format_size
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16,
           "float64": torch.float64}
-KEEP = "keep"
+KEEP = "keep"  # the stored dtype
 
 
 def check_dtype_name(dtype: str) -> None:

@@ -111,20 +111,20 @@ def verify(a: str | Path, b: str | Path, *, load: bool = True,
         _check_none(f"{side.path}: files that differ from the manifest",
                     find_damaged_files(side.path, workers=workers))
         for side in sides if (side.path / MANIFEST).is_file()]
-    checks.append(_check_none("config fields that differ", _differing_fields(*sides)))
-    checks.append(_check_none("special token ids that differ", _differing_ids(*sides)))
+    checks.append(_check_none("config fields that differ", _list_differing_fields(*sides)))
+    checks.append(_check_none("special token ids that differ", _list_differing_ids(*sides)))
     records = _compare_all(sides, (first, second), workers)
-    checks += _tensor_checks(sides[0], sides[1], records, first.format_loss() or second.format_loss())
+    checks += _check_tensors(sides[0], sides[1], records, first.format_loss() or second.format_loss())
     checks += [_check_none(f"{side.path}: copies that differ", find_differing_copies(side))
                for side in sides if isinstance(side, HfWeights) and side.copies]
     if load:
         for side in sides:
             if isinstance(side, HfWeights):
-                checks += _loading_checks(side)
+                checks += _check_loading(side)
     return ConversionProof(checks, records)
 
 
-def _differing_fields(a: Weights, b: Weights) -> list[str]:
+def _list_differing_fields(a: Weights, b: Weights) -> list[str]:
     """Compare both models' config.json; training-only settings do not count."""
     a_config, b_config = (models.get_family(side.model.family).to_hf_config(side.model, "any", TokenIds())
                           for side in (a, b))
@@ -132,7 +132,7 @@ def _differing_fields(a: Weights, b: Weights) -> list[str]:
             for name in {**a_config, **b_config} if a_config.get(name) != b_config.get(name)]
 
 
-def _differing_ids(a: Weights, b: Weights) -> list[str]:
+def _list_differing_ids(a: Weights, b: Weights) -> list[str]:
     """Compare both models' bos, eos and pad ids, with the turn ends."""
     sides = []
     for side in (a, b):
@@ -143,7 +143,7 @@ def _differing_ids(a: Weights, b: Weights) -> list[str]:
             if set(a_ids) != set(b_ids)]
 
 
-def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord], loss: str) -> list[ParityCheck]:
+def _check_tensors(a: Weights, b: Weights, records: dict[str, TensorRecord], loss: str) -> list[ParityCheck]:
     largest = max((record.difference for record in records.values()), default=0.0)
     return [
         _check_none("tensors that only one side has",
@@ -153,8 +153,8 @@ def _tensor_checks(a: Weights, b: Weights, records: dict[str, TensorRecord], los
         ParityCheck("largest difference of a weight", largest, 0.0, largest == 0.0, loss)]
 
 
-def _compare_all(sides: Sequence[Weights], roundings: Sequence[UpdateRounding], workers: int
-                 ) -> dict[str, TensorRecord]:
+def _compare_all(sides: Sequence[Weights], roundings: Sequence[UpdateRounding],
+                 workers: int) -> dict[str, TensorRecord]:
     """Return a record for each tensor in both models; `workers` tensors are in memory at a time."""
     a, b = sides
     b_names = set(b.list_names())
@@ -173,8 +173,8 @@ def _compare_all(sides: Sequence[Weights], roundings: Sequence[UpdateRounding], 
 
 
 def _compare_tensors(a: torch.Tensor, b: torch.Tensor) -> TensorRecord:
-    shapes, dtypes = (tuple(a.shape), tuple(b.shape)), tuple(str(t.dtype).removeprefix("torch.")
-                                                             for t in (a, b))
+    shapes = tuple(a.shape), tuple(b.shape)
+    dtypes = tuple(str(tensor.dtype).removeprefix("torch.") for tensor in (a, b))
     hashes = [_hash_tensor(a)]
     if has_same_bits(a, b):
         return TensorRecord(shapes, dtypes, (hashes[0], hashes[0]), True)
@@ -182,7 +182,7 @@ def _compare_tensors(a: torch.Tensor, b: torch.Tensor) -> TensorRecord:
     narrower = min(a.dtype, b.dtype, key=lambda dtype: dtype.itemsize)
     a, b = a.to(narrower), b.to(narrower)
     equal = has_same_bits(a, b)
-    difference = (0.0 if equal or a.shape != b.shape else float((a.double() - b.double()).abs().max()))
+    difference = 0.0 if equal or a.shape != b.shape else float((a.double() - b.double()).abs().max())
     return TensorRecord(shapes, dtypes, tuple(hashes), equal, difference)
 
 
@@ -190,7 +190,7 @@ def _hash_tensor(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy().data).hexdigest()
 
 
-def _loading_checks(side: HfWeights) -> list[ParityCheck]:
+def _check_loading(side: HfWeights) -> list[ParityCheck]:
     """Load the folder with transformers, and check the reported keys."""
     from transformers import AutoModelForCausalLM  # slow to import, and few exports are loaded
 

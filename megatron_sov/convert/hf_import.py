@@ -52,8 +52,8 @@ def get_duplicates(weights: Weights) -> dict[str, str]:
 
 def find_differing_copies(folder: HfWeights) -> list[str]:
     """Return duplicated tensors in `folder` that differ from the original in a bit or dtype."""
-    return [name for name, other in folder.copies.items() if not has_same_bits(folder.read(name),
-                                                                              folder.read(other))]
+    return [name for name, original in folder.copies.items()
+            if not has_same_bits(folder.read(name), folder.read(original))]
 
 
 def check_copies(folder: HfWeights) -> None:
@@ -179,9 +179,9 @@ def write_unfinished(artifact: ResumableArtifact, files: dict[str, list[TensorSp
     """Write an artifact's unfinished files (name -> tensors, see `plan_shards`), `workers` at a time, with a
     progress bar, and verify the source files meanwhile.
 
-    `sources`: weights from which `read` computes a tensor; `list_source_names`: returns their Hugging Face
-    names of a tensor to write. Raises `UserError`: a source file is damaged, `read` fails, or the disk is
-    full.
+    `sources`: weights from which `read` computes a tensor; `list_source_names`: returns the Hugging Face
+    names of the tensors from which it does. Raises `UserError`: a source file is damaged, `read` fails, or
+    the disk is full.
     """
     missing = {name: specs for name, specs in files.items() if name not in artifact.finished}
     check_space(artifact.path, sum(spec.size_bytes for specs in missing.values() for spec in specs))
@@ -269,7 +269,8 @@ def list_states(weights: Weights, get_names: Callable[[Link], Mapping[str, str]]
     weight has no such tensor.
     """
     blocks, stored_keys = [], {*weights.tensors.keys()}
-    for link in (link for link in weights.links if not link.fp32):
+    trained_links = [link for link in weights.links if not link.fp32]
+    for link in trained_links:
         for ours, theirs in get_names(link).items():
             keys = [key for key, _, _ in weights.locate(link, theirs)]
             if missing := [key for key in keys if key not in stored_keys]:

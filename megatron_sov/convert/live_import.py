@@ -165,9 +165,9 @@ def _find_regions(shards: list[LocalShard], offset: tuple[int, ...],
     """Return the overlaps between a global region and the local shards."""
     regions = []
     for shard in shards:
-        starts = [max(a, b) for a, b in zip(shard.offset, offset, strict=True)]
-        ends = [min(a + n, b + m)
-                for a, n, b, m in zip(shard.offset, shard.shape, offset, extent, strict=True)]
+        starts = [max(pair) for pair in zip(shard.offset, offset, strict=True)]
+        ends = [min(shard_first + shard_size, first + size) for shard_first, shard_size, first, size
+                in zip(shard.offset, shard.shape, offset, extent, strict=True)]
         if any(start >= end for start, end in zip(starts, ends, strict=True)):
             continue
         target = shard.data.view(shard.shape)[_to_slices(starts, ends, shard.offset)]
@@ -176,7 +176,7 @@ def _find_regions(shards: list[LocalShard], offset: tuple[int, ...],
 
 
 def _to_slices(starts: Sequence[int], ends: Sequence[int], origin: Sequence[int]) -> tuple[slice, ...]:
-    return tuple(slice(s - o, e - o) for s, e, o in zip(starts, ends, origin, strict=True))
+    return tuple(slice(low - zero, high - zero) for low, high, zero in zip(starts, ends, origin, strict=True))
 
 
 def _copy_block(regions: list[_Region], block: torch.Tensor, extent: tuple[int, ...]) -> None:

@@ -151,8 +151,8 @@ def _find_targets(names: set[str], model: ModelConfig, dora: bool, where: object
     names_by_target: dict[str, set[str]] = {}
     tables = (HEAD, EMBEDDING)
     target_names: Any = find_adaptable_modules(model)
-    all_targets = LoraConfig(1, 1.0, tuple(
-        t for t in target_names if t not in tables or not (model.tied_embeddings or dora)))
+    allows_tables = not (model.tied_embeddings or dora)
+    all_targets = LoraConfig(1, 1.0, tuple(t for t in target_names if t not in tables or allows_tables))
     tensors = (A, B, MAGNITUDE) if dora else (A, B)
     for module in find_adapted_modules(model, all_targets):
         target = EXPERTS if module.num_experts else module.name.rpartition(".")[2]
@@ -266,8 +266,10 @@ class UpdateRounding:
         """Return the relative error as text; "" if no adapted weight was rounded."""
         errors = sum(error for error, _ in self._squares)
         updates = sum(update for _, update in self._squares)
+        if not updates:
+            return ""
         return (f"rounding to {self._dtype} changes the adapted weights by {math.sqrt(errors / updates):.0%} "
-                "of the adapter's own update") if updates else ""
+                "of the adapter's own update")
 
 
 def open_checkpoint_weights(path: Path) -> CheckpointWeights | AdaptedWeights:

@@ -40,8 +40,8 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 """Accepted weight dtypes."""
 
 
-def find_low_bit_weights(config: Mapping[str, Any], shards: Mapping[str, TensorFile]) -> dict[str,
-                         LowBitWeight]:
+def find_low_bit_weights(config: Mapping[str, Any], shards: Mapping[str, TensorFile]
+                         ) -> dict[str, LowBitWeight]:
     """Return name -> weight for a folder's FP8 weights; {} without `quantization_config`. Raises `UserError`:
     the format is not supported, or a stored tensor is missing or has a wrong shape or dtype."""
     quantised = config.get(FIELD)
@@ -338,8 +338,9 @@ class HfWeights(Weights):
         super().__init__(path, self.model, family.links(self.model))
         self._shapes = {name: shape for link in self.links for name, shape in link.hf_shapes().items()}
         self._stored = _split_stacks(self._rename_tensors(family.respelt), self._shapes)
-        self._exclude_tensors([name for name in self._stored if name not in self._shapes
-                                  and RECOMPUTED.fullmatch(name)], f"programs compute them from {CONFIG}")
+        self._exclude_tensors(
+            [name for name in self._stored if name not in self._shapes and RECOMPUTED.fullmatch(name)],
+            f"programs compute them from {CONFIG}")
         shapes = {name: stored.shape for name, stored in self._stored.items()}
         self.copies = {name: other for name, other in family.find_copies(self.model).items()
                        if name in shapes}
@@ -376,13 +377,12 @@ class HfWeights(Weights):
         return True
 
     def _rename_tensors(self, replacements: Sequence[tuple[str, str]]) -> dict[str, StoredTensor]:
-        """Return tensors under the weight map's names, for folders with different spellings."""
+        """Return tensors under the weight map's names. `replacements`: (another spelling, its spelling)."""
         tensors = {}
         for name, tensor in self._stored.items():
-            spellings = (name,
-                         *(name.replace(other_spelling, map_spelling) for other_spelling,
-                           map_spelling in replacements))
-            tensors[next((spelling for spelling in spellings if spelling in self._shapes), name)] = tensor
+            spellings = (name, *(name.replace(other, known) for other, known in replacements))
+            known_name = next((spelling for spelling in spellings if spelling in self._shapes), name)
+            tensors[known_name] = tensor
         return tensors
 
     def get_dtype(self, name: str) -> torch.dtype:
@@ -532,8 +532,8 @@ def check_whole_model(weights: Iterable[tuple[str, _T]], shapes: Mapping[str, tu
             raise UserError(f"{IMPORTED_WEIGHTS}: {name} is given twice; give each tensor once")
         received_shapes[name] = tuple(tensor.shape)
         if shapes.get(name) != received_shapes[name]:
-            check_shapes(IMPORTED_WEIGHTS, {name: received_shapes[name]},
-                         {n: s for n, s in shapes.items() if n == name},
+            expected = {name: shapes[name]} if name in shapes else {}
+            check_shapes(IMPORTED_WEIGHTS, {name: received_shapes[name]}, expected,
                          "take a model of the same family and sizes")
         yield name, tensor
     check_shapes(IMPORTED_WEIGHTS, received_shapes, dict(shapes), "give every tensor of the model")

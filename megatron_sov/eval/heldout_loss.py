@@ -101,8 +101,8 @@ def open_heldout(paths: dict[str, float], seq_len: int, max_tokens: int, *,
     return data
 
 
-def evaluate_rows(data: HeldoutData, compute_losses: Callable[[PackedRow], np.ndarray]) -> dict[str,
-                  HeldoutLoss]:
+def evaluate_rows(data: HeldoutData,
+                  compute_losses: Callable[[PackedRow], np.ndarray]) -> dict[str, HeldoutLoss]:
     """Return source name -> loss, for sources with held-out targets.
 
     Args:

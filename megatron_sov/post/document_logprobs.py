@@ -95,7 +95,7 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
     world = model.world
     chosen = range(num_skipped, len(documents.lengths))
     first_number = int(_compute_starts(documents, range(num_skipped))[-1])
-    writes = world.last_stage and collectives.is_first_of_row()
+    is_writer = world.last_stage and collectives.is_first_of_row()
     problems: list[OSError] = []  # raised after all rows: other processes are in a collective
 
     def score_rows(rows: list[Row]) -> Iterator[np.ndarray | None]:
@@ -103,7 +103,7 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
         local = iter(_compute_local_logprobs(model, documents, filled, size, seq_len=seq_len,
                                              temperature=temperature, routes=routes))
         for i in range(len(filled) // size):
-            if writes and i % world.dp_size == world.dp_rank:
+            if is_writer and i % world.dp_size == world.dp_rank:
                 yield from next(local).float().cpu().numpy().reshape(size, seq_len)
             else:
                 yield from [None] * size
@@ -117,8 +117,8 @@ def write_logprobs(model: RunningLogprobs, documents: Documents, file: Path, ide
 
     def finish_file(opened: int, rank: int, size: int) -> None:
         with translate_disk_errors(file):
-            for problem in problems[:1]:
-                raise problem
+            if problems:
+                raise problems[0]
             os.fsync(opened)
 
     with contextlib.ExitStack() as building:
@@ -180,8 +180,9 @@ def _score_packed_rows(documents: Documents, chosen: range, seq_len: int, rows_p
     starts = _compute_starts(documents, chosen)
     lengths = np.diff(starts)
     # Documents with a single token have no label.
-    rows = pack_best_fit([PackedSegment(d, 0, min(n, seq_len))
-                          for d, n in zip(chosen, lengths.tolist(), strict=True) if n > 1], seq_len)
+    rows = pack_best_fit([PackedSegment(document, 0, min(length, seq_len))
+                          for document, length in zip(chosen, lengths.tolist(), strict=True) if length > 1],
+                         seq_len)
     for begin in range(0, len(rows), rows_per_call):
         batch = rows[begin:begin + rows_per_call]
         for row, scores in zip(batch, score_rows(batch), strict=False):

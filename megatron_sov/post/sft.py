@@ -21,7 +21,7 @@ from megatron_sov.train.objectives.microbatch import MicroBatch, compute_segment
 from megatron_sov.train.objectives.objective import GlobalBatch, LossSums, per_source, with_denominators
 
 RESPONSE, TEXT = "response", "text"
-TYPE_OF = {TEXT: TYPE_TEXT, RESPONSE: TYPE_RESPONSE}
+TERM_TYPES = {TEXT: TYPE_TEXT, RESPONSE: TYPE_RESPONSE}
 """Loss term -> token type for the learned labels, from the `.type` sidecar; no term learns prompts."""
 
 
@@ -115,7 +115,7 @@ class SupervisedFineTuning(DataObjective):
         batch = dataclasses.replace(batch, micro_batches=micro_batches)
         hosts = [m.host for m in batch.micro_batches]
         targets = {term: sum(float(_read_weights(m, term).double().sum()) for m in hosts)
-                   for term in TYPE_OF if term in self.coefficients}
+                   for term in TERM_TYPES if term in self.coefficients}
         return with_denominators(batch, targets | self._count_mtp_targets(map(_restrict_to_responses, hosts)))
 
     def _weigh_responses(self, batch: MicroBatch) -> MicroBatch:
@@ -130,7 +130,7 @@ class SupervisedFineTuning(DataObjective):
 
     def loss(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> LossSums:
         """Sum the cross-entropy per term."""
-        weights = {term: _read_weights(batch, term) for term in TYPE_OF if term in self.coefficients}
+        weights = {term: _read_weights(batch, term) for term in TERM_TYPES if term in self.coefficients}
         terms, losses = head.cross_entropy(hidden[0], batch.labels, weights)
         terms |= self._compute_mtp_sum(hidden, head, _restrict_to_responses(batch))
         return LossSums(terms, per_source(losses, batch.weights, batch.sources, self._num_sources),
@@ -139,7 +139,7 @@ class SupervisedFineTuning(DataObjective):
 
 def _read_weights(batch: MicroBatch, term: str) -> torch.Tensor:
     """Return `batch.weights` [T], 0 for labels outside `term`."""
-    return batch.weights * (batch.types == TYPE_OF[term])
+    return batch.weights * (batch.types == TERM_TYPES[term])
 
 
 def _restrict_to_responses(batch: MicroBatch) -> MicroBatch:

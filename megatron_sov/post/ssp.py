@@ -181,12 +181,12 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
     """Write the artifact `TABLE` and return the manifest content. Raises `UserError`: responses of a
     checkpoint in a domain have too few rewards."""
     ks = sorted({1, k})
-    measured = {(m.checkpoint, m.domain): m for c in candidates
-                for m in _measure_checkpoint(probe, c, ks, right_from)}
+    measured = {(result.checkpoint, result.domain): result for candidate in candidates
+                for result in _measure_checkpoint(probe, candidate, ks, right_from)}
     domains = list(dict.fromkeys(domain for _, domain in measured))
-    single = [c for c in candidates if not c.is_merged]
-    choices = [choose_checkpoint([measured[c.name, domain] for c in single], k) for domain in domains
-               if single]
+    names = [candidate.name for candidate in candidates if not candidate.is_merged]
+    choices = [choose_checkpoint([measured[name, domain] for name in names], k) for domain in domains
+               if names]
     merged = []
     for candidate in candidates:
         if candidate.is_merged:
@@ -196,7 +196,7 @@ def write_table(probe: Path, candidates: Sequence[ProbedCheckpoint], k: int, rig
     content = {
         "k": k, "domains": domains,
         "checkpoints": [{"name": c.name, "path": str(c.path), "is_merged": c.is_merged} for c in candidates],
-        "table": [m.row(ks) for m in measured.values()],
+        "table": [result.row(ks) for result in measured.values()],
         "choice": [choice.row() for choice in choices], "merged": merged}
     with create_artifact(probe / TABLE, TABLE_KIND, overwrite=True) as artifact:
         write_atomically(artifact.path / RESULTS, format_json(content))
@@ -242,20 +242,24 @@ def _read_table(probe: Path) -> tuple[list[ProbedCheckpoint], list[Path]]:
 def format_table(content: Mapping[str, Any]) -> str:
     """Format the table as text; a star marks the best checkpoint in a domain."""
     k, domains = content["k"], content["domains"]
-    cells = {(row["checkpoint"], row["domain"]): next(e for e in row["pass_at_k"] if e["k"] == k)
+    cells = {(row["checkpoint"], row["domain"]): next(cell for cell in row["pass_at_k"] if cell["k"] == k)
              for row in content["table"]}
-    best = {(c["checkpoint"], c["domain"]) for c in content["choice"]}
-    names = [c["name"] + (" (merged)" if c["is_merged"] else "") for c in content["checkpoints"]]
-    width = max(map(len, [*names, f"pass@{k}"]))
+    best = {(choice["checkpoint"], choice["domain"]) for choice in content["choice"]}
+    names = [checkpoint["name"] for checkpoint in content["checkpoints"]]
+    titles = [f"{entry['name']}{' (merged)' * entry['is_merged']}" for entry in content["checkpoints"]]
+    width = max(map(len, [*titles, f"pass@{k}"]))
     lines = [f"{f'pass@{k}':<{width}}  " + "  ".join(f"{domain:>16}" for domain in domains)]
-    for name, c in zip(names, content["checkpoints"], strict=True):
-        texts = [_format_cell(cells[c["name"], domain], (c["name"], domain) in best) for domain in domains]
-        lines.append(f"{name:<{width}}  " + "  ".join(f"{text:>16}" for text in texts))
-    for c in content["choice"]:
-        doubt = f", not clearly better than {', '.join(c['as_good'])}" if c["as_good"] else ", clearly"
-        lines.append(f"{c['domain']}: {c['checkpoint']}{doubt}")
-    lines += [f"{g['domain']}: {g['checkpoint']} against {g['expert']}, pass@{g['k']} {g['gain']:+.1%} "
-              f"({g['interval'][0]:+.1%} to {g['interval'][1]:+.1%})" for g in content["merged"]]
+    for name, title in zip(names, titles, strict=True):
+        texts = [_format_cell(cells[name, domain], (name, domain) in best) for domain in domains]
+        lines.append(f"{title:<{width}}  " + "  ".join(f"{text:>16}" for text in texts))
+    for choice in content["choice"]:
+        as_good = ", ".join(choice["as_good"])
+        doubt = f", not clearly better than {as_good}" if as_good else ", clearly"
+        lines.append(f"{choice['domain']}: {choice['checkpoint']}{doubt}")
+    for gain in content["merged"]:
+        low, high = gain["interval"]
+        lines.append(f"{gain['domain']}: {gain['checkpoint']} against {gain['expert']}, pass@{gain['k']} "
+                     f"{gain['gain']:+.1%} ({low:+.1%} to {high:+.1%})")
     return "\n".join(lines)
 
 

@@ -148,8 +148,9 @@ class _Body(BaseModel):
         sampling = Sampling(temperature=self.temperature, top_k=max(self.top_k, 0), top_p=self.top_p,
                             seed=seed)
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        includes_usage = self.stream_options.get("include_usage", False)
         return CompletionRequest(prompts, self.n, sampling, max_tokens, stops, tuple(self.stop_token_ids),
-                             self.ignore_eos, self.stream, self.stream_options.get("include_usage", False))
+                                 self.ignore_eos, self.stream, includes_usage)
 
 
 class _ChatBody(_Body):

@@ -129,8 +129,7 @@ class Checkpointer:
         """Restore this run's sound checkpoint `path` and return the counters.
 
         `load_data_order=False`, or a checkpoint from another program, leaves the data order at its position.
-        Raises `UserError` if the data of a
-        source changed after the checkpoint was written.
+        Raises `UserError` if the data of a source changed after the checkpoint was written.
         """
         state = load.read_state(path)
         for name, manifest_hash in state["data"].items():
@@ -165,9 +164,8 @@ def find_sound_checkpoint(folder: RunFolder, world: ParallelWorld, last_step: in
     Damaged checkpoints are renamed, with a warning and an event.
     """
     # rank 0 lists the folder: on a network file system, ranks may see different listings
-    while ((newest := run_on_main(
-            world, lambda: checkpoints.latest_checkpoint_until(folder.checkpoints, last_step)))
-           is not None):
+    find_newest = partial(checkpoints.latest_checkpoint_until, folder.checkpoints, last_step)
+    while (newest := run_on_main(world, find_newest)) is not None:
         problem = load.find_damage(newest)
         if problem is None:
             return Path(newest)

@@ -274,7 +274,7 @@ class Trainer:
         self.work.begin("evaluation", f"the evaluation at step {self.step}")
         if self._evaluator is None:
             self._evaluator = HeldoutEvaluator.from_config(self.config, self.sources,
-                                                  self.batches.ledger.max_seq_len(), self.world)
+                                                           self.batches.ledger.max_seq_len(), self.world)
 
         def record_load(source: str, action: Callable[[], Any]) -> Any:
             result, load = self.expert_load.count_during(action)

@@ -64,7 +64,7 @@ def test_sampling_must_agree_where_answers_are_written_and_seeds_may_differ(writ
                                                                             tmp_path: Path) -> None:
     def of(name: str, **sampling: Any) -> Path:
         return written_scores(tmp_path / name, [1.0, 0.0], output_type="generate_until",
-                       sampling=TaskSampling(**sampling))
+                              sampling=TaskSampling(**sampling))
 
     first = read_scored_results(of("a.json", temperature=0.6, seed=1))
     compute_differences(first, read_scored_results(of("b.json", temperature=0.6, seed=2)))

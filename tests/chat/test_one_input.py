@@ -50,8 +50,8 @@ REQUEST = [
     message("tool", text_parts("cold"), tool_call_id="c1")]
 """The conversation in a client's request."""
 RENDERED = [message("system", "Be short."), message("user", "How is it\nin 서울? 🐻"),
-         message("assistant", "", reasoning_content="I look\n  it up.", tool_calls=build_calls(ARGUMENTS)),
-         message("tool", "cold", tool_call_id="c1")]
+            message("assistant", "", reasoning_content="I look\n  it up.", tool_calls=build_calls(ARGUMENTS)),
+            message("tool", "cold", tool_call_id="c1")]
 """The conversation for transformers."""
 ANSWER = message("assistant", "    indented", reasoning_content="So: cold.")
 

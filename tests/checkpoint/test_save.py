@@ -176,8 +176,8 @@ def test_background_save_writes_the_copy_and_reports_errors(ranks: Any, job: Any
                           "saved": ["step-2", "step-3"]}
     foreground, background, changed = (saved_folder / f"step-{step}" for step in (1, 2, 3))
     assert len(list((foreground / "model").rglob("*.safetensors"))) == 2
-    assert len(
-        list((background / "model").rglob("*.safetensors"))) >= 6, "each rank writes with three threads"
+    files = list((background / "model").rglob("*.safetensors"))
+    assert len(files) >= 2 * 3, "each rank writes with three threads"
     assert all(find_damaged_files(checkpoint) == [] for checkpoint in (foreground, background, changed))
     assert not (background / "indices").exists()
     assert sorted(path.name for path in saved_folder.iterdir()) == ["step-1", "step-2", "step-3"]
@@ -239,8 +239,8 @@ def gather_uneven_parts(everywhere: bool) -> dict[str, Any]:
     gathered_again = gatherer.gather("lonely")
     return {"shapes": gatherer.get_shapes(),
             "gathered_again": None if gathered_again is None else gathered_again.tolist(),
-            "gathered": {key: None if t is None else [str(t.dtype), t.tolist()]
-                         for key, t in gathered.items()}}
+            "gathered": {key: None if tensor is None else [str(tensor.dtype), tensor.tolist()]
+                         for key, tensor in gathered.items()}}
 
 
 @pytest.mark.distributed
@@ -249,8 +249,8 @@ def test_gather_assembles_blocks_of_any_grid(ranks: Any, job: Any) -> None:
                                   job(__file__, "gather_uneven_parts", 2, {"everywhere": True}))
     spread = [[[float(15 * i + 5 * j + k) for k in range(5)] for j in range(3)] for i in range(2)]
     expected = {"lonely": ["torch.bfloat16", [7.0] * 4], "spread": ["torch.float32", spread]}
-    assert [r["gathered"] for r in everywhere] == [expected,
-                                                   expected] and everywhere[1]["gathered_again"] == [7.0] * 4
-    assert [r["gathered"] for r in main_only] == [expected, {"lonely": None, "spread": None}]
-    assert (main_only[0]["gathered_again"] == [7.0] * 4
-            and main_only[0]["shapes"] == {"spread": [2, 3, 5], "lonely": [4]})
+    assert [result["gathered"] for result in everywhere] == [expected, expected]
+    assert everywhere[1]["gathered_again"] == [7.0] * 4
+    assert [result["gathered"] for result in main_only] == [expected, {"lonely": None, "spread": None}]
+    assert main_only[0]["gathered_again"] == [7.0] * 4
+    assert main_only[0]["shapes"] == {"spread": [2, 3, 5], "lonely": [4]}

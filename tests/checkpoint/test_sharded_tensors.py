@@ -31,9 +31,9 @@ def grids(draw: st.DrawFn) -> tuple[tuple[int, ...], list[Block]]:
         offset, extent = blocks.pop(draw(st.integers(0, len(blocks) - 1)))
         axis = draw(st.integers(0, len(shape) - 1))
         cuts = [0, *sorted(draw(st.sets(st.integers(1, max(1, extent[axis] - 1)), max_size=2))), extent[axis]]
-        for a, b in pairwise(sorted(set(cuts))):
-            blocks.append(((*offset[:axis], offset[axis] + a, *offset[axis + 1:]),
-                           (*extent[:axis], b - a, *extent[axis + 1:])))
+        for first, end in pairwise(sorted(set(cuts))):
+            blocks.append(((*offset[:axis], offset[axis] + first, *offset[axis + 1:]),
+                           (*extent[:axis], end - first, *extent[axis + 1:])))
     return shape, blocks
 
 
@@ -78,13 +78,14 @@ def test_write_index_rejects_gaps_and_overlaps(tmp_path_factory,
     offset, extent = blocks[i]
     axis = data.draw(st.integers(0, len(shape) - 1))
     moved_offset = (*offset[:axis], max(0, offset[axis] - 1), *offset[axis + 1:])
-    changed = data.draw(st.sampled_from([blocks[:i] + blocks[i + 1:], [*blocks, blocks[i]],
-                                         [*blocks[:i], (moved_offset, extent), *blocks[i + 1:]]]))
+    dropped, repeated = blocks[:i] + blocks[i + 1:], [*blocks, blocks[i]]
+    moved = [*blocks[:i], (moved_offset, extent), *blocks[i + 1:]]
+    changed = data.draw(st.sampled_from([dropped, repeated, moved]))
     owners = torch.zeros(shape, dtype=torch.int)
     for block in changed:
         slice_block(owners, block).add_(1)
-    pieces = [{"file": "f", "name": f"{n}", "offset": list(o), "shape": list(s)}
-              for n, (o, s) in enumerate(changed)]
+    pieces = [{"file": "f", "name": f"{number}", "offset": list(block_offset), "shape": list(block_shape)}
+              for number, (block_offset, block_shape) in enumerate(changed)]
     index = {"w": {"dtype": "float32", "shape": list(shape), "pieces": pieces}}
     folder = tmp_path_factory.mktemp("owners")
     if (owners == 1).all():
@@ -121,8 +122,8 @@ def test_large_parts_use_several_files_and_close_them(tmp_path: Path,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sharded_tensors, "MAX_FILE_BYTES", 100)
     tensor = torch.randn(10, 20)
-    write_tensor(tmp_path, tensor, [((r, 0), (1, 20)) for r in range(10)])
-    assert len(list(tmp_path.glob("model/00000/rank-00000-*.safetensors"))) == 10
+    write_tensor(tmp_path, tensor, [((row, 0), (1, 20)) for row in range(10)])
+    assert len(list(tmp_path.glob("model/00000/rank-00000-*.safetensors"))) == 10  # rows of 20 x 4 bytes
     reader = TensorReader(tmp_path)
     num_open_files = len(os.listdir("/proc/self/fd"))
     assert reader.read("w").equal(tensor)
@@ -160,13 +161,18 @@ def test_damaged_checkpoint_raises_user_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.each("value", [[[]], [None, 2], ["6", 2], [6.0, 2], [True, 2], [-6, 2], [6], [6, 2, 1],
-                                   {}, "62", 6, None, [10**30, 2]])
+                            {}, "62", 6, None, [10**30, 2]])
 @pytest.mark.each("place", ["shape", "offset", "tensor"])
 def test_invalid_sizes_in_index_raise_user_error(place: str, value: Any, tmp_path: Path) -> None:
     write_tensor(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
-    damage_index(tmp_path,
-                 lambda index: (index["w"] if place == "tensor" else index["w"]["pieces"][0]).update(
-        {"shape" if place == "tensor" else place: value}))
+
+    def set_value(index: Any) -> None:
+        if place == "tensor":
+            index["w"]["shape"] = value
+        else:
+            index["w"]["pieces"][0][place] = value
+
+    damage_index(tmp_path, set_value)
     with pytest.raises(UserError, match=r"is damaged|a block reaches beyond|a part of w"):
         TensorReader(tmp_path).check_complete()
 
@@ -183,6 +189,7 @@ def test_invalid_names_in_index_raise_user_error(name: str, value: Any, tmp_path
 def test_index_must_match_its_files(tmp_path: Path) -> None:
     def damage_and_call(change: Any,
                         call: Callable[[TensorReader], Any] = TensorReader.check_complete) -> str:
+        """Change the index of a tensor `w` of two blocks, and return the error of a reader's method."""
         write_tensor(tmp_path, torch.randn(6, 2), [((0, 0), (3, 2)), ((3, 0), (3, 2))])
         damage_index(tmp_path, lambda index: change(index["w"]))
         with pytest.raises(UserError) as e:

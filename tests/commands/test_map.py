@@ -70,8 +70,9 @@ def read_rows(folder: str = "out", name: str = "rows.jsonl") -> list[dict[str, A
 def test_rows_are_written_in_order_with_a_manifest_of_their_origin(
         get_refusal: Any, read_output: Any) -> None:
     assert "out: 400 rows in, 400 out" in read_output(*build_command())
-    assert read_rows() == EXPECTED and not find_damaged_files("out") and sorted(os.listdir("out")) == [
-        "manifest.json", "rows.jsonl"]
+    assert read_rows() == EXPECTED
+    assert not find_damaged_files("out")
+    assert sorted(os.listdir("out")) == ["manifest.json", "rows.jsonl"]
     manifest = read_manifest("out", "rows")
     assert manifest.content == {"num_rows": 400, "num_failed": 0, "num_rows_in": 400}
     assert [*manifest.settings["code"]] == ["mine.py"]

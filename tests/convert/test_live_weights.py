@@ -144,9 +144,10 @@ def import_live_weights(recipe: str, layout: dict[str, Any], precision: str) -> 
     result["after_second_import"] = all(compare_shards())
     result["errors"] = []
     one_name = next(name for name in weights if "k_proj" in name)
-    for invalid_weights in ([(n, t) for n, t in weights.items() if n != one_name],
-                   [(n, t[:3] if n == one_name else t) for n, t in weights.items()],
-                   [*weights.items(), (one_name, weights[one_name])], [("model.odd", weights[one_name])]):
+    for invalid_weights in (
+            [(name, tensor) for name, tensor in weights.items() if name != one_name],
+            [(name, tensor[:3] if name == one_name else tensor) for name, tensor in weights.items()],
+            [*weights.items(), (one_name, weights[one_name])], [("model.odd", weights[one_name])]):
         try:
             import_weights(target, iter(invalid_weights))
         except UserError as e:

@@ -43,8 +43,8 @@ def test_old_run_continues_with_equal_losses(name: str, artifacts: Path, run_com
 def test_old_exports_are_equal_and_readable(artifacts: Path, run_command: RunCommand) -> None:
     run, lora = artifacts / "run/checkpoints/step-2", artifacts / "lora/checkpoints/step-2"
     for command in (("to-hf", run, artifacts / "hf-again"), ("to-peft", lora, artifacts / "peft-again"),
-                  ("from-hf", artifacts / "hf", artifacts / "imported"),
-                  ("from-peft", artifacts / "peft", artifacts / "imported-adapter", "--base", run)):
+                    ("from-hf", artifacts / "hf", artifacts / "imported"),
+                    ("from-peft", artifacts / "peft", artifacts / "imported-adapter", "--base", run)):
         run_command("convert", *map(str, command)).check_returncode()
     for file in ("hf/model.safetensors", "hf/config.json", "peft/adapter_model.safetensors"):
         folder, _, name = file.partition("/")

@@ -90,7 +90,7 @@ def test_two_nodes_give_the_bits_of_two_local_processes(
             process.wait(600)
     assert [process.returncode for process in agents] == [0, 0], errors
     assert (tmp_path / "nodes/complete.json").is_file()
-    assert (read_losses(tmp_path / "nodes") == read_losses(tmp_path / "local")
-            and len(read_losses(tmp_path / "local")) == STEPS)
+    assert read_losses(tmp_path / "nodes") == read_losses(tmp_path / "local")
+    assert len(read_losses(tmp_path / "local")) == STEPS
     assert [e["num_ranks"] for e in read_run_events(tmp_path / "nodes", "run_start")] == [2, 2]
     assert [e["step"] for e in read_run_events(tmp_path / "nodes", "resume")] == [4]

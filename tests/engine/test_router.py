@@ -10,7 +10,9 @@ from megatron_sov.engine.parallel import context, world
 from megatron_sov.engine.router import BalancedRouter
 from tests.tiny import tiny_model
 
-EXPERTS, TOP_K, SEQ_LEN, SEQUENCES, FACTOR, COEFF = 8, 2, 8, 3, 2.5, 0.3
+EXPERTS, TOP_K, SEQ_LEN, SEQUENCES = 8, 2, 8, 3
+FACTOR, COEFF = 2.5, 0.3
+"""Factor of the weights of routed experts, and coefficient of the balancing loss."""
 PADDING = [7, 22, 23]
 """Positions of padding tokens: the last of the first sequence, and the last two of the third."""
 
@@ -45,7 +47,7 @@ def route(layout: dict[str, Any], padding: list[int], *, other_padding: bool = F
     mask = torch.zeros(len(logits), dtype=torch.bool)
     mask[padding] = True
     if other_padding:
-        logits[mask] = 50.0
+        logits[mask] = 50.0  # far larger than those of other tokens
     router.expert_bias.copy_(bias)
     row_index = context.compute_row_index(len(logits), layout.get("sp", False), logits.device)
     local = logits[row_index].clone().requires_grad_()
@@ -213,7 +215,8 @@ def test_forced_routing_is_even_whatever_the_router_learned(ranks: Any, job: Any
     (learned,), (forced,) = ranks(*(job(__file__, "count_forced_tokens", arguments={"switch": switch})
                                     for switch in ("off", "on")))
     assert learned == [512, 512, 0, 0, 0, 0, 0, 0]
-    assert sum(forced) == 2 * 512 and max(forced) < 1.3 * 128
+    assert sum(forced) == 2 * 512
+    assert max(forced) < 1.3 * 128  # 2 x 512 / 8 experts: 128 for each
 
 
 def test_routes_are_freed_after_a_pass(ranks: Any, job: Any) -> None:

@@ -53,7 +53,7 @@ def test_cache_limit_bounds_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.each(("invalid_settings", "key"), [({"seed": -1}, "seed"),
-                                     ({"for_training": True, "rules": OddTokensOnly()}, "rules")])
+                                                ({"for_training": True, "rules": OddTokensOnly()}, "rules")])
 def test_invalid_sampling_settings_are_rejected(invalid_settings: dict[str, Any], key: str) -> None:
     with pytest.raises(SettingsError) as e:
         Sampling(**invalid_settings).check()

@@ -196,8 +196,8 @@ def test_loss_and_all_gradients_equal_transformers(ranks: Any, job: Any, packed_
         theirs = load_file(out / "reference/model.safetensors") | load_file(
             out / "reference/prediction.safetensors")
         checked = [key for key in theirs if not key.endswith("e_score_correction_bias")]
-        assert (len(checked) > 30
-                and set(checked) == {key for key in ours if not key.endswith("e_score_correction_bias")})
+        assert len(checked) > 30
+        assert set(checked) == {key for key in ours if not key.endswith("e_score_correction_bias")}
         for key in checked:
             scale = theirs[key].abs().max()
             assert (ours[key] - theirs[key]).abs().max() <= 1e-4 * scale + 1e-8, f"{name}: {key}"

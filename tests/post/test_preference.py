@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ from tests.layouts.layout_run import build_small_config
 SETTINGS = ["train.precision=fp64", 'data.phases=[{"name": "main", "seq_len": 128}]',
             "preference.chosen_coeff=0.1", "train.global_batch_size=4", "optim.lr=0.01",
             "model.num_experts=8"]
-STEPS = 3
+BETA = 0.3
 
 
 def build_trainer(settings: list[str], data: str, run: Path) -> Any:
@@ -56,42 +56,70 @@ class SelectedDocuments:
 
 def evaluate_heldout_pairs(trainer: Any, batch: Any) -> dict[str, float]:
     """Measure the pairs of a training batch as if they were held out."""
-    origins = [origin for m in batch.micro_batches for origin in m.origins]
+    numbers = [origin.segment.document for m in batch.micro_batches for origin in m.origins]
     with_reference = trainer.sources[0].open_split("train")
-    documents = SelectedDocuments(with_reference, [origin.segment.document for origin in origins])
-    reference_logprobs = np.concatenate([with_reference.column("reference_logprobs", o.segment.document, 0, n)
-                                         for o, n in zip(origins, documents.lengths.tolist(), strict=True)])
+    documents = SelectedDocuments(with_reference, numbers)
+    reference_logprobs = np.concatenate([
+        with_reference.column("reference_logprobs", number, 0, length)
+        for number, length in zip(numbers, documents.lengths.tolist(), strict=True)])
     source: Any = SimpleNamespace(name="pairs", num_tokens={"heldout": 1}, open_split=lambda split: documents)
-    preference_config = trainer.config.preference
+    settings = trainer.config.preference
+    needs_reference = settings.method in preference.REFERENCE_METHODS
     (figures,) = preference.measure_pairs(
-        [source], lambda d, chosen: preference.score_documents(trainer, d, chosen, 128, 2), 128,
-        preference_config,
-        (lambda source: reference_logprobs)
-        if preference_config.method in preference.REFERENCE_METHODS else None).values()
+        [source], lambda pairs, chosen: preference.score_documents(trainer, pairs, chosen, 128, 2), 128,
+        settings, (lambda source: reference_logprobs) if needs_reference else None).values()
     return figures
 
 
-def compute_trl_meters(
-        method: str, pairs: list[tuple[float, float, float, float, int, int]]) -> dict[str, float]:
-    """Return rewards/accuracies and rewards/margins of TRL's DPOTrainer (SimPO and ORPO: of CPOTrainer and
-    ORPOTrainer without their beta), except that a tie counts half.
+class PairLogprobs(NamedTuple):
+    """Summed log-probabilities of a pair's responses by the policy and by the reference."""
 
-    Args:
-        method: the loss.
-        pairs: log-probabilities of chosen and rejected response by the policy, then by the reference, and
-            the two lengths.
-    """
-    margins = []
-    for c, r, rc, rr, nc, nr in pairs:
-        if method not in ("dpo", "ipo", "dpo-norm"):
-            rc = rr = 0.0
+    chosen: float
+    rejected: float
+    chosen_reference: float
+    rejected_reference: float
+    chosen_tokens: int
+    rejected_tokens: int
+
+
+def compute_trl_meters(method: str, pairs: list[PairLogprobs]) -> dict[str, float]:
+    """Return rewards/accuracies and rewards/margins of TRL's DPOTrainer (SimPO and ORPO: of CPOTrainer and
+    ORPOTrainer without their beta), except that a tie counts half."""
+    margins, are_likelier = [], []
+    for pair in pairs:
+        chosen, rejected = pair.chosen, pair.rejected
+        are_likelier.append(chosen / pair.chosen_tokens > rejected / pair.rejected_tokens)
+        if method in ("dpo", "ipo", "dpo-norm"):
+            chosen, rejected = chosen - pair.chosen_reference, rejected - pair.rejected_reference
         if method != "dpo":
-            c, r, rc, rr = c / nc, r / nr, rc / nc, rr / nr
-        beta = 1.0 if method in ("simper", "orpo") else 0.3
-        margins.append(beta * (c - rc) - beta * (r - rr))
-    return {"pairs_right": sum(1.0 if m > 0 else 0.5 if m == 0 else 0.0 for m in margins) / len(margins),
-            "margin": sum(margins) / len(margins),
-            "chosen_likelier": sum(c / nc > r / nr for c, r, _, _, nc, nr in pairs) / len(margins)}
+            chosen, rejected = chosen / pair.chosen_tokens, rejected / pair.rejected_tokens
+        margins.append((1.0 if method in ("simper", "orpo") else BETA) * (chosen - rejected))
+    num_right = sum(1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins)
+    return {"pairs_right": num_right / len(pairs), "margin": sum(margins) / len(pairs),
+            "chosen_likelier": sum(are_likelier) / len(pairs)}
+
+
+def compute_odds(mean: float) -> float:
+    return math.exp(mean) / (1 - math.exp(mean))
+
+
+def compute_pair_loss(method: str, pair: PairLogprobs) -> float:
+    """Compute the loss of a pair by the formula of its paper."""
+    chosen_mean, rejected_mean = pair.chosen / pair.chosen_tokens, pair.rejected / pair.rejected_tokens
+    chosen_gain, rejected_gain = pair.chosen - pair.chosen_reference, pair.rejected - pair.rejected_reference
+    mean_lead = chosen_gain / pair.chosen_tokens - rejected_gain / pair.rejected_tokens
+    if method == "dpo":
+        return math.log1p(math.exp(-BETA * (chosen_gain - rejected_gain)))
+    if method == "ipo":
+        return (mean_lead - 1 / (2 * BETA)) ** 2
+    if method == "dpo-norm":
+        return math.log1p(math.exp(-BETA * mean_lead))
+    if method == "simper":
+        return math.exp(rejected_mean) - math.exp(chosen_mean)
+    if method == "simpo":
+        return math.log1p(math.exp(-BETA * (chosen_mean - rejected_mean) + 0.5))
+    assert method == "orpo"
+    return math.log1p(compute_odds(rejected_mean) / compute_odds(chosen_mean))
 
 
 def compare_losses(data: str, run: str, methods: list[str]) -> list[dict[str, Any]]:
@@ -114,13 +142,10 @@ def compare_losses(data: str, run: str, methods: list[str]) -> list[dict[str, An
             found.append((float(logprobs.sum()), int(is_learned.sum())))
         return found
 
-    def compute_odds(mean: float) -> float:
-        return math.exp(mean) / (1 - math.exp(mean))
-
     results = []
     for method in methods:
         trainer = build_trainer([f"preference.method={method}", "preference.chosen_coeff=0.0",
-                                 "preference.beta=0.3", "optim.lr=0.002"], data, Path(run))
+                                 f"preference.beta={BETA}", "optim.lr=0.002"], data, Path(run))
         objective = trainer.objective
         tensors = [*trainer.model.parameters(), *trainer.model.buffers()]  # routers' biases move as well
         initial = [tensor.detach().clone() for tensor in tensors]
@@ -135,28 +160,16 @@ def compare_losses(data: str, run: str, methods: list[str]) -> list[dict[str, An
             for tensor, value in zip(tensors, initial, strict=True):
                 tensor.copy_(value)
         reference = [s for m in batch.micro_batches for s in sum_logprobs(trainer.policy, m)]
-        losses = []
-        for i in range(0, len(current), 2):
-            # log-probability and length of the chosen and the rejected response; rc, rr: by the reference
-            (c, nc), (r, nr), (rc, _), (rr, _) = current[i], current[i + 1], reference[i], reference[i + 1]
-            losses.append({
-                "dpo": lambda c=c, r=r, rc=rc, rr=rr: math.log1p(math.exp(-0.3 * ((c - rc) - (r - rr)))),
-                "ipo": lambda c=c, r=r, rc=rc, rr=rr, nc=nc, nr=nr:
-                ((c - rc) / nc - (r - rr) / nr - 1 / 0.6) ** 2,
-                "dpo-norm": lambda c=c, r=r, rc=rc, rr=rr, nc=nc, nr=nr:
-                math.log1p(math.exp(-0.3 * ((c - rc) / nc - (r - rr) / nr))),
-                "simper": lambda c=c, r=r, nc=nc, nr=nr: math.exp(r / nr) - math.exp(c / nc),
-                "simpo": lambda c=c, r=r, nc=nc, nr=nr: math.log1p(math.exp(-0.3 * (c / nc - r / nr) + 0.5)),
-                "orpo": lambda c=c, r=r, nc=nc, nr=nr:
-                math.log1p(compute_odds(r / nr) / compute_odds(c / nc)),
-                }[method]())
-        results.append({"method": method, "loss": loss, "compare_losses": float(np.mean(losses)),
-                        "pairs": len(losses), "spread": float(np.std(losses)),
-                        "meters": sums_of_batch.meters, "measured": heldout,
-                        "trl": compute_trl_meters(method, [
-                            (current[i][0], current[i + 1][0], reference[i][0], reference[i + 1][0],
-                             current[i][1], current[i + 1][1])
-                            for i in range(0, len(current), 2)])})
+        pairs = []
+        for i in range(0, len(current), 2):  # a chosen response, and the rejected one after it
+            (chosen, chosen_tokens), (rejected, rejected_tokens) = current[i:i + 2]
+            (chosen_reference, _), (rejected_reference, _) = reference[i:i + 2]
+            pairs.append(PairLogprobs(chosen, rejected, chosen_reference, rejected_reference, chosen_tokens,
+                                      rejected_tokens))
+        losses = [compute_pair_loss(method, pair) for pair in pairs]
+        results.append({"method": method, "loss": loss, "expected_loss": float(np.mean(losses)),
+                        "pairs": len(pairs), "spread": float(np.std(losses)), "meters": sums_of_batch.meters,
+                        "measured": heldout, "trl": compute_trl_meters(method, pairs)})
         trainer.close()
         world.leave_world()
     return results
@@ -172,7 +185,7 @@ def test_losses_are_the_papers(ranks: Any, job: Any, pairs: Path, tmp_path: Path
     for result in results:
         assert result["pairs"] >= 4 and result["spread"] > 1e-6, result
         # Reference log-probabilities are stored in float32: sums of some 40 values with errors of 1e-7.
-        assert result["loss"] == pytest.approx(result["compare_losses"], rel=1e-5, abs=2e-6), result
+        assert result["loss"] == pytest.approx(result["expected_loss"], rel=1e-5, abs=2e-6), result
         # Training, held-out evaluation and TRL define the meters in the same way.
         for name in ("pairs_right", "margin"):
             assert result["meters"][name] == pytest.approx(result["trl"][name], rel=1e-4, abs=1e-5), result
@@ -208,10 +221,10 @@ def test_simpo_requires_a_margin(smoothing: float) -> None:
 
 def test_orpo_compares_odds_and_stays_finite_if_a_response_is_certain() -> None:
     chosen, rejected = torch.tensor([-0.1, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
-    odds = [(math.exp(c) / (1 - math.exp(c)), math.exp(r) / (1 - math.exp(r)))
-            for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)]
+    odds_ratios = [compute_odds(chosen_mean) / compute_odds(rejected_mean)
+                   for chosen_mean, rejected_mean in zip(chosen.tolist(), rejected.tolist(), strict=True)]
     assert orpo(chosen, rejected).tolist() == pytest.approx(
-        [-math.log((c / r) / (1 + c / r)) for c, r in odds], abs=1e-12)
+        [-math.log(ratio / (1 + ratio)) for ratio in odds_ratios], abs=1e-12)
     certain = torch.zeros(2, dtype=torch.float64, requires_grad=True)
     losses = orpo(certain, rejected) + orpo(rejected, certain)
     (gradient,) = torch.autograd.grad(losses.sum(), certain)

@@ -48,7 +48,7 @@ def test_responses_after_the_sample_end_are_excluded(monkeypatch: pytest.MonkeyP
     events: list[dict[str, Any]] = []
     view: Any = SimpleNamespace(
         step=3, config=SimpleNamespace(data=DataConfig(phases=(PhaseConfig("main", seq_len=SEQ_LEN),)),
-                               train=TrainConfig(), preference=PreferenceConfig("simper")),
+                                       train=TrainConfig(), preference=PreferenceConfig("simper")),
         events=SimpleNamespace(write=lambda name, **fields: events.append({"name": name, **fields})))
     source = Source("pairs", None, "preference", {}, {"train": 0, "heldout": 59}, 1.0)
     documents = PairDocuments()

@@ -51,10 +51,7 @@ def build_config(*settings: str) -> RunConfig:
 
 def compute_terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     """Inside a rank: compute the loss terms of one response and some copies of a text, and their expected
-    means.
-
-    The head has a vocabulary of 32 tokens.
-    """
+    means."""
     config = build_config()
     world.join_world(config.parallel)
     row = join_rows([build_row(RESPONSE, 1)] + [build_row(TEXT, 3 if swap_texts else 2)] * num_texts)
@@ -62,16 +59,16 @@ def compute_terms(num_texts: int, swap_texts: bool) -> dict[str, Any]:
     objective = SupervisedFineTuning(context)
     batch = objective.prepare(GlobalBatch((build_micro_batch(row),), LENGTH, 1 + num_texts, "main"))
     generator = torch.Generator().manual_seed(0)
-    response, text = (torch.randn(2, LENGTH, 1, 8, generator=generator),
-                      torch.randn(2, LENGTH, 1, 8, generator=generator))
+    # [depths, tokens, 1, hidden]
+    response, text = (torch.randn(2, LENGTH, 1, 8, generator=generator) for _ in range(2))
     hidden = torch.cat([response] + [text] * num_texts, dim=1)
-    weight = torch.randn(32, 8, generator=generator).requires_grad_()
+    weight = torch.randn(32, 8, generator=generator).requires_grad_()  # a vocabulary of 32 tokens
     head = Head(weight, head_config(), 7, len(weight))
     sums = objective.loss([hidden[0], hidden[1]], head, batch.micro_batches[0])
     loss = compute_total_loss(sums, objective.coefficients, batch.targets)
     loss.backward()
-    logp = torch.log_softmax(hidden[..., 0, :] @ weight.detach().T, dim=-1)
-    losses = [-logp[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0]
+    logprobs = torch.log_softmax(hidden[..., 0, :] @ weight.detach().T, dim=-1)
+    losses = [-logprobs[depth].gather(1, torch.from_numpy(np.roll(row.labels, -depth))[:, None])[:, 0]
               for depth in (0, 1)]
     return {"loss": loss.item(), "gradient": weight.grad.tolist(), "targets": dict(batch.targets),
             "tokens": batch.num_tokens,
@@ -185,12 +182,12 @@ def test_every_unit_counts_by_its_own_mean_however_the_batch_is_split(
             len(rows), "main"))
         assert batch.targets["response"] == pytest.approx(units, rel=1e-12)
         head: Any = Logits()
-        loss = sum(compute_total_loss(objective.loss([torch.cat([logits[i] for i in indices])], head, m),
-                                      objective.coefficients, batch.targets)
-                   for indices, m in zip(split, batch.micro_batches, strict=True))
-        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)  # type: ignore[union-attr]
-        for gradient, expected_gradient in zip(torch.autograd.grad(loss, logits), gradients,
-                                strict=True):  # type: ignore[arg-type]
+        loss: Any = 0.0
+        for indices, micro_batch in zip(split, batch.micro_batches, strict=True):
+            sums = objective.loss([torch.cat([logits[i] for i in indices])], head, micro_batch)
+            loss = loss + compute_total_loss(sums, objective.coefficients, batch.targets)
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-12)
+        for gradient, expected_gradient in zip(torch.autograd.grad(loss, logits), gradients, strict=True):
             torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-15)
 
 
@@ -200,4 +197,4 @@ def test_device_weights_equal_the_counted_weights() -> None:
     host = build_micro_batch(build_chat_row((0, 1), np.random.default_rng(1)))
     sent = SupervisedFineTuning(context)._weigh_responses(dataclasses.replace(host, on_host=host))
     assert sent.on_host is not None and torch.equal(sent.weights, sent.on_host.weights)
-    assert float(sent.host.weights.sum()) == pytest.approx(5)
+    assert float(sent.host.weights.sum()) == pytest.approx(3 + 2)  # turns

@@ -124,8 +124,9 @@ def compare_attention() -> list[float]:
         expected = layer(*(t[sharing_source] for t in separate), None,
                          packed_seq_params=attention.pack_documents(bounds, 11, 42))
         expected[positions].backward(upstream)
-        differences.append(max(float((a - b).abs().max()) for a, b in [
-            (out, expected[positions]), *((a.grad, b.grad) for a, b in zip(inputs, separate, strict=True))]))
+        compared = [(out, expected[positions]),
+                    *((ours.grad, theirs.grad) for ours, theirs in zip(inputs, separate, strict=True))]
+        differences.append(max(float((ours - theirs).abs().max()) for ours, theirs in compared))
     world.leave_world()
     return differences
 

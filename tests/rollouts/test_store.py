@@ -411,8 +411,9 @@ def test_the_newest_part_states_the_planned_total() -> None:
     assert describe_missing_rows([*parts, create_part(2, 0, new_plan, created_s=2.0)], None) == ""
     newest = create_part(1, 0, new_plan, created_s=2.0)
     assert describe_missing_rows([newest], None) == "1 of 1 pieces of round 2"
-    assert describe_missing_rows([*parts, create_part(1, 0, StorePlan(1, 1).to_provenance(3), attempt=1)],
-                       None) == "the ends of responses in 1 of 1 pieces of round 1"
+    continued = create_part(1, 0, StorePlan(1, 1).to_provenance(3), attempt=1)
+    assert (describe_missing_rows([*parts, continued], None)
+            == "the ends of responses in 1 of 1 pieces of round 1")
 
 
 @pytest.mark.each("provenance", [

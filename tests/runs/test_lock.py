@@ -176,7 +176,7 @@ def test_concurrent_starts_give_single_holder(tmp_path: Path) -> None:
             "sys.stdin.readline()\n"
             "except UserError: print('refused', flush=True)")
     processes = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE,
-                               stdout=subprocess.PIPE, text=True) for _ in range(4)]
+                                  stdout=subprocess.PIPE, text=True) for _ in range(4)]
     for process in processes:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
     for process in processes:

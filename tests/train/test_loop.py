@@ -12,6 +12,9 @@ import pytest
 from megatron_sov.train.loop import start_run, train
 from megatron_sov.train.trainer import CurrentWork
 
+NEVER = 10 ** 9
+"""A step that no run here reaches."""
+
 
 class RecordingTrainer:
     """Stands for a trainer and its parts; `actions` has the loop's calls, as "action step".
@@ -20,19 +23,25 @@ class RecordingTrainer:
     nothing. The run is asked to stop from step `stop_after` on.
     """
 
+    has_heldout = False
+    work = CurrentWork()
+    missing_data: str | None = None
+    """Why the next step has no data; None: it has."""
+    unfinished_data: str | None = None
+    """Why work on the data is not finished after the last step; None: it is."""
+
     def __init__(self, num_steps: int, step: int = 0, skipped: tuple[int, ...] = (), **settings: int) -> None:
         self.skipped = skipped
         self.num_steps, self.step, self.state = num_steps, step, "counters"
-        self.config = SimpleNamespace(train=SimpleNamespace(**{"eval_every_steps": 0,
-                                                               "checkpoint_every_steps": 100, **settings}))
+        self.config = SimpleNamespace(train=SimpleNamespace(
+            **{"eval_every_steps": 0, "checkpoint_every_steps": 100, **settings}))
         self.actions, self.saved_step = list[str](), step
         self.gate: Any = None
-        self.stop_after = 10 ** 9
+        self.stop_after = NEVER
         self.watched: int | None = None
-        self.guards = SimpleNamespace(step_guard=SimpleNamespace(wants_rollback=False),
-                                      watchdog=SimpleNamespace(
-                                          begin=lambda step: setattr(self, "watched", step),
-                                          end=lambda: setattr(self, "watched", None)))
+        watchdog = SimpleNamespace(begin=lambda step: setattr(self, "watched", step),
+                                   end=lambda: setattr(self, "watched", None))
+        self.guards = SimpleNamespace(step_guard=SimpleNamespace(wants_rollback=False), watchdog=watchdog)
         self.side_jobs: Any = SimpleNamespace(poll=lambda: self.note("poll"))
         self.checkpointer = SimpleNamespace(finish=lambda: self.note("saved"), sync=self.sync)
         self.recorder = SimpleNamespace(
@@ -52,19 +61,13 @@ class RecordingTrainer:
     def finished(self) -> bool:
         return self.step >= self.num_steps or (self.gate is not None and self.gate.passed)
 
-    missing: str | None = None
-    has_heldout = False
-    work = CurrentWork()
-
     def fetch_data(self, stop: Any) -> str | None:
         assert self.watched is None, "waiting for data is no hang"
-        return self.missing
-
-    missing_at_the_end: str | None = None
+        return self.missing_data
 
     def finish_data(self, stop: Any) -> str | None:
         assert self.watched is None, "the work after the last step is no hang"
-        return self.missing_at_the_end
+        return self.unfinished_data
 
     def is_evaluation_due(self) -> bool:
         every_steps = self.config.train.eval_every_steps
@@ -113,7 +116,7 @@ def recorded_step(monkeypatch: pytest.MonkeyPatch) -> None:
 EVERY_STEP = ("observe", "poll", "record", "expert load", "sync")
 
 
-def run_loop(trainer: RecordingTrainer, stop_after: int = 10 ** 9,
+def run_loop(trainer: RecordingTrainer, stop_after: int = NEVER,
              until: int | None = None) -> tuple[bool, list[str]]:
     """Run `train`; return whether the run is complete, and its actions without those of every step."""
     trainer.stop_after = stop_after
@@ -139,7 +142,7 @@ def test_a_run_ends_after_the_configured_step() -> None:
 
 @pytest.mark.each(("trainer", "stop_after", "complete", "actions"), [
     # evaluations and checkpoints when they are due, and at the end
-    (RecordingTrainer(7, eval_every_steps=3, checkpoint_every_steps=2), 10 ** 9, True,
+    (RecordingTrainer(7, eval_every_steps=3, checkpoint_every_steps=2), NEVER, True,
      ["save 2", "evaluate 3", "save 4", "evaluate 6", "save 6", "evaluate 7", "save 7", "saved 7",
       "run_end 7"]),
     # a stop saves once and leaves
@@ -147,7 +150,7 @@ def test_a_run_ends_after_the_configured_step() -> None:
     (RecordingTrainer(5, checkpoint_every_steps=2), 2, False, ["save 2", "saved 2", "stop 2"]),
     # a stop at the last step, and a run killed after its last step
     (RecordingTrainer(3), 3, True, ["evaluate 3", "save 3", "saved 3", "run_end 3"]),
-    (RecordingTrainer(3, step=3), 10 ** 9, True, ["saved 3", "run_end 3"])])
+    (RecordingTrainer(3, step=3), NEVER, True, ["saved 3", "run_end 3"])])
 def test_a_run_evaluates_saves_and_ends_when_it_is_due(trainer: RecordingTrainer, stop_after: int,
                                                        complete: bool, actions: list[str]) -> None:
     assert run_loop(trainer, stop_after) == (complete, actions)
@@ -206,7 +209,7 @@ def test_a_rollback_is_saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_missing_data_ends_the_run_without_another_checkpoint() -> None:
     trainer: Any = RecordingTrainer(3, step=2)
-    trainer.missing = "round 2 is not there yet"
+    trainer.missing_data = "round 2 is not there yet"
     assert train(trainer, SimpleNamespace(reason=None)) is False  # type: ignore[arg-type]
     assert trainer.actions == ["saved 2", "stop 2"]
     trainer.actions, trainer.saved_step = [], 0
@@ -267,8 +270,7 @@ def test_remaining_time_is_predicted_from_earlier_work(monkeypatch: pytest.Monke
 
 def test_a_run_waits_for_background_work_at_its_end() -> None:
     trainer = RecordingTrainer(num_steps=1)
-    trainer.missing_at_the_end = "asked to stop in the last validation"
-
+    trainer.unfinished_data = "asked to stop in the last validation"
     complete, actions = run_loop(trainer)
     assert not complete
     assert actions[-1] == "stop 1" and "run_end 1" not in actions

@@ -113,7 +113,6 @@ def save_and_restore(run: str) -> dict[str, Any]:
     reports = [stop_requested, [s.path.name for s in saved]]
     stop.reason = "SIGTERM" if torch.distributed.get_rank() == 1 else None
     reports.append(checkpointer.sync(stop))
-
     for memory in stateful.values():
         memory.value = "changed"
     state = checkpointer.load(folder.checkpoint(3), load_data_order=False)

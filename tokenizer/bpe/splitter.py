@@ -22,7 +22,7 @@ PROBE_CHARS = 20_000
 """Text per unit on which automaton and Oniguruma are compared."""
 MOST_STATES = 2000
 """Maximum states; repetition counts multiply states."""
-MOST_CLASSES, MOST_KINDS = 60, 250
+MOST_CLASSES, MOST_KINDS = 60, 250  # of characters, in a pattern
 DEAD_STATE, FIRST_STATE = 0, 1
 NUM_CODE_POINTS = 0x110000
 AFTER_CASED = 0x20000

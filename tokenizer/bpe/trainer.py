@@ -105,12 +105,12 @@ class MergeLearner:
             group_lefts = symbols[group_places].astype(np.min_scalar_type(num_tokens))
             # stable: `_merge_pair` needs rising positions where matches overlap
             group_places = group_places[np.argsort(group_lefts, kind="stable")]
-            while (num_added := add_first_pairs(self._store, group_places, self._rule,
-                                                self._min_count)) < len(group_places):
+            while len(group_places):
+                num_added = add_first_pairs(self._store, group_places, self._rule, self._min_count)
                 group_places = group_places[num_added:]
-                # room for all remaining positions: at most once per group
-                self._grow_array(HEAP_FULL, len(group_places))
-                self._grow_array(PLACES_FULL, len(group_places))
+                if len(group_places):  # room for all remaining positions: at most once per group
+                    self._grow_array(HEAP_FULL, len(group_places))
+                    self._grow_array(PLACES_FULL, len(group_places))
 
     def _grow_array(self, status: int, min_growth: int = 1) -> None:
         array = getattr(self._store, _GROWTH[status])
@@ -138,8 +138,8 @@ def _build_store(words: PretokenWords, tokens: list[bytes], max_merges: int) -> 
     sizes = np.zeros(NUM_SIZES, np.int64)
     sizes[NUM_TOKENS] = len(tokens)
     return MergeStore(
-        symbols, level_starts, words.counts[changes],
-        (level_starts.searchsorted(blocks, "right") - 1).clip(0).astype(np.int32),
+        symbols, level_starts, level_counts=words.counts[changes],
+        block_levels=(level_starts.searchsorted(blocks, "right") - 1).clip(0).astype(np.int32),
         heap=np.empty((FIRST_PAIRS, 4), np.int64), places=np.empty(max(len(words.symbols), 1), np.int32),
         spans=np.ones(num_tokens, np.int32), token_ends=token_ends,
         # 8 bytes per merge at first; the loop stops if tokens need more

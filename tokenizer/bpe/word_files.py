@@ -98,8 +98,8 @@ def _count_levels(sums: list[Path]) -> _Levels:
     for file in sums:
         table = _read_table(file)
         counts, lengths = table["count"].to_numpy(), _compute_lengths(table)
-        rows = _sum_by_count(np.concatenate((rows, np.stack((counts, np.ones_like(counts), lengths),
-                                                            axis=1))))
+        new_rows = np.stack((counts, np.ones_like(counts), lengths), axis=1)
+        rows = _sum_by_count(np.concatenate((rows, new_rows)))
     return _Levels(*rows.T)
 
 

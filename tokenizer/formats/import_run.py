@@ -30,7 +30,7 @@ def write_import(request: ImportRequest) -> None:
         (artifact.path / TOKENIZER_JSON).write_text(load_tokenizer(source.raw, source.file).to_str(),
                                                     encoding="utf-8")
         config = build_tokenizer_config(special["bos_token"], special["eos_token"], special["pad_token"],
-                             source.chat_template)
+                                        source.chat_template)
         (artifact.path / CONFIG_JSON).write_text(format_json(config), encoding="utf-8")
         with translate_panics(source.file):  # patterns that fail on some texts
             checked, ratios = _compare_with_source(artifact.path, source, options.text)
@@ -77,7 +77,7 @@ def _count_bytes(texts: list[str]) -> int:
 
 
 def _fill_manifest(artifact: ArtifactWriter, source: ForeignTokenizer, special: dict[str, Any], checked: str,
-              ratios: dict[str, float]) -> None:
+                   ratios: dict[str, float]) -> None:
     """Fill the manifest with the facts of a trained tokenizer and with the source file."""
     ids = get_token_ids(source.raw)
     artifact.content = {

@@ -153,8 +153,8 @@ def open_hf(file: Path) -> ForeignTokenizer:
     config = read_json(file.with_name(CONFIG_JSON)) if file.with_name(CONFIG_JSON).is_file() else {}
     named_tokens = {name: _get_token_text(config.get(name)) for name in SPECIAL_NAMES}
     return ForeignTokenizer(file, "tokenizers", raw, build_text_encoder(tokenizer),
-                   lambda ids: tokenizer.decode(ids, skip_special_tokens=False), named_tokens,
-                   _read_template(config, file.with_name("chat_template.jinja")))
+                            lambda ids: tokenizer.decode(ids, skip_special_tokens=False), named_tokens,
+                            _read_template(config, file.with_name("chat_template.jinja")))
 
 
 def _get_token_text(token: Any) -> str | None:

@@ -59,6 +59,8 @@ class StepFilter:
 
 @dataclass(frozen=True)
 class StepEntry:
+    """A step as written in the pipeline file."""
+
     number: int
     """Position in the file, from 1."""
     kind: str

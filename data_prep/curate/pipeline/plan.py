@@ -60,6 +60,8 @@ class Layer:
 
 @dataclass(frozen=True)
 class SourcePlan:
+    """A source's shards, and a layer per step that processes the source."""
+
     settings: SourceSettings
     shards: tuple[int, ...]
     """Shard numbers, in document order."""
@@ -73,12 +75,16 @@ class SourcePlan:
 
 @dataclass(frozen=True)
 class PassPlan:
+    """A pass of a step, and its number of tasks."""
+
     name: str
     num_tasks: int
 
 
 @dataclass(frozen=True)
 class StepPlan:
+    """A step with the sources that it processes, its passes and columns."""
+
     entry: StepEntry
     sources: tuple[str, ...]
     """Sources that the step processes."""
@@ -88,6 +94,8 @@ class StepPlan:
 
 @dataclass(frozen=True)
 class PipelinePlan:
+    """Everything that tasks need to know; written to a file before the first task."""
+
     pipeline: Pipeline
     sources: tuple[SourcePlan, ...]
     steps: tuple[StepPlan, ...]
@@ -237,8 +245,8 @@ def _write_pieces(file: Path, shards: Mapping[int, Sequence[SourcePiece]],
         write_atomically(file, content)
 
 
-def read_shard_pieces(output: Path, layer: Layer, shard: int) -> tuple[
-        list[SourcePiece], dict[str, FileMark]]:
+def read_shard_pieces(output: Path, layer: Layer,
+                      shard: int) -> tuple[list[SourcePiece], dict[str, FileMark]]:
     """Return a shard's pieces, and file name -> mark from the time of `make_plan`."""
     # Only the shard's line is parsed: a source may have very many shards.
     prefix = f"[{shard}, ".encode()

@@ -171,10 +171,9 @@ def _read_repository_licence(job: ReadingJob) -> str:
     licences = []
     for name in job.piece.companion_files:
         try:
-            if (job.root / name).stat().st_size > MAX_LICENCE_BYTES:
-                continue
-            licences.append(find_header_licence(decode_text(read_unpacked(job.root / name, job.options),
-                                                            DETECT)))
+            file = job.root / name
+            if file.stat().st_size <= MAX_LICENCE_BYTES:
+                licences.append(find_header_licence(decode_text(read_unpacked(file, job.options), DETECT)))
         except (BadRecord, OSError):
             continue
     return " AND ".join(dict.fromkeys(filter(None, licences)))

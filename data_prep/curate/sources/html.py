@@ -34,13 +34,13 @@ _ANNOTATION = re.compile(r"<annotation\b[^<>]*application/x-tex[^<>]*>([^<]*)", 
 _MATH_SCRIPT = re.compile(r"<script\b[^<>]*\"math/tex[^<>]*>([^<]*)</script>", re.IGNORECASE)
 _IMAGE = re.compile(r"<img\b[^<>]*>", re.IGNORECASE)
 _MATH_CLASS = re.compile(r"\bclass=\"[^\"]*math", re.IGNORECASE)
-_ALT = re.compile(r"\balt=\"([^\"]*)\"", re.IGNORECASE)
+_ALT_TEXT = re.compile(r"\balt=\"([^\"]*)\"", re.IGNORECASE)
 _CREATIVE_COMMONS = re.compile(r"creativecommons\.org/(?:licenses/([a-z-]+)/(\d\.\d)|publicdomain/zero/1)")
 _CONTROLS = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f]")
 # Not after these two letters: there it is a byte of a wrongly decoded letter (see the step `encoding`).
 _SOFT_HYPHEN, _NO_BREAK = re.compile(r"(?<![\xc2\xc3])\xad"), re.compile(r"(?<![\xc2\xc3])\xa0")
-_EMPTY = re.compile(r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)"
-                    r"([a-zA-Z][\w:-]*+)([^<>]*)/>")
+_SELF_CLOSED = re.compile(r"<(?!(?:area|base|br|col|embed|hr|img|input|link|meta|param|source|track|wbr)\b)"
+                          r"([a-zA-Z][\w:-]*+)([^<>]*)/>")
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ def _read_metadata(tree: Any) -> dict[str, Any]:
             links.setdefault(relation, (link.getattr("href") or "").strip()[:500])
     # Most reliable first: metadata for programs, then visible elements.
     title = root.query_selector("title") or root.query_selector("h1")
-    published = next((metas[n] for n in ("article:published_time", "datepublished", "dc.date", "dcterms.date",
-                                         "date", "pubdate") if metas.get(n)), "")
+    date_names = ("article:published_time", "datepublished", "dc.date", "dcterms.date", "date", "pubdate")
+    published = next((metas[name] for name in date_names if metas.get(name)), "")
     time = root.query_selector("time[datetime]")
     page_root = root.query_selector("html")
     language = (page_root.getattr("lang") or page_root.getattr("xml:lang")) if page_root else ""
@@ -128,7 +128,7 @@ def _prepare_page(source: str) -> str:
     # Some parsers end a text at a control character.
     source = _CONTROLS.sub(" ", source)
     if "http://www.w3.org/1999/xhtml" in source[:2000]:
-        source = _EMPTY.sub(r"<\1\2></\1>", source)  # `<title/>` would contain the whole page
+        source = _SELF_CLOSED.sub(r"<\1\2></\1>", source)  # `<title/>` would contain the whole page
     for pattern in (_MATH_SCRIPT, _IMAGE, _MATH):
         source = pattern.sub(_format_formula, source)
     body = _BODY.search(source)
@@ -141,5 +141,5 @@ def _format_formula(formula: re.Match[str]) -> str:
     if formula.re is _MATH:
         source = _ANNOTATION.search(formula[0])
     elif formula.re is _IMAGE:
-        source = _MATH_CLASS.search(formula[0]) and _ALT.search(formula[0])
+        source = _MATH_CLASS.search(formula[0]) and _ALT_TEXT.search(formula[0])
     return f"${source[1].strip()}$" if source and source[1].strip() else formula[0]

@@ -167,14 +167,18 @@ class _Record:
     def _read_body(self, header: Any) -> bytes:
         """Return the decompressed body; raises `BadRecord` if it is too long, truncated or not decodable."""
         limit_bytes = self._job.options.record_bytes
-        packing, transfer = (((header.get_header(name) or "") if header else "").strip().lower()
-                             for name in ("Content-Encoding", "Transfer-Encoding"))
+
+        def get_field(name: str) -> str:
+            return ((header.get_header(name) if header else "") or "").strip().lower()
+
         stream = self._record.raw_stream
+        if get_field("Transfer-Encoding") == "chunked":
+            stream = ChunkedDataReader(stream)
         # warcio's own decompression would accept truncated and undecodable streams unchanged.
-        body: bytes = (ChunkedDataReader(stream) if transfer == "chunked" else stream).read(limit_bytes + 1)
+        body: bytes = stream.read(limit_bytes + 1)
         if len(body) <= limit_bytes:
             self._check_complete()
-            body = decode_http_body(body, packing, limit_bytes)
+            body = decode_http_body(body, get_field("Content-Encoding"), limit_bytes)
         if len(body) > limit_bytes:
             raise BadRecord("too_long", f"holds more than record_bytes = {limit_bytes:,} bytes; raise the "
                                         "limit, or leave it out")

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 ACCEPTED_SAMPLES, REJECTED_SAMPLES = "kept.jsonl", "rejected.jsonl"
 """Files with samples that passed or failed the checks in `sov-data synth`."""
-WHOLE_FILE_BYTES = 1_000_000
-DOCUMENT_BYTES = 200_000
+WHOLE_FILE_BYTES = 1_000_000  # a text file up to this size is one document
+DOCUMENT_BYTES = 200_000  # longest document to cut from a larger one
 JSONL_SUFFIXES = frozenset([".jsonl", ".ndjson"])
 TEXT_SUFFIXES = JSONL_SUFFIXES | frozenset([
     ".txt", ".text", ".md", ".markdown", ".rst", ".adoc", ".org", ".tex", ".py", ".pyi", ".c", ".h", ".cc",
@@ -128,8 +128,8 @@ def find_media_corpus(path: Path) -> Path | None:
     """Return the media corpus at `path` or in a parent folder; None: no media corpus."""
     for folder in (path, path.absolute().parent):
         # check the records first: another program's `manifest.json` may be next to a text file
-        complete = all((folder / name).is_file() for name in (CORPUS_RECORDS, MANIFEST))
-        if complete and read_manifest(folder).kind == MEDIA_CORPUS:
+        is_complete = all((folder / name).is_file() for name in (CORPUS_RECORDS, MANIFEST))
+        if is_complete and read_manifest(folder).kind == MEDIA_CORPUS:
             return folder
     return None
 
@@ -256,9 +256,9 @@ def walk_files(folder: Path, skipped: list[Path]) -> Iterator[str]:
                 if {ACCEPTED_SAMPLES, REJECTED_SAMPLES} <= set(files):
                     folders[:], files = [], [ACCEPTED_SAMPLES]
                 skipped += [Path(where, name) for name in sorted([*folders, *files]) if is_hidden(name)]
-                folders[:] = sorted(f for f in folders if not is_hidden(f))
-                links += [path for f in folders if os.path.islink(path := os.path.join(where, f))]
-                for path in (os.path.join(where, file) for file in sorted(files) if not is_hidden(file)):
+                folders[:] = sorted(name for name in folders if not is_hidden(name))
+                links += [path for name in folders if os.path.islink(path := os.path.join(where, name))]
+                for path in (os.path.join(where, name) for name in sorted(files) if not is_hidden(name)):
                     if os.path.isfile(path):
                         yield path
                     else:

@@ -18,7 +18,7 @@ def are_equal(rewards: Sequence[float]) -> bool:
 
 
 def choose_pair(rewards: Sequence[float], ended: Sequence[bool], is_same: Callable[[int, int], bool]
-            ) -> tuple[tuple[int, int] | None, int]:
+                ) -> tuple[tuple[int, int] | None, int]:
     """Choose a group's best and worst response (West-of-N, arXiv 2401.12086).
 
     Args:

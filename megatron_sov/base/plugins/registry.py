@@ -303,7 +303,7 @@ def build_plugin(request: PluginRequest, built_in: BuiltIn, own: Registry[type[A
 
 
 def _find_class(request: PluginRequest, built_in: BuiltIn, own: Registry[type[Any]],
-           ) -> tuple[type[Any], Mapping[str, str] | None]:
+                ) -> tuple[type[Any], Mapping[str, str] | None]:
     """Return a request's class and file hashes (None: built-in code)."""
     if request.name in built_in:
         module, name = built_in[request.name][:2]

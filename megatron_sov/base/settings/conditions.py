@@ -56,13 +56,13 @@ class When:
             values = list(_iter_values(root, key.split(".")))
         if any(map(self.holds, values)):
             return None
-        public_key = _public_key(key)
+        public_key = _get_public_key(key)
         way_out = self.way_out or f"leave it out, or change {public_key}"
         return UnmetCondition({public_key: values if "*" in key else values[0]}, self.text(owner), way_out)
 
     def text(self, owner: str) -> str:
         """Format the condition as a clause."""
-        return f"{_public_key(_resolve_key(self.key, owner))} {self.words}"
+        return f"{_get_public_key(_resolve_key(self.key, owner))} {self.words}"
 
 
 class AnyOf:
@@ -208,7 +208,7 @@ def _resolve_key(key: str, owner: str) -> str:
     return f"{owner}{key}".removeprefix(".") if key.startswith(".") else key
 
 
-def _public_key(key: str) -> str:
+def _get_public_key(key: str) -> str:
     """Return the key that users set: `policy.kl` sets `policy.parts.kl` for the method in use."""
     return key.replace(".parts.", ".")
 

@@ -43,14 +43,14 @@ _VALUES: dict[Any, str] = {int: "N", float: "X", Path: "PATH", str: "TEXT"}
 """Type -> value placeholder in help."""
 
 
-def format_dry_run(read: Sequence[Path], written: Sequence[Path], said: Sequence[tuple[str, Any]], *,
+def format_dry_run(read: Sequence[Path], written: Sequence[Path], changed: Sequence[tuple[str, Any]], *,
                    overwrite: bool) -> str:
-    """Format a command's plan: input paths, output paths, and (option, value) of `said` options that differ
-    from their defaults; `overwrite`: whether existing outputs may be replaced."""
+    """Format a command's plan: input paths, output paths, and (option, value) of options that differ from
+    their defaults; `overwrite`: whether existing outputs may be replaced."""
     rows = [("reads", f"{path}: {_format_path_size(path)}") for path in read]
     rows += [("writes", f"{path}: {_format_output_state(path, overwrite)}") for path in written]
     rows += [("with", f"{name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
-             for name, value in said]
+             for name, value in changed]
     lines = []
     for i, (word, text) in enumerate(rows):
         is_repeated = i > 0 and rows[i - 1][0] == word
@@ -105,8 +105,8 @@ def count_cores() -> int:
     cores = len(os.sched_getaffinity(0))
     with contextlib.suppress(OSError):
         groups = Path("/proc/self/cgroup").read_text(encoding="utf-8", errors="replace")
-        cores = min([cores,
-                     *(max(1, int(quota)) for quota in iter_core_quotas(groups, Path("/sys/fs/cgroup")))])
+        quotas = iter_core_quotas(groups, Path("/sys/fs/cgroup"))
+        cores = min([cores, *(max(1, int(quota)) for quota in quotas)])
     return cores
 
 

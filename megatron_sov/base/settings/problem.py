@@ -235,8 +235,8 @@ class Bound:
         from pydantic_core import PydanticCustomError, core_schema
 
         def check_value(value: Any) -> Any:
-            if breach := self.find_violation(value):
-                code, rule, way_out = breach
+            if violation := self.find_violation(value):
+                code, rule, way_out = violation
                 # `reading._convert_error` reads these fields; pydantic only transports them
                 raise PydanticCustomError("bound", "{rule}", {"code": code, "rule": rule, "way_out": way_out})
             return value
@@ -311,14 +311,14 @@ def require_that(holds: Callable[[Any], object], rule: str, way_out: str = "") -
 
 def choice_from(known: Callable[[], Collection[str]]) -> Bound:
     """Require a text to be in `known()`, a table or file that the check reads."""
-    def find_breach(value: str) -> Violation | None:
+    def find_violation(value: str) -> Violation | None:
         words = sorted(filter(None, known()))
         if value in known():
             return None
         suggestion = suggest_name(value, words).removeprefix("; ")
         return ProblemCode.CHOICE, f"must be one of {', '.join(words)}", suggestion
 
-    return Bound(find_breach)
+    return Bound(find_violation)
 
 
 def _find_repeated(values: Collection[Any]) -> Violation | None:

@@ -20,7 +20,7 @@ from megatron_sov.base.settings.problem import (
 S = TypeVar("S")
 KeyHint = Callable[[str], str]
 """Unknown key -> hint for the message; "": suggest the nearest key."""
-_UNKNOWN = {"unexpected_keyword_argument", "extra_forbidden"}
+_UNKNOWN = {"unexpected_keyword_argument", "extra_forbidden"}  # error types of pydantic
 _MISSING = {"missing", "missing_argument", "missing_keyword_only_argument"}
 _TYPES = {
     "int": "must be a whole number", "float": "must be a number", "bool": "must be true or false",
@@ -39,11 +39,11 @@ _BOUNDS = {"greater_than": "must be above {gt}", "greater_than_equal": "must be 
            "too_long": "must have at most {max_length} items",
            "string_too_short": "must not be empty",
            "string_too_long": "must have at most {max_length} characters"}
-_SHORT_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgbtKMGBT])(?:i?[bB])?")
+_SHORT_NUMBER = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgbtKMGBT])(?:i?[bB])?")  # 8k, 2B, 1.5 GiB
 _PERCENT = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*%")
-_SPAN = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([hdw])")
+_DURATION = re.compile(r"([0-9]+(?:\.[0-9]+)?)\s*([hdw])")  # 3d: hours, days or weeks
 _HOURS = {"h": 1, "d": 24, "w": 168}
-_THOUSANDS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
+_FACTORS = {"k": 1e3, "m": 1e6, "g": 1e9, "b": 1e9, "t": 1e12}
 
 
 def no_hint(key: str) -> str:
@@ -91,8 +91,8 @@ def split_key(key: str) -> tuple[str | int, ...]:
     return tuple(int(part) if part.isdecimal() else part for part in key.split("."))
 
 
-def try_parse_settings(cls: type[S], raw: object, instead: KeyHint = no_hint) -> tuple[S | None,
-                                                                                       list[SettingsProblem]]:
+def try_parse_settings(cls: type[S], raw: object,
+                       instead: KeyHint = no_hint) -> tuple[S | None, list[SettingsProblem]]:
     """Return (settings or None, violated declarations in field order); checks no rules between fields."""
     if not isinstance(raw, Mapping):
         return None, [SettingsProblem(ProblemCode.TYPE, "", "must be an object of settings", raw)]
@@ -137,7 +137,8 @@ def find_rule_problems(settings: Any) -> list[SettingsProblem]:
             if isinstance(relation, Relation) and (problem := relation.find_problem(settings, name)):
                 problems.append(problem)
     problems += class_problems
-    return _sort_by_field(type(settings), [p for i, p in enumerate(problems) if p not in problems[:i]])
+    without_repetitions = [problem for i, problem in enumerate(problems) if problem not in problems[:i]]
+    return _sort_by_field(type(settings), without_repetitions)
 
 
 def _find_inner_problems(name: str, value: Any) -> list[SettingsProblem]:
@@ -190,7 +191,7 @@ def parse_arguments(target: Any, values: Mapping[str, Any], where: str, *, prefi
     for name, parameter in accepted.items():
         if name not in values:
             if parameter.default is parameter.empty:
-                problems.append(_missing_problem(name))
+                problems.append(_make_missing_problem(name))
             continue
         hint = hints.get(name, Any)
         arguments[name], error = _build_validator(hint)(json.dumps(values[name]))
@@ -241,25 +242,25 @@ def _convert_error(cls: Any, error: Any, instead: KeyHint) -> SettingsProblem:
         fields = list_fields(cast(Any, hint)) if dataclasses.is_dataclass(hint) else ()
         return unknown_key_problem(key, fields, instead(key))
     if kind in _MISSING:
-        return _missing_problem(key)
+        return _make_missing_problem(key)
     if kind in ("literal_error", "enum"):
-        return _choice_problem(key, value, hint, ctx.get("expected", "another word"))
+        return _make_choice_problem(key, value, hint, ctx.get("expected", "another word"))
     if kind == "bound":
         return SettingsProblem(ProblemCode(ctx["code"]), key, ctx["rule"], value, ctx["way_out"])
     # `Lt(math.inf)` declares finite numbers
     if kind == "less_than" and ctx["lt"] == float("inf"):
         kind = "finite_number"
     if kind in _BOUNDS:
-        return _bound_problem(key, value, kind, ctx)
+        return _make_bound_problem(key, value, kind, ctx)
     expected = next((begin for begin in _TYPES if kind.startswith(f"{begin}_")), "")
     if expected:
-        return _type_problem(key, value, expected)
+        return _make_type_problem(key, value, expected)
     rule = error["msg"].removeprefix("Value error, ").removeprefix("Input ")
     code = ProblemCode.RULE if kind in ("value_error", "assertion_error") else ProblemCode.TYPE
     return SettingsProblem(code, key, rule, value)
 
 
-def _choice_problem(key: str, value: Any, hint: Any, expected: str) -> SettingsProblem:
+def _make_choice_problem(key: str, value: Any, hint: Any, expected: str) -> SettingsProblem:
     """Return the problem for a value outside the choices of the type `hint`; `expected` lists the choices."""
     rule = f"must be {expected}"
     if not isinstance(value, str):
@@ -282,7 +283,7 @@ def _choice_problem(key: str, value: Any, hint: Any, expected: str) -> SettingsP
                            value_to_write=nearest)
 
 
-def _bound_problem(key: str, value: Any, kind: str, ctx: Mapping[str, Any]) -> SettingsProblem:
+def _make_bound_problem(key: str, value: Any, kind: str, ctx: Mapping[str, Any]) -> SettingsProblem:
     """Return the problem for a value outside a bound; `kind` and `ctx`: pydantic's error type and bounds."""
     bounds = {name: _format_number(number) for name, number in ctx.items()}
     nearest = _find_nearest_value(value, **ctx)
@@ -293,7 +294,7 @@ def _bound_problem(key: str, value: Any, kind: str, ctx: Mapping[str, Any]) -> S
                            value_to_write=nearest)
 
 
-def _type_problem(key: str, value: Any, expected: str) -> SettingsProblem:
+def _make_type_problem(key: str, value: Any, expected: str) -> SettingsProblem:
     """Return the problem for a value of a wrong type; `expected` is a key in `_TYPES`."""
     numbers = _suggest_numbers(expected, value.strip(), key) if isinstance(value, str) else []
     advice = f"write {' or '.join(numbers)}" if numbers else _suggest_value(expected, value, key)
@@ -362,9 +363,8 @@ def _suggest_value(expected: str, value: Any, key: str) -> str:
     """Suggest how to write a value that stands for no number; `expected` is a key in `_TYPES`."""
     if value is None:
         return "give it a value, or leave it out"
-    if expected == "float" and isinstance(value, str) and (match := _SHORT_NUMBER.fullmatch(value)) and (
-            not float(match[1])):
-        # typed as $50k, arrived as 0k
+    short_number = _SHORT_NUMBER.fullmatch(value) if isinstance(value, str) else None
+    if expected == "float" and short_number and float(short_number[1]) == 0:  # typed as $50k, arrived as 0k
         return "a shell reads $5 as a variable; write e.g. 50000"
     number = parse_percent(value)
     if expected == "int" and isinstance(number, float) and 0 < number < 1 and "steps" in key:
@@ -397,7 +397,7 @@ def _suggest_numbers(expected: str, text: str, key: str) -> list[str]:
                  for part in text.split(",")]
         return [" ".join(numbers[0] for numbers in items)] if all(items) else []
     if expected == "int" and (match := _SHORT_NUMBER.fullmatch(text)):
-        decimal = f"{float(match[1]) * _THOUSANDS[match[2].lower()]:.0f}"
+        decimal = f"{float(match[1]) * _FACTORS[match[2].lower()]:.0f}"
         if match[2] not in "kK":
             return [decimal]
         binary = f"{float(match[1]) * 1024:.0f}"
@@ -407,13 +407,13 @@ def _suggest_numbers(expected: str, text: str, key: str) -> list[str]:
     if expected != "float":
         return []
     if match := _SHORT_NUMBER.fullmatch(text.lstrip("$")):
-        number = float(match[1]) * _THOUSANDS[match[2].lower()]
+        number = float(match[1]) * _FACTORS[match[2].lower()]
         return [f"{number:.0f}"] if number else []
     if (share := parse_percent(text)) != text:
         return [f"{share:g}"]
     if re.fullmatch(r"\d+,\d+", text):
         return [text.replace(",", ".")]
-    if key.endswith(("days", "hours")) and (match := _SPAN.fullmatch(text.lower())):
+    if key.endswith(("days", "hours")) and (match := _DURATION.fullmatch(text.lower())):
         hours = float(match[1]) * _HOURS[match[2]]
         return [f"{hours if key.endswith('hours') else hours / 24:g}"]
     return []
@@ -436,7 +436,7 @@ def unknown_key_problem(key: str, known: Iterable[str], instead: str = "") -> Se
     return SettingsProblem(ProblemCode.UNKNOWN, key, "no such setting", way_out=advice)
 
 
-def _missing_problem(key: str) -> SettingsProblem:
+def _make_missing_problem(key: str) -> SettingsProblem:
     return SettingsProblem(ProblemCode.MISSING, key, "is missing", way_out="it has no default; set it")
 
 

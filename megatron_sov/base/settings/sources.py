@@ -327,8 +327,8 @@ def apply_changes(settings: S, changes: Iterable[str], option: str = "--set", *,
     return parse_settings(type(settings), raw, option, instead=instead, rules=rules)
 
 
-def assign_values(settings: Any, changes: Mapping[str, Any], option: str, instead: KeyHint = no_hint
-               ) -> dict[str, Any]:
+def assign_values(settings: Any, changes: Mapping[str, Any], option: str,
+                  instead: KeyHint = no_hint) -> dict[str, Any]:
     """Return plain settings with values assigned by dotted key. Raises `SettingsError`: unknown keys."""
     raw = to_plain_values(settings)
     results = [_assign_value(type(settings), raw, key, value, instead) for key, value in changes.items()]

@@ -98,8 +98,8 @@ def _serve_model(options: ChatOptions) -> Iterator[ChatModel]:
     folder = Path(options.target)
     print(f"loading {folder.absolute().name}", file=sys.stderr, flush=True)
     words = list_option_words(ServeOptions(target=folder, nproc=options.nproc, settings=options.settings,
-                                  plugins=options.plugins,
-                                  serving=ServeSettings(max_length_tokens=options.max_length)))
+                                           plugins=options.plugins,
+                                           serving=ServeSettings(max_length_tokens=options.max_length)))
     with serve_model(folder, "", options=words[1:]) as server:
         yield find_chat_model(server.url, "", server.model, server.key)
 

@@ -64,7 +64,7 @@ def add_teacher(request: TrainingRequest, stage: Stage) -> Stage:
         if not options.dry_run:
             # opened here to find a mismatch before processes start
             opened.append(StoredTeacher([StateFiles(path, sources) for path in states], config.distillation,
-                                      sources, config.model.vocab_size))
+                                        sources, config.model.vocab_size))
 
     def measure(view: GateView) -> dict[str, Any]:
         return measure_teacher(view, sources, opened[0])

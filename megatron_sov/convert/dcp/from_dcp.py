@@ -142,8 +142,9 @@ class DcpWeights(Weights):
     def describe_training(self, dtype: torch.dtype) -> TrainingState:
         """Return the state to continue from. Raises `UserError`: AdamW has no step count, or several."""
         counts: dict[float, str] = {}
-        for key in (key for key in self._stored if key.startswith(f"{STEP}/")):
-            counts.setdefault(self.tensors.read(key).item(), key)
+        for key in self._stored:
+            if key.startswith(f"{STEP}/"):
+                counts.setdefault(self.tensors.read(key).item(), key)
         if not counts:
             raise UserError(f"{self.path}: its optimizer has no step count of AdamW; pass --weights-only")
         if len(counts) > 1:
@@ -225,8 +226,10 @@ class DcpWeights(Weights):
                                 f"both; {remedy}")
         states = {key: shape for key, shape in self._stored.items() if "/" in key}
         expected_states: dict[str, tuple[int, ...]] = {}
-        for link in (link for link in self.links if states and not link.fp32):
-            for theirs in (names := self._get_states(link)).values():
+        trained_links = [link for link in self.links if states and not link.fp32]
+        for link in trained_links:
+            names = self._get_states(link)
+            for theirs in names.values():
                 expected_states |= {part.key: part.tensor_shape for part in self._list_parts(link, theirs)}
             if "momentum" not in names:
                 expected_states |= {part.key: () for part in self._list_parts(link, STEP)}

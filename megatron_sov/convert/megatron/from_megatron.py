@@ -213,6 +213,7 @@ def find_block_sources(key: str, expert: int | None, stored_keys: Collection[str
 
 
 def _iter_candidates(key: str, expert: int | None) -> Iterator[tuple[str, tuple[int, ...], bool]]:
+    """Yield the fields of a `DistSource` for each key that Megatron may use for our `key`."""
     names = [key]
     for name_part, alias in _ALIASES:
         names += [name.replace(name_part, alias, 1) for name in names if name_part in name]

@@ -163,10 +163,11 @@ def build_common_state(settings: RunConfig, step: int, num_updates: int | None, 
     if optim.groups:
         raise UserError(f"optim.groups: has {len(optim.groups)} groups of parameters, which a torch_dist "
                         "checkpoint cannot describe; pass --weights-only")
-    scheduler, style, problem = _describe_schedule(settings, step)
-    args |= style | {"lr": optim.lr, "min_lr": optim.min_lr, "weight_decay": optim.weight_decay, "optimizer":
-                     "adam", "adam_beta1": optim.beta1, "adam_beta2": optim.beta2, "adam_eps": optim.eps,
-                     "clip_grad": optim.clip_grad}
+    scheduler, schedule_args, problem = _describe_schedule(settings, step)
+    args |= schedule_args | {
+        "lr": optim.lr, "min_lr": optim.min_lr, "weight_decay": optim.weight_decay, "optimizer": "adam",
+        "adam_beta1": optim.beta1, "adam_beta2": optim.beta2, "adam_eps": optim.eps,
+        "clip_grad": optim.clip_grad}
     optimizers = [_describe_optimizer(settings, num_updates, is_expert=False)]
     if settings.model.num_experts and not one_optimizer:
         optimizers.append(_describe_optimizer(settings, num_updates, is_expert=True))

@@ -185,7 +185,8 @@ class PackedDocuments(PackedSeqParams):
         if self.shared is not None:
             return chunk_documents(self.shared.spans, self.bounds.device)
         bounds = self.bounds.tolist() if self.host_bounds is None else self.host_bounds
-        return chunk_documents([(a, a, b) for a, b in pairwise(bounds) if b > a], self.bounds.device)
+        spans = [(begin, begin, end) for begin, end in pairwise(bounds) if end > begin]
+        return chunk_documents(spans, self.bounds.device)
 
     @cached_property
     def unsplit(self) -> PackedDocuments:
@@ -246,8 +247,9 @@ def pack_documents(bounds: torch.Tensor, max_document_tokens: int, row_tokens: i
                                max_seqlen_q=longest, max_seqlen_kv=longest, bounds=bounds,
                                host_bounds=host_bounds)
     bounds_list = bounds.tolist() if host_bounds is None else host_bounds
-    documents = [(a, b) for a, b in pairwise(bounds_list) if b > a]
-    spans = [[(a, max(a, first), min(b, end)) for a, b in documents if a < end and first < b]
+    documents = [(begin, stop) for begin, stop in pairwise(bounds_list) if stop > begin]
+    spans = [[(begin, max(begin, first), min(stop, end)) for begin, stop in documents
+              if begin < end and first < stop]
              for first, end in context.get_local_pieces(row_tokens)]
     return PackedDocuments(qkv_format="thd", cu_seqlens_q=bounds, cu_seqlens_kv=bounds,
                            max_seqlen_q=row_tokens, max_seqlen_kv=row_tokens, bounds=bounds, spans=spans,

@@ -165,9 +165,9 @@ class HeadGradients:
         gradient's dtype."""
         if self.states_grad is not None:
             # a hidden state contributes to all sums: add up factor * token weight before the product
-            token_factors = torch.stack([f.reshape(1) * w
-                                         for f, w in zip(factors, self.token_weights, strict=True)]).sum(0)
-            self.states_grad.mul_(token_factors[:, None])
+            products = [factor.reshape(1) * weights
+                        for factor, weights in zip(factors, self.token_weights, strict=True)]
+            self.states_grad.mul_(torch.stack(products).sum(0)[:, None])
         for factor, total in zip(factors, self.weight_grads, strict=False):
             total.mul_(factor.reshape(1, 1))
         for total in self.weight_grads[1:]:

@@ -117,8 +117,8 @@ def patch_packed_rotation() -> None:
 
 
 def _rotate_rows(t: torch.Tensor, cu_seqlens: torch.Tensor, freqs: torch.Tensor,
-                 rotary_interleaved: bool = False,
-                 mscale: float = 1.0, cp_group: Any = None, **paired: bool) -> torch.Tensor:
+                 rotary_interleaved: bool = False, mscale: float = 1.0, cp_group: Any = None,
+                 **paired: bool) -> torch.Tensor:
     """Rotate [tokens, heads, head_dim] by angles [tokens, 1, 1, channels]."""
     if not freqs.shape[-1]:
         return t
@@ -137,7 +137,8 @@ def _get_cosine_sine(angles: Any, dtype: torch.dtype, factor: float) -> tuple[to
     # an attribute of the tensor lives as long as the row's angles; a new row has a new tensor
     cache = getattr(angles, "cosine_sine", {})
     if (dtype, factor) not in cache:
-        cache[dtype, factor] = tuple((of(angles[:, 0]) * factor).to(dtype) for of in (torch.cos, torch.sin))
+        cache[dtype, factor] = tuple((value * factor).to(dtype)
+                                     for value in (angles[:, 0].cos(), angles[:, 0].sin()))
         angles.cosine_sine = cache
     cosine_sine: tuple[torch.Tensor, torch.Tensor] = cache[dtype, factor]
     return cosine_sine

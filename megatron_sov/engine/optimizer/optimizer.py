@@ -56,7 +56,7 @@ class Optimizer:
                                                      zero1=parallel.zero1,
                                                      on_host=gpu.optimizer_offload)
         """Shards that this process updates."""
-        self._shard_of = {id(shard.parameter): shard for shard in self.shards}
+        self._shard_by_parameter = {id(shard.parameter): shard for shard in self.shards}
         if model.fp8_placeholders:
             model.iter_masters, model.quantize_masters = self._iter_masters, self._quantize_masters
             model.requantize_weights()
@@ -122,7 +122,7 @@ class Optimizer:
 
     def _iter_masters(self, block: LocalShard, parameter: torch.nn.Parameter | None) -> Iterator[LocalShard]:
         """Yield the local master blocks of a block of an FP8 weight."""
-        shard = self._shard_of.get(id(parameter))
+        shard = self._shard_by_parameter.get(id(parameter))
         if shard is not None:
             yield from state_shards.iter_pieces(block, shard, shard.main.detach().view(-1))
 

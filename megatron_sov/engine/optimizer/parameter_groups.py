@@ -181,7 +181,7 @@ def _require_gradient(module: torch.nn.Module, inputs: Any, output: torch.Tensor
     return output if output.requires_grad else output.detach().requires_grad_()
 
 
-def assign_shards(library: Any, model: LanguageModel, rules: Rules, config: OptimConfig, *,
+def assign_shards(megatron_optimizer: Any, model: LanguageModel, rules: Rules, config: OptimConfig, *,
                   zero1: bool, on_host: float = 0.0) -> list[StateShard]:
     """Assign every `StateShard` to the optimizer of its `GroupRule` and return the shards. Collective.
 
@@ -192,7 +192,7 @@ def assign_shards(library: Any, model: LanguageModel, rules: Rules, config: Opti
     """
     all_shards: list[StateShard] = []
     with_muon = "muon" in (config.name, *(group.optimizer for group in config.groups))
-    for optimizer in library.chained_optimizers:
+    for optimizer in megatron_optimizer.chained_optimizers:
         local_shards, adam = list_shards(optimizer), optimizer.optimizer
         if adam is None:
             continue
@@ -225,12 +225,12 @@ def _offload_shards(optimizer: Any, local_shards: list[StateShard], share: float
 
 
 def _split_by_rule(groups: list[dict[str, Any]],
-                   rule_of: dict[int, GroupRule]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+                   rule_by_main: dict[int, GroupRule]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return AdamW's and Muon's groups, in Megatron-Core's order; parameters in a group have equal rules."""
     rule_groups: dict[tuple[int, GroupRule], dict[str, Any]] = {}
     for number, group in enumerate(groups):
         for main in group["params"]:
-            rule = rule_of[id(main)]
+            rule = rule_by_main[id(main)]
             rule_group = {**group, "params": [], "lr_scale": rule.lr_scale, "weight_decay": rule.weight_decay}
             rule_groups.setdefault((number, rule), rule_group)["params"].append(main)
     by_algorithm: dict[str, list[dict[str, Any]]] = {"adamw": [], "muon": []}

@@ -135,8 +135,8 @@ def iter_state_shards(model: LanguageModel, shards: Iterable[StateShard]) -> Ite
                 yield dataclasses.replace(piece, key=f"{name}/{block.key}")
 
 
-def iter_shard_blocks(model: LanguageModel, shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard,
-                                                                                            StateShard]]:
+def iter_shard_blocks(model: LanguageModel,
+                      shards: Iterable[StateShard]) -> Iterator[tuple[LocalShard, StateShard]]:
     """Yield (`LocalShard`, `StateShard`) for every block that this process updates, completely or in part."""
     shard_by_parameter = {id(shard.parameter): shard for shard in shards}
     lookup = ParameterLookup(model)

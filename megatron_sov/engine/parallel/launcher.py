@@ -145,8 +145,8 @@ def _run_round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _
     """
     gc.freeze()  # otherwise garbage collection would touch, and copy, shared pages
     launcher = os.getpid()
-    door = socket.create_server((LOCALHOST, 0), backlog=count)
-    port = door.getsockname()[1]
+    listener = socket.create_server((LOCALHOST, 0), backlog=count)
+    port = listener.getsockname()[1]
     environment = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), STORE_PORT: str(port)}
     children: list[int] = []
     plan_file = write_plan_file(main, torch.get_num_threads()) if new_processes else contextlib.nullcontext()
@@ -158,24 +158,24 @@ def _run_round(main: Callable[[], Any], count: int, *, new_processes: bool) -> _
             child = os.fork()
             if child == 0:
                 own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-                _run_and_exit(partial(_prepare_fork, main, launcher, door, own, plan))
+                _run_and_exit(partial(_prepare_fork, main, launcher, listener, own, plan))
             children.append(child)
     # The launcher holds the store in memory: it survives every rank and does not depend on disk space. Its
     # thread starts after the last fork: a rank forked while the thread holds a lock of the C library would
     # wait forever.
     store = dist.TCPStore(LOCALHOST, port, is_master=True, wait_for_workers=False,
-                          master_listen_fd=door.detach())
+                          master_listen_fd=listener.detach())
     outcome = _wait_for_ranks(children)
     del store  # keep it alive until all ranks have ended
     return outcome
 
 
-def _prepare_fork(main: Callable[[], Any], launcher: int, door: socket.socket, environment: dict[str, str],
-                  plan: int | None) -> Callable[[], Any]:
+def _prepare_fork(main: Callable[[], Any], launcher: int, listener: socket.socket,
+                  environment: dict[str, str], plan: int | None) -> Callable[[], Any]:
     """Turn a forked process into a rank, and return the rank's work. With a plan file, replace the process by
     a new process instead, see `be_rank`."""
     die_with_parent(launcher)
-    door.close()  # belongs to the launcher
+    listener.close()  # belongs to the launcher
     os.environ.update(environment)
     if plan is not None:  # the new process stays bound to its parent; signals wait until work begins
         _become_new_process(plan)

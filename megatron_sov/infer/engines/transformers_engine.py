@@ -85,7 +85,7 @@ class HfEngine:
         # one.
         written = [(stop.cut(o.generated_tokens), o.logprobs) for o in outputs]
         return GenerationResult.of([(tokens, logprobs[:len(tokens)]) for tokens, logprobs in written],
-                            sampling, stop, version)
+                                   sampling, stop, version)
 
     def update(self, weights: NamedTensors | None, version: int) -> None:
         """Copy weights into the model, see `Engine`."""
@@ -150,8 +150,9 @@ def check_cache_support(config: Any, fix: str = "take the engine megatron or vll
     Its pages have keys and values of width `head_dim` and no states: no latent and no linear attention.
     """
     kinds = getattr(config, "layer_types", None) or ()
-    for value, reason in ((getattr(config, "kv_lora_rank", None), "kv_lora_rank = {}: latent attention"),
-                        ("linear_attention" in kinds, "layer_types has linear_attention: linear attention")):
+    for value, reason in (
+            (getattr(config, "kv_lora_rank", None), "kv_lora_rank = {}: latent attention"),
+            ("linear_attention" in kinds, "layer_types has linear_attention: linear attention")):
         if value:
             raise UserError(f"config.json: {reason.format(value)} has no cache in transformers' continuous "
                             f"batching; {fix}")

@@ -324,7 +324,7 @@ def from_dict(raw: dict[str, Any], where: str = "config") -> RunConfig:
         SettingsError: unknown settings (with the nearest known name), wrong types or values out of bounds.
     """
     return parse_settings(RunConfig, update_settings(raw) if isinstance(raw, dict) else raw, where,
-                instead=_suggest_setting, rules=False)
+                          instead=_suggest_setting, rules=False)
 
 
 def _suggest_setting(key: str) -> str:

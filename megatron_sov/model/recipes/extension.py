@@ -44,7 +44,7 @@ def extend_run(run: RunConfig, recipe: str, stages: tuple[ExtendStageConfig, ...
 
 
 def extend_model(model: ModelConfig, trained_tokens: int, new_tokens: int, rope_theta: float = 0.0,
-             yarn_factor: float = 0.0, yarn_original_tokens: int = 0) -> ModelConfig:
+                 yarn_factor: float = 0.0, yarn_original_tokens: int = 0) -> ModelConfig:
     """Return `model` with settings for a longer context.
 
     If all layers are global, YaRN scales RoPE by new / original length (arXiv 2309.00071); the original

@@ -210,8 +210,8 @@ def request_recipe(args: RecipeOptions, of_model: Callable[[], RunConfig] | None
     recipe, from_file = base, args.recipe is None and is_complete
     for file in files:
         base = file.apply_to(base)
-    layered = frozenset(".".join(place) for file in files for place,
-                        _ in _iter_leaves(RunConfig, file.value, ()))
+    layered = frozenset(".".join(place) for file in files
+                        for place, _ in _iter_leaves(RunConfig, file.value, ()))
     changed = {key for key in layered if get_setting(base, key) != get_setting(recipe, key)}
     if from_file:
         changed |= _find_changed_settings(recipe)

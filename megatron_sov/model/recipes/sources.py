@@ -110,7 +110,7 @@ def _iter_leaves(key: str, value: Any, default: Any) -> Iterator[tuple[str, Any,
             if key or f.name != "recipe":  # `recipe` is the name, not a value
                 # An optional group is set as a whole: defaults of its fields do not count.
                 yield from _iter_leaves(f"{key}.{f.name}".lstrip("."), getattr(value, f.name),
-                                   dataclasses.MISSING if default is None else _field_default(f))
+                                        dataclasses.MISSING if default is None else _field_default(f))
     elif isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
         for i, item in enumerate(value):
             yield from _iter_leaves(f"{key}.{i}", item, dataclasses.MISSING)

@@ -90,7 +90,7 @@ def find_stage_defaults(config: RunConfig, stage: Stage) -> StageDefaults:
 
 
 def build_base_config(name: str, model: ModelConfig, precision: Literal["fp32", "bf16", "fp64"], stage: Stage,
-                  lora: LoraConfig | None = None) -> RunConfig:
+                      lora: LoraConfig | None = None) -> RunConfig:
     """Return a stage's settings without a recipe.
 
     Args:

@@ -159,9 +159,8 @@ class StageGate:
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from `state`; after more steps, a failed gate is checked again."""
-        self.passed, self._start_loss, self._checks = (state["passed"], state["start_loss"],
-                                                       list(state["checks"]))
-        self._result = state["result"]
+        self.passed, self._start_loss = state["passed"], state["start_loss"]
+        self._checks, self._result = list(state["checks"]), state["result"]
 
 
 @dataclass(frozen=True)

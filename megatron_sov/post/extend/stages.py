@@ -60,8 +60,9 @@ def plan_stages(request: RecipeRequest, start_from: Path, run: Path, nproc: int 
             _check_longer(f"extend.stages.{number - 1} ({stage.name})", stage.seq_len, start, trained_tokens)
         try:
             # The rotary embedding extends the rotary embedding of the previous stage.
-            model = extend_model(model, previous_tokens, stage.seq_len, rope_theta=stage.rope_theta,
-                             yarn_factor=stage.yarn_factor, yarn_original_tokens=stage.yarn_original_tokens)
+            model = extend_model(
+                model, previous_tokens, stage.seq_len, rope_theta=stage.rope_theta,
+                yarn_factor=stage.yarn_factor, yarn_original_tokens=stage.yarn_original_tokens)
         except UserError as e:
             raise UserError(f"extend.stages.{number - 1} ({stage.name}): {e}") from None
         last = number == len(requested.extend.stages)

@@ -79,8 +79,8 @@ def write_teachers(view: FeedView, teachers: Sequence[ScoringTeacher], opened: P
         teacher_documents = np.flatnonzero(document_teachers == index)
         if not len(teacher_documents):
             continue
-        teacher_file, teacher_identity = file.with_suffix(
-            f".{index}{file.suffix}"), f"{identity} {teacher.domain}"
+        teacher_file = file.with_suffix(f".{index}{file.suffix}")
+        teacher_identity = f"{identity} {teacher.domain}"
         if run_on_main(view.world, partial(find_seal_damage, teacher_file, teacher_identity)):
             documents = _SelectedDocuments(opened.documents, teacher_documents)
             if teacher.checkpoint is None:
@@ -106,14 +106,12 @@ def _assign_teachers(opened: PublishedRound, teachers: Sequence[ScoringTeacher])
 
 
 def _join_parts(starts: np.ndarray, teacher_files: Sequence[tuple[np.ndarray, Path]], file: Path,
-                identity: str
-                ) -> None:
+                identity: str) -> None:
     """Join `teacher_files`, (document indices, a teacher's file), to the column `file`, and delete them."""
     logprobs = np.zeros(int(starts[-1]), np.float32)
     for teacher_documents, teacher_file in teacher_files:
-        scores, offset = np.fromfile(teacher_file, np.float32,
-                                     int((starts[teacher_documents
-                                                 + 1] - starts[teacher_documents]).sum())), 0
+        num_tokens = int((starts[teacher_documents + 1] - starts[teacher_documents]).sum())
+        scores, offset = np.fromfile(teacher_file, np.float32, num_tokens), 0
         for document in teacher_documents.tolist():
             begin, end = int(starts[document]), int(starts[document + 1])
             logprobs[begin:end] = scores[offset:offset + end - begin]

@@ -91,7 +91,8 @@ class Validation:
 
     def _read_events(self) -> None:
         events = [event for event in read_events(self.run / EVENTS) if event["event"] == VALIDATION]
-        for earlier in (event["measured_by"] for event in events[-1:] if "measured_by" in event):
+        if events and "measured_by" in events[-1]:
+            earlier = events[-1]["measured_by"]
             changed = [name for name, digest in self.measured_by.items() if earlier.get(name) != digest]
             if changed:
                 raise UserError(f"{self.run}: its policies up to step {events[-1]['step']} were validated "

@@ -66,7 +66,7 @@ def find_unrecorded_scores(evaluations: list[ExportEvaluation], recorded: list[d
 
 
 def extract_source_curves(evaluations: list[ExportEvaluation], task: str, field: str, factor: float = 1.0
-                  ) -> list[Curve]:
+                          ) -> list[Curve]:
     """Return a field per source over steps, for task ppl or pairs, multiplied by `factor`."""
     values: dict[str, dict[int, float]] = {}
     for evaluation in evaluations:

@@ -153,8 +153,8 @@ class OrderState:
 
     @staticmethod
     def from_dict(raw: dict[str, Any]) -> OrderState:
-        return OrderState({n: Cursor(**c) for n, c in raw["cursors"].items()},
-                          [LedgerEntry(**e) for e in raw["history"]], raw["step"], dict(raw["taken"]))
+        return OrderState({name: Cursor(**cursor) for name, cursor in raw["cursors"].items()},
+                          [LedgerEntry(**entry) for entry in raw["history"]], raw["step"], dict(raw["taken"]))
 
 
 def choose_source(weights: dict[str, float], taken: dict[str, int]) -> str:

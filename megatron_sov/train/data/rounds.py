@@ -122,7 +122,7 @@ class RoundDocuments(DocumentView):
         if missing and published_round.documents is not None:
             raise ValueError(f"round {number} lacks the columns {missing}")
         # The previous round stays open, because its last batches may not be prepared yet.
-        recent_rounds = {n: r for n, r in self._rounds.items() if n >= number - 1}
+        recent_rounds = {other: opened for other, opened in self._rounds.items() if other >= number - 1}
         # One assignment, because a second thread reads the table.
         self._rounds = recent_rounds | {number: published_round}
 

@@ -117,19 +117,17 @@ def _get_positions(seq_len: int) -> np.ndarray:
 def join_rows(rows: list[PackedRow]) -> PackedRow:
     if len(rows) == 1:
         return rows[0]
-    starts = np.cumsum([0] + [len(r.tokens) for r in rows[:-1]])
-    bounds = np.concatenate([[0]] + [r.bounds[1:] + s
-                                     for r, s in zip(rows, starts, strict=True)]).astype(np.int32)
-    fields = {name: np.concatenate([getattr(r, name) for r in rows])
+    starts = np.cumsum([0] + [len(row.tokens) for row in rows[:-1]]).tolist()
+    bounds = [row.bounds[1:] + start for row, start in zip(rows, starts, strict=True)]
+    fields = {name: np.concatenate([getattr(row, name) for row in rows])
               for name in ("tokens", "labels", "weights", "positions", "types", "sources", "padding")}
-    columns = {name: np.concatenate([r.columns[name] for r in rows]) for name in rows[0].columns}
+    columns = {name: np.concatenate([row.columns[name] for row in rows]) for name in rows[0].columns}
     origins: list[RowOrigin] = []
     for row, start in zip(rows, starts, strict=True):
-        origins += [origin._replace(first=origin.first + int(start)) for origin in row.origins]
-    return PackedRow(**fields, bounds=bounds, columns=columns, origins=tuple(origins),
-                     routes=_join_routes(rows),
-                     encoder_inputs=join_inputs((int(s), r.encoder_inputs)
-                                                for r, s in zip(rows, starts, strict=True)) or None)
+        origins += [origin._replace(first=origin.first + start) for origin in row.origins]
+    encoder_inputs = join_inputs((start, row.encoder_inputs) for row, start in zip(rows, starts, strict=True))
+    return PackedRow(**fields, bounds=np.concatenate([[0], *bounds]).astype(np.int32), columns=columns,
+                     origins=tuple(origins), routes=_join_routes(rows), encoder_inputs=encoder_inputs or None)
 
 
 def _join_routes(rows: list[PackedRow]) -> np.ndarray | None:

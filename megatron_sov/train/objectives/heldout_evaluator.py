@@ -130,8 +130,8 @@ class HeldoutEvaluator:
             totals = collectives.broadcast_from_last_stage(collectives.all_reduce_dp(local.cpu()))
             sums_of_source = unflatten_tensors(totals, SUMS)
             if sums_of_source["tokens"] > 0:  # prompts have no targets, and a loss of 0 would look perfect
-                results[name] = compute_heldout_loss({key: float(value) for key,
-                                                      value in sums_of_source.items()})
+                results[name] = compute_heldout_loss(
+                    {key: float(value) for key, value in sums_of_source.items()})
         return results
 
     def _sum_losses(self, hidden: list[torch.Tensor], head: Head, batch: MicroBatch) -> torch.Tensor:

@@ -38,8 +38,8 @@ def test_sharegpt_equals_openai_format() -> None:
              {"from": "observation", "value": "3"}, {"from": "gpt", "value": "3"}]
     call = {"function": {"name": "add", "arguments": {"a": 1}}}
     openai_messages = parse_messages([{"role": "user", "content": "1 + 2?"},
-                          {"role": "assistant", "content": "", "tool_calls": [call]},
-                          {"role": "tool", "content": "3"}, ANSWER], "messages")
+                                      {"role": "assistant", "content": "", "tool_calls": [call]},
+                                      {"role": "tool", "content": "3"}, ANSWER], "messages")
     assert parse_sharegpt(turns, "conversations") == openai_messages
     record = {"conversations": turns, "tools": json.dumps([{"name": "add"}]),
               "chat_template_kwargs": {"enable_thinking": False}}
@@ -74,8 +74,8 @@ def test_old_openai_calls_and_roles_are_converted() -> None:
         {"role": "function", "name": "add", "content": "3"}, ANSWER]
     call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
     current_messages = [{"role": "system", "content": "Be short."}, USER,
-             {"role": "assistant", "content": "I look.", "tool_calls": [call]},
-             {"role": "tool", "name": "add", "content": "3"}, ANSWER]
+                        {"role": "assistant", "content": "I look.", "tool_calls": [call]},
+                        {"role": "tool", "name": "add", "content": "3"}, ANSWER]
     assert parse_messages(old_messages, "m") == parse_messages(current_messages, "m")
     assert not any(m.unread for m in parse_messages(old_messages, "m"))
 

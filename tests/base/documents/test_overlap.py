@@ -43,8 +43,8 @@ def test_runs_match_brute_force() -> None:
     their_runs = {tuple(theirs[i:i + RUN_WORDS]) for i in range(len(theirs) - RUN_WORDS + 1)}
     assert len(our_runs) == len(set(hash_runs(LAW))) == len(ours) - RUN_WORDS + 1
     assert count_shared_runs(LAW, other) == len(our_runs & their_runs) == 2
-    assert count_shared_runs(LAW,
-                             "Whoever by fraud obtains a licence under this Decree shall be liable.") == 0
+    unrelated = "Whoever by fraud obtains a licence under this Decree shall be liable."
+    assert count_shared_runs(LAW, unrelated) == 0
 
 
 def test_short_texts_have_no_run() -> None:

@@ -86,8 +86,8 @@ def test_parquet_rows_have_numbers(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"id": ["a", "b"], "messages": [chat, chat[1:]]}),
                         tmp_path / "a.parquet", row_group_size=1)
     first, second = read_documents([tmp_path / "a.parquet"])
-    assert (first.messages == (Message("user", "hi"), Message("assistant", "yo"))
-            and (first.id, first.where) == ("a", f"{tmp_path}/a.parquet:1"))
+    assert first.messages == (Message("user", "hi"), Message("assistant", "yo"))
+    assert (first.id, first.where) == ("a", f"{tmp_path}/a.parquet:1")
     assert second.messages == (Message("assistant", "yo"),)
     parquet.write_table(pyarrow.table({"body": ["one", None]}), tmp_path / "b.parquet")
     with pytest.raises(UserError, match=r"b\.parquet:2: has no string field 'body'"):

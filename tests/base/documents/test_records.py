@@ -237,7 +237,7 @@ def test_many_skipped_files_are_counted_by_ending() -> None:
 def test_mixed_text_and_splits_are_reported(tmp_path: Path) -> None:
     messages: list[str] = []
     write_files(tmp_path, **{f"data/{split}-0.parquet": write_parquet(ROWS) for split in ("train", "test")},
-         **{"docs/guide.md": b"text"})
+                **{"docs/guide.md": b"text"})
     assert len(list_files(tmp_path, messages.append)) == 3
     assert "1 files of plain text (docs/guide.md)" in messages[0] and "splits train, test" in messages[0]
 

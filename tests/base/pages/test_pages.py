@@ -18,7 +18,7 @@ def test_page_escapes_text_and_allows_own_scripts_only() -> None:
                     comparisons=[Comparison(HOSTILE, [(HOSTILE, HOSTILE)], HOSTILE)])])], opening=[
                 Panel(HOSTILE, 4, [(HOSTILE, HOSTILE)], [PageTable([HOSTILE], [[HOSTILE]])], [drawn],
                       [Comparison(HOSTILE, [(HOSTILE, HOSTILE)])])],
-                  overview=(HOSTILE, PageTable([HOSTILE], [[HOSTILE]])))
+                       overview=(HOSTILE, PageTable([HOSTILE], [[HOSTILE]])))
     assert "<script>window" not in page
     policy = re.search(r'Content-Security-Policy" content="([^"]*)"', page).group(1)
     assert policy.startswith("default-src 'none'") and policy.count("sha256-") == 1
@@ -52,15 +52,15 @@ def test_control_characters_are_escaped() -> None:
     page = render_page("Report", text, text, [Chapter(text, text, [(text,) * 3], [
         PageSection(text, text, tables=[PageTable([text], [[text]])],
                     comparisons=[Comparison(text, [(text, text)])])])],
-                  opening=[Panel(text, 4, [(text, text)])])
+                       opening=[Panel(text, 4, [(text, text)])])
     assert not set("\0\x1b\u202e\ud800") & set(page) and page.encode()
     assert r"\x00\x1b[2J\u202e\ud800" in page
 
 
 def test_contents_link_sections_and_mark_empty_chapters() -> None:
     page = render_page("Report", "t", "",
-                  [Chapter("a", "", [], [PageSection("One two", "x")]), Chapter("b", "", [], [])],
-                  anchor="it", nothing="Nothing here.", now_s=0)
+                       [Chapter("a", "", [], [PageSection("One two", "x")]), Chapter("b", "", [], [])],
+                       anchor="it", nothing="Nothing here.", now_s=0)
     assert re.findall(r'href="#([^"]*)"', page) == ["it-1", "it-1-one-two", "it-2"]
     assert all(f'id="{anchor}"' in page for anchor in ("it-1", "it-1-one-two", "it-2"))
     assert page.count("Nothing here.") == 1 and "1970-01-01 00:00 UTC" in page

@@ -25,8 +25,8 @@ def test_settings_round_trip() -> None:
 
 
 def test_iter_leaves_keeps_lists_and_empty_groups() -> None:
-    nested = {"a": {"b": [1, {"c": 2}], "d": {}}, "e": None}
-    leaves = {name: str(value) for name, value in iter_leaves(nested)}
+    values = {"a": {"b": [1, {"c": 2}], "d": {}}, "e": None}
+    leaves = {name: str(value) for name, value in iter_leaves(values)}
     assert leaves == {"a.b": "[1, {'c': 2}]", "a.d": "{}", "e": "None"}
 
 

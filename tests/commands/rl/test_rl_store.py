@@ -124,7 +124,7 @@ DAMAGES: dict[str, tuple[Callable[[RolloutStore], object], list[str]]] = {
                     [r"round-0002-piece-0000/rollouts.parquet: row 0 has the key and the attempt of .*"
                      r"round-0001-piece-0000/rollouts.parquet: row 0$"]),
     "no attempt before": (lambda s: add_rows(s, format_part_name(2, 0), create_rollout("p9", 0, attempt=1)),
-                       ["row 0 continues an attempt that is not there$"]),
+                          ["row 0 continues an attempt that is not there$"]),
     "after a finished one": (
         lambda s: add_rows(s, format_part_name(2, 0), create_rollout("p0", 0, attempt=1)),
         ["row 0 continues a finished one: .*round-0001-piece-0000.*row 0$"]),

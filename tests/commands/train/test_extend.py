@@ -67,7 +67,7 @@ def test_needles_keep_their_share_in_a_blend_and_mistakes_are_named(short_run: P
     blend = '[{"name":"a","seq_len":96,"blend":{"first":2.0,"second":1.0}}]'
     run = tmp_path / "long"
     assert run_extend("tiny-solar-open", short_run, token_shards, run, needle__train_share=0.25,
-                  data__phases=blend) == 0
+                      data__phases=blend) == 0
     config = json.loads((run / "config.json").read_text())
     assert config["data"]["phases"][0]["blend"] == {"first": 2.0, "second": 1.0, "needle": 1.0}
     assert read_run_events(run, "data_consumed")[-1]["tokens"]["needle"] == 3 * 96  # a quarter of 12 samples

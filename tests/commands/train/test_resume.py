@@ -125,7 +125,7 @@ def test_a_multi_stage_run_is_planned_again_from_its_command(begin_run: BeginRun
     begin_run(*BEGIN_COMMAND, has_config=False)
     assert cli.main(["resume", "runs/a"]) == 0
     assert (parsed[0].recipe, parsed[0].data, parsed[0].settings) == ("tiny-qwen3", ["tokens:2"],
-                                                                   ["train.steps=9"])
+                                                                      ["train.steps=9"])
 
 
 def test_code_that_only_the_folder_names_is_not_run(begin_run: BeginRun, parsed: Parsed, tmp_path: Path,

@@ -29,7 +29,6 @@ REPEATED = (1, 8)
 
 @pytest.fixture
 def options(tokenizers: dict[str, Path]) -> UnitSettings:
-    """Settings of units, with short stand-ins for the hashes of tokenizer and config."""
     return UnitSettings(tokenizers["solar-open"], "a", "b", "uint16", RecordReading("text"),
                         EncodingSettings())
 
@@ -37,7 +36,7 @@ def options(tokenizers: dict[str, Path]) -> UnitSettings:
 @pytest.fixture(params=[1, 10**9], ids=["a unit a file", "one unit"])
 def source(request: pytest.FixtureRequest, options: UnitSettings,
            tmp_path: Path) -> tuple[EncodedSource, Path]:
-    """Nine documents in three files, each file after a bad record, and the folder of their units."""
+    """Nine documents in three files, and the folder of their units."""
     for number in range(3):
         rows = [{"text": f"document {i}"} | ({} if IDS[i] is None else {"id": IDS[i]})
                 for i in range(3 * number, 3 * number + 3)]
@@ -55,8 +54,8 @@ def test_shards_equal_plain_reading(source: tuple[EncodedSource, Path], tokenize
     monkeypatch.setattr(assemble, "BLOCK_TOKENS", block_tokens)
     encoded, folder = source
     rule = HeldoutRule(0.4)
-    assert survey_source(encoded, folder / "work", "uint16", rule) == 7  # all but the 2 in REPEATED
-    assert encoded.num_shared_ids == 1  # the id of record 7
+    assert survey_source(encoded, folder / "work", "uint16", rule) == 7  # 9 documents - 2 repeated
+    assert encoded.num_shared_ids == 1
     splits = write_shards(encoded, folder / "work", folder / "out", "uint16", rule, 10**9)[""]
     encoder = Encoder(tokenizers["solar-open"])
     expected: dict[bool, list[list[int]]] = {True: [], False: []}
@@ -67,28 +66,27 @@ def test_shards_equal_plain_reading(source: tuple[EncodedSource, Path], tokenize
             expected[heldout].append(encoder.encode_batch([document]).ids.tolist())
     assert expected[True] and expected[False]
     for heldout, split in ((False, "train"), (True, "heldout")):
-        documents = [d.tolist() for d in open_split(folder / f"out/s/{split}-00000").documents()]
-        assert documents == expected[heldout]
+        assert ([d.tolist() for d in open_split(folder / f"out/s/{split}-00000").documents()]
+                == expected[heldout])
         assert splits[split]["num_bytes"] == len(expected[heldout]) * len("document 0")
 
 
 def test_blocks_hold_as_many_groups_as_fit() -> None:
-    """Groups of two documents have 4, 4 and 10 tokens; a block holds 8, or one longer group."""
+    """Groups are pairs: two of 2 + 2 tokens fill a block of 8, and one of 9 + 1 has a block of its own."""
     blocks = list(assemble.iter_blocks(np.array([2, 2, 2, 2, 9, 1]), 2, 8))
-    assert blocks == [(slice(0, 4), slice(0, 8)), (slice(4, 6), slice(8, 18))]
+    assert blocks == [(slice(0, 4), slice(0, 8)), (slice(4, 6), slice(8, 18))]  # documents, tokens
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2), st.integers(1, 3)), max_size=12))
 def test_repeated_documents_equal_plain_search(rows: list[tuple[int, int, int]]) -> None:
-    """Rows are (id, file, hash of the text). A document repeats an earlier one that has its id, and its file
-    or its text; id 0 means no id."""
+    """A row is the id (0: none), the file and the hash of the text of a document."""
     ids = np.array([id_ for id_, _, _ in rows], np.uint64)
-    files_ = np.array([file for _, file, _ in rows], np.int64)
+    file_numbers = np.array([file for _, file, _ in rows], np.int64)
     hashes = np.array([text for _, _, text in rows], np.uint64)
-    expected = [id_ != 0 and any(id_ == other and (file == other_file or text == other_text)
-                                 for other, other_file, other_text in rows[:i])
+    expected = [id_ != 0 and any(id_ == other_id and (file == other_file or text == other_text)
+                                 for other_id, other_file, other_text in rows[:i])
                 for i, (id_, file, text) in enumerate(rows)]
-    assert assemble.find_repeated_documents(ids, files_, hashes).tolist() == expected
+    assert assemble.find_repeated_documents(ids, file_numbers, hashes).tolist() == expected
 
 
 def test_line_numbers_continue_over_spans(options: UnitSettings, tmp_path: Path,
@@ -104,14 +102,18 @@ def test_line_numbers_continue_over_spans(options: UnitSettings, tmp_path: Path,
         *range(40, 400, 40)]
 
 
-def write(folder: Path, lengths: list[int], shard_tokens: int, group: int, batch: int) -> ShardedWriter:
-    """Write documents whose tokens are their number, `batch` groups at a time; a token has 3 bytes."""
-    with ShardedWriter(folder, "s/train", "uint16", False, True, group, shard_tokens) as writer:
-        for i in range(0, len(lengths), batch * group):
-            part = np.array(lengths[i : i + batch * group], np.int32)
-            ids = np.concatenate([np.full(n, i + k) for k, n in enumerate(part)])
-            writer.write(part, part.astype(np.int64) * 3, {"bin": ids},
-                         [b"%d\n" % (i + k) for k in range(len(part))])
+BYTES_PER_TOKEN = 3
+
+
+def write_documents(folder: Path, lengths: list[int], shard_tokens: int, group: int,
+                    batch: int) -> ShardedWriter:
+    """Write documents in batches of groups; each token, and the extra line, is its document's number."""
+    with ShardedWriter(folder, "s/train", "uint16", {}, True, group, shard_tokens) as writer:
+        for first in range(0, len(lengths), batch * group):
+            part = np.array(lengths[first : first + batch * group], np.int32)
+            numbers = range(first, first + len(part))
+            writer.write(part, part.astype(np.int64) * BYTES_PER_TOKEN, {"bin": np.repeat(numbers, part)},
+                         [b"%d\n" % number for number in numbers])
     return writer
 
 
@@ -122,18 +124,18 @@ def test_shards_keep_order_limit_and_groups(lengths: list[int], shard_tokens: in
                                             batch: int) -> None:
     lengths = lengths[: len(lengths) // group * group]
     with tempfile.TemporaryDirectory() as folder:
-        writer = write(Path(folder), lengths, shard_tokens, group, batch)
-        all_documents, all_lines = [], []
+        writer = write_documents(Path(folder), lengths, shard_tokens, group, batch)
+        found, lines = [], []
         for number, shard in enumerate(writer.shards):
             assert shard.prefix == f"s/train-{number:05d}"
             documents = [d.tolist() for d in open_split(Path(folder) / shard.prefix).documents()]
             assert len(documents) == shard.num_documents > 0 and len(documents) % group == 0
-            assert sum(map(len, documents)) == shard.num_tokens == shard.num_bytes // 3
+            assert sum(map(len, documents)) == shard.num_tokens == shard.num_bytes // BYTES_PER_TOKEN
             assert shard.num_tokens <= shard_tokens or len(documents) == group
-            all_documents += documents
-            all_lines += Path(f"{folder}/{shard.prefix}.extra.jsonl").read_text().split()
-        assert all_documents == [[i] * n for i, n in enumerate(lengths)]
-        assert all_lines == [str(i) for i in range(len(lengths))]
+            found += documents
+            lines += Path(f"{folder}/{shard.prefix}.extra.jsonl").read_text().split()
+        assert found == [[number] * length for number, length in enumerate(lengths)]
+        assert lines == [str(number) for number in range(len(lengths))]
         # no shard was closed with room for the first group of the next shard
         for shard, following in zip(writer.shards, writer.shards[1:], strict=False):
             first = open_split(Path(folder) / following.prefix).lengths_tokens[:group].sum()
@@ -172,10 +174,10 @@ def test_unit_key_of_parquet_depends_on_values_and_columns(options: UnitSettings
     keys = set()
     for table in ({"text": ["a", "b"]}, {"text": ["a", "c"]}, {"body": ["a", "b"]}):
         parquet.write_table(pyarrow.table(table), tmp_path / "a.parquet")
-        keys.add(compute_key(tmp_path / "a.parquet", options))
+        keys |= {compute_key(tmp_path / "a.parquet", options), compute_key(tmp_path / "a.parquet", options)}
     (tmp_path / "a.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-5])
     keys.add(compute_key(tmp_path / "a.parquet", options))
-    assert len(keys) == 4
+    assert len(keys) == 4, "one key for each of three tables, and one for the damaged file"
 
 
 def test_complete_unit_is_reused_and_partial_unit_rebuilt(options: UnitSettings, tmp_path: Path) -> None:
@@ -185,9 +187,9 @@ def test_complete_unit_is_reused_and_partial_unit_rebuilt(options: UnitSettings,
     again = UnitEncoder(options, tmp_path / "work").encode(unit)
     assert again == dataclasses.replace(first, encoded_now=False)
     folder = part_folder(tmp_path / "work", first.key)
-    partial = folder.rename(folder.with_name(f"{first.key}.tmp-1"))  # as a killed process leaves it
+    torn = folder.rename(folder.with_name(f"{first.key}.tmp-1"))  # as a killed process leaves it
     assert UnitEncoder(options, tmp_path / "work").encode(unit).encoded_now
-    assert (partial / "tokens").read_bytes() == (folder / "tokens").read_bytes()
+    assert (torn / "tokens").read_bytes() == (folder / "tokens").read_bytes()
 
 
 def test_unit_stores_a_row_per_sequence(options: UnitSettings, tmp_path: Path) -> None:
@@ -197,8 +199,8 @@ def test_unit_stores_a_row_per_sequence(options: UnitSettings, tmp_path: Path) -
     record = UnitEncoder(options, tmp_path / "work").encode(unit)
     stored = open_unit(tmp_path / "work", record.key, "uint16")
     assert stored.sequences["line"].tolist() == [1, 4, 0] and stored.sequences["span"].tolist() == [0, 0, 1]
-    assert stored.sequences["bytes"].tolist() == [len("line 0 한국어".encode()),
-                                                  len("line 1 한국어".encode()), 9]
+    texts = ["line 0 한국어", "line 1 한국어", "only text"]
+    assert stored.sequences["bytes"].tolist() == [len(text.encode()) for text in texts]
     assert (stored.sequences["id"] != 0).tolist() == [True, True, False] and stored.kinds is None
     assert stored.sequences["tokens"].sum() == len(stored.tokens) == record.num_tokens
     assert [(r["span"], r["line"], r["code"]) for r in stored.iter_bad_rows()] == [(0, 2, "json")]
@@ -218,18 +220,18 @@ def test_document_rejected_by_template_is_found_in_batch(options: UnitSettings, 
 
     render = ChatTemplate.render
 
-    def refuse_system_turn(self: ChatTemplate, conversation: Conversation, *args: Any, **kwargs: Any) -> str:
+    def strict(self: ChatTemplate, conversation: Conversation, *args: Any, **kwargs: Any) -> str:
         if conversation.messages and conversation.messages[0].role == "system":
             raise BadRecord("template", "is refused")
         return render(self, conversation, *args, **kwargs)
 
-    monkeypatch.setattr(ChatTemplate, "render", refuse_system_turn)
+    monkeypatch.setattr(ChatTemplate, "render", strict)
     refused = (3, 4, 17)
     lines = [{"messages": [{"role": "system" if i in refused else "user", "content": str(i)},
                            {"role": "assistant", "content": "yes"}]} for i in range(20)]
     [unit] = plan_units([write_lines(tmp_path, "chat.jsonl", list(map(json.dumps, lines)))])
-    chat_options = dataclasses.replace(options, reading=RecordReading("chat"))
-    record = UnitEncoder(chat_options, tmp_path / "work").encode(unit)
+    record = UnitEncoder(dataclasses.replace(options, reading=RecordReading("chat")),
+                         tmp_path / "work").encode(unit)
     stored = open_unit(tmp_path / "work", record.key, "uint16")
     assert [r["line"] - 1 for r in stored.iter_bad_rows()] == list(refused)
     assert [line - 1 for line in stored.sequences["line"].tolist()] == [

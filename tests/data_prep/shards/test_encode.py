@@ -43,7 +43,6 @@ def encode_text(encoder: Encoder, text: str) -> np.ndarray:
 
 
 def get_token_types(batch: EncodedBatch) -> np.ndarray:
-    """Return TYPE_RESPONSE for learned tokens and TYPE_PROMPT for others."""
     return np.where(batch.kinds == KIND_NONE, TYPE_PROMPT, TYPE_RESPONSE)
 
 
@@ -68,7 +67,7 @@ def test_chat_ids_and_masks_equal_transformers(folder: Path, encoder: Encoder) -
     responses = loaded.decode(ids[types == TYPE_RESPONSE], skip_special_tokens=False)
     assert responses == f"It is 4.{end}안녕하세요!{end}"
     assert set(types.tolist()) == {TYPE_PROMPT, TYPE_RESPONSE}
-    assert ids[-1] == encoder.eos_id != ids[-2]
+    assert (ids == encoder.eos_id)[-1] and (ids[-2] != encoder.eos_id)
 
 
 @settings(max_examples=60)
@@ -98,14 +97,12 @@ def test_begin_and_end_are_settings(folder: Path) -> None:
     assert encode_text(both, "some text").tolist() == [both.bos_id, *ids, both.eos_id]
     assert both.decode([both.bos_id or 0]) == AutoTokenizer.from_pretrained(folder).bos_token
     chat, types = encode_chat(both, CHAT)
-    chat_without_bos, _ = encode_chat(Encoder(folder), CHAT)
     assert chat[0] == both.bos_id and types[0] == TYPE_PROMPT
-    assert len(chat) == len(chat_without_bos) + 1
+    assert len(chat) == len(encode_chat(Encoder(folder), CHAT)[0]) + 1
 
 
 def test_eos_is_learned_after_open_response(folder: Path, tmp_path: Path,
                                             monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a chat template that does not mark the end of a turn, eos ends the last response."""
     bare = shutil.copytree(folder, tmp_path / "bare")
     file = bare / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {
@@ -119,8 +116,8 @@ def test_eos_is_learned_after_open_response(folder: Path, tmp_path: Path,
 
 
 def test_chat_without_learned_turn_is_rejected(encoder: Encoder) -> None:
-    question = Message("user", "What is 2+2?")
-    for messages in ((question,), (question, Message("assistant", "4", is_learned=False))):
+    asked = Message("user", "What is 2+2?")
+    for messages in ((asked,), (asked, Message("assistant", "4", is_learned=False))):
         with pytest.raises(BadRecord, match="is a chat of which nothing is learned"):
             encoder.encode_batch([Document("", messages=messages)])
 
@@ -132,11 +129,11 @@ def test_preference_is_two_sequences_with_equal_prompt(encoder: Encoder) -> None
                     rejected=(Message("assistant", "5, I guess."),))
     batch = encoder.encode_batch([pair, pair])
     assert len(batch.lengths_tokens) == 4 and batch.lengths_tokens[0] == batch.lengths_tokens[2]
-    for i, side in enumerate((pair.chosen, pair.rejected)):
+    for i, [response] in enumerate((pair.chosen, pair.rejected)):
         start = int(batch.lengths_tokens[:i].sum())
         part = slice(start, start + int(batch.lengths_tokens[i]))
         # the prompt has no assistant turn, so the pair's mask equals that of the chat
-        ids, types = encode_chat(encoder, (*prompt, ("assistant", side[0].content)))
+        ids, types = encode_chat(encoder, (*prompt, ("assistant", response.content)))
         assert np.array_equal(batch.ids[part], ids) and np.array_equal(get_token_types(batch)[part], types)
 
 
@@ -208,17 +205,17 @@ def test_prompt_and_completion_equal_trl(folder: Path, encoder: Encoder, tmp_pat
         (tmp_path / "a.json").write_text(json.dumps([{"prompt": prompt, "completion": completion}]))
         [document] = read_documents([tmp_path / "a.json"], RecordReading("chat"))
         batch = encoder.encode_batch([document])
-        prompt_turns = first if isinstance(prompt, str) else prompt
-        prompt_ids = loaded.apply_chat_template(prompt_turns, tokenize=True, return_dict=False,
-                                                add_generation_prompt=True)
-        chat_ids = loaded.apply_chat_template(prompt_turns + answer, tokenize=True, return_dict=False)
+        before = first if isinstance(prompt, str) else prompt
+        begin = loaded.apply_chat_template(before, tokenize=True, return_dict=False,
+                                           add_generation_prompt=True)
+        whole = loaded.apply_chat_template(before + answer, tokenize=True, return_dict=False)
         learned = batch.kinds != KIND_NONE
-        assert batch.ids[:len(chat_ids)].tolist() == chat_ids
-        assert not learned[:len(prompt_ids)].any()
+        assert batch.ids[:len(whole)].tolist() == whole
+        assert not learned[:len(begin)].any()
         learned_text = loaded.decode(batch.ids[learned])
         end = "<|end|>" if "solar" in folder.name else "<|endofturn|>"
         assert learned_text == answer[0]["content"] + end
-        assert loaded.decode(chat_ids[len(prompt_ids):]).rstrip("\n").endswith(learned_text)
+        assert loaded.decode(whole[len(begin):]).rstrip("\n").endswith(learned_text)
 
 
 def open_encoder_tokenizer(file: Path) -> Tokenizer:
@@ -228,7 +225,6 @@ def open_encoder_tokenizer(file: Path) -> Tokenizer:
 
 
 Pair = tuple[FastBpe, Tokenizer]
-"""Our fast encoder and the tokenizer of the `tokenizers` library, both of one file."""
 
 
 @pytest.fixture(scope="module")
@@ -239,16 +235,14 @@ def pair(folder: Path) -> Pair:
 
 def test_fast_encoder_equals_tokenizers_on_every_kind_of_character(pair: Pair) -> None:
     fast, tokenizer = pair
-    # all code points of the first two planes except surrogates, and every 17th of the other planes
-    code_points = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 17)]
-    blocks = ["x".join(map(chr, code_points[i : i + 4096])) for i in range(0, len(code_points), 4096)]
-    encodings = tokenizer.encode_batch_fast(blocks, add_special_tokens=False)
-    for block, encoding in zip(blocks, encodings, strict=True):
+    planes = [*range(0xD800), *range(0xE000, 0x20000), *range(0x20000, 0x110000, 17)]
+    blocks = ["x".join(map(chr, planes[i : i + 4096])) for i in range(0, len(planes), 4096)]
+    for block, encoding in zip(blocks, tokenizer.encode_batch_fast(blocks, add_special_tokens=False),
+                               strict=True):
         assert fast.encode(block) == encoding.ids, f"from U+{ord(block[0]):04X}"
 
 
 AWKWARD = "ab'sS 가\u1100\u1161\u0301\n\r\t1/\u3000\u017f<|end|>"
-"""Characters at which regular expressions of tokenizers often differ: contractions, jamo, kinds of space."""
 
 
 @settings(max_examples=150)
@@ -302,7 +296,7 @@ def test_unsupported_tokenizer_is_not_fast(tokenizers: dict[str, Path], tmp_path
 def test_supported_tokenizer_is_fast(folder: Path) -> None:
     file = folder / "tokenizer.json"
     tokenizer = open_encoder_tokenizer(file)
-    # Llama's tokenizer adds <s> so; documents are encoded without a post-processor
+    # as in Llama's tokenizer; documents are encoded without it
     tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast, sentence = load_fast_encoder(file, tokenizer, ["some text", "한국어"])
     assert fast is not None and sentence.startswith("encoding with tiktoken: the same ids")

@@ -18,7 +18,7 @@ from data_prep.shards.verify import verify_shards
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.documents import Document, RecordReading
 from megatron_sov.base.errors import UserError
-from megatron_sov.train.data.sources import Source, open_sources
+from megatron_sov.train.data.sources import open_sources
 
 
 @pytest.fixture(scope="module")
@@ -39,24 +39,22 @@ def parts(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     return folder / "text", folder / "chats"
 
 
-def read_training_documents(source: Source) -> list[list[int]]:
-    documents = source.open_split("train")
-    return [documents.tokens(i, 0, length).tolist() for i, length in enumerate(documents.lengths)]
-
-
 def test_folder_weights_are_divided_by_tokens(parts: tuple[Path, Path], tmp_path: Path) -> None:
     text, chats = parts
     assert main(["mix", f"{text}:0.6", f"{chats}:0.2", "--output", str(tmp_path / "out")]) == 0
     weights = {s["name"]: s["weight"] for s in read_manifest(tmp_path / "out").content["sources"]}
+    # 0.6 : 0.2 is 75 % text, of which `few` has a quarter of the tokens
     # 0.6 : 0.2 gives the text 0.75, which few and many share 1 : 3
     assert weights == pytest.approx({"few": 0.1875, "many": 0.5625, "chat": 0.25})
     sources = open_sources({str(tmp_path / "out"): 1.0}, 1000)
     assert {s.name: s.share for s in sources} == weights
     assert [s.is_chat for s in sources] == [False, False, True]
-    unmixed_sources = open_sources({str(text): 0.6, str(chats): 0.2}, 1000)
-    assert [s.share for s in unmixed_sources] == pytest.approx([s.share for s in sources])
-    for mixed, unmixed in zip(sources, unmixed_sources, strict=True):
-        assert read_training_documents(mixed) == read_training_documents(unmixed)
+    direct = open_sources({str(text): 0.6, str(chats): 0.2}, 1000)
+    assert [s.share for s in direct] == pytest.approx([s.share for s in sources])
+    for pair in zip(sources, direct, strict=True):
+        mixed, unmixed = ([d.tokens(i, 0, n).tolist() for i, n in enumerate(d.lengths)]
+                          for d in (s.open_split("train") for s in pair))
+        assert mixed == unmixed
     assert main(["verify", str(tmp_path / "out")]) == 0
     # files are hard links: the same inode
     assert ((tmp_path / "out/many/train-00000.bin").stat().st_ino
@@ -71,9 +69,8 @@ def test_mix_without_weights_uses_tokens_and_accepts_mixes(parts: tuple[Path, Pa
     assert [s["weight"] for s in content] == pytest.approx([t / sum(tokens) for t in tokens])
     write_mix([MixPart(text, 3.0)], tmp_path / "a")
     write_mix([MixPart(tmp_path / "a", 1.0), MixPart(chats, 1.0)], tmp_path / "b")
-    # half for chats, and half for few and many, which share it 1 : 3
-    assert [s["weight"] for s in read_manifest(tmp_path / "b").content["sources"]] == pytest.approx(
-        [0.125, 0.375, 0.5])
+    assert ([s["weight"] for s in read_manifest(tmp_path / "b").content["sources"]]
+            == pytest.approx([0.125, 0.375, 0.5]))
 
 
 def test_mix_copies_files_across_devices(parts: tuple[Path, Path], tmp_path: Path,
@@ -105,13 +102,14 @@ def test_mix_rejects_contradicting_parts(parts: tuple[Path, Path], tokenizers: d
                  PackSettings(heldout_share=0))
     pack_sources(tokenizers["solar-open"], [PackSource("y", tmp_path / "x.txt")], tmp_path / "bos",
                  PackSettings(0, bos="start"))
-    for mix_parts, message in (
-            ([MixPart(text, None), MixPart(tmp_path / "other", None)], "tokenizer_sha256 is"),
-            ([MixPart(text, None), MixPart(tmp_path / "bos", None)], "bos_id is 1, that of .* is None"),
-            ([MixPart(text, None), MixPart(text, None)], "source 'few': occurs in several folders"),
-            ([MixPart(text, 1.0), MixPart(chats, None)], "a weight to every folder or to none")):
-        with pytest.raises(UserError, match=message):
-            write_mix(mix_parts, tmp_path / "new")
+    for given, rule in (([MixPart(text, None), MixPart(tmp_path / "other", None)], "tokenizer_sha256 is"),
+                        ([MixPart(text, None), MixPart(tmp_path / "bos", None)],
+                         "bos_id is 1, that of .* is None"),
+                        ([MixPart(text, None), MixPart(text, None)],
+                         "source 'few': occurs in several folders"),
+                        ([MixPart(text, 1.0), MixPart(chats, None)], "a weight to every folder or to none")):
+        with pytest.raises(UserError, match=rule):
+            write_mix(given, tmp_path / "new")
     for argument in (f"{text}:0", f"{text}:much", f"{text}:inf"):
         with pytest.raises(UserError, match="must be a positive number"):
             parse_part(argument)
@@ -120,8 +118,7 @@ def test_mix_rejects_contradicting_parts(parts: tuple[Path, Path], tokenizers: d
 
 def test_mix_rejects_heldout_documents_in_training(tokenizers: dict[str, Path], tmp_path: Path,
                                                    capsys: pytest.CaptureFixture[str]) -> None:
-    """The shared document has the smallest hash of source `one`, which holds it out. Source `other` has
-    documents with smaller hashes, and trains on it."""
+    """The shared document has the smallest hash of source `one`, which holds it out; `other` trains on it."""
     texts = sorted((f"document {i} of many" for i in range(60)),
                    key=lambda text: hash_document(Document("", text)))
     shared, contents = texts[20], {"one": texts[20:40], "other": [texts[20], *texts[:10]]}
@@ -162,7 +159,6 @@ phases:
     content = read_manifest(tmp_path / "out").content
     assert content["phases"] == [{"name": "one", "tokens": 300, "blend": {"ko": 0.25, "en": 0.75}},
                                  {"name": "two", "tokens": 100, "blend": {"ko": 0.5, "few": 0.5}}]
-    # of 400 tokens: ko 0.25 x 300 + 0.5 x 100, en 0.75 x 300, few 0.5 x 100
     assert {s["name"]: s["weight"] for s in content["sources"]} == pytest.approx(
         {"ko": 0.3125, "en": 0.5625, "few": 0.125})
     assert content["sources"][0]["tags"] == {"kind": ["ko"]}

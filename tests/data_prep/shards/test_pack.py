@@ -35,7 +35,6 @@ from tests.waiting import wait_until
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with 200 texts (web.jsonl), three short notes (notes/) and 120 chats (chat.jsonl)."""
     folder = tmp_path_factory.mktemp("corpus")
     texts = [f"Document {i} says: 한국어 {i * i}.\n\nIt ends with <|end|>." for i in range(200)]
     (folder / "web.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in texts))
@@ -50,7 +49,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def packed(corpus: Path, tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Texts and notes of `corpus`, packed as the sources `web` and `mine`."""
     output = tmp_path_factory.mktemp("out") / "shards"
     assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", str(corpus / "web.jsonl"),
                  "--input", f"mine={corpus / 'notes'}", "--output", str(output), "--heldout", "0.1",
@@ -60,21 +58,21 @@ def packed(corpus: Path, tokenizers: dict[str, Path], tmp_path_factory: pytest.T
 
 def test_every_document_is_packed_once(packed: Path, corpus: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(packed / "tokenizer")
-    in_train, in_heldout = ([tokenizer.decode(d[:-1])
-                             for d in open_split(packed / f"web/{split}-00000").documents()]
-                            for split in ("train", "heldout"))
+    found = [tokenizer.decode(ids[:-1]) for split in ("train", "heldout")  # without the end of the document
+             for ids in open_split(packed / f"web/{split}-00000").documents()]
     texts = [json.loads(line)["text"] for line in (corpus / "web.jsonl").read_text().splitlines()]
-    assert sorted(in_train + in_heldout) == sorted(texts)
-    assert in_train == [t for t in texts if t in set(in_train)]  # the order of the file is kept
+    assert sorted(found) == sorted(texts)
+    in_train = [tokenizer.decode(ids[:-1]) for ids in open_split(packed / "web/train-00000").documents()]
+    assert in_train == [text for text in texts if text in set(in_train)]  # the order of the file is kept
 
 
 def test_megatron_reads_shards_with_counts_of_manifest(packed: Path, tokenizers: dict[str, Path],
                                                        corpus: Path) -> None:
     content = read_manifest(packed, "tokens").content
-    tokenizer_bytes = (packed / "tokenizer/tokenizer.json").read_bytes()
-    assert content["tokenizer_sha256"] == hashlib.sha256(tokenizer_bytes).hexdigest()
-    assert (content["vocab_size"], content["dtype"]) == (384, "uint16")
-    assert (content["eos_id"], content["bos_id"]) == (2, None)
+    assert (content["tokenizer_sha256"]
+            == hashlib.sha256((packed / "tokenizer/tokenizer.json").read_bytes()).hexdigest())
+    assert ((content["vocab_size"], content["eos_id"], content["dtype"], content["bos_id"])
+            == (384, 2, "uint16", None))
     assert [s["name"] for s in content["sources"]] == ["web", "mine"]
     for source in content["sources"]:
         assert source["format"] == "text"
@@ -83,16 +81,16 @@ def test_megatron_reads_shards_with_counts_of_manifest(packed: Path, tokenizers:
             theirs = IndexedDataset(str(packed / record["prefix"]))
             assert len(theirs) == record["num_documents"] > 0
             assert sum(len(theirs[i]) for i in range(len(theirs))) == record["num_tokens"]
-            # ends with eos, and has no other special token: their ids are below 64
+            # A document ends with eos, and has no other special token (an id below 64).
             assert all(theirs[i][-1] == 2 and (theirs[i][:-1] >= 64).all() for i in range(len(theirs)))
     web = content["sources"][0]["splits"]
     num_bytes = sum(len(json.loads(line)["text"].encode())
                     for line in (corpus / "web.jsonl").read_text().splitlines())
     assert web["train"]["num_bytes"] + web["heldout"]["num_bytes"] == num_bytes
-    assert 5 <= web["heldout"]["num_documents"] <= 40  # 20 expected
-    [used] = read_manifest(packed).inputs
-    assert used["kind"] == "tokenizer"
-    assert used["manifest_sha256"] == manifest_sha256(tokenizers["solar-open"])
+    assert 5 <= web["heldout"]["num_documents"] <= 40  # about 10 % of 200
+    [made_from] = read_manifest(packed).inputs
+    assert made_from["kind"] == "tokenizer"
+    assert made_from["manifest_sha256"] == manifest_sha256(tokenizers["solar-open"])
 
 
 @pytest.mark.deep
@@ -123,8 +121,7 @@ def test_chats_have_sidecars(corpus: Path, tokenizers: dict[str, Path], tmp_path
     output = tmp_path / "chats"
     pack_sources(tokenizers["k-exaone"], [PackSource("chat", corpus / "chat.jsonl")], output,
                  PackSettings(reading=RecordReading("chat")))
-    # no warning that prompts differ between training and generation
-    assert "warning: " not in capsys.readouterr().err
+    assert "warning: " not in capsys.readouterr().err, "prompts are equal in training and generation"
     [source] = read_manifest(output).content["sources"]
     assert source["format"] == "chat" and source["sidecars"] == ["loss", "type", "kind"]
     for split in ("train", "heldout"):
@@ -137,13 +134,14 @@ def test_chats_have_sidecars(corpus: Path, tokenizers: dict[str, Path], tmp_path
         assert np.array_equal(kinds, np.where(types == 2, KIND_ANSWER, KIND_NONE))
     tokenizer = AutoTokenizer.from_pretrained(output / "tokenizer")
     first = next(open_split(output / "chat/train-00000").documents())
-    learned = np.fromfile(output / "chat/train-00000.loss", "<f4", len(first)) == 1
-    assert tokenizer.decode(first[learned]).startswith("It is ")
+    is_learned = np.fromfile(output / "chat/train-00000.loss", "<f4", len(first)) == 1
+    assert tokenizer.decode(first[is_learned]).startswith("It is ")
 
 
 def test_preference_pairs_stay_in_one_split_and_shard(tokenizers: dict[str, Path], tmp_path: Path) -> None:
     rows = [{"prompt": f"How much is {i // 2} + 1?", "chosen": f"It is {i // 2 + 1}.",
-             "rejected": f"No idea {i}."} for i in range(60)]  # two pairs for each of 30 prompts
+             "rejected": f"No idea {i}."}
+            for i in range(60)]
     (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = PackSettings(0.2, RecordReading("preference"), shard_tokens=300)
     pack_sources(tokenizers["solar-open"], [PackSource("pairs", tmp_path / "pairs.jsonl")], tmp_path / "out",
@@ -151,17 +149,17 @@ def test_preference_pairs_stay_in_one_split_and_shard(tokenizers: dict[str, Path
     [source] = read_manifest(tmp_path / "out").content["sources"]
     assert source["group_documents"] == 2
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out/tokenizer")
-    splits_by_prompt: dict[str, set[str]] = {}
-    all_rejected = set()
+    prompts: dict[str, set[str]] = {}
+    found = []
     for shard in iter_shards(tmp_path / "out", {"sources": [source]}):
         texts = [tokenizer.decode(d) for d in shard.open().documents()]
         assert len(texts) % 2 == 0
         for chosen, rejected in zip(texts[::2], texts[1::2], strict=True):
-            prompt, same_prompt = re.findall(r"How much is \d+ \+ 1\?", chosen + rejected)
-            assert prompt == same_prompt and "It is" in chosen and "No idea" in rejected
-            splits_by_prompt.setdefault(prompt, set()).add(shard.split)
-            all_rejected.add(rejected)
-    assert len(all_rejected) == 60 and all(len(splits) == 1 for splits in splits_by_prompt.values())
+            prompt = re.findall(r"How much is \d+ \+ 1\?", chosen + rejected)
+            assert prompt[0] == prompt[1] and "It is" in chosen and "No idea" in rejected
+            prompts.setdefault(prompt[0], set()).add(shard.split)
+            found.append(rejected)
+    assert len(set(found)) == 60 and all(len(splits) == 1 for splits in prompts.values())
     assert main(["verify", str(tmp_path / "out")]) == 0
 
 
@@ -175,7 +173,6 @@ def test_prompts_keep_reward_fields(tokenizers: dict[str, Path], tmp_path: Path)
     for shard in iter_shards(tmp_path / "out", read_manifest(tmp_path / "out").content):
         lines = [json.loads(line) for line in Path(f"{shard.prefix}.extra.jsonl").read_text().splitlines()]
         for ids, line in zip(shard.open().documents(), lines, strict=True):
-            # a prompt ends without eos (2)
             assert f"{line['answer'] - 1} + 1?" in tokenizer.decode(ids) and ids[-1] != 2
             answers.append(line["answer"])
     assert sorted(answers) == list(range(1, 31))
@@ -186,11 +183,11 @@ def test_sources_are_named_after_files_and_folders(corpus: Path) -> None:
     sources = parse_sources([str(corpus / "web.jsonl"), f"{corpus}/notes/", f"x.1={corpus}",
                              "my texts.jsonl"])
     assert [s.name for s in sources] == ["web", "notes", "x.1", "my-texts.jsonl"]
-    for arguments, message in (
-            (["a.txt", "b/a.txt=x"], "cannot name a source"), (["tokenizer=x"], "cannot name a source"),
-            (["../=x"], "cannot name a source"), (["a=x", "a=y"], "is given already"),
-            (["web="], "names no file or folder"), ([""], "names no file or folder")):
-        with pytest.raises(UserError, match=message):
+    for arguments, rule in ((["a.txt", "b/a.txt=x"], "cannot name a source"),
+                            (["a=x", "a=y"], "is given already"), (["tokenizer=x"], "cannot name a source"),
+                            (["../=x"], "cannot name a source"), (["web="], "names no file or folder"),
+                            ([""], "names no file or folder")):
+        with pytest.raises(UserError, match=rule):
             parse_sources(arguments)
 
 
@@ -221,10 +218,10 @@ def test_wrong_input_gives_one_sentence_and_no_output(corpus: Path, tokenizers: 
                                                       "--max-document-bytes", "0"],
         "has no string field 'body'": [str(corpus / "web.jsonl"), "--text-field", "body"],
     }
-    for message, arguments in mistakes.items():
-        assert message in get_refusal(*base, "--input", *arguments)
+    for sentence, arguments in mistakes.items():
+        assert sentence in get_refusal(*base, "--input", *arguments)
     assert not (tmp_path / "new").exists()
-    # a work folder keeps encoded units for the next attempt, and is removed when that succeeds
+    # encoded units are reused by the next attempt
     assert {p.name for p in tmp_path.iterdir()} == {"data", ".new.work"}
     assert main([*base, "--input", str(corpus / "web.jsonl")]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"data", "new"}
@@ -239,8 +236,7 @@ def test_a_file_without_a_good_record_leaves_no_work(corpus: Path, tokenizers: d
 
 def test_tiny_source_keeps_a_training_document(tokenizers: dict[str, Path], tmp_path: Path,
                                                capsys: pytest.CaptureFixture[str]) -> None:
-    """A share of 0.999999 holds out every document of three sources; that must not fail a run which has
-    packed other sources for hours."""
+    """A source with a single document must not fail a run that has packed other sources for hours."""
     (tmp_path / "one.jsonl").write_text('{"text": "almost surely held out", "part": "c"}')
     rows = [{"text": f"number {i}", "part": "a" if i < 3 else "b"} for i in range(4)]
     (tmp_path / "parts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
@@ -257,7 +253,7 @@ def test_tiny_source_keeps_a_training_document(tokenizers: dict[str, Path], tmp_
 
 
 UNIT_BYTES = 25_000
-BLOCKING_PROGRAM = f"""
+STOPS = f"""
 import sys, time
 from data_prep.shards import pack_run
 from data_prep.cli import main
@@ -265,26 +261,27 @@ from megatron_sov.base.documents import files
 
 files.plan_units.__defaults__ = ({UNIT_BYTES},)
 encode_units = pack_run.encode_units
-def block_after_one(*arguments):
+def stops_after_one(*arguments):
     for record in encode_units(*arguments):
         yield record
         time.sleep(600)
-pack_run.encode_units = block_after_one
+pack_run.encode_units = stops_after_one
 main(sys.argv[1:])
 """
 """Program that runs `sov-data ARGUMENTS` and blocks after the first unit; its workers finish their units."""
 
 
 def start_packing(tokenizer: Path, text: Path, output: Path, workers: int) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-c", BLOCKING_PROGRAM, "pack", "--tokenizer", str(tokenizer), "--input",
+    command = [sys.executable, "-c", STOPS, "pack", "--tokenizer", str(tokenizer), "--input",
                str(text), "--output", str(output), "--workers", str(workers)]
     return subprocess.Popen(command, cwd=Path(__file__).parents[3], stderr=subprocess.DEVNULL,
                             stdout=subprocess.DEVNULL)
 
 
-def find_complete_units(output: Path) -> list[Path]:
-    """Return the folders of complete units of a running command."""
-    return [p.parent for p in work_folder(output).glob("*/*/record.json") if ".tmp-" not in p.parent.name]
+def complete_units(output: Path) -> dict[Path, int]:
+    """Return folder -> modification time of each complete unit of a running command."""
+    return {p.parent: p.stat().st_mtime_ns for p in work_folder(output).glob("*/*/record.json")
+            if ".tmp-" not in p.parent.name}
 
 
 @pytest.mark.deep
@@ -297,12 +294,12 @@ def test_killed_pack_leaves_no_worker_and_resumes(tokenizers: dict[str, Path], t
     text.write_text("".join(f"{i} words in a long file\n\n" for i in range(80_000)))
     num_units = len(list(files.plan_units([text])))
     with start_packing(tokenizers["solar-open"], text, output, 2) as process:
-        wait_until(lambda: find_complete_units(output), lambda: process.poll() is not None)
+        wait_until(lambda: complete_units(output), lambda: process.poll() is not None)
         workers = psutil.Process(process.pid).children(recursive=True)
         process.kill()
     assert workers and all(ends(worker.pid) for worker in workers)
     assert not output.exists()
-    units = find_complete_units(output)
+    units = complete_units(output)
     pack_sources(tokenizers["solar-open"], [PackSource("long", text)], output)
     assert 1 <= len(units) < num_units
     assert f"{len(units)} of {num_units} units were complete from before" in capsys.readouterr().out
@@ -316,7 +313,6 @@ BAD_LINES = {
     '{"id": 3, "text": 5}': ("fields", 5),
     '{"id": 4, "text": " \\n"}': ("empty", 6), '{"id": 5, "text": "' + "x" * 600 + '"}': ("too_long", 7),
     '{"id": 6, "text": "\\udc00"}': ("utf8", 8), '{"id": "first", "text": "again"}': ("duplicate_id", 9)}
-"""Line -> code of the problem, and the line's number in the file of the test."""
 
 
 def test_quarantine_lists_bad_records_and_keeps_good_ones(tokenizers: dict[str, Path], tmp_path: Path,
@@ -340,11 +336,11 @@ def test_quarantine_lists_bad_records_and_keeps_good_ones(tokenizers: dict[str, 
     assert f"error: {folder}/a.jsonl:2: is not valid JSON" in capsys.readouterr().err
     stdout = read_output(*base, "--on-bad", "quarantine")
     rows = [json.loads(line) for line in (tmp_path / "out/quarantine.jsonl").read_text().splitlines()]
-    problems = [(Path(r["file"]).name, r["line"], r["code"]) for r in rows]
-    assert problems == [*(("a.jsonl", line, code) for code, line in BAD_LINES.values()),
-                        ("a.jsonl", 11, "utf8"), ("b.txt", None, "utf8"), ("c.jsonl.gz", None, "truncated"),
-                        ("d.jsonl.zst", None, "truncated"), ("e.parquet", None, "parquet"),
-                        ("f.parquet", None, "fields"), ("g.parquet", 2, "fields")]
+    found = [(Path(r["file"]).name, r["line"], r["code"]) for r in rows]
+    assert found == [*(("a.jsonl", line, code) for code, line in BAD_LINES.values()), ("a.jsonl", 11, "utf8"),
+                     ("b.txt", None, "utf8"), ("c.jsonl.gz", None, "truncated"),
+                     ("d.jsonl.zst", None, "truncated"), ("e.parquet", None, "parquet"),
+                     ("f.parquet", None, "fields"), ("g.parquet", 2, "fields")]
     assert all(len(r["content"]) <= 300 and r["reason"] for r in rows)
     assert rows[0]["content"].startswith('{"id": 1')
     [source] = read_manifest(tmp_path / "out").content["sources"]
@@ -359,9 +355,9 @@ def test_quarantine_lists_bad_records_and_keeps_good_ones(tokenizers: dict[str, 
 def test_a_repeated_id_is_answered_by_the_line_that_sets_it_aside(tokenizers: dict[str, Path], tmp_path: Path,
                                                                   get_refusal: Any) -> None:
     (tmp_path / "a.jsonl").write_text('{"id": 1, "text": "a"}\n{"id": 1, "text": "b"}\n')
-    command = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", f"{tmp_path}/a.jsonl",
-               "--output", f"{tmp_path}/out"]
-    assert get_refusal(*command).endswith(f"write\n  sov-data {' '.join(command)} --on-bad quarantine\n")
+    typed = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", f"{tmp_path}/a.jsonl",
+             "--output", f"{tmp_path}/out"]
+    assert get_refusal(*typed).endswith(f"write\n  sov-data {' '.join(typed)} --on-bad quarantine\n")
 
 
 def test_chat_rejected_by_template_is_named(tokenizers: dict[str, Path], tmp_path: Path,
@@ -416,8 +412,8 @@ def test_lines_become_documents_and_single_document_warns(tokenizers: dict[str, 
     assert splits["heldout"]["num_documents"] >= 1
     capsys.readouterr()
     assert main([*command, "--input", str(tmp_path / "one.txt"), "--output", str(tmp_path / "few")]) == 0
-    warning = capsys.readouterr().err
-    assert re.search(r"one: has too few documents, so nothing is held out .* Pass --lines", warning)
+    warned = capsys.readouterr().err
+    assert re.search(r"one: has too few documents, so nothing is held out .* Pass --lines", warned)
     assert main([*command, "--input", str(tmp_path / "a.txt"), "--lines", "--format", "chat", "--output",
                  str(tmp_path / "x")]) == 2
     assert "--lines: is for text, and the format is chat" in capsys.readouterr().err

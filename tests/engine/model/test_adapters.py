@@ -22,10 +22,10 @@ from megatron_sov.model.config import apply_settings
 from megatron_sov.model.families.adapters import A, B, find_adapted_modules
 from megatron_sov.train.objectives.microbatch import MicroBatch
 
+RANK, ALPHA = 3, 7
 SMALL_SETTINGS = ["model.vocab_size=95", "model.hidden_size=32", "model.head_dim=8", "model.num_layers=2",
                   "model.init_std=0.2", "train.precision=fp64", "optim.clip_grad=0.05",
-                  "optim.weight_decay=0.1",
-                  "lora.rank=3", "lora.alpha=7"]
+                  "optim.weight_decay=0.1", f"lora.rank={RANK}", f"lora.alpha={ALPHA}"]
 EXPERT_SETTINGS = ["model.expert_ffn_dim=16", "model.num_experts=4"]
 TP2, EP2, PP2 = {"tp": 2, "sp": True}, {"ep": 2}, {"pp": 2}
 ETP2 = {"tp": 2, "sp": True, "etp": 2}
@@ -92,9 +92,8 @@ class AdapterTraining:
             return total, total.detach()
 
         self.optimizer.zero_grad()
-        result = forward_only.run_pipeline(self.optimizer.wrapped,
-                                           build_micro_batches(self.config.model.vocab_size), loss,
-                                           ROW_TOKENS,
+        micro_batches = build_micro_batches(self.config.model.vocab_size)
+        result = forward_only.run_pipeline(self.optimizer.wrapped, micro_batches, loss, ROW_TOKENS,
                                            forward_only=False)
         return float(sum(result))
 
@@ -164,17 +163,17 @@ def compare_first_gradients(recipe: str, settings: list[str]) -> dict[str, Any]:
         gradients_by_run[name] = gradients
     largest_error, compared_names, largest_gradient_of_a = 0.0, [], 0.0
     for module in find_adapted_modules(config.model, config.lora):
-        gradient, scale = gradients_by_run["full"][module.link.key], 7 / 3  # lora.alpha / lora.rank
+        gradient, scale = gradients_by_run["full"][module.link.key], ALPHA / RANK
         if module.num_experts:
             weight = gradient
         else:
             weight = module.link.split(gradient)[f"{module.name}.weight"]
         expected = scale * weight @ adapter_weights[module.key(A)].mT
         gradient_of_b = gradients_by_run["adapter"][module.key(B)].reshape(expected.shape)
-        largest_error = max(largest_error,
-                            float((gradient_of_b - expected).abs().max() / expected.abs().max()))
-        largest_gradient_of_a = max(largest_gradient_of_a,
-                                    float(gradients_by_run["adapter"][module.key(A)].abs().max()))
+        error = float((gradient_of_b - expected).abs().max() / expected.abs().max())
+        gradient_of_a = gradients_by_run["adapter"][module.key(A)]
+        largest_error = max(largest_error, error)
+        largest_gradient_of_a = max(largest_gradient_of_a, float(gradient_of_a.abs().max()))
         compared_names.append(module.name)
     # PEFT's Kaiming-uniform A has the variance 1 / (3 inputs)
     initial_deviations = [float(a.std()) * (3 * a.shape[-1]) ** 0.5 for key, a in adapter_weights.items()

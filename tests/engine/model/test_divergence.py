@@ -154,12 +154,12 @@ def test_bf16_teacher_states_equal_rounded_float32_states() -> None:
 def test_the_heads_gradient_is_summed_in_float32_under_bf16() -> None:
     """With 256 chunks of equal sign, a bf16 sum would lose later chunks."""
     random = torch.Generator().manual_seed(0)
-    n = 2048
-    states = (torch.randn(n, HIDDEN, generator=random) * 0.1 + 1).bfloat16()
+    num_tokens = 256 * 8  # chunks of 8 tokens
+    states = (torch.randn(num_tokens, HIDDEN, generator=random) * 0.1 + 1).bfloat16()
     weight, teacher = (torch.randn(VOCABULARY, HIDDEN, generator=random).bfloat16() for _ in range(2))
     head = Head(weight.clone().requires_grad_(), head_config(), 8, VOCABULARY)
-    sums, _ = head.divergence(states[:, None], TeacherStates(states, teacher), {"sum": torch.ones(n)},
-                              Divergence())
+    sums, _ = head.divergence(states[:, None], TeacherStates(states, teacher),
+                              {"sum": torch.ones(num_tokens)}, Divergence())
     sums["sum"].backward()
     exact = weight.double().requires_grad_()
     log_p, log_q = ((states.double() @ w.T).log_softmax(-1) for w in (exact, teacher.double()))

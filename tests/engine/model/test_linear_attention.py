@@ -164,9 +164,8 @@ def test_cached_spans_and_single_tokens_equal_one_pass(layer: LinearAttention) -
     past = {0: 5, 1: 80, 2: 80}
     while max(past.values()) + 2 < TOKENS:
         spans = [(slot, position, position + 1) for slot, position in past.items()]
-        torch.testing.assert_close(read_spans(layer, x, spans),
-                                   torch.cat([expected[a:b] for _, a, b in spans]),
-                                   **tolerance)
+        expected_outputs = torch.cat([expected[begin:end] for _, begin, end in spans])
+        torch.testing.assert_close(read_spans(layer, x, spans), expected_outputs, **tolerance)
         past = {slot: end for slot, _, end in spans}
     last_span = [(1, past[1], TOKENS)]  # several tokens at once, after single tokens
     torch.testing.assert_close(read_spans(layer, x, last_span), expected[past[1]:], **tolerance)

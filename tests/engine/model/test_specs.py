@@ -49,8 +49,9 @@ def test_a_recipes_structure_reaches_megatron(ranks, job) -> None:
     assert exaone["window_size"] == [31, 0]
     assert exaone["moe_layer_freq"] == [0, 1, 1, 1, 1, 1]
     assert exaone["routers"] == [False, True, True, True, True, True, False]
-    assert (exaone["qk_layernorm"] and exaone["moe_router_topk_scaling_factor"] == 2.5
-            and exaone["mtp_num_layers"] == 1)
+    assert exaone["qk_layernorm"]
+    assert exaone["moe_router_topk_scaling_factor"] == 2.5
+    assert exaone["mtp_num_layers"] == 1
     assert exaone["recompute_granularity"] == "full" and exaone["dtype"] == "torch.float32"
     assert exaone["calculate_per_token_loss"] and not exaone["batch_p2p_comm"] and not exaone["te"]
     assert solar["windows"] == [0] * 4 and solar["window_size"] is None and solar["moe_layer_freq"] == [1] * 4

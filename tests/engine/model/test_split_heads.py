@@ -58,8 +58,8 @@ def compute_split_results(layout: dict[str, Any], chunk_tokens: int, cap: float 
     local = context.compute_row_index(divergences.TOKENS, False, device)
     positions = context.compute_row_index(divergences.TOKENS, sp, device)
     top = compute_teacher_logprobs(tensors, cap)[local].topk(divergences.K)
-    teachers = {"states": TeacherStates(tensors["teacher states"][local], shard_head(
-                    tensors["teacher weight"], tensors["teacher states"]), cap),
+    teacher_head = shard_head(tensors["teacher weight"], tensors["teacher states"])
+    teachers = {"states": TeacherStates(tensors["teacher states"][local], teacher_head, cap),
                 "top-k with the rest": TeacherTopK(top.indices, top.values),
                 "top-k alone": TeacherTopK(top.indices, top.values, keep_remainder=False)}
     weights = {name: tensors[name] for name in ("first", "second")}

@@ -179,10 +179,11 @@ def find_largest_difference(result: dict[str, Any]) -> tuple[float, str]:
     ids=["tier 1", "other layouts"])
 def test_matrices_follow_torch_muon_and_other_parameters_torch_adamw(names: set[str], ranks: Any,
                                                                      job: Any) -> None:
-    cases = [(name, n, settings, seed) for seed, (name, (n, settings)) in enumerate(LAYOUTS.items(), 1)
-             if name in names]
-    results = ranks(*(job(__file__, "compare_updates", n, {"settings": [FP64, *settings], "seed": seed})
-                      for _, n, settings, seed in cases), timeout_s=600)
+    cases = [(name, num_ranks, settings, seed)
+             for seed, (name, (num_ranks, settings)) in enumerate(LAYOUTS.items(), 1) if name in names]
+    jobs = [job(__file__, "compare_updates", num_ranks, {"settings": [FP64, *settings], "seed": seed})
+            for _, num_ranks, settings, seed in cases]
+    results = ranks(*jobs, timeout_s=600)
     for case, per_rank in zip(cases, results, strict=True):
         for result in per_rank:
             assert len(result["differences"]) > 90, "gate, up and down of each expert are separate matrices"
@@ -195,6 +196,7 @@ def test_matrices_follow_torch_muon_and_other_parameters_torch_adamw(names: set[
 # decomposition.
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Of the Newton-Schulz iteration, as in torch.optim.Muon."""
 
 
 @pytest.mark.each("shape", [(12, 40), (40, 12), (16, 16)])
@@ -213,6 +215,7 @@ def test_scales_are_those_of_the_papers() -> None:
     orthogonal = torch.linalg.qr(torch.randn(200, 50, dtype=torch.float64)).Q
     update = compute_update_scale("match_rms_adamw", 200, 50) * orthogonal
     assert update.square().mean().sqrt() == pytest.approx(0.2)
+    # The root of rows / columns; "original" does not scale a wide matrix.
     assert compute_update_scale("original", 200, 50) == compute_update_scale("spectral", 200, 50) == 2.0
     assert compute_update_scale("original", 50, 200) == 1.0
     assert compute_update_scale("spectral", 50, 200) == math.sqrt(0.25)

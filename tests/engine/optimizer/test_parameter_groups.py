@@ -25,18 +25,18 @@ RUN = str(Path(__file__).parents[2] / "layouts/layout_run.py")
 FP64, ZERO1 = "train.precision=fp64", "parallel.zero1=true"
 REDUCE, GATHER, BUCKETS = ("parallel.overlap_grad_reduce=true", "parallel.overlap_param_gather=true",
                            "parallel.bucket_params=9000")
-
-
 LAYOUTS = {"plain": (2, []), "both": (2, [ZERO1, REDUCE, GATHER, BUCKETS])}
+"""Name -> number of ranks, and settings; "both" overlaps reductions and gathers."""
 
 
 @pytest.mark.deep
 @pytest.mark.distributed
 def test_overlap_is_overlap_and_evaluation_waits_for_the_weights(ranks: Any, job: Any,
                                                                  packed_data: Any) -> None:
-    results = dict(zip(LAYOUTS, ranks(*(
-        job(RUN, "train_with_overlap", n, {"settings": [FP64, *settings], "paths": [str(packed_data.text)]})
-        for n, settings in LAYOUTS.values())), strict=True))
+    jobs = [job(RUN, "train_with_overlap", num_ranks, {
+        "settings": [FP64, *settings], "paths": [str(packed_data.text)]})
+            for num_ranks, settings in LAYOUTS.values()]
+    results = dict(zip(LAYOUTS, ranks(*jobs), strict=True))
     plain = results["plain"][0]
     assert plain["heldout"] and plain["losses"][-1] < plain["losses"][0]
     for name, per_rank in results.items():
@@ -136,8 +136,8 @@ def compare_grouped_updates(settings: list[str]) -> dict[str, float]:
             parameter.main_grad.copy_(copy.grad)
         optimizer.step(0.01)
         reference.step()
-    return {f"{key_of[id(p)]} {i}": float((p.detach() - c.detach()).abs().max())
-            for i, (p, c) in enumerate(zip(parameters, copies, strict=True))}
+    return {f"{key_of[id(parameter)]} {i}": float((parameter.detach() - copy.detach()).abs().max())
+            for i, (parameter, copy) in enumerate(zip(parameters, copies, strict=True))}
 
 
 def list_rules(settings: list[str]) -> list[Any]:
@@ -167,10 +167,10 @@ def list_errors(cases: list[list[str]]) -> list[str]:
 
 @pytest.mark.distributed
 def test_groups_change_only_matching_parameters(ranks: Any, job: Any) -> None:
-    exceptions = ('optim.groups=[{"pattern": "*router.weight", "optimizer": "adamw"}, {"pattern": '
-                  '"decoder.*", "lr_scale": 0.5},'
-                  ' {"pattern": "decoder.layers.1.pre*", "frozen": true}, {"pattern": '
-                  '"embedding.*", "optimizer": "muon"}]')
+    exceptions = ('optim.groups=[{"pattern": "*router.weight", "optimizer": "adamw"}, '
+                  '{"pattern": "decoder.*", "lr_scale": 0.5}, '
+                  '{"pattern": "decoder.layers.1.pre*", "frozen": true}, '
+                  '{"pattern": "embedding.*", "optimizer": "muon"}]')
     unknown = ['optim.groups=[{"pattern": "decoder.layers.0.*"}, {"pattern": "decoder.layer.1.*"}]']
     everything = ['optim.groups=[{"pattern": "*", "frozen": true}]']
     (differences,), (adamw_rules,), (muon_rules,), *refused = ranks(

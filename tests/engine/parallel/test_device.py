@@ -43,8 +43,8 @@ def _restore_determinism(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_settings_reach_every_library() -> None:
     enable_determinism()
-    assert (torch.are_deterministic_algorithms_enabled()
-            and not torch.is_deterministic_algorithms_warn_only_enabled())
+    assert torch.are_deterministic_algorithms_enabled()
+    assert not torch.is_deterministic_algorithms_warn_only_enabled()
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.benchmark
     assert not torch.utils.deterministic.fill_uninitialized_memory, "empty memory is filled, each time"
     assert [os.environ[name] for name in DETERMINISM_VARIABLES] == [":4096:8", "Ring", "0"]

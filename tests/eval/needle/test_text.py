@@ -137,7 +137,7 @@ def test_language_is_detected_or_given(token_shards: Path) -> None:
     assert [h.sizes for h in haystacks] == [(sources[1].num_tokens["heldout"],),
                                             (sources[0].num_tokens["heldout"],)]
     (code_haystack,) = open_haystacks(sources, "heldout", tokenizer, languages=["code"],
-                             source_languages={"second": "english"})
+                                      source_languages={"second": "english"})
     assert code_haystack.language == "code"
 
 

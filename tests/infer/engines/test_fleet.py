@@ -118,8 +118,8 @@ def test_an_abort_ends_all_answers_of_a_request(fleets: Callable[..., Fleet]) ->
     fleet.abort(["written", "waiting"])
     running_answers, waiting_answers = (future.result(10) for future in futures)
     assert [answer.reason for answer in (*running_answers, *waiting_answers)] == ["abort"] * 4
-    assert all(answer.tokens for answer in running_answers) and not any(answer.tokens
-                                                                        for answer in waiting_answers)
+    assert all(answer.tokens for answer in running_answers)
+    assert not any(answer.tokens for answer in waiting_answers)
 
 
 def wait_for_servers(fleet: Fleet, keeper: DoubleKeeper, starts: int = 1) -> None:
@@ -315,7 +315,7 @@ def test_interpreter_without_vllm_is_reported(tmp_path: Path, monkeypatch: pytes
         python.chmod(0o755)
     monkeypatch.setenv(ENGINE_PYTHON, str(python))
     with pytest.raises(UserError, match=message), open_fleet(tmp_path, VOCAB, 8, EngineServers(),
-                                                          ServerLocations(tmp_path)):
+                                                             ServerLocations(tmp_path)):
         pass
     # an interpreter with the module passes, and servers of other users need no interpreter
     monkeypatch.setattr(server_process, "VLLM", "json")

@@ -37,7 +37,7 @@ def server(folder: Path, *more: str, number: int = 0) -> ServerProcess:
     settings = parse_server_settings(["tp=2", "servers=2", 'devices=["4","5","6","7"]', "ep=true",
                                 "quantization=fp8", f"more={json.dumps(more)}"], "--engine-set")
     return ServerProcess(number, Path("model"), 99, settings, folder / "engines",
-                     command=(sys.executable, "-c", PROGRAM), with_routes=True)
+                         command=(sys.executable, "-c", PROGRAM), with_routes=True)
 
 
 def never() -> bool:

@@ -134,7 +134,7 @@ def test_each_update_uses_a_new_group_until_a_worker_dies(workers: list[subproce
 def test_stalled_worker_blocks_at_most_patience() -> None:
     trainer, worker = build_group_pair()
     for patience_s, is_cancelled, message in ((0.2, False, "was not transferred within 0.2 s"),
-                                      (60, True, "transfer was cancelled")):
+                                              (60, True, "transfer was cancelled")):
         trainer._patience_s, cancelled = patience_s, threading.Event()
         if is_cancelled:
             cancelled.set()

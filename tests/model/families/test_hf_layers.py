@@ -117,7 +117,7 @@ def test_unsupported_structures_are_refused(recipe: str, fields: dict[str, Any],
 def test_a_pattern_that_qwen3_moe_cannot_express_is_a_problem_before_training() -> None:
     model = read(build_config("tiny-qwen3-moe"))
     problems = models.get_family("qwen3_moe").problems(replace(model, attention_pattern="LG",
-                                                        sliding_window_tokens=8, router_bias=True))
+                                                               sliding_window_tokens=8, router_bias=True))
     assert len(problems) == 2 and any("either every layer slides or none does" in p.rule for p in problems)
 
 

@@ -31,12 +31,12 @@ def test_gates_of_solar_open_2_are_a_separate_tensor() -> None:
     """A group has two query heads, their two gates, key and value, of 8 rows each."""
     solar = replace(recipes.get("tiny-solar-open2").model, num_heads=4, num_kv_heads=2, head_dim=8,
                     hidden_size=5)
-    link = next(link for link in models.get_family("solar_open2").links(solar)
-                if link.key.endswith("linear_qkv.weight"))
-    # 2 groups x (2 queries + 2 gates + key + value) x 8 rows, each filled with its number
+    link = next(x
+                for x in models.get_family("solar_open2").links(solar) if x.key.endswith("linear_qkv.weight"))
     rows = torch.arange(96.)[:, None].expand(96, 5)
-    first_rows = {name.split(".")[-2]: tensor[::8, 0].tolist() for name, tensor in link.split(rows).items()}
-    assert first_rows == {"q_proj": [0, 8, 48, 56], "g_proj": [16, 24, 64, 72], "k_proj": [32, 80],
+    rows_by_projection = {name.split(".")[-2]: tensor[::8, 0].tolist()
+                          for name, tensor in link.split(rows).items()}
+    assert rows_by_projection == {"q_proj": [0, 8, 48, 56], "g_proj": [16, 24, 64, 72], "k_proj": [32, 80],
                                   "v_proj": [40, 88]}
     assert torch.equal(link.join(link.split(rows)), rows)
 
@@ -59,7 +59,8 @@ def test_solar_open_2_counts_layers_from_0_in_one_of_three_spellings() -> None:
 def test_sizes_of_solar_open_2_are_explicit_or_follow_from_heads() -> None:
     read = SolarLayers().read
     default_sizes = {"num_key_heads": 6, "num_value_heads": 6, "key_head_dim": 4, "value_head_dim": 4,
-                     "conv_taps": 4, "gate_rank": 4, "negative_eigenvalues": True}
+                     "conv_taps": 4,
+                     "gate_rank": 4, "negative_eigenvalues": True}
     for fields, changed in (({}, {}), ({"linear_attn_config": LINEAR_CONFIG | {"num_kv_heads": None}}, {}),
                             ({"linear_attn_config": LINEAR_CONFIG | {"num_kv_heads": 6}}, {}),
                             ({"linear_attn_config": LINEAR_CONFIG | {"short_conv_kernel_size": 3}},

@@ -19,11 +19,11 @@ def test_rotations_are_stretched_only_where_every_layer_is_global() -> None:
     assert (longer.yarn.factor, longer.yarn.original_max_position_tokens) == (4.0, 256)
     assert replace(longer, yarn=None, max_position_tokens=solar.max_position_tokens) == solar
     assert extend_model(k_exaone, 256, 1024) == k_exaone
-    without_rotations = get("tiny-solar-open2").model
-    assert extend_model(without_rotations, 256, 1024) == without_rotations
-    assert extend_model(without_rotations, 256, 8192).max_position_tokens == 8192
+    still = get("tiny-solar-open2").model
+    assert extend_model(still, 256, 1024) == still
+    assert extend_model(still, 256, 8192).max_position_tokens == 8192
     with pytest.raises(UserError, match="model rotates"):
-        extend_model(without_rotations, 256, 1024, yarn_factor=2)
+        extend_model(still, 256, 1024, yarn_factor=2)
     assert extend_model(solar, 256, 256) == solar
 
 
@@ -32,7 +32,7 @@ def test_a_second_extension_counts_from_the_first_length() -> None:
     assert twice.yarn is not None
     assert (twice.yarn.factor, twice.yarn.original_max_position_tokens) == (32.0, 256)
     assert twice.max_position_tokens == 8192
-    assert extend_model(twice, 1024, 4096) == twice, "its rotations already reach 8,192"
+    assert extend_model(twice, 1024, 4096) == twice, "its rotations reach as far already"
 
 
 def test_a_stage_may_name_the_context_that_is_stretched() -> None:
@@ -42,8 +42,8 @@ def test_a_stage_may_name_the_context_that_is_stretched() -> None:
     assert far.yarn is not None
     assert (far.yarn.factor, far.yarn.original_max_position_tokens) == (2.0, 65536)
     assert far.max_position_tokens == 131072
-    # 65,536 tokens are the original context, which needs no stretching
-    assert extend_model(solar, 32768, 65536, yarn_original_tokens=65536) == solar
+    extended = extend_model(solar, 32768, 65536, yarn_original_tokens=65536)
+    assert extended == solar, "reached without stretching"
     with pytest.raises(UserError, match="yarn_original_tokens = 256:"):
         extend_model(get("tiny-k-exaone").model, 256, 1024, yarn_original_tokens=256)
 
@@ -52,7 +52,6 @@ def test_stages_as_phases_take_all_their_steps() -> None:
     stages = (ExtendStageConfig("a", seq_len=64, steps=3, max_steps=5, global_batch_size=2, lr=1e-3),
               ExtendStageConfig("b", seq_len=128, tokens=999, global_batch_size=1))
     near, far = stage_phases(stages, OptimConfig(lr=1e-4, warmup_steps=7))
-    # 5 steps x 2 samples x 64 tokens
     assert near == PhaseConfig("a", tokens=640, seq_len=64, global_batch_size=2, lr=1e-3, rewarm_steps=7)
     assert (far.tokens, far.lr) == (999, 1e-4)
 

@@ -24,8 +24,8 @@ def test_a_policy_is_complete_with_its_unpublished_settings(name: str) -> None:
     assert sorted(problem.key for problem in config.problems(ranks)) == sorted(
         setting.partition("=")[0] for setting in lacking)
     whole = add_rounds(apply_settings(config, list(lacking)))
-    assert whole.problems(ranks) == [] and whole.train.steps == (
-        config.rollout.rounds * config.rollout.steps_per_round)
+    assert whole.problems(ranks) == []
+    assert whole.train.steps == (config.rollout.rounds * config.rollout.steps_per_round)
 
 
 @pytest.mark.each("name", [name for name in RUNS if name in TINY])

@@ -99,8 +99,8 @@ def test_a_product_on_a_gpu_is_timed_by_the_gpu(monkeypatch: pytest.MonkeyPatch)
 
 def test_a_rank_reports_its_driver_and_transformer_engine(tmp_path: Path,
                                                           monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(preflight_run, "list_visible_gpus", lambda: [VisibleGpu(0, "a", "H100", 79 << 30, 0),
-                                                            VisibleGpu(1, "b", "H100", 79 << 30, 5 << 30)])
+    gpus = [VisibleGpu(0, "a", "H100", 79 << 30, 0), VisibleGpu(1, "b", "H100", 79 << 30, 5 << 30)]
+    monkeypatch.setattr(preflight_run, "list_visible_gpus", lambda: gpus)
     monkeypatch.setattr(preflight_run, "find_gpu_fault", lambda uuid: f"cold in {uuid}")
     monkeypatch.setenv("LOCAL_RANK", "1")
     report = NodeReport("n1", 1, num_gpus=2)

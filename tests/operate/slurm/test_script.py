@@ -164,8 +164,8 @@ def test_rounds_are_trained_by_ranks_that_go_on_where_they_were(stage: str) -> N
     assert read_bash_array(text) == ["-m", "megatron_sov", *stage.split("-"), *ARGUMENTS[stage], "--resume"]
     assert "#SBATCH --ntasks-per-node=8" in text and work.completion == Path.cwd() / "runs/b/complete.json"
     assert {path.name for path in work.inputs} == {"a", "p.jsonl"}, "the store may be missing"
-    assert work.config is not None and [p.name for p in work.config.data.phases] == [
-        "round-0001", "round-0002", "round-0003"]
+    assert work.config is not None
+    assert [p.name for p in work.config.data.phases] == ["round-0001", "round-0002", "round-0003"]
     with pytest.raises(UserError, match=r"rollout\.rounds = 0: nothing to train"):
         prepare_job(stage, (*ARGUMENTS[stage], "--set", "rollout.rounds=0"), H100)
 

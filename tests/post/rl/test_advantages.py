@@ -59,8 +59,8 @@ def compute_by_loops(rewards: list[list[float]], lengths: list[list[int]], polic
         results.append([(compute_advantage(penalized_rewards, i, method) + offset) * weight
                         for i in range(len(group))])
         are_learned.append(True)
-    learned_advantages = [advantage for group, is_learned in zip(results, are_learned, strict=True)
-                          if is_learned for advantage in group]
+    learned_advantages = [a for group, is_learned in zip(results, are_learned, strict=True)
+                          if is_learned for a in group]
     if not method.normalise_over_batch or not learned_advantages:
         return results
     mean, std = statistics.fmean(learned_advantages), statistics.stdev(learned_advantages)
@@ -94,8 +94,8 @@ def test_advantages_equal_the_papers(step: list[list[float]], first_length: int)
         result = compute_step(step, policy, lengths)
         for group, expected in zip(result, compute_by_loops(step, lengths, policy, 10), strict=True):
             assert group.advantages.dtype == np.float64
-            assert group.advantages.tolist() == pytest.approx(expected, rel=1e-9,
-                                                              abs=1e-9), settings_of_method
+            assert group.advantages.tolist() == pytest.approx(expected, rel=1e-9, abs=1e-9), (
+                settings_of_method)
 
 
 def test_reasons_for_excluding_a_group() -> None:
@@ -105,8 +105,8 @@ def test_reasons_for_excluding_a_group() -> None:
     without_exclusion = compute_step(step, PolicyConfig("grpo"))
     assert [g.reason for g in without_exclusion] == ["", "", "", "", "too_few", "too_few"]
     assert not without_exclusion[0].advantages.any()
-    right_from_half = compute_step([[0.0, 0.5], [0.5, 0.5]], PolicyConfig("dapo", right_from=0.5))
-    assert [g.reason for g in right_from_half] == ["", "all_right"]
+    lenient = compute_step([[0.0, 0.5], [0.5, 0.5]], PolicyConfig("dapo", right_from=0.5))
+    assert [group.reason for group in lenient] == ["", "all_right"]
     # a teacher scores the tokens, so rewards do not matter
     distillation_groups = compute_step([[1.0], [0.0, 1.0], []], PolicyConfig("opd"))
     assert [group.reason for group in distillation_groups] == ["", "", "too_few"]

@@ -53,7 +53,7 @@ class CountingEngine:
             self.now_s += 1
             if bounds and bounds.should_stop():
                 break
-        completions = [(w, [-1.0 - self.step] * len(w)) for w in continuations]
+        completions = [(tokens, [-1.0 - self.step] * len(tokens)) for tokens in continuations]
         return GenerationResult.of(completions, sampling, stop, self.step)
 
     def update(self, weights: Any, version: int) -> None:
@@ -65,8 +65,8 @@ def get_answer_length(first: int) -> int:
     return first // 10 % 9
 
 
-def build_expected_tokens(first: int) -> list[int]:
-    tokens = [*range(first + 1, first + get_answer_length(first) + 1), END]
+def build_expected_tokens(prompt: int) -> list[int]:
+    tokens = [*range(prompt + 1, prompt + get_answer_length(prompt) + 1), END]
     return tokens[:ROLLOUT.max_new_tokens]
 
 
@@ -92,6 +92,7 @@ class NumberEncoder:
 @pytest.fixture
 def prompts(tmp_path: Path) -> PromptList:
     path = tmp_path / "prompts.jsonl"
+    # Prompts 10 to 120: 3 rounds of 4.
     path.write_text("".join(json.dumps({"prompt": str(10 * k), "answer": k}) + "\n" for k in range(1, 13)))
     return read_prompts(path)
 
@@ -145,10 +146,10 @@ def check_complete(store: RolloutStore, prompts: PromptList, rounds: Sequence[in
         (number, p.id, sample) for number in rounds for p in select_round_prompts(prompts, ROLLOUT, number)
         for sample in range(2))
     for row in last_rows:
-        first = int(row.prompt_tokens[0])
-        assert row.tokens.tolist() == build_expected_tokens(first) and row.record["answer"] == first // 10
+        prompt = int(row.prompt_tokens[0])
+        assert row.tokens.tolist() == build_expected_tokens(prompt) and row.record["answer"] == prompt // 10
         assert row.finish_reason == (STOP if row.tokens[-1] == END else LENGTH)
-        assert row.response == "<think>" * (first == THINKS) + " ".join(map(str, row.tokens))
+        assert row.response == "<think>" * (prompt == THINKS) + " ".join(map(str, row.tokens))
     for row in rows:
         assert np.array_equal(row.logprobs, -1.0 - row.versions)
         assert row.key.policy == build_policy(int(row.versions[0])).sha256
@@ -216,8 +217,8 @@ def test_unread_tokens_get_routes_of_the_next_policy(prompts: PromptList) -> Non
     class Routed(CountingEngine):
         def generate(self, prompts: Sequence[Tokens], *args: Any, **kwargs: Any) -> GenerationResult:
             result = super().generate(prompts, *args, **kwargs)
-            routes = [np.full((len(p) + len(w) - 1, 2, 2), self.step, np.uint8)
-                      for p, w in zip(prompts, result.continuations, strict=True)]
+            routes = [np.full((len(prompt) + len(tokens) - 1, 2, 2), self.step, np.uint8)
+                      for prompt, tokens in zip(prompts, result.continuations, strict=True)]
             if self.step == 0:
                 routes[0][1:] = 255  # not recorded: the sequence was still waiting for a decoding slot
             return replace(result, routes=routes)
@@ -231,6 +232,8 @@ def test_unread_tokens_get_routes_of_the_next_policy(prompts: PromptList) -> Non
     engine.step = 1
     [[first, other]] = writer.write(engine, [SampleAttempt(piece, 1, build_policy(1), tuple(partial_rows))])
     routed_steps = [row.routes[:, 0, 0].tolist() for row in (first, other) if row.routes is not None]
+    # In 3 s, the first attempt wrote 3 tokens of each response: it read the prompt and two of them. For the
+    # first response, only the prompt's routes are recorded.
     assert routed_steps == [[0] + [1] * (len(first.tokens) - 1), [0] * 3 + [1] * (len(other.tokens) - 3)]
 
 
@@ -240,15 +243,15 @@ def test_further_prompts_are_generated_until_the_round_is_trained(tmp_path: Path
     num_further, is_final = 0, False
     job = Job(tmp_path / "store", prompts, lambda: 0, rollout, lambda number: (num_further, is_final))
 
-    def pieces_written() -> list[int]:
+    def list_written_pieces() -> list[int]:
         return [part.piece for part in job.store.parts(1)]
 
     planned = [piece.number for piece in plan_round_pieces(prompts, rollout, 1)]
     assert job.run()["waits_for"] == "round 1 is generated, and may need further prompts until it is trained"
-    assert pieces_written() == planned and all(part.provenance["grows"] for part in job.store.parts())
+    assert list_written_pieces() == planned and all(part.provenance["grows"] for part in job.store.parts())
     num_further = 1
     assert "may need further prompts" in job.run()["waits_for"]
-    assert pieces_written() == [*planned, len(planned)]
+    assert list_written_pieces() == [*planned, len(planned)]
     prompt_ids = {prompt.id for piece in plan_round_pieces(prompts, rollout, 1, 1)
                   for prompt in piece.prompts}
     assert {row.key.prompt for row in read_all_rows(job.store)} == prompt_ids
@@ -314,12 +317,14 @@ def test_continuations_by_the_same_policy_yield_to_a_newer_policy(tmp_path: Path
     (first, *_) = select_round_prompts(prompts, ROLLOUT, 1)
     job.engine = engine = HangingEngine(int(first.record["prompt"]))
 
-    def on_wait() -> None:
+    def train_a_policy() -> None:
         nonlocal newest
-        newest = 1 if len(engine.passes) == 2 and engine.now_s > 30 else newest
+        if len(engine.passes) == 2 and engine.now_s > 30:
+            newest = 1
 
-    engine.on_wait = on_wait
+    engine.on_wait = train_a_policy
     job.run()
+    # The third pass starts after 20 s and more, and ends soon after 30 s instead of after its own 20 s.
     assert engine.passes[2][0] == [engine.silent_prompt] and engine.passes[2][1] < 12.0
     assert {row.round for row in read_all_rows(job.store)} == {1, 2}
 

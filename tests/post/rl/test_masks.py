@@ -96,7 +96,7 @@ def test_labels_are_exactly_the_policys_tokens(packed_data: Any, tmp_path: Path)
                                for t in range(len(ids) - 1)] + [False] * (33 - len(ids)))
         assert result.labels[:len(ids) - 1].tolist() == ids[1:]
         assert result.weights.tolist() == is_written.tolist() and set(result.types[is_written]) == {2}
-        behaviour_logprobs = result.columns["behaviour_logprobs"]
-        assert behaviour_logprobs[is_written].tolist() == row.logprobs[row.is_written].tolist()
-        assert not behaviour_logprobs[~is_written].any()
+        logprobs = result.columns["behaviour_logprobs"]
+        assert logprobs[is_written].tolist() == row.logprobs[row.is_written].tolist()
+        assert not logprobs[~is_written].any()
         np.testing.assert_allclose(result.columns["advantage"][is_written], advantage, rtol=1e-6)

@@ -196,7 +196,7 @@ def test_publishing_does_not_wait_for_invalid_continuations(publisher: Publisher
     assert publisher.publish(1) == "", "no job would write the invalid response again"
     content = read_manifest(publisher.rounds / "0001").content
     assert content["unjudged"] == {"kept_out": 1}
-    assert content["steps"] == [[0, 11], [11, 12]]
+    assert content["steps"] == [[0, 11], [11, 12]]  # 3 groups x 4 responses a step, one invalid
 
 
 def test_publishing_warns_about_responses_of_other_runs(publisher: Publisher, write_round: Any,
@@ -224,6 +224,7 @@ def test_excluded_groups_are_counted_by_reason_and_a_step_may_be_empty(publisher
     assert publisher.publish(1) == ""
     content = read_manifest(publisher.rounds / "0001").content
     assert content["groups"] == {"all_right": 1, "all_wrong": 1, "too_few": 1, "learns": 3}
+    # None of the groups 0 to 2 learns; of those of step 2, one response has no reward.
     assert content["unjudged"] == {"failed": 4} and content["steps"] == [[0, 0], [0, 11]]
     rounds = RoundDocuments(publisher.rounds, 368)
     assert [len(step) for step in rounds.read(1, 32, 2).steps] == [0, 11]
@@ -256,10 +257,13 @@ def test_groups_that_learn_have_advantages(policy_settings: dict[str, Any], grou
     assert sum(count for _, count in content["steps"]) == 4 * (6 - groups.get("all_wrong", 0))
 
 
+ALL_PIECES = 99  # more than any round here has
+
+
 def write_pieces(publisher: Publisher, rewards: Any, first: int, end: int, number: int = 1) -> None:
     """Write and score pieces `first` to `end` of a round; `rewards(i)` are the rewards of group i."""
     store = RolloutStore.open(publisher.store)
-    pieces = plan_round_pieces(publisher.prompts, ROLLOUT, number, 99)
+    pieces = plan_round_pieces(publisher.prompts, ROLLOUT, number, ALL_PIECES)
     group_of_prompt = {prompt.id: i for i, prompt in enumerate(p for piece in pieces for p in piece.prompts)}
     for piece in pieces[first:end]:
         rows = [Rollout(
@@ -320,6 +324,7 @@ def test_groups_that_do_not_learn_are_replaced_until_the_round_is_full(filling_p
     write_pieces(filling_publisher, score_even, 2, 4)
     assert filling_publisher.publish(1) == ""
     content = read_manifest(filling_publisher.rounds / "0001").content
+    # Of the 6 planned groups and 8 further ones, 7 have an even index.
     assert content["groups"] == {"all_right": 4, "all_wrong": 3, "surplus": 1, "learns": 6}
     assert list_learned_groups(filling_publisher) == [[0, 2, 4], [6, 8, 10]]
     assert content["means"]["responses"] == 56  # 14 groups of 4
@@ -334,8 +339,8 @@ def test_a_round_without_further_prompts_trains_on_learning_groups(
     def score_rare(group: int) -> list[int]:
         return [group == 3, 0, 0, 0]
 
-    write_pieces(filling_publisher, score_rare, 0, 99)
-    for num_groups in (6, 14, 22):
+    write_pieces(filling_publisher, score_rare, 0, ALL_PIECES)
+    for num_groups in (6, 6 + 8, 6 + 8 + 8):
         assert filling_publisher.publish(1) == (f"1 of {num_groups} groups of round 1 learn, and the round "
                                                 "needs 6: 8 further prompts are requested")
     assert filling_publisher.publish(1) == ""
@@ -437,7 +442,7 @@ def test_published_routes_match_replayed_tokens(publisher: Publisher, write_roun
     document = (1 << 32) + 2  # sample 2 of the first prompt
     length = rounds.lengths[document]
     assert rounds.routes(document, 0, length - 1).tolist() == [[[2, 3]] * layers] * (length - 1)
-    assert (rounds.routes(document, length - 1, 1) == 255).all()
+    assert (rounds.routes(document, length - 1, 1) == 255).all()  # 255: not recorded
 
 
 def test_publishing_rejects_foreign_stores(publisher: Publisher, write_round: Any, tmp_path: Path) -> None:

@@ -58,7 +58,7 @@ class NumberTokenizer(NumberEncoder):
     """Tokenizer of prompts that are the decimal number of their only token; no answer ends early, because the
     end id is outside of the vocabulary."""
 
-    end_ids = (VOCAB - 1 + 100,)
+    end_ids = (VOCAB + 99,)  # no server writes this token
 
     def encode_prompts(self, prompts: Sequence[str]) -> list[list[int]]:
         return [[int(text)] for text in prompts]
@@ -111,11 +111,11 @@ def jobs(tmp_path: Path) -> Iterator[Callable[..., Job]]:
 
 def check_round(rows: list[Rollout]) -> None:
     """Assert that each response occurs once, and that each token reports the policy version that wrote it."""
-    assert len({(row.key.prompt, row.key.sample) for row in rows}) == len(rows) == 6
+    assert len({(row.key.prompt, row.key.sample) for row in rows}) == len(rows) == 6  # 3 prompts x 2 samples
     for row in rows:
         ids = row.prompt_tokens.tolist()
         assert row.tokens.tolist() == [compute_token(ids, i, int(v)) for i, v in enumerate(row.versions)]
-        assert row.finish_reason == LENGTH and len(row.tokens) == 6
+        assert row.finish_reason == LENGTH and len(row.tokens) == ROLLOUT.max_new_tokens
 
 
 def test_rounds_are_written_by_the_newest_policy_and_published_piece_by_piece(

@@ -56,7 +56,7 @@ class GreedyModel:
     def generate(self, ids: Sequence[int]) -> list[int]:
         """Return the rest of the turn whose beginning ends `ids`."""
         opening = CHAT.encode_text(f"{BEGIN}assistant\n")
-        start = max(n for n, id_ in enumerate(ids) if id_ == BEGIN_ID) + len(opening)
+        start = max(i for i, id_ in enumerate(ids) if id_ == BEGIN_ID) + len(opening)
         turn = self._turn(ids[:start])
         num_written = len(ids) - start
         assert list(ids[start:]) == turn[:num_written], "another model wrote the beginning of the turn"
@@ -83,8 +83,9 @@ def draw_turn(conversation: Sequence[int]) -> list[int]:
 
 def compute_routes(ids: Sequence[int]) -> np.ndarray:
     """Return expert ids (tokens, layers, 2) that depend on each token and its position."""
-    first = (np.array(ids) + np.arange(len(ids)))[:, None, None] + np.arange(2)[None, :, None]
-    return np.concatenate([first % 8, (first + 1) % 8], axis=2).astype(SHAPE.dtype)
+    first = (np.array(ids) + np.arange(len(ids)))[:, None, None] + np.arange(SHAPE.layers)[None, :, None]
+    num_experts = SHAPE.num_experts
+    return np.concatenate([first % num_experts, (first + 1) % num_experts], axis=2).astype(SHAPE.dtype)
 
 
 @dataclass
@@ -120,8 +121,9 @@ class ModelServer:
 
     def _answer(self, request: TokenRequest, tokens: list[int], versions: list[int],
                 reason: str) -> list[TokenAnswer]:
-        spans = tuple(VersionSpan(v, versions.index(v), versions.index(v) + versions.count(v))
-                      for v in sorted(set(versions)))
+        spans = tuple(VersionSpan(version, versions.index(version),
+                                  versions.index(version) + versions.count(version))
+                      for version in sorted(set(versions)))
         # a server reports no routes of requests aborted before they began
         routes = compute_routes([*request.ids, *tokens][:-1]).astype(np.int32) if tokens else None
         return [TokenAnswer(tokens, [-token / 1000 for token in tokens], reason, spans, routes)]
@@ -202,12 +204,14 @@ def get_row_contents(row: Rollout) -> tuple[Any, ...]:
             row.finish_reason, row.outcome, row.prompt_tokens.tolist(), row.routes.tolist())
 
 
-EXAMPLES: Any = build_versioned_environment(request_environment("files", {}))[0]
+FILES: Any = build_versioned_environment(request_environment("files", {}))[0]
+TASKS = FILES.EXAMPLES[:2]
+"""Two tasks of the environment `files`; with two samples of each, a round has four episodes."""
 
 
 def test_servers_make_the_same_rows_as_an_engine_in_step(job: Callable[..., Job]) -> None:
     model = GreedyModel(draw_turn)
-    generating_job = job("files", EXAMPLES.EXAMPLES[:2], [ModelServer(model), ModelServer(model)])
+    generating_job = job("files", TASKS, [ModelServer(model), ModelServer(model)])
     summary = write_by_requests(generating_job.requests, generating_job.queue, 4, generating_job.load_policy)
     assert (summary["parts"], summary["responses"], summary["waits_for"]) == (1, 4, "")
     contents = {(row.key.prompt, row.key.sample): get_row_contents(row) for row in generating_job.read_rows()}
@@ -224,12 +228,12 @@ def test_servers_make_the_same_rows_as_an_engine_in_step(job: Callable[..., Job]
 def test_the_next_policy_continues_a_turn_after_a_deadline(job: Callable[..., Job]) -> None:
     model, now_s = GreedyModel(draw_turn), [0.0]
     server = ModelServer(model, stall_at=3)
-    generating_job = job("files", EXAMPLES.EXAMPLES[:2], [server], replace(ROLLOUT, deadline_s=10.0))
+    generating_job = job("files", TASKS, [server], replace(ROLLOUT, deadline_s=10.0))
     queue = RolloutRequestQueue(requests=generating_job.requests, pieces=generating_job.queue,
                                 load_policy=generating_job.load_policy, room=4,
                                 clock_s=lambda: now_s[0])
-    assert queue.advance(1.0, lambda: server.num_generated < 12) is False
-    now_s[0] = 20.0
+    assert queue.advance(1.0, lambda: server.num_generated < 4 * 3) is False  # 3 tokens of each episode
+    now_s[0] = 20.0  # after the deadline
     assert queue.advance(1.0, lambda: not generating_job.store.parts(1)) is False
     unfinished = [row for row in generating_job.read_rows() if row.finish_reason == UNFINISHED]
     assert unfinished and all(len(row.tokens) and row.tokens[-1] not in ENCODER.end_ids for row in unfinished)
@@ -254,7 +258,7 @@ def test_a_run_whose_deadline_is_too_short_for_a_token_ends(job: Callable[..., J
     """Only the next policy could continue the turns, but it is trained on the round that waits for them."""
     monkeypatch.setattr(requests, "LOOKUP_S", 0.02)  # deadlines are measured by the clock below
     clock = itertools.count(0, 20)
-    generating_job = job("files", EXAMPLES.EXAMPLES[:2], [ModelServer(GreedyModel(draw_turn), stall_at=0)],
+    generating_job = job("files", TASKS, [ModelServer(GreedyModel(draw_turn), stall_at=0)],
                          replace(ROLLOUT, deadline_s=10.0))
     queue = RolloutRequestQueue(requests=generating_job.requests,
                                 pieces=replace(generating_job.queue, wait_s=60.0),
@@ -320,7 +324,7 @@ def test_an_episode_waits_for_no_tool_of_another(job: Callable[..., Job], tmp_pa
 
 def test_a_wrong_task_ends_the_work_and_every_episode(job: Callable[..., Job]) -> None:
     server = ModelServer(GreedyModel(draw_turn), token_s=0.01)
-    generating_job = job("files", [EXAMPLES.EXAMPLES[0], {"question": 3}], [server])
+    generating_job = job("files", [TASKS[0], {"question": 3}], [server])
     with pytest.raises(UserError, match="task question = '3'"):
         write_by_requests(generating_job.requests, generating_job.queue, 4, generating_job.load_policy)
     assert not generating_job.read_rows()

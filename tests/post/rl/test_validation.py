@@ -80,7 +80,7 @@ def test_validation_figures_cover_all_responses_and_each_domain(store: RolloutSt
     assert figures["reward"] == pytest.approx((0.5 + 0 + 1) / 3)
     assert [(point["k"], point["value"]) for point in figures["pass_at_k"]] == [(1, pytest.approx(0.5))]
     assert (figures["response_tokens"], figures["truncated"], figures["write_s"]) == (2.5, 0.5, 2.0)
-    assert figures["components"] == {"format": pytest.approx((1 + 0 + 0 + 0 + 1) / 5 / 2)}  # reward / 2
+    assert figures["components"] == {"format": pytest.approx((1 + 0 + 0 + 0 + 1) / 10)}
     assert [point["value"] for point in figures["domains"]["x"]["pass_at_k"]] == [0.5, 1.0]
     assert figures["domains"]["y"]["reward"] == 0.5
     assert figures["text"] == "held-out reward 0.5, pass@1 50.0% (6 responses to 3 prompts)"
@@ -118,7 +118,7 @@ def test_changed_validation_settings_are_refused_before_training(store: RolloutS
     trainer_double.step = 1
     resumed, written_rounds = build_validation(store)
     assert resumed.validate(trainer_double, 2, POLICY, lambda: False) is None
-    assert written_rounds == [], "round 2 is not due"
+    assert written_rounds == [], "not due"
     changed, _ = build_validation(store, measured_by={**MEASURED, "prompts": "q", "reward": "t"})
     with pytest.raises(UserError, match="step 0 were validated"):
         changed.validate(trainer_double, 2, POLICY, lambda: False)

@@ -223,8 +223,8 @@ def test_the_report_shows_validations_and_the_newest_samples(tmp_path: Path) -> 
     assert curves["pass_at_2"].values.tolist() == [0.5, 0.75]
     assert curves["domain/math/reward"].values.tolist() == [0.25, 0.5]
     table = samples.tables[0]
-    assert table.head[0] == "prompt (validation at step 10)" and table.rows == [
-        ["asked at 10", "<script>x</script>", "0.5", '{"format": 1.0}', "3", "stop"]]
+    assert table.head[0] == "prompt (validation at step 10)"
+    assert table.rows == [["asked at 10", "<script>x</script>", "0.5", '{"format": 1.0}', "3", "stop"]]
     assert "<script>x</script>" not in render_report([run])
 
 

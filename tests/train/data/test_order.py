@@ -132,8 +132,8 @@ def test_each_token_occurs_once_per_epoch_despite_changes(seed: int, make_source
         assert len(samples) == entry.global_batch_size
         for sample in samples:
             source = order.sources[sample.source]
-            assert (entry.weights[source.name] > 0
-                    and 0 < sum(s.count for s in sample.segments) <= entry.seq_len)
+            assert entry.weights[source.name] > 0
+            assert 0 < sum(s.count for s in sample.segments) <= entry.seq_len
             for s in sample.segments:
                 occurrences[source.name].update((s.document, t) for t in range(s.start, s.start + s.count))
                 if source.is_chat:

@@ -66,8 +66,8 @@ def test_routes_are_packed_with_their_tokens(tmp_path: Path) -> None:
     assert np.array_equal(row.routes, np.concatenate([
         build_routes(1, shape)[2:], no_routes, build_routes(0, shape)[:2], no_routes, no_routes]))
     row_without_routes = build_row(OrderedSample(0, (PackedSegment(2, 0, 4),)), documents, 4)
-    assert row_without_routes.routes is None and join_rows([row_without_routes,
-                                                            row_without_routes]).routes is None
+    assert row_without_routes.routes is None
+    assert join_rows([row_without_routes, row_without_routes]).routes is None
     joined = join_rows([row_without_routes, row]).routes
     assert joined is not None and (joined[:4] == shape.mark).all() and np.array_equal(joined[4:], row.routes)
 

@@ -67,8 +67,7 @@ def test_each_token_occurs_once_in_each_epoch(corpus: list[int], packing: Packin
 def test_pairs_stay_together_at_changing_lengths_and_after_kills(pairs: list[tuple[int, int]],
                                                                  packing: Packing, seq_lens: list[int],
                                                                  killed_before: int) -> None:
-    corpus = [n for pair in [*pairs, (2, 3)] for n in pair]
-
+    corpus = [n for pair in [*pairs, (2, 3)] for n in pair]  # the last pair fits every sample
     source = create_stream(corpus, packing, name="pairs", group=2)
     counts_by_epoch: dict[int, Counter[int]] = {}
     for number, seq_len in enumerate(seq_lens):
@@ -92,7 +91,7 @@ def test_overlong_documents_are_counted_at_each_occurrence() -> None:
     source = create_stream([3, 9, 16, 30, 20], "drop")
     documents = {(s.document, s.count) for _ in range(6) for s in source.next_sample(16)}
     assert documents == {(0, 3), (1, 9), (2, 16)}
-    assert (source.cursor.epoch, source.cursor.over_long) == (2, 6)
+    assert (source.cursor.epoch, source.cursor.over_long) == (2, 6)  # 2 long documents, in epochs 0, 1 and 2
     resumed = create_stream([3, 9, 16, 30, 20], "drop", Cursor(**dataclasses.asdict(source.cursor)))
     assert resumed.cursor.over_long == 6, "a resumed stream does not count repacked documents again"
     with pytest.raises(UserError, match=r"data\.over_long = drop omits"):
@@ -126,7 +125,7 @@ def test_the_share_of_an_epoch_is_counted_by_rows() -> None:
     for _ in range(9):
         source.next_sample(4)
         epochs.append(source.count_epochs())
-    assert epochs == [pytest.approx(k / 8) for k in range(1, 10)]
+    assert epochs == [pytest.approx(num_rows / (2 * 4)) for num_rows in range(1, 10)]
 
 
 def test_a_source_without_tokens_is_refused() -> None:

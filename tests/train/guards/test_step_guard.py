@@ -89,8 +89,8 @@ def test_high_losses_in_a_row_are_counted_and_the_history_survives_a_checkpoint(
         assert not g.accept_step(9.0, 1.0) and g.wants_rollback and g.consecutive_rejections == 2
     assert guard.state() == restored.state()
     guard.reset_rejections()
-    assert (not guard.wants_rollback
-            and not StepGuard(GuardConfig(rollback_after_skips=0), is_main=True).wants_rollback)
+    assert not guard.wants_rollback
+    assert not StepGuard(GuardConfig(rollback_after_skips=0), is_main=True).wants_rollback
 
 
 def test_persistently_large_gradients_are_accepted_without_rollback() -> None:

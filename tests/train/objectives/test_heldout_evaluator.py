@@ -95,19 +95,20 @@ def count_drafts() -> list[list[float]]:
     """
     generator = torch.Generator().manual_seed(3)
     bounds = [0, 7, 8, 20, 24]
-    n = bounds[-1]
-    trunk_tokens, drafts = (torch.randint(3, (n,), generator=generator) for _ in range(2))
-    weights = (torch.rand(n, generator=generator) > 0.2).float()
-    head = SimpleNamespace(predict_row=lambda states: states)
+    num_tokens = bounds[-1]
+    trunk_tokens, drafts = (torch.randint(3, (num_tokens,), generator=generator) for _ in range(2))
+    weights = (torch.rand(num_tokens, generator=generator) > 0.2).float()
+    head: Any = SimpleNamespace(predict_row=lambda states: states)
     inputs: Any = SimpleNamespace(cu_seqlens=torch.tensor(bounds))
-    batch = MicroBatch(inputs, torch.arange(n), weights, types=torch.zeros(n), sources=torch.zeros(n))
+    batch = MicroBatch(inputs, torch.arange(num_tokens), weights, types=torch.zeros(num_tokens),
+                       sources=torch.zeros(num_tokens))
     accepted = counted = 0
     for first, end in itertools.pairwise(bounds):
         for position in range(first, end - 1):
             if weights[position + 1] > 0:
                 counted += 1
                 accepted += int(drafts[position] == trunk_tokens[position + 1])
-    return [_count_accepted_drafts([trunk_tokens, drafts], head, batch).tolist(), [accepted, counted]]  # type: ignore[arg-type]
+    return [_count_accepted_drafts([trunk_tokens, drafts], head, batch).tolist(), [accepted, counted]]
 
 
 @pytest.mark.distributed
@@ -224,16 +225,19 @@ def train_after_evaluation(data: str) -> dict[str, Any]:
     unchanged.
     """
     losses, same_state = [], []
+
+    def get_random_states() -> tuple[Any, ...]:
+        return torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()
+
     for evaluates in (False, True):
         trainer = tiny_trainer(
             data, "model.num_layers=1", 'data.phases=[{"name": "main", "seq_len": 48}]',
             "train.global_batch_size=4", "train.micro_batch_size=2", "train.hidden_dropout=0.2",
             "train.num_threads=1")
-        before = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist())
+        before = get_random_states()
         if evaluates:
             trainer.evaluate()
-        same_state.append(bool(torch.equal(before[0], torch.get_rng_state()))
-                          and before[1:] == (random.getstate(), np.random.get_state()[1].tolist()))
+        same_state.append(get_random_states() == before)
         steps = [train_step(trainer) for _ in range(2)]
         losses.append([[step.loss.hex(), step.grad_norm.hex()] for step in steps if step is not None])
         trainer.close()

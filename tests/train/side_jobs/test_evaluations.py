@@ -235,8 +235,7 @@ def test_exports_are_evaluated_like_the_run(packed_data: Any, tmp_path: Path, ru
                                             warm_python: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOV_TESTS_PYTHON", warm_python)
     tasks = write_capitals_task(tmp_path / "tasks")
-    changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1",
-               "model.num_experts=4",
+    changes = ["model.vocab_size=368", "model.hidden_size=32", "model.num_layers=1", "model.num_experts=4",
                "train.global_batch_size=8", 'data.phases=[{"name": "main", "seq_len": 32}]', "train.steps=2",
                "train.checkpoint_every_steps=2", "train.export_every_checkpoints=1",
                "data.heldout_tokens=256", "train.precision=fp32",

@@ -42,7 +42,7 @@ def test_announcement_describes_the_run(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("megatron_sov.train.stages.announcement.count_over_long", lambda *_: [])
     chats = [dataclasses.replace(source, format="chat") for source in sources[:1]]
     lines = format_banner(config, 2, Path("runs/a"), range(2, 6), ENTRIES[:1], chats,
-                  estimate_memory(config, 2)).splitlines()
+                          estimate_memory(config, 2)).splitlines()
     assert lines[2] == "  data       web 800 tokens with padding"
 
 
@@ -69,7 +69,7 @@ def test_summary_describes_the_end_of_the_run(tmp_path: Path) -> None:
         json.dumps(event) + "\n" for event in [*step_events, *pair_events, *eval_events]))
     headline = [Meter("pairs_right", "pairs right", "share", "higher", heldout="heldout_pairs.pairs_right")]
     lines = format_summary(run, run / "checkpoints/step-6", TrainState(6, 1_500_000), 125.4, CONFIG, headline,
-                   sources).splitlines()
+                           sources).splitlines()
     # Preference pairs have no comparable loss. `code` omits its first loss, as its token count changes.
     assert lines[0] == ("complete: step 6, 1.5 M tokens in 2:05 min; held-out pairs right 50 % -> 90 %, "
                         "held-out loss web 3.0000 -> 2.0000, code 1.2500; pairs right 50 % (mean of the last "

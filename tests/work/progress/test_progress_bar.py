@@ -106,5 +106,5 @@ def test_warning_is_printed_and_recorded_equally(tmp_path: Path, capsys: pytest.
     for event in recorded:
         event.pop("time_s")
     assert recorded == [{"event": "warning", "step": 3, "text": "the disk is slow"},
-                    {"event": "rollback", "step": 4, "back_to": 2, "text": "weights went back"}]
+                        {"event": "rollback", "step": 4, "back_to": 2, "text": "weights went back"}]
     assert capsys.readouterr().err == "warning: the disk is slow\nwarning: weights went back\n"

@@ -89,5 +89,5 @@ def test_parts_of_other_commands_are_not_removed(tmp_path: Path) -> None:
     with (pytest.raises(UserError, match=r"it contains .ab. but no readable job.json"),
           open_parts(tmp_path / "old", "sov-data pack")):
         raise AssertionError("unreachable")
-    assert build_parts(tmp_path / "out",
-                       ["ab1"]) == ["ab1"] and (work_folder(tmp_path / "old") / "ab/ab1").is_dir()
+    assert build_parts(tmp_path / "out", ["ab1"]) == ["ab1"]
+    assert (work_folder(tmp_path / "old") / "ab/ab1").is_dir()

@@ -20,7 +20,7 @@ Unit = Literal["words", "characters"]
 SPACELESS = format_regex_ranges(RULE_SCRIPTS)
 """Regex ranges for scripts counted by characters."""
 _SPACELESS = re.compile(rf"[{SPACELESS}]")
-_FACTOR = np.uint64(0x9E3779B97F4A7C15)
+_FACTOR = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio, as in splitmix64
 
 
 @lru_cache(maxsize=1)
@@ -49,11 +49,11 @@ class RuleWords:
         self.vocabulary = list(dict.fromkeys(tokens))
         """Distinct words by first occurrence."""
         # Words become numbers once, so that array arithmetic replaces loops over words.
-        number = dict(zip(self.vocabulary, range(len(self.vocabulary)), strict=True))
-        self.ids = np.array(list(map(number.__getitem__, tokens)), dtype=np.int64)
+        id_by_word = {word: i for i, word in enumerate(self.vocabulary)}
+        self.ids = np.array([id_by_word[word] for word in tokens], dtype=np.int64)
         """int64 [num_tokens]: index into `vocabulary`."""
         signs = list_punctuation()
-        counts = np.bincount(self.ids, minlength=len(number))
+        counts = np.bincount(self.ids, minlength=len(self.vocabulary))
         weights = counts.astype(np.float64)
         if unit == "characters":
             # A character in a spaceless script counts as a fraction of a word.
@@ -127,9 +127,9 @@ class RuleWords:
         if not np.any(ordered[1:] == ordered[:-1]):
             return 0
         order = np.argsort(hashes, kind="stable")
-        same = hashes[order][1:] == hashes[order][:-1]
+        equals_previous = hashes[order][1:] == hashes[order][:-1]
         repeated = np.zeros(len(hashes), dtype=bool)
-        repeated[order[1:][same]] = repeated[order[:-1][same]] = True
+        repeated[order[1:][equals_previous]] = repeated[order[:-1][equals_previous]] = True
         # +1 at the begin and -1 after the end of each repeated n-gram: the running sum is positive at covered
         # places. Their characters bound the walk's count from above.
         bounds = np.zeros(len(self.ids) + 1, np.int64)

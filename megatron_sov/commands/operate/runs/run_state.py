@@ -249,11 +249,11 @@ def _is_extension(path: Path, config: RunConfig) -> bool:
 def _build_start(attempt: Attempt) -> RunStart:
     start = attempt.start
     return RunStart(parse_number(start.get("time_s")), parse_whole_number(start.get("resumed_from")),
-                 attempt.last_step, parse_whole_number(start.get("num_ranks")), attempt.outcome)
+                    attempt.last_step, parse_whole_number(start.get("num_ranks")), attempt.outcome)
 
 
 def _set_state(state: RunState, attempts: list[Attempt], recent: deque[tuple[int, float, float, float]],
-           now_s: float) -> None:
+               now_s: float) -> None:
     folder, holder = RunFolder(state.path), find_living_holder(state.path)
     outcome = attempts[-1].outcome if attempts else ""
     if holder is not None:
@@ -288,7 +288,7 @@ def _set_state(state: RunState, attempts: list[Attempt], recent: deque[tuple[int
 
 
 def _estimate_speed(state: RunState, recent: deque[tuple[int, float, float, float]],
-           now_s: float) -> tuple[float, float]:
+                    now_s: float) -> tuple[float, float]:
     """Return tokens per second and remaining seconds; NaN with fewer than two steps."""
     speeds = [row[2] for row in recent if math.isfinite(row[2])]
     tokens_per_s = statistics.median(speeds) if speeds else math.nan

@@ -167,7 +167,7 @@ def prepare_links(chain: str, options: SubmitOptions) -> list[ChainLink]:
 
 
 def _build_request(config: ChainConfig, stage: ChainStage, options: SubmitOptions, needs: tuple[Path, ...],
-             ready: ReadySubmission | None) -> submission.SubmitRequest:
+                   ready: ReadySubmission | None) -> submission.SubmitRequest:
     """Build a stage's request. `needs`: completion manifests of its predecessors."""
     chosen = stage.cluster or options.cluster or config.cluster
     if not chosen:

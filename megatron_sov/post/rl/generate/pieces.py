@@ -156,8 +156,8 @@ class PendingPieces:
                 attempts.append(attempt)
                 batch = rank, policy
                 self._is_idle = rank in (SAME, STUCK)
-                num_claimed += len(attempt.unfinished) or len(
-                    piece.prompts) * self._rollout.samples_per_prompt
+                num_fresh = len(piece.prompts) * self._rollout.samples_per_prompt
+                num_claimed += len(attempt.unfinished) or num_fresh
             # A fresh piece fills the engine; continued rows are joined up to the size of a piece.
             if attempts and (num_claimed >= max_rows or (rank == FRESH and not num_rows)):
                 break

@@ -41,8 +41,9 @@ def compute_means(gathered: JudgedRound, rollout: RolloutConfig, right_from: flo
     domains: dict[str, dict[str, float]] = {}
     for name, values in sorted(rewards.items()):
         if name:
-            domains[name] = {"responses": len(values)} | (
-                {"reward": _compute_mean(values)} if has_reward else {})
+            domains[name] = {"responses": len(values)}
+            if has_reward:
+                domains[name]["reward"] = _compute_mean(values)
     means: dict[str, Any] = {"responses": len(rows)}
     if right_from is not None:
         means |= {"reward": _compute_mean(rows["reward"]),

@@ -445,7 +445,7 @@ class Publisher:
             return [i for i, (value, may_win) in enumerate(zip(values, may_be_best, strict=True))
                     if should_train(value, may_win)], ""
         pair, _ = choose_pair(values, may_be_best,
-                          lambda i, j: self._has_equal_tokens(group[i].rollout, group[j].rollout))
+                              lambda i, j: self._has_equal_tokens(group[i].rollout, group[j].rollout))
         return (list(pair), "") if pair else ([], NO_PAIR)
 
     def _has_equal_tokens(self, first: RolloutFacts, second: RolloutFacts) -> bool:

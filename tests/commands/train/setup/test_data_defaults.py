@@ -39,8 +39,8 @@ def test_a_stage_without_a_recipe_follows_from_data_and_table(packed_data: Any) 
     config, notes = complete_config(build_request([packed_data.chats]))
     samples = count_epoch_samples(config, open_sources(config.data.paths, 368))
     assert (config.optim.lr, config.optim.schedule, config.optim.min_lr) == (2e-5, "cosine", 0.0)
-    assert config.data.phases[0].seq_len == 256 and config.train.global_batch_size == max(
-        1, 2 ** int(math.log2(max(1, samples // 16))))
+    assert config.data.phases[0].seq_len == 256
+    assert config.train.global_batch_size == max(1, 2 ** int(math.log2(max(1, samples // 16))))
     assert config.num_steps() == math.ceil(3 * samples / config.train.global_batch_size)
     assert notes.startswith(f"learning rate 2e-05 (default of sft), 3 epochs = {config.num_steps()} steps, ")
     assert config.problems() == []

@@ -129,8 +129,8 @@ def test_many_epochs_of_a_recipes_own_budget_are_refused(packed_data: Any, setti
     config = complete_stage(request, request.config(), None, None).config
     epochs = count_epochs(config, open_sources(config.data.paths, 368))
     refusal = get_pretraining_refusal(request)
-    assert refusal.startswith("train.steps = 90,000: reads the ") and refusal.endswith(
-        f"or allow the epochs by --set data.max_epochs={math.ceil(epochs)}")
+    assert refusal.startswith("train.steps = 90,000: reads the ")
+    assert refusal.endswith(f"or allow the epochs by --set data.max_epochs={math.ceil(epochs)}")
     assert get_pretraining_refusal(dataclasses.replace(request, from_file=True)) == ""
     allowed = (*request.settings, f"data.max_epochs={math.ceil(epochs)}")
     assert get_pretraining_refusal(dataclasses.replace(request, settings=allowed)) == ""
@@ -210,5 +210,5 @@ def test_few_prompts_are_not_drawn_very_often_unless_set(settings: tuple[str, ..
         message = ""
     except UserError as e:
         message = str(e)
-    assert bool(message) == is_refused and (not is_refused or message.startswith(
-        f"rollout.rounds = 90: draw each of {num_prompts:,} prompts "))
+    assert bool(message) == is_refused
+    assert not is_refused or message.startswith(f"rollout.rounds = 90: draw each of {num_prompts:,} prompts ")

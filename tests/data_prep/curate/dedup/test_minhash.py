@@ -40,19 +40,19 @@ def compare_all_pairs(documents: list[Doc], threshold: float, ngram: int) -> dic
     """Return dropped document -> remaining similar document; all pairs are compared, longest first."""
     sets = [set(compute_shingles(d.text, ngram).tolist()) for d in documents]
 
-    def is_similar(one: int, other: int) -> bool:
-        num_common = len(sets[one] & sets[other])
-        return num_common > 0 and num_common >= threshold * len(sets[one] | sets[other])
+    def are_similar(one: set[int], other: set[int]) -> bool:
+        num_common = len(one & other)
+        return num_common > 0 and num_common >= threshold * len(one | other)
 
     kept: list[int] = []
-    duplicates = {}
+    found = {}
     for number in sorted(range(len(documents)), key=lambda n: (-len(documents[n].text), n)):
-        keeper = next((other for other in kept if is_similar(number, other)), None)
+        keeper = next((other for other in kept if are_similar(sets[number], sets[other])), None)
         if keeper is None:
             kept.append(number)
         else:
-            duplicates[documents[number].id] = documents[keeper].id
-    return duplicates
+            found[documents[number].id] = documents[keeper].id
+    return found
 
 
 def build_windows(count: int, step: int = 3, size: int = 60) -> list[str]:
@@ -62,7 +62,6 @@ def build_windows(count: int, step: int = 3, size: int = 60) -> list[str]:
 
 
 def find_duplicates(view: MemoryView, **settings: Any) -> dict[str, str]:
-    """Return the id of each dropped document -> the id of the document that remains."""
     outcomes = run_step(MinhashDedup, MinhashSettings(**{"partitions": 3, **settings}), view)
     assert {o.reason for o in outcomes.values()} <= {"", "near duplicate"}
     return {id_: o.values["duplicate_of"] for id_, o in outcomes.items() if o.reason}
@@ -77,14 +76,12 @@ def test_pairs_equal_a_comparison_of_all_pairs(tmp_path: Path) -> None:
 
 
 SECOND_CHAIN = [text.upper().replace("W", "V") for text in build_windows(20)]
-"""Windows over another text."""
 CHAINS = {
     "windows": build_windows(40),
     "shuffled": random.Random(3).sample(build_windows(40), 40),
     "star": ["x y z " + " ".join(f"w{i}x" for i in range(60))] * 9 + build_windows(1),
     "two chains": list(chain.from_iterable(zip(build_windows(20), SECOND_CHAIN, strict=True))),
     "none": build_windows(12, step=30)}
-"""Name -> texts of which neighbours are similar, so that a chain joins texts that are not."""
 
 
 @pytest.mark.parametrize("name", CHAINS)
@@ -119,10 +116,10 @@ def test_results_do_not_depend_on_shards_and_partitions(tmp_path: Path) -> None:
     results = []
     for size, partitions in ((60, 3), (25, 1), (7, 16)):
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 60, size)]
-        position = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
+        place = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}
         duplicates = find_duplicates(MemoryView.of(shards, tmp_path / str(size)), threshold=0.6, ngram=2,
                                      partitions=partitions)
-        results.append({position[one]: position[other] for one, other in duplicates.items()})
+        results.append({place[one]: place[other] for one, other in duplicates.items()})
     assert results[0] == results[1] == results[2] != {}
 
 
@@ -191,7 +188,7 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
     draw = random.Random(num_pairs)
     shards = [docs(*["x"] * max(count, 1), source="book" if rank == 2 else "web", shard=rank)
               for rank, count in enumerate(COUNTS)]
-    # shards of lower priority (here `web`) have higher ranks
+    # Shards of lower priority (here `web`) have higher ranks.
     view = MemoryView.of(shards, tmp_path, **({"book": 1} if num_pairs == 40 else {}))
     register = Register(tmp_path / "documents")
     lengths = register_random_lengths(register, draw, 2 if num_pairs == 120 else 4)
@@ -207,11 +204,10 @@ def test_selection_is_that_of_a_greedy_search(tmp_path: Path, monkeypatch: pytes
     clusters.select_documents(files)
     clusters.write_dropped(tmp_path / "dropped")
 
-    def get_order_key(number: int) -> tuple[int, int, int]:
-        """Order by priority, then longest first."""
+    def place(number: int) -> tuple[int, int, int]:
         is_book = num_pairs == 40 and number >> 32 == 0  # the shard with the higher priority has rank 0
         return (0 if is_book else 1, -lengths[number], number)
 
-    expected = search_plainly(sorted(lengths, key=get_order_key), pairs)
-    dropped = [read_bucket(tmp_path / "dropped", DROPPED, rank) for rank in range(len(COUNTS))]
-    assert {int(r["doc"]): int(r["keeper"]) for bucket in dropped for r in bucket} == expected
+    expected = search_plainly(sorted(lengths, key=place), pairs)
+    found = [read_bucket(tmp_path / "dropped", DROPPED, rank) for rank in range(len(COUNTS))]
+    assert {int(r["doc"]): int(r["keeper"]) for part in found for r in part} == expected

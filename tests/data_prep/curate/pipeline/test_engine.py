@@ -26,7 +26,7 @@ from megatron_sov.work.submit.arrays import MAX_RESTARTS, WORK_FILE, Jobs
 from tests.data_prep.curate.pipeline.memory_view import read_files
 from tests.waiting import wait_until
 
-STEP_CODE = """import dataclasses, os, pathlib
+OWN = """import dataclasses, os, pathlib
 from megatron_sov.base.documents import LeftOut
 
 def judge(document):
@@ -45,7 +45,7 @@ STEPS = """  - shorten: {longest: 400}
 @pytest.fixture
 def own_step_pipeline(small_run: Path) -> Path:
     """Write a pipeline with a user-defined step, which kills its process once if a file `killed` exists."""
-    (small_run / "own.py").write_text(STEP_CODE)
+    (small_run / "own.py").write_text(OWN)
     file = small_run / "pipeline.yaml"
     file.write_text(file.read_text().replace(STEPS, "  - code: own.py:judge\n").replace("{size}", "x"))
     return small_run
@@ -61,9 +61,8 @@ def test_a_run_killed_in_a_task_resumes_to_the_same_bytes(own_step_pipeline: Pat
     undisturbed = read_files(own_step_pipeline / "out/text")
     shutil.rmtree(own_step_pipeline / "out")
     (own_step_pipeline / "killed").touch()
-    killed = subprocess.run([sys.executable, "-m", "data_prep.cli",
-                             *build_command(own_step_pipeline, "--workers", "1")],
-                            capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "data_prep.cli", *build_command(own_step_pipeline, "--workers", "1")]
+    killed = subprocess.run(command, capture_output=True, text=True, check=False)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert not (own_step_pipeline / "out/manifest.json").exists()
     (leftover,) = (own_step_pipeline / "out/shards").glob("web/01-code-*/.*.tmp-*")
@@ -73,15 +72,15 @@ def test_a_run_killed_in_a_task_resumes_to_the_same_bytes(own_step_pipeline: Pat
 
 @pytest.mark.deep
 @pytest.mark.distributed
-@pytest.mark.parametrize(("workers", "signal_number"), [
+@pytest.mark.parametrize(("workers", "how"), [
     pytest.param(1, signal.SIGKILL, marks=pytest.mark.deep), (2, signal.SIGKILL), (2, signal.SIGINT)])
 def test_a_killed_command_leaves_neither_processes_nor_its_lock(
         own_step_pipeline: Path, tmp_path: Path, request: pytest.FixtureRequest, workers: int,
-        signal_number: signal.Signals) -> None:
+        how: signal.Signals) -> None:
     (own_step_pipeline / "own.py").write_text("import pathlib, time\n\ndef judge(document):\n"
                                               "    pathlib.Path(__file__).with_name('begun').touch()\n"
                                               "    time.sleep(600)\n")
-    with open(tmp_path / "log", "w") as log:
+    with open(tmp_path / "messages", "w") as log:
         running = subprocess.Popen(
             [sys.executable, "-m", "data_prep.cli",
              *build_command(own_step_pipeline, "--workers", str(workers))],
@@ -90,25 +89,25 @@ def test_a_killed_command_leaves_neither_processes_nor_its_lock(
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
     request.addfinalizer(lambda: [os.kill(pid, signal.SIGKILL) for pid in list_living_processes(running.pid)])
     wait_until(lambda: (own_step_pipeline / "begun").exists() or running.poll() is not None)
-    if signal_number == signal.SIGINT:
-        os.killpg(running.pid, signal_number)  # as a terminal does
+    if how == signal.SIGINT:
+        os.killpg(running.pid, how)  # as a terminal does
     else:
-        running.send_signal(signal_number)
-    assert running.wait(600) == (130 if signal_number == signal.SIGINT else -signal.SIGKILL)
+        running.send_signal(how)
+    assert running.wait(600) == (130 if how == signal.SIGINT else -signal.SIGKILL)
     wait_until(lambda: not is_locked(own_step_pipeline / "out"))
     wait_until(lambda: not list_living_processes(running.pid))
-    text = (tmp_path / "log").read_text()
-    assert "Traceback" not in text, text
+    messages = (tmp_path / "messages").read_text()
+    assert "Traceback" not in messages, messages
 
 
 def list_living_processes(group: int) -> list[int]:
     """Return the ids of the running processes of a process group."""
-    running = []
+    found = []
     for process in psutil.process_iter(["status"]):
         with contextlib.suppress(ProcessLookupError):
             if os.getpgid(process.pid) == group and process.info["status"] != psutil.STATUS_ZOMBIE:
-                running.append(process.pid)
-    return running
+                found.append(process.pid)
+    return found
 
 
 def test_an_error_in_user_code_is_one_message(own_step_pipeline: Path,
@@ -135,12 +134,12 @@ def test_a_full_disk_is_one_message(small_run: Path, monkeypatch: pytest.MonkeyP
     from data_prep.curate.pipeline import pipeline_file
     from megatron_sov.work.submit import arrays
 
-    def raise_disk_full(*args: object) -> None:
+    def raise_no_space(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(UserError, match="a sentence"), arrays.record_failure(small_run / "nowhere", 0):
         raise UserError("a sentence")
-    monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "judge_document", raise_disk_full)
+    monkeypatch.setattr(pipeline_file.load_step_class("shorten"), "judge_document", raise_no_space)
     assert cli.main(build_command(small_run, "--workers", "1")) == 2
     stderr = capsys.readouterr().err
     assert "no space left on the device; free some space" in stderr and "Traceback" not in stderr
@@ -176,7 +175,7 @@ echo "$((100 + n))"
 @pytest.fixture
 def submissions(small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a file per submission, in order: the arguments of sbatch, then the script."""
-    programs, folder = tmp_path / "programs", tmp_path / "submissions"
+    programs, folder = tmp_path / "programs", tmp_path / "noted"
     folder.mkdir()
     programs.mkdir()
     for name, text in (("sbatch", SBATCH), ("sinfo", "#!/bin/bash\necho batch\n"),
@@ -209,14 +208,13 @@ def test_arrays_wait_for_each_other_and_call_their_program_by_its_path(small_run
     assert names == ["00-parse", "01-shorten", "02-unique-hash", "02-unique-choose", "02-unique",
                      "03-shorten", "04-output", "finish"]
     for number, (script, name) in enumerate(zip(scripts, names, strict=True)):
-        # job 100 + number waits for the job before it
         assert (f"--dependency=afterok:{99 + number}" in script.split("\n")[0]) == (number > 0), name
         assert f"-m megatron_sov.work.submit.array_job {small_run}/out/logs/{name} " in script
         assert "--container-image=reg/image:1 --container-mounts=/data" in script
         assert f"export PYTHONPATH={Path(array_job.__file__).parents[3]} " in script
     assert "#SBATCH --array=0-1\n" in scripts[0], "MaxArraySize = 3 needs several shards per job"
     assert "#SBATCH --cpus-per-task=8\n" in scripts[-1] and "--cpus-per-task=8 --label" in scripts[-1]
-    assert "#SBATCH --mem-per-cpu=2048M\n" in scripts[-1]  # 16 GB / 8 processors
+    assert "#SBATCH --mem-per-cpu=2048M\n" in scripts[-1]
 
 
 @pytest.mark.parametrize("name", ["my corpus", "100%", "a$b", "it's"])
