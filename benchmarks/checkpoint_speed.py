@@ -33,6 +33,7 @@ BYTES_PER_PARAMETER = 12
 SAVE, STALL = "save, waiting (async_save=false)", "stall of the same save (async_save=true)"
 CHECK, LOAD = "check: hash every file", "load weights and moments"
 MEASURES = (*COPIES, SAVE, STALL, CHECK, LOAD)
+"""Measured actions, as the table names them."""
 
 
 def build_config(num_bytes: float) -> RunConfig:
@@ -97,8 +98,9 @@ def measure_actions(folder: Path, config: RunConfig, rounds: int) -> None:
         saver.finish()
         time_action(CHECK, lambda: load.find_damage(path))
         time_action(LOAD, lambda: (load.load_model(path, model), load.load_optimizer(path, optimizer, 1)))
-        for old in ("step-1", "step-2") if place.is_main else ():
-            shutil.rmtree(folder / old)
+        if place.is_main:
+            shutil.rmtree(folder / "step-1")
+            shutil.rmtree(folder / "step-2")
     if place.is_main:
         (folder / "seconds.json").write_text(json.dumps({"bytes": num_bytes, "seconds": seconds}))
     dist.barrier()
@@ -120,8 +122,9 @@ def main() -> int:
         if code := launcher.launch_ranks(measure, args.nproc, 1):
             return code
         parsed = json.loads((Path(folder) / "seconds.json").read_text())
-    median_s, median_cpu_s = ({name: statistics.median(value[place] for value in values)
-                               for name, values in parsed["seconds"].items()} for place in (0, 1))
+    seconds = parsed["seconds"]
+    median_s = {name: statistics.median(wall_s for wall_s, _ in seconds[name]) for name in MEASURES}
+    median_cpu_s = {name: statistics.median(cpu_s for _, cpu_s in seconds[name]) for name in MEASURES}
     print(f"{describe_machine()}\n{parsed['bytes'] / 1e6:.0f} MB on {args.nproc} process(es), median of "
           f"{args.rounds} rounds")
     print(f"{'':<42} {'s':>7} {'CPU s':>7} {'GB/s':>6}   rate / cp, + fsync, + blake3, + openssl")

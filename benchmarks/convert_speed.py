@@ -26,6 +26,7 @@ from megatron_sov.base.digests import BLAKE3, SHA256, Digest
 HASH_BLOCKS = 128
 """Blocks of 1 MiB that measure the speed of hashing."""
 IDLE = "import megatron_sov.convert.hf_export, megatron_sov.convert.hf_import"
+# Programs: convert a model, and write a Hugging Face folder of about as many bytes as asked for.
 CONVERT = """
 import sys
 from megatron_sov import convert

@@ -57,11 +57,13 @@ verbs 있다 했다 된다 간다 온다 본다 말했다 만들었다 시작했
 th ใน ที่ และ ของ เป็น มี การ ได้ ให้ กับ ไป มา จาก คน บ้าน โรงเรียน เมือง เวลา ประเทศ
 """
 WORDS: dict[str, list[str]] = {}
+"""Language or kind of word (the first word of a line) -> words."""
 for _name, *_words in map(str.split, _WORDS.strip().splitlines()):
     WORDS.setdefault(_name, []).extend(_words)
 
 
 def draw_sentence(draw: random.Random, language: str) -> str:
+    """Return a random sentence: Thai without spaces, Korean with particles and a verb, or English."""
     count = draw.randint(7, 15)
     if language == "th":
         return "".join(draw.choice(WORDS["th"]) for _ in range(count))
@@ -186,17 +188,18 @@ def build_datatrove_filters(language: str) -> list[Any]:
                 C4QualityFilter(filter_no_terminal_punct=False), FineWebQualityFilter()]
     file = REPOSITORY / "data_prep/curate/quality/rules/languages.yaml"
     rules = yaml.safe_load(file.read_text(encoding="utf-8"))[language]
-    t = rules["thresholds"]
+    limits = rules["thresholds"]
     return [
         GopherRepetitionFilter(
-            t["max_duplicate_line_share"], 0, 0, 0, tuple(t["max_top_ngram_char_share"].items()),
-            tuple(t["max_duplicate_ngram_char_share"].items()), language=language),
+            limits["max_duplicate_line_share"], 0, 0, 0, tuple(limits["max_top_ngram_char_share"].items()),
+            tuple(limits["max_duplicate_ngram_char_share"].items()), language=language),
         FineWebQualityFilter(
             language=language, short_line_thr=999, char_duplicates_ratio=0.1,
-            line_punct_thr=t["min_terminal_line_share"] or 0, new_line_ratio=t["max_newlines_per_word"]),
+            line_punct_thr=limits["min_terminal_line_share"] or 0,
+            new_line_ratio=limits["max_newlines_per_word"]),
         GopherQualityFilter(
             min_avg_word_length=None, max_avg_word_length=None, stop_words=rules["stop_words"],
-            max_non_alpha_words_ratio=t["min_alpha_word_share"], language=language)]
+            max_non_alpha_words_ratio=limits["min_alpha_word_share"], language=language)]
 
 
 def run_datatrove_stage(folder: Path, stage: str, workers: int) -> int:

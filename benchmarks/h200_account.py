@@ -28,6 +28,7 @@ from megatron_sov.work.clusters.chips import CHIPS, default_links
 FIGURES = Path(__file__).parent / "results/h200_ladder.json"
 RECIPE, NUM_RANKS = "solar-open-102b", 512
 STEP, UNFUSED = "overlapped messages", "all off"
+"""Names of two measured steps in FIGURES."""
 COUNTED = {"even": 55_419_330_048, "even, routes freed": 55_091_387_904, "7.5": 61_762_691_072}
 """Peak bytes of a second step on fake tensors, with megatron-core 0.16.1 and the Transformer Engine double:
 even tokens per expert; the same after dispatchers free their routes; and, before that change, with 7.5 times
@@ -110,44 +111,45 @@ def format_paragraph(text: str) -> str:
     return "\n" + textwrap.fill(text, 130)
 
 
-def compare_kernels(found: dict[str, Any]) -> Iterator[str]:
+def compare_kernels(measured: dict[str, Any]) -> Iterator[str]:
     """Yield the lines on milliseconds of a step: predicted and measured, by kind of kernel."""
     chip = CHIPS["h200"]
-    run = build_config()
-    w = replace(build_workload(run, run.data.phases[0], NUM_RANKS, chip, default_links(chip)),
-                attention_kernel="portable", document_tokens=DOCUMENT_TOKENS)
-    plan_ms = {name: 1e3 * seconds for name, seconds in step.estimate_step(w).components.items()}
-    host_s, stall_s = step._estimate_launch_s(step.Clock(w, load_default_parameters()))
-    kernel_figures = found["ms of kernels"]
-    total_ms, launches = kernel_figures["all"]
-    rest = {name: figures for name, figures in kernel_figures.items() if name != "all"}
+    config = build_config()
+    workload = replace(build_workload(config, config.data.phases[0], NUM_RANKS, chip, default_links(chip)),
+                       attention_kernel="portable", document_tokens=DOCUMENT_TOKENS)
+    plan_ms = {name: 1e3 * seconds for name, seconds in step.estimate_step(workload).components.items()}
+    host_s, stall_s = step._estimate_launch_s(step.Clock(workload, load_default_parameters()))
+    figures = dict(measured["ms of kernels"])  # name of a kernel -> milliseconds and events
+    total_ms, num_events = figures.pop("all")
+    listed = list(figures.values())
     yield f"{'ms of a step':57} {'plan':>8} {'H200':>8} {'events':>9}"
     for kind, components, parts in KINDS:
-        mine = {n: rest.pop(n) for n in list(rest) if any(part in n for part in parts)}
-        planned = f"{sum(plan_ms[c] for c in components):8.1f}" if components else " " * 8
-        yield (f"  {kind:55} {planned} {sum(ms for ms, _ in mine.values()):8.1f} "
-               f"{sum(n for _, n in mine.values()):9,}")
-    assert not rest, rest
-    listed = [figures for name, figures in kernel_figures.items() if name != "all"]
-    yield (f"  {'all other events':55} {'':8} "
-           f"{total_ms - sum(ms for ms, _ in listed):8.1f} {launches - sum(n for _, n in listed):9,}")
+        of_kind = [figures.pop(name) for name in list(figures) if any(part in name for part in parts)]
+        planned = f"{sum(plan_ms[name] for name in components):8.1f}" if components else " " * 8
+        yield (f"  {kind:55} {planned} {sum(ms for ms, _ in of_kind):8.1f} "
+               f"{sum(events for _, events in of_kind):9,}")
+    assert not figures, figures
+    yield (f"  {'all other events':55} {'':8} {total_ms - sum(ms for ms, _ in listed):8.1f} "
+           f"{num_events - sum(events for _, events in listed):9,}")
     yield f"  {'all kernels limited by memory':55} {plan_ms['memory']:8.1f}"
-    on_gpu = sum(plan_ms[name] for name in ("dense", "experts", "head", "attention", "memory", "optimizer"))
-    yield f"  {'all kernels':55} {on_gpu:8.1f} {total_ms:8.1f} {launches:9,}"
-    yield f"  {'the host alone':55} {1e3 * host_s:8.1f} {1e3 * found['step s']:8.1f}"
-    launch_s = max(stall_s, host_s - on_gpu / 1e3)
-    whole = on_gpu + 1e3 * launch_s + plan_ms["other"]
-    yield (f"  {'step without messages':55} {whole:8.1f} {1e3 * found['step s']:8.1f}   plan / H200 - 1: "
-           f"{whole / 1e3 / found['step s'] - 1:+.1%}")
+    on_gpu_ms = sum(plan_ms[name]
+                    for name in ("dense", "experts", "head", "attention", "memory", "optimizer"))
+    step_ms = 1e3 * measured["step s"]
+    yield f"  {'all kernels':55} {on_gpu_ms:8.1f} {total_ms:8.1f} {num_events:9,}"
+    yield f"  {'the host alone':55} {1e3 * host_s:8.1f} {step_ms:8.1f}"
+    launch_s = max(stall_s, host_s - on_gpu_ms / 1e3)
+    predicted_ms = on_gpu_ms + 1e3 * launch_s + plan_ms["other"]
+    yield (f"  {'step without messages':55} {predicted_ms:8.1f} {step_ms:8.1f}   plan / H200 - 1: "
+           f"{predicted_ms / step_ms - 1:+.1%}")
 
 
 def compare_host(measured: dict[str, Any]) -> Iterator[str]:
     """Yield the lines on the GPU's idle time."""
     for name in (UNFUSED, STEP):
-        found = measured[name]
-        total_ms, events = found["ms of kernels"]["all"]
-        yield (f"  {name:20} step {found['step s']:.3f} s, kernels {total_ms / 1e3:.3f} s, idle "
-               f"{1 - total_ms / 1e3 / found['step s']:.0%}, {events:,} events of kernels and driver calls")
+        step_s = measured[name]["step s"]
+        total_ms, events = measured[name]["ms of kernels"]["all"]
+        yield (f"  {name:20} step {step_s:.3f} s, kernels {total_ms / 1e3:.3f} s, idle "
+               f"{1 - total_ms / 1e3 / step_s:.0%}, {events:,} events of kernels and driver calls")
     yield format_paragraph(
         "These figures do not show how the host spent its time; `gpu/host_time.py` now counts driver calls, "
         "waits, Python functions and device allocations separately.  `plan` takes the longer of host and GPU "

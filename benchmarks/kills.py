@@ -42,6 +42,7 @@ from megatron_sov.runs.obs.events import EVENTS, read_events
 
 ROOT = Path(__file__).parents[1]
 NUM_ROWS = 4000
+# Settings of the commands: of a tiny model, of all training, of each kind of run, and of RL's rounds.
 MODEL = ("model.vocab_size=368", "model.hidden_size=32", "model.num_layers=2", "model.num_heads=4",
          "model.num_kv_heads=2", "model.head_dim=8", "model.expert_ffn_dim=16")
 TRAINING = ("train.num_threads=1", "train.global_batch_size=8", "train.micro_batch_size=2",
@@ -214,7 +215,6 @@ def write_inputs(folder: Path) -> None:
     texts = [" ".join(draw.choices(words, k=draw.randrange(20, 120))) for _ in range(NUM_ROWS)]
     paragraphs = [p for p in inspect.getsource(argparse).split("\n\n") if p.strip()]
     questions = [{"role": "user", "content": f"Say {word}."} for word in words[:400]]
-
     answers = [{"role": "assistant", "content": word} for word in words[:400]]
     refusal = {"role": "assistant", "content": "no"}
     (folder / "own.py").write_text(OWN_CODE)

@@ -44,6 +44,10 @@ CONFIG = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "use_cpu_
           "softmax_type": "learnable", "mtp_num_layers": 1, "mtp_loss_scaling_factor": 1.0}
 
 
+# Each function returns a number that Megatron-Core computes on a rank; it should be the same on one rank and
+# on each of two. `masks` and `losses` are the rank's rows of MASKS and LOSSES.
+
+
 def smoothed_loss(config: Any, group: Any, masks: Any, losses: Any) -> torch.Tensor:
     logits = LOGITS.chunk(group.size(), -1)[group.rank()].clone()
     return tensor_parallel.vocab_parallel_cross_entropy(logits, LABEL, 0.1, group)
@@ -108,20 +112,23 @@ def run_stock(name: str, axis: str) -> str:
         groups = ProcessGroupCollection.use_mpu_process_groups()
         config = TransformerConfig(**CONFIG, tensor_model_parallel_size=groups.tp.size())
         group = getattr(groups, axis)
-        own = slice(group.rank(), group.rank() + 1) if group.size() == 2 else slice(2)
-        return float(globals()[name](config, group, MASKS[own], LOSSES[own]))
+        own_rows = slice(group.rank(), group.rank() + 1) if group.size() == 2 else slice(2)
+        return float(globals()[name](config, group, MASKS[own_rows], LOSSES[own_rows]))
 
-    one, two = (SimulatedRanks(size).run(form_groups(ParallelConfig(
-        tp=size if axis == "tp" else 1, cp=size if axis == "cp" else 1)), run_rank) for size in (1, 2))
+    parallel = ParallelConfig(tp=2) if axis == "tp" else ParallelConfig(cp=2)
+    one = SimulatedRanks(1).run(form_groups(ParallelConfig()), run_rank)
+    two = SimulatedRanks(2).run(form_groups(parallel), run_rank)
     return f"{name.replace('_', ' ')} {one[0]:.4g} on one rank, {two[0]:.4g} and {two[1]:.4g} at {axis} 2"
 
 
 def prove(run: str) -> str:
+    """Prove the layout `RECIPE RANKS SETTING ...`; return the outcome and the first difference, if any."""
     recipe, num_ranks, *settings = run.split()
     verdict = prove_run(apply_settings(recipes.get(recipe), [
         *settings, "train.global_batch_size=8", "train.micro_batch_size=1"]), int(num_ranks))[1]
-    equal = f"{verdict.largest:.1e} apart at most, {verdict.messages:,} messages"
-    return f"{verdict.outcome}, {[*verdict.places, equal][0]}"
+    if verdict.places:
+        return f"{verdict.outcome}, {verdict.places[0]}"
+    return f"{verdict.outcome}, {verdict.largest:.1e} apart at most, {verdict.messages:,} messages"
 
 
 DEFECTS = yaml.safe_load((Path(__file__).parent / "data/known_defects.yaml").read_text(encoding="utf-8"))

@@ -54,6 +54,7 @@ def drop_message(kind: str, parts: Sequence[Any]) -> None:
 
 
 def scale_message(factor: float) -> Callable[[str, Sequence[Any]], None]:
+    """Return a function that multiplies every result by `factor`."""
     def scale(kind: str, parts: Sequence[Any]) -> None:
         for part in parts:
             for output in part.outputs:
@@ -96,6 +97,7 @@ def clone_outputs(parts: Sequence[Any]) -> list[list[torch.Tensor]]:
 
 
 def corrupt_message(way: str, site: Any, parts: Sequence[Any], work: Callable[[Any], None]) -> None:
+    """Corrupt a message of all processes in one way of CORRUPTIONS; `work` sends it."""
     sends_first, corrupt = CORRUPTIONS[way]
     if sends_first:
         work(list(parts))

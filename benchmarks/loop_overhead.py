@@ -45,8 +45,8 @@ WARMUP_TURNS = 2
 """Number of first steps of each loop that are not timed."""
 
 
-def build_our_step(config: RunConfig, place: world.ParallelWorld, source: Source, folder: Path
-             ) -> Callable[[], None]:
+def build_our_step(config: RunConfig, place: world.ParallelWorld, source: Source,
+                   folder: Path) -> Callable[[], None]:
     """Return a function that runs one step of the training loop and records its events."""
     from megatron_sov.runs.folder import RunFolder
     from megatron_sov.train.loop import train_step
@@ -134,7 +134,10 @@ def build_stock_step(config: RunConfig, place: world.ParallelWorld) -> Callable[
     generator = torch.Generator().manual_seed(place.rank)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.fill_(1.0) if parameter.dim() == 1 else parameter.normal_(0, 0.02, generator=generator)
+            if parameter.dim() == 1:
+                parameter.fill_(1.0)
+            else:
+                parameter.normal_(0, 0.02, generator=generator)
     wrapped = DistributedDataParallel(library, DistributedDataParallelConfig(grad_reduce_in_fp32=True), model)
     library.finalize_model_grads_func = finalize_model_grads
     optimizer = get_megatron_optimizer(OptimizerConfig(optimizer="adam", lr=config.optim.lr, clip_grad=1.0,
@@ -171,17 +174,18 @@ def build_transformers_step(config: RunConfig, batches: list[Any]) -> Callable[[
     import torch
     import transformers
 
-    m, size = config.model, config.train.micro_batch_size
+    model = config.model
     sizes: dict[str, Any] = {
-        "vocab_size": m.vocab_size, "hidden_size": m.hidden_size, "intermediate_size": m.dense_ffn_dim,
-        "num_hidden_layers": m.num_layers, "num_attention_heads": m.num_heads, "head_dim": m.head_dim,
-        "num_key_value_heads": m.num_kv_heads, "tie_word_embeddings": m.tied_embeddings,
+        "vocab_size": model.vocab_size, "hidden_size": model.hidden_size,
+        "intermediate_size": model.dense_ffn_dim, "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_heads, "head_dim": model.head_dim,
+        "num_key_value_heads": model.num_kv_heads, "tie_word_embeddings": model.tied_embeddings,
         "attn_implementation": "sdpa"}
     network: Any
-    if m.num_experts:
+    if model.num_experts:
         network = transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(
-            **sizes, num_experts=m.num_experts, num_experts_per_tok=m.num_experts_per_token,
-            moe_intermediate_size=m.expert_ffn_dim, norm_topk_prob=True))
+            **sizes, num_experts=model.num_experts, num_experts_per_tok=model.num_experts_per_token,
+            moe_intermediate_size=model.expert_ffn_dim, norm_topk_prob=True))
     else:
         network = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**sizes))
     optimizer = torch.optim.AdamW(network.parameters(), lr=config.optim.lr, fused=True)
@@ -190,7 +194,7 @@ def build_transformers_step(config: RunConfig, batches: list[Any]) -> Callable[[
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         for batch in next(ready):
-            ids = batch.inputs.tokens.view(size, SEQ_LEN)
+            ids = batch.inputs.tokens.view(config.train.micro_batch_size, SEQ_LEN)
             network(input_ids=ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

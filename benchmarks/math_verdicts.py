@@ -56,6 +56,7 @@ RIGHT: dict[str, Callable[[random.Random, int], Item]] = {
     "worked out in the box": lambda draw, n: (f"{3 * n}", box_answer(f"3 \\cdot {n} = {3 * n}")),
     "dollars around": lambda draw, n: (f"{n}", f"So the final answer is ${n}$."),
 }
+"""Kind of right answer -> function (draw, a number) -> item."""
 WRONG: dict[str, Callable[[random.Random, int], Item]] = {
     "sign": lambda draw, n: (f"{n}", box_answer(f"-{n}")),
     "last digit": lambda draw, n: (f"{n}", box_answer(f"{n + draw.choice([-1, 1])}")),
@@ -77,6 +78,7 @@ WRONG: dict[str, Callable[[random.Random, int], Item]] = {
     "no answer, the number in the text": lambda draw, n: (
         f"{n}", f"There are {n} cases to look at, and no time is left to go through all of them one by one"),
 }
+"""Kind of wrong answer -> function (draw, a number) -> item."""
 _RESPONSES = yaml.safe_load((Path(__file__).parent / "data/math_responses.yaml").read_text(encoding="utf-8"))
 FOOLING: list[Item] = [(gold, text) for gold, text in _RESPONSES["fooling"]]
 """Handwritten responses that deserve no reward, but look as if they did."""

@@ -62,8 +62,8 @@ SOLAR, EXAONE, QWEN, QWEN2 = "tiny-solar-open", "tiny-k-exaone", "tiny-qwen3", "
 SOLAR2 = "tiny-solar-open2"
 CASES = (
     Case("dense", QWEN), Case("dense, recomputed", QWEN, (FULL,)),
-    Case("dense, biases and tied embeddings", QWEN2), Case("dense, feed-forward recomputed", QWEN,
-                                                           _modules("mlp")),
+    Case("dense, biases and tied embeddings", QWEN2),
+    Case("dense, feed-forward recomputed", QWEN, _modules("mlp")),
     Case("dense, attention recomputed", QWEN, _modules("core_attn")),
     Case("dense, 4,096 tokens", QWEN, seq_len=4096),
     Case("dense, 4,096 tokens, recomputed", QWEN, (FULL,), seq_len=4096),
@@ -73,8 +73,8 @@ CASES = (
     Case("dense, pp 2, recomputed", QWEN, ("parallel.pp=2", "train.global_batch_size=4", FULL), 2),
     Case("dense, pp 2 with vpp 2", QWEN, ("parallel.pp=2", "parallel.vpp=2", "train.global_batch_size=4"), 2),
     Case("dense, pp 4", QWEN, ("parallel.pp=4", "train.global_batch_size=8"), 4),
-    Case("dense, uneven pp 2", QWEN, ("parallel.pp=2", "parallel.pipeline_layout=[1,3]",
-                                      "train.global_batch_size=2"), 2),
+    Case("dense, uneven pp 2", QWEN,
+         ("parallel.pp=2", "parallel.pipeline_layout=[1,3]", "train.global_batch_size=2"), 2),
     Case("experts and a shared one", SOLAR), Case("experts, recomputed", SOLAR, (FULL,)),
     Case("experts, all of them recomputed", SOLAR, _modules("moe")),
     Case("experts, the shared one recomputed", SOLAR, _modules("shared_experts")),
@@ -82,8 +82,8 @@ CASES = (
     Case("experts, 4 of 16", SOLAR, ("model.num_experts=16", "model.num_experts_per_token=4")),
     Case("experts, ep 2", SOLAR, ("parallel.ep=2", "train.global_batch_size=2"), 2),
     Case("experts, tp 2 with sp, etp 2", SOLAR, (*TP2, "parallel.etp=2"), 2),
-    Case("experts, pp 2 with ep 2", SOLAR, ("parallel.pp=2", "parallel.ep=2",
-                                            "train.global_batch_size=8"), 4),
+    Case("experts, pp 2 with ep 2", SOLAR,
+         ("parallel.pp=2", "parallel.ep=2", "train.global_batch_size=8"), 4),
     Case("windows, NoPE, prediction layer", EXAONE), Case("the same, recomputed", EXAONE, (FULL,)),
     Case("the same, 4,096 tokens", EXAONE, seq_len=4096), Case("the same, tp 2 with sp", EXAONE, TP2, 2),
     Case("the same, cp 2", EXAONE, ("parallel.cp=2",), 2),
@@ -117,9 +117,9 @@ class Counter:
 
     weights: set[int]
     """Addresses of storages that are not counted."""
-    most: int = 0
-    """Peak bytes."""
-    _now: int = 0
+    peak: int = 0
+    """Largest number of bytes that were saved at one time."""
+    _current: int = 0
     _uses: dict[int, int] = field(default_factory=dict)
     """Address of a storage -> saved tensors in it."""
     _sizes: dict[int, int] = field(default_factory=dict)
@@ -133,13 +133,13 @@ class Counter:
             return tensor
         if address not in self._uses:
             self._uses[address], self._sizes[address] = 0, storage.nbytes()
-            self._now += storage.nbytes()
-            self.most = max(self.most, self._now)
+            self._current += storage.nbytes()
+            self.peak = max(self.peak, self._current)
         self._uses[address] += 1
         return Kept(tensor, self, address)
 
     @staticmethod
-    def give(kept: Any) -> torch.Tensor:
+    def restore(kept: Any) -> torch.Tensor:
         """Return the tensor for which `save` returned `kept`."""
         return kept.tensor if isinstance(kept, Kept) else kept  # type: ignore[no-any-return]
 
@@ -147,7 +147,7 @@ class Counter:
         """Forget one saved tensor in the storage at `address`."""
         self._uses[address] -= 1
         if not self._uses[address]:
-            self._now -= self._sizes[address]
+            self._current -= self._sizes[address]
             del self._uses[address]
 
 
@@ -159,12 +159,12 @@ def measure_saved_bytes(config: RunConfig, folder: Path) -> tuple[int, int]:
 
     trainer = build_trainer(config, world.join_world(config.parallel), folder)
     counter = Counter({weight.untyped_storage().data_ptr() for weight in trainer.model.parameters()})
-    with torch.autograd.graph.saved_tensors_hooks(counter.save, counter.give):
+    with torch.autograd.graph.saved_tensors_hooks(counter.save, counter.restore):
         train_step(trainer)
-    found = parallel_state.get_pipeline_model_parallel_rank(), counter.most
+    stage = parallel_state.get_pipeline_model_parallel_rank()
     trainer.close()
     world.leave_world()
-    return found
+    return stage, counter.peak
 
 
 def predict_saved_bytes(config: RunConfig, stage: int, nproc: int) -> int:

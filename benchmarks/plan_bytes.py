@@ -33,6 +33,7 @@ PATTERNS = ("*router.weight", "embedding.*", "decoder.layers.0.*", "*experts.lin
             "*norm.weight", "*.linear_qkv.weight", "output_layer.weight")
 """Names of parameters that are frozen, or updated by AdamW in a Muon run."""
 TARGETS = ("all-linear", "q_proj", "o_proj", "experts", "lm_head", "embed_tokens", "gate_proj", "down_proj")
+"""Values of `lora.targets`; a layout gets some of them."""
 MAX_RANKS = 4096
 """The library creates the groups of all ranks."""
 MAX_LOCAL_EXPERTS = 400
@@ -203,15 +204,15 @@ def run_worker(numbers: list[int], seed: int, double: bool) -> list[dict[str, di
 def list_features(layout: DrawnLayout) -> list[str]:
     """Return the features of a layout as words to count."""
     config = layout.config
-    p, g = config.parallel, config.gpu
-    muon = "muon" in (config.optim.name, *(group.optimizer for group in config.optim.groups))
-    words = {"ZeRO-1": p.zero1, "tied embeddings": config.model.tied_embeddings, "Muon": muon,
+    parallel, gpu, groups = config.parallel, config.gpu, config.optim.groups
+    words = {"ZeRO-1": parallel.zero1, "tied embeddings": config.model.tied_embeddings,
+             "Muon": "muon" in (config.optim.name, *(group.optimizer for group in groups)),
              "prediction layer": config.model.num_mtp_layers > 0, "LoRA": config.lora.on,
-             "experts": config.model.num_experts > 0, "frozen groups": any(
-                 group.frozen for group in config.optim.groups), "uneven pipeline": bool(p.pipeline_layout),
-             "interleaved": p.vpp > 1, "cut experts": p.etp > 1, "several buckets": p.overlap_grad_reduce,
-             "bf16 gradients": g.grad_dtype == "bf16", "bf16 moments": g.moment_dtype == "bf16",
-             "host memory": g.optimizer_offload > 0, "padded buckets": g.pad_buckets == "on",
+             "experts": config.model.num_experts > 0, "frozen groups": any(group.frozen for group in groups),
+             "uneven pipeline": bool(parallel.pipeline_layout), "interleaved": parallel.vpp > 1,
+             "cut experts": parallel.etp > 1, "several buckets": parallel.overlap_grad_reduce,
+             "bf16 gradients": gpu.grad_dtype == "bf16", "bf16 moments": gpu.moment_dtype == "bf16",
+             "host memory": gpu.optimizer_offload > 0, "padded buckets": gpu.pad_buckets == "on",
              "tiny": layout.recipe.startswith("tiny-"), config.train.precision: True}
     return [word for word, holds in words.items() if holds]
 
@@ -228,7 +229,7 @@ def main() -> None:
         double, numbers = json.loads(args.worker)
         compare_and_print(numbers, args.seed, double)
         return
-    began = time.perf_counter()
+    begin_s = time.perf_counter()
     layouts = {number: draw_layout(number, args.seed) for number in range(args.number)}
     rows = []
     for double in (True, False):
@@ -237,7 +238,7 @@ def main() -> None:
     counts = Counter(word for layout in layouts.values() for word in list_features(layout))
     names = list(States.__annotations__)
     wrong = [row for row in rows if row["built"] != row["predicted"]]
-    print(f"{describe_machine()}; seed {args.seed}; {time.perf_counter() - began:.0f} s\n")
+    print(f"{describe_machine()}; seed {args.seed}; {time.perf_counter() - begin_s:.0f} s\n")
     print(f"{len(rows)} layouts of {len({layout.recipe for layout in layouts.values()})} recipes, "
           f"{len(rows) - len(wrong)} equal in every byte, {len(wrong)} not")
     print(", ".join(f"{word} {count}" for word, count in sorted(counts.items(), key=lambda kv: -kv[1])))

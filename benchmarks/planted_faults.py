@@ -266,29 +266,31 @@ class Measurement:
             for number, row in self.plan["faults"]:
                 if time.time() > self.plan["until"]:
                     break
-                began = time.monotonic()
+                begin_s = time.monotonic()
                 row[self.plan["tier"]], row["tests"], row["left out"] = self._find_failing_test(number)
-                row["seconds"] = round(time.monotonic() - began)
+                row["seconds"] = round(time.monotonic() - begin_s)
                 print(json.dumps(row), file=out, flush=True)
 
     def _record_reach(self) -> None:
         """Run all tests without a fault, and record their durations and the faults that they reach."""
         reached = self.folder / "reached"
         reached.mkdir()
-        began = time.monotonic()
+        begin_s = time.monotonic()
         rows = self._fork(range(len(self.items)), 1e9, ReachRecorder(reached, self.items))
-        print(f"{len(rows)} of {len(self.items)} tests in {time.monotonic() - began:.0f} s", file=sys.stderr)
+        print(f"{len(rows)} of {len(self.items)} tests in {time.monotonic() - begin_s:.0f} s",
+              file=sys.stderr)
         by_fixture: dict[Any, set[int]] = defaultdict(set)
         for index, failed, seconds in rows:
             if failed:
                 print(f"fails without a fault: {failed}", file=sys.stderr)
                 continue
             self.seconds[index] = seconds
-            for name, known in self.items[index]._fixtureinfo.name2fixturedefs.items():  # type: ignore
+            for name, definitions in self.items[index]._fixtureinfo.name2fixturedefs.items():  # type: ignore
+                fixture = definitions[-1]  # the definition nearest to the test
                 # fixtures of tests/conftest.py reach no fault, or create their data once without a fault
-                if known[-1].scope != "function" and (known[-1].baseid not in ("", "tests")
-                                                      or name == "imported"):
-                    by_fixture[known[-1]].add(index)
+                is_from_root = fixture.baseid in ("", "tests") and name != "imported"
+                if fixture.scope != "function" and not is_from_root:
+                    by_fixture[fixture].add(index)
         for file in reached.iterdir():
             tests = {index := int(file.stem)}
             if file.suffix:  # tests that share a fixture with this test reach its faults, too
@@ -365,13 +367,13 @@ class Measurement:
             with notes.open("a", encoding="utf-8", buffering=1) as lines:
                 for index, following in zip(indices, [*indices[1:], None], strict=True):
                     messages.clear()
-                    began = time.monotonic()
+                    begin_s = time.monotonic()
                     self.session.config.hook.pytest_runtest_protocol(
                         item=self.items[index], nextitem=forks._AnyTest(self.session)
                         if following is None else self.items[following])
                     failed = any(kind == "report" and data["outcome"] == "failed" for kind, data in messages)
                     nodeid = self.items[index].nodeid if failed else ""
-                    print(json.dumps((index, nodeid, round(time.monotonic() - began, 3))), file=lines)
+                    print(json.dumps((index, nodeid, round(time.monotonic() - begin_s, 3))), file=lines)
                     if failed and not recorder:
                         break
         except BaseException:
@@ -445,10 +447,11 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--deep", action="store_true")
     parser.add_argument("--table", action="store_true")
     args = parser.parse_args(argv)
-    for area in [] if args.table else [args.area] if args.area else AREAS:
+    areas = [args.area] if args.area else list(AREAS)
+    for area in [] if args.table else areas:
         rows = read_rows(args.found)
         faults = draw_area_faults(area, args.seed)[:args.faults]
-        if args.deep:
+        if args.deep:  # those that `make test` misses
             faults = [f for f in faults if str(f) in rows and not rows[str(f)]["make test"]
                       and "make deep" not in rows[str(f)]]
         else:

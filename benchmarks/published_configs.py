@@ -33,7 +33,10 @@ def measure_config(config: dict[str, Any]) -> tuple[str, str, str]:
     fields = ", ".join(re.sub(".*unchanged: ", "", warning) for warning in warnings)
     if len(fields) > 80:
         fields = f"{fields.count(',') + 1} fields: {fields[:60]}..."
-    return "DIFFERS" if not passed else "warned" if warnings else "imported", fields or "-", shares
+    outcome = "DIFFERS"
+    if passed:
+        outcome = "warned" if warnings else "imported"
+    return outcome, fields or "-", shares
 
 
 def main() -> None:

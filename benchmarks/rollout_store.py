@@ -51,21 +51,22 @@ def write_parts(path: Path, parts: int, args: argparse.Namespace) -> tuple[float
     store, wall_s, cpu_s = RolloutStore.create(path, "sha256:benchmark", VOCAB_SIZE), 0.0, 0.0
     for number in range(parts):
         rows = generate_rows(number, args.part_rows, args.tokens)
-        began, began_cpu = time.perf_counter(), time.process_time()
+        begin_s, begin_cpu_s = time.perf_counter(), time.process_time()
         store.add_rollouts(format_part_name(number // PIECES + 1, number % PIECES), rows, {"benchmark": True})
-        wall_s, cpu_s = wall_s + time.perf_counter() - began, cpu_s + time.process_time() - began_cpu
+        wall_s += time.perf_counter() - begin_s
+        cpu_s += time.process_time() - begin_cpu_s
     return wall_s, cpu_s
 
 
 def start_round(path: Path, number: int) -> str:
     """Read a round as the trainer does at its start; return a line with the times."""
-    began = time.perf_counter()
+    begin_s = time.perf_counter()
     store = RolloutStore.open(path)
-    keys = sum(len(store.read_rollouts(part.name, ())) for part in store.parts(number))
-    indexed_s = time.perf_counter() - began
+    num_keys = sum(len(store.read_rollouts(part.name, ())) for part in store.parts(number))
+    keys_s = time.perf_counter() - begin_s
     rows = [row for part in store.parts(number) for row in store.read_rollouts(part.name)]
-    return (f"{len(rows):,} rows read in {time.perf_counter() - began:.2f} s, including {indexed_s:.2f} s "
-            f"for {keys:,} keys")
+    return (f"{len(rows):,} rows read in {time.perf_counter() - begin_s:.2f} s, including {keys_s:.2f} s "
+            f"for {num_keys:,} keys")
 
 
 def read_peak_mb(path: Path, rounds: int) -> float:

@@ -56,6 +56,7 @@ KINDS = (
     "t.start(); t.join(); print(l)",
     "import statistics as s; print(s.median(range({n})), s.pstdev(range({n})))",
 )
+"""Sources of the programs; {n} is one of INPUTS."""
 ROOT = Path(__file__).parents[1]
 DIRECT = "subprocess.run"
 ENCLOSURES = ("namespaces", "landlock")
@@ -67,6 +68,7 @@ Results = Sequence[tuple[int, str]]
 
 
 def main() -> None:
+    """Run all arms in turn, and print the table; with --arm run one of them in this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path)
     parser.add_argument("--repetitions", type=int, default=3)

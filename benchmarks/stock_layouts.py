@@ -34,22 +34,24 @@ MODELS = ("gpt2", "llama", "qwen3", "deepseek", "gpt_oss", "hybrid")
 
 
 def parse_layout(text: str) -> Layout:
+    """Return the layout of a text such as `tp=2 sp=true`."""
     pairs = dict(pair.split("=") for pair in text.split())
     sizes: dict[str, Any] = {name: value == "true" or int(value) for name, value in pairs.items()}
     return Layout(**sizes)
 
 
 def get_builder(model: str, **arguments: Any) -> Any:
+    """Return the function of stock_models.py that builds a model, with these arguments."""
     builder = getattr(stock_models, f"build_{model}")
     return functools.partial(builder, **arguments) if arguments else builder
 
 
 def prove_and_print(model: str, text: str) -> LayoutVerdict:
     """Prove a layout, and print the verdict with the processor time and the peak memory so far."""
-    began_s = time.process_time()
+    begin_s = time.process_time()
     verdict = prove_layout(get_builder(model), parse_layout(text))
     print(f"{model} {text}: {verdict.outcome}, {verdict.largest:.1e} apart at most, "
-          f"{verdict.num_messages:,} messages, {(time.process_time() - began_s) / 60:.1f} processor minutes, "
+          f"{verdict.num_messages:,} messages, {(time.process_time() - begin_s) / 60:.1f} processor minutes, "
           f"{read_peak_bytes() / 2**30:.1f} GiB", flush=True)
     return verdict
 

@@ -28,6 +28,7 @@ from tokenizer.presets import Preset
 
 PARTS = ("steps", "ratios", "paper")
 CHUNK_BYTES = 100_000
+"""Documents are encoded in pieces of at most this size."""
 IN_THE_PAPER = {200_000: 4.457, 180_000: 6.092, 160_000: 6.337, 80_000: 6.634}
 """Transition size -> bytes per token on 1 GB of the authors' text
 (notebooks/superbpe_encoding_efficiency_analysis.ipynb)."""
@@ -61,15 +62,16 @@ class TrainedTokenizer:
         stage_1 = {token: id_ for token, id_ in self.ranks.items() if id_ < self.transition_size}
         encode_word = tiktoken_format.build_encoding(
             stage_1, tiktoken_format.TiktokenRules(ANYTHING, {})).encode_ordinary
-        words, units = (Splitter(self.preset, p)
-                        for p in (self.preset.split_pattern, self.preset.final_pattern))
+        words = Splitter(self.preset, self.preset.split_pattern)
+        units = Splitter(self.preset, self.preset.final_pattern)
         spelling, vocab = byte_alphabet(), self.raw["model"]["vocab"]
-        pairs = {}
+        stage_2: dict[tuple[bytes, ...], int] = {}  # the two parts of a merge -> its token
         for left, right in self.raw["model"]["merges"]:
-            if (id_ := vocab[left + right]) >= self.transition_size:
-                pairs[tuple(bytes(spelling[c] for c in part) for part in (left, right))] = id_
+            id_ = vocab[left + right]
+            if id_ >= self.transition_size:
+                stage_2[tuple(bytes(spelling[c] for c in part) for part in (left, right))] = id_
         tokens = {id_: token for token, id_ in self.ranks.items()}
-        cache: dict[tuple[str, ...], list[int]] = {}
+        cache: dict[tuple[str, ...], list[int]] = {}  # words of a unit -> its ids
 
         def encode(text: str) -> list[int]:
             text = words.normalize(text)
@@ -81,10 +83,11 @@ class TrainedTokenizer:
                     num_chars += len(unit_words[-1])
                 if num_chars > len(unit):
                     raise SystemExit(f"{self.name}: a word extends over the end of the unit {unit!r}")
-                if (key := tuple(unit_words)) not in cache:
+                key = tuple(unit_words)
+                if key not in cache:
                     parts = [tokens[id_] for word in unit_words for id_ in encode_word(word)]
-                    cache[key] = [self.ranks[token]
-                                  for token in merge_parts(parts, lambda a, b: pairs.get((a, b)))]
+                    merged = merge_parts(parts, lambda left, right: stage_2.get((left, right)))
+                    cache[key] = [self.ranks[token] for token in merged]
                 ids += cache[key]
             return ids
 
@@ -181,10 +184,11 @@ def compare_segmentation(held: Path, trained: TrainedTokenizer, max_bytes: float
         ids = trained.encode(texts)
         normalize = trained.fast.normalizer.normalize_str if trained.fast.normalizer else str
         decoded = trained.fast.decode_batch(ids, skip_special_tokens=False)
-        counts = [len(texts), sum(len(t.encode()) for t in texts), sum(map(len, ids)),
-                  sum(encode(t) != i for t, i in zip(texts, ids, strict=True)),
-                  sum(trained.by_tiktoken(t) != i for t, i in zip(texts, ids, strict=True)),
-                  sum(normalize(t) != d for t, d in zip(texts, decoded, strict=True))]
+        counts = [len(texts), sum(len(text.encode()) for text in texts), sum(map(len, ids)),
+                  sum(encode(text) != text_ids for text, text_ids in zip(texts, ids, strict=True)),
+                  sum(trained.by_tiktoken(text) != text_ids
+                      for text, text_ids in zip(texts, ids, strict=True)),
+                  sum(normalize(text) != text_back for text, text_back in zip(texts, decoded, strict=True))]
         totals = [a + b for a, b in zip(totals, counts, strict=True)]
         print_counts(file.stem, counts)
     print_counts("all", totals)

@@ -27,11 +27,14 @@ from megatron_sov.base.artifacts import read_manifest
 from tokenizer.presets import PRESETS
 
 SOLAR, EXAONE = ("solar-open", 196_608), ("k-exaone", 153_600)
+"""Preset and number of ids."""
 HELD_OUT_OF = 50
 PARTS = ("superwords", "plain", "paper", "bounded")
 PERTURBED_SHARE = 0.02
+"""Share of the words that a repetition of the text changes."""
 PAPER_VOCAB_SIZE, PAPER_TRANSITION_SIZES = 200_000, (180_000, 160_000, 80_000)
 ALL_MB = 1_000_000
+"""A sample of this size is the whole text."""
 PAPER_DIGITS = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 """Groups of three digits, counted from the right."""
 PAPER_SPLIT = rf" ?\p{{L}}+|{PAPER_DIGITS}| ?[^\s\p{{L}}\p{{N}}]+|\s+(?!\S)|\s+"

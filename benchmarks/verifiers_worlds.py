@@ -30,6 +30,7 @@ from megatron_sov.judge.tools.host import EnvironmentHost
 from megatron_sov.judge.tools.registry import request_environment
 from megatron_sov.work.processes.children import foreign_environment
 
+# Environments of the library: a question, a simulated user, and tools.
 SUM = '''
 import verifiers.v1 as vf
 

@@ -65,14 +65,14 @@ class Driver:
 
 def assemble_ptx(ptx: str, capability: int) -> tuple[int, int]:
     """Assemble PTX text with ptxas for `sm_<capability>a`; return (spilled bytes, registers)."""
-    folder = kernels.triton_folder()
+    folder = kernels.find_triton_folder()
     home = folder / "triton" if folder else Path(import_module("triton").__file__ or "").parent
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(ptx)
         file.flush()
-        completed = subprocess.run([home / "backends/nvidia/bin/ptxas-blackwell", "-v",
-                                    f"-arch=sm_{capability}a",
-                                    file.name, "-o", "/dev/null"], capture_output=True, text=True, check=True)
+        ptxas = home / "backends/nvidia/bin/ptxas-blackwell"
+        completed = subprocess.run([ptxas, "-v", f"-arch=sm_{capability}a", file.name, "-o", "/dev/null"],
+                                   capture_output=True, text=True, check=True)
     spills = sum(map(int, re.findall(r"(\d+) bytes spill", completed.stderr)))
     return spills, int(re.findall(r"Used (\d+) registers", completed.stderr)[0])
 
@@ -83,21 +83,21 @@ def compile_in_place_of_launches(capability: int) -> dict[str, Compiled]:
     from triton.runtime.autotuner import Autotuner
     from triton.runtime.jit import JITFunction
 
-    found: dict[str, Compiled] = {}
+    results: dict[str, Compiled] = {}
     driver.set_active(Driver(capability))
     run = JITFunction.__dict__["run"]
 
     def compile_launch(self: Any, *args: Any, grid: Any, warmup: bool = False, **kwargs: Any) -> None:
-        entry = found.setdefault(self.__name__, Compiled())
+        entry = results.setdefault(self.__name__, Compiled())
         entry.configs += 1
         try:
             kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-            numbers = assemble_ptx(kernel.asm["ptx"], capability)
+            spills_and_registers = assemble_ptx(kernel.asm["ptx"], capability)
         except Exception as e:  # the benchmark reports which kernels compile
             entry.problems.add(f"{type(e).__name__}: {str(e).strip().splitlines()[-1][:150]}")
             return
-        if numbers >= entry.worst:
-            entry.worst, entry.warps = numbers, kernel.metadata.num_warps
+        if spills_and_registers >= entry.worst:
+            entry.worst, entry.warps = spills_and_registers, kernel.metadata.num_warps
             entry.shared_bytes = kernel.metadata.shared
 
     def compile_configs(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -105,7 +105,7 @@ def compile_in_place_of_launches(capability: int) -> dict[str, Compiled]:
             self.fn.run(*args, **kwargs, **config.all_kwargs())
 
     JITFunction.run, Autotuner.run = compile_launch, compile_configs
-    return found
+    return results
 
 
 def launch_transformer_engine() -> None:
@@ -177,10 +177,12 @@ def format_table(capability: int) -> Iterator[str]:
         yield f"{library}, sm_{capability} ({TARGETS[capability]})"
         for name, entry in sorted(result.items()):
             spills, registers = entry.worst
-            yield (f"  {name.lstrip('_'):<45} " + (
-                f"configs {entry.configs:>2}  warps {entry.warps:>2}  registers {registers:>3}  "
-                f"spill bytes {spills:>4}  shared bytes {entry.shared_bytes:>6}" if registers >= 0
-                else "does not compile") + "".join(f"  {problem}" for problem in sorted(entry.problems)))
+            figures = "does not compile"
+            if registers >= 0:
+                figures = (f"configs {entry.configs:>2}  warps {entry.warps:>2}  registers {registers:>3}  "
+                           f"spill bytes {spills:>4}  shared bytes {entry.shared_bytes:>6}")
+            problems = "".join(f"  {problem}" for problem in sorted(entry.problems))
+            yield f"  {name.lstrip('_'):<45} {figures}{problems}"
 
 
 def main() -> None:
@@ -192,7 +194,7 @@ def main() -> None:
         for capability in TARGETS:
             subprocess.run([sys.executable, "-W", "ignore", __file__, str(capability)], check=True)
         return
-    if folder := kernels.triton_folder():
+    if folder := kernels.find_triton_folder():
         sys.path.insert(0, str(folder))
     os.environ.setdefault("TRITON_CACHE_DIR", str(kernels.ROOT / "build/triton-cache"))
     kernels.create_tensors_on("meta")

@@ -193,7 +193,7 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
 
     config = build_config(recipe, gpu, num_ranks, settings)
     p = config.parallel
-    begun = time.process_time()
+    begin_s = time.process_time()
     if imbalance != 1:
         _send_unevenly(imbalance)
     with use_rank(config, gpu, num_ranks, stage * num_ranks // p.pp) as (runner, ledger):
@@ -206,7 +206,7 @@ def step(recipe: str, gpu: str, num_ranks: int, settings: Sequence[str], stage: 
     account = build_account(replace(config, train=replace(config.train, global_batch_size=rows)), num_ranks,
                             stage, config.data.phases[0].seq_len, imbalance)
     return {"parameters": sum(weight.numel() for weight in runner.model.parameters()),
-            "seconds": time.process_time() - begun, "waits": waits, "peak bytes": ledger.peak,
+            "seconds": time.process_time() - begin_s, "waits": waits, "peak bytes": ledger.peak,
             "account bytes": account.allocated}
 
 

@@ -53,24 +53,25 @@ class OneRank:
 
     def batch(self, step: int, num_micro_batches: int) -> GlobalBatch:
         """Return this rank's part of a step's batch, drawn with the step number as seed."""
-        c, random = self.config, np.random.default_rng(step)
-        seq_len = c.data.phases[0].seq_len
-        rows = [draw_row(random, seq_len * c.train.micro_batch_size, c.model.vocab_size)
+        config, rng = self.config, np.random.default_rng(step)
+        seq_len, micro_batch_size = config.data.phases[0].seq_len, config.train.micro_batch_size
+        rows = [draw_row(rng, seq_len * micro_batch_size, config.model.vocab_size)
                 for _ in range(num_micro_batches)]
-        count = num_micro_batches * c.train.micro_batch_size * self.world.dp_size
-        return self.objective.prepare(GlobalBatch(tuple(map(build_micro_batch, rows)), seq_len, count,
-                                                  "random"))
+        num_sequences = num_micro_batches * micro_batch_size * self.world.dp_size
+        micro_batches = tuple(map(build_micro_batch, rows))
+        return self.objective.prepare(GlobalBatch(micro_batches, seq_len, num_sequences, "random"))
 
     def step(self, number: int, num_micro_batches: int = 1) -> tuple[float, float]:
         """Run optimizer step `number` (from 1) and return its loss and seconds."""
         batch = self.batch(number, num_micro_batches)
         wait()
-        start = time.monotonic()
+        begin_s = time.monotonic()
         sums = self.computation.compute_gradients(batch, self.objective, number)
         self.optimizer.step(self.config.optim.lr)
         wait()
-        loss = sum(self.objective.coefficients[t] * v / batch.targets[t] for t, v in sums.terms.items())
-        return loss, time.monotonic() - start
+        loss = sum(self.objective.coefficients[term] * value / batch.targets[term]
+                   for term, value in sums.terms.items())
+        return loss, time.monotonic() - begin_s
 
 
 def _draw_on_device(parts: Iterable[Any], seed: int, num_threads: int) -> Iterator[tuple[Any, torch.Tensor]]:
@@ -96,7 +97,7 @@ def wait() -> None:
 def draw_row(random: np.random.Generator, num_tokens: int, vocab_size: int) -> PackedRow:
     """Return a packed row of documents in which most tokens are a function of the token before.
 
-    So there is something to learn, and the loss of a correct step decreases.
+    There is something to learn in them, so the loss of correct steps decreases.
     """
     num_cuts = max(1, num_tokens // DOCUMENT_TOKENS)
     cuts = np.sort(random.choice(np.arange(1, num_tokens), num_cuts, replace=False))

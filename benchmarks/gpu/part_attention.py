@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from setting import Figures, Setting, fail_on, largest, relative
+from setting import Figures, Setting, compute_relative_error, fail_on, find_largest
 
 from megatron_sov.engine.parallel.gpu_libraries import find_fla_problem
 
@@ -25,14 +25,14 @@ HEADS = ((8, 8), (8, 2), (64, 8))
 """(query heads, key heads)."""
 
 
-def bounds_of(shares: tuple[float, ...], num_tokens: int) -> list[int]:
+def compute_bounds(shares: tuple[float, ...], num_tokens: int) -> list[int]:
     """Return the document boundaries of a packed row in tokens: [0, ..., num_tokens]."""
     ends = [max(1, round(sum(shares[:n + 1]) * num_tokens)) for n in range(len(shares) - 1)]
     return [0, *ends, num_tokens]
 
 
-def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
-              window: int) -> torch.Tensor:
+def attend_densely(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
+                   window: int) -> torch.Tensor:
     """Return dense causal attention within documents, in the dtype of the inputs: [tokens, heads,
     head_dim]."""
     num_tokens, group_size = len(q), q.shape[1] // k.shape[1]
@@ -47,8 +47,8 @@ def reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[in
     return torch.einsum("hqk,khd->qhd", weights, values)
 
 
-def by_transformer_engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
-                          window: int) -> torch.Tensor:
+def attend_by_transformer_engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
+                                 window: int) -> torch.Tensor:
     """Return the output of Transformer Engine's attention for a packed row: [tokens, heads, head_dim]."""
     import transformer_engine.pytorch as te
 
@@ -62,8 +62,8 @@ def by_transformer_engine(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bou
     return out.reshape(q.shape)
 
 
-def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
-             window: int) -> torch.Tensor:
+def attend_by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int],
+                    window: int) -> torch.Tensor:
     """Return the output of `engine.model.attention`, which calls torch's variable-length kernel."""
     from megatron_sov.engine.model import attention
 
@@ -75,7 +75,7 @@ def by_torch(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, bounds: list[int
     return attention.attend_documents(q, keys, values, piece, q.shape[-1] ** -0.5, window)
 
 
-def linear(setting: Setting, bounds: list[int]) -> list[float]:
+def compare_linear_attention(setting: Setting, bounds: list[int]) -> list[float]:
     """Return the relative errors of flash-linear-attention's output and of the five input gradients."""
     from megatron_sov.engine.model.delta_rule import (
         apply_delta_rule, apply_fused_delta_rule, chunk_documents, normalize_l2)
@@ -84,51 +84,56 @@ def linear(setting: Setting, bounds: list[int]) -> list[float]:
     tokens, heads, width = bounds[-1], 4, 128
     q, k = (normalize_l2(torch.randn(tokens, heads, width)) for _ in range(2))
     decays, rates = torch.rand(tokens, heads, 1, width), torch.rand(tokens, heads, 1)
-    given = [t.to(setting.device) for t in (
-        q * width ** -0.5, k, torch.randn(tokens, heads, 1, width), -0.3 * decays, rates)]
+    values = torch.randn(tokens, heads, 1, width)
+    inputs = [t.to(setting.device) for t in (q * width ** -0.5, k, values, -0.3 * decays, rates)]
     chunks = chunk_documents([(a, a, b) for a, b in itertools.pairwise(bounds)], torch.device(setting.device))
-    found, exact = ([t.clone().requires_grad_() for t in given] for _ in range(2))
-    ours = apply_fused_delta_rule(*found, chunks=chunks, dtype=torch.bfloat16)
-    return compare_gradients(ours, apply_delta_rule(*exact, chunks=chunks)[0], found, exact)
+    fused_inputs, exact_inputs = ([t.clone().requires_grad_() for t in inputs] for _ in range(2))
+    fused = apply_fused_delta_rule(*fused_inputs, chunks=chunks, dtype=torch.bfloat16)
+    exact, *_ = apply_delta_rule(*exact_inputs, chunks=chunks)
+    return compare_gradients(fused, exact, fused_inputs, exact_inputs)
 
 
-def compare_gradients(ours: torch.Tensor, theirs: torch.Tensor, found: list[torch.Tensor],
-                      exact: list[torch.Tensor]) -> list[float]:
-    """Return the relative errors of the output `ours` and of the gradients of its inputs `found`."""
-    seed = torch.randn_like(theirs)
-    ours.backward(seed.to(ours.dtype))
-    theirs.backward(seed)
-    return [relative(ours, theirs), *(relative(a.grad, b.grad) for a, b in zip(found, exact, strict=True))]
+def compare_gradients(output: torch.Tensor, exact: torch.Tensor, inputs: list[torch.Tensor],
+                      exact_inputs: list[torch.Tensor]) -> list[float]:
+    """Return the relative errors of an output, and of the gradients of its inputs."""
+    seed = torch.randn_like(exact)
+    output.backward(seed.to(output.dtype))
+    exact.backward(seed)
+    return [compute_relative_error(output, exact), *(
+        compute_relative_error(tensor.grad, exact_tensor.grad)
+        for tensor, exact_tensor in zip(inputs, exact_inputs, strict=True))]
 
 
-WAYS = {"Transformer Engine": by_transformer_engine, "torch varlen": by_torch}
+WAYS = {"Transformer Engine": attend_by_transformer_engine, "torch varlen": attend_by_torch}
 """Name -> attention implementation."""
 
 
 def compare(way: Any, setting: Setting, heads: tuple[int, int], bounds: list[int],
             window: int) -> list[float]:
-    """Return the relative errors of the output and of the gradients of q, k and v, against `reference`."""
+    """Return the relative errors of output and gradients of q, k and v, against `attend_densely`."""
     torch.manual_seed(0)
     dtype = torch.float32 if setting.dry else torch.bfloat16
-    shape = [(bounds[-1], n, 32 if setting.dry else 128) for n in (heads[0], heads[1], heads[1])]
-    given = [torch.randn(s, device=setting.device, dtype=dtype) for s in shape]
-    found, exact = ([t.clone().to(kind).requires_grad_() for t in given] for kind in (dtype, torch.float32))
-    q, k, v = exact
-    return compare_gradients(way(*found, bounds, window), reference(q, k, v, bounds, window), found, exact)
+    shapes = [(bounds[-1], n, 32 if setting.dry else 128) for n in (heads[0], heads[1], heads[1])]
+    qkv = [torch.randn(shape, device=setting.device, dtype=dtype).requires_grad_() for shape in shapes]
+    exact_qkv = [tensor.detach().to(torch.float32, copy=True).requires_grad_() for tensor in qkv]
+    q, k, v = exact_qkv
+    return compare_gradients(way(*qkv, bounds, window), attend_densely(q, k, v, bounds, window), qkv,
+                             exact_qkv)
 
 
 def iter_cases(setting: Setting) -> Iterator[tuple[str, Callable[[], list[float]]]]:
     """Yield the name of each case, and the function that returns its errors."""
     num_tokens = 256 if setting.dry else 4096
     ways = WAYS if not setting.dry else ("Transformer Engine",)
-    bounds = {kind: bounds_of(shares, num_tokens) for kind, shares in DOCUMENTS.items()}
+    bounds = {kind: compute_bounds(shares, num_tokens) for kind, shares in DOCUMENTS.items()}
     for way, heads, kind, window in itertools.product(
             ways, HEADS[:2] if setting.dry else HEADS, DOCUMENTS, WINDOWS):
         yield (f"{way}, {heads[0]}/{heads[1]} heads, documents: {kind}, window {window}",
                partial(compare, WAYS[way], setting, heads, bounds[kind], window))
     if not setting.dry and not find_fla_problem():
         for kind in DOCUMENTS:
-            yield f"linear attention, documents: {kind}", partial(linear, setting, bounds[kind])
+            yield (f"linear attention, documents: {kind}",
+                   partial(compare_linear_attention, setting, bounds[kind]))
 
 
 def measure(setting: Setting) -> Figures:
@@ -145,8 +150,8 @@ def measure(setting: Setting) -> Figures:
             problems.append(f"{case}: {type(e).__name__}: {str(e)[:200]}")
             continue
         yield case, errors
-        if not largest(errors) < LIMIT:
-            problems.append(f"{case}: relative error {largest(errors):.2e}")
+        if not find_largest(errors) < LIMIT:
+            problems.append(f"{case}: relative error {find_largest(errors):.2e}")
     if setting.dry:
         yield "not in a dry run", ["torch varlen, linear attention: kernels for CUDA alone"]
     elif reason := find_fla_problem():

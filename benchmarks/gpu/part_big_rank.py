@@ -9,7 +9,7 @@ import traceback
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from setting import Figures, Setting, fail_on, largest
+from setting import Figures, Setting, fail_on, find_largest
 
 RECIPE, NUM_RANKS, RANK = "solar-open-102b", 512, 5
 LAYOUT = ("parallel.ep=64", "parallel.zero1=true", "train.micro_batch_size=1", "train.fp8=none")
@@ -108,7 +108,8 @@ def measure(setting: Setting, case: str) -> Figures:
         problems.append(f"the peak is {difference:+.0%} from the account")
     reference = setting.read_results().get(f"big_rank.{CASES[case].reference}", {}).get("figures", {})
     if expected := reference.get("losses"):
-        worst = largest(abs(a / b - 1) for a, b in zip(figures["losses"], expected, strict=True))
+        worst = find_largest(abs(loss / expected_loss - 1)
+                             for loss, expected_loss in zip(figures["losses"], expected, strict=True))
         if not worst <= LOSS_LIMIT:  # not >: the difference may be NaN
             problems.append(f"losses are {worst:.1%} from those of {CASES[case].reference}")
     if setting.dry:

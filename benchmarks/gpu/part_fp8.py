@@ -2,7 +2,7 @@
 
 import torch
 from quantizers.products import product
-from setting import Figures, Setting, fail_on, relative
+from setting import Figures, Setting, compute_relative_error, fail_on
 
 RECIPES = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling",
            "mxfp8": "MXFP8BlockScaling", "nvfp4": "NVFP4BlockScaling"}
@@ -18,14 +18,14 @@ DRY_LIMIT = 0.1
 """Limit of a dry run: its double multiplies in bf16, so the whole quantization error remains."""
 
 
-def available(setting: Setting) -> dict[str, str]:
+def find_missing_recipes(setting: Setting) -> dict[str, str]:
     """Return recipe -> reason that this chip lacks it; empty if the chip has it."""
     from megatron_sov.engine.parallel.gpu_libraries import find_fp8_problems
 
     return dict.fromkeys(RECIPES, "") if setting.dry else find_fp8_problems()
 
 
-def products(setting: Setting, fp8: str) -> dict[str, float]:
+def compare_products(setting: Setting, fp8: str) -> dict[str, float]:
     """Return product (fprop, dgrad, wgrad) of a linear layer -> relative difference from its emulation."""
     import transformer_engine.pytorch as te
     from transformer_engine.common import recipe as recipes
@@ -44,10 +44,10 @@ def products(setting: Setting, fp8: str) -> dict[str, float]:
     emulated = {"fprop": (y, product(x.detach(), w.t(), "fprop", fp8)),
                 "dgrad": (x.grad, product(gradient, w, "dgrad", fp8)),
                 "wgrad": (layer.weight.grad, product(gradient.t(), x.detach(), "wgrad", fp8))}
-    return {name: relative(found, expected) for name, (found, expected) in emulated.items()}
+    return {name: compute_relative_error(found, expected) for name, (found, expected) in emulated.items()}
 
 
-def limit(setting: Setting, fp8: str, product: str) -> float:
+def get_limit(setting: Setting, fp8: str, product: str) -> float:
     """Return the largest allowed relative difference between a product and its emulation on this chip."""
     if setting.dry:
         return DRY_LIMIT
@@ -62,17 +62,17 @@ def measure(setting: Setting) -> Figures:
         Failed: a product differs from its emulation.
     """
     problems = []
-    for fp8, reason in available(setting).items():
+    for fp8, reason in find_missing_recipes(setting).items():
         if reason:
             yield fp8, f"not on this chip: {reason}"
             continue
         try:
-            errors = products(setting, fp8)
+            errors = compare_products(setting, fp8)
         except Exception as e:  # report this recipe as a problem and continue with the others
             problems.append(f"{fp8}: {type(e).__name__}: {str(e)[:500]}")
             continue
         yield fp8, {"products": errors}
-        far = {name: error for name, error in errors.items() if not error <= limit(setting, fp8, name)}
+        far = {name: error for name, error in errors.items() if not error <= get_limit(setting, fp8, name)}
         if far and fp8 != "nvfp4":
             problems.append(f"{fp8}: products differ from their emulation: {far}")
     if setting.dry:

@@ -20,19 +20,19 @@ OF_A_DOUBLE = (" is gone", " says extension")
 """Ends of differences that are allowed for the double: unused names, and Python functions in place of C++."""
 
 
-def versions(setting: Setting) -> dict[str, str]:
+def read_versions(setting: Setting) -> dict[str, str]:
     """Return the versions of the installed packages, driver and chip."""
     import megatron.core
     import transformer_engine
 
-    found = {"torch": torch.__version__, "megatron-core": megatron.core.__version__,
-             "transformer-engine": str(getattr(transformer_engine, "__version__", "double"))}
+    versions = {"torch": torch.__version__, "megatron-core": megatron.core.__version__,
+                "transformer-engine": str(getattr(transformer_engine, "__version__", "double"))}
     if not setting.dry:
         properties = torch.cuda.get_device_properties(0)
-        found |= {"gpu": properties.name, "compute capability": f"{properties.major}.{properties.minor}",
-                  "memory GiB": f"{properties.total_memory / 2**30:.1f}",
-                  "cudnn": str(torch.backends.cudnn.version()), "cuda": str(torch.version.cuda)}
-    return found
+        versions |= {"gpu": properties.name, "compute capability": f"{properties.major}.{properties.minor}",
+                     "memory GiB": f"{properties.total_memory / 2**30:.1f}",
+                     "cudnn": str(torch.backends.cudnn.version()), "cuda": str(torch.version.cuda)}
+    return versions
 
 
 def can_import(name: str) -> bool:
@@ -44,7 +44,7 @@ def can_import(name: str) -> bool:
     return True
 
 
-def absent(symbols: dict[str, Any]) -> list[str]:
+def find_absent(symbols: dict[str, Any]) -> list[str]:
     """Return the names of the contract that cannot be imported, except those of `OLD`."""
     return [name for name, shape in symbols.items()
             if shape is not None and name not in OLD and not can_import(name)]
@@ -59,15 +59,17 @@ def measure(setting: Setting) -> Figures:
     # on a CPU it replaces triton kernels that megatron-core imports
     import megatron_sov.engine  # noqa: F401
 
-    yield "versions", versions(setting)
+    yield "versions", read_versions(setting)
     symbols = json.loads(contract.CONTRACT.read_text(encoding="utf-8"))[LIBRARY]["symbols"]
     yield "symbols", len(symbols)
     sources = contract.find_installed(LIBRARY)
     assert sources is not None
-    yield "differences", (found := list(contract.differences(symbols, sources)))
-    yield "do not import", (lacking := absent(symbols))
+    differences, absent = list(contract.differences(symbols, sources)), find_absent(symbols)
+    yield "differences", differences
+    yield "do not import", absent
+    problems = [*differences, *(f"{name}: does not import" for name in absent)]
     if setting.dry:  # the double lacks names that this project does not use
-        found, lacking = [d for d in found if not d.endswith(OF_A_DOUBLE)], []
-    if wrong := [*found, *(f"{name}: does not import" for name in lacking)]:
-        raise Failed(f"{len(wrong)} names are not the contract's, the first: {wrong[0]}")
-    yield "doctor", setting.command("megatron-sov", "doctor", on_gpu=not setting.dry).splitlines()
+        problems = [difference for difference in differences if not difference.endswith(OF_A_DOUBLE)]
+    if problems:
+        raise Failed(f"{len(problems)} names are not the contract's, the first: {problems[0]}")
+    yield "doctor", setting.run_command("megatron-sov", "doctor", on_gpu=not setting.dry).splitlines()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from setting import Figures, Setting, fail_on, largest, losses
+from setting import Figures, Setting, fail_on, find_largest, read_losses
 
 RECIPES = ("tiny-solar-open", "tiny-k-exaone")
 WAYS = {"bf16": ("train.precision=bf16",),
@@ -35,7 +35,7 @@ SMALL = ("model.num_layers=2", "model.hidden_size=64", "model.num_experts=4", "t
 """Settings of a dry run, which checks only that the commands work."""
 
 
-def data(setting: Setting) -> tuple[Path, list[list[str | Path]]]:
+def plan_packing(setting: Setting) -> tuple[Path, list[list[str | Path]]]:
     """Return the folder of token shards, packed from Python's standard library, and the commands that write
     it (none if it exists)."""
     folder = setting.work / "data"
@@ -52,17 +52,18 @@ def data(setting: Setting) -> tuple[Path, list[list[str | Path]]]:
          "--output", folder]]
 
 
-def training(setting: Setting, recipe: str, run: Path, steps: int, *settings: str,
-             resume: bool = False) -> list[str | Path]:
+def build_training_command(setting: Setting, recipe: str, run: Path, steps: int, *settings: str,
+                           resume: bool = False) -> list[str | Path]:
     """Return the command that starts or resumes the pretraining of a recipe for `steps` steps."""
     if not resume:
         shutil.rmtree(run, ignore_errors=True)  # a part that failed earlier may have left it
-    words = [word for given in (*COMMON, f"train.steps={steps}", *settings) for word in ("--set", given)]
-    return ["megatron-sov", "pretrain", recipe, "--data", data(setting)[0], "--run", run, "--nproc", "1",
-            *words, *["--resume"] * resume]
+    options = [word for text in (*COMMON, f"train.steps={steps}", *settings) for word in ("--set", text)]
+    folder, _ = plan_packing(setting)
+    return ["megatron-sov", "pretrain", recipe, "--data", folder, "--run", run, "--nproc", "1",
+            *options, *["--resume"] * resume]
 
 
-def as_after(run: Path, step: int, copy: Path) -> Path:
+def copy_run_at(run: Path, step: int, copy: Path) -> Path:
     """Copy a run to `copy`, reset to its checkpoint after `step` so that the copy can resume."""
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(run, copy)
@@ -73,12 +74,12 @@ def as_after(run: Path, step: int, copy: Path) -> Path:
     return copy
 
 
-def routers(run: Path, step: int) -> dict[str, torch.Tensor]:
+def read_routers(run: Path, step: int) -> dict[str, torch.Tensor]:
     """Return name -> weight [experts, hidden] of all routers in the checkpoint of `step`."""
-    found: dict[str, torch.Tensor] = {}
+    weights: dict[str, torch.Tensor] = {}
     for file in sorted((run / f"checkpoints/step-{step}/model").rglob("*.safetensors")):
-        found |= {n: t for n, t in load_file(file).items() if "router.weight" in n}
-    return found
+        weights |= {name: tensor for name, tensor in load_file(file).items() if "router.weight" in name}
+    return weights
 
 
 @dataclass(frozen=True)
@@ -94,8 +95,8 @@ class Comparison:
 
     def settings(self, setting: Setting, steps: int, *, on_gpu: bool) -> tuple[str, ...]:
         """Return the settings of the run on a device."""
-        given = (*SMALL * setting.dry, *WAYS[self.way], f"train.checkpoint_every_steps={steps // 2}")
-        return given if on_gpu else tuple(word for word in given if not word.startswith("gpu."))
+        settings = (*SMALL * setting.dry, *WAYS[self.way], f"train.checkpoint_every_steps={steps // 2}")
+        return settings if on_gpu else tuple(text for text in settings if not text.startswith("gpu."))
 
     def run(self, setting: Setting, steps: int, *, on_gpu: bool) -> Path:
         """Return the run folder, named by a digest of the settings: ways that are equal on the CPU share
@@ -106,16 +107,16 @@ class Comparison:
 
     def command(self, setting: Setting, steps: int, *, on_gpu: bool) -> list[str | Path]:
         """Return the command of the run on a device."""
-        return training(setting, self.recipe, self.run(setting, steps, on_gpu=on_gpu), steps,
-                        *self.settings(setting, steps, on_gpu=on_gpu))
+        return build_training_command(setting, self.recipe, self.run(setting, steps, on_gpu=on_gpu), steps,
+                                      *self.settings(setting, steps, on_gpu=on_gpu))
 
     def figures(self, setting: Setting, steps: int, cpu: list[float]) -> tuple[dict[str, Any], list[str]]:
         """Return the figures (GPU losses and their largest relative difference from the CPU's), and the
         problems: a difference above `LIMITS`, or a router without updates."""
         run = self.run(setting, steps, on_gpu=True)
-        gpu = losses(run)
-        worst = largest(abs(a - b) / abs(b) for a, b in zip(gpu, cpu, strict=True))
-        first, last = (routers(run, step) for step in (steps // 2, steps))
+        gpu = read_losses(run)
+        worst = find_largest(abs(a - b) / abs(b) for a, b in zip(gpu, cpu, strict=True))
+        first, last = (read_routers(run, step) for step in (steps // 2, steps))
         unchanged = [n for n in first if torch.equal(first[n], last[n])]
         problems = []
         if not first or unchanged:
@@ -125,12 +126,12 @@ class Comparison:
         return {"worst relative difference": worst, "gpu": gpu, "routers": len(first)}, problems
 
 
-def comparisons() -> list[Comparison]:
+def list_comparisons() -> list[Comparison]:
     """Return a comparison for each recipe and each of `WAYS`."""
     return [Comparison(recipe, way) for recipe in RECIPES for way in WAYS]
 
 
-def num_steps(setting: Setting) -> int:
+def get_num_steps(setting: Setting) -> int:
     """Return the number of training steps of a compared run."""
     return 4 if setting.dry else 20
 
@@ -139,9 +140,10 @@ STAYING, MOVED = "a run that stays on the CPU", "run-on-both-devices"
 """Figure of the CPU's rung with the losses of a run, and the folder of this run after its first half."""
 
 
-def moved_settings(setting: Setting) -> tuple[str, ...]:
+def list_moved_settings(setting: Setting) -> tuple[str, ...]:
     """Return the settings of the run that moves between devices."""
-    return (*SMALL * setting.dry, *WAYS["fp32"], f"train.checkpoint_every_steps={num_steps(setting) // 2}")
+    half = get_num_steps(setting) // 2
+    return (*SMALL * setting.dry, *WAYS["fp32"], f"train.checkpoint_every_steps={half}")
 
 
 def measure(setting: Setting, case: str) -> Figures:
@@ -156,44 +158,48 @@ def measure(setting: Setting, case: str) -> Figures:
 def measure_cpu(setting: Setting) -> Figures:
     """Pack data, train on the CPU, and yield the losses of each run. Only the data and the half of the run
     that moves remain in `work`."""
-    steps, half = num_steps(setting), num_steps(setting) // 2
+    steps, half = get_num_steps(setting), get_num_steps(setting) // 2
     staying = setting.work / "staying"
-    runs = {c.name: c.run(setting, steps, on_gpu=False) for c in comparisons()} | {STAYING: staying}
+    runs = {c.name: c.run(setting, steps, on_gpu=False) for c in list_comparisons()} | {STAYING: staying}
     commands = {c.run(setting, steps, on_gpu=False): c.command(setting, steps, on_gpu=False)
-                for c in comparisons()}
-    commands[staying] = training(setting, RECIPES[0], staying, 3 * half, *moved_settings(setting))
-    fail_on([problem for problem in setting.commands([*data(setting)[1], *commands.values()], on_gpu=False)
-             if problem])
-    yield from ((name, losses(run)) for name, run in runs.items())
-    as_after(staying, half, setting.work / MOVED)
+                for c in list_comparisons()}
+    commands[staying] = build_training_command(setting, RECIPES[0], staying, 3 * half,
+                                               *list_moved_settings(setting))
+    _, packing = plan_packing(setting)
+    problems = list(setting.run_commands([*packing, *commands.values()], on_gpu=False))
+    fail_on([problem for problem in problems if problem])
+    yield from ((name, read_losses(run)) for name, run in runs.items())
+    copy_run_at(staying, half, setting.work / MOVED)
     for run in commands:
         shutil.rmtree(run)
 
 
 def measure_gpu(setting: Setting) -> Figures:
     """Yield the figures of each comparison with the CPU's losses."""
-    steps, cpu = num_steps(setting), setting.get_figures("losses.cpu")
+    steps, cpu = get_num_steps(setting), setting.get_figures("losses.cpu")
     problems: list[str] = []
-    commands = [c.command(setting, steps, on_gpu=True) for c in comparisons()]
-    for comparison, problem in zip(comparisons(), setting.commands(commands), strict=True):
-        wrong = [problem]
-        if not problem:
-            found, wrong = comparison.figures(setting, steps, cpu[comparison.name])
-            yield comparison.name, found
-        problems += filter(None, wrong)
+    commands = [c.command(setting, steps, on_gpu=True) for c in list_comparisons()]
+    for comparison, problem in zip(list_comparisons(), setting.run_commands(commands), strict=True):
+        if problem:
+            problems.append(problem)
+            continue
+        figures, differences = comparison.figures(setting, steps, cpu[comparison.name])
+        yield comparison.name, figures
+        problems += differences
     fail_on(problems)
 
 
 def measure_moved(setting: Setting) -> Figures:
     """Continue the CPU's run on the GPU and then on the CPU; yield the difference from the run that stays."""
-    half, stayed = num_steps(setting) // 2, setting.get_figures("losses.cpu")[STAYING]
-    run = as_after(setting.work / MOVED, half, setting.work / "on-the-gpu")
+    half, stayed = get_num_steps(setting) // 2, setting.get_figures("losses.cpu")[STAYING]
+    run = copy_run_at(setting.work / MOVED, half, setting.work / "on-the-gpu")
     for on_gpu in (True, False):
-        command = training(setting, RECIPES[0], run, 3 * half, *moved_settings(setting), resume=True)
-        fail_on([problem for problem in setting.commands([command], on_gpu=on_gpu) if problem])
+        command = build_training_command(setting, RECIPES[0], run, 3 * half, *list_moved_settings(setting),
+                                         resume=True)
+        fail_on([problem for problem in setting.run_commands([command], on_gpu=on_gpu) if problem])
         if on_gpu:
-            run = as_after(run, 2 * half, setting.work / "and-back")
-    worst = largest(abs(a - b) / abs(b) for a, b in zip(losses(run), stayed, strict=True))
+            run = copy_run_at(run, 2 * half, setting.work / "and-back")
+    worst = find_largest(abs(a - b) / abs(b) for a, b in zip(read_losses(run), stayed, strict=True))
     yield "CPU, GPU, CPU", {"worst relative difference": worst}
     if not worst <= LIMITS["fp32"]:
         fail_on([f"a run that moves differs from one that stays by {worst:.2e}"])

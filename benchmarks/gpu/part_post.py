@@ -12,8 +12,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from part_losses import LIMITS, SMALL, data, training
-from setting import Figures, Setting, fail_on, largest, losses
+from part_losses import LIMITS, SMALL, build_training_command, plan_packing
+from setting import Figures, Setting, fail_on, find_largest, read_losses
 
 RECIPE = "tiny-k-exaone"
 """A recipe with sliding windows and a multi-token prediction layer."""
@@ -30,17 +30,17 @@ def write_rows(setting: Setting) -> None:
     chats, pairs, prompts = [], [], []
     for a in range(NUMBERS):
         for b in range(NUMBERS // 8):
-            asked, right = f"What is {a} plus {b}?", str(a + b)
-            turns = (("user", asked), ("assistant", right))
+            question, answer = f"What is {a} plus {b}?", str(a + b)
+            turns = (("user", question), ("assistant", answer))
             chats.append({"messages": [{"role": role, "content": text} for role, text in turns]})
-            pairs.append({"prompt": asked, "chosen": right, "rejected": str(a + b + 1)})
-            prompts.append({"prompt": asked, "answer": right})
+            pairs.append({"prompt": question, "chosen": answer, "rejected": str(a + b + 1)})
+            prompts.append({"prompt": question, "answer": answer})
     for name, lines in (("chats", chats), ("pairs", pairs), ("prompts", prompts)):
         file = setting.work / f"{name}.jsonl"
         file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
 
 
-def packing(setting: Setting) -> list[list[str | Path]]:
+def build_packing_commands(setting: Setting) -> list[list[str | Path]]:
     """Return the commands that pack chats.jsonl and pairs.jsonl into token shards."""
     tokenizer = setting.work / "tokenizer"
     return [["sov-data", "pack", "--tokenizer", tokenizer, "--format", kind,
@@ -49,12 +49,12 @@ def packing(setting: Setting) -> list[list[str | Path]]:
             for kind, name in (("chat", "chats"), ("preference", "pairs"))]
 
 
-def chain(setting: Setting, start: Path, work: Path, precision: str) -> list[list[str | Path]]:
+def build_chain(setting: Setting, start: Path, work: Path, precision: str) -> list[list[str | Path]]:
     """Return the post-training commands that start from the run `start` and write to the folder `work`."""
     def stage(*words: str | Path, run: str) -> list[str | Path]:
         settings = (f"train.precision={precision}", "optim.lr=5e-4", "optim.warmup_steps=0")
         return ["megatron-sov", *words, "--run", work / run, "--nproc", "1",
-                *[word for setting_ in settings for word in ("--set", setting_)]]
+                *[word for text in settings for word in ("--set", text)]]
 
     short = ["--set", f"train.steps={STEPS}", "--set", "train.global_batch_size=8"]
     rounds = ("rollout.rounds=2", "rollout.prompts_per_round=4", "rollout.samples_per_prompt=4",
@@ -71,10 +71,10 @@ def chain(setting: Setting, start: Path, work: Path, precision: str) -> list[lis
          str(NEW_TOKENS), "--output", work / "answers.jsonl", "--set", f"train.precision={precision}"],
         [*stage("rl", "run", "--from", work / "sft", "--prompts", prompts, "--reward", "repetition",
                 "--store", work / "store", run="rl"),
-         *[word for given in rounds for word in ("--set", given)]]]
+         *[word for text in rounds for word in ("--set", text)]]]
 
 
-def answers(work: Path) -> list[str]:
+def read_answers(work: Path) -> list[str]:
     """Return the greedy responses in answers.jsonl of a chain."""
     lines = (work / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["response"] for line in lines]
@@ -82,23 +82,26 @@ def answers(work: Path) -> list[str]:
 
 def read_chain(work: Path) -> dict[str, Any]:
     """Return the losses of each stage and the greedy responses of a chain."""
-    return {name: losses(work / name) for name in STAGES} | {"responses": answers(work)}
+    return {name: read_losses(work / name) for name in STAGES} | {"responses": read_answers(work)}
 
 
 def compare(gpu: Path, cpu: dict[str, Any], precision: str) -> tuple[dict[str, Any], list[str]]:
     """Return the figures (largest relative loss difference per stage, number of equal responses), and the
     problems."""
     on_gpu = read_chain(gpu)
-    found: dict[str, Any] = {name: largest(abs(a - b) / abs(b) for a, b in zip(
-        on_gpu[name], cpu[name], strict=True)) for name in STAGES}
-    problems = [f"{precision}, {name}: losses differ by {worst:.2e}" for name, worst in found.items()
-                if not worst <= LIMITS[precision]]
-    equal = sum(a == b for a, b in zip(on_gpu["responses"], cpu["responses"], strict=True))
-    found["same responses"] = f"{equal} of {len(cpu['responses'])}"
+    figures: dict[str, Any] = {}
+    problems = []
+    for name in STAGES:
+        differences = (abs(a - b) / abs(b) for a, b in zip(on_gpu[name], cpu[name], strict=True))
+        figures[name] = find_largest(differences)
+        if not figures[name] <= LIMITS[precision]:  # not >: the difference may be NaN
+            problems.append(f"{precision}, {name}: losses differ by {figures[name]:.2e}")
+    num_equal = sum(a == b for a, b in zip(on_gpu["responses"], cpu["responses"], strict=True))
+    figures["same responses"] = f"{num_equal} of {len(cpu['responses'])}"
     if precision == "fp32" and on_gpu["responses"] != cpu["responses"]:
-        problems.append(f"greedy responses: {found['same responses']} are the CPU's")
-    found["losses of rounds"] = losses(gpu / "rl")
-    return found, problems
+        problems.append(f"greedy responses: {figures['same responses']} are the CPU's")
+    figures["losses of rounds"] = read_losses(gpu / "rl")
+    return figures, problems
 
 
 START = "post-start"
@@ -116,18 +119,24 @@ def measure(setting: Setting, case: str) -> Figures:
     works = {precision: setting.work / f"post-{precision}-{case}" for precision in PRECISIONS}
     if not on_gpu:
         write_rows(setting)
-        words = training(setting, RECIPE, start, STEPS, *SMALL * setting.dry, "train.precision=fp32")
-        commands = [*data(setting)[1], *packing(setting), words]
+        pretraining = build_training_command(setting, RECIPE, start, STEPS, *SMALL * setting.dry,
+                                             "train.precision=fp32")
+        commands = [*plan_packing(setting)[1], *build_packing_commands(setting), pretraining]
         # without data and a pretrained run no chain can start
-        fail_on([problem for problem in setting.commands(commands, on_gpu=False) if problem])
-    chains = [words for precision, work in works.items() for words in chain(setting, start, work, precision)]
-    problems += [problem for problem in setting.commands(chains, on_gpu=on_gpu) if problem]
+        fail_on([problem for problem in setting.run_commands(commands, on_gpu=False) if problem])
+    chains = [command for precision, work in works.items()
+              for command in build_chain(setting, start, work, precision)]
+    problems += [problem for problem in setting.run_commands(chains, on_gpu=on_gpu) if problem]
     for precision, work in works.items():
+        figures: dict[str, Any] = {}
         try:
-            found, wrong = (compare(work, cpu[precision], precision) if on_gpu else (read_chain(work), []))
+            if on_gpu:
+                figures, differences = compare(work, cpu[precision], precision)
+                problems += differences
+            else:
+                figures = read_chain(work)
         except OSError as e:  # a failed command has written no losses or answers
-            found, wrong = {}, [f"{precision}: {e}"]
-        yield precision, found
-        problems += wrong
+            problems.append(f"{precision}: {e}")
+        yield precision, figures
         shutil.rmtree(work, ignore_errors=True)
     fail_on(problems)

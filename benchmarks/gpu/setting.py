@@ -124,7 +124,7 @@ class Setting:
             raise Failed(f"run {rung} first, or give the journal of its run by --carry")
         return dict(result["figures"])
 
-    def command(self, *words: str | Path, on_gpu: bool = True) -> str:
+    def run_command(self, *words: str | Path, on_gpu: bool = True) -> str:
         """Run a command (a key of `PROGRAMS`, then its words) in a process, and return its standard output.
 
         Raises:
@@ -138,7 +138,7 @@ class Setting:
                          f"{completed.stderr.strip()[-2000:]}")
         return completed.stdout
 
-    def commands(self, commands: Sequence[Sequence[str | Path]], *, on_gpu: bool = True) -> Iterator[str]:
+    def run_commands(self, commands: Sequence[Sequence[str | Path]], *, on_gpu: bool = True) -> Iterator[str]:
         """Run commands (a key of `PROGRAMS`, then words) one after another in one process. Yield "" or the
         error of each as soon as it ends. After a failure, a new process runs the remaining commands."""
         rest = [[str(word) for word in words] for words in commands]
@@ -183,21 +183,23 @@ def build_environment(on_gpu: bool) -> dict[str, str]:
     paths = os.pathsep.join([str(ROOT), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
     return {**os.environ, "PYTHONPATH": paths.rstrip(os.pathsep), **hidden}
-def relative(found: Any, expected: Any) -> float:
+
+
+def compute_relative_error(found: Any, expected: Any) -> float:
     """Return ||found - expected|| / ||expected||, computed in float64 on the CPU."""
     expected = expected.detach().double().cpu()
     difference = found.detach().double().cpu() - expected
     return float(difference.norm() / expected.norm().clamp_min(1e-300))
 
 
-def largest(values: Iterable[float]) -> float:
+def find_largest(values: Iterable[float]) -> float:
     """Return the largest number, or NaN if any is NaN; `max` would skip NaN."""
     result = list(values)
     return math.nan if any(map(math.isnan, result)) else max(result)
 
 
-def losses(run: Path) -> list[float]:
+def read_losses(run: Path) -> list[float]:
     """Return the loss of each step of a run; the last loss of a step that a resumed run has repeated."""
     events = (json.loads(line) for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines())
-    found = {e["step"]: e["loss"] for e in events if e["event"] == "step"}
-    return [found[step] for step in sorted(found)]
+    by_step = {event["step"]: event["loss"] for event in events if event["event"] == "step"}
+    return [by_step[step] for step in sorted(by_step)]

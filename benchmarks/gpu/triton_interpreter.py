@@ -38,7 +38,7 @@ Case = tuple[str, float, float]
 """Name, error, limit."""
 
 
-def triton_folder() -> Path | None:
+def find_triton_folder() -> Path | None:
     """Return a folder with Triton from its wheel, or None if Triton is installed.
 
     Raises:
@@ -70,7 +70,7 @@ def stub(name: str, folder: Path, **values: Any) -> None:
 def prepare() -> None:
     """Select Triton's interpreter, and create all tensors on the CPU."""
     os.environ["TRITON_INTERPRET"] = "1"
-    if folder := triton_folder():
+    if folder := find_triton_folder():
         sys.path.insert(0, str(folder))
     from triton.runtime import autotuner
 
@@ -108,14 +108,14 @@ def stub_megatron() -> None:
     stub("megatron.core.jit", home, jit_fuser=lambda f: f)
 
 
-def error(found: Any, expected: Any) -> float:
+def compute_error(found: Any, expected: Any) -> float:
     """Return the largest absolute difference, relative to the largest value."""
     found, expected = found.detach().double(), expected.detach().double()
     assert found.shape == expected.shape, (found.shape, expected.shape)
     return float((found - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def permutations(quick: bool) -> Iterator[Case]:
+def compare_permutations(quick: bool) -> Iterator[Case]:
     """Compare token permutation, its inverse and the sorting of chunks with the double."""
     import torch
 
@@ -137,36 +137,36 @@ def permutations(quick: bool) -> Iterator[Case]:
         permuted, _, weights = kernels.permute_with_mask_map(
             x, rows, probs, None, None, tokens, experts, tokens * top, hidden, 0)
         theirs, their_weights, their_rows = double.moe_permute_with_probs(x, probs, routing, tokens * top)
-        yield f"permute, {name}", error(permuted, theirs), 0.0
-        yield f"permute, weights, {name}", error(weights, their_weights), 0.0
+        yield f"permute, {name}", compute_error(permuted, theirs), 0.0
+        yield f"permute, weights, {name}", compute_error(weights, their_weights), 0.0
         for merging in (None, probs):
             back, _ = kernels.unpermute_with_mask_map(permuted, rows, merging, None, None, tokens, experts,
                                                       hidden)
             expected = double.moe_unpermute(theirs, their_rows, merging, x.shape)
             weighted = ", weighted" if merging is not None else ""
-            yield f"unpermute{weighted}, {name}", error(back, expected), limit
+            yield f"unpermute{weighted}, {name}", compute_error(back, expected), limit
         leaf, merging = theirs.float().requires_grad_(), probs.clone().requires_grad_()
         gradient = torch.randn(tokens, hidden).to(dtype)
         double.moe_unpermute(leaf, their_rows, merging, x.shape).backward(gradient.float())
         found = kernels.unpermute_with_mask_map_bwd_with_merging_probs(
             gradient, rows, permuted, probs, None, tokens, experts, tokens * top, hidden)
-        yield f"unpermute, weighted, gradient of rows, {name}", error(found[0], leaf.grad), limit
+        yield f"unpermute, weighted, gradient of rows, {name}", compute_error(found[0], leaf.grad), limit
         # the kernel leaves entries of unchosen experts unwritten or zero
         yield (f"unpermute, weighted, gradient of weights, {name}",
-               error(found[1] * routing, merging.grad * routing), limit)  # type: ignore[operator]
+               compute_error(found[1] * routing, merging.grad * routing), limit)  # type: ignore[operator]
         sizes = torch.tensor([5, 0, 9, tokens - 14])
         order = torch.tensor([2, 0, 3, 1])
         chunk_map = kernels.make_chunk_sort_map(sizes, order, tokens, 4)
         found, weights = kernels.sort_chunks_by_map(x, chunk_map, probs[:, 0].contiguous(), tokens, hidden,
                                                     True)
         expected = double.moe_sort_chunks_by_index_with_probs(x, probs[:, 0], sizes, order)
-        yield f"sort chunks, {name}", error(found, expected[0]), 0.0
-        yield f"sort chunks, weights, {name}", error(weights, expected[1]), 0.0
+        yield f"sort chunks, {name}", compute_error(found, expected[0]), 0.0
+        yield f"sort chunks, weights, {name}", compute_error(weights, expected[1]), 0.0
         found, _ = kernels.sort_chunks_by_map(found, chunk_map, None, tokens, hidden, False)
-        yield f"sort chunks and back, {name}", error(found, x), 0.0
+        yield f"sort chunks and back, {name}", compute_error(found, x), 0.0
 
 
-def losses(quick: bool) -> Iterator[Case]:
+def compare_losses(quick: bool) -> Iterator[Case]:
     """Compare cross entropy and its gradient, padded scales and grouped bias gradients with torch."""
     import torch
     from torch.nn import functional
@@ -185,12 +185,12 @@ def losses(quick: bool) -> Iterator[Case]:
         expected.backward(seed.flatten())
         loss, saved, stats, kept, count, rank, size = entropy.cross_entropy_forward(
             logits.clone(), target, 0.0, False, None, -100, False)
-        yield f"cross entropy, {name}", error(loss.flatten(), expected), 1e-6
+        yield f"cross entropy, {name}", compute_error(loss.flatten(), expected), 1e-6
         found = entropy.cross_entropy_backward(saved, stats, kept, count, seed, 0.0, False, rank, size, -100)
-        yield f"cross entropy, gradient, {name}", error(found, leaf.grad), LIMITS[name]
+        yield f"cross entropy, gradient, {name}", compute_error(found, leaf.grad), LIMITS[name]
     pad = import_module("transformer_engine.pytorch.triton.pad")
     scales = torch.randint(255, (200, 7), dtype=torch.uint8)
-    yield ("padded scales", error(pad.pad_columnwise_scale_inv(scales),
+    yield ("padded scales", compute_error(pad.pad_columnwise_scale_inv(scales),
                                   functional.pad(scales, (0, 1, 0, 56))), 0.0)
     grouped = import_module("transformer_engine.pytorch.triton.grouped_dbias_dscales")
     tokens, hidden, groups = (50, 130, 3) if quick else (300, 300, 8)
@@ -200,14 +200,14 @@ def losses(quick: bool) -> Iterator[Case]:
     offsets = torch.cat([torch.tensor([0]), ends, torch.tensor([tokens])])
     group = torch.bucketize(torch.arange(tokens), offsets[1:-1], right=True)
     sums = torch.zeros(groups, hidden)
-    yield ("grouped sums of biases", error(grouped.compute_grouped_dbias(dy, offsets, groups),
+    yield ("grouped sums of biases", compute_error(grouped.compute_grouped_dbias(dy, offsets, groups),
                                            sums.index_add(0, group, dy)), 1e-5)
     found, weights = grouped.compute_grouped_dbias_dscales(dy, given, bias, offsets)
-    yield "grouped sums, scaled", error(found, sums.index_add(0, group, dy * given[:, None])), 1e-5
-    yield "grouped sums, gradient of scales", error(weights, (dy * bias[group]).sum(1)), 1e-5
+    yield "grouped sums, scaled", compute_error(found, sums.index_add(0, group, dy * given[:, None])), 1e-5
+    yield "grouped sums, gradient of scales", compute_error(weights, (dy * bias[group]).sum(1)), 1e-5
 
 
-def routing_maps(quick: bool) -> Iterator[Case]:
+def compare_routing_maps(quick: bool) -> Iterator[Case]:
     """Compare conversion of expert indices to a multi-hot map, its gradient, and map padding with torch."""
     import torch
 
@@ -223,16 +223,16 @@ def routing_maps(quick: bool) -> Iterator[Case]:
     theirs, = torch.autograd.grad((expected * seed).sum(), probs)
     chosen, weights = converter.fused_indices_to_multihot(indices, probs, experts)
     found, = torch.autograd.grad((weights * seed).sum(), probs)
-    yield "choices to a map", error(chosen, expected.detach() > 0), 0.0
-    yield "choices to a map, weights", error(weights, expected), 0.0
-    yield "choices to a map, gradient", error(found, theirs), 0.0
+    yield "choices to a map", compute_error(chosen, expected.detach() > 0), 0.0
+    yield "choices to a map, weights", compute_error(weights, expected), 0.0
+    yield "choices to a map, gradient", compute_error(found, theirs), 0.0
     routing = torch.rand(tokens, experts) < 0.3
     zeros = (~routing).cumsum(0)  # padding adds the first tokens that are not routed to an expert
     expected = routing | (zeros <= (-routing.sum(0)) % 8) & ~routing
-    yield "padded map", error(padding.fused_pad_routing_map(routing, 8), expected), 0.0
+    yield "padded map", compute_error(padding.fused_pad_routing_map(routing, 8), expected), 0.0
 
 
-def rotated(x: Any, cos: Any, sin: Any) -> Any:
+def rotate_pairs(x: Any, cos: Any, sin: Any) -> Any:
     """Return `x` rotated by angles with these cosines and sines: interleaved pairs become two halves."""
     import torch
 
@@ -242,7 +242,7 @@ def rotated(x: Any, cos: Any, sin: Any) -> Any:
                       second * cos[..., half:] + first * sin[..., half:]], -1)
 
 
-def rotations(quick: bool) -> Iterator[Case]:
+def compare_rotations(quick: bool) -> Iterator[Case]:
     """Compare megatron-core's rotary embedding of latent attention, and its gradients, with a torch
     formula."""
     import torch
@@ -260,38 +260,39 @@ def rotations(quick: bool) -> Iterator[Case]:
     seed = torch.randn_like(query)
 
     def formula(q: Any) -> Any:
-        return torch.cat([q[..., :plain], rotated(q[..., plain:], cos[positions, 0], sin[positions, 0])], -1)
+        turned_part = rotate_pairs(q[..., plain:], cos[positions, 0], sin[positions, 0])
+        return torch.cat([q[..., :plain], turned_part], -1)
 
     leaf = query.clone().requires_grad_()
     formula(leaf).backward(seed)
     given = query.clone().requires_grad_()
     result = rope.fused_apply_mla_rope_for_q(given * 1.0, cos, sin, plain, turned, packed)
     result.backward(seed.clone())
-    yield "rotated queries", error(result, formula(query)), 1e-6
-    yield "rotated queries, gradient", error(given.grad, leaf.grad), 1e-6
+    yield "rotated queries", compute_error(result, formula(query)), 1e-6
+    yield "rotated queries, gradient", compute_error(given.grad, leaf.grad), 1e-6
     both, shared = torch.randn(total, heads, plain + value), torch.randn(total, 1, turned)
     leaves = [t.clone().requires_grad_() for t in (both, shared)]
-    keys = torch.cat([leaves[0][..., :plain], rotated(
+    keys = torch.cat([leaves[0][..., :plain], rotate_pairs(
         leaves[1], cos[positions, 0], sin[positions, 0]).expand(-1, heads, -1)], -1)
     seeds = torch.randn_like(keys), torch.randn(total, heads, value)
     torch.autograd.backward([keys, leaves[0][..., plain:]], seeds)
     ours = [t.clone().requires_grad_() for t in (both, shared)]
     result = rope.fused_apply_mla_rope_for_kv(*ours, cos, sin, turned, plain, value, packed)
     torch.autograd.backward(list(result), [s.clone() for s in seeds])
-    yield "rotated keys", error(result[0], keys), 1e-6
-    yield "values", error(result[1], both[..., plain:]), 0.0
-    yield "rotated keys, gradient", error(ours[0].grad, leaves[0].grad), 1e-6
-    yield "rotated keys, gradient of the shared part", error(ours[1].grad, leaves[1].grad), 1e-5
+    yield "rotated keys", compute_error(result[0], keys), 1e-6
+    yield "values", compute_error(result[1], both[..., plain:]), 0.0
+    yield "rotated keys, gradient", compute_error(ours[0].grad, leaves[0].grad), 1e-6
+    yield "rotated keys, gradient of the shared part", compute_error(ours[1].grad, leaves[1].grad), 1e-5
 
 
-def cases(quick: bool) -> Iterator[Case]:
+def iter_cases(quick: bool) -> Iterator[Case]:
     """Yield all cases; names begin with library and version."""
-    for measured in (permutations, losses):
+    for measured in (compare_permutations, compare_losses):
         for name, apart, limit in measured(quick):
             yield f"Transformer Engine {TE_VERSION}: {name}", apart, limit
     version = metadata.version("megatron-core")
     stub_megatron()
-    for measured in (routing_maps, rotations):
+    for measured in (compare_routing_maps, compare_rotations):
         for name, apart, limit in measured(quick):
             yield f"megatron-core {version}: {name}", apart, limit
 
@@ -300,7 +301,7 @@ def main() -> int:
     """Print every case; return 1 if an error is above its limit."""
     start_s, failed = time.monotonic(), 0
     prepare()
-    for name, apart, limit in cases("--quick" in sys.argv):
+    for name, apart, limit in iter_cases("--quick" in sys.argv):
         failed += not apart <= limit
         print(json.dumps({"case": name, "error": apart, "limit": limit}), flush=True)
     print(f"{time.monotonic() - start_s:.0f} s, {platform.machine()}, triton {TRITON}", file=sys.stderr)

@@ -22,6 +22,7 @@ class Pictures(RandomRows):
 
     folder: str
     """Folder for the picture files."""
+
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         from PIL import Image, ImageDraw
 

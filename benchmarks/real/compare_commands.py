@@ -42,13 +42,13 @@ def main() -> int:
           f"{time.strftime('%Y-%m-%d')}")
     failed = 0
     for name in args.only:
-        began_s = time.monotonic()
+        begin_s = time.monotonic()
         try:
             ours, reference, agrees = STEPS[name](session)
         except RuntimeError as e:  # a command of ours ended with another exit code
             ours, reference, agrees = str(e), "-", False
         failed += not agrees
-        print(f"{'ok  ' if agrees else 'FAIL'} {name}, {time.monotonic() - began_s:.0f} s\n"
+        print(f"{'ok  ' if agrees else 'FAIL'} {name}, {time.monotonic() - begin_s:.0f} s\n"
               f"     ours: {ours}\n     reference: {reference}", flush=True)
     print(f"{len(args.only) - failed} of {len(args.only)} steps agree with their reference")
     return int(failed > 0)

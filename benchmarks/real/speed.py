@@ -153,14 +153,14 @@ model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
 chats = [[{{"role": "user", "content": json.loads(line)["prompt"]}}] for line in open(prompts)]
 texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
-end, tokens, began_s = tokenizer.convert_tokens_to_ids("<|im_end|>"), 0, time.process_time()
+end, tokens, begin_s = tokenizer.convert_tokens_to_ids("<|im_end|>"), 0, time.process_time()
 for first in range(0, len(texts), batch):
     rows = tokenizer(texts[first:first + batch], return_tensors="pt", padding=True)
     out = model.generate(**rows, max_new_tokens={NEW_TOKENS}, do_sample=False, pad_token_id=0,
                          eos_token_id=end)
     for row in out[:, rows["input_ids"].shape[1]:].tolist():
         tokens += row.index(end) + 1 if end in row else len(row)
-print(json.dumps([time.process_time() - began_s, tokens]))
+print(json.dumps([time.process_time() - begin_s, tokens]))
 """
 
 

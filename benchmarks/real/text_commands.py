@@ -41,8 +41,8 @@ def compare_greedy_texts(session: Session) -> Outcome:
         session.run("generate", target, "--chat", "--prompts", "questions.jsonl", "--max-new-tokens", "24",
                     "--output", f"{target}.texts.jsonl")
         rows = [*session.read_rows(f"{target}.texts.jsonl")]
-        texts = [row["response"].strip() for row in rows]
-        counts.append(sum(map(str.__eq__, texts, (text.strip() for text in expected))))
+        pairs = zip(rows, expected, strict=True)
+        counts.append(sum(row["response"].strip() == text.strip() for row, text in pairs))
         (session.folder / f"{target}.texts.jsonl").unlink()
     return (f"checkpoint {counts[0]} and folder {counts[1]} of {len(QUESTIONS)} greedy texts equal",
             "transformers, float32", counts == [len(QUESTIONS)] * 2)

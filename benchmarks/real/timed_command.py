@@ -45,11 +45,11 @@ def record_start(*args: Any, **kwargs: Any) -> Any:
 
 
 def record_generation(*args: Any, **kwargs: Any) -> Any:
-    began_s = time.process_time()
+    begin_s = time.process_time()
     try:
         return generate(*args, **kwargs)
     finally:
-        generations.append(time.process_time() - began_s)
+        generations.append(time.process_time() - begin_s)
 
 
 def record_row(decoder: Any, read: DecodeOutput, places: Any) -> Any:
@@ -67,13 +67,13 @@ def time_products() -> float:
     """Repeat the matrix products of all recorded rows twice; return the processor seconds of the faster."""
     seconds = []
     for _ in range(2):
-        began_s = time.process_time()
+        begin_s = time.process_time()
         for num_tokens, num_places in rows:
             inputs = {weight.shape[1]: torch.ones(num_tokens, weight.shape[1]) for weight in weights}
             for weight in weights[:-1]:
                 torch.nn.functional.linear(inputs[weight.shape[1]], weight)
             torch.nn.functional.linear(inputs[weights[-1].shape[1]][:num_places], weights[-1])
-        seconds.append(time.process_time() - began_s)
+        seconds.append(time.process_time() - begin_s)
     return min(seconds)
 
 

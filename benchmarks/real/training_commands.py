@@ -75,7 +75,8 @@ def format_losses(losses: Sequence[float]) -> str:
 
 def compare_losses(session: Session, run: str, expected: list[float]) -> Outcome:
     ours = read_losses(session, run)
-    close = len(ours) == len(expected) and max(map(abs, map(float.__sub__, ours, expected))) < 2e-4
+    close = len(ours) == len(expected) and all(
+        abs(loss - reference) < 2e-4 for loss, reference in zip(ours, expected, strict=True))
     return format_losses(ours), f"transformers and torch's AdamW: {format_losses(expected)}", close
 
 

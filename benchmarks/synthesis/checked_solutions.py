@@ -42,8 +42,10 @@ SETTINGS = ("train.num_threads=1", "train.checkpoint_every_steps=100000", "train
             format_single_phase(96))
 """A row of 96 tokens holds every conversation, so that no answer is truncated."""
 LR = {"pretrain": 4e-3, "sft": 3e-3}
-WRONG_SHARE, LAST_RIGHT_DIGIT = 0.75, 5
-"""Share of wrong solutions of numbers whose first digit is larger."""
+LAST_RIGHT_DIGIT = 5
+"""Solutions of numbers whose first digit is larger may be wrong."""
+WRONG_SHARE = 0.75
+"""Share of wrong solutions among those."""
 SOLUTIONS = ("The end of {} tells it. \\boxed{{{}}}", "Halves of {} leave this: \\boxed{{{}}}",
              "Count {} in twos, see \\boxed{{{}}}", "Pairs of {} are made, over is \\boxed{{{}}}")
 
@@ -158,10 +160,11 @@ def print_report(work: Path) -> None:
             if (accuracy := SeedRun(seed, work).read_accuracy(arm)) is not None:
                 accuracies[arm][seed] = accuracy
         print(f"seed {seed}: {summary['num_kept']} solutions kept of {summary['num_samples']}; "
-              + ", ".join(f"{arm} {found[seed]:.0f}" for arm, found in accuracies.items() if seed in found))
-    for arm, found in accuracies.items():
-        if found:
-            print(f"  {arm:<10} {format_over_seeds([*found.values()], '5.1f')}  ({len(found)} seeds)")
+              + ", ".join(f"{arm} {of_seeds[seed]:.0f}" for arm, of_seeds in accuracies.items()
+                          if seed in of_seeds))
+    for arm, of_seeds in accuracies.items():
+        if of_seeds:
+            print(f"  {arm:<10} {format_over_seeds([*of_seeds.values()], '5.1f')}  ({len(of_seeds)} seeds)")
     gaps = [accuracies["kept"][seed] - unchecked for seed, unchecked in accuracies["unchecked"].items()
             if seed in accuracies["kept"]]
     if gaps:
@@ -175,9 +178,10 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--print", dest="only_print", action="store_true", help="only print stored results")
     args = parser.parse_args()
-    for seed in [] if args.only_print else args.seeds:
-        for arm in args.arms:
-            SeedRun(seed, args.work).run_arm(arm)
+    if not args.only_print:
+        for seed in args.seeds:
+            for arm in args.arms:
+                SeedRun(seed, args.work).run_arm(arm)
     print_report(args.work)
 
 

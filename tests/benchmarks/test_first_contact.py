@@ -30,7 +30,7 @@ import part_losses
 import part_post
 import part_transfers
 from part_big_rank import CASES, LAYOUT, NUM_RANKS, RECIPE
-from setting import CUT, EVENTS, PASS, RUNGS, Failed, Rung, Setting, largest
+from setting import CUT, EVENTS, PASS, RUNGS, Failed, Rung, Setting, find_largest
 
 ROOT = Path(__file__).parents[2]
 GPU = ROOT / "benchmarks/gpu"
@@ -178,9 +178,9 @@ def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path:
             command(self, *words)
             yield ""
 
-    monkeypatch.setattr(Setting, "command", command)
-    monkeypatch.setattr(Setting, "commands", commands)
-    monkeypatch.setattr(part_losses, "data", lambda setting: (packed_data.text, []))
+    monkeypatch.setattr(Setting, "run_command", command)
+    monkeypatch.setattr(Setting, "run_commands", commands)
+    monkeypatch.setattr(part_losses, "plan_packing", lambda setting: (packed_data.text, []))
     monkeypatch.setattr(part_losses, "WAYS", {"fp32": part_losses.WAYS["fp32"]})
     monkeypatch.setattr(part_losses, "RECIPES", part_losses.RECIPES[:1])
     setting = build_setting(tmp_path)
@@ -189,13 +189,13 @@ def test_parts_that_start_commands(run_command: Any, packed_data: Any, tmp_path:
     assert {losses[name]["worst relative difference"]
             for name in ("tiny-solar-open, fp32", "CPU, GPU, CPU")} == {0.0}
     # files of a failed part do not interfere
-    command(setting, *part_losses.training(setting, "tiny-solar-open", setting.work / "staying", 1,
-                                           *part_losses.SMALL))
-    again = part_losses.losses(setting.work / "staying")
+    command(setting, *part_losses.build_training_command(
+        setting, "tiny-solar-open", setting.work / "staying", 1, *part_losses.SMALL))
+    again = part_losses.read_losses(setting.work / "staying")
     assert again == losses["tiny-solar-open, fp32"]["gpu"][:1]
     monkeypatch.setattr(part_post, "PRECISIONS", ("fp32",))
     monkeypatch.setattr(part_post, "NUMBERS", 16)
-    monkeypatch.setattr(part_post, "data", part_losses.data)
+    monkeypatch.setattr(part_post, "plan_packing", part_losses.plan_packing)
     (setting.work / "tokenizer").symlink_to(packed_data.tokenizer)
     behind = run_rungs_here(setting, "post.cpu", "post.gpu")["fp32"]
     assert behind.pop("same responses") == "32 of 32" and len(behind.pop("losses of rounds")) == 2
@@ -228,15 +228,15 @@ def test_the_real_library_has_the_contracts_shape() -> None:
 def test_nan_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`max` and `>` both pass over NaN, the first thing that a broken kernel gives."""
     nan = float("nan")
-    assert largest([1.0, 3.0, 2.0]) == 3
-    assert math.isnan(largest([1.0, nan])) and math.isnan(largest([nan, 1.0]))
+    assert find_largest([1.0, 3.0, 2.0]) == 3
+    assert math.isnan(find_largest([1.0, nan])) and math.isnan(find_largest([nan, 1.0]))
     setting = build_setting(tmp_path)
-    monkeypatch.setattr(part_fp8, "products", lambda *_: {"fprop": 0.01, "dgrad": nan, "wgrad": 0.01})
+    monkeypatch.setattr(part_fp8, "compare_products", lambda *_: {"fprop": 0.01, "dgrad": nan, "wgrad": 0.01})
     figures: dict[str, Any] = {}
     with pytest.raises(Failed, match="tensorwise: products differ from their emulation"):
         figures.update(part_fp8.measure(setting))
-    monkeypatch.setattr(part_losses, "losses", lambda run: [1.0, nan])
-    monkeypatch.setattr(part_losses, "routers", lambda run, step: {"router": torch.tensor(float(step))})
+    monkeypatch.setattr(part_losses, "read_losses", lambda run: [1.0, nan])
+    monkeypatch.setattr(part_losses, "read_routers", lambda run, step: {"router": torch.tensor(float(step))})
     _, [problem] = part_losses.Comparison("tiny-solar-open", "fp32").figures(setting, 2, [1.0, 1.0])
     assert problem.startswith("tiny-solar-open, fp32: losses differ by nan")
 

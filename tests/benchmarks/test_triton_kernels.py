@@ -19,7 +19,7 @@ GPU = Path(triton_interpreter.__file__).parent
 def path() -> str:
     """PYTHONPATH with which Triton can be imported."""
     try:
-        folder = triton_interpreter.triton_folder()
+        folder = triton_interpreter.find_triton_folder()
     except OSError as e:
         pytest.skip(str(e))
     return os.pathsep.join(filter(None, [str(folder or ""), os.environ.get("PYTHONPATH", "")]))

@@ -9,7 +9,9 @@ from megatron_sov.base.artifacts import sha256_file
 from tests.command_output import Main
 
 Proof = tuple[bool, str]
+"""Result of `Encoder.prove_fast`."""
 PROOFS: dict[str, Proof] = {}
+"""Hash of a tokenizer file -> its proof."""
 
 
 @pytest.fixture

@@ -20,9 +20,10 @@ from megatron_sov.rollouts.prompts import read_prompts
 
 datasets = pytest.importorskip("datasets", reason="the extra `eval` is not installed")
 Rows = list[dict[str, Any]]
-Shown = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
+Rendered = tuple[list[dict[str, Any]], list[dict[str, Any]] | None]
 """Messages and tools, the arguments of a chat template."""
 STORED = ("lines.jsonl", "list.json", "a.parquet", "disk", "hub")
+"""Files and folders in which `store` saves the same rows."""
 IMAGE = b"\x89PNG\r\n"
 
 
@@ -40,27 +41,29 @@ def tool(name: str, argument: str) -> dict[str, Any]:
         "type": "object", "properties": {argument: {"type": "string", "description": "what"}}}}}
 
 
-def using(name: str, argument: str) -> list[dict[str, Any]]:
+def use_tool(name: str, argument: str) -> list[dict[str, Any]]:
+    """Return a chat in which the assistant calls a function."""
     return [say("user", "Do it."), {"role": "assistant", "content": "", "tool_calls": [
         {"type": "function", "function": {"name": name, "arguments": {argument: "it"}}}]},
         {"role": "tool", "name": name, "content": "done"}, say("assistant", "Yes.")]
 
 
 def qa(question: str, answer: str, *before: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the messages `before`, then a question and its answer."""
     return [*before, say("user", question), say("assistant", answer)]
 
 
 SYSTEM, LIGHT, FIND = say("system", "Be short."), tool("light", "room"), tool("find", "thing")
 PAIRS = [qa("Sky?", "blue"), qa("Sky?", "green"), qa("Grass?", "green"), qa("Grass?", "red")]
-"""Chosen and rejected of two pairs."""
-CHATS: dict[str, tuple[Rows, list[Shown]]] = {
+"""The chats of two preference pairs: chosen, rejected, chosen, rejected."""
+CHATS: dict[str, tuple[Rows, list[Rendered]]] = {
     "trl messages": ([{"messages": qa("Sky?", "blue")}, {"messages": qa("a", "b", SYSTEM)}],
                      [(qa("Sky?", "blue"), None), (qa("a", "b", SYSTEM), None)]),
     "trl messages and tools": (
         # `datasets` gives each call and tool the fields of the others, as nulls
-        [{"messages": using("light", "room"), "tools": [LIGHT, FIND]},
-         {"messages": using("find", "thing"), "tools": [FIND]}],
-        [(using("light", "room"), [LIGHT, FIND]), (using("find", "thing"), [FIND])]),
+        [{"messages": use_tool("light", "room"), "tools": [LIGHT, FIND]},
+         {"messages": use_tool("find", "thing"), "tools": [FIND]}],
+        [(use_tool("light", "room"), [LIGHT, FIND]), (use_tool("find", "thing"), [FIND])]),
     "trl prompt and completion": ([{"prompt": "Sky?", "completion": "blue"}], [(qa("Sky?", "blue"), None)]),
     "trl conversational prompt and completion": (
         [{"prompt": [SYSTEM, say("user", "Sky?")], "completion": [say("assistant", "blue")]}],
@@ -78,7 +81,8 @@ CHATS: dict[str, tuple[Rows, list[Shown]]] = {
                       {"name": "find", "arguments": {"thing": "it"}})), turn("observation", "done"),
                       turn("gpt", "Yes.")], "system": "", "tools": json.dumps([FIND])}],
                  [(qa("a", "b", SYSTEM), None),
-                  ([{k: v for k, v in m.items() if k != "name"} for m in using("find", "thing")], [FIND])]),
+                  ([{k: v for k, v in m.items() if k != "name"} for m in use_tool("find", "thing")],
+                   [FIND])]),
     "dolly": ([{"instruction": "Add.", "context": "1 2", "response": "3", "category": "closed_qa"},
                {"instruction": "Sky?", "context": "", "response": "blue", "category": "open_qa"}],
               [(qa("Add.\n1 2", "3"), None), (qa("Sky?", "blue"), None)]),
@@ -86,7 +90,9 @@ CHATS: dict[str, tuple[Rows, list[Shown]]] = {
     "openai with a system column": ([{"messages": qa("a", "b"), "system": "Be short."}],
                                     [(qa("a", "b", SYSTEM), None)]),
 }
+"""Layout -> rows, and the chat that each row means."""
 TWO = (("Sky?", "blue", "green"), ("Grass?", "green", "red"))
+"""Question, chosen answer and rejected answer of PAIRS."""
 PREFERENCES: dict[str, Rows] = {
     "trl": [{"prompt": q, "chosen": c, "rejected": r} for q, c, r in TWO],
     "trl conversational": [{"prompt": [say("user", q)], "chosen": [say("assistant", c)],
@@ -102,6 +108,7 @@ PREFERENCES: dict[str, Rows] = {
     "sharegpt": [{"conversations": [turn("human", q)], "chosen": turn("gpt", c), "rejected": turn("gpt", r)}
                  for q, c, r in TWO],
 }
+"""Layout -> rows that mean PAIRS."""
 JUDGED: dict[str, Rows] = {
     "trl": [{"prompt": q, "completion": c, "label": c == "blue"} for q, c, _ in TWO],
     "trl conversational": [{"prompt": [say("user", q)], "completion": [say("assistant", c)],
@@ -110,6 +117,7 @@ JUDGED: dict[str, Rows] = {
     "sharegpt": [{"conversations": [turn("human", q), turn("gpt", c)], "kto_tag": c == "blue"}
                  for q, c, _ in TWO],
 }
+"""Layout -> rows with the label true for the answer blue, and false for green."""
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "text": ({"text": "a"}, dict.fromkeys(("chat", "preference", "prompt"), "--format text")),
     "chat": ({"messages": qa("a", "b")}, dict.fromkeys(("text", "preference", "prompt"), "--format chat")),
@@ -138,6 +146,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "llava": ({"conversations": [turn("human", "<image>\na"), turn("gpt", "b")], "image": "a.jpg"},
               {"chat": "encode-media"}),
 }
+"""Kind of row -> a row, and format to which it does not belong -> part of the error."""
 
 
 def store(rows: Rows, folder: Path) -> None:
@@ -168,27 +177,32 @@ def encoder(folder: Path) -> Encoder:
 
 def pack_ids(encoder: Encoder, path: Path, kind: str) -> list[list[int]]:
     """Return the ids of each sequence that packing a path writes."""
-    found: list[list[int]] = []
+    sequences: list[list[int]] = []
     for document in read_documents(list_files(path), RecordReading(kind)):
         batch = encoder.encode_batch([document])
         begin = 0
         for length in batch.lengths_tokens.tolist():
-            found.append(batch.ids[begin:begin + length].tolist())
+            sequences.append(batch.ids[begin:begin + length].tolist())
             begin += length
-    return found
+    return sequences
 
 
-def render_with_transformers(folder: Path, conversations: list[Shown], **more: Any) -> list[list[int]]:
-    """Return the ids of conversations by transformers, with the eos that ends a document."""
+def render_with_transformers(folder: Path, conversations: list[Rendered], *,
+                             is_prompt: bool = False) -> list[list[int]]:
+    """Return the ids of conversations by transformers: with the eos that ends a document, or of a prompt with
+    the generation prompt."""
     loaded = AutoTokenizer.from_pretrained(folder)
-    found = []
+    sequences = []
     for messages, tools in conversations:
-        ids = loaded.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False, **more)
-        found.append(ids + ([] if more or ids[-1] == loaded.eos_token_id else [loaded.eos_token_id]))
-    return found
+        ids = loaded.apply_chat_template(messages, tools=tools, tokenize=True, return_dict=False,
+                                         add_generation_prompt=is_prompt)
+        if not is_prompt and ids[-1] != loaded.eos_token_id:
+            ids.append(loaded.eos_token_id)
+        sequences.append(ids)
+    return sequences
 
 
-def read_chats(path: Path) -> list[Shown]:
+def read_chats(path: Path) -> list[Rendered]:
     """Return the messages and tools of the chats at a path."""
     return [([m.to_dict() for m in d.messages], list(d.tools) or None)
             for d in read_documents(list_files(path), RecordReading("chat"))]
@@ -205,10 +219,10 @@ def test_chats_equal_the_output_of_the_template(tmp_path: Path, folder: Path, en
                                                 name: str) -> None:
     rows, conversations = CHATS[name]
     store(rows, tmp_path)
-    found = {stored: read_chats(tmp_path / stored) for stored in STORED}
+    chats = {stored: read_chats(tmp_path / stored) for stored in STORED}
     for stored in ("lines.jsonl", "list.json"):  # `to_json` writes the table's nulls, which JSON keeps
-        found[stored] = [(remove_nulls(messages), remove_nulls(tools)) for messages, tools in found[stored]]
-    assert found == dict.fromkeys(STORED, conversations)
+        chats[stored] = [(remove_nulls(messages), remove_nulls(tools)) for messages, tools in chats[stored]]
+    assert chats == dict.fromkeys(STORED, conversations)
     if not any(tools for _, tools in conversations):  # this template has no tools
         expected = render_with_transformers(folder, conversations)
         assert {stored: pack_ids(encoder, tmp_path / stored, "chat") for stored in STORED} == dict.fromkeys(
@@ -235,9 +249,9 @@ def test_pairs_are_two_chats_with_one_prompt(tmp_path: Path, folder: Path, encod
 def test_the_proposed_columns_let_an_unknown_layout_be_read(tmp_path: Path, kind: str, row: dict[str, Any],
                                                             proposed: str) -> None:
     store([row], tmp_path)
-    given_names = {"chat": ("prompt", "response"), "prompt": ("prompt",),
+    known_names = {"chat": ("prompt", "response"), "prompt": ("prompt",),
                    "preference": ("prompt", "chosen", "rejected")}[kind]
-    texts = dict(zip(given_names, ("Sky?", "blue", "green"), strict=False))
+    texts = dict(zip(known_names, ("Sky?", "blue", "green"), strict=False))
     (tmp_path / "known.jsonl").write_text(json.dumps(texts) + "\n")
     expected = [(d.messages, d.chosen, d.rejected) for d in read_documents(
         [tmp_path / "known.jsonl"], RecordReading(kind))]
@@ -265,14 +279,14 @@ def test_columns_join_fields_and_refuse_missing_ones(tmp_path: Path) -> None:
 
     assert read("prompt=ask+more,response=say") == read("prompt=ask+more", "response=say") == [
         ["Add.\n1 2", "3"]]
-    for columns, sentence in (("prompt=ask,response=says", "has no field 'says', which --columns names"),
-                              ("prompt=ask+n,response=say", "has '4' in field 'n', must be a string"),
-                              ("prompt", "'prompt' must be TARGET=FIELD"),
-                              ("prompt=", "'prompt=' must be TARGET=FIELD"),
-                              ("question=ask", "'question' is not a field of records; choose from prompt"),
-                              ("text=ask", "is named by --text-field ask"),
-                              ("prompt=ask,prompt=more", "named twice; join fields with")):
-        with pytest.raises(UserError, match=re.escape(sentence)):
+    for columns, message in (("prompt=ask,response=says", "has no field 'says', which --columns names"),
+                             ("prompt=ask+n,response=say", "has '4' in field 'n', must be a string"),
+                             ("prompt", "'prompt' must be TARGET=FIELD"),
+                             ("prompt=", "'prompt=' must be TARGET=FIELD"),
+                             ("question=ask", "'question' is not a field of records; choose from prompt"),
+                             ("text=ask", "is named by --text-field ask"),
+                             ("prompt=ask,prompt=more", "named twice; join fields with")):
+        with pytest.raises(UserError, match=re.escape(message)):
             read(columns)
 
 
@@ -294,7 +308,7 @@ def test_the_page_has_a_row_for_each_known_layout() -> None:
 def test_prompts_end_where_the_answer_begins(tmp_path: Path, folder: Path, encoder: Encoder,
                                              prompt: Any) -> None:
     store([{"prompt": prompt, "answer": "blue"}], tmp_path)
-    expected = render_with_transformers(folder, [([say("user", "Sky?")], None)], add_generation_prompt=True)
+    expected = render_with_transformers(folder, [([say("user", "Sky?")], None)], is_prompt=True)
     assert {stored: pack_ids(encoder, tmp_path / stored, "prompt") for stored in STORED} == dict.fromkeys(
         STORED, expected)
 
@@ -303,26 +317,25 @@ def test_prompts_end_where_the_answer_begins(tmp_path: Path, folder: Path, encod
 def test_judged_responses_become_the_same_groups(tmp_path: Path, name: str) -> None:
     store(JUDGED[name], tmp_path)
     for stored in STORED:
-        found = {group.prompt[0]["content"]: (group.responses, group.rewards)
-                 for group in iter_groups([tmp_path / stored], GroupTally())}
+        groups = {group.prompt[0]["content"]: (group.responses, group.rewards)
+                  for group in iter_groups([tmp_path / stored], GroupTally())}
         blue, green = [say("assistant", "blue")], [say("assistant", "green")]
-        assert found == {"Sky?": ([blue], [1.0]), "Grass?": ([green], [0.0])}
+        assert groups == {"Sky?": ([blue], [1.0]), "Grass?": ([green], [0.0])}
 
 
 @pytest.mark.each("name", REFUSED)
 def test_other_rows_are_refused_with_the_command_that_reads_them(tmp_path: Path, name: str) -> None:
-    row, wanted = REFUSED[name]
-    stored = ["a.parquet"]
-    if b"PNG" in repr(row).encode():  # bytes have no JSON form
+    row, messages = REFUSED[name]
+    has_bytes = b"PNG" in repr(row).encode()  # bytes have no JSON form
+    if has_bytes:
         datasets.Dataset.from_list([row]).to_parquet(tmp_path / "a.parquet")
     else:
         store([row], tmp_path)
-        stored = list(STORED)
-    for kind, sentence in wanted.items():
-        for file_name in stored:
-            with pytest.raises(UserError, match=sentence):
+    for kind, message in messages.items():
+        for file_name in ("a.parquet",) if has_bytes else STORED:
+            with pytest.raises(UserError, match=message):
                 list(read_documents(list_files(tmp_path / file_name), RecordReading(kind)))
-        if len(stored) > 1:
+        if not has_bytes:
             with pytest.raises(UserError, match=r"is a table \(columns: .*to_parquet or to_json"):
                 list(read_documents(list_files(tmp_path / "a.csv"), RecordReading(kind)))
 
@@ -340,12 +353,12 @@ def test_rows_whose_types_differ_keep_them(tmp_path: Path) -> None:
     """With `on_mixed_types="use_json"`, `datasets` stores values whose type varies as JSON strings."""
     tools = [{"type": "function", "function": {"name": "f", "description": "d", "parameters": {
         "type": "object", "properties": {"x": {"type": kind}}}}} for kind in ("integer", ["string", "null"])]
+    tools *= 2  # one for each of four chats
     chats = [[say("user", "a"), {"role": "assistant", "content": "", "tool_calls": [
         {"type": "function", "function": {"name": "f", "arguments": {"x": value}}}]},
         {"role": "tool", "content": "r"}, say("assistant", "ok")] for value in (1, "s", {"y": None}, None)]
-    tools *= 2
-    data = datasets.Dataset.from_list([{"messages": chat, "tools": [one]} for chat, one in zip(
-        chats, tools, strict=True)], on_mixed_types="use_json")
+    rows = [{"messages": chat, "tools": [tool]} for chat, tool in zip(chats, tools, strict=True)]
+    data = datasets.Dataset.from_list(rows, on_mixed_types="use_json")
     data.to_parquet(tmp_path / "a.parquet")
     data.save_to_disk(tmp_path / "disk")
     for stored in ("a.parquet", "disk"):
@@ -360,16 +373,17 @@ def test_ignored_fields_of_messages_are_reported_and_counted(
     for i in (5, 6):
         rows[i]["messages"][0] |= {"ts": i, "annotations": []}
     rows[7]["messages"][1] |= {"train": True, "name": "bot"}
-    for name, read in (("chat", rows), ("sharegpt", [{"conversations": [
-            {"from": m["role"], "value": m["content"], **{k: v for k, v in m.items() if k not in (
-                "role", "content")}} for m in row["messages"]]} for row in rows])):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read))
+    names = {"role": "from", "content": "value"}
+    sharegpt_rows = [{"conversations": [{names.get(field, field): value for field, value in message.items()}
+                                        for message in row["messages"]]} for row in rows]
+    for name, layout_rows in (("chat", rows), ("sharegpt", sharegpt_rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in layout_rows))
         for _ in range(2):  # the second run reuses complete units
             pack_sources(folder, [PackSource(name, tmp_path / f"{name}.jsonl")], tmp_path / "out",
                          PackSettings(reading=RecordReading("chat")), overwrite=True)
             assert (f"{name}: does not read ts (2), annotations (1) (fields of messages, with the number of "
                     "messages)") in capsys.readouterr().out
-    prompts = [{"prompt": [{"role": "developer", "content": "x"}, {**say("user", "q"), "ts": 1}]}]
-    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompts[0]) + "\n")
+    prompt = {"prompt": [{"role": "developer", "content": "x"}, {**say("user", "q"), "ts": 1}]}
+    (tmp_path / "prompts.jsonl").write_text(json.dumps(prompt) + "\n")
     assert len(read_prompts(tmp_path / "prompts.jsonl", is_asked=True)) == 1
     assert "prompts.jsonl: does not read ts (fields of messages)" in capsys.readouterr().err

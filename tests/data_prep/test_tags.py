@@ -22,18 +22,19 @@ def test_pack_records_source_tags(tokenizers: dict[str, Path], tmp_path: Path) -
                    for i in range(30)]}
     parquet.write_table(pyarrow.Table.from_pylist(rows["ko-L2"]), tmp_path / "ko-L2.parquet")
     (tmp_path / "en.jsonl").write_text("\n".join(map(json.dumps, rows["en"])))
-    command = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input",
-               str(tmp_path / "ko-L2.parquet"),
-               str(tmp_path / "en.jsonl"), "--tag", "kind", "--tag", "level", "--tag", "synthetic",
-               "--tag", "year=2026", "--tag", "en:level=basic", "--workers", "1"]
-    assert main([*command, "--output", str(tmp_path / "out")]) == 0
+    command = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--workers", "1", "--input",
+               str(tmp_path / "ko-L2.parquet"), str(tmp_path / "en.jsonl")]
+    tags = ["--tag", "kind", "--tag", "level", "--tag", "synthetic", "--tag", "year=2026", "--tag",
+            "en:level=basic"]
+    assert main([*command, *tags, "--output", str(tmp_path / "out")]) == 0
     ko, en = read_manifest(tmp_path / "out").content["sources"]
     assert ko["tags"] == {"kind": ["ko"], "level": ["L2"], "synthetic": ["false", "true"], "year": ["2026"]}
     assert en["tags"] == {"kind": ["domain:law"], "level": ["basic"], "synthetic": ["true"], "year": ["2026"]}
-    assert main([*command[:6], "--bucket-by", "synthetic", "--output", str(tmp_path / "sorted")]) == 0
-    sorted_ = {s["name"]: read_source_tags(s) for s in read_manifest(tmp_path / "sorted").content["sources"]}
-    assert sorted_ == {"ko-L2-False": {"synthetic": ["false"]}, "ko-L2-True": {"synthetic": ["true"]},
-                       "en-True": {"synthetic": ["true"]}}
+    assert main([*command, "--bucket-by", "synthetic", "--output", str(tmp_path / "sorted")]) == 0
+    sources = read_manifest(tmp_path / "sorted").content["sources"]
+    assert {source["name"]: read_source_tags(source) for source in sources} == {
+        "ko-L2-False": {"synthetic": ["false"]}, "ko-L2-True": {"synthetic": ["true"]},
+        "en-True": {"synthetic": ["true"]}}
 
 
 @pytest.mark.each(("argument", "message"), [
@@ -74,10 +75,11 @@ def test_source_is_chosen_if_all_values_match() -> None:
 
 
 def test_assigned_tags_replace_recorded_tags() -> None:
-    given = (AssignedTag("kind", "ko", "web"), AssignedTag("kind", "en"), AssignedTag("year", "1"))
-    found = [{"kind": ["ja"], "level": ["L2"]}, {"kind": ["en"], "level": ["L1", "L2"]}]
-    assert merge_source_tags("web", found, given) == {"kind": ["ko"], "level": ["L1", "L2"], "year": ["1"]}
-    assert merge_source_tags("code", [], given) == {"kind": ["en"], "year": ["1"]}
+    assigned = (AssignedTag("kind", "ko", "web"), AssignedTag("kind", "en"), AssignedTag("year", "1"))
+    recorded = [{"kind": ["ja"], "level": ["L2"]}, {"kind": ["en"], "level": ["L1", "L2"]}]
+    assert merge_source_tags("web", recorded, assigned) == {
+        "kind": ["ko"], "level": ["L1", "L2"], "year": ["1"]}
+    assert merge_source_tags("code", [], assigned) == {"kind": ["en"], "year": ["1"]}
 
 
 def test_nearest_complete_artifact_is_found(tmp_path: Path) -> None:

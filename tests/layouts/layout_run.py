@@ -123,7 +123,7 @@ def compute_first_batch(recipe: str, settings: list[str], paths: list[str], obje
 
 
 def train_and_continue(recipe: str, settings: list[str], paths: list[str], reference: str, *,
-             is_reference: bool, num_steps: int = 2) -> dict[str, Any]:
+                       is_reference: bool, num_steps: int = 2) -> dict[str, Any]:
     """Train from scratch, then repeat the second half from the reference's checkpoint; return the steps and
     the largest differences to the reference's checkpoints.
 

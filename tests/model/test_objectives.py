@@ -33,7 +33,7 @@ def load(tmp_path: Path, text: str) -> str:
     return objectives.OBJECTIVE_PLUGINS.load(f"{tmp_path}/mine.py:Mine")
 
 
-def test_the_built_in_one_is_the_commands() -> None:
+def test_a_built_in_objective_uses_the_factory_of_its_command() -> None:
     def built_in(context: Any) -> Any: ...
 
     for name in objectives.BUILT_IN:
@@ -41,15 +41,14 @@ def test_the_built_in_one_is_the_commands() -> None:
         assert objectives.get_factory(build_config(name), built_in) is built_in
 
 
-def test_its_settings_are_its_arguments(tmp_path: Path) -> None:
-    name = load(tmp_path, "class Mine:\n    def __init__(self, context, *, gamma: "
-                          "float = 2.0, kind='a'):\n"
-                          "        self.made = context, gamma, kind\n"
+def test_settings_of_an_objective_are_its_arguments(tmp_path: Path) -> None:
+    name = load(tmp_path, "class Mine:\n    def __init__(self, context, *, gamma: float = 2.0, kind='a'):\n"
+                          "        self.arguments = context, gamma, kind\n"
                           "        self.coefficients = {'x': 1.0}\n" + METHODS)
     config = build_config(name, gamma=3, kind=["any"])
     objectives.check_objective(config)
-    made: Any = objectives.get_factory(config, None)("context")  # type: ignore[arg-type]
-    assert made.made == ("context", 3, ["any"])
+    objective: Any = objectives.get_factory(config, None)("context")  # type: ignore[arg-type]
+    assert objective.arguments == ("context", 3, ["any"])
     with pytest.raises(UserError, match=r"'gamma'\?\n  objective.options.gamma"):
         objectives.check_objective(build_config(name, gama=1, gamma=None))
 
@@ -92,6 +91,6 @@ def test_required_columns_are_known_before_construction(tmp_path: Path) -> None:
     name = load(tmp_path, "from megatron_sov import NeededColumn\nclass Mine:\n    formats = 'preference',\n"
                           "    columns = {'score': NeededColumn('sov-data pack --column score')}\n"
                           f"    def __init__(self, context): ...\n{METHODS}")
-    made_by = objectives.get_factory(build_config(name), None)  # type: ignore[arg-type]
-    assert get_formats(made_by) == ("preference",) and list(get_columns(made_by)) == ["score"]
+    factory = objectives.get_factory(build_config(name), None)  # type: ignore[arg-type]
+    assert get_formats(factory) == ("preference",) and list(get_columns(factory)) == ["score"]
     assert get_formats(lambda context: None) == ("text", "chat") and get_columns(lambda context: None) == {}

@@ -104,7 +104,7 @@ def test_reference_rejects_long_samples(pairs: Path, tmp_path: Path, monkeypatch
     config = recipes.get("tiny-solar-open")
     longest = int(max(open_pairs(pairs)[0].open_split("train").lengths))
     with pytest.raises(UserError, match=rf"reads at most 16 tokens.* has samples of {longest};"):
-        reference.Reference(tmp_path / "run", pairs, open_pairs(pairs), 4096).score_in_processes(pairs,
-                                                                                                 config, None)
-    reference.Reference(tmp_path / "run", pairs, open_pairs(pairs), 16).score_in_processes(pairs, config,
-                                                                                           None)
+        reference.Reference(tmp_path / "run", pairs, open_pairs(pairs), 4096).score_in_processes(
+            pairs, config, None)
+    reference.Reference(tmp_path / "run", pairs, open_pairs(pairs), 16).score_in_processes(
+        pairs, config, None)

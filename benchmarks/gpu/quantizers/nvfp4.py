@@ -15,8 +15,7 @@ def nvfp4(x: torch.Tensor, rows: int = 1, noise: torch.Tensor | None = None) -> 
 
     Args:
         x: tensor to quantize. The scale of a block is an E4M3 number times the scale of the tensor, which
-        maps
-            the largest magnitude of the tensor to 448 x 6.
+            maps the largest magnitude of the tensor to 448 x 6.
         rows: 1: blocks of 1 x 16 along the last axis; 16: blocks of 16 x 16, for weights.
         noise: uniform in [0, 1), shape of `x`: stochastic rounding, for gradients; None: to nearest.
     """

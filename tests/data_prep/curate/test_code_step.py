@@ -11,7 +11,7 @@ from megatron_sov.base.settings import find_all_problems
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, docs, run_step
 from tests.typed_words import keys_of
 
-OWN = """import dataclasses
+STEP_CODE = """import dataclasses
 from words import BAD
 from megatron_sov.base.documents import LeftOut, Message
 
@@ -29,7 +29,7 @@ def chat(document):
 def essay(document):
     return LeftOut("because " * 20)
 
-def fails(document):
+def fail(document):
     return document.nothing
 
 number = 3
@@ -39,14 +39,15 @@ number = 3
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     (tmp_path / "words.py").write_text("BAD = 'darn'")
-    (tmp_path / "own.py").write_text(OWN)
+    (tmp_path / "own.py").write_text(STEP_CODE)
     return tmp_path / "own.py"
 
 
 def test_a_function_drops_and_changes(file: Path, tmp_path: Path) -> None:
     settings = StepCodeSettings(tmp_path / "own.py:judge")
     assert find_all_problems(settings) == []
-    assert CodeStep(settings).list_files() == [tmp_path / "own.py", tmp_path / "words.py"], "its imports too"
+    # its files include what it imports
+    assert CodeStep(settings).list_files() == [tmp_path / "own.py", tmp_path / "words.py"]
     (tmp_path / "work").mkdir()
     outcomes = run_step(CodeStep, settings, MemoryView.of([docs("fine", "oh darn")], tmp_path / "work"))
     assert [(o.reason, o.text) for o in outcomes.values()] == [("", "fine!"), ("bad word", None)]
@@ -65,7 +66,7 @@ def test_a_missing_function_is_reported(file: Path, tmp_path: Path, name: str, m
 @pytest.mark.parametrize(("name", "message"), [
     ("text", r"a/page.html: data step .*own.py:text returned 'x'; it must return a Document of kind text"),
     ("chat", "returned Document"), ("essay", "with a reason of at most 80 characters"),
-    ("fails", r"a/page.html: data step .*own.py:\d+: AttributeError: 'Document' object has no attribute"),
+    ("fail", r"a/page.html: data step .*own.py:\d+: AttributeError: 'Document' object has no attribute"),
 ])
 def test_a_failing_step_names_the_document(file: Path, tmp_path: Path, name: str, message: str) -> None:
     step = CodeStep(StepCodeSettings(tmp_path / f"own.py:{name}"))

@@ -23,7 +23,7 @@ def files(cwd: Path) -> Path:
     return cwd
 
 
-@pytest.mark.parametrize(("words", "message"), [
+@pytest.mark.parametrize(("options", "message"), [
     ("--input text.jsonl --benchmarks none.jsonl", "none.jsonl: is no file"),
     ("--input text.jsonl --benchmarks odd.jsonl", "odd.jsonl:1: has text in none of the fields question,"),
     ("--input text.jsonl --benchmarks cut.jsonl --fields text", "cut.jsonl:2: is not valid JSON"),
@@ -33,15 +33,15 @@ def files(cwd: Path) -> Path:
     ("--input text.jsonl --benchmarks bench.jsonl --min-words 11",
      "--min-words 11: must be at most --ngram = 10"),
 ])
-def test_mistakes_are_one_message_and_write_no_output(files: Path, words: str, message: str,
+def test_mistakes_are_one_message_and_write_no_output(files: Path, options: str, message: str,
                                                       get_refusal: Any) -> None:
-    assert message in get_refusal("decontaminate", *words.split(), "--output", "out")
+    assert message in get_refusal("decontaminate", *options.split(), "--output", "out")
     assert not (files / "out").exists()
 
 
 def test_an_output_is_replaced_only_on_request(files: Path) -> None:
-    words = ["decontaminate", "--input", "text.jsonl", "--benchmarks", "bench.jsonl", "--output", "out"]
-    assert [main(words), main(words), main([*words, "--overwrite"])] == [0, 2, 0]
+    command = ["decontaminate", "--input", "text.jsonl", "--benchmarks", "bench.jsonl", "--output", "out"]
+    assert [main(command), main(command), main([*command, "--overwrite"])] == [0, 2, 0]
     assert (files / "out/text.jsonl").read_text() == '{"text": "Yes."}\n'
 
 

@@ -24,6 +24,7 @@ def write_summary(output: Path) -> None:
 
 
 def run_inspect(capsys: pytest.CaptureFixture[str], *arguments: object, code: int = 0) -> list[str]:
+    """Return the lines that `sov-data inspect` prints, or its error lines if it must fail with `code`."""
     assert main(["inspect", *map(str, arguments)]) == code
     captured = capsys.readouterr()
     return (captured.err if code else captured.out).splitlines()
@@ -42,7 +43,7 @@ def test_each_step_is_a_line_with_its_most_frequent_reasons(corpus: Path,
                                                             capsys: pytest.CaptureFixture[str]) -> None:
     lines = run_inspect(capsys, corpus)
     [step] = [line for line in lines if "01 rules" in line]
-    assert step.split()[:6] == ["web", "01", "rules", "100", "74", "7"]
+    assert step.split()[:6] == ["web", "01", "rules", "100", "74", "7"]  # documents in, kept, changed
     assert step.endswith("not wanted 20, too short 3, no letters 2, 1 more reasons")
     assert any("web:0:00aa  rules: not wanted: Some words of it." in line for line in lines)
     assert "\x1b" not in "\n".join(lines)

@@ -60,8 +60,9 @@ class InProcessReader:
     def close(self) -> None:
         pass
 
-    def _wrap(self, found: tuple[list[np.ndarray], dict[str, Any]]) -> DecodedMedia:
-        return DecodedMedia(found[0], **found[1])
+    def _wrap(self, decoded: tuple[list[np.ndarray], dict[str, Any]]) -> DecodedMedia:
+        arrays, facts = decoded
+        return DecodedMedia(arrays, **facts)
 
 
 @pytest.fixture
@@ -82,8 +83,9 @@ def media(tmp_path: Path) -> Path:
 @pytest.fixture
 def encode(tmp_path: Path, media: Path, monkeypatch: pytest.MonkeyPatch,
            request: pytest.FixtureRequest) -> Encode:
-    """A function that runs `sov-data encode-media` on records with both codecs and both banks: pictures of 4
-    x 4 pixels with 3 placeholders, sounds in pieces of 1 s with 8 bands and 5 placeholders."""
+    """A function that runs `sov-data encode-media` on records, with both codecs and with features for the
+    encoders of both media: pictures of 4 x 4 pixels with 3 placeholders, and sounds in pieces of 1 s with 8
+    bands and 5 placeholders."""
     codecs = {"images": Greys(), "sounds": Loudness()}
     for name in codecs:
         with create_artifact(tmp_path / name, "codec") as artifact:

@@ -28,6 +28,7 @@ def read_records(folder: Path) -> list[Any]:
 
 
 def read_bank(folder: Path, kind: str) -> np.ndarray:
+    """Return the records of PICTURES or SOUNDS that a corpus stores for encoders."""
     shapes = read_bank_shapes(read_manifest(folder).content["media"], "it")
     return open_bank(folder / f"{kind}.bin", shapes[kind])
 
@@ -47,7 +48,7 @@ def test_media_become_tokens_and_rows(encode: Encode, tmp_path: Path) -> None:
     assert parse_codebook_tokens("image", user) == [0] * 4 + [7] * 4 and '"image_01"' in user
     # twin.png has the content of light.png and shares its record 0
     assert second["media"] == {"pictures": [[1, 3], [0, 3]], "sounds": [[0, 5], [1, 3]]}
-    assert third["messages"][0]["content"].count(VIDEO_PAD) == 6
+    assert third["messages"][0]["content"].count(VIDEO_PAD) == 6  # 2 frames x 3 placeholders
     pictures = read_bank(tmp_path / "corpus", PICTURES)
     # light, dark, and the two frames of the animation (black, white)
     assert [int(p.max()) for p in pictures] == [255, 0, 0, 255] and pictures.shape[1:] == (3, 4, 4)
@@ -126,7 +127,7 @@ def test_bad_records_stop_or_are_listed(encode: Encode, tmp_path: Path,
     assert read_manifest(tmp_path / "corpus").content["num_bad"]["outside"] == 1
 
 
-@pytest.mark.parametrize(("options", "words"), [
+@pytest.mark.parametrize(("options", "message"), [
     (("--continuous-pictures", "4"), "SIDE:SLOTS"),
     (("--continuous-sounds", "8:0:5"), "from 1 to 1024:600:65536"),
     (("--threads", "0"), "--threads 0"), (("--media-root", "/proc/nowhere"), "is no folder"),
@@ -134,9 +135,9 @@ def test_bad_records_stop_or_are_listed(encode: Encode, tmp_path: Path,
     (("--max-duration", "nan"), "--max-duration"), (("--cluster", "no-such"), "no-such"),
     (("--max-pixels", "0"), "--max-pixels 0"), (("--video-frames", "0"), "--video-frames 0")])
 def test_wrong_options_are_one_message(encode: Encode, tmp_path: Path, capsys: pytest.CaptureFixture[str],
-                                       options: tuple[str, ...], words: str) -> None:
+                                       options: tuple[str, ...], message: str) -> None:
     assert encode([build_media_chat(("text", "a"))], *options) == 2
-    assert words in capsys.readouterr().err and not (tmp_path / "corpus").exists()
+    assert message in capsys.readouterr().err and not (tmp_path / "corpus").exists()
 
 
 def parse_chat(record: Any) -> Any:
@@ -144,17 +145,17 @@ def parse_chat(record: Any) -> Any:
 
 
 def test_chats_and_documents_keep_fields() -> None:
-    chat = parse_chat({"id": "a", "messages": [{"role": "user", "name": "bo", "content": [
-        {"type": "text", "text": "See"}, {"type": "image", "path": "a.png"}]}, {"role": "assistant",
-                                                                                "content": "Ok"}]})
-    assert (chat.kind, chat.fields, chat.messages[0].fields) == (CHAT, {"id": "a"},
-                                                                 {"role": "user", "name": "bo"})
+    user_turn = {"role": "user", "name": "bo", "content": [{"type": "text", "text": "See"},
+                                                           {"type": "image", "path": "a.png"}]}
+    chat = parse_chat({"id": "a", "messages": [user_turn, {"role": "assistant", "content": "Ok"}]})
+    assert (chat.kind, chat.fields) == (CHAT, {"id": "a"})
+    assert chat.messages[0].fields == {"role": "user", "name": "bo"}
     assert [p.value for p in chat.iter_media()] == ["a.png"]
     assert [m.is_drawn for m in chat.messages] == [False, True]
     assert parse_chat({"content": [{"type": "video", "path": "v"}]}).kind == TEXT
 
 
-@pytest.mark.each(("record", "words"), [
+@pytest.mark.each(("record", "reason"), [
     ([], "an object with either"),
     ({"messages": [], "content": "a"}, "either"),
     ({"messages": []}, "non-empty list"),
@@ -162,10 +163,10 @@ def test_chats_and_documents_keep_fields() -> None:
     ({"content": "a", "media": {}}, "which this step writes"),
     ({"content": "see <|vision00003|>"}, "spells '<|vision00003|>'"),
     ({"messages": [{"role": "user", "content": "a", "reasoning_content": "<|IMAGE_PAD|>"}]}, "spells")])
-def test_malformed_records_are_rejected(record: Any, words: str) -> None:
+def test_malformed_records_are_rejected(record: Any, reason: str) -> None:
     with pytest.raises(BadRecord) as error:
         parse_chat(record)
-    assert words in error.value.reason
+    assert reason in error.value.reason
 
 
 def test_escaped_media_tokens_are_found() -> None:
@@ -187,11 +188,11 @@ memory: 16G
 @pytest.fixture
 def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The submitted jobs: (function, number of tasks, ids of the jobs to wait for, folder of logs)."""
-    found: list[tuple[Any, ...]] = []
+    submitted: list[tuple[Any, ...]] = []
 
     def submit(script: Path, *, after: list[str]) -> str:
-        found.append((*pickle.loads((script.parent / WORK_FILE).read_bytes()), after, script.parent))
-        return str(100 + len(found))
+        submitted.append((*pickle.loads((script.parent / WORK_FILE).read_bytes()), after, script.parent))
+        return str(100 + len(submitted))
 
     monkeypatch.setattr(client, "submit_script", submit)
     monkeypatch.setattr(client, "check_script", lambda text: None)
@@ -200,7 +201,7 @@ def jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...
     monkeypatch.setattr(client, "read_active_states", lambda numbers: {})
     monkeypatch.setattr(encode_media_run, "check_restarts", lambda *words: None)
     (tmp_path / "profile.yaml").write_text(PROFILE)
-    return found
+    return submitted
 
 
 def test_cluster_jobs_write_the_same_bytes(encode: Encode, tmp_path: Path, jobs: list[tuple[Any, ...]],
@@ -208,24 +209,24 @@ def test_cluster_jobs_write_the_same_bytes(encode: Encode, tmp_path: Path, jobs:
                                            capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(encode_media_run, "RECORDS_PER_UNIT", 1)
     chats = [build_media_chat(("image", name)) for name in ("light.png", "dark.png", "twin.png")]
-    assert encode(chats, output="here") == 0
-    there = ("--cluster", str(tmp_path / "profile.yaml"), "--workers", "2")
-    assert encode(chats, *there, output="there") == 0
+    assert encode(chats, output="local") == 0
+    cluster = ("--cluster", str(tmp_path / "profile.yaml"), "--workers", "2")
+    assert encode(chats, *cluster, output="remote") == 0
     assert "submitted encode 101, finish 102" in capsys.readouterr().out
     (run_task, num_tasks, dependencies, logs), (run_last, num_last_tasks, last_dependencies, _) = jobs
     assert (num_tasks, dependencies) == (2, []) and (num_last_tasks, last_dependencies) == (1, ["101"])
     assert "--gres" not in (logs / "job.sbatch").read_text()
-    assert Jobs.read(tmp_path / ".there.slurm").numbers == {"encode": "101", "finish": "102"}
-    run_task(1)
+    assert Jobs.read(tmp_path / ".remote.slurm").numbers == {"encode": "101", "finish": "102"}
+    run_task(1)  # only the second of the two tasks runs
     jobs.clear()
-    assert encode(chats, *there, output="there") == 0  # a second start submits the incomplete work
+    assert encode(chats, *cluster, output="remote") == 0  # a second start submits the incomplete work
     (run_task, num_tasks, _, _), (run_last, *_) = jobs
     assert num_tasks == 2
     for task in range(2):
         run_task(task)
     run_last(0)
     for name in ("records.jsonl", "pictures.bin"):
-        assert (tmp_path / "there" / name).read_bytes() == (tmp_path / "here" / name).read_bytes()
-    assert not (tmp_path / ".there.work").exists()
-    assert encode(chats, *there, output="there") == 0
+        assert (tmp_path / "remote" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
+    assert not (tmp_path / ".remote.work").exists()
+    assert encode(chats, *cluster, output="remote") == 0
     assert "complete from before" in capsys.readouterr().out

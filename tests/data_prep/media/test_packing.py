@@ -34,21 +34,24 @@ CALLS = ("{% for m in messages %}<|begin|>{{ m.role }}\n{{ m.content }}{% for ca
 
 
 def pack(omni: Path, corpus: Path, output: Path, *options: str) -> int:
+    """Run `sov-data pack` and return its exit code."""
     return main(["pack", "--tokenizer", str(omni), "--input", str(corpus), "--output", str(output),
                  "--heldout", "0", "--workers", "1", *options])
 
 
 def read_columns(folder: Path) -> tuple[dict[str, Any], list[dict[str, np.ndarray]]]:
-    """Return the source's manifest entry, and per shard its ids, feature numbers, loss weights and banks."""
+    """Return the source's manifest entry, and for each shard its ids, feature numbers, loss weights, and
+    media records (pictures, sounds)."""
     source = read_manifest(folder).content["sources"][0]
     shards = []
     for record in source["splits"]["train"]["shards"]:
         prefix = folder / record["prefix"]
         shapes = read_bank_shapes(source[FEATURES], "it")
-        shards.append({"ids": np.asarray(open_split(prefix).tokens),
-                       FEATURES: np.fromfile(f"{prefix}.{FEATURES}", "<i8"),
-                       "loss": np.fromfile(f"{prefix}.loss", "<f4")}
-                      | {kind: open_bank(Path(f"{prefix}.{kind}"), shape) for kind, shape in shapes.items()})
+        columns = {"ids": np.asarray(open_split(prefix).tokens),
+                   FEATURES: np.fromfile(f"{prefix}.{FEATURES}", "<i8"),
+                   "loss": np.fromfile(f"{prefix}.loss", "<f4")}
+        banks = {kind: open_bank(Path(f"{prefix}.{kind}"), shape) for kind, shape in shapes.items()}
+        shards.append(columns | banks)
     return source, shards
 
 
@@ -59,20 +62,20 @@ def test_placeholders_name_features_in_the_shard(encode: Encode, omni: Path, tmp
     assert pack(omni, tmp_path / "corpus", tmp_path / "shards", "--format", "chat", "--shard-tokens",
                 shard_tokens) == 0
     source, shards = read_columns(tmp_path / "shards")
-    token = Tokenizer.from_file(str(omni / "tokenizer.json")).token_to_id
-    assert source[FEATURES]["pictures"]["placeholder_ids"] == [token(IMAGE_PAD), token(VIDEO_PAD)]
-    seen: list[int] = []
+    get_id = Tokenizer.from_file(str(omni / "tokenizer.json")).token_to_id
+    assert source[FEATURES]["pictures"]["placeholder_ids"] == [get_id(IMAGE_PAD), get_id(VIDEO_PAD)]
+    shades: list[int] = []
     for shard in shards:
-        is_placeholder = np.isin(shard["ids"], [token(t) for t in (IMAGE_PAD, VIDEO_PAD, AUDIO_PAD)])
+        is_placeholder = np.isin(shard["ids"], [get_id(t) for t in (IMAGE_PAD, VIDEO_PAD, AUDIO_PAD)])
         assert ((shard[FEATURES] != NO_FEATURE) == is_placeholder).all()
         assert not shard["loss"][is_placeholder].any()
         numbers = shard[FEATURES][np.isin(shard["ids"], source[FEATURES]["pictures"]["placeholder_ids"])]
         # each picture has three feature rows: a placeholder's value is 3 * picture + row
         assert (numbers % 3).tolist() == [0, 1, 2] * (len(numbers) // 3)
-        seen += [int(shard["pictures"][n // 3].max()) for n in numbers[::3]]
+        shades += [int(shard["pictures"][n // 3].max()) for n in numbers[::3]]
         assert len(shard["pictures"]) == len(set((numbers // 3).tolist()))  # equal pictures stored once
-    assert seen == [255, 0, 255, 0, 255]  # light, dark, twin, and the two frames of the animation
-    sounds = np.concatenate([s[FEATURES][s["ids"] == token(AUDIO_PAD)] for s in shards])
+    assert shades == [255, 0, 255, 0, 255]  # light, dark, twin, and the two frames of the animation
+    sounds = np.concatenate([s[FEATURES][s["ids"] == get_id(AUDIO_PAD)] for s in shards])
     assert sounds.tolist() == [0, 1, 2, 3, 4, 5, 6, 7]  # the two pieces of long.wav have 5 and 3 slots
     assert verify_shards(tmp_path / "shards")[0] == []
 
@@ -101,8 +104,8 @@ def test_drawn_picture_is_learned_as_call(encode: Encode, omni: Path, tmp_path: 
     learned = tokenizer.decode(shard["ids"][shard["loss"] > 0].tolist(), skip_special_tokens=False)
     assert learned.startswith("<tool_call>t2i_model_generation\n<arg_key>discrete_image_token</arg_key>\n"
                               "<arg_value><|discrete_image_start|><|vision_ratio_1:1|><|vision00007|>")
-    entry = tokenizer.token_to_id("<|vision00007|>")
-    assert shard["ids"].tolist().count(entry) == 4 and shard["loss"][shard["ids"] == entry].all()
+    white_id = tokenizer.token_to_id("<|vision00007|>")
+    assert shard["ids"].tolist().count(white_id) == 4 and shard["loss"][shard["ids"] == white_id].all()
     assert pack(omni, tmp_path / "corpus", tmp_path / "other", "--format", "chat") == 2
     assert "does not show" in capsys.readouterr().err  # this preset's template shows no calls
     assert pack(tmp_path / "names", tmp_path / "corpus", tmp_path / "other", "--format", "chat") == 2
@@ -135,6 +138,7 @@ def test_placeholder_count_must_equal_feature_count(omni: Path) -> None:
     tokenizer = Tokenizer.from_file(str(omni / "tokenizer.json"))
     vocabulary = MediaVocabulary(tokenizer, MediaEncoding((("pictures", 2), ("sounds", 5))))
     pad = tokenizer.token_to_id(IMAGE_PAD)
+    # picture record 3 begins at feature 3 x 2
     assert vocabulary.numbers([1, pad, pad, 2], {"pictures": [(3, 2)]}).tolist() == [-1, 6, 7, -1]
     for ids, rows, code in (([pad], {}, "placeholders"), ([1], {"pictures": [(0, 1)]}, "placeholders"),
                             ([pad] * 3, {"pictures": [(0, 3)]}, "media_rows"),
@@ -151,14 +155,14 @@ def test_unsuitable_corpora_are_one_message(encode: Encode, omni: Path, tokenize
     assert encode(CHATS[:1]) == 0
     (tmp_path / "web.jsonl").write_text('{"text": "a"}\n')
     corpus, out = tmp_path / "corpus", tmp_path / "shards"
-    for tokenizer, path, options, words in (
+    for tokenizer, path, options, message in (
             (tokenizers["solar-open"], corpus, ("--format", "chat"), "has 0 tokens of image"),
             (omni, corpus, (), "pack it with --format chat"),
             (omni, corpus / "records.jsonl", ("--format", "chat"), "pass the folder"),
-            (omni, corpus, ("--format", "chat", "--input", str(tmp_path / "web.jsonl")), "is no media "
-                                                                                         "corpus")):
+            (omni, corpus, ("--format", "chat", "--input", str(tmp_path / "web.jsonl")),
+             "is no media corpus")):
         assert pack(tokenizer, path, out, *options) == 2
-        assert words in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_damaged_banks_are_found(encode: Encode, omni: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ COUNTS = {"num_groups": 1, "num_responses": 3, "num_equal_rewards": 1, "num_alon
 
 
 def build_group(*rewards: Any, prompt: Any = "2 + 2?") -> dict[str, Any]:
+    """Return a prompt with one response for each reward."""
     return {"prompt": prompt, "responses": [{"content": f"answer {i}", "reward": r}
                                             for i, r in enumerate(rewards)]}
 
@@ -46,6 +47,7 @@ def test_each_response_becomes_a_chat_with_advantage(tmp_path: Path, capsys) -> 
     assert [c["messages"][-1]["content"] for c in chats] == ["So.", "Hm.", "Because."]
     assert {len(c["messages"]) for c in chats} == {3}
     assert all(c["tools"] == [] for c in chats)
+    # rewards of 1.5, 0 and 1, scaled to the range from -1 to 1
     assert [c["advantage"] for c in chats] == pytest.approx([1.0, -1.0, 1 / 3])
     assert [c["group_share"] for c in chats] == pytest.approx([1 / 3] * 3)
     assert counted == COUNTS
@@ -91,6 +93,7 @@ def test_invalid_groups_are_named_and_write_no_output(record: Any, message: str,
 
 
 def test_rewards_are_summed_exactly(tmp_path: Path) -> None:
+    """Sums that differ only by rounding of floats are equal rewards."""
     parts = ({"a": 0.1, "b": 0.2, "c": 0.3}, {"c": 0.3, "b": 0.2, "a": 0.1}, {"a": 0.6})
     judged = {"prompt": "p", "responses": [{"content": f"answer {i}", "rewards": rewards}
                                            for i, rewards in enumerate(parts)]}
@@ -140,24 +143,26 @@ def test_a_truncated_response_is_never_preferred(tmp_path: Path, capsys) -> None
               format_scored_line("c", "no", 0)]
     file = write(tmp_path / "in.jsonl", *scored)
 
-    def texts(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    def list_pairs(rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+        """Return the chosen and the rejected response of each pair."""
         return [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in rows]
 
     rows, counted = run_step("pairs", file)
-    assert texts(rows) == [("whole", "cut"), ("whole", "no")]
+    assert list_pairs(rows) == [("whole", "cut"), ("whole", "no")]
     assert (counted["num_groups"], counted["num_unfinished"], counted["num_passed_over"]) == (3, 5, 2)
     assert ("3 groups of 2.7 responses, of which 5 did not end\n8 responses read: 4 written, 4 set aside "
             "(4 did not end)\n") in capsys.readouterr().out
     rows, counted = run_step("pairs", file, "--keep-unfinished")
-    assert texts(rows) == [("cut but best", "cut"), ("all cut", "too"), ("as good but cut", "no")]
+    assert list_pairs(rows) == [("cut but best", "cut"), ("all cut", "too"), ("as good but cut", "no")]
     assert (counted["num_unfinished"], counted["num_passed_over"]) == (5, 0)
 
     # a truncated response counts in the mean reward of its group, but is learned only with a negative
     # advantage
     rows, counted = run_step("groups", file)
-    assert [(row["messages"][-1]["content"], row["advantage"], round(1 / row["group_share"]))
-            for row in rows] == [("whole", 0.0, 3), ("cut", -1.0, 3), ("too", -1.0, 2), ("whole", 1.0, 3),
-                                 ("no", -1.0, 3)]
+    learned = [(row["messages"][-1]["content"], row["advantage"], round(1 / row["group_share"]))
+               for row in rows]
+    assert learned == [("whole", 0.0, 3), ("cut", -1.0, 3), ("too", -1.0, 2), ("whole", 1.0, 3),
+                       ("no", -1.0, 3)]
     assert (counted["num_responses"], counted["num_passed_over"]) == (8, 3)
     assert len(run_step("groups", file, "--keep-unfinished")[0]) == 8
 
@@ -181,8 +186,8 @@ def test_other_labels_are_refused(judged: dict[str, Any], shown: str, tmp_path: 
     (True, False), (1, 0), (1.0, 0.0), ("true", "false"), ("True", "FALSE"), ("yes", "no"), ("Yes", " no "),
     ("1", "0"), ("1.0", 0)])
 def test_labelled_responses_become_pairs(good: Any, bad: Any, name: str, tmp_path: Path) -> None:
-    prompt, better, worse = ([{"role": role, "content": text}] for role, text in (
-        ("user", "a"), ("assistant", "a1"), ("assistant", "a2")))
+    prompt = [{"role": "user", "content": "a"}]
+    better, worse = ([{"role": "assistant", "content": text}] for text in ("a1", "a2"))
     file = write(tmp_path / "in.jsonl", {"prompt": prompt, "completion": worse, name: bad},
                  {"prompt": prompt, "completion": "a1", name: good})
     assert run_step("pairs", file)[0] == [{"prompt": prompt, "chosen": better, "rejected": worse}]

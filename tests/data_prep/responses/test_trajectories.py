@@ -45,8 +45,8 @@ def test_choose_diverse_takes_farthest_solutions() -> None:
     ("tags", "<think>\nhm\n</think>\n\nyes"), ("plain", "hm\n\nyes"), ("drop", "yes")])
 def test_thoughts_have_three_formats(think: Any, solution: str) -> None:
     settings = TrajectorySettings(think=think, heading="풀이 {}:")
-    assert (format_document(" why? ", [Solution("yes", "hm"), Solution("no")], settings)
-            == f"why?\n\n풀이 1:\n{solution}\n\n풀이 2:\nno")
+    document = format_document(" why? ", [Solution("yes", "hm"), Solution("no")], settings)
+    assert document == f"why?\n\n풀이 1:\n{solution}\n\n풀이 2:\nno"
 
 
 @pytest.mark.each(("record", "arguments", "message"), [

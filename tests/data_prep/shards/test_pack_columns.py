@@ -37,9 +37,10 @@ def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_pa
         for i, length in enumerate(documents.lengths):
             number = int(re.findall(r"(\d+) \+ 1\?", tokenizer.decode(documents.tokens(i, 0, length)))[0])
             record_numbers.add(number)
-            for name, wanted in (("score", -number if i % 2 else number), ("step", number / 2)):
-                assert set(documents.column(name, i, 0, length).tolist()) == {wanted}
-                assert others.column(name, i, 0, length).tolist() == [wanted] * length
+            # of each pair, the chosen response (even i) has the first score, the rejected one the second
+            for name, value in (("score", -number if i % 2 else number), ("step", number / 2)):
+                assert set(documents.column(name, i, 0, length).tolist()) == {value}
+                assert others.column(name, i, 0, length).tolist() == [value] * length
     assert record_numbers == set(range(20))
     assert main(["verify", str(tmp_path / "out")]) == 0
     [damaged, *_] = sorted((tmp_path / "out/pairs").glob("train-*.score"))
@@ -65,11 +66,11 @@ def test_record_numbers_become_token_columns(tokenizers: dict[str, Path], tmp_pa
 def test_wrong_columns_are_rejected(tokenizers: dict[str, Path], tmp_path: Path, format_: str,
                                     columns: list[str], row: dict[str, Any], message: str,
                                     capsys: pytest.CaptureFixture[str]) -> None:
-    number = {"text": "one and two", "prompt": "a", "chosen": "b", "rejected": "c"} | row
+    fields = {"chosen": "b", "rejected": "c"} | row
     (tmp_path / "asked.jsonl").write_text("".join(
-        json.dumps(number | {"text": f"number {i}", "prompt": str(i)}) + "\n" for i in range(9)))
-    words = [word for name in columns for word in ("--column", name)]
-    code = main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", format_, *words,
+        json.dumps({"text": f"number {i}", "prompt": str(i)} | fields) + "\n" for i in range(9)))
+    options = [word for name in columns for word in ("--column", name)]
+    code = main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", format_, *options,
                  "--input", str(tmp_path / "asked.jsonl"), "--output", str(tmp_path / "new"),
                  "--heldout", "0", "--workers", "1"])
     assert (code, (tmp_path / "new").exists()) == ((2, False) if message else (0, True))
@@ -83,23 +84,24 @@ def test_bucket_field_makes_sources(tokenizers: dict[str, Path], tmp_path: Path,
              "level": ["easy", "hard", 3][i % 3], "score": i} for i in range(60)]
     without = {"messages": rows[0]["messages"]}
     (tmp_path / "chat.jsonl").write_text("\n".join(map(json.dumps, [*rows, without])))
-    words = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", "chat", "--bucket-by", "level",
-             "--column", "score", "--input", str(tmp_path / "chat.jsonl"), "--heldout", "0.001",
-             "--workers", "1", "--output", str(tmp_path / "out")]
-    assert main(words) == 2
+    command = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--format", "chat", "--bucket-by",
+               "level", "--column", "score", "--input", str(tmp_path / "chat.jsonl"), "--heldout", "0.001",
+               "--workers", "1", "--output", str(tmp_path / "out")]
+    assert main(command) == 2
     assert ("chat.jsonl:61: has no field 'level', which --bucket-by names (fields: messages); add it"
             in capsys.readouterr().err)
-    assert main([*words, "--bucket-by", ""]) == 2 and "--bucket-by '': is no field" in capsys.readouterr().err
-    assert main([*words, "--on-bad", "quarantine"]) == 0
+    assert main([*command, "--bucket-by", ""]) == 2
+    assert "--bucket-by '': is no field" in capsys.readouterr().err
+    assert main([*command, "--on-bad", "quarantine"]) == 0
     sources = open_sources({str(tmp_path / "out"): 1.0}, 10**6)
     assert [s.name for s in sources] == ["chat-3", "chat-easy", "chat-hard"]
-    found: dict[str, list[int]] = {}
+    scores_by_source: dict[str, list[int]] = {}
     for source in sources:
         for split in ("train", "heldout"):
             documents = source.open_split(split)
-            found.setdefault(source.name, []).extend(
+            scores_by_source.setdefault(source.name, []).extend(
                 int(documents.column("score", d, 0, 1)[0]) for d in range(len(documents.lengths)))
-    assert {name: sorted(scores) for name, scores in found.items()} == {
+    assert {name: sorted(scores) for name, scores in scores_by_source.items()} == {
         name: list(range(first, 60, 3))
         for first, name in enumerate(("chat-easy", "chat-hard", "chat-3"))}
     records = read_manifest(tmp_path / "out").content["sources"]
@@ -113,12 +115,12 @@ def test_bucket_field_makes_sources(tokenizers: dict[str, Path], tmp_path: Path,
 def test_too_many_buckets_are_rejected(tokenizers: dict[str, Path], tmp_path: Path, get_refusal: Any) -> None:
     rows = [{"text": f"text {i}", "n": i, "kind": "x"} for i in range(65)]
     (tmp_path / "web.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    words = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--workers", "1", "--output",
-             str(tmp_path / "out"), "--input", f"web={tmp_path / 'web.jsonl'}"]
+    command = ["pack", "--tokenizer", str(tokenizers["solar-open"]), "--workers", "1", "--output",
+               str(tmp_path / "out"), "--input"]
     assert "field 'n' has 65 values, --bucket-by makes at most 64 sources" in get_refusal(
-        *words, "--bucket-by", "n")
+        *command, f"web={tmp_path / 'web.jsonl'}", "--bucket-by", "n")
     # bucket b-x of source a, and bucket x of source a-b
     (tmp_path / "other.jsonl").write_text(json.dumps({"text": "one", "kind": "b-x"}) + "\n")
     both = [f"a={tmp_path / 'other.jsonl'}", f"a-b={tmp_path / 'web.jsonl'}"]
-    assert "two sources would be named 'a-b-x'" in get_refusal(*words[:-1], *both, "--bucket-by", "kind")
+    assert "two sources would be named 'a-b-x'" in get_refusal(*command, *both, "--bucket-by", "kind")
     assert not (tmp_path / "out").exists()

@@ -22,14 +22,14 @@ from megatron_sov.base.documents.shard_files import CONTENT_VERSION, IndexedWrit
 from megatron_sov.base.errors import UserError
 
 
-def source(name: str, train: int, heldout: int) -> dict[str, Any]:
+def build_source(name: str, train: int, heldout: int) -> dict[str, Any]:
     """Return the manifest entry of a source with `train` training and `heldout` held-out shards."""
     return {"name": name, "splits": {
         split: {"shards": [{"prefix": f"{name}/{split}-{i:05}", "num_tokens": i} for i in range(n)]}
         for split, n in (("heldout", heldout), ("train", train))}}
 
 
-CONTENT = {"sources": [source("web", 2, 1), source("books", 1, 0)]}
+CONTENT = {"sources": [build_source("web", 2, 1), build_source("books", 1, 0)]}
 
 
 @pytest.mark.each(("chosen", "prefixes"), [
@@ -102,6 +102,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     prefix = tmp_path / "s"
     write(prefix, [[1, 2], [3]], "uint16")
     good = (tmp_path / "s.idx").read_bytes()
+    # the lengths of both documents, after a header of 34 bytes
     swapped = good[:34] + struct.pack("<ii", 1, 2) + good[42:]
     for raw, rule in ((b"short", "is no index"), (b"X" + good[1:], "is no index"),
                       (good + b"\0", "does not fit its 2"), (swapped, "sequence 1 begins at byte 4")):
@@ -138,7 +139,7 @@ def test_inspect_shows_counts_per_source(tokenizers: dict[str, Path], tmp_path: 
     assert read_output("inspect", str(tmp_path / "shards"), "--verify").endswith("shards: sound as tokens\n")
     record = read_manifest(tmp_path / "shards").content["sources"][0]["splits"]["train"]
     train, heldout = (line.split() for line in format_table(tmp_path / "shards")[2:])
-    ratio = f"{2600 / record['num_tokens']:.3f}"
+    ratio = f"{2600 / record['num_tokens']:.3f}"  # bytes per token; 100 x 26 bytes
     assert train == ["one", "text", "train", "1", "1", f"{record['num_tokens']:,}", "2,600", ratio]
     assert heldout == ["one", "text", "heldout", "1", "0", "0", "0", "-"]
 
@@ -172,14 +173,14 @@ def test_chat_hash_depends_on_roles_and_message_ends() -> None:
 
 def test_answers_to_a_prompt_share_the_hash() -> None:
     prompt = (Message("user", "2 + 2?"),)
-    pairs = [Document("", messages=prompt, chosen=(Message("assistant", c),),
-                      rejected=(Message("assistant", "5"),))
-             for c in ("4", "four")]
-    asked = Document("", messages=prompt, awaits_response=True, extra='{"answer": 4}')
+    pairs = [Document("", messages=prompt, chosen=(Message("assistant", chosen),),
+                      rejected=(Message("assistant", "5"),)) for chosen in ("4", "four")]
+    rl_prompt = Document("", messages=prompt, awaits_response=True, extra='{"answer": 4}')
     group_members = [Document("", messages=(*prompt, Message("assistant", a)), num_prompt=1) for a in "45"]
-    assert len({hash_document(d) for d in (*pairs, asked, *group_members)}) == 1
-    alone = [Document("", messages=d.messages) for d in group_members]
-    assert len({hash_document(d) for d in (asked, *alone)}) == 3
+    assert len({hash_document(d) for d in (*pairs, rl_prompt, *group_members)}) == 1
+    # without the length of a shared prompt, the same messages are chats with different content
+    chats = [Document("", messages=d.messages) for d in group_members]
+    assert len({hash_document(d) for d in (rl_prompt, *chats)}) == 3
 
 
 def is_heldout(rule: HeldoutRule, hash_: int) -> bool:
@@ -188,12 +189,14 @@ def is_heldout(rule: HeldoutRule, hash_: int) -> bool:
 
 def test_small_source_holds_out_smallest_hash() -> None:
     rule = HeldoutRule(1e-9)
-    rule.add_source(1 << 60, (1 << 64) - 1)
-    assert is_heldout(rule, 1 << 60) and not is_heldout(rule, (1 << 64) - 1)
-    rule.add_source(1 << 61, 1 << 61)  # all documents are equal: they are needed for training
-    assert not is_heldout(rule, 1 << 61)
-    assert not rule.keep_for_training((1 << 64) - 1), "this document was not held out"
-    assert rule.keep_for_training(1 << 60) and not is_heldout(rule, 1 << 60), "a copy elsewhere was held out"
+    smallest, largest, only = 1 << 60, (1 << 64) - 1, 1 << 61
+    rule.add_source(smallest, largest)
+    assert is_heldout(rule, smallest) and not is_heldout(rule, largest)
+    rule.add_source(only, only)  # a source whose documents are all equal needs them for training
+    assert not is_heldout(rule, only)
+    assert not rule.keep_for_training(largest), "this document was not held out"
+    assert rule.keep_for_training(smallest) and not is_heldout(rule, smallest)
+    # hashes below the share are held out too, unless they are kept
     assert rule.keep_for_training(5) and not is_heldout(rule, 5) and is_heldout(rule, 4)
     none = HeldoutRule(0.0)
     none.add_source(1, 2)

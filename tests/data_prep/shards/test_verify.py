@@ -27,6 +27,7 @@ ANSWERS = [f"{i} and {'more ' * (i % 7)}" for i in range(40)]
 
 @pytest.fixture(scope="module")
 def chats(tokenizers: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packed chats, one for each of ANSWERS, which no test changes."""
     folder = tmp_path_factory.mktemp("stats")
     lines = [{"messages": [{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}]}
              for a in ANSWERS]
@@ -51,14 +52,15 @@ def set_token(data: Path, index: int, value: int) -> None:
 
 def copy_training_to_heldout(data: Path) -> None:
     """Rewrite the held-out split as a copy of one training document."""
-    length = int(np.fromfile(data / "chat/train-00000.idx", "<i4", 1, offset=34)[0])
-    columns = {s: np.fromfile(data / f"chat/train-00000.{s}", d, length)
-               for s, d in (("bin", "<u2"), ("loss", "<f4"), ("type", "u1"), ("kind", "u1"))}
+    length = int(np.fromfile(data / "chat/train-00000.idx", "<i4", 1, offset=34)[0])  # after the header
+    columns = {suffix: np.fromfile(data / f"chat/train-00000.{suffix}", dtype, length)
+               for suffix, dtype in (("bin", "<u2"), ("loss", "<f4"), ("type", "u1"), ("kind", "u1"))}
     with IndexedWriter(data / "chat/heldout-00000", "uint16", SIDECARS) as writer:
         writer.write(np.array([length], np.int32), columns)
 
 
 def write_values(file: Path, dtype: str, value: int) -> None:
+    """Replace every value of a file."""
     np.full(len(np.fromfile(file, dtype)), value, dtype).tofile(file)
 
 
@@ -107,8 +109,8 @@ def test_wrong_counts_and_hashes_are_found(chats: Path, tmp_path: Path, get_refu
     (data / "manifest.json").write_text(format_json(raw | {"sha256": ""}))
     (data / "tokenizer/tokenizer.json").write_text("{}")
     err = get_refusal("verify", str(data))
-    found = read_manifest(chats).content["sources"][0]["splits"]["train"]["shards"][0]["num_tokens"]
-    assert f"num_tokens is {found}, the manifest says {found + 1}" in err
+    num_tokens = read_manifest(chats).content["sources"][0]["splits"]["train"]["shards"][0]["num_tokens"]
+    assert f"num_tokens is {num_tokens}, the manifest says {num_tokens + 1}" in err
     assert "ids are uint16, the manifest says int32" in err
     assert "tokenizer/tokenizer.json: has 2 bytes" in err
 
@@ -136,8 +138,8 @@ def test_routes_are_checked_against_shape(chats: Path, tmp_path: Path) -> None:
         rehash(data)
         assert re.search(rf"train-00000\.routes: {message}", "\n".join(verify_shards(data)[0]))
     source["routes"]["top_k"] = 5
-    (data / "manifest.json").write_text(json.dumps(json.loads((data / "manifest.json").read_text())
-                                                   | {"content": raw["content"]}))
+    manifest = json.loads((data / "manifest.json").read_text())
+    (data / "manifest.json").write_text(json.dumps(manifest | {"content": raw["content"]}))
     rehash(data)
     assert "source 'chat': routes = " in "\n".join(verify_shards(data)[0])
 
@@ -151,24 +153,27 @@ def test_unreadable_tokenizer_gives_one_sentence(chats: Path, tmp_path: Path, ge
 
 def test_statistics_equal_transformers(chats: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer = AutoTokenizer.from_pretrained(chats / "tokenizer")
-    chats_ = [[{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": a}] for a in ANSWERS]
+    conversations = [[{"role": "user", "content": "Go on?"}, {"role": "assistant", "content": answer}]
+                     for answer in ANSWERS]
     rendered = [[*tokenizer.apply_chat_template(c, tokenize=True, return_dict=False), tokenizer.eos_token_id]
-                for c in chats_]
+                for c in conversations]
     statistics = compute_statistics(chats)
-    s = statistics["sources"]["chat"]
-    assert (s["num_documents"], s["num_tokens"]) == (40, sum(map(len, rendered)))
-    assert s["longest_tokens"] == max(map(len, rendered))
-    assert s["special_tokens"] == {"<|endoftext|>": 40, "<|begin|>": 80, "<|end|>": 80, "<|content|>": 80}
-    responses = sum(len(tokenizer.encode(a)) + 1 for a in ANSWERS)
-    assert (s["num_response_tokens"], s["num_prompt_tokens"]) == (responses, s["num_tokens"] - responses)
-    for limit, count in s["documents_up_to_tokens"].items():
-        assert count == sum(limit / 2 < len(r) <= limit for r in rendered)
-    used = {id_ for r in rendered for id_ in r}
+    chat = statistics["sources"]["chat"]
+    assert (chat["num_documents"], chat["num_tokens"]) == (40, sum(map(len, rendered)))
+    assert chat["longest_tokens"] == max(map(len, rendered))
+    # each chat has two turns
+    assert chat["special_tokens"] == {"<|endoftext|>": 40, "<|begin|>": 80, "<|end|>": 80, "<|content|>": 80}
+    num_learned = sum(len(tokenizer.encode(answer)) + 1 for answer in ANSWERS)
+    assert chat["num_response_tokens"] == num_learned
+    assert chat["num_prompt_tokens"] == chat["num_tokens"] - num_learned
+    for limit, count in chat["documents_up_to_tokens"].items():
+        assert count == sum(limit / 2 < len(ids) <= limit for ids in rendered)
+    used = {id_ for ids in rendered for id_ in ids}
     assert statistics["num_unused_ordinary_ids"] == sum(id_ not in used for id_ in range(64, 384))
     assert main(["stats", str(chats)]) == 0
     assert "chat: 40 documents" in capsys.readouterr().out
     assert main(["stats", str(chats), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["sources"]["chat"]["num_tokens"] == s["num_tokens"]
+    assert json.loads(capsys.readouterr().out)["sources"]["chat"]["num_tokens"] == chat["num_tokens"]
 
 
 def test_samples_mark_learned_tokens(chats: Path, get_refusal: Any) -> None:

@@ -1,4 +1,4 @@
-"""Models for tests: an `Requester` whose model is a function of the request."""
+"""Scripted models: a `Requester` whose model is a function of the request."""
 
 import json
 import sys
@@ -31,7 +31,7 @@ class ScriptedClient:
         return EndpointCache.key("", payload)
 
     def ask(self, payload: Mapping[str, Any], read: Callable[[Any], T]) -> T:
-        payload = json.loads(json.dumps(payload))  # as it goes through a wire
+        payload = json.loads(json.dumps(payload))  # as it arrives over HTTP
         self.requests.append(payload)
         return read(json.loads(json.dumps(completion(self._reply(payload)))))
 
@@ -79,9 +79,10 @@ def build_model(**answers: Any) -> Replies:
     is the judge's grade; a function receives the user's message."""
     def reply(request: Mapping[str, Any]) -> Any:
         system = request["messages"][0]["content"]
-        found = next(answer for word, answer in answers.items() if word.replace("_", " ") in system)
-        found = found(request["messages"][-1]["content"]) if callable(found) else found
-        return json.dumps({"score": found}) if isinstance(found, (int, float)) else found
+        answer = next(answer for phrase, answer in answers.items() if phrase.replace("_", " ") in system)
+        if callable(answer):
+            answer = answer(request["messages"][-1]["content"])
+        return json.dumps({"score": answer}) if isinstance(answer, (int, float)) else answer
 
     return reply
 

@@ -1,5 +1,5 @@
-"""End of a `sov-data synth` run: accepted and rejected samples with reasons,
-the manifest, and commands that read the output."""
+"""End of a `sov-data synth` run: accepted and rejected samples with reasons, the manifest, and commands that
+read the output."""
 
 import json
 import shutil
@@ -41,8 +41,7 @@ def write_steps(folder: Path, kind: str, *languages: str) -> Path:
 
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a finished run of texts: the first is accepted, each
-    other one is rejected for a different reason."""
+    """Return a finished run of texts: only the first is accepted, and the others show each reason."""
     folder = tmp_path_factory.mktemp("texts")
     (folder / "notes.jsonl").write_text(json.dumps({"text": OTHER}) + "\n")
     (folder / "benchmark.jsonl").write_text(json.dumps({"id": "q7", "question": LEAKED}) + "\n")
@@ -61,7 +60,7 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of conversations with tools and thoughts."""
-    called = {"messages": [
+    chat_with_tools = {"messages": [
         {"role": "user", "content": "Where is order 17, please?"},
         {"role": "assistant", "content": "", "tool_calls": [
             {"id": "a", "type": "function", "function": {"name": "find", "arguments": {"order": 17}}}]},
@@ -73,7 +72,7 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = write_run(folder / "samples", [
         [build_sample(build_chat("How much is 3 and 4?", "7"))],
         [build_sample(build_chat(GOOD, "8"))],
-        [build_sample(called)],
+        [build_sample(chat_with_tools)],
         [build_sample(build_chat(f"Know this: {LEAKED}", "Nobody knows."))],
         [build_sample(build_chat("Say it again.", "say it again and say it once more to me " * 20))],
         [build_sample({"messages": [{"role": "tool", "content": "a result without a call"}]})],
@@ -101,10 +100,10 @@ def test_summary_and_manifest_describe_the_output(texts: Path) -> None:
     assert (summary["num_items"], summary["num_samples"], summary["num_kept"], summary["num_rejected"]) == (
         7, 8, 1, 7)
     assert sum(summary["rejected"].values()) == 7 and summary["rejected"]["form"] == 1
-    assert summary["costs"] | {"seconds": 0} == {
+    # each of 7 items has a request refused after 0.25 s, and one answered after 1 s (write_run)
+    assert summary["costs"] == {
         "num_requests": 14, "num_answered": 7, "outcomes": {"200": 7, "429": 7}, "input_tokens": 700,
-        "output_tokens": 350, "seconds": 0}
-    assert summary["costs"]["seconds"] == 8.75
+        "output_tokens": 350, "seconds": 8.75}
     manifest = read_manifest(texts, "synthesis")
     assert set(manifest.files) == {"kept.jsonl", "rejected.jsonl", "summary.json"}
     assert manifest.content["licences"] == {"": 1} and find_damaged_files(texts) == []
@@ -116,7 +115,7 @@ def test_output_does_not_depend_on_the_order_of_finished_items(texts: Path, tmp_
     work = work_folder(again)
     records = [(number, json.loads(record)) for number, record in iter_records_by_item(work)]
     shutil.rmtree(work)
-    with lock_work_folder(again, "sov-data synth", {}):  # as items were finished by other workers
+    with lock_work_folder(again, "sov-data synth", {}):  # as if other workers had finished the items
         add_records(again, records[:4][::-1], "1")
         add_records(again, records[4:][::-1], "0")
     (again / "kept.jsonl").write_text("half of")
@@ -129,10 +128,10 @@ def test_an_interrupted_finish_leaves_the_previous_files(texts: Path, tmp_path: 
     again = copy_run(texts, tmp_path / "again")
     before = {file.name: file.read_bytes() for file in again.glob("*.jsonl")}
 
-    def killed(*_: object) -> None:
+    def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(finishing, "format_json_line", killed)
+    monkeypatch.setattr(finishing, "format_json_line", interrupt)
     with pytest.raises(KeyboardInterrupt):
         finish_run(again, "text", texts.parent / "steps.yaml")
     assert {file.name: file.read_bytes() for file in again.glob("*.jsonl")} == before
@@ -146,7 +145,7 @@ def test_chats_with_loops_leaks_or_malformed_turns_are_rejected(chats: Path) -> 
 
 
 def test_accepted_text_can_be_packed(texts: Path, tokenizers: dict[str, Path], tmp_path: Path) -> None:
-    """The folder itself is a source: nothing that was rejected is read."""
+    """The folder of a synth run is a source, of which only accepted samples are read."""
     tokens = tmp_path / "tokens"
     assert main(["pack", "--tokenizer", str(tokenizers["solar-open"]), "--input", f"made={texts}",
                  "--output", str(tokens), "--heldout", "0", "--workers", "1"]) == 0

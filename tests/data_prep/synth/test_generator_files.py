@@ -1,5 +1,5 @@
-"""User-defined generators in YAML: execution of their steps, and
-mistakes that are refused before any request."""
+"""User-defined generators in YAML: execution of their steps, and mistakes that are refused before any
+request."""
 
 import json
 import re
@@ -51,29 +51,35 @@ def write_generator(folder: Path, change: Any = None, name: str = "own.yaml") ->
 
 
 def build(folder: Path, change: Any = None, **settings: Any) -> Any:
-    cls = load_generator(str(write_generator(folder, change)))
-    return Generator(cls, cls.Settings(**settings))
+    """Return the generator of `write_generator` with these settings."""
+    definition = load_generator(str(write_generator(folder, change)))
+    return Generator(definition, definition.Settings(**settings))
 
 
 def test_a_file_is_a_generator(tmp_path: Path) -> None:
-    made = build(tmp_path, tone="lively")
-    ask = ScriptedRequester(build_queue_model("Well: <summary>A day.</summary>"), "a", made.definition)
-    sample, = made.make_samples(ITEM, ask)
-    assert (made.name, made.kind, sample.reason) == ("own", "chat", "")
-    assert ask.requests[0]["messages"] == [{"role": "system", "content": "You write in a lively tone."},
+    generator = build(tmp_path, tone="lively")
+    model = build_queue_model("Well: <summary>A day.</summary>")
+    requester = ScriptedRequester(model, "a", generator.definition)
+    sample, = generator.make_samples(ITEM, requester)
+    assert (generator.name, generator.kind, sample.reason) == ("own", "chat", "")
+    assert requester.requests[0]["messages"] == [{"role": "system", "content": "You write in a lively tone."},
                                            {"role": "user", "content": "In 9 words: A {{ tone }} day."}]
     assert sample.record == {"messages": [{"role": "user", "content": "A {{ tone }} day."},
                                           {"role": "assistant", "content": "A day."}]}
 
 
-@pytest.mark.parametrize(("reply", "reason", "record"), [
-    ("<summary>" + "word " * 10 + "</summary>", "length", {"role": "assistant"}),
-    ("no tags", "form", None), ({"content": "<summary>A", "finish_reason": "length"}, "complete", None)])
-def test_a_rejected_sample_keeps_its_partial_record(reply: Any, reason: str, record: Any,
+@pytest.mark.parametrize(("reply", "reason", "has_summary"), [
+    ("<summary>" + "word " * 10 + "</summary>", "length", True),
+    ("no tags", "form", False), ({"content": "<summary>A", "finish_reason": "length"}, "complete", False)])
+def test_a_rejected_sample_keeps_its_partial_record(reply: Any, reason: str, has_summary: bool,
                                                     tmp_path: Path) -> None:
     sample, = collect_samples(build(tmp_path), ITEM, build_queue_model(reply))
-    assert sample.reason == reason and len(sample.record["messages"]) == (2 if record else 1)
-    assert record or sample.record["text"] == (reply if isinstance(reply, str) else reply["content"])
+    assert sample.reason == reason
+    if has_summary:
+        assert len(sample.record["messages"]) == 2
+    else:
+        assert len(sample.record["messages"]) == 1  # the user's turn, and the reply as text
+        assert sample.record["text"] == (reply if isinstance(reply, str) else reply["content"])
 
 
 def test_lines_with_a_field_are_items(tmp_path: Path) -> None:
@@ -87,19 +93,21 @@ def test_lines_with_a_field_are_items(tmp_path: Path) -> None:
         list(build(tmp_path).read_items([tmp_path / "in.jsonl"]))
 
 
-PARTS = {"steps": [{"ask": "write"}, {"parse": {"json_list": ["name", "word"]}, "name": "list"},
-                   {"that": "{{ name != 'b' }}", "name": "new"},
-                   {"judge": "Is it one?", "material": {"word": "{{ word }}"}, "least": 5,
-                    "when": "{{ part > 0 }}"},
-                   {"note": {"place": "{{ part }}"}}],
-         "record": {"text": "{{ name }}: {{ word }}"}, "makes": "text"}
-LISTED = json.dumps([{"name": "a", "word": "x"}, {"name": "b", "word": "x"}, {"name": "c", "word": "y"},
-                     {"name": "d", "word": "z"}, {"name": "e"}])
+LIST_CHANGES = {"steps": [{"ask": "write"}, {"parse": {"json_list": ["name", "word"]}, "name": "list"},
+                          {"that": "{{ name != 'b' }}", "name": "new"},
+                          {"judge": "Is it one?", "material": {"word": "{{ word }}"}, "least": 5,
+                           "when": "{{ part > 0 }}"},
+                          {"note": {"place": "{{ part }}"}}],
+                "record": {"text": "{{ name }}: {{ word }}"}, "makes": "text"}
+"""Changes of `GOOD` that make a sample of each object in a reply; all but the first are judged."""
+LIST_REPLY = json.dumps([{"name": "a", "word": "x"}, {"name": "b", "word": "x"}, {"name": "c", "word": "y"},
+                         {"name": "d", "word": "z"}, {"name": "e"}])
 
 
 def test_a_reply_of_several_parts_becomes_samples(tmp_path: Path) -> None:
-    model = build_model(You_write=LISTED, grade=7)
-    samples = collect_samples(build(tmp_path, PARTS), ITEM, model)
+    """Object e lacks a field, and makes no sample."""
+    model = build_model(You_write=LIST_REPLY, grade=7)
+    samples = collect_samples(build(tmp_path, LIST_CHANGES), ITEM, model)
     assert [(s.reason, s.record["text"], s.notes.get("place")) for s in samples] == [
         ("", "a: x", 0), ("new", "b: x", None), ("", "c: y", 2), ("", "d: z", 3)]
 
@@ -122,9 +130,9 @@ def test_a_function_may_give_verdicts_and_several_replies_are_a_list(tmp_path: P
                         {"set": {"summary": "{{ replies | join(' ') }}"}},
                         {"that": "{{ in_language(summary, 'en') }}", "name": "language"},
                         {"that": "{{ 2 <= replies | length <= 3 }}", "name": "enough"}]}
-    for number, said, reason in ((3, "Hello you.", ""), (2, "안녕", "language"), (2, "", "enough")):
-        sample, = collect_samples(build(tmp_path, change, max_words=number), ITEM, lambda request,
-                                  said=said: said)
+    for number, reply, reason in ((3, "Hello you.", ""), (2, "안녕", "language"), (2, "", "enough")):
+        generator = build(tmp_path, change, max_words=number)
+        sample, = collect_samples(generator, ITEM, lambda request, reply=reply: reply)
         assert sample.reason == reason
 
 
@@ -142,11 +150,11 @@ def test_each_kind_that_is_chosen_has_a_record(tmp_path: Path) -> None:
         build(tmp_path, change, tone="chat")
 
 
-BAD: dict[str, tuple[dict[str, Any], str]] = {
-    "an unknown key": ({"stepps": []}, "stepps"), "an unknown reader": ({"items": "document"},
-                                                                        "did you mean 'documents'"),
-    "no prompt": ({"prompts": None}, "prompts"), "a prompt that nobody asks": (
-        {"prompts.more": {"user": "x"}}, "is asked by no step"),
+MISTAKES: dict[str, tuple[dict[str, Any], str]] = {
+    "an unknown key": ({"stepps": []}, "stepps"),
+    "an unknown reader": ({"items": "document"}, "did you mean 'documents'"),
+    "no prompt": ({"prompts": None}, "prompts"),
+    "a prompt that nobody asks": ({"prompts.more": {"user": "x"}}, "is asked by no step"),
     "a step without a verb": ({"steps.0": {"aks": "write"}}, "must have one of the keys"),
     "an unknown prompt": ({"steps.0": {"ask": "wirte"}}, "did you mean 'write'"),
     "an unknown parser": ({"steps.1": {"parse": {"tag": ["x"]}}}, "must be one of tagged"),
@@ -169,20 +177,20 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "no reply to read": ({"steps.0": {"set": {"a": 1}}, "prompts": {}}, "names 'reply'"),
     "parts inside of every": ({"steps.2": {"every": {"x": [1]}, "do": [{"each": {"y": [1]}}]}},
                               "would divide")}
+"""Mistake -> changes of `GOOD` that make it, and the message."""
 ATTACKS = ("{{ ''.__class__ }}", "{{ text.__class__.__mro__[1].__subclasses__() }}",
-           "{{ text['__class__'] }}",
-           "{{ text | attr('__cla' ~ 'ss__') }}", "{{ cycler.__init__.__globals__.os }}",
-           "{% include '/etc/passwd' %}",
-           "{% import 'os' as os %}", "{{ self.__init__ }}", "{{ lipsum.__globals__ }}")
+           "{{ text['__class__'] }}", "{{ text | attr('__cla' ~ 'ss__') }}",
+           "{{ cycler.__init__.__globals__.os }}", "{% include '/etc/passwd' %}", "{% import 'os' as os %}",
+           "{{ self.__init__ }}", "{{ lipsum.__globals__ }}")
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_a_file_with_a_mistake_is_refused_with_file_key_and_rule(what: str, tmp_path: Path) -> None:
-    change, told = BAD[what]
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_file_with_a_mistake_is_refused_with_file_key_and_rule(mistake: str, tmp_path: Path) -> None:
+    change, message = MISTAKES[mistake]
     file = write_generator(tmp_path, change)
     with pytest.raises(SettingsError) as e:
         load_generator(str(file))
-    assert str(e.value).startswith(str(file)) and told in str(e.value) and "line " in str(e.value)
+    assert str(e.value).startswith(str(file)) and message in str(e.value) and "line " in str(e.value)
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

@@ -15,6 +15,7 @@ from megatron_sov.base.errors import StopRequested, UserError
 from megatron_sov.work.endpoints.local_server import KEY_ENV, serve_model
 from megatron_sov.work.processes.pool import StopSignal
 
+# A server that, as the real one, writes its address to a file and takes the key from its environment.
 SERVER = """import json, os, sys
 from http.server import BaseHTTPRequestHandler, HTTPServer
 words = dict(zip(sys.argv[2::2], sys.argv[3::2]))
@@ -40,33 +41,35 @@ def model(tmp_path: Path) -> Path:
     return folder
 
 
-def program(folder: Path, text: str) -> list[str]:
+def write_program(folder: Path, text: str) -> list[str]:
+    """Write a server program, and return the command that starts it."""
     (folder / "serve.py").write_text(text)
     return [sys.executable, str(folder / "serve.py")]
 
 
-def servers(folder: Path) -> list[psutil.Process]:
-    """Return the processes of `program` that live."""
+def list_servers(folder: Path) -> list[psutil.Process]:
+    """Return the running processes of the folder's server program."""
     return [child for child in psutil.Process().children() if str(folder / "serve.py") in child.cmdline()]
 
 
 def test_a_folder_is_served_with_a_key_until_the_context_ends(model: Path, tmp_path: Path) -> None:
-    with serve_model(model, "x: ", program=program(tmp_path, SERVER)) as served:
+    with serve_model(model, "x: ", program=write_program(tmp_path, SERVER)) as served:
         assert served.model == "my-model" and served.url.startswith("http://127.0.0.1:")
-        (child,) = servers(tmp_path)
-        assert served.key not in " ".join(child.cmdline()) + repr(served), "which all users see"
-        assert KEY_ENV not in os.environ, "which every program gets that the run starts"
+        (child,) = list_servers(tmp_path)
+        # all users see a command line, and every other program of the run would inherit the environment
+        assert served.key not in " ".join(child.cmdline()) + repr(served)
+        assert KEY_ENV not in os.environ
         with pytest.raises(urllib.error.HTTPError):
             urllib.request.urlopen(served.url)
-        asked = urllib.request.Request(served.url, headers={"Authorization": f"Bearer {served.key}"})
-        urllib.request.urlopen(asked).close()
+        request = urllib.request.Request(served.url, headers={"Authorization": f"Bearer {served.key}"})
+        urllib.request.urlopen(request).close()
     assert not child.is_running()
 
 
 def test_a_server_that_does_not_start_says_why(model: Path, tmp_path: Path) -> None:
-    words = program(tmp_path, "import sys; print('loading'); sys.exit('error: config.json: is no model')")
+    text = "import sys; print('loading'); sys.exit('error: config.json: is no model')"
     with pytest.raises(UserError, match=r"^x: config\.json: is no model"), \
-            serve_model(model, "x: ", program=words):
+            serve_model(model, "x: ", program=write_program(tmp_path, text)):
         pass
 
 
@@ -75,9 +78,9 @@ def test_a_stop_request_does_not_wait_for_the_model_to_load(model: Path, tmp_pat
     threading.Timer(0.3, stop.ask, ["enough"]).start()
     with pytest.raises(StopRequested, match="enough"), \
             serve_model(model, "x: ", sleep=stop.sleep,
-                        program=program(tmp_path, "import time; time.sleep(3600)")):
+                        program=write_program(tmp_path, "import time; time.sleep(3600)")):
         pass
-    assert not servers(tmp_path)
+    assert not list_servers(tmp_path)
 
 
 def test_the_identity_of_a_model_depends_on_its_files_only(model: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from megatron_sov.base.errors import UserError
 
 
 def read(folder: Path, *records: Any, **more: Any) -> Any:
+    """Write the records to a file, and return the items that the reader of problems makes of it."""
     file = folder / "in.jsonl"
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     return list(read_problems([file], **more))
@@ -38,14 +39,14 @@ def test_only_accepted_samples_of_a_synthesis_folder_are_read(tmp_path: Path) ->
         list(read_problems([tmp_path / "notes"]))
 
 
-@pytest.mark.parametrize(("record", "found"), [
+@pytest.mark.parametrize(("record", "text"), [
     ({"problem": "a", "text": "b"}, "a"), ({"text": "b"}, "b"), ({"problem": "  ", "text": "b"}, "b"),
     ({"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "u"},
                    {"role": "assistant", "content": "x"}]}, "u"),
     ({"prompt": [{"role": "user", "content": "u"}]}, "u"), ({"messages": "x"}, "x"),
 ])
-def test_the_problem_is_the_text_of_the_user(record: Any, found: str) -> None:
-    assert get_problem_text(record, "a.jsonl:1") == found
+def test_the_problem_is_the_text_of_the_user(record: Any, text: str) -> None:
+    assert get_problem_text(record, "a.jsonl:1") == text
 
 
 @pytest.mark.each(("record", "message"), [
@@ -68,11 +69,11 @@ def test_an_answer_may_be_needed_and_one_id_is_one_problem(tmp_path: Path) -> No
         read(tmp_path, {"id": 1, "problem": "a"}, {"id": 1, "problem": "b"})
 
 
-@pytest.mark.parametrize(("text", "found"), [
+@pytest.mark.parametrize(("text", "boxes"), [
     ("a \\boxed{1} b \\boxed{\\frac{1}{2}}.", ["\\frac{1}{2}", "1"]), ("none", []), ("\\boxed{1", []),
     ("\\boxed{1} \\boxed{1}", ["1", "1"]), ("\\boxed{}", [""])])
-def test_boxes_are_found_in_reverse_order(text: str, found: list[str]) -> None:
-    assert find_boxes(text) == found
+def test_boxes_are_found_in_reverse_order(text: str, boxes: list[str]) -> None:
+    assert find_boxes(text) == boxes
 
 
 @pytest.mark.parametrize(("text", "ends"), [
@@ -82,14 +83,15 @@ def test_text_after_the_last_box_is_detected(text: str, ends: bool) -> None:
     assert ends_in_box(text) is ends
 
 
-@pytest.mark.parametrize(("answer", "way"), [
+@pytest.mark.parametrize(("answer", "method"), [
     ("12", "math"), ("\\frac{\\pi}{4}", "math"), ("x^2 + 1", "math"), ("\\sin x", "math"), ("sin(x)", "math"),
     ("B", "stem"), ("12 cm", "stem"), ("3 m/s", "stem"), ("Paris", "stem"), ("서울특별시", "stem"),
     ("12 \\text{ apples}", "stem")])
-def test_mathematical_answers_are_compared_as_mathematics(answer: str, way: str) -> None:
-    assert choose_comparison_method(answer) == way
+def test_mathematical_answers_are_compared_as_mathematics(answer: str, method: str) -> None:
+    assert choose_comparison_method(answer) == method
 
 
 def test_answers_are_compared_by_value_in_a_process_that_may_be_ended() -> None:
+    """Computing 10**10**10 does not end, and counts as another answer."""
     answers = ["0.5", "\\frac{2}{4}", "1/2", "2", "10**10**10", "\\begin{", "0.5"]
     assert check_answers(answers, "1/2") == [True, True, True, False, False, False, True]

@@ -29,12 +29,13 @@ from megatron_sov.work.progress.journal import iter_records_by_item, read_job, w
 
 KEY = "sk-very-secret-0123456789"
 ECHOES = Path(__file__).with_name("echoes.yaml")
-"""Generator: two answers to each line of a file, judged."""
+"""Generator that asks for two answers to each line of a file, and has a judge grade each answer."""
 FINISH = finishing.finish
+"""The real function, which the fixture `settings` replaces."""
 
 
 def echo(request: Mapping[str, Any]) -> str:
-    """Return what the scripted model says."""
+    """Reply as the scripted model: repeat the line, or as its judge, give 2 to a bad text and 8 to others."""
     system, user = (message["content"] for message in request["messages"])
     if "You grade" in system:
         return json.dumps({"reason": "it is", "score": 2 if "bad" in user else 8})
@@ -42,8 +43,8 @@ def echo(request: Mapping[str, Any]) -> str:
 
 
 @pytest.fixture(autouse=True)
-def setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(finishing, "finish", lambda *args, **more: None)  # test_finishing.py has it
+def settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finishing, "finish", lambda *args, **more: None)  # tested in test_finishing.py
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setattr(models, "BACKOFF_S", 0.001)
 
@@ -55,7 +56,10 @@ def endpoint() -> Iterator[ScriptedEndpoint]:
 
 
 class Run:
-    """A command over lines in a folder of its own."""
+    """A `sov-data synth` command on a file of lines, in a folder of its own.
+
+    Calling it runs the command and returns the exit code.
+    """
 
     def __init__(self, folder: Path, capsys: pytest.CaptureFixture[str], num_lines: int = 3) -> None:
         self.folder, self.output, self._capsys = folder, folder / "out", capsys
@@ -66,13 +70,13 @@ class Run:
         lines = [json.dumps({"licence": "CC0", **record}) + "\n" for record in records]
         (self.folder / "lines.jsonl").write_text("".join(lines))
 
-    def words(self, engine: str, *more: str) -> list[str]:
+    def build_command(self, engine: str, *more: str) -> list[str]:
         return ["synth", str(ECHOES), "--input", str(self.folder / "lines.jsonl"), "--output",
                 str(self.output), "--engine", engine, "--model", "scripted", "--threads", "4", "--workers",
                 "1", "--timeout", "600", *more]
 
     def __call__(self, endpoint: ScriptedEndpoint, *more: str) -> int:
-        return main(self.words(endpoint.url, *more))
+        return main(self.build_command(endpoint.url, *more))
 
     def get_error(self, endpoint: ScriptedEndpoint, *more: str, code: int = 2) -> str:
         """Return the error of the command, which must end with a code."""
@@ -80,12 +84,13 @@ class Run:
         assert self(endpoint, *more) == code
         return self._capsys.readouterr().err
 
-    def kept(self) -> list[str]:
-        """Return what passes the generator's own checks, in order."""
-        return [sample["record"]["text"] for line in self.candidates()
-                for sample in line["samples"] if all(verdict["passed"] for verdict in sample["verdicts"])]
+    def list_passed(self) -> list[str]:
+        """Return the texts of samples that pass the generator's own checks, in order."""
+        return [sample["record"]["text"] for item in self.read_items() for sample in item["samples"]
+                if all(verdict["passed"] for verdict in sample["verdicts"])]
 
-    def candidates(self) -> list[dict[str, Any]]:
+    def read_items(self) -> list[dict[str, Any]]:
+        """Return the journal's records of finished items, each with its samples."""
         return [json.loads(record) for _, record in iter_records_by_item(work_folder(self.output))]
 
 
@@ -98,11 +103,11 @@ def test_items_become_samples_with_their_requests_and_verdicts(run: Run, endpoin
                                                                capsys: pytest.CaptureFixture[str]) -> None:
     run.write([{"id": "a", "text": "line a"}, {"id": "b", "text": "bad line"}])
     assert run(endpoint) == 0
-    first, second = run.candidates()
+    first, second = run.read_items()
     assert first["item"] | {"digest": ""} == {"id": "a", "source": "lines", "licence": "CC0", "digest": ""}
     assert [sample["verdicts"][1]["passed"] for sample in first["samples"] + second["samples"]] == [
         True, True, False, False]
-    assert len(set(run.kept())) == 2, "each draw has a seed of its own"
+    assert len(set(run.list_passed())) == 2, "each draw has a seed of its own"
     request = endpoint.requests[0]
     assert request["messages"] == [{"role": "system", "content": "You repeat."},
                                    {"role": "user", "content": request["messages"][1]["content"]}]
@@ -163,38 +168,39 @@ def test_answers_of_another_model_are_refused_or_recorded_with_its_name(
 def test_answered_requests_are_not_repeated_and_new_items_are_added(
         run: Run, endpoint: ScriptedEndpoint, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(endpoint) == 0
-    before, kept = len(endpoint.requests), run.kept()
+    num_asked, passed = len(endpoint.requests), run.list_passed()
     assert run(endpoint) == 0
-    assert (len(endpoint.requests), run.kept()) == (before, kept)
+    assert (len(endpoint.requests), run.list_passed()) == (num_asked, passed)
     run.write([{"id": f"i{n}", "text": f"line {n}"} for n in (0, 1, 2, 3, 3)])
     assert run(endpoint) == 0
     assert "1 items have the id of an earlier one and are passed over, such as i3" in capsys.readouterr().out
-    assert (len(endpoint.requests), len(run.kept())) == (before + 4, len(kept) + 2)
+    # the new item i3: two answers, and a grade for each
+    assert (len(endpoint.requests), len(run.list_passed())) == (num_asked + 4, len(passed) + 2)
 
 
 @pytest.mark.parametrize("more", [["--set", "tone=sharp"], ["--model", "another"]])
 def test_changed_settings_are_refused_unless_redo_is_given(more: list[str], run: Run,
                                                            endpoint: ScriptedEndpoint) -> None:
     assert run(endpoint) == 0
-    before = len(endpoint.requests)
+    num_asked = len(endpoint.requests)
     error = run.get_error(endpoint, *more)
     assert ("settings.tone was" if "--set" in more else "model was") in error
-    assert len(endpoint.requests) == before
+    assert len(endpoint.requests) == num_asked
     assert run(endpoint, *more, "--redo") == 0
-    assert len(run.kept()) == 6 and len(endpoint.requests) > before
+    assert len(run.list_passed()) == 6 and len(endpoint.requests) > num_asked
     num_asked = len(endpoint.requests)
     assert run(endpoint, *more, "--redo") == 0
-    assert len(endpoint.requests) == num_asked, "what was paid for once is still there"
+    assert len(endpoint.requests) == num_asked, "answers are still in the cache"
 
 
 def test_a_complete_output_without_its_records_needs_redo(run: Run, endpoint: ScriptedEndpoint) -> None:
     assert run(endpoint) == 0
     (run.output / "manifest.json").write_text("{}")
-    shutil.rmtree(work_folder(run.output))  # cleared, or not moved with it
+    shutil.rmtree(work_folder(run.output))  # as if a user cleared it, or did not move it with the output
     num_asked = len(endpoint.requests)
     assert "out.work) are gone; pass --redo" in run.get_error(endpoint)
-    assert run(endpoint, "--redo") == 0 and len(run.kept()) == 6
-    assert len(endpoint.requests) == num_asked, "what was paid for once is still there"
+    assert run(endpoint, "--redo") == 0 and len(run.list_passed()) == 6
+    assert len(endpoint.requests) == num_asked, "answers are still in the cache"
 
 
 def test_the_token_limit_is_sent_in_the_field_of_the_endpoint(run: Run, endpoint: ScriptedEndpoint) -> None:
@@ -205,7 +211,7 @@ def test_the_token_limit_is_sent_in_the_field_of_the_endpoint(run: Run, endpoint
     assert set(lengths) == {("scripted", None, 50), ("judge", None, 3000)}
     num_asked = len(endpoint.requests)
     assert run(endpoint, "--judge-model", "judge", "--judge-max-tokens", "3000", "--redo") == 0
-    assert len(endpoint.requests) == num_asked, "it is the same answer"
+    assert len(endpoint.requests) == num_asked, "the field's name does not change the cache key"
     assert "judge_max_tokens was 3000, and is 1024" in run.get_error(endpoint, "--judge-model", "judge")
     assert '--max-tokens-field "tokens": must be' in run.get_error(endpoint, "--max-tokens-field", "tokens")
 
@@ -215,19 +221,20 @@ def test_an_item_whose_content_changed_is_refused(run: Run, endpoint: ScriptedEn
     run.write([{"id": "i0", "text": "another line"}])
     assert "1 items are not what they were" in run.get_error(endpoint)
     assert run(endpoint, "--redo") == 0
-    assert len(run.kept()) == 2
+    assert len(run.list_passed()) == 2
 
 
 def test_unusable_answers_are_retried_and_then_given_up(run: Run) -> None:
     with serving(ScriptedEndpoint(with_model_faults(echo, 1.0))) as server:
         assert run(server) == 0
-        assert {line["unusable"][:29] for line in run.candidates()} <= {
+        assert {item["unusable"][:29] for item in run.read_items()} <= {
             "3 answers were of no use, the", "the judge gave no score in 3 ", ""}
         num_asked = len(server.requests)
+        # 3 items x 3 attempts at least; each attempt has another seed, so that none is cached
         assert num_asked > 3 * 3 and len(set(server.asked)) == num_asked
         assert run(server) == 0
-        assert len(server.requests) == num_asked, "the same would come again"
-    assert not run.kept()
+        assert len(server.requests) == num_asked, "unusable answers are cached too"
+    assert not run.list_passed()
 
 
 def test_an_unreachable_endpoint_ends_the_run_with_exit_code_75(run: Run, endpoint: ScriptedEndpoint) -> None:
@@ -236,7 +243,7 @@ def test_an_unreachable_endpoint_ends_the_run_with_exit_code_75(run: Run, endpoi
     assert "nothing is lost, and the same command goes on" in error
     endpoint.next = []
     assert run(endpoint) == 0
-    assert len(run.kept()) == 6
+    assert len(run.list_passed()) == 6
 
 
 @pytest.mark.parametrize(("status", "ids", "options"), [
@@ -247,10 +254,11 @@ def test_items_without_an_answer_are_retried_by_the_next_command(
     endpoint.next = [status] * 1000
     assert (f"{len(ids)} items got no answer, the last: {ids[-1]}: the endpoint answered HTTP {status}"
             in run.get_error(endpoint, "--max-attempts", "2", *options, code=75))
-    assert 1000 - len(endpoint.next) == len(ids) * 2 * 2, "two answers to each item"
-    assert run.candidates() == []
+    # 2 answers to each item, with 2 attempts each
+    assert 1000 - len(endpoint.next) == len(ids) * 2 * 2
+    assert run.read_items() == []
     endpoint.next = []
-    assert run(endpoint) == 0 and len(run.kept()) == 2 * len(ids)
+    assert run(endpoint) == 0 and len(run.list_passed()) == 2 * len(ids)
 
 
 def test_a_wrong_key_is_one_message_without_the_key(run: Run, endpoint: ScriptedEndpoint) -> None:
@@ -263,7 +271,7 @@ def test_a_budget_is_never_broken_and_can_be_raised(run: Run, endpoint: Scripted
     assert run(endpoint, "--max-tokens-total", "2000") == 75
     usage = EndpointCache(run.output / "answers.sqlite").usage()
     assert 0 < usage.input_tokens + usage.output_tokens <= 2000
-    assert run(endpoint, "--max-tokens-total", "2000") == 75, "what earlier commands used counts"
+    assert run(endpoint, "--max-tokens-total", "2000") == 75, "tokens of earlier commands count"
     assert run(endpoint, "--max-tokens-total", "1000000") == 0
     assert max(endpoint.answered.values()) == 1
 
@@ -275,7 +283,7 @@ def test_generators_and_their_settings_are_listed(read_output: Any, get_refusal:
     assert "rewrit: is no generator; did you mean 'rewrite'?" in get_refusal("synth", "rewrit", "--list")
 
 
-BAD = {
+BAD_OPTIONS = {
     "no address": (["--engine", "ftp://x"], "must be an address such as"),
     "no folder": (["--engine", "nowhere"], "is neither an address"),
     "a key in it": (["--engine", f"http://u:{KEY}@h/v1"], "holds a key or a query"),
@@ -289,6 +297,7 @@ BAD = {
     "prompts": (["--prompts", "."], "was removed in this version; pass --input FILE; the generator's YAML"),
     "no steps": (["--checks", "nowhere.yaml"], '--checks "nowhere.yaml": does not exist'),
 }
+"""Mistake -> its options, and the message."""
 
 
 def test_a_command_refused_at_its_input_does_not_fix_the_settings(run: Run,
@@ -301,16 +310,16 @@ def test_a_command_refused_at_its_input_does_not_fix_the_settings(run: Run,
 
 
 def test_a_list_may_be_written_with_commas() -> None:
-    made = create_generator("rewrite", {"styles": "clearer,dialogue"}).settings
-    assert made == create_generator("rewrite", {"styles": ["clearer", "dialogue"]}).settings
+    settings = create_generator("rewrite", {"styles": "clearer,dialogue"}).settings
+    assert settings == create_generator("rewrite", {"styles": ["clearer", "dialogue"]}).settings
 
 
-@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("name", BAD_OPTIONS)
 def test_bad_command_lines_are_one_message_and_write_no_output(name: str, run: Run,
                                                                endpoint: ScriptedEndpoint) -> None:
-    more, sentence = BAD[name]
-    stderr = run.get_error(endpoint, *more)
-    assert sentence in stderr and KEY not in stderr
+    options, message = BAD_OPTIONS[name]
+    stderr = run.get_error(endpoint, *options)
+    assert message in stderr and KEY not in stderr
     assert not run.output.exists() and not endpoint.requests
 
 
@@ -319,7 +328,7 @@ def test_a_killed_run_resumes_without_repeating_requests(tmp_path: Path, endpoin
                                                          capsys: pytest.CaptureFixture[str]) -> None:
     run, undisturbed = (Run(tmp_path / name, capsys, 12) for name in ("killed", "undisturbed"))
     endpoint.slow_s = 0.05
-    command = [sys.executable, "-m", "data_prep.cli", *run.words(endpoint.url)]
+    command = [sys.executable, "-m", "data_prep.cli", *run.build_command(endpoint.url)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
     while len(endpoint.requests) < 9:
@@ -328,13 +337,14 @@ def test_a_killed_run_resumes_without_repeating_requests(tmp_path: Path, endpoin
     process.kill()
     process.wait()
     cache = EndpointCache(run.output / "answers.sqlite")
-    known = cache.keys()  # its own: the endpoint may still be at an answer that nobody waits for
-    asked = {key: endpoint.asked[key] for key in known}
-    assert len(known) >= 4
+    # only what the killed run stored: the endpoint may still work on answers that nobody waits for
+    stored = cache.keys()
+    num_asked = {key: endpoint.asked[key] for key in stored}
+    assert len(stored) >= 4  # 9 requests, of which up to 4 threads were still waiting
     assert run(endpoint) == 0
-    assert {key: endpoint.asked[key] for key in known} == asked, "paid once"
+    assert {key: endpoint.asked[key] for key in stored} == num_asked, "stored answers are not paid for again"
     assert undisturbed(endpoint) == 0
-    assert run.kept() == undisturbed.kept()
+    assert run.list_passed() == undisturbed.list_passed()
 
 
 def test_a_stopped_run_waits_for_its_open_requests(tmp_path: Path, endpoint: ScriptedEndpoint,
@@ -342,27 +352,27 @@ def test_a_stopped_run_waits_for_its_open_requests(tmp_path: Path, endpoint: Scr
     run = Run(tmp_path, capsys, 12)
     endpoint.slow_s = 0.05
 
-    def ask() -> None:
+    def stop_after_requests() -> None:
         while len(endpoint.requests) < 9:
             time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    asking = threading.Thread(target=ask)
-    asking.start()
+    stopping = threading.Thread(target=stop_after_requests)
+    stopping.start()
     assert "received SIGTERM; the same command resumes" in run.get_error(endpoint, code=75)
-    asking.join()
+    stopping.join()
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert EndpointCache(run.output / "answers.sqlite").keys() == set(endpoint.answered)
     assert run(endpoint) == 0
-    assert max(endpoint.asked.values()) == 1, "what was under way was kept"
-    assert len(run.kept()) == 24
+    assert max(endpoint.asked.values()) == 1, "answers to open requests are stored before the run ends"
+    assert len(run.list_passed()) == 24  # 12 lines x 2 answers
 
 
 def nest_lists(levels: int) -> list[Any]:
-    found: list[Any] = []
+    nested: list[Any] = []
     for _ in range(levels):
-        found = [found]
-    return found
+        nested = [nested]
+    return nested
 
 
 @pytest.mark.parametrize("sample", [

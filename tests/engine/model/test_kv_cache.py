@@ -45,16 +45,18 @@ def test_cached_spans_equal_whole_sequences(window: int, monkeypatch: pytest.Mon
         if any(d + n > MAX_TOKENS for d, n in zip(num_read, lengths, strict=True)):
             longest = num_read.index(max(num_read))
             # The longest sequence ends; another one is copied to its slot, and both slots continue.
-            layer.copy((longest + 1) % SLOTS, [longest])
-            sequences[longest], num_read[longest] = sequences[(longest + 1) % SLOTS], num_read[(longest
-                                                                                                + 1) % SLOTS]
+            other = (longest + 1) % SLOTS
+            layer.copy(other, [longest])
+            sequences[longest], num_read[longest] = sequences[other], num_read[other]
             continue
         groups = [CacheGroup(0, 0, 1, list(num_read))] if single_tokens else [
             CacheGroup(sum(lengths[:i]), i, lengths[i], [num_read[i]]) for i in range(SLOTS)]
-        qkv = [torch.cat([getattr(s, name)[d:d + n] for s, d,
-                          n in zip(sequences, num_read, lengths, strict=True)]
-                         + [torch.full((2, HEADS if name == "q" else KV_HEADS, DIM), torch.nan).double()])
-               for name in "qkv"]
+        qkv = []
+        for name in "qkv":
+            new = [getattr(s, name)[d:d + n]
+                   for s, d, n in zip(sequences, num_read, lengths, strict=True)]
+            padding = torch.full((2, HEADS if name == "q" else KV_HEADS, DIM), torch.nan).double()
+            qkv.append(torch.cat([*new, padding]))
         result = layer(*qkv, None, packed_seq_params=PackedSpans(groups=groups))
         expected = torch.cat([s.attend(window)[d:d + n]
                               for s, d, n in zip(sequences, num_read, lengths, strict=True)])

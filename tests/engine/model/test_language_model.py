@@ -16,8 +16,8 @@ from megatron_sov.model.config import ParallelConfig, apply_settings
 
 # Every weight must be on its process's device; the meta device reveals weights created on other devices.
 
-def devices(recipe: str, precision: str) -> dict[str, list[str]]:
-    """Build as on a GPU, but on the meta device; return the devices of weights and rotary frequencies."""
+def group_by_device(recipe: str, precision: str) -> dict[str, list[str]]:
+    """Build as on a GPU, but on the meta device; return device -> names of weights and "rotations"."""
     from unittest import mock
 
     meta = torch.device("meta")
@@ -32,20 +32,20 @@ def devices(recipe: str, precision: str) -> dict[str, list[str]]:
           mock.patch.object(language_model, "get_local_device", lambda: meta),
           mock.patch.object(router, "get_local_device", lambda: meta)):
         model = language_model.build_model(config.model, ParallelConfig(), config.train)
-    found: dict[str, list[str]] = {}
+    names: dict[str, list[str]] = {}
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        found.setdefault(str(tensor.device), []).append(name)
-    found.setdefault(str(model.chunks[0].rotary_pos_emb.inv_freq.device), []).append("rotations")
-    return found
+        names.setdefault(str(tensor.device), []).append(name)
+    names.setdefault(str(model.chunks[0].rotary_pos_emb.inv_freq.device), []).append("rotations")
+    return names
 
 
 @pytest.mark.distributed
 def test_no_tensor_stays_on_the_cpu(ranks: Any, job: Any) -> None:
-    results = ranks(*(job(__file__, "devices", 1, {"recipe": recipe, "precision": precision})
+    results = ranks(*(job(__file__, "group_by_device", 1, {"recipe": recipe, "precision": precision})
                       for recipe in ("tiny-solar-open", "tiny-k-exaone") for precision in ("fp32", "bf16")))
-    for (found,) in results:
-        assert set(found) == {"meta"}, found
-        assert any("router" in name for name in found["meta"]) and len(found["meta"]) > 20
+    for (names,) in results:
+        assert set(names) == {"meta"}, names
+        assert any("router" in name for name in names["meta"]) and len(names["meta"]) > 20
 
 
 def test_a_weight_elsewhere_is_named() -> None:

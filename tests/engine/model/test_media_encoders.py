@@ -19,8 +19,8 @@ DOCUMENT = [11, 5, 5, 5, 5, 12, 13, 5, 5, 14, 15, 16]
 def compare_hidden_states(layout: dict[str, Any]) -> dict[str, Any]:
     """Return the largest differences of a document's hidden states from those of the document alone.
 
-    "after_documents" and "other_images": after another document, with other images; "other": with another
-    second image; "spans": read in spans of 3 tokens through a cache.
+    "after_documents" and "other_images": after another document, with other images; "other_second_image":
+    with another second image; "spans": read in spans of 3 tokens through a cache.
     """
     import dataclasses
 
@@ -48,15 +48,15 @@ def compare_hidden_states(layout: dict[str, Any]) -> dict[str, Any]:
         row.inputs = dataclasses.replace(row.inputs, encoder_inputs=join_inputs(
             (i * len(DOCUMENT), show_images(*images)) for i, images in enumerate(pictures)))
         end = len(pictures) * len(DOCUMENT)
-        others = policy.map([row], lambda depths, *_: context.gather_row(
+        row_states = policy.map([row], lambda depths, *_: context.gather_row(
             gather_hidden_states(depths[0], model.config))[end - len(DOCUMENT):end])
         return collectives.broadcast_from_last_stage(
-            others[0] if others else torch.zeros(len(DOCUMENT), 32, dtype=torch.float64))
+            row_states[0] if row_states else torch.zeros(len(DOCUMENT), 32, dtype=torch.float64))
 
     expected = compute_last_document([(0, 1)])
     others = {"after_documents": compute_last_document([(2, 2), (0, 1)]),
               "other_images": compute_last_document([(1, 0), (0, 1)]),
-              "other": compute_last_document([(0, 2)])}
+              "other_second_image": compute_last_document([(0, 2)])}
     states_by_span = []
     with CachedDecoder(policy, CacheSize(1, 16)) as decoder:
         for start in range(0, 12, 3):
@@ -78,4 +78,4 @@ def test_documents_are_separate_and_cached_spans_equal_whole_rows(ranks: Any, jo
         for differences in per_rank:
             assert max(differences["after_documents"], differences["other_images"],
                        differences["spans"]) < 1e-12, layout
-            assert differences["other"] > 1e-3, "the second image has an effect"
+            assert differences["other_second_image"] > 1e-3, "the second image has an effect"

@@ -42,6 +42,7 @@ def find_flipped_replicas(layout: dict[str, int], flipped_on: list[int], expert:
     _, model = tiny_model("tiny-solar-open", "model.num_layers=1", layout=layout)
     differing_ranks = [replica_checks.find_differing_replicas(model)]
     if torch.distributed.get_rank() in flipped_on:
+        # Megatron-Core sets `allreduce` to False on routed experts.
         replica_checks.flip_bit(next(p for p in model.parameters()
                                      if p.dim() == 2 and getattr(p, "allreduce", True) != expert))
     differing_ranks.append(replica_checks.find_differing_replicas(model))
@@ -50,6 +51,7 @@ def find_flipped_replicas(layout: dict[str, int], flipped_on: list[int], expert:
 
 @pytest.mark.distributed
 def test_a_majority_names_the_process_whose_weight_changed(ranks: Any, job: Any) -> None:
+    # layout, number of ranks, ranks that flip a bit, whether of an expert, ranks that are named
     cases = [({}, 3, [1], False, [1]), ({"ep": 2}, 2, [1], False, [0, 1]), ({"ep": 2}, 4, [3], True, [1, 3]),
              ({"tp": 2, "sp": True}, 2, [1], False, []), ({}, 3, [], False, [])]
     result = ranks(

@@ -11,6 +11,7 @@ from megatron_sov.base.settings import SettingsError
 from megatron_sov.model.config import RunConfig, apply_settings
 
 Small = Callable[..., RunConfig]
+# Settings that several cases share; each makes a valid run unless a case adds a wrong one.
 SELECTIVE = "train.recompute=selective gpu.recompute_modules="
 OFFLOAD = "train.precision=bf16 parallel.zero1=true gpu.optimizer_offload=0.5"
 BF16_SUMS = "train.precision=bf16 gpu.grad_dtype=bf16 train.micro_batch_size=1"
@@ -72,8 +73,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ("model.sliding_window_tokens=8", 1, "model.sliding_window_tokens"),
     ("model.layer_windows=[0,8]", 1, "model.layer_windows"),
     ("model.attention_pattern=LG model.sliding_window_tokens=8 model.num_layers=2 model.layer_windows=[0,8]",
-     1,
-     "model.layer_windows"),
+     1, "model.layer_windows"),
     ("model.swiglu_limits=[7]", 1, "model.swiglu_limits"),
     ("model.tied_embeddings=true model.num_mtp_layers=1 model.dense_ffn_dim=64 parallel.pp=2", 2,
      "parallel.pp"),

@@ -36,7 +36,8 @@ def test_linear_attention_costs_a_token_the_same_at_any_length() -> None:
     """Megatron-LM's count of the delta rule: four products of the size of the state (its training.py)."""
     model = get("solar-open2-250b").model
     short, long = (compute_train_flops_per_token(model, length) for length in (4096, 8192))
-    # A query of the twelve attention layers, with 64 heads of 128, sees 2,048 keys more on average.
+    # A query of the twelve attention layers, with 64 heads of 128, sees 2,048 keys more on average. Each key
+    # costs a product with the key and one with the value: 2 x 128, at 6 FLOPs.
     assert long - short == 6 * 12 * 64 * 2 * 128 * 2048
     states = 36 * (4 * 64 * 128 * 128 + 4 * 24576)
     assert short == 6 * (count_multiplied_weights(model) + 12 * 64 * 2 * 128 * 2048.5 + states)
@@ -104,9 +105,10 @@ def test_a_prediction_layer_is_not_adapted_nor_are_its_experts(recipe: str) -> N
     model = get(recipe).model
     lora = LoraConfig(rank=4, targets=("gate_proj", "up_proj", "down_proj", "experts", "lm_head"))
     assert model.num_mtp_layers == 1
-    names = [*find_adapter_places(model, lora), *(of.name for of in find_adapted_modules(model, lora))]
-    numbers = {int(found[1]) for name in names if (found := re.match(r"model\.layers\.(\d+)\.", name))}
-    assert numbers == set(range(model.num_layers))
+    names = [*find_adapter_places(model, lora),
+             *(module.name for module in find_adapted_modules(model, lora))]
+    matches = [re.match(r"model\.layers\.(\d+)\.", name) for name in names]
+    assert {int(match[1]) for match in matches if match} == set(range(model.num_layers))
     assert not any(name.startswith("mtp.") for name in names)
 
 
@@ -122,16 +124,17 @@ def test_torch_counts_as_many_in_transformers(recipe: str) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     model = replace(get(recipe).model, num_mtp_layers=0)
-    config = AutoConfig.for_model(**models.get_family(model.family).to_hf_config(model, "float32",
-                                                                                 TokenIds()))
+    hf_config = models.get_family(model.family).to_hf_config(model, "float32", TokenIds())
+    config = AutoConfig.for_model(**hf_config)
     config._attn_implementation = config._experts_implementation = "eager"
     reference = AutoModelForCausalLM.from_config(config)
     tokens = torch.arange(SEQ_LEN)[None] % model.vocab_size
     with FlopCounterMode(display=False) as counter:
         reference(input_ids=tokens, labels=tokens).loss.backward()
     latent = model.latent_attention
-    widths = model.head_dim + (model.head_dim if latent is None else latent.v_head_dim)
-    unmasked = 6 * model.num_layers * model.num_heads * widths * SEQ_LEN
+    value_width = model.head_dim if latent is None else latent.v_head_dim
+    # a multiply-add is 2 FLOPs, and the backward pass costs twice the forward pass: 6 in all
+    unmasked = 6 * model.num_layers * model.num_heads * (model.head_dim + value_width) * SEQ_LEN
     expected = 6 * count_multiplied_weights(model) + unmasked
     assert counter.get_total_flops() / SEQ_LEN == pytest.approx(expected, rel=2e-3)
 
@@ -148,8 +151,8 @@ def test_windows_limit_keys_and_prediction_layers_have_their_own_head() -> None:
     assert compute_train_flops_per_token(model, 8192) == pytest.approx(
         6 * count_multiplied_weights(model) + 12 * model.num_heads * model.head_dim * keys)
     norms = 5 * model.hidden_size + 2 * model.head_dim
-    prediction_weights = count_multiplied_weights(model) - count_multiplied_weights(replace(model,
-                                                                                            num_mtp_layers=0))
+    trunk_weights = count_multiplied_weights(replace(model, num_mtp_layers=0))
+    prediction_weights = count_multiplied_weights(model) - trunk_weights
     assert prediction_weights == count_params(model).mtp - norms + model.vocab_size * model.hidden_size
 
 

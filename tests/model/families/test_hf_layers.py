@@ -37,8 +37,8 @@ def test_qwens_windows_are_those_of_transformers(recipe: str, switch: bool, wind
                           num_hidden_layers=layers, layer_types=None)
     theirs, ours = AutoConfig.for_model(**config), read(config)
     assert ours.layer_types() == theirs.layer_types
-    assert ours.sliding_window_tokens == (theirs.sliding_window
-                                          if "sliding_attention" in theirs.layer_types else 0)
+    has_windows = "sliding_attention" in theirs.layer_types
+    assert ours.sliding_window_tokens == (theirs.sliding_window if has_windows else 0)
     assert read(models.get_family(ours.family).to_hf_config(ours, "float32", TokenIds())) == ours
 
 
@@ -88,8 +88,8 @@ def test_windows_and_limits_of_k_exaone_2_follow_its_lists() -> None:
                          "swiglu_limits": [0.5, 0, 3, 0, 0, 2], "mtp_num_speculative_steps": 2})
     assert (odd.windows(), odd.mtp_window(), odd.mtp_depths) == ([0, 9, 3, 5, 7, 0], 11, 2)
     assert read(models.get_family("exaone_moe").to_hf_config(odd, "float32", TokenIds())) == odd
-    one = read(config | {"sliding_windows": [0, 8, 8, 8, 8, 0], "mtp_sliding_windows": [8]})
-    assert (one.sliding_window_tokens, one.layer_windows) == (8, ())
+    equal = read(config | {"sliding_windows": [0, 8, 8, 8, 8, 0], "mtp_sliding_windows": [8]})
+    assert (equal.sliding_window_tokens, equal.layer_windows) == (8, ())
 
 
 @pytest.mark.each(("recipe", "fields", "message"), [

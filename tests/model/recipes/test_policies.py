@@ -22,7 +22,7 @@ def test_a_policy_is_complete_with_its_unpublished_settings(name: str) -> None:
     config, lacking = get(name), LACKING.get(TINY.get(name, name), ())
     ranks = max(config.parallel.ranks_per_replica, config.parallel.ranks_per_expert_replica)
     assert sorted(problem.key for problem in config.problems(ranks)) == sorted(
-        setting.partition("=")[0] for setting in lacking), "every one is asked for"
+        setting.partition("=")[0] for setting in lacking)
     whole = add_rounds(apply_settings(config, list(lacking)))
     assert whole.problems(ranks) == []
     assert whole.train.steps == (config.rollout.rounds * config.rollout.steps_per_round)
@@ -85,8 +85,8 @@ def test_parameters_are_those_of_the_published_sizes() -> None:
     assert count.mtp == layer + 2 * 4096 * 4096 + 3 * 4096
 
 
-def test_the_vocabulary_closes_as_published() -> None:
-    """Text below 128,606, 6,561 sounds, one free id, 65,536 pictures up to the end."""
+def test_the_vocabulary_is_divided_as_published() -> None:
+    """Text below 128,606, then 6,561 tokens for audio, a free id, and 65,536 tokens for images."""
     model = get(NAMES[0]).model
     assert model.audio_tokens is not None and model.image_tokens is not None
     assert (model.audio_tokens.first, model.audio_tokens.size) == (128_606, 3 ** 8)
@@ -102,17 +102,18 @@ def test_encoders_are_published_and_placeholders_are_text_tokens() -> None:
     assert (vision.num_layers, vision.hidden_size, vision.num_heads, vision.patch_size) == (32, 1280, 16, 14)
     assert vision.full_attention_layers == (7, 15, 23, 31)
     assert (model.audio.num_layers, model.audio.hidden_size, model.audio.num_heads, model.audio.num_mels,
-            model.audio.slots) == (32, 1280, 20, 128, 750), "25 in a second of 30"
+            model.audio.slots) == (32, 1280, 20, 128, 750)  # 30 seconds x 25 slots
     for name in (NAMES[1], "tiny-hyperclova-omni-continuous"):
-        m = get(name).model
-        assert m.vision and m.audio and m.audio_tokens
-        ids = (*m.vision.placeholder_ids, *m.audio.placeholder_ids)
-        assert len(set(ids)) == 3 and max(ids) < m.audio_tokens.first
+        model = get(name).model
+        assert model.vision and model.audio and model.audio_tokens
+        ids = (*model.vision.placeholder_ids, *model.audio.placeholder_ids)
+        assert len(set(ids)) == 3 and max(ids) < model.audio_tokens.first
 
 
 @pytest.mark.parametrize("tiny", ["", "tiny-"])
 def test_stages_have_the_published_order(tiny: str) -> None:
-    """Discrete tokens before features of encoders; fine-tuning in four; one architecture all the way."""
+    """Discrete tokens come before features of encoders, fine-tuning has four phases, and all stages have one
+    architecture."""
     runs = [get(tiny + name) for name in NAMES]
     assert [[p.name for p in run.data.phases] for run in runs] == [
         ["text", "discrete"], ["continuous", "long"],
@@ -120,11 +121,11 @@ def test_stages_have_the_published_order(tiny: str) -> None:
     assert [(r.media.train_encoders, r.media.train_adapters) for r in runs] == [
         (False, False), (True, True), (False, True)]
     assert [r.objective.name for r in runs] == ["lm", "lm", "sft"]
-    assert runs[2].objective.text_coeff > 0, "plain text goes along"
-    if not tiny:
-        assert all("text" in phase.blend for run in runs for phase in run.data.phases[-2:] if run != runs[1])
+    assert runs[2].objective.text_coeff > 0, "fine-tuning also learns plain text"
     assert len({r.model for r in runs}) == 1 and runs[0].model.num_mtp_layers == 1
     if not tiny:
+        last_phases = [phase for run in (runs[0], runs[2]) for phase in run.data.phases[-2:]]
+        assert all("text" in phase.blend for phase in last_phases)
         assert runs[1].data.phases[-1].seq_len == runs[0].model.max_position_tokens == 32768
 
 

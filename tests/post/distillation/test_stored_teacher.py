@@ -25,9 +25,9 @@ def test_most_probable_tokens_keep_every_bit() -> None:
 
 def test_a_flipped_bit_is_reported_on_every_process(write_teacher_states: Any, packed_data: Any,
                                                     tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_teacher_states(tmp_path / "kept", [packed_data.chats], StateFormat("float32"), part_tokens=1000)
+    write_teacher_states(tmp_path / "stored", [packed_data.chats], StateFormat("float32"), part_tokens=1000)
     sources = open_sources({str(packed_data.chats): 1.0}, 368)
-    files = StateFiles(tmp_path / "kept", sources)
+    files = StateFiles(tmp_path / "stored", sources)
     teacher = StoredTeacher([files], DistillationConfig(), sources, 368)
     numbers_by_rank: list[float] = []
 
@@ -44,7 +44,7 @@ def test_a_flipped_bit_is_reported_on_every_process(write_teacher_states: Any, p
             teacher.verify(ParallelWorld(rank, 2, rank, 2, True, True))
 
     verify()
-    for file in [*sorted((tmp_path / "kept/states").iterdir())[:2], tmp_path / "kept/head.safetensors"]:
+    for file in [*sorted((tmp_path / "stored/states").iterdir())[:2], tmp_path / "stored/head.safetensors"]:
         whole = file.read_bytes()
         file.write_bytes(whole[:-3] + bytes([whole[-3] ^ 1]) + whole[-2:])
         with pytest.raises(UserError, match=f"{file.name}: its content differs .* make the states"):
@@ -52,16 +52,17 @@ def test_a_flipped_bit_is_reported_on_every_process(write_teacher_states: Any, p
         file.write_bytes(whole)
 
 
-def build_files(kept: StateFormat, **more: Any) -> Any:
-    """Return a stand-in for `StateFiles` in the format `kept`; `more` replaces its other fields."""
-    fields = {"folder": Path("states"), "state_format": kept, "vocab_size": 368, "teacher": "one",
+def build_files(state_format: StateFormat, **other_fields: Any) -> Any:
+    """Return a stand-in for `StateFiles`; `other_fields` replaces fields other than its format."""
+    fields = {"folder": Path("states"), "state_format": state_format, "vocab_size": 368, "teacher": "one",
               "dtype": torch.bfloat16, "sources": {}}
-    return SimpleNamespace(**(fields | more))
+    return SimpleNamespace(**(fields | other_fields))
 
 
-@pytest.mark.each(("kept", "asked", "vocab_size", "text"), [
-    (StateFormat(), {"top_k": 8}, 368, r"states: holds the final hidden states of the teacher, and "
-                                r"distillation.top_k = 8 asks for the 8 most probable tokens; set it to 0"),
+@pytest.mark.each(("stored", "settings", "vocab_size", "message"), [
+    (StateFormat(), {"top_k": 8}, 368,
+     r"states: holds the final hidden states of the teacher, and distillation.top_k = 8 asks for the 8 most "
+     r"probable tokens; set it to 0"),
     (StateFormat(top_k=8), {}, 368,
      r"holds the 8 most probable tokens of the teacher, and distillation.top_k = 0 "),
     (StateFormat(top_k=8, temperature=2.0), {"top_k": 8}, 368,
@@ -69,12 +70,12 @@ def build_files(kept: StateFormat, **more: Any) -> Any:
     (StateFormat(), {}, 400,
      r"its teacher has 368 token ids, the student model.vocab_size = 400; choose a teacher"),
 ])
-def test_states_in_another_format_are_refused(kept: StateFormat, asked: dict[str, Any], vocab_size: int,
-                                              text: str) -> None:
-    with pytest.raises(UserError, match=text):
-        StoredTeacher([build_files(kept)], DistillationConfig(**asked), [], vocab_size)
-    StoredTeacher([build_files(kept)], DistillationConfig(top_k=kept.top_k, temperature=kept.temperature), [],
-                  368)
+def test_states_in_another_format_are_refused(stored: StateFormat, settings: dict[str, Any], vocab_size: int,
+                                              message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        StoredTeacher([build_files(stored)], DistillationConfig(**settings), [], vocab_size)
+    matching = DistillationConfig(top_k=stored.top_k, temperature=stored.temperature)
+    StoredTeacher([build_files(stored)], matching, [], 368)
 
 
 def test_every_source_was_read_by_a_teacher() -> None:

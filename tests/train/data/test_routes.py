@@ -58,7 +58,7 @@ def test_routes_are_packed_with_their_tokens(tmp_path: Path) -> None:
     check_routes_and_encoders([source], MODEL)
     documents = source.open_split("train")
     row = build_row(OrderedSample(0, (PackedSegment(1, 2, 3), PackedSegment(0, 0, 2))), documents, 7,
-                     routes=source.routes)
+                    routes=source.routes)
     assert row.routes is not None and row.routes.shape == (7, shape.layers, shape.top_k)
     assert row.tokens[:5].tolist() == [22, 23, 24, 10, 11]
     no_routes = shape.build_unrecorded(1)

@@ -71,8 +71,8 @@ def test_held_out_samples_stop_at_their_budget(numbered: Any, lengths: list[int]
 
 def test_joined_rows_keep_documents_separate(numbered: Any) -> None:
     documents = numbered([4, 6])
-    rows = [build_row(OrderedSample(i, (PackedSegment(i, 0, 4),)), documents, 5,
-                       columns=("score",)) for i in range(2)]
+    rows = [build_row(OrderedSample(i, (PackedSegment(i, 0, 4),)), documents, 5, columns=("score",))
+            for i in range(2)]
     joined = join_rows(rows)
     assert joined.bounds.tolist() == [0, 4, 5, 9, 10]
     assert joined.tokens.tolist() == rows[0].tokens.tolist() + rows[1].tokens.tolist()

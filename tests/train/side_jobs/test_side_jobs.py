@@ -13,7 +13,7 @@ from megatron_sov import convert, recipes
 from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.cli import main
 from megatron_sov.model.config import TrainConfig
-from megatron_sov.train.side_jobs import side_jobs, side_jobs as average_module
+from megatron_sov.train.side_jobs import side_jobs
 from megatron_sov.train.side_jobs.side_jobs import SideJobs, average_checkpoints
 
 
@@ -47,10 +47,10 @@ def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[SideJobs, lis
     monkeypatch.setattr(side_jobs, "ExportEvaluations",
                         lambda run, config, record: CallRecorder("judge", calls, failing_calls))
     monkeypatch.setattr(side_jobs, "CheckpointExports",
-                        lambda run, config, record,
-                        exported: CallRecorder("export", calls, failing_calls, exported))
-    return SideJobs(tmp_path, recipes.get("tiny-solar-open"), lambda event,
-                    **fields: None), calls, failing_calls
+                        lambda run, config, record, exported: CallRecorder("export", calls, failing_calls,
+                                                                           exported))
+    jobs_of_run = SideJobs(tmp_path, recipes.get("tiny-solar-open"), lambda event, **fields: None)
+    return jobs_of_run, calls, failing_calls
 
 
 def test_exports_are_evaluated_and_both_processes_end(jobs: Any) -> None:
@@ -92,7 +92,7 @@ class ForegroundProcess:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    monkeypatch.setattr(average_module, "BackgroundProcess", ForegroundProcess)
+    monkeypatch.setattr(side_jobs, "BackgroundProcess", ForegroundProcess)
     return []
 
 

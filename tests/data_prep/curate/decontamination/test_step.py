@@ -17,6 +17,7 @@ from tests.data_prep.curate.decontamination.disguises import DISGUISES, ITEMS, M
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, run_step
 from tests.typed_words import keys_of
 
+# Texts with words of the items, but no run that is long enough.
 CLEAN = ("The refinery was closed in 1998, and nobody in the office knew how many barrels it had filled.",
          "철수는 사과를 좋아하지 않았지만 영희에게는 그런 말을 하지 않았다. 서울은 대한민국의 수도이다.",
          "สมชายชอบกินส้มมากกว่าแอปเปิลแต่เขาไม่เคยปลูกต้นส้มเลย", "", "12500")
@@ -42,11 +43,11 @@ def test_every_item_is_found_in_each_disguise(tmp_path: Path, bench: Path, disgu
 
 def test_a_run_of_ten_words_is_enough_and_nine_are_not(tmp_path: Path, bench: Path) -> None:
     words = ITEMS["english"].split()
+    # "Müller's", the word at index 4, counts as two words
     shared = [" ".join(words[start:start + count]) for start, count in ((2, 11), (3, 10), (3, 9), (4, 8))]
     documents = docs(*(f"Yes, {text} no." for text in shared))
     view = MemoryView.of([documents], tmp_path / "w")
     outcomes = run_step(Decontaminate, DecontaminateSettings(benchmarks=(bench,)), view)
-    # "Müller's" is two words
     assert [bool(outcomes[d.id].reason) for d in documents] == [True, True, True, False]
 
 
@@ -80,10 +81,10 @@ def test_an_item_is_found_with_its_offsets(disguise: str) -> None:
     for name in NAMES:
         planted = MARKUP_DISGUISES[disguise](ITEMS[name])
         text = f"Some of it stands before.\n\n{planted}\n\nMore of it behind, &amp; <b>bold</b>."
-        found = [hit for hit in find_hits(text, SEARCH, 0) if hit.item == name]
-        assert found, planted
+        hits = [hit for hit in find_hits(text, SEARCH, 0) if hit.item == name]
+        assert hits, planted
         start, stop = text.index(planted), text.index(planted) + len(planted)
-        assert all(start <= hit.start < hit.stop <= stop for hit in found)
+        assert all(start <= hit.start < hit.stop <= stop for hit in hits)
 
 
 @pytest.mark.parametrize("text", [
@@ -94,10 +95,11 @@ def test_an_item_is_found_with_its_offsets(disguise: str) -> None:
     "Он купил яблоки на рынке и продал их за городом", "\ud800 <b>"])
 def test_the_plain_form_of_ordinary_text_has_offsets(text: str) -> None:
     assert find_hits(text, SEARCH, 0) == []
-    if (found := to_plain_form(text)) is not None:
-        assert len(found.text) == len(found.starts) == len(found.ends)
-        assert (found.starts < found.ends).all() and (found.starts >= 0).all()
-        assert (found.ends <= len(text)).all()
+    plain = to_plain_form(text)
+    if plain is not None:
+        assert len(plain.text) == len(plain.starts) == len(plain.ends)
+        assert (plain.starts < plain.ends).all() and (plain.starts >= 0).all()
+        assert (plain.ends <= len(text)).all()
 
 
 @given(st.text(alphabet=st.sampled_from("aB1,. \n\u200bé\u0301한\u1112\u1161\u11abภำ字ﬁİßｶﾞ½"), max_size=30))
@@ -129,4 +131,5 @@ def test_unreadable_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"quiz.jsonl:1: has text in none of the fields question, .*title"):
         read_items([tmp_path], FIELDS)
     (problem,) = DecontaminateSettings(benchmarks=(tmp_path,)).problems()
-    assert problem.rule.startswith(f"{tmp_path / 'quiz.jsonl'}:1: has text in none of"), "before a run"
+    # the check of settings, before a run, reports it too
+    assert problem.rule.startswith(f"{tmp_path / 'quiz.jsonl'}:1: has text in none of")

@@ -12,6 +12,7 @@ from tests.data_prep.curate.pipeline.memory_view import MemoryView, docs, run_st
 
 
 def find_duplicates(view: MemoryView, **settings: object) -> dict[str, str]:
+    """Return the id of each dropped document -> the id of the document that remains."""
     outcomes = run_step(ExactDedup, ExactSettings(**{"partitions": 3, **settings}), view)
     assert {o.reason for o in outcomes.values()} <= {"", "exact duplicate"}
     return {id_: o.values["duplicate_of"] for id_, o in outcomes.items() if o.reason}
@@ -30,10 +31,9 @@ def test_the_first_of_the_highest_priority_stays(tmp_path: Path) -> None:
 
 
 def test_results_do_not_depend_on_shards_and_partitions(tmp_path: Path) -> None:
-    texts = [str(number * number % 61) for number in range(200)]
-    first: dict[str, int] = {}
-    expected = {position: first[text] for position, text in enumerate(texts)
-                if first.setdefault(text, position) != position}
+    texts = [str(number * number % 61) for number in range(200)]  # at most 61 different texts
+    expected = {position: texts.index(text) for position, text in enumerate(texts)
+                if texts.index(text) != position}
     for size, partitions in ((200, 1), (30, 7), (23, 40)):
         shards = [docs(*texts[start:start + size], shard=start) for start in range(0, 200, size)]
         position = {d.id: number for number, d in enumerate(d for shard in shards for d in shard)}

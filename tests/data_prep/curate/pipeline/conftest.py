@@ -52,13 +52,14 @@ class Shorten(Step):
     shorthand = "longest"
 
     def list_files(self) -> Sequence[Path]:
-        found: tuple[Path, ...] = self.settings.lists
-        return found
+        files: tuple[Path, ...] = self.settings.lists
+        return files
 
     def judge_document(self, document: Doc) -> StepOutcome:
         text = document.text
-        for word in (word for file in self.settings.lists for word in file.read_text().split()):
-            text = text.replace(word, "")
+        for file in self.settings.lists:
+            for word in file.read_text().split():
+                text = text.replace(word, "")
         if len(text) < self.settings.not_below:
             return StepOutcome("too short")
         size = "long" if len(text) > self.settings.longest else "short"
@@ -84,19 +85,21 @@ class Unique(Step):
         return [Pass("hash", self.hash), Pass("choose", self.choose, 2)]
 
     def hash(self, view: View, task: int) -> None:
+        """Write a line for each document of a shard: hash of the text, rank of the source, shard, id."""
         shard = view.shards[task]
         lines = [f"{hashlib.md5(d.text.encode()).hexdigest()} {9 - view.get_priority(d.source)} {task:05d} "
                  f"{d.id}\n" for d in view.iter_documents(shard)]
         (view.work_folder / f"hashes-{task:05d}").write_text("".join(lines))
 
     def choose(self, view: View, task: int) -> None:
+        """Write the first id of each text, for the half of the texts whose hash belongs to this task."""
         lines = sorted(line for file in view.work_folder.glob("hashes-*")
                        for line in file.read_text().splitlines() if int(line[:8], 16) % 2 == task)
-        first: dict[str, str] = {}
+        first_ids: dict[str, str] = {}
         for line in lines:
             digest, _, _, identifier = line.split()
-            first.setdefault(digest, identifier)
-        (view.work_folder / f"chosen-{task}").write_text("\n".join(first.values()))
+            first_ids.setdefault(digest, identifier)
+        (view.work_folder / f"chosen-{task}").write_text("\n".join(first_ids.values()))
 
     def load_inputs(self, view: View) -> None:
         self.chosen = {line for task in range(2)
@@ -109,15 +112,15 @@ class Unique(Step):
 @pytest.fixture(autouse=True)
 def steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register the steps `shorten` and `unique` for pipeline files."""
-    known = {"shorten": Shorten, "unique": Unique}
+    test_steps = {"shorten": Shorten, "unique": Unique}
     load_step_class = step.load_step_class
 
-    def step_class(kind: str) -> type[Step]:
-        return known[kind] if kind in known else load_step_class(kind)
+    def load_test_step(kind: str) -> type[Step]:
+        return test_steps[kind] if kind in test_steps else load_step_class(kind)
 
-    for kind in known:
+    for kind in test_steps:
         monkeypatch.setitem(step.STEPS, kind, "")
-    monkeypatch.setattr("data_prep.curate.pipeline.pipeline_file.load_step_class", step_class)
+    monkeypatch.setattr("data_prep.curate.pipeline.pipeline_file.load_step_class", load_test_step)
 
 
 @pytest.fixture(autouse=True)
@@ -129,15 +132,15 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def finished_tasks(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str, int]]:
     """The tasks (stage, source, number) that have completed in this process; grows during a run."""
-    found: list[tuple[str, str, int]] = []
+    finished: list[tuple[str, str, int]] = []
     run_open_task = tasks._run_open_task
 
     def run_and_record(plan: Any, file: Path, output: Path, stage: Any, task: Any, mark: Path) -> None:
         run_open_task(plan, file, output, stage, task, mark)
-        found.append((stage.name, *task))
+        finished.append((stage.name, *task))
 
     monkeypatch.setattr(tasks, "_run_open_task", run_and_record)
-    return found
+    return finished
 
 
 @pytest.fixture

@@ -31,8 +31,9 @@ class MemoryView:
     @classmethod
     def of(cls, shards: Sequence[Sequence[Doc]], work: Path, **priorities: int) -> MemoryView:
         """Return a view of shards; source and shard number come from each shard's first document."""
-        return cls({ShardRef(found[0].source, found[0].shard): list(found) for found in shards}, work,
-                   priorities)
+        documents_of = {ShardRef(documents[0].source, documents[0].shard): list(documents)
+                        for documents in shards}
+        return cls(documents_of, work, priorities)
 
     @property
     def shards(self) -> Sequence[ShardRef]:
@@ -61,20 +62,20 @@ def run_step(make: type[Step], settings: Any, view: MemoryView) -> dict[str, Ste
             make(settings).list_passes()[number].run(view, task)
         assert read_files(view.work_folder) == before, (
             f"pass {step_pass.name}: another result when it is run again")
-    found: dict[str, StepOutcome] = {}
+    outcomes: dict[str, StepOutcome] = {}
     for shard in view.shards:
         step = make(settings)
         step.load_inputs(view)
         for document in view.iter_documents(shard):
-            found[document.id] = step.judge_document(document)
+            outcomes[document.id] = step.judge_document(document)
         step = make(settings)
         step.load_inputs(view)
         for document in reversed(view.documents_of[shard]):
             again = step.judge_document(document)
-            assert again == found[document.id], f"{document.id}: another outcome after other documents"
-    unknown = {name for outcome in found.values() for name in outcome.values} - set(make.added_columns)
+            assert again == outcomes[document.id], f"{document.id}: another outcome after other documents"
+    unknown = {name for outcome in outcomes.values() for name in outcome.values} - set(make.added_columns)
     assert not unknown, f"{make.kind} returns columns that are not in its `added_columns`: {sorted(unknown)}"
-    return found
+    return outcomes
 
 
 def read_files(folder: Path) -> dict[str, bytes]:

@@ -23,6 +23,8 @@ from tests.data_prep.curate.pipeline.test_tasks import write_base
 
 RECORD = np.dtype([("key", "<u8"), ("doc", "<u8")])
 
+# Each function writes a kind of work file, and returns it and a function that reads it.
+
 
 def make_base(folder: Path) -> tuple[Path, Callable[[], Any]]:
     write_base(folder / "a.parquet", [3, 2])
@@ -47,8 +49,7 @@ def make_buckets(folder: Path) -> tuple[Path, Callable[[], Any]]:
     records = np.zeros(12, RECORD)
     records["key"], records["doc"] = np.arange(12), 7
     write_buckets(folder / "a", records, np.repeat([0, 1, 3], 4), 4)
-    path = folder / "a"
-    return path, lambda: [read_bucket(path, RECORD, b).tolist() for b in range(4)]
+    return folder / "a", lambda: [read_bucket(folder / "a", RECORD, bucket).tolist() for bucket in range(4)]
 
 
 def make_json(folder: Path) -> tuple[Path, Callable[[], Any]]:
@@ -70,19 +71,19 @@ KINDS = [make_base, make_layer, make_array, make_buckets, make_json, make_lines]
 @pytest.mark.parametrize("make", KINDS)
 def test_a_flipped_bit_or_a_cut_is_an_error_that_names_the_file(make: Any, tmp_path: Path) -> None:
     file, read = make(tmp_path)
-    whole, wanted, chance = file.read_bytes(), read(), random.Random(0)
-    damaged = [whole[:chance.randrange(len(whole))] for _ in range(10)]
+    whole, expected, rng = file.read_bytes(), read(), random.Random(0)
+    damaged = [whole[:rng.randrange(len(whole))] for _ in range(10)]
     for _ in range(60):
-        place = chance.randrange(len(whole))
-        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << chance.randrange(8)]) + whole[place + 1:])
+        place = rng.randrange(len(whole))
+        damaged.append(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1:])
     for content in damaged:
         file.write_bytes(content)
         try:
-            assert read() == wanted
+            assert read() == expected, "damage is reported, or changes nothing that is read"
         except (UserError, ValueError) as e:
             assert str(file) in str(e) or "damaged" in str(e)
     file.write_bytes(whole)
-    assert read() == wanted
+    assert read() == expected
 
 
 def test_a_seal_is_found_after_a_long_footer_and_ignored_inside_rows(tmp_path: Path) -> None:
@@ -91,7 +92,8 @@ def test_a_seal_is_found_after_a_long_footer_and_ignored_inside_rows(tmp_path: P
     for table in (rows, rows.replace_schema_metadata({"names": "x" * 200_000})):
         with pq.ParquetWriter(file, table.schema, compression="none") as writer:
             writer.write_table(table)
-        assert sealed.open_sealed_parquet(file).read().num_rows == 2, "a file without a seal is not damaged"
+        # a file without a seal is not damaged
+        assert sealed.open_sealed_parquet(file).read().num_rows == 2
         with pq.ParquetWriter(file, table.schema, compression="none") as writer:
             writer.write_table(table)
             sealed.seal_parquet(writer)
@@ -114,8 +116,8 @@ def test_damaged_output_of_a_complete_run_is_detected(small_run: Path,
     _flip(output / "text/web-long/00000.parquet")
     run_pipeline(small_run, code=2)
     assert "is damaged" in capsys.readouterr().err
-    for folder in output.glob("shards/web/*-output-*/*"):
-        shutil.rmtree(folder) if folder.is_dir() else None
+    for folder in output.glob("shards/web/*-output-*/*/"):
+        shutil.rmtree(folder)
     assert read_first_words(run_pipeline(small_run))
 
 

@@ -79,20 +79,21 @@ def test_all_mistakes_are_reported_at_once(small_run: Path) -> None:
     assert numbers == sorted(numbers)
 
 
+REMOVED_FORMATS = ("arrow", "dataset", "epub", "office", "parallel")
+
+
 @pytest.mark.parametrize("name", list(PIPELINE))
 def test_removed_keys_are_refused_with_their_replacement(small_run: Path, name: str) -> None:
+    """A name is a format or step, or `OWNER.KEY` for one of its options."""
     owner, _, key = name.partition(".")
-    entry, steps = "{name: web, path: web}", "unique"
-    if owner in FORMATS or owner in FORMERLY:
-        entry = f"{{name: web, path: web, format: {owner}, options: {{{f'{key}: 1' if key else ''}}}}}"
+    options = f"{{{key}: 1}}" if key else "{}"
+    source, step = "{name: web, path: web}", "unique"
+    if owner in FORMATS or owner in REMOVED_FORMATS:
+        source = f"{{name: web, path: web, format: {owner}, options: {options}}}"
     else:
-        steps = f"{owner}: {{{f'{key}: 1' if key else ''}}}"
-    text = f"name: x\nsources:\n  - {entry}\nsteps:\n  - {steps}\n"
+        step = f"{owner}: {options}"
+    text = f"name: x\nsources:\n  - {source}\nsteps:\n  - {step}\n"
     assert PIPELINE[name] in get_refusal(small_run, text)
-
-
-FORMERLY = ("arrow", "dataset", "epub", "office", "parallel")
-"""Removed source formats."""
 
 
 def test_a_missing_file_is_reported_with_an_example_to_copy(tmp_path: Path) -> None:
@@ -110,7 +111,7 @@ def test_a_file_becomes_settings(small_run: Path) -> None:
                                              "{lists: [words.txt]}\n    only: {kinds: [en]}"))
     pipeline = load_pipeline(file)
     assert [step.kind for step in pipeline.steps] == ["shorten"] * 5
-    assert pipeline.steps[2].to_settings() == {"longest": 50, "not_below": 10, "lists": []}, "shorthand"
+    assert pipeline.steps[2].to_settings() == {"longest": 50, "not_below": 10, "lists": []}  # `shorten: 50`
     step = pipeline.steps[3]
     assert step.only == StepFilter(kinds=("en",))
     assert step.to_settings()["lists"] == ["words.txt"], "the path as written"
@@ -121,8 +122,9 @@ def test_a_file_becomes_settings(small_run: Path) -> None:
 @pytest.mark.parametrize(("text", "message"), [
     ("", "holds no mapping"),
     ("name: x", "sources: must be a list"),
-    ("name: [a", "is not valid YAML"), ("name: x\nsources: [{name: web, path: web}]\nsteps: {shorten: {}}",
-                                 "steps = {'shorten': {}}: must be a list of steps"),
+    ("name: [a", "is not valid YAML"),
+    ("name: x\nsources: [{name: web, path: web}]\nsteps: {shorten: {}}",
+     "steps = {'shorten': {}}: must be a list of steps"),
     ("name: x\nsources: [{name: web, path: web}]\nsteps: [unique]",
      "unique: needs the column 'size', which nothing before it gives; put the step shorten before it"),
     ("name: x\nsources: [{name: ../up, path: web}]", 'name = "../up" must be letters'),
@@ -169,7 +171,7 @@ def test_values_become_names(pattern: str, columns: dict[str, object], name: str
     ("{kind!r}", "take columns as they are"),
 ])
 def test_invalid_name_patterns_are_refused(pattern: str, message: str) -> None:
-    assert any(message in found for found in find_pattern_problems(pattern, SOURCE_COLUMNS))
+    assert any(message in problem for problem in find_pattern_problems(pattern, SOURCE_COLUMNS))
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -17,10 +17,10 @@ from megatron_sov.base.outputs import link_or_copy
 def split_sizes(*sizes: int) -> list[list[int]]:
     """Split pieces of these sizes into shards of at most 100 bytes; return the sizes in each shard."""
     pieces = [SourcePiece("text", f"{number:05}", 0, size, size) for number, size in enumerate(sizes)]
-    into_shards = split_into_shards(pieces, 100)
-    assert list(into_shards) == list(range(len(into_shards)))
-    assert [piece for group in into_shards.values() for piece in group] == pieces
-    return [[piece.size_bytes for piece in group] for group in into_shards.values()]
+    pieces_by_shard = split_into_shards(pieces, 100)
+    assert list(pieces_by_shard) == list(range(len(pieces_by_shard)))
+    assert [piece for shard in pieces_by_shard.values() for piece in shard] == pieces
+    return [[piece.size_bytes for piece in shard] for shard in pieces_by_shard.values()]
 
 
 def test_a_shard_ends_before_it_exceeds_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,10 +30,10 @@ def test_a_shard_ends_before_it_exceeds_its_size(monkeypatch: pytest.MonkeyPatch
 
 
 def test_files_are_copied_if_hard_links_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*_: object) -> None:
+    def refuse_link(*_: object) -> None:
         raise PermissionError(errno.EPERM, "no hard links here")
 
-    monkeypatch.setattr(os, "link", refused)
+    monkeypatch.setattr(os, "link", refuse_link)
     (tmp_path / "a").write_text("text")
     link_or_copy(tmp_path / "a", tmp_path / "b")
     assert (tmp_path / "b").read_text() == "text" and not (tmp_path / "a").samefile(tmp_path / "b")

@@ -14,6 +14,7 @@ from megatron_sov.base.artifacts import find_damaged_files, read_manifest
 from tests.data_prep.curate.pipeline.memory_view import read_files
 
 Done = list[tuple[str, str, int]]
+"""Type of the fixture `finished_tasks`."""
 
 
 def run_pipeline(small_run: Path, *words: str, code: int = 0) -> Path:
@@ -51,6 +52,7 @@ def test_documents_go_through_the_steps_to_their_names(small_run: Path) -> None:
         ("parse", 6, 6), ("shorten", 6, 6), ("unique", 6, 4), ("shorten", 4, 4)]
     account = summary["account"]
     assert account["num_written"] == 8 == account["num_read"] - sum(account["set_aside"].values())
+    # texts 4 and 5, which the first step cut to 400 characters
     assert web["steps"][2]["dropped"] == {"seen before": {"documents": 2, "bytes": 800}}
     assert (output / web["steps"][2]["folder"]).is_dir()
     assert summary["output"][0] == {"name": "books-long", "num_shards": 2, "num_documents": 4,
@@ -63,48 +65,47 @@ def test_documents_go_through_the_steps_to_their_names(small_run: Path) -> None:
 def test_complete_stages_are_not_repeated(small_run: Path, finished_tasks: Done,
                                           capsys: pytest.CaptureFixture[str]) -> None:
     output = run_pipeline(small_run)
-    before, number = read_files(output / "text"), len(finished_tasks)
+    before, num_tasks = read_files(output / "text"), len(finished_tasks)
     run_pipeline(small_run)
-    assert len(finished_tasks) == number and "complete from before" in capsys.readouterr().out
+    assert len(finished_tasks) == num_tasks and "complete from before" in capsys.readouterr().out
     manifest = read_manifest(output, "corpus")
     assert find_damaged_files(output) == [] and manifest.content["num_documents"] == 8
     assert not any(name.startswith(("shards/", "logs/")) for name in manifest.files)
     assert read_files(output / "text") == before
     shutil.rmtree(output / "text")
     run_pipeline(small_run)
-    assert len(finished_tasks) == number and "complete from before" not in capsys.readouterr().out
+    assert len(finished_tasks) == num_tasks and "complete from before" not in capsys.readouterr().out
     assert read_files(output / "text") == before, "deleted output is written again"
 
 
 def test_a_changed_setting_repeats_its_step_and_later_ones(small_run: Path, finished_tasks: Done) -> None:
     output = run_pipeline(small_run)
-    everything, first = sorted(finished_tasks), read_files(output / "text")
+    all_tasks, first_files = sorted(finished_tasks), read_files(output / "text")
     finished_tasks.clear()
     change_pipeline(small_run, "longest: 300", "longest: 200")
     run_pipeline(small_run)
-    assert {stage for stage, _, _ in finished_tasks} == {"03-shorten", "04-output"}
-    assert sorted(finished_tasks) == [task for task in everything if task[0] in ("03-shorten", "04-output")]
-    assert read_files(output / "text") != first
+    assert sorted(finished_tasks) == [task for task in all_tasks if task[0] in ("03-shorten", "04-output")]
+    assert finished_tasks and read_files(output / "text") != first_files
     finished_tasks.clear()
     change_pipeline(small_run, "longest: 200", "longest: 300")
     run_pipeline(small_run)
     assert finished_tasks == [], "the folders of the first run are reused"
-    assert read_files(output / "text") == first
+    assert read_files(output / "text") == first_files
 
 
 def test_a_changed_source_repeats_its_stages_and_global_steps(small_run: Path, finished_tasks: Done) -> None:
     run_pipeline(small_run)
-    everything = sorted(finished_tasks)
+    all_stages = {stage for stage, _, _ in finished_tasks}
     finished_tasks.clear()
     (small_run / "books/9.txt").write_text("a new book " * 30)
     run_pipeline(small_run)
-    alone = {(stage, source) for stage, source, _ in finished_tasks if source == "web"}
-    assert alone == {("02-unique", "web"), ("03-shorten", "web"), ("04-output", "web")}
-    repeated_stages = {stage for stage, source, _ in finished_tasks if source != "web"}
-    assert repeated_stages == {stage for stage, _, _ in everything}
+    assert {stage for stage, source, _ in finished_tasks if source != "web"} == all_stages
+    # the other source repeats the step on all documents and what follows
+    stages_of_web = {stage for stage, source, _ in finished_tasks if source == "web"}
+    assert stages_of_web == {"02-unique", "03-shorten", "04-output"}
 
 
-def test_a_source_that_a_step_passes_is_left_alone(small_run: Path, finished_tasks: Done) -> None:
+def test_a_source_outside_a_steps_filter_is_not_repeated(small_run: Path, finished_tasks: Done) -> None:
     change_pipeline(small_run, "  - unique: {}\n", "  - unique: {}\n    only: {sources: [books]}\n")
     change_pipeline(small_run, "  - shorten: {longest: 300}\n", "")
     output = run_pipeline(small_run)
@@ -112,7 +113,7 @@ def test_a_source_that_a_step_passes_is_left_alone(small_run: Path, finished_tas
     finished_tasks.clear()
     (small_run / "books/9.txt").write_text("a new book " * 30)
     run_pipeline(small_run)
-    assert {source for _, source, _ in finished_tasks} == {"books", ""}
+    assert {source for _, source, _ in finished_tasks} == {"books", ""}  # "": tasks over all sources
 
 
 def test_kinds_are_filtered_row_by_row(small_run: Path) -> None:
@@ -152,10 +153,10 @@ def test_invalid_unicode_in_names_and_fields_is_replaced(small_run: Path) -> Non
                                                               "own_id": "\ud800", "title": "\x1b[2J"}))
     rows = [row for file in (run_pipeline(small_run) / "text").rglob("*.parquet")
             for row in pq.read_table(file).to_pylist()]
-    found = {row["where"]: row for row in rows}
-    assert "na\\xefve.txt" in found
-    assert found["half.jsonl:1"]["extra"] == '{"own": {"a": "x?"}}' and found["half.jsonl:1"]["own_id"] == "?"
-    assert found["half.jsonl:1"]["title"] == "\\x1b[2J"
+    row_by_place = {row["where"]: row for row in rows}
+    assert "na\\xefve.txt" in row_by_place
+    half = row_by_place["half.jsonl:1"]
+    assert (half["extra"], half["own_id"], half["title"]) == ('{"own": {"a": "x?"}}', "?", "\\x1b[2J")
 
 
 def test_a_source_of_a_wrong_format_does_not_fill_the_disk(small_run: Path, monkeypatch: pytest.MonkeyPatch
@@ -163,8 +164,8 @@ def test_a_source_of_a_wrong_format_does_not_fill_the_disk(small_run: Path, monk
     monkeypatch.setattr("data_prep.curate.pipeline.tasks.MAX_LISTED", 3)
     (small_run / "web" / "wrong.jsonl").write_text("no json\n" * 50)
     output = run_pipeline(small_run)
-    listed = [json.loads(line) for line in (output / "quarantine/web.jsonl").read_text().splitlines()]
-    assert [one["code"] for one in listed] == ["json"] * 3 + ["more"] and "47 more" in listed[3]["reason"]
+    rows = [json.loads(line) for line in (output / "quarantine/web.jsonl").read_text().splitlines()]
+    assert [row["code"] for row in rows] == ["json"] * 3 + ["more"] and "47 more" in rows[3]["reason"]
     assert json.loads((output / "summary.json").read_text())["sources"][0]["quarantine"] == {"json": 50}
 
 
@@ -180,6 +181,7 @@ def test_leftovers_of_earlier_runs_and_kills_are_not_in_the_corpus(small_run: Pa
 
 
 def run_dry(small_run: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """Return what a dry run prints."""
     capsys.readouterr()
     run_pipeline(small_run, "--dry-run")
     return capsys.readouterr().out

@@ -15,16 +15,21 @@ def write_base(file: Path, sizes: list[int]) -> list[LayerRow]:
     rows = []
     with TableFile(file, BASE_SCHEMA) as base:
         for size in sizes:
-            made = [LayerRow(f"s:0:{i}", f"text {i}", {"kind": "en"})
-                    for i in range(len(rows), len(rows) + size)]
-            base.write({name: [{"id": row.id, "text": row.text, "kind": "en"}.get(name) for row in made]
+            group = [LayerRow(f"s:0:{i}", f"text {i}", {"kind": "en"})
+                     for i in range(len(rows), len(rows) + size)]
+            base.write({name: [{"id": row.id, "text": row.text, "kind": "en"}.get(name) for row in group]
                         for name in BASE_SCHEMA.names})
-            rows += made
+            rows += group
     return rows
 
 
+def get_values(row: LayerRow | None) -> tuple[object, ...] | None:
+    return row and (row.id, row.text, row.columns.get("score"), row.columns["kind"])
+
+
 def test_layers_agree_with_documents_in_memory(tmp_path: Path) -> None:
-    chance = random.Random(0)
+    """Four layers of random outcomes; a document that a layer drops is None in later layers."""
+    rng = random.Random(0)
     sizes = [3, 1, 5]
     rows: list[LayerRow | None] = list(write_base(tmp_path / "base.parquet", sizes))
     files = [tmp_path / "base.parquet"]
@@ -39,18 +44,16 @@ def test_layers_agree_with_documents_in_memory(tmp_path: Path) -> None:
                     if row is None:
                         outcomes.append(None)
                         continue
-                    score = float(chance.randrange(10)) if chance.random() < 0.7 else None
-                    text = f"{row.text}+{number}" if chance.random() < 0.3 else None
-                    reason = "no" if chance.random() < 0.2 else ""
+                    score = float(rng.randrange(10)) if rng.random() < 0.7 else None
+                    text = f"{row.text}+{number}" if rng.random() < 0.3 else None
+                    reason = "no" if rng.random() < 0.2 else ""
                     outcomes.append(StepOutcome(reason, text, {} if score is None else {"score": score}))
                     columns = row.columns if score is None else {**row.columns, "score": score}
                     rows[i] = None if reason else LayerRow(row.id, text or row.text, columns)
                 layer.write_outcomes(outcomes)
                 start += size
-        found = [row for group in iter_row_batches("s", files) for row in group]
-        assert [row and (row.id, row.text, row.columns.get("score"), row.columns["kind"])
-                for row in found] == [row and (row.id, row.text, row.columns.get("score"), "en")
-                                      for row in rows]
+        stored = [row for batch in iter_row_batches("s", files) for row in batch]
+        assert list(map(get_values, stored)) == list(map(get_values, rows))
     assert None in rows and any(rows)
 
 

@@ -37,8 +37,8 @@ def test_a_shipped_pipeline_loads_next_to_its_files(shipped: Path, scorers: dict
 
 
 @pytest.mark.parametrize("blend", sorted(BLENDS.glob("*.yaml")), ids=lambda file: file.stem)
-def test_its_output_is_sorted_by_the_columns_of_its_blend(blend: Path) -> None:
+def test_the_output_of_a_pipeline_is_sorted_by_the_columns_of_its_blend(blend: Path) -> None:
+    """A source with two values of a column would match no entry of the blend."""
     output = parse_located_yaml((READY / blend.name).read_text()).value["output"]
-    keys = {key for phase in read_blend(blend).phases for entry in phase.entries for key in entry.where}
-    assert keys - {SOURCE} <= set(re.findall(r"{(\w+)}", output["name"])), (
-        "a source with two values of a key matches no entry of the blend")
+    columns = {key for phase in read_blend(blend).phases for entry in phase.entries for key in entry.where}
+    assert columns - {SOURCE} <= set(re.findall(r"{(\w+)}", output["name"]))

@@ -24,6 +24,7 @@ SENTENCES = {
     "cs": "Příliš žluťoučký kůň úpěl.", "emoji": "Fine 👍🏽 ❤️ ½ × 3 ≠ 2",
     "tr": "Bütün insanlar hür, haysiyet ve haklar bakımından eşit doğarlar. İĞŞ",
     "forms": "e\u0301 ﬁ ｆｕｌｌ ‘’ “” &amp; ① ㎏ \u200b ´ ¨ ©®™"}
+"""Language, or kind of characters -> correctly decoded text."""
 
 
 @pytest.mark.parametrize("language", SENTENCES)
@@ -48,9 +49,9 @@ def test_restored_lines_equal_datatrove(language: str, encoding: str) -> None:
         broken = SENTENCES[language].encode().decode(encoding)
     except UnicodeDecodeError:
         broken = SENTENCES[language].encode().decode(encoding, "ignore")
-    others = ("remove_terminal_escapes", "fix_latin_ligatures", "fix_character_width", "uncurl_quotes",
-              "fix_line_breaks", "fix_surrogates", "remove_control_chars", "unescape_html")
-    theirs = FTFYFormatter(**dict.fromkeys(others, False), normalization=None).format(broken)
+    other_repairs = ("remove_terminal_escapes", "fix_latin_ligatures", "fix_character_width", "uncurl_quotes",
+                     "fix_line_breaks", "fix_surrogates", "remove_control_chars", "unescape_html")
+    theirs = FTFYFormatter(**dict.fromkeys(other_repairs, False), normalization=None).format(broken)
     assert repair_encoding(broken)[0] == theirs.rstrip()
 
 

@@ -1,5 +1,5 @@
-"""docs/data_quality.md: its steps load, its example runs, and its tables
-and those of docs/filter_rules.md equal the code."""
+"""docs/data_quality.md: its steps load, its example runs, and its tables and those of docs/filter_rules.md
+equal the code."""
 
 import doctest
 import re
@@ -19,24 +19,25 @@ PAGE = page_text("data_quality.md").partition("\n## Duplicates\n")[0]
 THRESHOLDS = page_text("filter_rules.md")
 
 
-def language_row(code: str) -> str:
+def format_language_row(code: str) -> str:
     """Return the row of a language in the table of thresholds."""
     rules = load_language_rules(code)
-    t = rules.thresholds
+    limits = rules.thresholds
     unit = "words" if rules.unit == "words" else f"{rules.chars_per_word:g} characters"
-    shortest, longest = t.min_mean_word_chars, t.max_mean_word_chars
+    shortest, longest = limits.min_mean_word_chars, limits.max_mean_word_chars
     length = "-" if shortest is None else f"{shortest:g} to {longest:g}"
+    terminal = limits.min_terminal_line_share
     return "| " + " | ".join([
-        code, unit, length, f"{t.min_alpha_word_share:g}", f"{t.max_duplicate_line_share:g}",
-        " ".join(f"{share:g}" for share in t.max_top_ngram_char_share.values()),
-        " ".join(f"{share:g}" for share in t.max_duplicate_ngram_char_share.values()),
-        "-" if t.min_terminal_line_share is None else f"{t.min_terminal_line_share:g}",
-        f"{t.max_newlines_per_word:g}", str(len(rules.stop_words))]) + " |"
+        code, unit, length, f"{limits.min_alpha_word_share:g}", f"{limits.max_duplicate_line_share:g}",
+        " ".join(f"{share:g}" for share in limits.max_top_ngram_char_share.values()),
+        " ".join(f"{share:g}" for share in limits.max_duplicate_ngram_char_share.values()),
+        "-" if terminal is None else f"{terminal:g}", f"{limits.max_newlines_per_word:g}",
+        str(len(rules.stop_words))]) + " |"
 
 
 @pytest.mark.parametrize("code", [*list_languages(), "other"])
 def test_the_table_of_languages_equals_the_data_files(code: str) -> None:
-    assert language_row(code) in THRESHOLDS.splitlines()
+    assert format_language_row(code) in THRESHOLDS.splitlines()
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Thresholds)])

@@ -2,7 +2,6 @@
 
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -56,14 +55,14 @@ def test_texts_are_truncated_and_counted_once(tmp_path: Path) -> None:
     assert read_labels(file, "classifier", 3) == ([Label("abc", 1.0, ""), Label("x", 0.0, "")], 1)
 
 
-@pytest.mark.parametrize(("kind", "given", "message"), [
+@pytest.mark.parametrize(("kind", "values", "message"), [
     ("classifier", [1] * 60, "0 of 60 texts have label 0; a classifier needs at least 10 of each"),
     ("classifier", [1] * 9 + [0] * 60, "9 of 69 texts have label 1"),
     ("regressor", [3] * 60, "all 60 labels are 3; a regressor needs texts with different ones"),
 ])
 def test_labels_that_teach_nothing_are_refused(
-        tmp_path: Path, kind: Kind, given: list[int], message: str) -> None:
-    labels = [Label(f"text {i}", float(label), "") for i, label in enumerate(given)]
+        tmp_path: Path, kind: Kind, values: list[int], message: str) -> None:
+    labels = [Label(f"text {i}", float(value), "") for i, value in enumerate(values)]
     with pytest.raises(UserError) as error:
         check_label_variety(tmp_path / "labels.jsonl", labels, kind)
     assert message in str(error.value)
@@ -71,15 +70,15 @@ def test_labels_that_teach_nothing_are_refused(
 
 def test_labels_are_split_by_text_within_each_class() -> None:
     labels = [Label(f"text {i}", float(i % 4 == 0), "") for i in range(200)]
-    parts = split_labels(labels)
-    split = (parts.fit, parts.calibration, parts.heldout)
-    assert [Counter(item.label for item in part) for part in split] == [
-        {0.0: 120, 1.0: 40}, {0.0: 15, 1.0: 5}, {0.0: 15, 1.0: 5}]
-    backwards = split_labels(labels[::-1])
-    assert backwards == parts
-    without_one: dict[str, Any] = {item.text: item for item in labels[1:]}
-    moved = {item.text for item in parts.heldout} ^ {item.text for item in split_labels(
-        list(without_one.values())).heldout}
+    split = split_labels(labels)
+    # 80 %, 10 % and 10 % of 150 and of 50 texts
+    counts = [Counter(label.label for label in part)
+              for part in (split.fit, split.calibration, split.heldout)]
+    assert counts == [{0.0: 120, 1.0: 40}, {0.0: 15, 1.0: 5}, {0.0: 15, 1.0: 5}]
+    assert split_labels(labels[::-1]) == split
+    # without one text, the others stay in their parts, except for rounding
+    without_one = split_labels(labels[1:])
+    moved = {label.text for label in split.heldout} ^ {label.text for label in without_one.heldout}
     assert len(moved) <= 2
 
 
@@ -105,7 +104,8 @@ def test_a_text_is_cut_into_units(text: str, units: list[str]) -> None:
 
 
 def compute_scikit_learn_rows(ngrams: Ngrams, texts: list[str]) -> np.ndarray:
-    """Return rows (dense) by the library's own cutting, hashing, counting and scaling."""
+    """Return dense rows of features from the same units, with scikit-learn's hashing, counting and
+    scaling."""
     joined = [" ".join(ngrams.split_text(text)) for text in texts]
     hashing = HashingVectorizer(analyzer="word", token_pattern=r"[^ ]+", lowercase=False, norm=None,
                                 ngram_range=(1, ngrams.settings.max_ngram), alternate_sign=False,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies as st
 
-from data_prep.curate.pipeline.step import Doc
+from data_prep.curate.pipeline.step import Doc, ShardRef
 from data_prep.curate.scoring.levels import SMALL, Level, LevelSettings, _to_sortable
 from megatron_sov.base.errors import UserError
 from tests.data_prep.curate.pipeline.memory_view import MemoryView, doc, run_step
@@ -26,6 +26,7 @@ def build_shards(scores: list[Any], languages: list[str | None], per_shard: int 
 
 
 def assign_levels(documents: list[list[Doc]], work: Path, **settings: Any) -> dict[str, str]:
+    """Return document id -> level."""
     outcomes = run_step(Level, LevelSettings(**settings), MemoryView.of(documents, work))
     return {id_: outcome.values["level"] for id_, outcome in outcomes.items()}
 
@@ -37,12 +38,12 @@ def test_levels_are_shares_of_each_language_by_score(tmp_path: Path) -> None:
     documents = build_shards(scores, languages)
     level_by_id = assign_levels(documents, tmp_path, l1=0.8)
     for language in ("en", "ko"):
-        ranked = sorted(((d.columns["education"], level_by_id[d.id]) for s in documents for d in s
+        ranked = sorted(((d.columns["education"], level_by_id[d.id]) for shard in documents for d in shard
                          if d.columns["language"] == language), reverse=True)
-        n = len(ranked)
-        at_least = [math.ceil(n * share) for share in (0.35, 0.5, 0.8, 1)]
-        expected = [name for i in range(n)
-                    for name in [("L3", "L2", "L1", "basic")[sum(i >= edge for edge in at_least)]]]
+        ends = [math.ceil(len(ranked) * share) for share in (0.35, 0.5, 0.8, 1)]
+        expected: list[str] = []
+        for level, end in zip(("L3", "L2", "L1", "basic"), ends, strict=True):
+            expected += [level] * (end - len(expected))
         assert [level for _, level in ranked] == expected
 
 
@@ -50,12 +51,13 @@ def test_ties_are_split_independent_of_document_order(tmp_path: Path) -> None:
     documents = build_shards([3.0] * 200, ["en"] * 200)
     level_by_id = assign_levels(documents, tmp_path / "a")
     assert Counter(level_by_id.values()) == {"L3": 70, "L2": 30, "L1": 100}
-    mixed = [d for s in documents for d in s]
-    random.Random(1).shuffle(mixed)
-    again = {0: [d for d in mixed if d.row % 2], 1: [d for d in mixed if not d.row % 2]}
-    view = MemoryView({ref: again[i] for i, ref in enumerate(list(MemoryView.of(
-        documents, tmp_path).documents_of)[:2])}, tmp_path / "b")
-    assert {k: o.values["level"] for k, o in run_step(Level, LevelSettings(), view).items()} == level_by_id
+    # the same documents in another order and in two other shards
+    shuffled = [d for shard in documents for d in shard]
+    random.Random(1).shuffle(shuffled)
+    view = MemoryView({ShardRef("web", 0): [d for d in shuffled if d.row % 2],
+                       ShardRef("web", 1): [d for d in shuffled if not d.row % 2]}, tmp_path / "b")
+    outcomes = run_step(Level, LevelSettings(), view)
+    assert {id_: outcome.values["level"] for id_, outcome in outcomes.items()} == level_by_id
 
 
 def test_documents_without_a_score_are_basic_and_do_not_count(tmp_path: Path) -> None:
@@ -63,6 +65,7 @@ def test_documents_without_a_score_are_basic_and_do_not_count(tmp_path: Path) ->
     documents = build_shards(scores, ["en"] * 102)
     level_by_id = assign_levels(documents, tmp_path)
     assert [level_by_id[d.id] for d in documents[0][:2]] == ["basic", "basic"]
+    # of 100 scores, 35 % are L3, and half are L3 or L2
     assert Counter(level_by_id.values()) == {"basic": 2, "L3": 35, "L2": 15, "L1": 50}
     assert {level_by_id[d.id] for s in documents for d in s if d.columns["education"] == 2.0} == {"L3", "L2"}
 
@@ -74,8 +77,8 @@ def test_small_languages_share_their_cuts_and_are_listed(tmp_path: Path) -> None
     assert {name: group["judged_as"] for name, group in record.items()} == {
         "": SMALL, "en": "en", "th": SMALL, "vi": SMALL}
     assert record["th"]["cuts"] == record["vi"]["cuts"] == record[""]["cuts"] != record["en"]["cuts"]
-    small = list(level_by_id.values())[100:]
-    assert Counter(small) == {"L3": 7, "L2": 3, "L1": 10}
+    # 12 + 7 + 1 documents are ranked together
+    assert Counter(list(level_by_id.values())[100:]) == {"L3": 7, "L2": 3, "L1": 10}
 
 
 def test_all_documents_together_and_another_column(tmp_path: Path) -> None:

@@ -21,14 +21,14 @@ from megatron_sov.base.errors import UserError
 def test_scores_follow_from_weights_and_calibration(scorers: dict[str, Path], kind: Kind) -> None:
     scorer = load_scorer(scorers[kind])
     assert scorer.kind == kind
-    s = scorer.settings
+    fit = scorer.settings
     weights = load_file(scorers[kind] / WEIGHTS_FILE)["weights"]
     for text in ("the theorem explains energy", "click login sale " * 50, "", "설명"):
-        [dot] = Ngrams(s.features).compute_rows([text]) @ weights  # type: ignore[arg-type]
-        z = s.slope * (dot + s.bias) + s.offset
+        [dot] = Ngrams(fit.features).compute_rows([text]) @ weights  # type: ignore[arg-type]
+        z = fit.slope * (dot + fit.bias) + fit.offset
         expected = 1 / (1 + np.exp(-z)) if kind == "classifier" else np.clip(z, 0, 5)
         assert scorer.score(text) == pytest.approx(expected, abs=1e-5)
-        assert scorer.score(text) == float(np.float32(scorer.score(text)))
+        assert scorer.score(text) == float(np.float32(scorer.score(text))), "float32 holds the score"
 
 
 def change_scorer(scorer: Path, target: Path, change: Callable[[Path], object]) -> Path:
@@ -42,10 +42,12 @@ def change_scorer(scorer: Path, target: Path, change: Callable[[Path], object]) 
 
 
 def change_settings(**values: object) -> Callable[[Path], object]:
+    """Return a function that changes settings of a scorer, or of its features."""
+
     def change(folder: Path) -> None:
         raw = json.loads((folder / SETTINGS_FILE).read_text())
-        features = {**raw["features"], **{k: v for k, v in values.items() if k in raw["features"]}}
-        raw.update({k: v for k, v in values.items() if k not in raw["features"]}, features=features)
+        for name, value in values.items():
+            (raw["features"] if name in raw["features"] else raw)[name] = value
         (folder / SETTINGS_FILE).write_text(json.dumps(raw))
 
     return change

@@ -78,11 +78,11 @@ def test_the_first_matching_rule_decides_the_kind(tmp_path: Path, text: str, col
 
 def test_a_classifier_decides_about_its_domain(scorers: dict[str, Path], tmp_path: Path) -> None:
     settings = KindSettings(domains={"law": scorers["classifier"], "teaching": scorers["classifier"]})
-    taught = "the theorem explains the energy of cells " * 3
-    assert find_kind(tmp_path, taught, settings, language="en") == "domain:law"
+    good_text = "the theorem explains the energy of cells " * 3
+    assert find_kind(tmp_path, good_text, settings, language="en") == "domain:law"
     strict = KindSettings(domains={"law": scorers["classifier"]}, min_score=1.0)
     assert find_kind(tmp_path, COURT, strict, language="en") == "en"
-    assert len(DocumentKind(settings).list_files()) == 4
+    assert len(DocumentKind(settings).list_files()) == 4  # settings and weights of two domains
 
 
 @pytest.mark.parametrize(("settings", "key"), [

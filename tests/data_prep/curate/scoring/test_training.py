@@ -47,10 +47,11 @@ def test_calibration_corrects_an_overconfident_fit() -> None:
     scorer = fit_scorer("classifier", csr_matrix(rows), labels, *draw_sample(4000, "classifier"))
     assert scorer.slope < 1
     fresh_rows, fresh_labels = draw_sample(20_000, "classifier")
-    p = 1 / (1 + np.exp(-(scorer.slope * (fresh_rows @ scorer.weights + scorer.bias) + scorer.offset)))
+    z = scorer.slope * (fresh_rows @ scorer.weights + scorer.bias) + scorer.offset
+    predicted = 1 / (1 + np.exp(-z))
     for low in (0.1, 0.5, 0.8):
-        inside = (p >= low) & (p < low + 0.1)
-        assert fresh_labels[inside].mean() == pytest.approx(p[inside].mean(), abs=0.06)
+        inside = (predicted >= low) & (predicted < low + 0.1)
+        assert fresh_labels[inside].mean() == pytest.approx(predicted[inside].mean(), abs=0.06)
 
 
 def test_a_regressor_equals_calibrated_ridge_regression() -> None:
@@ -94,15 +95,16 @@ def test_repeated_texts_are_counted_and_not_split(labels_file: Callable[..., Pat
 
 def test_classifier_figures_equal_counted_pairs() -> None:
     rng = np.random.default_rng(1)
-    expected = rng.integers(0, 2, 60)
-    scores = np.round(np.clip(0.3 * expected + rng.random(60) * 0.7, 0, 1), 1)
-    figures = compute_metrics("classifier", [Label("", float(x), "en") for x in expected], scores)
-    pairs = list(product(scores[expected == 1], scores[expected == 0]))
-    assert figures["auc"] == pytest.approx(np.mean([(a > b) + 0.5 * (a == b) for a, b in pairs]))
+    labels = rng.integers(0, 2, 60)
+    scores = np.round(np.clip(0.3 * labels + rng.random(60) * 0.7, 0, 1), 1)
+    figures = compute_metrics("classifier", [Label("", float(label), "en") for label in labels], scores)
+    pairs = product(scores[labels == 1], scores[labels == 0])
+    wins = [(good > bad) + 0.5 * (good == bad) for good, bad in pairs]
+    assert figures["auc"] == pytest.approx(np.mean(wins))
     accepted = scores >= 0.5
-    assert figures["precision"] == pytest.approx(expected[accepted].mean())
-    assert figures["recall"] == pytest.approx(accepted[expected == 1].mean())
-    assert figures["brier"] == pytest.approx(np.mean((expected - scores) ** 2))
+    assert figures["precision"] == pytest.approx(labels[accepted].mean())
+    assert figures["recall"] == pytest.approx(accepted[labels == 1].mean())
+    assert figures["brier"] == pytest.approx(np.mean((labels - scores) ** 2))
 
 
 def test_figures_of_a_regressor() -> None:
@@ -111,6 +113,7 @@ def test_figures_of_a_regressor() -> None:
     # ranks of the scores: 1 2 3 5 4 6, so 1 - 6 * (1 + 1) / (6 * 35)
     assert figures["spearman"] == pytest.approx(1 - 12 / 210)
     assert figures["mean_absolute_error"] == pytest.approx((0.2 + 0.4 + 0.4 + 0 + 1.1 + 0.4) / 6)
+    # scores of 3 or more: 3.0 and 4.6, of the labels 3, 4 and 5
     assert (figures["precision"], figures["recall"]) == (1.0, pytest.approx(2 / 3))
     assert figures["languages"]["ko"] == {
         "num_labels": 2, "auc": None, "precision": None, "recall": None, "spearman": pytest.approx(1.0),

@@ -16,10 +16,10 @@ Read = Callable[..., list[RawDocument | BrokenRecord]]
 def one_reading_process(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Start one reading process with access to the folders of all tests, instead of one per test."""
     folder = tmp_path_factory.getbasetemp()
-    (folder / "begun.txt").write_text("begun")
-    begun = create_reader(SourceSettings("begun", ("begun.txt",), folder))
-    assert [one for piece in begun.list_pieces() for one in begun.read_piece(piece)] == [
-        RawDocument("begun", "begun.txt")]
+    (folder / "first.txt").write_text("text")
+    reader = create_reader(SourceSettings("first", ("first.txt",), folder))
+    assert [record for piece in reader.list_pieces() for record in reader.read_piece(piece)] == [
+        RawDocument("text", "first.txt")]
 
 
 @pytest.fixture
@@ -35,6 +35,6 @@ def read(tmp_path: Path) -> Read:
             file.write_bytes(content.encode() if isinstance(content, str) else content)
         reader = create_reader(SourceSettings("test", (path,), tmp_path, format_, text_field=text_field,
                                               options=options))
-        return [one for piece in reader.list_pieces() for one in reader.read_piece(piece)]
+        return [record for piece in reader.list_pieces() for record in reader.read_piece(piece)]
 
     return read_all

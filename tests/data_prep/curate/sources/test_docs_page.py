@@ -25,8 +25,8 @@ def test_snippets_print_the_shown_output(cwd: Path, snippet: str, shown: str) ->
 
 
 def test_every_format_and_every_option_is_named() -> None:
-    options = {field.name for name in FORMATS for field
-               in dataclasses.fields(load_reader_class(name).Options)}
+    options = {field.name for name in FORMATS
+               for field in dataclasses.fields(load_reader_class(name).Options)}
     assert not [name for name in sorted({*FORMATS, *options})
                 if f"`{name}" not in PAGE and f"{name}:" not in PAGE]
 
@@ -36,6 +36,8 @@ def test_every_code_is_named() -> None:
     for file in (ROOT / "data_prep/curate/sources").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("BadRecord", "_Excluded"):
-                codes |= {node.args[0].value} if isinstance(node.args[0], ast.Constant) else set()
+                code = node.args[0]
+                if isinstance(code, ast.Constant):
+                    codes.add(code.value)
     assert len(codes) > 15
     assert not sorted(code for code in codes if f"`{code}`" not in PAGE)

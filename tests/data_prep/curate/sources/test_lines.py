@@ -14,8 +14,9 @@ RECORDS = [{"text": "one", "url": "http://a.example/1", "lang": "en"}, {"text": 
 LINES = "".join(json.dumps(record) + "\n" for record in RECORDS)
 
 
-def list_codes(found: list[RawDocument | BrokenRecord]) -> list[str]:
-    return [one.code if isinstance(one, BrokenRecord) else one.text for one in found]
+def list_texts_or_codes(records: list[RawDocument | BrokenRecord]) -> list[str]:
+    """Return the text of each document, and the code of each broken record."""
+    return [record.code if isinstance(record, BrokenRecord) else record.text for record in records]
 
 
 @pytest.mark.parametrize(("name", "pack"), [
@@ -31,9 +32,11 @@ def test_malformed_lines_are_reported_and_other_lines_are_read(read) -> None:
     lines = ['{"text": "good"}', "no json", "[1]", '{"other": 1}', '{"text": "half \\ud800"}',
              '{"text": " "}', '{"text": 5}', '{"text": "last"}']
     records = read({"a.jsonl": "\n".join(lines)})
-    assert list_codes(records) == ["good", "json", "json", "fields", "utf8", "empty", "fields", "last"]
+    assert list_texts_or_codes(records) == [
+        "good", "json", "json", "fields", "utf8", "empty", "fields", "last"]
     assert [one.place for one in records] == [f"a.jsonl:{n}" for n in range(1, 9)]
     assert [one.content for one in records[1:3]] == ["no json", "[1]"]
+    # only the empty text is left out without counting as broken
     assert [isinstance(one, BrokenRecord) and one.is_left_out for one in records].index(True) == 5
 
 
@@ -49,13 +52,13 @@ def test_a_truncated_compressed_file_is_read_up_to_the_cut(read) -> None:
 def test_a_decompression_bomb_is_refused(read, pack) -> None:
     ending = "gz" if pack is gzip.compress else "zst"
     records = read({f"a.txt.{ending}": pack(bytes(50_000_000))})
-    assert list_codes(records) == ["bomb"]
+    assert list_texts_or_codes(records) == ["bomb"]
 
 
 def test_a_line_above_the_limit_is_skipped(read) -> None:
     lines = ['{"text": "good"}', '{"text": "' + "x" * 100_000 + '"}', '{"text": "next"}']
-    assert list_codes(read({"a.jsonl": "\n".join(lines)}, document_bytes=10_000)) == ["good", "too_long",
-                                                                                      "next"]
+    records = read({"a.jsonl": "\n".join(lines)}, document_bytes=10_000)
+    assert list_texts_or_codes(records) == ["good", "too_long", "next"]
 
 
 def test_text_is_unchanged_except_for_its_byte_order_mark(read) -> None:
@@ -88,19 +91,19 @@ def test_pieces_of_a_large_file_cover_the_file(tmp_path: Path, monkeypatch: pyte
 @pytest.mark.parametrize("encoding", ["cp949", "euc_jp", "cp1251", "utf-16"])
 def test_other_encodings_by_name(read, encoding: str) -> None:
     text = {"cp949": "안녕하세요", "euc_jp": "こんにちは", "cp1251": "Привет"}.get(encoding, "é한")
-    assert list_codes(read({"a.txt": text.encode(encoding)}, "text", encoding=encoding)) == [text]
+    assert list_texts_or_codes(read({"a.txt": text.encode(encoding)}, "text", encoding=encoding)) == [text]
 
 
 def test_a_wrong_encoding_is_reported_and_can_be_detected(read) -> None:
     text = "이 문장은 옛날 부호로 쓰였습니다. 요즘은 유니코드를 씁니다. 그래도 읽을 수 있어야 합니다.\n" * 5
-    assert list_codes(read({"a.txt": text.encode("cp949")})) == ["utf8"]
-    assert list_codes(read({"a.txt": text.encode("cp949")}, "text", encoding="detect")) == [text]
+    assert list_texts_or_codes(read({"a.txt": text.encode("cp949")})) == ["utf8"]
+    assert list_texts_or_codes(read({"a.txt": text.encode("cp949")}, "text", encoding="detect")) == [text]
 
 
 def test_a_deeply_nested_field_is_dropped_without_its_record(read) -> None:
     deep = '{"text": "deep", "a": ' + "[" * 1200 + "]" * 1200 + ', "b": 1}'
     records = read({"a.jsonl": f'{{"text": "first"}}\n{deep}\n{{"text": "last"}}\n'})
-    assert list_codes(records) == ["first", "deep", "last"] and records[1].columns == {"b": 1}
+    assert list_texts_or_codes(records) == ["first", "deep", "last"] and records[1].columns == {"b": 1}
 
 
 def test_json_lines_are_read_from_a_file_of_any_name(read) -> None:

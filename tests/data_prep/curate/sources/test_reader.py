@@ -63,7 +63,7 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "code").mkdir()
     (tmp_path / "code" / "hostile_reader.py").write_text(HOSTILE)
     monkeypatch.syspath_prepend(tmp_path / "code")
-    # the reading process loads its reader by name, so that the format's own is replaced by a module
+    # the reading process loads the reader of a format by name: here, of `text` in both processes
     monkeypatch.setitem(formats.FORMATS, "text", "hostile_reader:Reader")
     replaced = ("from data_prep.curate.sources import formats; "
                 "formats.FORMATS['text'] = 'hostile_reader:Reader'; ")
@@ -84,15 +84,15 @@ def read_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.parametrize(("harm", "code"), [
     ("hang", "time"), ("crash", "crash"), ("eat", "memory"), ("nest", "nested"), ("leave", "crash")])
 def test_a_harmful_record_is_reported_and_the_next_one_is_read(read_words, harm: str, code: str) -> None:
-    first, told, last = read_words(f"one {harm} two", time_s=0.3)
+    first, broken, last = read_words(f"one {harm} two", time_s=0.3)
     assert (first, last) == (RawDocument("one", "a.txt:0"), RawDocument("two", "a.txt:2"))
-    assert isinstance(told, BrokenRecord) and (told.code, told.place) == (code, "a.txt:1")
+    assert isinstance(broken, BrokenRecord) and (broken.code, broken.place) == (code, "a.txt:1")
 
 
 @pytest.mark.parametrize("harm", ["write", "steal", "call"])
 def test_the_reading_process_cannot_write_read_other_files_or_connect(read_words, harm: str) -> None:
-    told, last = read_words(f"{harm} two")
-    assert isinstance(told, BrokenRecord) and "Error" in told.reason and last.text == "two"
+    broken, last = read_words(f"{harm} two")
+    assert isinstance(broken, BrokenRecord) and "Error" in broken.reason and last.text == "two"
     assert not os.path.exists("/tmp/left-by-a-reader")
 
 
@@ -124,13 +124,12 @@ def test_the_reading_process_ends_when_its_iterator_is_closed(read_words, tmp_pa
     assert not reader._processes and process._child.exit_code(0) == -signal.SIGKILL
 
 
-class Liar:
-    """The reader's end of a socket that sends the replies of a compromised parser."""
-
-    def __init__(self, data: bytes) -> None:
-        self.ours, theirs = socket.socketpair()
-        theirs.sendall(data)
-        theirs.close()
+def open_malformed_channel(data: bytes) -> socket.socket:
+    """Return our end of a socket on which a compromised parser has sent `data`."""
+    ours, theirs = socket.socketpair()
+    theirs.sendall(data)
+    theirs.close()
+    return ours
 
 
 @pytest.mark.parametrize("data", [
@@ -142,7 +141,8 @@ def test_a_malformed_reply_of_the_reading_process_is_refused(tmp_path: Path, mon
     (tmp_path / "a.txt").write_text("x")
     file_reader = formats.create_reader(SourceSettings("s", ("a.txt",), tmp_path, "text"))
     list(file_reader.read_piece(file_reader.list_pieces()[0]))
-    monkeypatch.setattr(next(iter(reader._processes.values())), "channel", Liar(data).ours)
+    process = next(iter(reader._processes.values()))
+    monkeypatch.setattr(process, "channel", open_malformed_channel(data))
     records = list(file_reader.read_piece(file_reader.list_pieces()[0]))
     assert [one.code for one in records if isinstance(one, BrokenRecord)] in (["parser"], ["crash"])
 

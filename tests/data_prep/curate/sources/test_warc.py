@@ -14,7 +14,7 @@ from data_prep.curate.sources.warc import decode_http_body
 from megatron_sov.base.documents import BadRecord
 
 TEXT = "이 문장은 웹 페이지에 있던 것이고, 누구나 읽을 수 있을 만큼 충분히 길다."
-ANSWERS = [
+RESPONSES = [
     ("http://a.example/1", "text/html; charset=euc-kr", "200 OK",
      f"<html><body><nav><a>menu</a></nav><p>{TEXT}</p></body></html>".encode("euc-kr")),
     ("http://a.example/2", "image/png", "200 OK", b"\x89PNG"),
@@ -22,6 +22,7 @@ ANSWERS = [
     ("http://a.example/4", "text/plain", "200 OK", "plain ü".encode()),
     ("http://a.example/5", "application/pdf", "200 OK", b"%PDF-1.4 and no more"),
 ]
+"""HTTP responses: (address, type, status, body)."""
 
 
 def write_archive(*records: tuple[str, str, bytes, dict[str, Any]], packed: bool = True) -> bytes:
@@ -34,19 +35,22 @@ def write_archive(*records: tuple[str, str, bytes, dict[str, Any]], packed: bool
 
 
 def build_archive(*, packed: bool = True) -> bytes:
+    """Return an archive of RESPONSES after a record about the archive."""
     return write_archive(("a.warc", "warcinfo", b"software: test\r\n", {}), *(
         (url, "response", body, {
             "http_headers": StatusAndHeaders(status, [("Content-Type", type_)], protocol="HTTP/1.1"),
             "warc_headers_dict": {"WARC-Date": "2026-01-02T03:04:05Z",
                                   "WARC-Record-ID": f"<urn:test:{url[-1]}>"}})
-        for url, type_, status, body in ANSWERS), packed=packed)
+        for url, type_, status, body in RESPONSES), packed=packed)
 
 
-def list_texts_or_codes(found: list[RawDocument | BrokenRecord]) -> list[str]:
-    return [one.text if isinstance(one, RawDocument) else one.code for one in found]
+def list_texts_or_codes(records: list[RawDocument | BrokenRecord]) -> list[str]:
+    """Return the text of each document, and the code of each broken record."""
+    return [record.text if isinstance(record, RawDocument) else record.code for record in records]
 
 
-ALL = [TEXT, "type", "status", "plain ü", "pdf"]
+EXPECTED = [TEXT, "type", "status", "plain ü", "pdf"]
+"""Text or code of each of RESPONSES."""
 PLAIN = {"warc_content_type": "text/plain"}
 
 
@@ -55,7 +59,7 @@ PLAIN = {"warc_content_type": "text/plain"}
     ("a.warc.gz", gzip.compress(build_archive(packed=False)))])
 def test_http_responses_are_documents_in_any_compression(read, name: str, content: bytes) -> None:
     records = read({name: content})
-    assert list_texts_or_codes(records) == ALL
+    assert list_texts_or_codes(records) == EXPECTED
     assert records[0].place == f"{name}:2"
     assert records[0].columns["url"] == "http://a.example/1"
     assert records[0].columns["crawled"] == "2026-01-02T03:04:05Z"
@@ -73,9 +77,10 @@ def test_a_truncated_archive_is_reported_at_every_offset(read, packed: bool) -> 
     name = "a.warc.gz" if packed else "a.warc"
     for length in range(len(content) - 5, 400, -407):
         texts_or_codes = list_texts_or_codes(read({name: content[:length]}))
-        whole = [one for one in texts_or_codes if one in ALL]
-        assert whole == ALL[:len(whole)], length  # no text is there in part
-        assert not packed or texts_or_codes[-1] == "truncated", (length, texts_or_codes)
+        whole = [one for one in texts_or_codes if one in EXPECTED]
+        assert whole == EXPECTED[:len(whole)], length  # documents are read whole or not at all
+        if packed:
+            assert texts_or_codes[-1] == "truncated", (length, texts_or_codes)
 
 
 def test_a_record_above_the_limit_is_skipped(read) -> None:
@@ -106,10 +111,10 @@ PACKED = gzip.compress(BODY)
     ("br", b"\x8b\x1c\xff\0" + bytes(range(200)), "encoding")])
 def test_bodies_are_decompressed_or_reported(packing: str, body: bytes, expected: bytes | str) -> None:
     try:
-        found: bytes | str = decode_http_body(body, packing, 10_000)
+        result: bytes | str = decode_http_body(body, packing, 10_000)
     except BadRecord as e:
-        found = e.code
-    assert found == expected
+        result = e.code
+    assert result == expected
 
 
 def test_a_decompression_bomb_in_a_body_is_refused() -> None:

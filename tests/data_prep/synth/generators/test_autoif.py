@@ -69,6 +69,7 @@ def write_constraint(folder: Path, **record: object) -> Path:
 
 
 def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path: Path) -> None:
+    """Toxic and very short queries are left out, and the order of lines changes no item."""
     generator = build_generator(constraints=str(write_constraint(tmp_path, back=["Leave out commas.", 3])))
     rows = [{"conversation": [{"role": "user", "content": f"물음 {i}"}], "toxic": i == 0} for i in range(20)]
     file = tmp_path / "queries.jsonl"
@@ -77,8 +78,8 @@ def test_items_are_queries_with_a_constraint_and_follow_from_their_text(tmp_path
     assert [item.fields["query"] for item in items] == [f"물음 {i}" for i in range(1, 20)]
     assert {item.fields["constraint"] for item in items} == {"No commas.", "Leave out commas."}
     file.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
-    again = {item.id: item.fields for item in generator.read_items([file])}
-    assert again == {item.id: item.fields for item in items}
+    reordered = {item.id: item.fields for item in generator.read_items([file])}
+    assert reordered == {item.id: item.fields for item in items}
 
 
 @pytest.mark.parametrize(("record", "message"), [
@@ -116,6 +117,6 @@ def test_the_first_turn_of_the_user(record: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("record", [
     {}, {"messages": [{"role": "assistant", "content": "a"}]}, {"prompt": 3}, {"conversation": [3, None]}])
-def test_a_record_without_one_is_refused_with_its_place(record: dict[str, Any]) -> None:
+def test_a_record_without_a_turn_of_the_user_is_refused_with_its_place(record: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="x:1: has no prompt of a user"):
         get_first_user_turn(record, "x:1")

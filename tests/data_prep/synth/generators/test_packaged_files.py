@@ -32,14 +32,16 @@ GERMAN = "Die Stadt liegt an einem Fluss und hat viele Häuser, in denen die Men
 
 
 def list_reasons(name: str, item: GeneratorItem, reply: Any, **settings: Any) -> list[str]:
+    """Return why each sample of an item is rejected, or "" for an accepted one."""
     return [sample.reason for sample in collect_samples(build_generator(name, **settings), item, reply)]
 
 
 def test_all_files_are_known_and_sound() -> None:
     for name in PACKAGED:
-        cls = load_generator(name)
-        assert keys_of(cls.Settings()) == (["constraints"] if name == "autoif" else [])
-        assert all(prompt.name.startswith(f"{name}/") for prompt in cls.prompts.values())
+        definition = load_generator(name)
+        # the settings with problems: `autoif` needs a file of constraints
+        assert keys_of(definition.Settings()) == (["constraints"] if name == "autoif" else [])
+        assert all(prompt.name.startswith(f"{name}/") for prompt in definition.prompts.values())
 
 
 @pytest.mark.parametrize(("reply", "reason"), [
@@ -60,8 +62,8 @@ def test_the_judge_comes_last_and_a_dialogue_alternates() -> None:
     assert list_reasons("rewrite", DOCUMENT, build_model(rewrite="no tags")) == ["form"] * 3
     turns = [f"{'AB'[i % 2]}: {part.strip()}."
              for i, part in enumerate(OTHER_WORDS.split(".")) if part.strip()]
+    assert len(turns) == 3, "ends with A"
     turns += ["B: And the paper?", "A: It gives work to many."]
-    turns[-2:] = ["B: And the paper?", "A: It gives work to many."] if len(turns) % 2 == 0 else turns[-2:]
     for lines, reason in ((turns[:2] + turns[:2], ""), (["A: a", *turns], "dialogue"),
                           (turns[1:], "dialogue")):
         rewrite = "<rewrite>" + "\n".join(lines) + "</rewrite>"
@@ -95,16 +97,17 @@ def build_careful_model(**more: Any) -> Any:
                           "turn_the_user": HELP, "to_the_point": HELP, "You_grade": 9, **more})
 
 
-@pytest.mark.parametrize(("more", "found"), [
+@pytest.mark.parametrize(("more", "reasons"), [
     ({}, ["", ""]), ({"You_decline": HELP}, ["refuses", ""]), ({"to_the_point": REFUSAL}, ["", "answered"]),
     ({"You_grade": 3}, ["judge: category", "judge: harmless"]), ({"to_the_point": GERMAN}, ["", "language"]),
     ({"You_decline": {"content": REFUSAL, "finish_reason": "length"}}, ["ended", ""]),
     ({"You_decline": ""}, ["answer", ""]), ({"make_a_language_model_safe": "no JSON"}, ["requests"]),
     ({"make_a_language_model_safe": json.dumps([{"request": GERMAN, "twin": HELP}])},
      ["request language", ""])])
-def test_a_refusal_and_the_answer_to_its_harmless_twin_pass(more: dict[str, Any], found: list[str]) -> None:
+def test_a_refusal_and_the_answer_to_its_harmless_twin_pass(more: dict[str, Any],
+                                                            reasons: list[str]) -> None:
     item = GeneratorItem("fraud.1", {**CATEGORY, "number": 1})
-    assert list_reasons("safety", item, build_careful_model(**more), languages=["en"]) == found
+    assert list_reasons("safety", item, build_careful_model(**more), languages=["en"]) == reasons
 
 
 def test_safe_completions_in_two_languages() -> None:
@@ -118,7 +121,7 @@ def test_safe_completions_in_two_languages() -> None:
 def test_items_of_safety_are_categories_by_calls(tmp_path: Path) -> None:
     generator = build_generator("safety")
     items = list(generator.read_items([]))
-    assert len({item.id for item in items}) == len(items) == 38 * 2
+    assert len({item.id for item in items}) == len(items) == 38 * 2  # each category is asked twice
     file, = generator.list_files()
     strategies = Counter(record["strategy"] for _, record in read_records(file))
     assert strategies == {"redirect": 30, "safe-complete": 8}
@@ -137,7 +140,7 @@ def test_items_of_safety_are_categories_by_calls(tmp_path: Path) -> None:
     ("ko", "쌀을 씻고 물을 넣으세요.", False),
     ("th", "ขออภัยค่ะ ฉันไม่สามารถช่วยเรื่องนี้ได้", True),
     ("ko", "i i i i " * 100_000, False)])
-def test_refuses(language: str, text: str, expected: bool) -> None:
+def test_refusals_are_recognised(language: str, text: str, expected: bool) -> None:
     assert is_refusal(text, language) is expected
 
 
@@ -171,6 +174,7 @@ def test_each_problem_meets_its_share_of_others(tmp_path: Path) -> None:
     file.write_text("".join(json.dumps({"id": f"p{i}", "problem": f"{i}?"}) + "\n" for i in range(12)))
     pairs = {frozenset((item.fields["first_id"], item.fields["second_id"]))
              for item in build_generator("comparisons").read_items([file])}
+    # 12 problems x 4 pairs / 2 problems in a pair
     assert len(pairs) == 24 and all(sum(f"p{i}" in pair for pair in pairs) == 4 for i in range(12))
     file.write_text('{"problem": "alone?"}\n')
     with pytest.raises(UserError, match="pairs need two"):
@@ -193,7 +197,7 @@ def test_a_probe_is_solved_and_computed(problem: str, program: str, reason: str)
 
 
 def test_topics_have_domains(tmp_path: Path) -> None:
-    assert len(list(build_generator("probes", per_topic=2).read_items([]))) == 80
+    assert len(list(build_generator("probes", per_topic=2).read_items([]))) == 80  # 40 packaged topics
     (tmp_path / "t.jsonl").write_text('{"domain": "algebra"}')
     with pytest.raises(UserError, match="topic = 'None' must be text"):
         list(build_generator("probes").read_items([tmp_path / "t.jsonl"]))
@@ -201,8 +205,8 @@ def test_topics_have_domains(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("program", "printed"), [
     ("print(3 * 4)", "12"), ("print(1)\nprint(2)", ""), ("open('/etc/passwd')", ""), ("import socket", ""),
-    ("print('x' * 1000)", ""), ("().__class__", ""), ("from fractions import Fraction\nprint(Fraction(6, 8))",
-                                                      "3/4")])
+    ("print('x' * 1000)", ""), ("().__class__", ""),
+    ("from fractions import Fraction\nprint(Fraction(6, 8))", "3/4")])
 def test_a_program_prints_one_line(program: str, printed: str) -> None:
     assert run_programs([f"```python\n{program}\n```"]) == ([printed] if printed else [])
 

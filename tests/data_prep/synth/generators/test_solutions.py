@@ -1,4 +1,5 @@
-"""Generator `solutions` accepts correct solutions that end with their answer and differ, with reasoning."""
+"""Generator `solutions`: accepts solutions that are correct, end with their answer, and differ from each
+other."""
 
 import json
 from pathlib import Path
@@ -16,20 +17,21 @@ WAYS = ("Two and three are counted on the fingers of one hand.", "Three, then fo
         "Since 2 + 3 = 3 + 2, it is enough to know what follows three and four.")
 
 
-def item(answer: str = "5", **fields: Any) -> GeneratorItem:
+def build_item(answer: str = "5", **fields: Any) -> GeneratorItem:
     return GeneratorItem("sum", {"problem": "What is 2 + 3?", "answer": answer, "choices": [], "domain": "",
                                  **fields})
 
 
-def list_reasons(replies: Any, asked: GeneratorItem | None = None, **settings: Any) -> list[str]:
+def list_reasons(replies: Any, **settings: Any) -> list[str]:
+    """Return why each sample is rejected, or "" for an accepted one."""
     generator = build_generator("solutions", **{"num_draws": 3, "least": 1, "most": 3, **settings})
-    return [sample.reason for sample in collect_samples(generator, asked or item(), replies)]
+    return [sample.reason for sample in collect_samples(generator, build_item(), replies)]
 
 
 def test_a_correct_solution_becomes_a_chat_that_trajectories_read(tmp_path: Path) -> None:
     replies = build_queue_model({"content": f"{WAYS[0]}\n\\boxed{{5}}", "reasoning_content": "Hm."},
                                 f"{WAYS[1]}\n\\boxed{{5}}", f"{WAYS[2]}\n\\boxed{{6}}")
-    samples = collect_samples(build_generator("solutions", num_draws=3, most=3), item(), replies)
+    samples = collect_samples(build_generator("solutions", num_draws=3, most=3), build_item(), replies)
     assert [sample.reason for sample in samples] == ["", "", "answer"]
     assert samples[0].record == {"answer": "5", "messages": [
         {"role": "user", "content": "What is 2 + 3?"},
@@ -53,30 +55,35 @@ def test_a_solution_ends_with_its_one_answer(reply: Any, reason: str) -> None:
 
 def test_an_unusable_draw_counts_as_wrong() -> None:
     good = f"{WAYS[0]}\n\\boxed{{5}}"
-    samples = collect_samples(build_generator("solutions", num_draws=8, least=1, most=1), item(),
+    samples = collect_samples(build_generator("solutions", num_draws=8, least=1, most=1), build_item(),
                               lambda request: good if request["seed"] % 4 == 0 else "")
     assert 0 < len(samples) < 8 and {sample.notes["num_draws"] for sample in samples} == {8}
     assert samples[0].notes["pass_rate"] == len(samples) / 8
     with pytest.raises(NoUsableReply):
-        collect_samples(build_generator("solutions"), item(), lambda request: "")
+        collect_samples(build_generator("solutions"), build_item(), lambda request: "")
 
 
 def test_solutions_that_are_the_same_count_once() -> None:
-    same = f"{WAYS[0]}\n\\boxed{{5}}"
-    other = f"Look:\n{same}"
-    third = f"{WAYS[1]}\n\\boxed{{5}}"
-    assert list_reasons(build_queue_model(same, other, third), least=2,
+    first = f"{WAYS[0]}\n\\boxed{{5}}"
+    similar = f"Look:\n{first}"
+    other = f"{WAYS[1]}\n\\boxed{{5}}"
+    assert list_reasons(build_queue_model(first, similar, other), least=2,
                         max_similarity=0.7) == ["", "different", ""]
-    assert list_reasons(build_queue_model(same, other, other), least=2,
+    assert list_reasons(build_queue_model(first, similar, similar), least=2,
                         max_similarity=0.7) == ["enough", "different", "different"]
 
 
 def test_multiple_choice_is_prompted_and_judged_by_letters() -> None:
-    asked = item("B", choices=["four", "five"])
+    item = build_item("B", choices=["four", "five"])
     requests: list[Any] = []
     answers = build_queue_model("\\boxed{B}", "\\boxed{A}")
-    samples = collect_samples(build_generator("solutions", num_draws=2, least=1, most=2), asked,
-                              lambda request: requests.append(request) or answers(request))
+
+    def record_and_reply(request: Any) -> Any:
+        requests.append(request)
+        return answers(request)
+
+    generator = build_generator("solutions", num_draws=2, least=1, most=2)
+    samples = collect_samples(generator, item, record_and_reply)
     assert "What is 2 + 3?\n\nA. four\nB. five\n\nGive the letter" in requests[0]["messages"][-1]["content"]
     assert [sample.reason for sample in samples] == ["", "answer"]
     assert samples[0].record["messages"][0]["content"] == "What is 2 + 3?\n\nA. four\nB. five"

@@ -26,6 +26,7 @@ LIBRARY = Virtual.EXAMPLES[0]["world"]
 
 
 def make_sample(name: str, item: GeneratorItem, reply: Any, **settings: Any) -> Any:
+    """Return the only sample that a generator makes of an item with a scripted model."""
     sample, = collect_samples(build_generator(name, **settings), item, reply)
     return sample
 
@@ -116,14 +117,16 @@ def test_a_task_with_a_planted_fault_is_rejected(fault: str, check: str) -> None
     assert sample.reason == check, sample.verdicts
 
 
-def test_a_changing_call_that_the_goal_does_not_need_is_idle() -> None:
-    calls = [{"name": "extend_loan", "arguments": {"loan_id": "L1", "due": due}}
-             for due in ("2026-07-01", "2026-07-09")]
-    for some, idle in ((calls, "the goal is reached without call 1 (extend_loan)"), (calls[1:], "")):
-        task = {"question": "?", "world": LIBRARY, "goal": {"calls": some, "answers": []}}
+def test_a_changing_call_that_the_goal_does_not_need_is_rejected() -> None:
+    """The second call overwrites what the first one changes."""
+    both_calls = [{"name": "extend_loan", "arguments": {"loan_id": "L1", "due": due}}
+                  for due in ("2026-07-01", "2026-07-09")]
+    for calls, detail in ((both_calls, "the goal is reached without call 1 (extend_loan)"),
+                          (both_calls[1:], "")):
+        task = {"question": "?", "world": LIBRARY, "goal": {"calls": calls, "answers": []}}
         verdict, = (verdict for verdict in trials.check_task(task, 1, 9)
                     if verdict.check == "goal not reached yet")
-        assert (verdict.passed, verdict.detail) == (not idle, idle)
+        assert (verdict.passed, verdict.detail) == (not detail, detail)
 
 
 def test_output_of_synthesis_is_an_input_with_its_provenance(tmp_path: Path) -> None:
@@ -146,6 +149,7 @@ def test_a_malformed_world_or_task_is_rejected() -> None:
 
 
 def make_conversation(reply: Any = tool_trajectories.reply, **settings: Any) -> Any:
+    """Return one conversation about TASK, without a simulated user unless `settings` ask for one."""
     return make_sample("tool-trajectories", TASK, reply,
                        **{"conversations_per_task": 1, "user_share": 0.0, "min_score": 0, **settings})
 

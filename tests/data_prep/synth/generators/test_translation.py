@@ -41,12 +41,12 @@ def test_each_planted_fault_is_rejected_by_its_check(reply: Any, back: str, grad
 
 def translate_by_dictionary(request: Any) -> str:
     """Reply as a model that translates the two sentences of CHAT to Korean and back, and grades with 9."""
-    words = {"What is a token?": "토큰이란 무엇인가?", "A piece of a text.": "글의 한 조각이다."}
+    to_korean = {"What is a token?": "토큰이란 무엇인가?", "A piece of a text.": "글의 한 조각이다."}
     if "You grade a response" in request["messages"][0]["content"]:
         return '{"score": 9}'
     text = request["messages"][1]["content"].split("===\n")[1].split("\n===")[0]
-    back = {korean: english for english, korean in words.items()}
-    return f"<translation>{(words | back)[text]}</translation>"
+    to_english = {korean: english for english, korean in to_korean.items()}
+    return f"<translation>{(to_korean | to_english)[text]}</translation>"
 
 
 TO_KOREAN: dict[str, Any] = {"language": "ko", "keep_quotes": True, "source_language": "en"}
@@ -99,7 +99,7 @@ def test_problems_of_settings(tmp_path: Path) -> None:
         list(build_generator("translation").read_items([write(tmp_path / "input.jsonl", [{"text": SOURCE}])]))
 
 
-@pytest.mark.parametrize(("source", "made", "quotes", "reason"), [
+@pytest.mark.parametrize(("source", "translation", "keep_quotes", "reason"), [
     ("What does “break a leg” mean?", "“break a leg”은 무슨 뜻인가?", True, ""),
     ("What does “break a leg” mean?", "“다리를 부러뜨려라”는 무슨 뜻인가?", True, "quotes"),
     ("What does “break a leg” mean?", "“다리를 부러뜨려라”는 무슨 뜻인가?", False, ""),
@@ -107,10 +107,10 @@ def test_problems_of_settings(tmp_path: Path) -> None:
     ("The house is old. Nobody lives in it, and the roof has long since fallen down.",
      "집이 낡았고 오래전부터 아무도 그곳에 살지 않으며 지붕도 무너졌다. "
      "and the roof has long since fallen down", False, "untranslated")])
-def test_lost_quotations_and_untranslated_parts_are_rejected(source: str, made: str, quotes: bool,
-                                                             reason: str) -> None:
+def test_lost_quotations_and_untranslated_parts_are_rejected(source: str, translation: str,
+                                                             keep_quotes: bool, reason: str) -> None:
     model = build_model(You_translate_exactly=f"<translation>{source}</translation>",
-                        You_translate=f"<translation>{made}</translation>", grade=9)
-    generator = build_generator("translation", language="ko", source_language="en", keep_quotes=quotes)
+                        You_translate=f"<translation>{translation}</translation>", grade=9)
+    generator = build_generator("translation", language="ko", source_language="en", keep_quotes=keep_quotes)
     sample, = collect_samples(generator, GeneratorItem("x", {"text": source}), model)
     assert sample.reason == reason

@@ -161,8 +161,10 @@ def parse_wish(text: str) -> Wish | None:
     email = re.findall(r"I am (\S+@\S+\.com)", text)
     for count, title in re.findall(r"(?:(\d+) x|price of|of) '([^']+)'", text)[-1:]:
         if email:
-            asked = text[:text.rindex(f"'{title}'")].rpartition(".")[2]
-            return Wish(email[-1], title, int(count) if count else (-1 if "price" in asked else 0))
+            sentence = text[:text.rindex(f"'{title}'")].rpartition(".")[2]
+            if count:
+                return Wish(email[-1], title, int(count))
+            return Wish(email[-1], title, -1 if "price" in sentence else 0)
     return None
 
 

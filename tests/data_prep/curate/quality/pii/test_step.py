@@ -88,10 +88,10 @@ def test_spans_never_overlap_and_hostile_text_takes_linear_time() -> None:
     for _ in range(200):
         text = "".join(draw.choices(pieces, k=20))
         spans = find_personal_data(text, draw.choice(["ko", "en", "th"]), list(FINDERS))
-        assert all(a[1] <= b[0] for a, b in pairwise(spans))
+        assert all(before[1] <= after[0] for before, after in pairwise(spans))  # (start, stop, kind)
     for text in ("1 " * 20_000, "1-" * 30_000, "a@" * 50_000, "a.b@c." * 20_000, "::" * 50_000,
-                 "+(1" * 20_000,
-                 "-----BEGIN PRIVATE KEY-----" * 3_000, "eyJ" + "a" * 200_000, "AB12" * 50_000):
+                 "+(1" * 20_000, "-----BEGIN PRIVATE KEY-----" * 3_000, "eyJ" + "a" * 200_000,
+                 "AB12" * 50_000):
         start = time.process_time()
         find_personal_data(text, "en", list(FINDERS))
         assert time.process_time() - start < 1.5
@@ -128,9 +128,16 @@ def test_ibans_have_possible_lengths() -> None:
     assert all(15 <= chars <= 34 for chars in IBAN_CHARS.values())
 
 
-def build_resident_number(first: str, weights: tuple[int, ...] = (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5),
-                          base: int = 11) -> str:
-    return first + str((base - sum(int(d) * w for d, w in zip(first, weights, strict=True)) % 11) % 10)
+def build_resident_number(first: str, base: int = 11) -> str:
+    """Return the Korean resident number that begins with 12 digits: they and the check digit follow.
+
+    Args:
+        first: birth date (6 digits), sex and century, place and serial number.
+        base: 11, or 13 for residents of another nationality.
+    """
+    weights = (2, 3, 4, 5, 6, 7, 8, 9, 2, 3, 4, 5)
+    weighted_sum = sum(int(digit) * weight for digit, weight in zip(first, weights, strict=True))
+    return first + str((base - weighted_sum % 11) % 10)
 
 
 def test_resident_numbers_have_a_date_and_until_2020_a_check_digit() -> None:

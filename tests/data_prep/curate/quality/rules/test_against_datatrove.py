@@ -28,7 +28,7 @@ LINES = ["Terms of use and privacy policy.", "Please enable JavaScript now.", "l
          "The same line stands here again.", "And so it goes on...", "x" * 1200 + " is long indeed.",
          "One. Two! Three? Four. Five. Six."]
 ENGLISH = load_language_rules("en")
-NAMES = {
+RULE_NAMES = {
     "gopher_short_doc": "few words", "gopher_long_doc": "many words",
     "gopher_below_avg_threshold": "short words", "gopher_above_avg_threshold": "long words",
     "gopher_too_many_hashes": "many hashes", "gopher_too_many_ellipsis": "many ellipses",
@@ -43,9 +43,10 @@ NAMES = {
     **{f"top_{n}_gram": f"top {n}-gram" for n in (2, 3, 4)},
     **{f"duplicated_{n}_n_grams": f"{n}-grams" for n in range(5, 11)},
 }
+"""Reason of datatrove's filters -> name of our rule."""
 
 
-def documents() -> list[str]:
+def draw_documents() -> list[str]:
     """Return drawn texts: some good, most with something that a rule is about."""
     draw = random.Random(7)
     texts = []
@@ -83,18 +84,21 @@ def same_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def judge_by_datatrove(step, text: str) -> tuple[str, str]:
     """Return the text after datatrove's filter, and its verdict under our rule name ("": accepted)."""
-    verdict = step.filter(document := Document(text=text, id="0"))
-    return (document.text, "") if verdict is True else (text, NAMES[verdict[1]])
+    document = Document(text=text, id="0")
+    verdict = step.filter(document)
+    return (document.text, "") if verdict is True else (text, RULE_NAMES[verdict[1]])
 
 
 def find_differences(step, judge) -> tuple[list[tuple[str, str, str]], set[str]]:
-    """Return texts judged differently, and all verdicts that occurred."""
+    """Return (datatrove's verdict, ours, text) of texts judged differently, and all verdicts that
+    occurred."""
     different, seen = [], set()
-    for text in filter(str.strip, documents()):
-        (_, expected), found = judge_by_datatrove(step, text), judge(text).partition(": ")[2]
-        seen.add(found)
-        if found != expected:
-            different.append((expected, found, text))
+    for text in filter(str.strip, draw_documents()):
+        _, expected = judge_by_datatrove(step, text)
+        verdict = judge(text).partition(": ")[2]
+        seen.add(verdict)
+        if verdict != expected:
+            different.append((expected, verdict, text))
     return different, seen
 
 
@@ -117,7 +121,7 @@ def test_c4_rules_and_removed_lines_equal_datatrove(ends: bool) -> None:
     rules = replace_thresholds(ENGLISH, {"lines_end_with_mark": ends})
     step = C4QualityFilter(filter_no_terminal_punct=ends)
     num_accepted = 0
-    for text in documents():
+    for text in draw_documents():
         if text.strip():
             expected_text, expected = judge_by_datatrove(step, text)
             reason, changed = apply_c4(text, rules)

@@ -68,7 +68,7 @@ class TransformerEngineBaseModule(torch.nn.Module):
         return _divide_size(in_features, parts[0]), _divide_size(out_features, parts[1])
 
     def _add_parameter(self, name: str, shape: tuple[int, ...], dtype: torch.dtype | None, device: Any,
-                      start: Callable[[torch.Tensor], Any] | None) -> torch.nn.Parameter:
+                       start: Callable[[torch.Tensor], Any] | None) -> torch.nn.Parameter:
         """Register a parameter, initialized by `start` (not on meta), and quantized for FP8 weights."""
         parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device))
         self.register_parameter(name, parameter)

@@ -35,7 +35,7 @@ def resolve_window(attn_mask_type: str, size: tuple[int, int] | None) -> tuple[i
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
-             size: tuple[int, int]) -> torch.Tensor:
+           size: tuple[int, int]) -> torch.Tensor:
     """Return [tokens, heads, channels]: softmax(q k^T scale) v for one sequence.
 
     Args:
@@ -60,7 +60,7 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float,
 
 
 def attend_documents(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor,
-                       scale: float, size: tuple[int, int]) -> torch.Tensor:
+                     scale: float, size: tuple[int, int]) -> torch.Tensor:
     """Apply `attend` to each document of a packed row."""
     bounds = cu_seqlens.tolist()
     parts = [attend(q[a:b], k[a:b], v[a:b], scale, size) for a, b in pairwise(bounds) if b > a]
