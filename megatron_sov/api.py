@@ -94,8 +94,7 @@ def prefer(start_from: AnyPath, data: Data, run: AnyPath, *, method: str = "dpo"
 
 def distill(start_from: AnyPath, teacher: AnyPath, data: Data, run: AnyPath, *, settings: Settings = (),
             **options: Any) -> dict[str, Any]:
-    """Learn the distributions of `teacher` by `megatron-sov distill`; arguments, result and errors as in
-    `sft`."""
+    """Learn the distributions of `teacher` by `megatron-sov distill`; otherwise as `sft`."""
     words = [*_format_stage(start_from, data, settings), "--teacher", str(teacher)]
     return _run_training("distill", run, words, options)
 

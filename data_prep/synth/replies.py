@@ -25,8 +25,7 @@ class Reply:
     thinking: str = ""
     """Thoughts from the endpoint's field or between `<think>` tags."""
     tool_calls: tuple[Mapping[str, Any], ...] = ()
-    """`name` and decoded `arguments` of each call; a malformed call has no arguments and an `error` for the
-    model."""
+    """`name` and decoded `arguments` of each call; a malformed call has an `error` for the model instead."""
     is_cut: bool = False
     """Whether the answer ended at the token limit."""
     key: str = ""

@@ -39,8 +39,7 @@ _ALIGNMENT_BYTES = 8
 _CHUNK_BYTES = 1 << 20
 """Bytes hashed and written at a time: few enough to stay in the CPU cache between the two steps."""
 _WRITE_BYTES = 256 << 10
-"""Limit of bytes per `write`: for larger calls Linux searches for contiguous free memory, up to five times
-slower."""
+"""Limit of bytes per `write`: Linux is up to five times slower, as it searches for contiguous memory."""
 _WRITE_BACK_BYTES = 8 << 20
 """Bytes after which write-back to disk starts; otherwise Linux keeps the bytes in memory until `fsync`, and
 disk and CPU work in turn."""

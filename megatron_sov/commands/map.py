@@ -183,8 +183,7 @@ def _read_batches(file: Path) -> Iterator[Batch]:
 
 
 def _build_batch_step(request: PluginRequest, skip_failures: bool, threads: int) -> Callable[[Batch], bytes]:
-    """Build the function that converts a batch to a record: "+" and a line per output row, "-" and a line per
-    failed row."""
+    """Build the function from a batch to a record: a line per row, "+" for outputs, "-" for failures."""
     # built in the worker, because a user's object may not be picklable
     step = registry.build_plugin(request, {}, STEPS).value
 

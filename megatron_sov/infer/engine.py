@@ -1,5 +1,4 @@
-"""Interface for inference engines: our generator on Megatron-Core, transformers, and vLLM servers. Without
-torch."""
+"""Interface for inference engines: our generator on Megatron-Core, transformers, vLLM. Without torch."""
 
 from __future__ import annotations
 
@@ -27,8 +26,7 @@ ENGINE_SET = "--engine-set"
 
 
 class Engine(Protocol):
-    """A loaded model that continues prompts. Methods are collective and return equal results on all
-    processes."""
+    """A loaded model that continues prompts. Methods are collective, with equal results on all processes."""
 
     def generate(self, prompts: Sequence[Tokens], sampling: Sampling, *, stop: StopRule | None = None,
                  streams: Sequence[int] | None = None) -> GenerationResult:

@@ -178,8 +178,7 @@ class PromptEncoder:
         return self._decode(tokens)
 
     def opened_thoughts(self, asked: Sequence[int]) -> str:
-        """Return the thinking mark that the chat template opened at the end of a prompt; "" without a
-        mark."""
+        """Return the thinking mark that the chat template opened at the end of a prompt, or ""."""
         return "" if self.encoder is None else self.encoder.opened_thoughts(asked)
 
 
@@ -251,8 +250,7 @@ def _encode_chat(encoder: ChatEncoder, prompt: str | Conversation) -> list[int]:
 
 
 def _check_ids(prompts: list[list[int]], target: Target) -> None:
-    """Raise `UserError` for ids beyond the model's vocabulary, which a sharded embedding would silently
-    ignore."""
+    """Raise `UserError` for ids beyond the model's vocabulary, which a sharded embedding would ignore."""
     try:
         vocab_size = target.vocab_size
     except UserError:  # a Hugging Face folder whose family only transformers supports

@@ -77,8 +77,7 @@ def check_serve(options: ServeOptions) -> ServeRequest:
 
 
 def _refuse_layout(options: ServeOptions) -> None:
-    """Raise `UserError` for processes and settings that transformers ignores, if TARGET is a Hugging Face
-    folder."""
+    """Raise `UserError` for processes and settings that transformers ignores, if TARGET is its folder."""
     refused_words = [f"--nproc {options.nproc}"] if options.nproc is not None else []
     refused_words += [f"--set {setting}" for setting in options.settings
                       if setting.partition("=")[0] != PRECISION_KEY]

@@ -357,8 +357,7 @@ def read_settings(raw: bytes) -> dict[str, Any]:
 
 
 def read_value(raw: bytes) -> dict[str, Any]:
-    """Return the content of a `torch.save` file as the JSON value `value`; raises ValueError for a malformed
-    file."""
+    """Return a `torch.save` file's content as a JSON value; raises ValueError for a malformed file."""
     return {"value": _JsonConverter().convert(TorchArchive(io.BytesIO(raw)).header, 0)}
 
 

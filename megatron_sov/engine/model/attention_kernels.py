@@ -1,5 +1,4 @@
-"""Attention kernels that Transformer Engine selects for packed rows (`gpu.attention`), and a cache for the
-selections."""
+"""Attention kernels that Transformer Engine selects for packed rows (`gpu.attention`), with a cache."""
 
 import functools
 import logging

@@ -37,8 +37,7 @@ class Continuation:
     read: int = 0
     """Tokens in the KV cache."""
     routes: list[tuple[int, np.ndarray]] = field(default_factory=list)
-    """First token and routes [tokens, layers, top_k] of each span; for tokens read twice, the later routes
-    count."""
+    """First token and routes [tokens, layers, top_k] per span; later routes of a token count."""
 
     @cached_property
     def random(self) -> np.random.Generator:
@@ -70,8 +69,7 @@ class Continuation:
         return self.read < self.prompt_tokens
 
     def join_routes(self, shape: RouteShape) -> np.ndarray:
-        """Return the expert routes [tokens - 1, layers, top_k]; the last token was not read and has no
-        routes."""
+        """Return the expert routes [tokens - 1, layers, top_k]; the last token, never read, has none."""
         rows = shape.build_unrecorded(len(self.tokens) - 1)
         for first, span_routes in self.routes:
             rows[first:first + len(span_routes)] = span_routes[:len(rows) - first]
@@ -89,8 +87,7 @@ class RowItem:
 
     @property
     def predicts(self) -> bool:
-        """Whether the last token of the span predicts a new token: in a decoding step, and at the end of a
-        prompt."""
+        """Whether the last token predicts a new token: in a decoding step, and at the end of a prompt."""
         return (not self.sequence.in_prompt
                 or self.span.past + len(self.span.tokens) == self.sequence.prompt_tokens)
 

@@ -191,8 +191,7 @@ class DecodingBatch:
         return tokens, logprobs.cpu()
 
     def _free_slot(self, slot: int) -> None:
-        """Give the slot to a waiting sequence or to the sequence in the last slot: used slots stay
-        contiguous."""
+        """Give the slot to a waiting sequence, or to that in the last slot: used slots stay contiguous."""
         if self._waiting:
             self._slots[slot] = self._waiting.popleft()
             return

@@ -206,8 +206,7 @@ def open_fleet(folder: Path, vocab_size: int, max_tokens: int, settings: EngineS
 
 
 class WeightFiles:
-    """Weight files in a folder that the servers can read. Leftover files from a killed command are
-    deleted."""
+    """Weight files in a folder that the servers can read. Files from a killed command are deleted."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

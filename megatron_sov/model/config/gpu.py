@@ -1,5 +1,4 @@
-"""GPU settings (kernels, memory, messages), which change results by rounding at most, and the rules for
-FP8."""
+"""GPU settings (kernels, memory, messages), which change results only by rounding, and rules for FP8."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -21,14 +21,12 @@ def has_objective(*objectives: str) -> When:
 
 
 def has_no_rounds(way_out: str = "") -> When:
-    """Return the condition that a run does not use rounds (objective policy), which define phases and steps
-    themselves."""
+    """Return the condition that a run has no rounds (objective policy), which define phases and steps."""
     return When("objective.name", lambda name: name != "policy", "is not policy", way_out)
 
 
 def has_objective_or_method(objective: str, method: str) -> AnyOf:
-    """Return the condition that `objective.name` is `objective`, or is policy with `policy.method` =
-    `method`."""
+    """Return the condition `objective.name` = `objective`, or policy with `policy.method` = `method`."""
     return AnyOf(has_objective(objective), AllOf(has_objective("policy"), is_one_of("policy.method", method)))
 
 

@@ -58,8 +58,7 @@ class MachineCheck:
 
     name: str
     status: Status
-    """ok: works; missing: optional and absent; warning: works, with a problem; broken: required, but
-    unusable."""
+    """ok: works; missing: optional and absent; warning: works, with a problem; broken: required, unusable."""
     detail: str
     remedy: str = ""
     """Command or action that installs or repairs the part; "": none needed."""
