@@ -86,11 +86,11 @@ TABLE_HEAD = f"""\
 ROOM = f"""
 ## Experts with more tokens than the mean
 
-Untrained routers and a new data mix send some experts 1.5 to 3 times the mean tokens. `plan`, `submit` and a
-run print the largest load that fits, and refuse layouts below `gpu.expert_imbalance` (2). With
-`gpu.expert_spill=1.2`, activations of overloaded layers wait in host memory, and the run slows down instead
-of running out of memory; recommended layouts get this setting if they need it. A run writes an `alarm` event
-if the busiest process exceeds `gpu.expert_imbalance` ([guards.md](guards.md)).
+No token is dropped. Untrained routers and a new data mix send some experts 1.5 to 3 times the mean tokens.
+`plan`, `submit` and a run print the largest load that fits, and refuse layouts below `gpu.expert_imbalance`
+(2). With `gpu.expert_spill=1.2`, activations of overloaded layers wait in host memory, and the run slows
+down instead of running out of memory; recommended layouts get this setting if they need it. A run writes an
+`alarm` event if the busiest process exceeds `gpu.expert_imbalance` ([guards.md](guards.md)).
 
 GiB of the fullest process of the first recommended layout, and the largest load that fits. 95 % of the GPU's
 memory are usable. The last two columns have `gpu.expert_spill=1.2`.

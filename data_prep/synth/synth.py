@@ -21,13 +21,13 @@ class SynthModelOptions:
     """The model that writes samples, and the model that judges them."""
 
     engine: Annotated[str, Flag(value="URL|DIR")] = ""
-    """Writing model: an OpenAI-compatible address up to /v1, or a checkpoint or Hugging Face folder."""
+    """Writing model: an OpenAI-compatible URL, ending in /v1, or a checkpoint or Hugging Face folder."""
     model: Annotated[str, Flag(value="NAME")] = ""
     """The writing model's name at the address."""
     api_key_env: Annotated[str | None, Flag(value="VARIABLE")] = None
     """Environment variable with the key for the address (default: OPENAI_API_KEY)."""
     max_tokens_field: Annotated[MaxTokensField, Flag(value="NAME")] = "max_tokens"
-    """Request field for the longest answer: max_tokens, max_completion_tokens, or none."""
+    """Request field that limits the length of an answer: max_tokens, max_completion_tokens, or none."""
     judge_engine: Annotated[str, Flag(value="URL|DIR")] = ""
     """Judging model, as --engine (default: the writing model)."""
     judge_model: Annotated[str, Flag(value="NAME")] = ""
@@ -54,7 +54,7 @@ class SynthLimitOptions:
     patience: Annotated[NotNegative, Flag(value="S")] = 600.0
     """Seconds to wait for a busy or unavailable endpoint (0: only --max-attempts counts)."""
     max_tokens_total: NotNegativeInt = 0
-    """End with 75 before all commands on this folder have used more tokens (0: no limit)."""
+    """Most tokens for all commands on this folder together; at the limit, exit with 75 (0: no limit)."""
 
 
 @dataclass(frozen=True, kw_only=True)

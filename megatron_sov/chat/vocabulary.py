@@ -39,7 +39,7 @@ class TokenizerFile:
     ordinary: dict[int, str]
     """Id -> token, without added tokens."""
     added: dict[int, dict[str, Any]]
-    """Id -> text ("content") and set flags of added tokens."""
+    """Id -> fields of an added token: its text ("content") and the flags that are true."""
     parts: list[dict[str, Any]]
     """Pre-tokenizer and decoder steps as in the file; a sequence is followed by its steps."""
     splitting: dict[str, Any]
@@ -83,7 +83,7 @@ def _canonical_fields(raw: dict[str, Any]) -> dict[str, Any]:
     model = _canonicalize({"type": "BPE", **raw["model"], "vocab": None})
     vocabulary = raw["model"]["vocab"]
     if isinstance(vocabulary, list):  # unigram
-        # in sentencepiece's precision: `tokenizers` may write doubles with other last digits
+        # rounded to float32 as in sentencepiece: `tokenizers` may write doubles whose last digits differ
         scores = [float(score) for _, score in vocabulary]
         model["scores"] = list(struct.unpack(f"{len(scores)}f", struct.pack(f"{len(scores)}f", *scores)))
     if "merges" in model:  # older files join the pair with a space
@@ -147,7 +147,7 @@ def find_difference(folder: Path, other: Path) -> str | None:
 
 
 def check_same_tokens(data: Path | None, weights: Path) -> None:
-    """Raise `UserError` if the data's token ids contradict a checkpoint's tokenizer, or text is split
+    """Raise `UserError` if ids of the data mean other tokens to a checkpoint, or its tokenizer splits text
     differently.
 
     Compares ordinary tokens; added tokens may be renamed (reserved ids in chat templates), and either side

@@ -28,7 +28,7 @@ STATE_METHODS = {"state": (), "restore": ("state",)}
 
 
 def _check_plugin(loaded: LoadedPlugin) -> None:
-    """Raise `UserError` if a plug-in's methods, `formats`, `columns` or signature are wrong."""
+    """Raise `UserError` if a plug-in lacks methods, or has wrong `formats`, `columns` or arguments."""
     check_methods(loaded.value, loaded.reference, "an objective", METHODS)
     if hasattr(loaded.value, "state") or hasattr(loaded.value, "restore"):
         check_methods(loaded.value, loaded.reference, "an objective with a memory", STATE_METHODS)
@@ -99,7 +99,7 @@ def get_factory(config: RunConfig, built_in: Factory) -> Factory:
 
 @dataclass(frozen=True)
 class PluginFactory:
-    """Factory for a plug-in objective, with the class's data requirements."""
+    """Factory for a plug-in objective; `formats` and `columns` are the data that its class requires."""
 
     name: str
     """`objective.name`."""

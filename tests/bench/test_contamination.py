@@ -31,6 +31,7 @@ def scored(tmp_path: Path, written_scores: Callable[..., Path]) -> ScoredResults
 
 
 def test_items_that_decontamination_removes_are_found(scored: ScoredResults, tmp_path: Path) -> None:
+    # no item; item 0 in another spelling; too few words of item 2; item 3, which is too short to search
     texts = ["nothing here", "Asked: WHICH of the four rivers that cross the *old town* is the longest",
              "the lamp in the northern tower burns longer", QUESTIONS[3]]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
@@ -43,6 +44,7 @@ def test_items_that_decontamination_removes_are_found(scored: ScoredResults, tmp
     assert result.hits[0].where.endswith("train.jsonl:2") and result.hits[0].field == "question"
     assert result.num_documents == 4
     # one of four items found, one too short; accuracy of all items, and of the other three
+    # items, items found, items too short to search, metric, its value, its value without the found items
     assert result.tasks == {"quiz": TaskContamination(4, 1, 1, "acc", 0.5, pytest.approx(1 / 3))}
 
 

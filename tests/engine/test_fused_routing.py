@@ -19,7 +19,7 @@ CASES = [
 
 
 def build_kernel_doubles(calls: list[str]) -> dict[str, Any]:
-    """Return plain torch doubles of Transformer Engine's simple kernels."""
+    """Return torch doubles of Transformer Engine's two routing kernels, by name; each logs its calls."""
     def compute_scores(logits: torch.Tensor, score_function: str) -> torch.Tensor:
         assert logits.dtype == torch.float32 and logits.is_contiguous()
         return logits.softmax(-1) if score_function == "softmax" else logits.sigmoid()

@@ -61,7 +61,7 @@ def fp8_settings(train: TrainConfig) -> dict[str, Any]:
 
 
 def keep_ends_in_bf16(config: Any, train: TrainConfig) -> None:
-    """Set the trunk layers that stay in bf16, on a validated `TransformerConfig`.
+    """Set how many layers at both ends of the trunk stay in bf16, on a validated `TransformerConfig`.
 
     The validation would limit each end to num_layers // pp layers, and with unequal stages more is valid:
     `is_first_last_bf16_layer` looks up layers by their number in the whole model."""
@@ -261,7 +261,7 @@ def _find_head_size_problem(model: ModelConfig) -> str:
 
 
 def _find_nondeterminism() -> str:
-    """Return where cuDNN's fused attention is not deterministic, or ""."""
+    """Return in which rows or cuDNN versions fused attention is not deterministic here; "": in none."""
     capability = torch.cuda.get_device_capability() if on_gpu() else (0, 0)
     if capability[0] == HOPPER:
         return "in every row on this GPU"

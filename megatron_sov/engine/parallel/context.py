@@ -70,7 +70,7 @@ def gather_keys(values: torch.Tensor) -> torch.Tensor:
 
 
 def exchange_tokens(values: torch.Tensor) -> torch.Tensor:
-    """All-to-all from local tokens with all heads to all tokens with local heads: [n / c, heads, dim] -> [n,
+    """Exchange local tokens of all heads for all tokens of local heads: [n / c, heads, dim] -> [n,
     heads / c, dim] (DeepSpeed Ulysses, arXiv 2309.14509)."""
     heads: torch.Tensor = _HeadExchange.apply(values, True)
     return heads
@@ -83,13 +83,13 @@ def exchange_heads(row: torch.Tensor) -> torch.Tensor:
 
 
 def get_local_heads(num_heads: int) -> slice:
-    """Return the slice of all heads that is local after `exchange_tokens`: `num_heads` heads."""
+    """Return the `num_heads` heads that this process holds after `exchange_tokens`, as a slice of all."""
     rank = int(parallel_state.get_context_parallel_rank())
     return slice(rank * num_heads, (rank + 1) * num_heads)
 
 
 def gather_positions(values: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    """Gather [n / c, ...] at row indices [positions] -> [positions, ...] on every process, no gradient."""
+    """Gather the values [n / c, ...] at p row indices on every process: -> [p, ...], without gradient."""
     positions = positions.to(values.device)
     if get_cp_size() == 1:
         return values[positions]

@@ -21,7 +21,7 @@ from megatron_sov.engine.parallel.values import broadcast_object, gather_objects
 from megatron_sov.model.config import ParallelConfig
 
 _joins = itertools.count()
-"""Numbers this process's calls of `join_world`."""
+"""Counts this process's calls of `join_world`: each gets a store prefix of its own."""
 LOCALHOST = "127.0.0.1"
 STORE_PORT = "SOV_STORE_PORT"
 """Environment variable with the local launcher's rendezvous store port."""

@@ -41,6 +41,7 @@ def test_a_line_with_the_same_fault_is_not_proposed() -> None:
     ("x: set train.steps=5", "sov-data pack --set train.steps=5"),
     ("x: pass --data DIR", ""), ("x: pass --data NAME=FILE", ""), ("x: is damaged", "")])
 def test_a_recommended_value_is_in_the_line(message: str, write: str) -> None:
+    """`write`: the proposed line; "" if the message recommends no value, or only a placeholder."""
     error = propose_line("sov-data", ["pack"], UserError(message), lambda line: None)
     assert list_proposed_commands(str(error)) == [write] * bool(write)
 

@@ -147,6 +147,7 @@ def test_user_answers_do_not_change_sampled_tokens(tmp_path: Path) -> None:
     assert written == [encoder.encode(text) for text in turns]
     assert episode.ids[:episode.spans[1][0]] == [*episode.prompt, *encoder.encode(turns[0]),
                                                  *encoder.encode_after_turn([], user="Not two.")]
+    # thoughts, text and called tools of each turn
     assert json.loads(episode.turns[1].state)["turns"] == [["hm", "two", []], ["", "", ["add", "add"]]]
 
 

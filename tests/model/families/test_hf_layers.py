@@ -135,6 +135,7 @@ def build_latent_config(**fields: Any) -> dict[str, Any]:
 
 
 def test_widths_that_transformers_writes_are_those_that_follow() -> None:
+    """transformers also writes widths that follow from other fields; they change nothing."""
     from transformers import AutoConfig
 
     hf_config = json.loads(AutoConfig.for_model(**build_latent_config()).to_json_string())

@@ -26,6 +26,7 @@ GENERATE = ("generate {0}/model --image {0}/seven.png --audio {0}/word.wav --pro
        "--image-tokenizer {0}/pictures --audio-tokenizer {0}/sounds --max-audio-tokens 5 "
        "--max-new-tokens 45 --json --temperature 1 --out-image {0}/{1} --image-decoder {0}/pictures "
        "--out-audio {0}/{1} --vocoder {0}/sounds")
+"""Command line; {0}: `site`, {1}: the output folder in it."""
 GRID = 2
 """A picture has 2 x 2 tokens."""
 NAMES = ["a", "b", "<end>", *MARKS, *(codebook_token(AUDIO, i) for i in range(5)),

@@ -1,6 +1,6 @@
 """Checks for `megatron-sov doctor`: a generator per subject. They change nothing on the machine.
 
-Transformer Engine is checked by an import, because its package without GPU libraries installs and then fails
+Transformer Engine is imported, not just looked up: without GPU libraries its package installs, but then fails
 to import.
 """
 
@@ -65,7 +65,7 @@ class MachineCheck:
 
 
 def show_checks(options: DoctorOptions) -> int:
-    """Print the checks; return 2 if training on this machine's CPU cannot work."""
+    """Run and print all checks; return `ExitCode.USER_ERROR` if a required part is broken."""
     checks = run_checks()
     works = not any(check.status == "broken" for check in checks)
     if options.json:

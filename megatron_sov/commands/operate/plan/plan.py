@@ -52,7 +52,7 @@ class PlanOptions(RecipeOptions):
 
 @dataclass(frozen=True)
 class PlanRequest:
-    """Checked options; `PLAN` names the function that runs for each subclass."""
+    """Options that passed `check_plan`; their subclass selects the function that runs, see `PLAN`."""
 
     options: PlanOptions
 
@@ -103,7 +103,7 @@ PLAN = DeclaredCommand(PlanOptions, check_plan, {
 
 
 def _check_model(options: PlanOptions) -> None:
-    """Raise `UserError`: a stage without a model, two models, or a stage of unknown length."""
+    """Raise `UserError` unless RECIPE and --from name one model, and a stage has a length."""
     if options.start_from is None:
         if options.recipe in STAGES:
             raise UserError(f"{options.recipe}: is a stage, which needs a model: add --from FOLDER, or name "

@@ -106,7 +106,7 @@ class PendingPieces:
 
     @property
     def may_be_dead(self) -> bool:
-        """Whether a job stopped renewing a claim that refused this job in the last `claim_attempts`."""
+        """Whether a job may have died that holds a claim refused to this job in the last `claim_attempts`."""
         return any(map(self._claims.may_be_dead, self._refused_names))
 
     def claim_attempts(self, num_rows: int = 0) -> tuple[SampleAttempt, ...]:
@@ -238,7 +238,7 @@ class PendingPieces:
             del self._open[number]
 
     def _needs_attempt(self, piece: PromptPiece) -> bool:
-        """Return whether a piece needs another attempt; its `_PieceState` then gets the attempt's number."""
+        """Return whether a piece needs another attempt; update its `_PieceState` from the store."""
         state = self._states.setdefault(piece.part(), _PieceState())
         # The last published attempt lists the unfinished rows.
         while self._store.has_part(name := piece.part(state.next_attempt)):
@@ -313,7 +313,7 @@ class PieceQueue:
     clock_s: Callable[[], float] = time.monotonic
     _policy: Policy | None = None
     """Policy of the last claimed attempts."""
-    _checked_s: float = 0.0
+    _checked_s: float = 0.0  # time of the last claim, or check for a newer policy
     """Time of the last claim or check for a newer policy, by `clock_s`."""
 
     def next_attempts(self, num_rows: int = 0, *, is_busy: bool = False) -> tuple[SampleAttempt, ...] | None:
@@ -393,7 +393,7 @@ def never_yield() -> bool:
 class _PieceState:
     """An incomplete piece's state, as this job sees it."""
 
-    next_attempt: int = 0
+    next_attempt: int = 0  # number of the first attempt that is not published
     open_tokens: int = 0
     """Tokens in the unfinished responses of the last published attempt."""
     is_stuck: bool = False
