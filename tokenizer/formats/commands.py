@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from megatron_sov.base.artifacts import check_output_folder, format_json, write_output
 from megatron_sov.base.documents.byte_bpe import NotByteBpe
-from megatron_sov.base.errors import UserError, suggest_name
+from megatron_sov.base.errors import Fix, UserError, suggest_name
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import DeclaredCommand, Flag
 from tokenizer.formats.hf_files import get_token_ids, translate_panics
@@ -74,7 +74,8 @@ def _choose_special_tokens(source: ForeignTokenizer, named: dict[str, str | None
     if not special.get("eos_token"):
         tokens = [token["content"] for token in source.raw["added_tokens"]][:8]
         raise UserError(f"{source.file}: does not say which token ends a document; "
-                        f"pass it by --eos (special tokens: {', '.join(tokens) or 'none'})")
+                        f"pass it by --eos (special tokens: {', '.join(tokens) or 'none'})",
+                        Fix(options=("--eos", *tokens)) if len(tokens) == 1 else None)
     return {"bos_token": None, **special, "pad_token": special.get("pad_token") or special["eos_token"]}
 
 

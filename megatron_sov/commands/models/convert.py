@@ -257,6 +257,10 @@ def _check_from_peft(options: FromPeftOptions) -> FromPeftOptions:
 
 def _check_verify(options: VerifyOptions) -> VerifyOptions:
     check_output("--card", options.card)
+    if options.a.exists() and not options.b.exists():
+        export = shlex.join(["megatron-sov", "convert", "to-hf", str(options.a), str(options.b)])
+        raise UserError(f"{options.b}: does not exist; compare a model with its export or import",
+                        Fix(before=(export,)))
     _check_paths("a", "b")(options)
     for path in (options.a, options.b) if options.settings else ():
         check_model(path, options.settings, options.nproc)

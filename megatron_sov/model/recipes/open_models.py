@@ -165,7 +165,7 @@ TRAINING_SOURCES: Sources = read_sources("training of open models")
 
 def moe_sources(released: str) -> Sources:
     return {
-        "model.*": config_json(released), "model.router_bias_update_rate": DEFAULT,
+        "model.*": config_json(released), "model.router_bias_update*": DEFAULT,
         "model.seq_aux_loss_coeff": ours("router_aux_loss_coef in config.json, for our form of the loss"),
         "model.mtp_*": DEFAULT, **TRAINING_SOURCES}
 

@@ -32,8 +32,6 @@ REPORT_AFTER_S = 5.0
 
 @dataclass(frozen=True)
 class EndpointLimits:
-    """Limits of time, attempts, rate and cost."""
-
     """Limits of time, attempts, rate and cost for requests to an endpoint."""
 
     timeout_s: float
