@@ -179,8 +179,7 @@ class FeatureTokens(InlineTokens, Protocol):
         """Return the token ids that features of a kind replace."""
 
     def refuse_lost(self, ids: Sequence[int], texts: Sequence[str]) -> None:
-        """Reject a document if encoding lost some of its media tokens. Raises `BadRecord`: tokens are
-        missing."""
+        """Reject a document whose encoding lost media tokens. Raises `BadRecord`: tokens are missing."""
 
     def numbers(self, ids: Sequence[int], rows: Rows) -> np.ndarray:
         """Return the feature numbers of a document's tokens, for the sidecar file (`shard_files.FEATURES`).

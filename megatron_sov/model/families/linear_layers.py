@@ -132,8 +132,7 @@ class SolarLayers:
                               "kda_allow_neg_eigval")
 
     def write(self, model: ModelConfig) -> dict[str, Any]:
-        """Return all fields except the interval; `UserError` for unequal sizes, or without softmax
-        attention."""
+        """Return all fields but the interval; `UserError` for unequal sizes, or without softmax attention."""
         sizes, types = read_delta_sizes(model, negative=True), model.layer_types()
         softmax = [i for i, kind in enumerate(types) if kind == "full_attention"]
         if not softmax:

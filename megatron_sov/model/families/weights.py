@@ -471,8 +471,7 @@ def output_norms(attention: str, feed_forward: str) -> tuple[WeightEntry, ...]:
 
 
 def router_bias_entry(hf_name: str) -> Same:
-    """Return the entry for the router's selection bias; always float32, because bf16 loses its small
-    steps."""
+    """Return the entry for the router's selection bias: always float32, as bf16 loses its small steps."""
     return Same("mlp.router.expert_bias", hf_name, "E", fp32=True)
 
 

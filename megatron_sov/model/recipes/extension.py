@@ -111,6 +111,5 @@ def length_settings(recipe: RunConfig, longer: ModelConfig, trained_tokens: int,
 
 
 def find_micro_batch_size(limit_tokens: int, seq_len: int, per_rank: int) -> int:
-    """Return the largest micro-batch size with at most `limit_tokens` tokens that divides `per_rank`; at
-    least 1."""
+    """Return the largest micro-batch size up to `limit_tokens` tokens that divides `per_rank`; at least 1."""
     return max((m for m in range(1, limit_tokens // seq_len + 1) if per_rank % m == 0), default=1)

@@ -77,8 +77,7 @@ def derive_sources(sources: Sources, changed: Sources) -> Sources:
 
 
 def list_settings(config: RunConfig, sources: Sources) -> list[Setting]:
-    """Return all settings with sources; without an entry the kind is `yours`, or `default` for default
-    values."""
+    """Return all settings with sources; without an entry the kind is `yours`, or `default`."""
     return [
         Setting(key, value,
                 sources.get(_find_entry(key, sources)) or (DEFAULT if value == default else YOURS))
