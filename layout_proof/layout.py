@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 TOLERANCE = 1e-9
 """Largest difference, relative to a tensor's largest number. Another order in `sum` changes float64 results
 by 1e-15; a wrong layout, by more than 1e-6."""
+MAX_RANKS = 16_384
 EQUAL, DIFFERS, STANDS, FAILS = "equal", "differs", "stands still", "fails"
 
 class CannotPlay(Exception):
@@ -49,9 +50,11 @@ class Layout:
 
     def check(self) -> None:
         """Raise `CannotPlay` for sizes that do not divide `ranks`."""
-        for name, size in asdict(self).items():
+        for name, size in reversed(asdict(self).items()):  # `ranks` last: its default follows from the others
             if not isinstance(size, bool) and size < (name != "etp"):
                 raise CannotPlay(f"--{name} {size}: must be at least {int(name != 'etp')}")
+        if self.ranks > MAX_RANKS:
+            raise CannotPlay(f"--ranks {self.ranks}: must be at most {MAX_RANKS}")
         for sizes, product in (("--tp x --pp x --cp", self.tp * self.pp * self.cp),
                                ("--etp x --ep x --pp", self.expert_tp * self.ep * self.pp)):
             if self.ranks % product:

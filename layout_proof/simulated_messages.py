@@ -104,7 +104,7 @@ def format_failure(error: Exception) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     last = next((frame for frame in reversed(frames) if "/torch/" not in frame.filename
                  and "/layout_proof/" not in frame.filename), frames[-1])
-    text = str(error).strip().split("\n")[0]
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(error).strip().split("\n")[0])
     return f"{type(error).__name__}: {text} at {Path(last.filename).name}:{last.lineno} ({last.name})"
 
 

@@ -77,7 +77,10 @@ BAD = {
     "no name": ("{model}:absent", "has no function absent"),
     "ranks": ("{model}:build --tp 4 --ranks 6", "--ranks 6: must be a multiple of --tp x --pp x --cp = 4"),
     "too many stages": ("{model}:build --pp 64", "needs 64 layers, the model has 32"),
-    "raises": ("{model}:fails", "fails: ValueError: no data at layout_model.py:"),
+    "raises": ("{model}:fails", "fails: ValueError: no \\x1bdata at layout_model.py:"),
+    "ends the program": ("{model}:ends", "builder ends the program (sys.exit)"),
+    "too many ranks": ("{model}:build --ranks 99999999", "--ranks 99999999: must be at most 16384"),
+    "no tensor ranks": ("{model}:build --tp 0", "--tp 0: must be at least 1"),
     "no model": ("{model}:counts", "builds neither a GPTModel nor a HybridModel"),
     "weight shards": ("{model}:shards", "generalized tensor parallelism is not simulated"),
     "uneven stages": ("{model}:uneven --pp 2", "num_layers_in_first_pipeline_stage: only even stages are"),
@@ -86,7 +89,9 @@ BAD = {
 
 @pytest.mark.each("name", BAD)
 def test_bad_input_is_one_line(model: Path, capsys: Any, name: str) -> None:
-    model.write_text(model.read_text() + "\n\ndef fails(config=None):\n    raise ValueError('no data')\n\n\n"
+    model.write_text(model.read_text() + "\n\ndef fails(config=None):\n"
+                     "    raise ValueError('no \\x1bdata')\n\n\n"
+                     "def ends(config=None):\n    raise SystemExit(0)\n\n\n"
                      "def counts(config=None):\n    return 1\n\n\ndef fixed():\n    return build()\n\n\n"
                      "def shards(config=None):\n    return build(config or TransformerConfig(num_layers=8, "
                      "hidden_size=64,\n        num_attention_heads=4, "

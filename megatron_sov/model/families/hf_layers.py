@@ -99,8 +99,7 @@ class SlidingSwitch:
     """Sliding windows with Qwen's switch `use_sliding_window`."""
 
     by_layer: bool
-    """True: layers from `max_window_layers` on slide, or the layers in `layer_types`; False: all layers
-    slide."""
+    """True: layers from `max_window_layers` on slide, or those in `layer_types`; False: all layers slide."""
     default_first: int = 28
     """Transformers' default for `max_window_layers`."""
     names: tuple[str, ...] = ("use_sliding_window", "sliding_window", "max_window_layers", "layer_types")

@@ -98,8 +98,7 @@ def check_integer(name: str, value: Any) -> int:
 
 
 def parse_layer_pattern(types: list[Any], count: int) -> dict[str, Any]:
-    """Return the shortest `attention_pattern` for layer types; `UserError` unless every layer has a known
-    type."""
+    """Return the shortest `attention_pattern` for layer types; `UserError`: an unknown type."""
     letter = {kind: letter for letter, kind in LAYER_TYPES.items() if letter in "DG"}
     letters = "".join(letter.get(kind, "?") for kind in types)
     if len(letters) != count or "?" in letters:

@@ -218,8 +218,7 @@ class QKV:
         return (self.query, self.key, self.value)
 
     def layout(self, model: ModelConfig) -> Layout:
-        """Return the division of [groups, query heads + key + value, head_dim, columns] along a group's
-        heads."""
+        """Return how [groups, query heads + key + value, head_dim, columns] divides along a group's heads."""
         # Query heads per key/value head. A group is contiguous, so tensor parallelism divides groups.
         heads = model.num_heads // model.num_kv_heads
         # Biases have no columns: `shape_of("")` is (), and the view ends with the head size.

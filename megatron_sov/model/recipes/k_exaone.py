@@ -38,8 +38,7 @@ STAGES = (_stage("32k", 32768, 1024, 0.4, 0.3), _stage("256k", 262144, 128, 0.6,
 
 
 def model() -> ModelConfig:
-    """Return the architecture: a dense first layer, sliding and NoPE global layers 3:1, QK-norm, one MTP
-    layer."""
+    """Return the architecture: a dense first layer, sliding and NoPE layers 3:1, QK-norm, one MTP layer."""
     return ModelConfig(
         family="exaone_moe", vocab_size=153600, hidden_size=6144, num_layers=48, num_heads=64, num_kv_heads=8,
         head_dim=128, num_dense_layers=1, dense_ffn_dim=18432, num_experts=128, num_experts_per_token=8,

@@ -332,8 +332,7 @@ class ConfigLayer:
     lines: Mapping[Place, int]
 
     def apply_to(self, base: RunConfig) -> RunConfig:
-        """Return `base` with the file's settings. Raises `SettingsError`: all invalid settings, with line
-        numbers."""
+        """Return `base` with the file's settings. Raises `SettingsError`: all invalid settings."""
         changes = {".".join(place): value for place, value in _iter_leaves(RunConfig, self.value, ())}
         changes.pop("recipe", None)
         try:

@@ -65,8 +65,7 @@ class Clock:
         return sum(map(self.time_product, products))
 
     def time_product(self, product: Product) -> float:
-        """Return a product's seconds over forward, backward and recomputation; a frozen weight needs no
-        gradient."""
+        """Return a product's seconds in forward, backward and recomputation; frozen: no gradient."""
         w, p = self.w, self.p
         # Saturation: a product with depth `product_half_depth` reaches half the peak.
         peak = self.get_peak(product.quantized) * product.k / (product.k + p.product_half_depth)
