@@ -32,10 +32,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         from layout_proof.small_model import load_builder
 
         verdict = prove_layout(load_builder(builder), layout, full_masks=full_masks)
-    except (CannotPlay, SystemExit) as e:
-        reason = str(e) if isinstance(e, CannotPlay) else "the file or builder ends the program (sys.exit)"
-        print(json.dumps({"outcome": "cannot be simulated", "reason": reason}) if as_json else
-              f"layout-proof: {reason}", file=sys.stdout if as_json else sys.stderr)
+    except CannotPlay as e:
+        print(json.dumps({"outcome": "cannot be simulated", "reason": str(e)}) if as_json else
+              f"layout-proof: {e}", file=sys.stdout if as_json else sys.stderr)
         return 2
     print(verdict.to_json() if as_json else verdict)
     return 0 if verdict.outcome == EQUAL else 3

@@ -86,7 +86,7 @@ def _compare(model: SmallModel, layout: Layout, full_masks: bool) -> LayoutVerdi
     try:
         [comparison] = SimulatedRanks(1).run(form_groups(Layout()), lambda _: _Comparison(
             RankTrainer(model, Layout(), num_microbatches, full_masks)))
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise CannotPlay(f"one rank cannot do this step: {format_failure(e)}; no layout is proved") from e
     ranks = SimulatedRanks(layout.ranks)
 
@@ -104,7 +104,7 @@ def _compare(model: SmallModel, layout: Layout, full_masks: bool) -> LayoutVerdi
         ranks.run(form_groups(layout), run_rank)
     except Deadlock as e:
         return LayoutVerdict(STANDS, layout, math.inf, [str(e)])
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         return LayoutVerdict(FAILS, layout, math.inf, [format_failure(e)])
     comparison.add_missing()
     verdict = LayoutVerdict(DIFFERS if comparison.places else EQUAL, layout, comparison.largest,

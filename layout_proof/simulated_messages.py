@@ -99,7 +99,7 @@ def find_call_site(kind: str, group: str) -> CallSite:
     return CallSite(kind, group, "outside of Megatron-Core")
 
 
-def format_failure(error: Exception) -> str:
+def format_failure(error: BaseException) -> str:
     """Return an error with its innermost line of code outside of torch and this package."""
     frames = traceback.extract_tb(error.__traceback__)
     last = next((frame for frame in reversed(frames) if "/torch/" not in frame.filename

@@ -90,7 +90,7 @@ def load_builder(target: str) -> Builder:
     sys.path.insert(0, str(path.parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise CannotPlay(f"{file}: the import fails: {format_failure(e)}") from e
     builder = getattr(module, name, None)
     if not callable(builder):
@@ -157,7 +157,7 @@ def _read_arguments(builder: Builder) -> tuple[Any, dict[str, Any]]:
                 builder, pre_process=True, post_process=True))
     except _ArgumentsRead:
         return found[0]["config"], found[0]
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise CannotPlay(f"the builder fails: {format_failure(e)}") from e
     raise CannotPlay("the builder: builds neither a GPTModel nor a HybridModel of megatron.core")
 

@@ -78,7 +78,7 @@ BAD = {
     "ranks": ("{model}:build --tp 4 --ranks 6", "--ranks 6: must be a multiple of --tp x --pp x --cp = 4"),
     "too many stages": ("{model}:build --pp 64", "needs 64 layers, the model has 32"),
     "raises": ("{model}:fails", "fails: ValueError: no \\x1bdata at layout_model.py:"),
-    "ends the program": ("{model}:ends", "builder ends the program (sys.exit)"),
+    "ends the program": ("{model}:ends", "the builder fails: SystemExit: 0 at layout_model.py:"),
     "too many ranks": ("{model}:build --ranks 99999999", "--ranks 99999999: must be at most 16384"),
     "no tensor ranks": ("{model}:build --tp 0", "--tp 0: must be at least 1"),
     "no model": ("{model}:counts", "builds neither a GPTModel nor a HybridModel"),
