@@ -75,7 +75,7 @@ def multiply_context(model: str, factor: str) -> str:
 
 
 def parse_blend(words: Sequence[str]) -> list[str]:
-    """Convert Megatron-LM's alternating weights and folders to `--data FOLDER:WEIGHT` options.
+    """Convert Megatron-LM's alternating weights and folders to words FOLDER:WEIGHT.
 
     Weights of a repeated folder are added. Reading stops at the first pair that is not a weight and a path.
     """
@@ -85,7 +85,7 @@ def parse_blend(words: Sequence[str]) -> list[str]:
             break
         folder = find_shards(path)
         weights[folder] = weights.get(folder, 0.0) + float(weight)
-    return [word for folder, weight in weights.items() for word in ("--data", f"{folder}:{weight:g}")]
+    return [f"{folder}:{weight:g}" for folder, weight in weights.items()]
 
 
 def find_shards(path: str) -> str:

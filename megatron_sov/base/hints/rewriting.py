@@ -178,6 +178,8 @@ class Rewrite:
             return False
         if "target" in row and not os.path.isdir(value.rpartition("=")[2] or "-"):
             return False
+        if "absent" in row and os.path.exists(value.rpartition("=")[2]):
+            return False
         # the value must be a path outside of the folder that the option `outside` names
         folder = find_value(self.typed, row.get("outside", ""))
         if "outside" in row and (not folder or Path(value).is_relative_to(folder)):
@@ -310,7 +312,7 @@ class Rewrite:
             if rest:
                 self.messages.append(f"{', '.join(rest)}: not needed, or an option of its own")
         if not name.startswith("-"):
-            translated = parse_blend(values)[1::2] or translated
+            translated = parse_blend(values) or translated
             self.first += translated
             self.first_by_name[name] = [*self.first_by_name.get(name, ()), *translated]
             plain = re.sub(r"\[.*?\]", "", name)  # DIR[:WEIGHT], [NAME=]PREFIX
@@ -325,7 +327,8 @@ class Rewrite:
             self.messages.append(f"{values[0]} GPUs are no whole nodes of {GPUS_PER_NODE}: "
                                  f"--nodes {translated[0]} is {int(translated[0]) * GPUS_PER_NODE}")
         if name == "--data" and (blend := parse_blend(values)):
-            self.add_words(f"{option} is --data here, with weights behind a colon", *blend)
+            self.add_words(f"{option} is --data here, with weights behind a colon",
+                           *(word for item in blend for word in (name, item)))
         else:
             words = [name, *translated]
             if translated and name in self.repeated and name not in self.many:

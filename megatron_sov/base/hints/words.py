@@ -27,6 +27,7 @@ RECIPE_COMMANDS = ("pretrain", "extend", "plan")
 """Commands that require a recipe although argparse does not."""
 _OPTION = re.compile(r"--?[A-Za-z][\w.-]*\Z")
 _SHORT_OPTION = re.compile("-[A-Za-z]+$")
+_NUMBER = re.compile(r"[\d.]+")
 _CONFIG_WORDS = ("config", "config_file", "config_path", "deepspeed", "deepspeed_config")
 
 
@@ -200,8 +201,7 @@ def _read_words(parser: argparse.ArgumentParser, rewrite: Rewrite) -> None:
     """Read `rewrite.typed` in order and write the counterpart of each word to `rewrite.words`."""
     typed, options = rewrite.typed, list(parser._option_string_actions)
     if FOLDER in rewrite.positionals and (blend := parse_blend(typed)):
-        rewrite.add_words("a weight follows its folder behind a colon",
-                          *(word for word in blend if word != "--data"))
+        rewrite.add_words("a weight follows its folder behind a colon", *blend)
         typed = typed[_count_values(typed):]
     switches = {name for action in parser._actions if action.nargs == 0 for name in action.option_strings}
     takes_several = any(action.nargs in ("+", "*") for action in parser._actions if not action.option_strings)
@@ -283,10 +283,10 @@ def _read_own_option(rewrite: Rewrite, text: str, values: list[str], following: 
                           *(word for path in files for word in (option, path)))
         return 1
     if option == "--data" and (blend := parse_blend(following)):
-        rewrite.add_words("--data is given once for each, with its weight behind a colon", *blend)
+        rewrite.add_words("--data is given once for each, with its weight behind a colon",
+                          *(word for item in blend for word in (option, item)))
         return _count_values(following)
-    numbers = list(takewhile(re.compile(r"[\d.]+").fullmatch, following))
-    if option == "--weights" and len(numbers) > 1:
+    if option == "--weights" and len(numbers := list(takewhile(_NUMBER.fullmatch, following))) > 1:
         rewrite.words += [option, ",".join(numbers)]
         return len(numbers)
     rewrite.words.append(text)
