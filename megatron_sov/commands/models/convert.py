@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Gt, Le
 
-from megatron_sov.base.errors import Fix, UserError, suggest_name
+from megatron_sov.base.errors import Fix, UserError, fix_missing, suggest_name
 from megatron_sov.base.outputs import check_output
 from megatron_sov.base.settings import ActionGroup, AtLeastOne, DeclaredCommand, Flag, parse_nested
 from megatron_sov.commands.shared_options import (
@@ -257,7 +257,7 @@ def _check_from_peft(options: FromPeftOptions) -> FromPeftOptions:
 
 def _check_verify(options: VerifyOptions) -> VerifyOptions:
     check_output("--card", options.card)
-    if options.a.exists() and not options.b.exists():
+    if options.a.exists() and not options.b.exists() and fix_missing(options.b) is None:
         export = shlex.join(["megatron-sov", "convert", "to-hf", str(options.a), str(options.b)])
         raise UserError(f"{options.b}: does not exist; compare a model with its export or import",
                         Fix(before=(export,)))
