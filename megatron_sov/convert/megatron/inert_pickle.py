@@ -468,9 +468,9 @@ BASE_TIME_S, BYTES_PER_S = 60, 200_000  # CPU time limit; about ten times the no
 
 def parse_file(parse: Callable[[bytes], dict[str, Any]], path: Path, start: int = 0,
                length_bytes: int | None = None) -> dict[str, Any]:
-    """Parse `length_bytes` (None: all) of a checkpoint file from byte `start` by `read_index` or
-    `read_settings`. Raises `UserError`: the content is forbidden or malformed, or the file is too large or
-    exceeds the limits."""
+    """Parse `length_bytes` (None: all) of a checkpoint file from byte `start` by `read_index`,
+    `read_settings` or `read_value`. Raises `UserError`: the content is forbidden or malformed, or the file is
+    too large or exceeds the limits."""
     try:
         size_bytes = path.stat().st_size if length_bytes is None else length_bytes
         if not path.is_file() or size_bytes > MAX_FILE_BYTES:

@@ -347,13 +347,14 @@ def estimate_stored(config: RunConfig, stage: int, seq_len: int, num_micro_batch
     counts = count_pending_micro_batches(p.pp, p.vpp, stage, num_micro_batches)
     last = stage == p.pp - 1
     kind_counts: dict[LayerKind, int] = {}
-    for layers, count in zip(list_chunk_layers(p, stage, m.num_layers), counts, strict=True):
+    chunks = list_chunk_layers(p, stage, m.num_layers)
+    for layers, count in zip(chunks, counts, strict=True):
         for layer in layers:
             # Layers with equal kinds save equal bytes.
             kind_counts[layer_kinds[layer]] = kind_counts.get(layer_kinds[layer], 0) + count
     if p.expert_overlap == "micro_batches" and sum(counts) < num_micro_batches * p.vpp:
         # The backward pass of another micro-batch frees a layer for each layer that the forward pass saves.
-        kind_counts[layer_kinds[layer]] += 1
+        kind_counts[layer_kinds[chunks[-1][-1]]] += 1
     if last and m.num_mtp_layers:
         kind = _build_kind(m, m.mtp_experts, m.mtp_layer_type(), m.mtp_window(), bounded=False)
         # Full recomputation covers all applications at once and saves the first input.

@@ -169,12 +169,13 @@ class LocalSearch:
         if self.can_run(stored, searched_bytes):
             settings.pop(SPILL, None)
             stages = stored
-        own_s = _sum_seconds(self._apply_to_stages(current_choice), self.pricing.time_slow_host)
+        own_s = math.inf
+        if current_cost[0] == 0:
+            own_s = _sum_seconds(self._apply_to_stages(current_choice), self.pricing.time_slow_host)
         spare = 1 - max(map(self.pricing.count_bytes, stages)) / self.pricing.limit_bytes
         return DefaultLayout(tuple(settings.values()), _sum_seconds(stages, self.pricing.time_step),
                              _sum_seconds(stages, self.pricing.time_slow_host),
-                             math.inf if current_cost[0] else own_s,
-                             1 - current_bytes / self.pricing.limit_bytes, num_priced, spare)
+                             own_s, 1 - current_bytes / self.pricing.limit_bytes, num_priced, spare)
 
     def can_run(self, stages: list[RunStage], limit_bytes: float) -> bool:
         return all(can_run(stage.config, self.pricing.num_ranks, limit_bytes) for stage in stages)
