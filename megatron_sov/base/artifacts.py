@@ -387,7 +387,7 @@ def clear_leftovers(path: Path) -> None:
     name = glob.escape(path.name)
     for leftover in sorted([*path.parent.glob(f".{name}.tmp-*"), *path.parent.glob(f".{name}.old-*")]):
         stem, _, pid = leftover.name.rpartition("-")
-        if not pid.isdigit() or not _is_leftover(leftover, int(pid)):
+        if not pid.isdecimal() or not _is_leftover(leftover, int(pid)):
             continue
         # `publish_folder` was killed between its two renames: the old artifact is the only copy
         if stem.endswith(".old") and not path.exists():

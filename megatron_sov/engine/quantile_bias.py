@@ -49,7 +49,8 @@ def set_quantile_biases(routers: list[Any]) -> None:
 
 def solve_biases(counts: torch.Tensor, bias: torch.Tensor, top_k: int) -> torch.Tensor:
     """Return the quantiles of counts [experts, bins], interpolated within bins, minus their mean."""
-    cumulative = counts.double().cumsum(dim=1)
+    # integers, whose cumulative sums are deterministic on GPUs too
+    cumulative = counts.cumsum(dim=1).double()
     target = cumulative[:, -1:] * (top_k / len(bias))
     index = (cumulative < target).sum(dim=1, keepdim=True)
     in_bin = counts.gather(1, index).clamp(min=1)

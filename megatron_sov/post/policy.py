@@ -400,7 +400,8 @@ def has_auxiliary_gradients(config: RunConfig) -> bool:
     model, parts = config.model, config.policy.parts
     uses_other_loss = config.objective.name != "policy" or not config.policy.learns_from_rewards
     has_divergence = parts.kl != "none" and parts.kl_coeff > 0
-    has_balancing = model.num_moe_layers() and (model.seq_aux_loss_coeff or model.router_bias_update_rate)
+    sets_biases = model.router_bias_update == "quantile" or model.router_bias_update_rate > 0
+    has_balancing = model.num_moe_layers() and (model.seq_aux_loss_coeff or sets_biases)
     has_mtp = model.num_mtp_layers > 0 and model.mtp_loss_coeff > 0
     return uses_other_loss or has_divergence or bool(has_balancing) or has_mtp
 

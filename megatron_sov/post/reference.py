@@ -23,7 +23,6 @@ from megatron_sov.engine.parallel.world import run_on_main
 from megatron_sov.infer.engines.load import run_forward_model
 from megatron_sov.infer.engines.target import Target
 from megatron_sov.model.config import RunConfig, layout_settings
-from megatron_sov.model.modality import get_banks
 from megatron_sov.post.document_logprobs import RunningLogprobs, score_documents
 from megatron_sov.runs.checkpoints import hash_checkpoint_files
 from megatron_sov.runs.folder import REFERENCE
@@ -251,10 +250,9 @@ class ReferencedDocuments(DocumentView):
     """Documents in a split, with the column `COLUMN`."""
 
     def __init__(self, files: ReferenceFiles) -> None:
-        self._documents, self._files = files.documents, files
-        self.lengths, self.is_plain = files.documents.lengths, files.documents.is_plain
-        self.columns = (*files.documents.columns, COLUMN)
-        self.banks = get_banks(files.documents)
+        super().__init__(files.documents, files.documents.is_plain)
+        self._files, self.lengths = files, files.documents.lengths
+        self.columns = (*self.columns, COLUMN)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ReferencedDocuments, (self._files,)

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from megatron_sov.base.artifacts import write_atomically
-from megatron_sov.base.errors import UserError
+from megatron_sov.base.errors import UserError, warn
 from megatron_sov.base.hints.kinds import TRACKER
 from megatron_sov.checkpoint.sharded_tensors import TensorReader
 from megatron_sov.convert import DEFAULT_WORKERS
@@ -54,6 +54,8 @@ def to_megatron(checkpoint: str | Path, out: str | Path, *, weights_only: bool =
     source = open_trained_model(checkpoint, weights_only=weights_only)
     common, problem = build_common_state(source.settings, source.step, source.num_updates,
                                          one_optimizer=one_optimizer)
+    if source.settings.model.router_bias_update == "quantile":
+        warn("model.router_bias_update = quantile: the exported settings update router biases by their sign")
     tensors = _list_tensors(source)
     planner = DcpPlanner(source.path, tensors, {COMMON_STATE: [common], EMPTY_STATE: [None]},
                          _list_aliases(tensors))

@@ -1,5 +1,4 @@
-"""Core attention inside packed documents, used without Transformer Engine, or if context parallelism splits
-the row.
+"""Core attention inside packed documents; `gpu_settings.uses_document_attention` says when it is used.
 
 Megatron-Core's local attention refuses packed sequences and context parallelism, and on sliding layers
 replaces the document mask by the window mask, so that documents would attend to each other. Transformer

@@ -42,10 +42,10 @@ class ExpertLoad:
         self._biases_before = [(r.expert_bias, r.expert_bias.clone())
                                for r in routers if r.expert_bias is not None]
         finalize_model_grads(chunks, None, pg_collection, bool(force_all_reduce))
-        if self._model.config.router_bias_update == "quantile":
-            set_quantile_biases(routers)
         if self._model.lora.on:
             self.restore_biases()  # a frozen model keeps its routing
+        elif self._model.config.router_bias_update == "quantile":
+            set_quantile_biases(routers)
         self.reset_counts()  # Megatron-Core zeroes only the counts of routers with a selection bias
 
     def restore_biases(self) -> None:

@@ -198,8 +198,8 @@ def moment_settings(gpu: GpuConfig) -> dict[str, Any]:
     if gpu.moment_dtype == "fp32":
         return {}
     # `fp8_recipe` enables no FP8 here: with any value but None and "delayed", the optimizer keeps float32
-    # masters and
-    # gradients (`use_precision_aware_optimizer_no_fp8_or_ds_fp8`). With bf16 weights nothing else reads it.
+    # masters and gradients (`use_precision_aware_optimizer_no_fp8_or_ds_fp8`). With bf16 weights nothing else
+    # reads it.
     return {"use_precision_aware_optimizer": True, "exp_avg_dtype": torch.bfloat16,
             "exp_avg_sq_dtype": torch.bfloat16, "store_param_remainders": False, "fp8_recipe": "tensorwise"}
 

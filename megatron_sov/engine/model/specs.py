@@ -481,8 +481,10 @@ def clamp_gates(chunk: Any, model: ModelConfig) -> None:
     layer_limits = model.limits()
     for layer in chunk.decoder.layers:
         limit = layer_limits[layer.layer_number - 1]
+        if not limit:
+            continue
         for name, module in layer.mlp.named_modules():
-            if limit and name.endswith("linear_fc1"):
+            if name.endswith("linear_fc1"):
                 module.register_forward_hook(_build_clamp_hook(limit))
 
 

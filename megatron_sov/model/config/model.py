@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen, MultipleOf
 
 from megatron_sov.base.settings import (
     AboveZero, ActsWhen, AtLeastOne, NotNegative, NotNegativeInt, ProblemCode, SettingsProblem,
-    find_broken_rules, is_set)
+    find_broken_rules, is_one_of, is_set)
 from megatron_sov.base.settings.problem import format_setting
 from megatron_sov.model.config.bounds import MAX_LAYERS, MAX_SEQ_LEN
 from megatron_sov.model.config.encoders import AudioEncoderConfig, VisionEncoderConfig
@@ -24,6 +24,8 @@ MAX_DEPTHS = 64
 """Limit for `mtp_depths`; every depth costs a forward pass through prediction layer and output head."""
 MAX_EXPERTS = 1_000_000
 """Limit for experts in all layers together; every expert has separate tensors in a Hugging Face folder."""
+QUANTILE_BINS = 1000
+"""Bins per expert for `router_bias_update=quantile`."""
 LAYER_TYPES: dict[str, LayerType] = {"L": "sliding_attention", "G": "full_attention", "D": "linear_attention"}
 """Letter in `attention_pattern` -> transformers' name in `layer_types`."""
 
@@ -161,9 +163,6 @@ def shortest_pattern(letters: str) -> str:
             return letters[:length]
     return "G"
 
-QUANTILE_BINS = 1000
-"""Bins per expert for `router_bias_update=quantile`."""
-
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -173,8 +172,9 @@ class ModelConfig:
     ACTS_WHEN: ClassVar[ActsWhen] = {
         "num_dense_layers num_experts_per_token num_expert_groups num_groups_per_token num_shared_experts "
         "expert_ffn_dim router_score norm_topk_prob router_bias routed_scaling_factor "
-        "router_bias_update_rate seq_aux_loss_coeff mtp_experts": is_set(".num_experts"),
+        "router_bias_update_rate router_bias_update seq_aux_loss_coeff mtp_experts": is_set(".num_experts"),
         "router_bias_update_rate router_bias_update": is_set(".router_bias"),
+        "router_bias_update_rate": is_one_of(".router_bias_update", "sign"),
         "local_rope_theta": is_set(".sliding_window_tokens"),
         "mtp_experts mtp_attention mtp_depths mtp_loss_coeff": is_set(".num_mtp_layers")}
 
@@ -429,8 +429,9 @@ class ModelConfig:
              f"must be between 1 and model.num_experts = {experts}"),
             (not (self.router_bias and self.num_moe_layers()) or self.router_score == "sigmoid",
              "router_bias", f"needs model.router_score = sigmoid, not {self.router_score}"),
-            (self.router_bias_update == "sign" or (groups == 1 and self.num_experts_per_token < experts),
-             "router_bias_update", "quantile needs model.num_expert_groups = 1 and fewer "
+            (self.router_bias_update == "sign" or (
+                self.router_bias and groups == 1 and self.num_experts_per_token < experts),
+             "router_bias_update", "quantile needs model.router_bias, model.num_expert_groups = 1 and fewer "
              f"model.num_experts_per_token than model.num_experts = {experts}"),
             (not self.num_mtp_moe_layers() or self.num_moe_layers() > 0, "mtp_experts",
              "needs transformer layers with experts, and this model has only dense layers",

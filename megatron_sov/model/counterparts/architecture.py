@@ -115,7 +115,7 @@ def infer_architecture(stated: Stated, family: str = "",
 
 def describe_model(model: ModelConfig) -> dict[str, Any]:
     """Return a model's settings as Megatron-LM arguments; inverse of `normalize_arguments` and
-    `infer_architecture`. Raises `UserError`: Megatron-Core has no setting for a field of the model."""
+    `infer_architecture`. Raises `UserError`: these arguments do not describe a field."""
     args = {megatron_name: getattr(model, field) for megatron_name, field in RENAMED.items()} | {
         "num_query_groups": model.num_kv_heads, "group_query_attention": True, "kv_channels": model.head_dim,
         "ffn_hidden_size": model.dense_ffn_dim or model.expert_ffn_dim, "vocab_size": model.vocab_size,

@@ -21,7 +21,6 @@ from megatron_sov.base.artifacts import read_manifest
 from megatron_sov.base.errors import UserError
 from megatron_sov.base.sealed import find_seal_damage, write_sealed
 from megatron_sov.engine.parallel.world import run_on_main
-from megatron_sov.model.modality import get_banks
 from megatron_sov.post.document_logprobs import run_with_weights, write_logprobs
 from megatron_sov.post.policy import REVERSE_KL
 from megatron_sov.train.data.rounds import BEHAVIOUR, DOCUMENT_DOMAINS, PublishedRound
@@ -149,9 +148,8 @@ class _SelectedDocuments(DocumentView):
     """Selected documents in a split, renumbered from 0."""
 
     def __init__(self, documents: Documents, indices: np.ndarray) -> None:
-        self._documents, self._indices = documents, indices
-        self.lengths = np.asarray(documents.lengths[indices], np.int64)
-        self.is_plain, self.columns, self.banks = documents.is_plain, documents.columns, get_banks(documents)
+        super().__init__(documents, documents.is_plain)
+        self._indices, self.lengths = indices, np.asarray(documents.lengths[indices], np.int64)
 
     def locate(self, document: int) -> tuple[Documents, int, int]:
         return self._documents, int(self._indices[document]), 0

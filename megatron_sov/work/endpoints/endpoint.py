@@ -247,7 +247,7 @@ class Endpoint:
                 result = read(content)
             except BadAnswer:
                 raise
-            except Exception:  # a valid answer without use: cached
+            except Exception:  # the answer is valid, so the cache keeps it
                 answer = content
                 raise
             answer, self.answered_s = content, time.monotonic()

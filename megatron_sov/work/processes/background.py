@@ -58,7 +58,8 @@ class BackgroundProcess:
         return self._process.poll()
 
     @property
-    def last_words(self) -> str:  # last line of output, as a reason why the command failed
+    def last_words(self) -> str:
+        """Last line of output, as a reason why the command failed."""
         lines = self._log.read_text(encoding="utf-8", errors="replace").strip().splitlines()[1:]
         if not lines:
             return f"its process ended with {self._process.returncode}"

@@ -87,6 +87,7 @@ def test_a_value_out_of_its_bounds_is_refused(settings: str, small: Small) -> No
     ("model.mtp_attention=L model.num_mtp_layers=1 model.dense_ffn_dim=64", 1, "model.mtp_attention"),
     ("model.num_experts=2e4 model.num_layers=100", 1, "model.num_experts"),
     ("model.num_groups_per_token=2", 1, "model.num_groups_per_token"),
+    ("model.router_bias_update=quantile model.router_bias=false", 1, "model.router_bias_update"),
     ("model.num_expert_groups=3", 1, "model.num_expert_groups"),
     ("model.num_expert_groups=4 model.num_experts_per_token=3", 1, "model.num_groups_per_token"),
     (LATENT, 1, ""),

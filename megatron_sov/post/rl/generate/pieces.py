@@ -313,7 +313,7 @@ class PieceQueue:
     clock_s: Callable[[], float] = time.monotonic
     _policy: Policy | None = None
     """Policy of the last claimed attempts."""
-    _checked_s: float = 0.0  # time of the last claim, or check for a newer policy
+    _checked_s: float = 0.0
     """Time of the last claim or check for a newer policy, by `clock_s`."""
 
     def next_attempts(self, num_rows: int = 0, *, is_busy: bool = False) -> tuple[SampleAttempt, ...] | None:

@@ -1,9 +1,9 @@
 """Generation by engine servers: a request per response, per group of short responses, or per turn of an
 episode.
 
-All responses of a round are requested at once, so that no server idles; a piece is published when its rows
-are finished. During the last responses of a round, servers already generate responses of later rounds
-(`rollout.max_staleness`), and continue them with the next weights: every token has a policy version.
+A queue over complete rounds keeps the servers full; a piece is published when its rows are finished. During
+the last responses of a round, servers already generate responses of later rounds (`rollout.max_staleness`),
+and continue them with the next weights: every token has a policy version.
 """
 
 from __future__ import annotations
