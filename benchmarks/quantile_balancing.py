@@ -7,12 +7,11 @@ CORPUS is the folder of `sov-data demo-corpus`. The recipe's balancing loss stay
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from statistics import fmean
 
+from command_lines import format_settings, run_command
 from measurement import describe_machine
 from seeds import format_over_seeds
 
@@ -21,18 +20,13 @@ FIRST_STEPS = 30
 """Steps at the start, whose load violations are averaged separately."""
 
 
-def run_module(module: str, *words: object) -> None:
-    """Run a program of this repository. Raises `CalledProcessError`: it failed."""
-    subprocess.run([sys.executable, "-m", module, *map(str, words)], check=True, stdout=subprocess.DEVNULL)
-
-
 def pack_corpus(corpus: Path, folder: Path) -> Path:
     """Train a tokenizer and pack English text and code, 2 % of the documents held out."""
     texts = [corpus / "english.jsonl", corpus / "code.jsonl"]
-    run_module("tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size", VOCAB_SIZE,
-               "--input", texts[0], "--output", folder / "tokenizer")
-    run_module("data_prep.cli", "pack", "--tokenizer", folder / "tokenizer", "--input", *texts,
-               "--heldout", "0.02", "--output", folder / "tokens")
+    run_command(folder / "log.txt", "tokenizer.cli", "train", "--preset", "solar-open", "--vocab-size",
+                str(VOCAB_SIZE), "--input", texts[0], "--output", folder / "tokenizer")
+    run_command(folder / "log.txt", "data_prep.cli", "pack", "--tokenizer", folder / "tokenizer", "--input",
+                *texts, "--heldout", "0.02", "--output", folder / "tokens")
     return folder / "tokens"
 
 
@@ -40,11 +34,13 @@ def train_seed(tokens: Path, folder: Path, update: str, seed: int) -> tuple[floa
     """Train a model; return its held-out loss, and the mean over layers of the busiest expert's load over the
     mean load minus 1, up to `FIRST_STEPS` and after them."""
     run = folder / f"{update}-{seed}"
-    settings = {"train.steps": STEPS, "train.seed": seed, "guards.routing_every_steps": EVERY_STEPS,
-                "model.router_bias_update": update, "model.vocab_size": VOCAB_SIZE}
-    run_module("megatron_sov", "pretrain", RECIPE, "--data", tokens, "--run", run, "--nproc", 1,
-               *(word for name, value in settings.items() for word in ("--set", f"{name}={value}")))
-    run_module("megatron_sov", "eval", "ppl", run, "--data", tokens, "--output", run / "ppl.json")
+    settings = format_settings(f"train.steps={STEPS}", f"train.seed={seed}",
+                               f"guards.routing_every_steps={EVERY_STEPS}",
+                               f"model.router_bias_update={update}", f"model.vocab_size={VOCAB_SIZE}")
+    run_command(folder / "log.txt", "megatron_sov", "pretrain", RECIPE, "--data", tokens, "--run", run,
+                "--nproc", "1", *settings)
+    run_command(folder / "log.txt", "megatron_sov", "eval", "ppl", run, "--data", tokens, "--output",
+                run / "ppl.json")
     violations: dict[bool, list[float]] = {False: [], True: []}
     for line in (run / "events.jsonl").read_text(encoding="utf-8").splitlines():
         event = json.loads(line)

@@ -51,7 +51,7 @@ def prove_and_print(model: str, text: str) -> LayoutVerdict:
     begin_s = time.process_time()
     verdict = prove_layout(get_builder(model), parse_layout(text))
     print(f"{model} {text}: {verdict.outcome}, {verdict.largest:.1e} apart at most, "
-          f"{verdict.num_messages:,} messages, {(time.process_time() - begin_s) / 60:.1f} processor minutes, "
+          f"{verdict.num_messages:,} messages, {time.process_time() - begin_s:.1f} processor seconds, "
           f"{read_peak_bytes() / 2**30:.1f} GiB", flush=True)
     return verdict
 
@@ -84,9 +84,9 @@ def find_defects(words: list[str]) -> bool:
     rows = [row for row in CASES["defects"] if not words or any(word in row["name"] for word in words)]
     num_found = num_named = 0
     for row in rows:
-        began_s, is_planted = time.process_time(), "place" in row
+        begin_s, is_planted = time.process_time(), "place" in row
         verdict = prove_defect(row, is_planted)
-        duration_s = time.process_time() - began_s
+        duration_s = time.process_time() - begin_s
         is_sound = not is_planted or prove_defect(row, False).outcome == EQUAL
         first = [*verdict.places[:3], *verdict.sites]
         is_named = is_sound and re.search(row["shown"], " ".join(first)) is not None

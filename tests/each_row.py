@@ -85,9 +85,10 @@ def _get_arguments(names: Sequence[str], row: Any) -> dict[str, Any]:
 def _run_row(test: Test, number: int, fixtures: dict[str, Any], arguments: dict[str, Any]) -> None:
     """Run the test for one row, with its own `tmp_path` or `cwd` and `monkeypatch`, and an empty `capsys`."""
     row_fixtures = dict(fixtures)
-    for name in {"tmp_path", "cwd"} & fixtures.keys():
-        row_fixtures[name] = fixtures[name] / str(number)
-        row_fixtures[name].mkdir(exist_ok=True)
+    if folders := {"tmp_path", "cwd"} & fixtures.keys():  # the same folder under two names
+        folder = fixtures[min(folders)] / str(number)
+        folder.mkdir()
+        row_fixtures |= dict.fromkeys(folders, folder)
     if "cwd" in fixtures:
         os.chdir(row_fixtures["cwd"])
     if "capsys" in fixtures:

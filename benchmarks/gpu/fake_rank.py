@@ -248,7 +248,7 @@ def report_problem(function: Callable[..., dict[str, Any]], *arguments: Any) -> 
     """Call a function; return its result, or its `problem`: after any error the other cases still run."""
     try:
         return function(*arguments)
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         return {"problem": f"{type(e).__name__}: {e}".splitlines()[0], "trace": traceback.format_exc()}
 
 

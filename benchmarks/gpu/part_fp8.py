@@ -18,7 +18,7 @@ DRY_LIMIT = 0.1
 """Limit of a dry run: its double multiplies in bf16, so the whole quantization error remains."""
 
 
-def find_missing_recipes(setting: Setting) -> dict[str, str]:
+def find_recipe_problems(setting: Setting) -> dict[str, str]:
     """Return recipe -> reason that this chip lacks it; empty if the chip has it."""
     from megatron_sov.engine.parallel.gpu_libraries import find_fp8_problems
 
@@ -62,7 +62,7 @@ def measure(setting: Setting) -> Figures:
         Failed: a product differs from its emulation.
     """
     problems = []
-    for fp8, reason in find_missing_recipes(setting).items():
+    for fp8, reason in find_recipe_problems(setting).items():
         if reason:
             yield fp8, f"not on this chip: {reason}"
             continue

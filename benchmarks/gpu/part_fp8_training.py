@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from part_fp8 import find_missing_recipes
+from part_fp8 import find_recipe_problems
 from part_losses import build_training_command, copy_run_at, plan_packing
 from setting import Figures, Setting, fail_on, read_losses
 
@@ -29,7 +29,7 @@ def measure(setting: Setting, fp8: str) -> Figures:
     Raises:
         Failed: losses differ from bf16 or after a resume.
     """
-    if reason := find_missing_recipes(setting)[fp8]:
+    if reason := find_recipe_problems(setting)[fp8]:
         yield fp8, f"not on this chip: {reason}"
         return
     steps = get_num_steps(setting)

@@ -78,7 +78,7 @@ class TaskQuestions(RandomRows):
     def do(self, row: Mapping[str, Any]) -> list[dict[str, Any]]:
         rng, prompts = random.Random(self.seed), {}
         # equal questions count once, so more are drawn than needed
-        for _ in range(20 * self.count):  # repeated questions count once
+        for _ in range(20 * self.count):
             question = draw_question(rng, self.languages, self.wordings)
             if self.kind in ("", question.kind):
                 prompts[question.text] = {"prompt": question.text, "answer": question.right,

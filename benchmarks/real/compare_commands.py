@@ -20,6 +20,8 @@ import training_commands
 from model_folder import PACKAGE, create_model_folder
 from session import Outcome, Session
 
+from megatron_sov.base.errors import UserError
+
 STEPS: dict[str, Callable[[Session], Outcome]] = {
     "import": text_commands.import_folder, "verify": text_commands.verify_export,
     "generate": text_commands.compare_greedy_texts, "chat": text_commands.chat_once,
@@ -45,7 +47,7 @@ def main() -> int:
         begin_s = time.monotonic()
         try:
             ours, reference, agrees = STEPS[name](session)
-        except RuntimeError as e:  # a command of ours ended with another exit code
+        except (RuntimeError, UserError) as e:  # a command of ours failed, or its server did not start
             ours, reference, agrees = str(e), "-", False
         failed += not agrees
         print(f"{'ok  ' if agrees else 'FAIL'} {name}, {time.monotonic() - begin_s:.0f} s\n"

@@ -80,7 +80,6 @@ def hash_questions(rows: Path) -> str:
     for _, row in read_rows(rows):
         question = {name: row[name] for name in ("prompt", "messages") if name in row}
         if not question:  # neither prompt nor messages: all fields but the response
-            # rows of other shapes: all fields except the response
             question = {**row, "response": None}
         digest.update(json.dumps(question, sort_keys=True).encode() + b"\n")
     return digest.hexdigest()

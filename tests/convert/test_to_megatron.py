@@ -301,7 +301,7 @@ def test_bridge_of_solar_open_names_each_tensor(monkeypatch: pytest.MonkeyPatch)
                  ".models.conversion.param_mapping"):
         monkeypatch.setitem(sys.modules, f"megatron.bridge{name}", MagicMock(MegatronModelBridge=MagicMock))
     monkeypatch.setattr(MagicMock, "register_bridge", lambda **_: lambda cls: cls, raising=False)
-    example = runpy.run_path("examples/bridge/solar_open.py")
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples/bridge/solar_open.py"))
     named = example["RENAMED"] | {
         name: (f"{module}.gate_proj.weight", f"{module}.up_proj.weight")
         for name, module in example["GATED"].items()}

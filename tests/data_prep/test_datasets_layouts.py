@@ -290,11 +290,12 @@ def test_columns_join_fields_and_refuse_missing_ones(tmp_path: Path) -> None:
             read(columns)
 
 
-def test_reversed_columns_are_turned_around() -> None:
+@pytest.mark.each("columns", ["question=prompt,answer=response", "prompt=question,answer=response"])
+def test_reversed_columns_are_turned_around(columns: str) -> None:
     with pytest.raises(UserError) as refusal:
-        parse_renames(["question=prompt,answer=response"])
+        parse_renames([columns])
     assert refusal.value.fix
-    assert refusal.value.fix.words == {"question=prompt,answer=response": "prompt=question,response=answer"}
+    assert refusal.value.fix.words == {columns: "prompt=question,response=answer"}
 
 
 def test_the_page_has_a_row_for_each_known_layout() -> None:

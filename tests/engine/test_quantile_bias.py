@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_sov.engine.parallel import world
 from megatron_sov.engine.quantile_bias import QUANTILE_BINS, count_required_biases, solve_biases
 from megatron_sov.train.loop import train_step
 from tests.tiny import tiny_trainer
@@ -62,7 +61,6 @@ def train_biases(data: str, settings: list[str]) -> list[list[float]]:
         train_step(trainer)
     biases: list[list[float]] = trainer.expert_load.biases().tolist()
     trainer.close()
-    world.leave_world()
     return biases
 
 

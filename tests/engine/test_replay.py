@@ -13,7 +13,6 @@ from megatron_sov.engine.model.chunk import ModelInputs
 from megatron_sov.engine.model.expert_load import ExpertLoad
 from megatron_sov.engine.model.replica_checks import list_gradients
 from megatron_sov.engine.optimizer.optimizer import Optimizer
-from megatron_sov.engine.parallel import world
 from megatron_sov.engine.route_replay import RouteTable, replay_routes
 from megatron_sov.engine.router import BalancedRouter
 from tests.engine.decode.test_forward_only import Row, compute_gradients
@@ -165,7 +164,6 @@ def take_three_steps(layout: dict[str, Any], settings: list[str], recorded: str,
     # the first row keeps the routers' choice
     random_routes = (draw_random_routes(ROW_TOKENS, num_layers, i) for i in range(1, ROWS))
     random_loss, random_gradients = compute_routed([None, *random_routes])
-    world.leave_world()
     gradients = (live_gradients, replayed_gradients, random_gradients)
     return {"losses": [live_loss, replayed_loss, random_loss], "layers": num_layers,
             "norms": [float(gradient.norm()) for gradient in gradients],

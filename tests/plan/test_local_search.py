@@ -79,7 +79,7 @@ def test_a_model_that_fills_the_gpus_gets_the_fastest_layout_that_fits(num_nodes
 
 @pytest.mark.deep
 def test_layouts_are_chosen_for_a_slow_host() -> None:
-    """The layout that is fastest with the fitted host waits for a slow host half of the step."""
+    """The layout that is fastest with the fitted host waits for a slow host during each step."""
     where = load_machines("h100", 64)
     prices, result = get_pricing(where), find_layout(recipes.get("solar-open-102b"), where)
     fast = ["train.micro_batch_size=1", 'gpu.recompute_modules=["layernorm", "moe_act"]',

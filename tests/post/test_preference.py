@@ -213,7 +213,8 @@ def test_dpo_is_the_papers(beta: float, smoothing: float) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_simpo_requires_a_margin(smoothing: float) -> None:
     chosen, rejected = torch.tensor([-1.0, -2.0]).double(), torch.tensor([-3.0, -0.5]).double()
-    # With rewards beta * mean log p, the chosen response must lead by gamma = 1.5 (here: by 2 and -1.5).
+    # With rewards beta * mean log p, the chosen response must lead by gamma = 1.5; mean log p leads by
+    # 2 and -1.5.
     probabilities = [1 / (1 + math.exp(-(2.5 * lead - 1.5))) for lead in (2.0, -1.5)]
     assert simpo(chosen, rejected, 2.5, 1.5, smoothing).tolist() == pytest.approx(
         [-(1 - smoothing) * math.log(p) - smoothing * math.log(1 - p) for p in probabilities], abs=1e-12)

@@ -127,7 +127,6 @@ def compare_attention() -> list[float]:
         compared = [(out, expected[positions]),
                     *((ours.grad, theirs.grad) for ours, theirs in zip(inputs, separate, strict=True))]
         differences.append(max(float((ours - theirs).abs().max()) for ours, theirs in compared))
-    world.leave_world()
     return differences
 
 

@@ -33,7 +33,6 @@ def draw_states() -> torch.Tensor:
     return torch.randn(16, 4, 8, dtype=torch.bfloat16, generator=torch.Generator().manual_seed(3))
 
 
-# of the 8 calls below, the first 7 choose a pair of length and window 7, or 3 different times
 @pytest.mark.parametrize(("caches_all", "decisions"), [(False, 7), (True, 3)])
 def test_attention_decisions_are_cached_per_window_and_length(te: Any, monkeypatch: pytest.MonkeyPatch,
                                                               caches_all: bool, decisions: int) -> None:

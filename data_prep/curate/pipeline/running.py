@@ -98,7 +98,8 @@ def judge_documents(plan: PipelinePlan, output: Path, workers: int) -> None:
 
 
 def prepare_run(plan: PipelinePlan, output: Path) -> Path:
-    """Delete temporary files and the manifest of earlier runs, and write the plan; return its file."""
+    """Write the plan, and delete temporary files, and the manifest unless this plan is complete; return the
+    plan's file."""
     plans = output / "plans"
     plans.mkdir(exist_ok=True)
     file = plans / f"{plan.address}.json"

@@ -249,10 +249,11 @@ def parse_renames(arguments: Iterable[str], targets: Collection[str] = TARGETS) 
             if not equals or not target or not all(sources):
                 raise UserError(f"{where}: {part!r} must be TARGET=FIELD, e.g. prompt=instruction")
             if targets and target not in targets:
-                swapped = re.sub(r"([^=,]+)=([^=,]+)", r"\2=\1", argument)
+                turned = ",".join(text if text.partition("=")[0].strip() in targets else
+                                  "=".join(reversed(text.split("=", 1))) for text in argument.split(","))
                 raise UserError(f"{where}: {target!r} is not a field of records; choose from "
                                 f"{', '.join(targets)}",
-                                Fix(words={argument: swapped}) if fields in targets else None)
+                                Fix(words={argument: turned}) if fields in targets else None)
             if target in renames:
                 raise UserError(f"{where}: {target!r} is named twice; join fields with '+', e.g. "
                                 f"{target}={'+'.join((*renames[target], *sources))}")

@@ -19,6 +19,7 @@ from megatron_sov.infer.request import RankOptions
 from megatron_sov.model import recipes
 from megatron_sov.model.config import ModelConfig
 from megatron_sov.model.config.train import AverageKind
+from megatron_sov.model.pretrained import is_hf_folder
 from megatron_sov.model.recipes.requested import PluginOptions, load_plugins
 from megatron_sov.runs.checkpoints import (
     ANY_MODEL, CHECKPOINT_KIND, HF_MODEL, MODEL_KINDS, PEFT_ADAPTER, RUN, check_folder_kind, check_model,
@@ -258,9 +259,10 @@ def _check_from_peft(options: FromPeftOptions) -> FromPeftOptions:
 def _check_verify(options: VerifyOptions) -> VerifyOptions:
     check_output("--card", options.card)
     if options.a.exists() and not options.b.exists() and fix_missing(options.b) is None:
-        export = shlex.join(["megatron-sov", "convert", "to-hf", str(options.a), str(options.b)])
+        action = "from-hf" if is_hf_folder(options.a) else "to-hf"
+        conversion = shlex.join(["megatron-sov", "convert", action, str(options.a), str(options.b)])
         raise UserError(f"{options.b}: does not exist; compare a model with its export or import",
-                        Fix(before=(export,)))
+                        Fix(before=(conversion,)))
     _check_paths("a", "b")(options)
     for path in (options.a, options.b) if options.settings else ():
         check_model(path, options.settings, options.nproc)

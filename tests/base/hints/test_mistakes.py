@@ -277,6 +277,7 @@ PRETRAIN = "megatron-sov pretrain tiny-qwen3 --data d2 --run r"
     ("megatron-sov inspect run --params", ["has num_parameters", "write\n  megatron-sov inspect run"]),
     ("megatron-sov convert verify run merged",
      ["write\n  megatron-sov convert to-hf run merged\n  megatron-sov convert verify run merged"]),
+    ("megatron-sov convert verify hf merged", ["write\n  megatron-sov convert from-hf hf merged\n"]),
     ("megatron-sov convert verify run mega_ckp", ["write\n  megatron-sov convert verify run mega_ckpt"]),
     ("megatron-sov distill --from hf --teacher o1-student --data d --run r", ["it is not a checkpoint"]),
     ("megatron-sov inspect model run", ["write\n  megatron-sov inspect run"]),

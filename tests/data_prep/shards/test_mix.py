@@ -43,7 +43,6 @@ def test_folder_weights_are_divided_by_tokens(parts: tuple[Path, Path], tmp_path
     text, chats = parts
     assert main(["mix", f"{text}:0.6", f"{chats}:0.2", "--output", str(tmp_path / "out")]) == 0
     weights = {s["name"]: s["weight"] for s in read_manifest(tmp_path / "out").content["sources"]}
-    # 0.6 : 0.2 is 75 % text, of which `few` has a quarter of the tokens
     # 0.6 : 0.2 gives the text 0.75, which few and many share 1 : 3
     assert weights == pytest.approx({"few": 0.1875, "many": 0.5625, "chat": 0.25})
     sources = open_sources({str(tmp_path / "out"): 1.0}, 1000)

@@ -129,7 +129,7 @@ def test_ibans_have_possible_lengths() -> None:
 
 
 def build_resident_number(first: str, base: int = 11) -> str:
-    """Return the Korean resident number that begins with 12 digits: they and the check digit follow.
+    """Return a Korean resident number: 12 digits and their check digit.
 
     Args:
         first: birth date (6 digits), sex and century, place and serial number.
