@@ -53,8 +53,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def is_hf_folder(path: Path) -> bool:
-    """Return whether a folder holds a Hugging Face model. A run folder has a config.json, too, but no
-    weights."""
+    """Return whether a folder holds a Hugging Face model; a run folder has a config.json, but no weights."""
     return (path / CONFIG).is_file() and any(
         next(path.glob(pattern), None) for pattern in ("*.safetensors", PICKLED))
 

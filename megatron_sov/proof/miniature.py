@@ -243,8 +243,7 @@ def _choose_micro_batch(config: RunConfig) -> int:
 
 
 def _choose_num_kv_heads(count: int, tp: int) -> int:
-    """Choose the smallest divisor of `count` that is a multiple of tp, with two heads per process if
-    possible."""
+    """Choose the smallest divisor of `count` that is a multiple of tp; two heads per process if possible."""
     fitting = [n for n in range(1, count + 1) if count % n == 0 and n % tp == 0]
     return next((n for n in fitting if n >= 2 * tp), fitting[-1])
 

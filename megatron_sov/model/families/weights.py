@@ -487,8 +487,7 @@ def trunk_section(where: Literal["every layer", "dense layers", "moe layers", "l
 
 
 def prediction_sections(*parts: tuple[WeightEntry, ...]) -> tuple[WeightSection, WeightSection]:
-    """Return the sections of a multi-token prediction layer with `parts`, under K-EXAONE's names
-    (`mtp.*`)."""
+    """Return a multi-token prediction layer's sections with `parts`, under K-EXAONE's names (`mtp.*`)."""
     return (
         WeightSection("mtp", "mtp.layers.0.", "mtp.", (
             Same("enorm.weight", "pre_fc_norm_embedding.weight", "H"),

@@ -345,8 +345,7 @@ class Workload:
     fused_kernels: bool = True
     """Fused kernels between products (Transformer Engine, torch.compile), not a kernel per operation."""
     attention_kernel: Literal["newest", "portable"] = "newest"
-    """newest: kernels for the chip's generation (cuDNN, FlashAttention 3); portable: FlashAttention 2,
-    Triton."""
+    """newest: the chip generation's kernels (cuDNN, FlashAttention 3); portable: FlashAttention 2, Triton."""
     exchanges_heads: bool = False
     """Context parallelism exchanges heads (all-to-all), not keys and values."""
     software_age_years: float = 0.0
