@@ -220,8 +220,7 @@ class Family:
         return any(section.where == "mtp layer behind" for section in self.weights)
 
     def problems(self, model: ModelConfig) -> list[SettingsProblem]:
-        """Return every property of `model` that the family cannot express; single values must be within
-        bounds."""
+        """Return properties of `model` that the family cannot express; values must be within bounds."""
         # A field that the config map cannot write must have its common value, or exports would lose it.
         fixed = {name: value for name, value in COMMON_VALUES.items() if name not in self.varies}
         where = f"in family '{self.name}'"

@@ -161,8 +161,7 @@ class RotatingWindows:
                 "sliding_window_pattern": model.attention_pattern if has_sliding_layers else None}
 
     def read(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Return pattern, window and `rope_on_global`; `UserError` for a window without sliding layers, and
-        vice versa."""
+        """Return pattern, window, `rope_on_global`; `UserError`: only one of window and sliding layers."""
         num_layers, window = read_num_layers(config), config.get("sliding_window", 4096)
         types = config.get("layer_types") or (
             SlidingLayers.from_period(config.get("sliding_window_pattern", 4), num_layers) if window
