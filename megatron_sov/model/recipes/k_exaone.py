@@ -127,7 +127,7 @@ def model_2() -> ModelConfig:
 
 
 def k_exaone2_750b() -> RunConfig:
-    """Return pretraining after the growth: 2 T tokens at 8K, with data of K-EXAONE's later stages."""
+    """Return pretraining after the growth: 2 T tokens at 8K, with data of K-EXAONE's stages 2 and 3."""
     base = k_exaone_236b()
     phases = tuple(PhaseConfig(phase.name, tokens=round(share * TOKENS_2), seq_len=8192, blend=phase.blend)
                    for phase, share in zip(PHASES[1:], (0.7, 0.3), strict=True))
